@@ -1,0 +1,78 @@
+"""Manifold-Constrained Hyper-Connections (mHC) for any PyTorch model: `torch.compile(model, backend="mhc")`.
+
+Importing this package is cheap: torch is imported on first use of a name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.errors import (
+    AttachError,
+    CaptureError,
+    MhcError,
+    MhcWarning,
+    NothingRewrittenError,
+    OptionError,
+    ShapeError,
+)
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from mhc_compile.attachment import attach, connections, detach
+    from mhc_compile.backend import mhc
+    from mhc_compile.connection import HyperConnection
+    from mhc_compile.explanation import Explanation, explain
+    from mhc_compile.rewriting import rewrite
+    from mhc_compile.stability import Gain, gain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "CaptureError",
+    "Explanation",
+    "Gain",
+    "HyperConnection",
+    "MhcError",
+    "MhcWarning",
+    "NothingRewrittenError",
+    "OptionError",
+    "Options",
+    "ShapeError",
+    "attach",
+    "connections",
+    "detach",
+    "explain",
+    "gain",
+    "mhc",
+    "rewrite",
+]
+
+_HOMES = {
+    "Explanation": "explanation",
+    "Gain": "stability",
+    "HyperConnection": "connection",
+    "attach": "attachment",
+    "connections": "attachment",
+    "detach": "attachment",
+    "explain": "explanation",
+    "gain": "stability",
+    "mhc": "backend",
+    "rewrite": "rewriting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the public names that need torch when they are first used."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,152 @@
+"""Every private name of torch that this package uses, in one place, each with what it is for.
+
+Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, with the version in the message, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile.errors import MhcError
+
+try:
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+except ImportError as error:  # pragma: no cover - depends on the torch that is installed
+    raise ImportError(f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}") from error
+
+__all__ = [
+    "BackendCompilerFailed",
+    "OptimizedModule",
+    "TorchDynamoException",
+    "compile_with_inductor",
+    "forget_compiled",
+    "frame_code",
+    "has_compiled",
+    "in_trace",
+    "inner_backend",
+    "isolated_compile",
+    "module_by_id",
+    "raise_through_dynamo",
+    "restart_trace",
+    "root_module",
+]
+
+
+def _tracer() -> Any:
+    return InstructionTranslator.current_tx()
+
+
+def in_trace() -> bool:
+    """Whether Dynamo is tracing a frame at this moment, so that there is something to restart."""
+    try:
+        return _tracer() is not None
+    except AttributeError:  # torch stores the tracer in a thread-local that first exists when something was traced
+        return False
+
+
+def restart_trace() -> None:
+    """Asks Dynamo to trace the current frame again from its beginning. Raises; never returns.
+
+    The log of speculations must be empty, or the second trace would be held to the graph breaks of the first.
+    """
+    _tracer().speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="mhc_compile attached hyper-connections")
+
+
+def frame_code() -> CodeType:
+    """The code object of the frame that is being traced."""
+    return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
+
+
+def has_compiled(code: CodeType) -> bool:
+    """Whether Dynamo keeps a compiled version of this code."""
+    return bool(_debug_get_cache_entry_list(code))
+
+
+def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
+    """Makes Dynamo trace `code` again at its next call.
+
+    `all_entries` drops everything that is known of the code, which must not happen while it is being traced. Otherwise the compiled versions
+    stay in their list with guards that always fail, as Dynamo itself does when a guarded object dies.
+    """
+    if all_entries:
+        reset_code(code)
+        return
+    for entry in _debug_get_cache_entry_list(code):
+        manager = entry.guard_manager
+        if not isinstance(manager, DeletedGuardManagerWrapper):
+            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("mhc_compile attached hyper-connections"))
+
+
+def isolated_compile(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13)."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return torch.compile(model, backend=backend, isolate_recompiles=True)  # type: ignore[no-any-return]
+    return torch.compile(model, backend=backend)
+
+
+def root_module() -> nn.Module | None:
+    """The module whose method Dynamo traces: `self` of the outermost frame, or else the first module among its arguments."""
+    scope: dict[str, Any] = _tracer().output.local_scope
+    me = scope.get("self")
+    if isinstance(me, nn.Module):
+        return me
+    for value in scope.values():
+        candidates = value if isinstance(value, tuple) else (value,)
+        for candidate in candidates:
+            if isinstance(candidate, nn.Module):
+                return candidate
+    return None
+
+
+def module_by_id(identity: int) -> nn.Module | None:
+    """The module with this `id`, among those that the current trace has called."""
+    variable = _tracer().output.side_effects.id_to_variable.get(identity)
+    value = getattr(variable, "value", None)
+    return value if isinstance(value, nn.Module) and id(value) == identity else None
+
+
+def inner_backend(name: str) -> Callable[..., Any]:
+    """A `torch.compile` backend by name."""
+    return lookup_backend(name)  # type: ignore[no-any-return]
+
+
+def compile_with_inductor(
+    module: torch.fx.GraphModule,
+    inputs: list[Any],
+    decompositions: dict[Any, Callable[..., Any]],
+    mode: str | None,
+    settings: dict[str, Any],
+) -> Callable[..., Any]:
+    """Inductor with decompositions of ours beside its own. `mode` and `settings` are those of `torch.compile`."""
+    from torch._inductor import list_mode_options
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
+    return compile_fx(  # type: ignore[no-any-return]
+        module, inputs, config_patches=patches or None, decompositions={**select_decomp_table(), **decompositions}
+    )
+
+
+def raise_through_dynamo(error: MhcError) -> None:
+    """Raises `error` so that it leaves `torch.compile` as itself, not wrapped in BackendCompilerFailed, and without Dynamo's frames."""
+    kind = type(error)
+    through = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__init__": _init_through})
+    raise through(error) from error.__cause__
+
+
+def _init_through(self: Any, error: MhcError) -> None:
+    Exception.__init__(self, *error.args)
+    self.first_useful_frame = None
+    self.frame_summary_stack = []

@@ -1,0 +1,220 @@
+"""Hyper-connections on a model: who owns their parameters, how a tracer sees them, and how they come off again.
+
+The parameters of a site are a submodule `mhc.<branch>` of the module that performs the residual add: `h.0.mhc.attn.phi`. So `parameters()`,
+`state_dict`, `to`, EMA and `deepcopy` treat them like the block's own.
+
+A compiler backend cannot give a graph new inputs. The module that ends the branch (`h.0.attn`, the carrier) therefore gets a forward pre-hook that
+calls the no-op `mhc::declare` on the parameters: whoever traces the carrier lifts them as inputs of its graph. The carrier is called inside the
+graph even where the block itself is the compiled function, whose own hooks run outside.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile._torch import OptimizedModule
+from mhc_compile.connection import HyperConnection
+from mhc_compile.errors import AttachError, MhcWarning
+from mhc_compile.optimizers import expect
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mhc_compile.passes import Site
+
+__all__ = ["HyperConnections", "attach", "attach_site", "connections", "detach", "find_connection"]
+
+#: Name of the submodule that holds a module's hyper-connections.
+CONTAINER = "mhc"
+#: A carrier's tuple of the hyper-connections it declares. Not a submodule: each has one owner, and it is not the carrier.
+DECLARED = "_mhc_declared"
+#: The handle of the carrier's hook.
+HOOK = "_mhc_hook"
+
+
+class HyperConnections(nn.Module):
+    """The hyper-connections of one module, by the name of the branch; a dotted name is a path of nested containers."""
+
+    def get(self, name: str) -> HyperConnection | None:
+        """The hyper-connection called `name`, None if there is none."""
+        module: nn.Module | None = self
+        for part in name.split("."):
+            module = module._modules.get(part) if module is not None else None
+        return module if isinstance(module, HyperConnection) else None
+
+    def put(self, name: str, connection: HyperConnection) -> None:
+        """Adds `connection` under `name`."""
+        *parents, last = name.split(".")
+        module: nn.Module = self
+        for part in parents:
+            child = module._modules.get(part)
+            if child is None:
+                child = HyperConnections()
+                module.add_module(part, child)
+            module = child
+        module.add_module(last, connection)
+
+
+def _declare(carrier: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
+    if torch.compiler.is_compiling():
+        for connection in carrier._mhc_declared:
+            torch.ops.mhc.declare(connection.phi, connection.bias, connection.scale)
+    else:
+        warnings.warn(
+            "a model with hyper-connections ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
+            " Call the compiled model, with options={'inner': 'eager'} to debug it, or take the hyper-connections off with"
+            " mhc_compile.detach(model)",
+            MhcWarning,
+            stacklevel=2,
+        )
+
+
+def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
+    """The hyper-connection of `site`, if its owner has one.
+
+    Raises:
+        AttachError: the owner has a `mhc` of its own.
+    """
+    container = getattr(owner, CONTAINER, None)
+    if container is None:
+        return None
+    if not isinstance(container, HyperConnections):
+        raise AttachError(
+            f"{site}: module {site.owner.path or type(owner).__name__!r} already has an attribute 'mhc' ({type(container).__name__});"
+            " hyper-connections need that name. Rename the attribute, or compile the model with another backend"
+        )
+    return container.get(site.name)
+
+
+def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int) -> bool:
+    """Gives `site` its parameters and its declaration. Returns whether anything was missing.
+
+    Args:
+        owner: the module that performs the add.
+        carrier: the module whose call declares the parameters.
+        site: the site.
+        options: number of streams, mapping, start; checked against a hyper-connection that exists already.
+        index: position of the site in its chain.
+
+    Raises:
+        AttachError: the owner has a hyper-connection for the site that contradicts the options.
+    """
+    connection = find_connection(owner, site)
+    changed = False
+    if connection is None:
+        connection = _create(owner, site, options, index)
+        changed = True
+    _check(connection, site, options)
+    declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
+    if not any(known is connection for known in declared):
+        carrier.__dict__[DECLARED] = (*declared, connection)
+        if HOOK not in carrier.__dict__:
+            carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
+        changed = True
+    return changed
+
+
+def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
+    value: Tensor = site.add.meta["example_value"]
+    connection = HyperConnection(
+        site.width,
+        options,
+        index=index,
+        device=value.device,
+        dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
+    )
+    container = getattr(owner, CONTAINER, None)
+    if container is None:
+        container = HyperConnections()
+        owner.add_module(CONTAINER, container)
+    container.put(site.name, connection)
+    container.train(owner.training)
+    expect(connection, owner, options.optimizer)
+    return connection
+
+
+def _check(connection: HyperConnection, site: Site, options: Options) -> None:
+    for name in ("streams", "mapping"):
+        has, wants = getattr(connection, name), getattr(options, name)
+        if has != wants:
+            raise AttachError(
+                f"{site}: its hyper-connection has {name}={has!r}, the options say {name}={wants!r}."
+                f" Compile with {name}={has!r}, or call mhc_compile.detach(model) first"
+            )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`; any other model as it is."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def connections(model: nn.Module) -> dict[str, HyperConnection]:
+    """Every hyper-connection of `model` by its path, in the order of `named_modules`: {"transformer.h.0.mhc.attn": ...}."""
+    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, HyperConnection)}
+
+
+def attach(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+) -> dict[str, HyperConnection]:
+    """Attaches hyper-connections ahead of the first compiled call, without running the model.
+
+    The model is traced with the example inputs, as the compiled call would trace it; nothing of it is executed, and it may live on the meta
+    device. Do this where the parameters must exist early: before an optimizer is built, before a checkpoint is loaded, before DDP or FSDP wraps
+    the model.
+
+    Args:
+        model: any module, or one that `torch.compile` returned.
+        *args: example inputs, as for `model(*args, **kwargs)`.
+        options: as for `torch.compile(model, backend="mhc", options=options)`.
+        **kwargs: example inputs by name.
+
+    Returns:
+        All hyper-connections of the model by path, old and new.
+
+    Raises:
+        OptionError: the options are wrong.
+        CaptureError: the model cannot be traced with these inputs.
+        NothingRewrittenError: no residual add was found, and `strict` is set.
+        AttachError: a hyper-connection that exists contradicts the options.
+    """
+    from mhc_compile.capture import capture  # the two modules need each other's verbs
+    from mhc_compile.study import complain, study
+
+    parsed = Options.parse(options)
+    target = unwrap(model)
+    studies = []
+
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        result = study(graph_module, inputs, parsed)
+        result.attach(parsed)
+        studies.append(result)
+
+    capture(target, args, kwargs, on_graph)
+    if not any(result.plan.sites for result in studies):
+        complain([refusal for result in studies for refusal in result.plan.refusals], parsed)
+    return connections(target)
+
+
+def detach(model: nn.Module) -> int:
+    """Takes every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
+
+    Compiled versions of the model must be made anew: they look for parameters that are gone, so call `torch.compile` again.
+
+    Returns:
+        How many hyper-connections were taken off.
+    """
+    target = unwrap(model)
+    count = len(connections(target))
+    for module in list(target.modules()):
+        if isinstance(module._modules.get(CONTAINER), HyperConnections):
+            del module._modules[CONTAINER]
+        module.__dict__.pop(DECLARED, None)
+        hook = module.__dict__.pop(HOOK, None)
+        if hook is not None:
+            hook.remove()
+    return count

@@ -1,0 +1,112 @@
+"""`torch.compile(model, backend="mhc")`: the entry point that PyTorch finds by name."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from mhc_compile import _torch, ops
+from mhc_compile.attachment import connections
+from mhc_compile.errors import MhcError
+from mhc_compile.options import Options
+from mhc_compile.passes import expand_plan
+from mhc_compile.passes.roles import is_contraction
+from mhc_compile.study import Study, complain, study
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["mhc"]
+
+log = logging.getLogger(__name__)
+
+#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite when it was traced.
+_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
+
+
+def mhc(
+    graph_module: fx.GraphModule,
+    inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend. Users name it: `torch.compile(model, backend="mhc", options={...}, mode=...)`.
+
+    The first graph of a model has no hyper-connections: they are attached to its modules, and Dynamo traces the frame again. From then on their
+    parameters are inputs of the graph, the residual adds become operations on streams, and the result goes to the inner compiler.
+
+    Args:
+        graph_module: the graph that Dynamo captured.
+        inputs: its example inputs.
+        options: see `mhc_compile.Options`.
+        mode: as for Inductor ("reduce-overhead", "max-autotune", ...).
+
+    Returns:
+        The compiled graph.
+
+    Raises:
+        OptionError, AttachError, NothingRewrittenError: as themselves, through Dynamo.
+    """
+    try:
+        return _compile(graph_module, inputs, Options.parse(options), mode)
+    except MhcError as error:
+        _torch.raise_through_dynamo(error)
+        raise
+
+
+def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    if not _torch.in_trace():
+        raise MhcError(
+            "the mhc backend was called outside torch.compile; for a graph module of your own use mhc_compile.rewrite(graph_module, ...)"
+        )
+    result = study(graph_module, inputs, options)
+    if result.attach(options):
+        log.info("attached hyper-connections to %d sites; tracing again", len(result.plan.sites))
+        for code in _plain:
+            _torch.forget_compiled(code, all_entries=False)
+        _plain.clear()
+        _torch.restart_trace()
+    bindings = result.bind()
+    for chain in result.plan.chains:
+        log.info("chain of %d sites, width %d: %s", len(chain.sites), chain.width, ", ".join(site.path for site in chain.sites))
+    for refusal in result.plan.refusals:
+        log.debug("refused %s: %s", refusal.add, refusal)
+    if not bindings:
+        _plain.add(_torch.frame_code())
+        if _should_have_sites(result):
+            complain(result.plan.refusals, options)
+        # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
+        return _inner(_with_graph(graph_module, result.graph), inputs, options, mode)
+    graph = expand_plan(result.graph, result.plan, bindings)
+    return _inner(_with_graph(graph_module, graph), inputs, options, mode)
+
+
+def _should_have_sites(result: Study) -> bool:
+    """A loss function or an embedding that Dynamo compiles by itself has no residual adds, and nobody expects any."""
+    root = result.provenance.root
+    if root is not None and connections(root):
+        return False
+    return root is not None and any(is_contraction(node) for node in result.graph.nodes)
+
+
+def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module like `graph_module` with another graph, and with whatever Dynamo hung on the old one."""
+    new = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
+    new.meta.update(graph_module.meta)
+    for name, value in graph_module.__dict__.items():
+        new.__dict__.setdefault(name, value)
+    return new
+
+
+def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    if callable(options.inner):
+        return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
+    if options.inner == "inductor":
+        return _torch.compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor))
+    return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]

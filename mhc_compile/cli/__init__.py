@@ -1,0 +1,55 @@
+"""The `mhc` command. Commands are imported when they run: `mhc --help` must not wait for torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from mhc_compile import __version__
+from mhc_compile.errors import MhcError
+
+__all__ = ["main"]
+
+#: Command, its module below this package, and the line that `mhc --help` prints.
+_COMMANDS = {
+    "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
+    "explain": "Show what would be rewritten in a model, and why the rest would not.",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands live in modules of their own, `mhc_compile.cli.<name>`, under the name `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"mhc_compile.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mhc")
+def _group() -> None:
+    """Manifold-Constrained Hyper-Connections for any PyTorch model.
+
+    Exit codes: 0 fine, 1 a finding or an error, 2 wrong usage, 130 interrupted.
+    """
+
+
+def main() -> None:
+    """Console entry point. Errors that this package raises on purpose are one paragraph, not a trace."""
+    try:
+        _group()
+    except MhcError as error:
+        click.echo(f"mhc: {error}", err=True)
+        sys.exit(1)

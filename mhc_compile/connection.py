@@ -1,0 +1,125 @@
+"""`HyperConnection`: the parameters of one site, and the reference mathematics to use them by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile.errors import OptionError
+from mhc_compile.mappings import get_mapping
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["HyperConnection"]
+
+#: logit of the only pre weight when n = 1: sigmoid(16) = 1 - 1.1e-7. (With one stream, `sum(pre) = 1` is a saturated sigmoid.)
+_SATURATED = 16.0
+
+
+class HyperConnection(nn.Module):
+    """One residual add as a manifold-constrained hyper-connection: `X' = H_res X + H_postᵀ f(H_pre X)`.
+
+    Source: arXiv 2512.24880 v2, equations 5 to 9. Convention: the paper's. Shapes, with `K = 2 n + n²` for Sinkhorn:
+
+        phi    [n C, K]   projection of the flattened, rms-normalised streams; columns pre (n), post (n), residual (n², row-major)
+        bias   [K]        static logits
+        scale  [3]        a_pre, a_post, a_res
+        streams [..., n, C]
+
+    Parameters are created in float32 (float64 on request); coefficients are computed in float32 or wider whatever the dtype of the streams.
+
+    Args:
+        width: C, the width of the residual stream.
+        options: number of streams, mapping, start and so on; defaults to `Options()`.
+        index: position of the site in its chain. With start="preserve" the branch leans to stream `index mod n`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        OptionError: `width` is not a positive integer.
+    """
+
+    phi: nn.Parameter
+    bias: nn.Parameter
+    scale: nn.Parameter
+
+    def __init__(
+        self,
+        width: int,
+        options: Options | None = None,
+        *,
+        index: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise OptionError(f"HyperConnection: width is {width!r}; expected a positive integer, the size of the feature axis")
+        options = options or Options()
+        self.width = width
+        self.streams = options.streams
+        self.index = index
+        self.mapping = options.mapping
+        self.iterations = options.iterations
+        self.eps = options.eps
+        self.start = options.start
+        self._initial_scale = options.scale
+        self._lean = options.lean
+        n = self.streams
+        columns = 2 * n + get_mapping(self.mapping).logits(n)
+        empty: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.phi = nn.Parameter(torch.empty(n * width, columns, **empty))
+        self.bias = nn.Parameter(torch.empty(columns, **empty))
+        self.scale = nn.Parameter(torch.empty(3, **empty))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Writes the start that the options chose.
+
+        "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near the identity. With equal streams this is the
+        plain residual add, in value and in every gradient of the original parameters, and phi receives a gradient from the first step.
+        "scratch": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing.
+        """
+        n = self.streams
+        self.scale.fill_(self._initial_scale)
+        self.bias.zero_()
+        if self.start == "scratch":
+            nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
+            return
+        self.phi.zero_()
+        if n == 1:
+            self.bias[0] = _SATURATED
+        else:
+            weights = torch.full((n,), (1.0 - self._lean) / (n - 1), dtype=torch.float64)
+            weights[self.index % n] = self._lean
+            self.bias[:n] = torch.logit(weights).to(self.bias)
+        start = get_mapping(self.mapping).start(n)
+        if start.numel():
+            self.bias[2 * n :] = start.to(self.bias)
+
+    def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C], float32 or wider.
+
+        Raises:
+            ShapeError: the streams do not fit n and C.
+        """
+        pre, post, res, _ = torch.ops.mhc.coefficients(
+            streams, self.phi, self.bias, self.scale, self.mapping, self.iterations, self.eps
+        )
+        return pre, post, res
+
+    def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """One site by hand: streams [..., n, C] and `branch`, a function of [..., C], to new streams [..., n, C]."""
+        pre, post, res = self.coefficients(streams)
+        out = branch(torch.ops.mhc.collapse(streams, pre))
+        return torch.ops.mhc.update(streams, out, post, res)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Sizes, as other modules print them."""
+        return f"width={self.width}, streams={self.streams}, mapping={self.mapping}, iterations={self.iterations}"

@@ -1,0 +1,41 @@
+"""Every error and warning that this package raises, all of them importable from `mhc_compile`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AttachError",
+    "CaptureError",
+    "MhcError",
+    "MhcWarning",
+    "NothingRewrittenError",
+    "OptionError",
+    "ShapeError",
+]
+
+
+class MhcError(Exception):
+    """Base of every error that mhc_compile raises on purpose. The message restates the input and names the way out."""
+
+
+class OptionError(MhcError, ValueError):
+    """An option is unknown, has the wrong type or lies outside its range."""
+
+
+class ShapeError(MhcError, ValueError):
+    """Tensors handed to an mHC operation or module do not fit together."""
+
+
+class AttachError(MhcError, RuntimeError):
+    """Hyper-connections could not be attached, or those already attached contradict the options."""
+
+
+class CaptureError(MhcError, RuntimeError):
+    """The model could not be traced with the example inputs."""
+
+
+class NothingRewrittenError(MhcError, RuntimeError):
+    """`strict=True` and no residual add of the model was rewritten."""
+
+
+class MhcWarning(UserWarning):
+    """Something that a user should know: nothing was rewritten, streams were dropped, an optimizer was left alone."""

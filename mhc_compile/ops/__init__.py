@@ -1,0 +1,43 @@
+"""The `mhc::` operators. Importing this package registers them.
+
+`decompositions()` gives every operator as plain ATen, so that an exported program needs nothing of ours at run time.
+`fused_decompositions()` is what Inductor gets: broadcast forms that fuse, with `mhc::sinkhorn` kept as one node.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
+from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
+from mhc_compile.ops import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["decompositions", "fused_decompositions"]
+
+
+def fused_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operator overload to implementation, for Inductor: pointwise and reduction operations round one opaque Sinkhorn."""
+    mhc = torch.ops.mhc
+    return {
+        mhc.coefficients.default: reference.coefficients,
+        mhc.coefficients_backward.default: reference.coefficients_backward,
+        mhc.collapse.default: reference.collapse_fused,
+        mhc.collapse_backward.default: reference.collapse_backward_fused,
+        mhc.update.default: reference.update_fused,
+        mhc.update_backward.default: reference.update_backward_fused,
+    }
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
+    mhc = torch.ops.mhc
+    return {
+        **fused_decompositions(),
+        mhc.sinkhorn.default: sinkhorn,
+        mhc.sinkhorn_backward.default: sinkhorn_backward,
+    }

@@ -1,0 +1,219 @@
+"""Reference mathematics of one hyper-connection, in plain ATen operations.
+
+Source: "mHC: Manifold-Constrained Hyper-Connections", arXiv 2512.24880 v2, section 4. Convention: the paper's (`pre, post, res`; H_res is
+applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` any number of token axes:
+
+    streams  [..., n, C]   model dtype      n residual streams of width C
+    phi      [n C, K]      K = 2 n + (number of residual logits), n² + 2 n for Sinkhorn
+    bias     [K]           static logits, ordered pre (n), post (n), residual
+    scale    [3]           a_pre, a_post, a_res
+    pre      [..., n]      float32 or wider, as every coefficient
+    post     [..., n]
+    res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
+
+Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
+These functions serve three times: as the eager kernels, as the decompositions to ATen, and as what tests hold other kernels against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from mhc_compile.mappings import get_mapping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "coefficients",
+    "coefficients_backward",
+    "collapse",
+    "collapse_backward",
+    "collapse_backward_fused",
+    "collapse_fused",
+    "compute_dtype",
+    "update",
+    "update_backward",
+    "update_backward_fused",
+    "update_fused",
+]
+
+
+def compute_dtype(streams: Tensor) -> torch.dtype:
+    """Dtype of the coefficients for these streams: float32, or float64 when the streams are."""
+    return torch.promote_types(streams.dtype, torch.float32)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _inverse_rms(flat: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+
+
+def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    pre = scale[0] * z[..., :n] + bias[:n]
+    post = scale[1] * z[..., n : 2 * n] + bias[n : 2 * n]
+    res = scale[2] * z[..., 2 * n :] + bias[2 * n :]
+    return pre, post, res
+
+
+def coefficients(
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients of one site: `(pre, post, res, z)`.
+
+        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after
+        pre  = sigmoid(a_pre z_pre + b_pre)
+        post = 2 sigmoid(a_post z_post + b_post)
+        res  = project(mat(a_res z_res + b_res))
+
+    The projection `z` [..., K] is returned because the backward needs it, as `native_layer_norm` returns its statistics.
+    """
+    n = streams.shape[-2]
+    dtype = compute_dtype(streams)
+    with _without_autocast(streams):
+        flat = streams.flatten(-2).to(dtype)
+        z = (flat @ phi.to(dtype)) * _inverse_rms(flat, eps)
+        pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
+        return torch.sigmoid(pre), 2.0 * torch.sigmoid(post), get_mapping(mapping).matrix(res, n, iterations), z
+
+
+def coefficients_backward(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_res: Tensor,
+    grad_z: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    pre: Tensor,
+    post: Tensor,
+    z: Tensor,
+    mapping: str,
+    iterations: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `coefficients` with respect to `(streams, phi, bias, scale)`, derived by hand.
+
+    With p = vec(X) phi, r = 1 / rms(vec(X)) and z = p r:
+
+        d phi    = vec(X)ᵀ (r dz)
+        d vec(X) = (r dz) phiᵀ − vec(X) r² (Σ_k dz_k z_k) / (n C)
+    """
+    n = streams.shape[-2]
+    dtype = compute_dtype(streams)
+    with _without_autocast(streams):
+        flat = streams.flatten(-2).to(dtype)
+        weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
+        res_logits = gain[2] * z[..., 2 * n :] + offset[2 * n :]
+        d_pre = grad_pre * pre * (1.0 - pre)
+        d_post = grad_post * post * (1.0 - 0.5 * post)
+        d_res = get_mapping(mapping).backward(grad_res, res_logits, n, iterations)
+        d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
+        d_bias = d_logits.flatten(0, -2).sum(0)
+        d_scale = torch.stack(
+            [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
+        )
+        d_z = torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1) + grad_z
+        inverse = _inverse_rms(flat, eps)
+        scaled = d_z * inverse
+        d_phi = flat.flatten(0, -2).t() @ scaled.flatten(0, -2)
+        radial = inverse.square() * (d_z * z).sum(-1, keepdim=True) / flat.shape[-1]
+        d_flat = scaled @ weight.t() - flat * radial
+        return (
+            d_flat.unflatten(-1, streams.shape[-2:]).to(streams.dtype),
+            d_phi.to(phi.dtype),
+            d_bias.to(bias.dtype),
+            d_scale.to(scale.dtype),
+        )
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """Branch input: `h = Σ_j pre_j X_j`, [..., C] in the dtype of the streams, accumulated in `compute_dtype`."""
+    with _without_autocast(streams):
+        wide = streams.to(compute_dtype(streams))
+        return (pre.unsqueeze(-2) @ wide).squeeze(-2).to(streams.dtype)
+
+
+def collapse_fused(streams: Tensor, pre: Tensor) -> Tensor:
+    """`collapse` in broadcast form: the same numbers, spelled so that Inductor fuses it with its neighbours."""
+    with _without_autocast(streams):
+        return (pre.unsqueeze(-1) * streams.to(compute_dtype(streams))).sum(-2).to(streams.dtype)
+
+
+def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `collapse` with respect to `(streams, pre)`: `pre_j dh` and `⟨dh, X_j⟩`."""
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        g = grad.to(dtype)
+        d_streams = pre.unsqueeze(-1) * g.unsqueeze(-2)
+        d_pre = (streams.to(dtype) @ g.unsqueeze(-1)).squeeze(-1)
+        return d_streams.to(streams.dtype), d_pre
+
+
+def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """`collapse_backward` in broadcast form."""
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        g = grad.to(dtype).unsqueeze(-2)
+        return (pre.unsqueeze(-1) * g).to(streams.dtype), (streams.to(dtype) * g).sum(-1)
+
+
+def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """New streams: `X' = H_res X + H_postᵀ f`, [..., n, C] in the dtype of the streams, accumulated in `compute_dtype`.
+
+    `branch` [..., C] is the output f of the branch, in any floating dtype.
+    """
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        mixed = res @ streams.to(dtype)
+        return (mixed + post.unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
+
+
+def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """`update` in broadcast form. A batched matrix product would stay an extern kernel, and nothing would fuse round it."""
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        mixed = (res.unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
+        return (mixed + post.unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
+
+
+def update_backward(
+    grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `update` with respect to `(streams, branch, post, res)`.
+
+    dX = H_resᵀ dX',  df = Σ_i post_i dX'_i,  dpost_i = ⟨dX'_i, f⟩,  dres_ij = ⟨dX'_i, X_j⟩
+    """
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
+        d_streams = res.transpose(-1, -2) @ g
+        d_branch = (post.unsqueeze(-2) @ g).squeeze(-2)
+        d_post = (g @ f.unsqueeze(-1)).squeeze(-1)
+        d_res = g @ wide.transpose(-1, -2)
+        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post, d_res
+
+
+def update_backward_fused(
+    grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`update_backward` in broadcast form."""
+    with _without_autocast(streams):
+        dtype = compute_dtype(streams)
+        g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
+        d_streams = (res.transpose(-1, -2).unsqueeze(-1) * g.unsqueeze(-3)).sum(-2)
+        d_branch = (post.unsqueeze(-1) * g).sum(-2)
+        d_post = (g * f.unsqueeze(-2)).sum(-1)
+        d_res = (g.unsqueeze(-2) * wide.unsqueeze(-3)).sum(-1)
+        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post, d_res

@@ -1,0 +1,84 @@
+"""Optimizers that were built before the first compiled call.
+
+Hyper-connections are attached during the first call of a compiled model. An optimizer that exists by then has never heard of their parameters, and
+would train the model around them, silently. A hook before every optimizer step puts them where the parameters of their owner are.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from mhc_compile.errors import MhcWarning
+
+if TYPE_CHECKING:
+    from mhc_compile.connection import HyperConnection
+    from mhc_compile.options import OptimizerPolicy
+
+__all__ = ["expect"]
+
+
+class _Waiting:
+    """A hyper-connection that no optimizer trains yet. Nothing here keeps a model alive."""
+
+    def __init__(self, connection: HyperConnection, owner: nn.Module, policy: OptimizerPolicy) -> None:
+        self.connection = weakref.ref(connection)
+        self.owner = weakref.ref(owner)
+        self.policy = policy
+
+
+_waiting: list[_Waiting] = []
+_hooked = False
+
+
+def expect(connection: HyperConnection, owner: nn.Module, policy: OptimizerPolicy) -> None:
+    """From now on, the first optimizer step that trains parameters of `owner` but not those of `connection` acts on `policy`."""
+    global _hooked
+    if policy == "off":
+        return
+    if not _hooked:
+        register_optimizer_step_pre_hook(_before_step)
+        _hooked = True
+    _waiting.append(_Waiting(connection, owner, policy))
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - the signature of a step hook
+    if not _waiting:
+        return
+    place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
+    still: list[_Waiting] = []
+    left_out: list[str] = []
+    for entry in _waiting:
+        connection, owner = entry.connection(), entry.owner()
+        if connection is None or owner is None:
+            continue
+        mine = list(connection.parameters())
+        if all(id(parameter) in place for parameter in mine):
+            continue
+        neighbours = [place[id(p)] for p in owner.parameters() if id(p) in place]
+        if not neighbours:
+            still.append(entry)  # this optimizer trains another part of the model
+        elif entry.policy == "warn":
+            left_out.append(connection.extra_repr())
+        else:
+            group, last = max(neighbours, key=lambda found: found[1])
+            _insert(group, last, [parameter for parameter in mine if id(parameter) not in place])
+            place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
+    _waiting[:] = still
+    if left_out:
+        warnings.warn(
+            f"{type(optimizer).__name__} was built before hyper-connections were attached and does not train {len(left_out)} of them."
+            " Build it after mhc_compile.attach(model, ...), or use the option optimizer='join'",
+            MhcWarning,
+            stacklevel=3,
+        )
+
+
+def _insert(group: dict[str, Any], last: int, parameters: list[nn.Parameter]) -> None:
+    # Behind the owner's last parameter: where `model.parameters()` has them, so that an optimizer built after attaching has the same order and
+    # can load this one's state. In the same list object, and in an old group, so that schedulers drive them.
+    group["params"][last + 1 : last + 1] = parameters

@@ -1,0 +1,123 @@
+"""The options of the backend, one frozen and validated value. Torch is not imported here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from mhc_compile.errors import OptionError
+
+__all__ = ["Inner", "OptimizerPolicy", "Options", "Start"]
+
+Start = Literal["preserve", "scratch"]
+OptimizerPolicy = Literal["join", "warn", "off"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+
+#: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
+MAX_STREAMS = 8
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected one of {', '.join(map(repr, known))}")
+    if value not in known:
+        raise OptionError(f"option {name!r} is {value!r}; {_nearest(value, list(known))}expected one of {', '.join(map(repr, known))}")
+
+
+def _number(name: str, value: object, kind: type, low: float, high: float, unit: str) -> None:
+    # bool is an int to Python, and streams=True is a mistake.
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if isinstance(value, bool) or not right:
+        raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected {unit}")
+    if not low <= value <= high:  # type: ignore[operator]
+        raise OptionError(f"option {name!r} is {value!r}; expected {unit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `torch.compile(model, backend="mhc", options={...})` accepts.
+
+    Attributes:
+        streams: n, the number of residual streams, 1 to 8.
+        mapping: the family of H_res: "sinkhorn" (the paper's) or "identity" (streams are not mixed).
+        iterations: Sinkhorn iterations, 1 to 1000 (20 in the paper). Ignored by "identity".
+        start: "preserve" starts as the same function as the model given: the streams are equal, every branch reads their weighted mean and
+            writes to all of them. "scratch" starts from random projections and uniform mixing, for training from the first step; it changes
+            what the model computes.
+        scale: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0, with phi = 0, nothing would ever learn.
+        lean: with start="preserve", the weight that a branch gives to one stream (site i of a chain leans to stream i mod n); the others
+            share the rest. Equal weights would keep the streams equal for ever.
+        eps: added to the mean square under the root mean square of the streams.
+        min_sites: a chain of fewer residual adds is left as it is.
+        strict: nothing rewritten is an error instead of a warning.
+        inner: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
+            `torch.compile` backend.
+        optimizer: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
+            "join" adds them to the group of the block that they belong to, "warn" only says so, "off" does nothing.
+        inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g. {"max_autotune": True}).
+    """
+
+    streams: int = 4
+    mapping: str = "sinkhorn"
+    iterations: int = 20
+    start: Start = "preserve"
+    scale: float = 0.01
+    lean: float = 0.7
+    eps: float = 1e-6
+    min_sites: int = 2
+    strict: bool = False
+    inner: Inner | Callable[..., Any] = "inductor"
+    optimizer: OptimizerPolicy = "join"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _number("streams", self.streams, int, 1, MAX_STREAMS, f"an integer from 1 to {MAX_STREAMS}")
+        _one_of("mapping", self.mapping, ("sinkhorn", "identity"))
+        _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
+        _one_of("start", self.start, get_args(Start))
+        _number("scale", self.scale, float, 1e-8, 100.0, "a number from 1e-8 to 100 (at 0 the projections would never learn)")
+        _number("lean", self.lean, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
+        _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
+        _number("min_sites", self.min_sites, int, 1, 1_000_000, "a positive integer")
+        if not isinstance(self.strict, bool):
+            raise OptionError(f"option 'strict' is {self.strict!r} ({type(self.strict).__name__}); expected True or False")
+        if not callable(self.inner):
+            _one_of("inner", self.inner, get_args(Inner))
+        _one_of("optimizer", self.optimizer, get_args(OptimizerPolicy))
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The known option names."""
+        return [f.name for f in fields(cls)]
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
+        """Validates the `options` of `torch.compile`.
+
+        Raises:
+            OptionError: an unknown name (the message gives the nearest known one), a wrong type, or a value out of range.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Options):
+            return options
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options are {options!r} ({type(options).__name__}); expected a dict such as {{'streams': 4}}")
+        known = cls.names()
+        for name in options:
+            if name not in known:
+                hint = _nearest(str(name), known)
+                raise OptionError(
+                    f"option {name!r} is unknown; {hint}known options: {', '.join(known)}."
+                    " Settings for Inductor go under 'inductor': {...}"
+                )
+        return cls(**options)

@@ -1,0 +1,63 @@
+"""The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
+
+    graph ─ RemoveDeclarations, NormalizeAdds ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains ─> graph with mhc:: operators
+
+Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`. What an operation is (a
+product, a view, an in-place write) is said in `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
+
+To add a pass, write a frozen dataclass with a `name` and an `apply(graph) -> graph` (see `base.Pass`), and put it in the tuple below or, after
+the plan, beside `ExpandChains` in `expand_plan`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
+from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
+from mhc_compile.passes.normalize import NormalizeAdds
+from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
+from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
+from mhc_compile.passes.verdict import Reason, Refusal, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.fx import Graph
+
+__all__ = [
+    "NORMALIZE",
+    "Binding",
+    "Chain",
+    "ExpandChains",
+    "Hook",
+    "ModuleRef",
+    "NormalizeAdds",
+    "Pass",
+    "Plan",
+    "Provenance",
+    "Reason",
+    "Refusal",
+    "RemoveDeclarations",
+    "Site",
+    "copy_graph",
+    "expand_plan",
+    "normalize",
+    "plan_chains",
+    "refuse_site",
+    "run_passes",
+    "source_line",
+]
+
+#: What runs before the sites are looked for.
+NORMALIZE: tuple[Pass, ...] = (RemoveDeclarations(), NormalizeAdds())
+
+
+def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
+    """The graph in the spelling that `plan_chains` reads."""
+    return run_passes(graph, NORMALIZE, hook)
+
+
+def expand_plan(graph: Graph, plan: Plan, bindings: Mapping[Site, Binding], hook: Hook | None = None) -> Graph:
+    """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites."""
+    return run_passes(graph, (ExpandChains(plan, bindings),), hook)

@@ -1,0 +1,198 @@
+"""Rewrites the chains of a plan to parallel streams."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile.passes.base import Pass, copy_graph
+from mhc_compile.passes.lift import lift
+from mhc_compile.passes.roles import tensor_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mhc_compile.passes.plan import Chain, Plan
+    from mhc_compile.passes.verdict import Site
+
+__all__ = ["Binding", "ExpandChains", "RemoveDeclarations"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes."""
+
+    phi: Node | str
+    bias: Node | str
+    scale: Node | str
+    streams: int
+    mapping: str
+    iterations: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class ExpandChains(Pass):
+    """Replaces the residual adds of every chain by hyper-connections on persistent streams.
+
+    before: h1 = f(x0); x1 = torch.add(x0, h1); h2 = g(x1); x2 = torch.add(x1, h2); out = norm(x2)
+
+    after:  S0 = x0.unsqueeze(-2).expand(-1, ..., n, -1)
+            pre, post, res, _ = mhc.coefficients(S0, phi, bias, scale); x = mhc.collapse(S0, pre)
+            h1 = f(x); S1 = mhc.update(S0, h1, post, res)
+            (the same for g, giving S2)
+            out = norm(S2.mean(-2))
+
+    Streams start as copies and end as their mean. A reader of a trunk value inside the branch of its site gets the collapsed streams; every other
+    reader (a final norm, a hidden state that is returned) gets the mean of the streams at that point. Trunk operations between two sites run on
+    the streams.
+    """
+
+    name: ClassVar[str] = "expand-chains"
+
+    #: The plan, made on the very graph that `apply` receives.
+    plan: Plan
+    #: Parameters for every site of the plan.
+    bindings: Mapping[Site, Binding]
+
+    def apply(self, graph: Graph) -> Graph:
+        """A copy of `graph` on streams."""
+        copy, nodes = copy_graph(graph)
+        for chain in self.plan.chains:
+            _Expansion(copy, nodes, self.bindings).run(chain)
+        return copy
+
+
+@dataclass(frozen=True)
+class RemoveDeclarations(Pass):
+    """Takes the declarations of parameters out of the graph: the parameters are graph inputs by now.
+
+    before: mhc.declare(phi, bias, scale)              after: (nothing)
+    """
+
+    name: ClassVar[str] = "remove-declarations"
+
+    def apply(self, graph: Graph) -> Graph:
+        """A copy of `graph` without `mhc::declare`."""
+        copy, _ = copy_graph(graph)
+        for node in list(copy.nodes):
+            if node.target in (torch.ops.mhc.declare, torch.ops.mhc.declare.default):
+                copy.erase_node(node)
+        return copy
+
+
+class _Expansion:
+    """Expands chains in place, in a copy of the graph. `cursor` is the node after which the next one is written."""
+
+    def __init__(self, graph: Graph, nodes: dict[Node, Node], bindings: Mapping[Site, Binding]) -> None:
+        self.graph = graph
+        self.nodes = nodes
+        self.bindings = bindings
+        self.cursor: Node = graph._root
+        self.like: Node = graph._root
+
+    def run(self, chain: Chain) -> None:
+        start = self.nodes[chain.start]
+        self._follow(start, like=self.nodes[chain.sites[0].add])
+        streams = self._spread(start, self.bindings[chain.sites[0]].streams)
+        stages: list[tuple[Site, Node, list[tuple[Node, Node]]]] = []
+        for site, links in zip(chain.sites, chain.links, strict=True):
+            lifted: list[tuple[Node, Node]] = []
+            for link in links:
+                old = self.nodes[link]
+                self._follow(old, like=old)
+                streams = self._emit_lifted(old, streams, self.bindings[site].streams)
+                lifted.append((old, streams))
+            self._follow(streams, like=self.nodes[site.add])
+            streams = self._site(site, streams)
+            stages.append((site, streams, lifted))
+        # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
+        for site, after, lifted in reversed(stages):
+            self._read_out(self.nodes[site.add], after)
+            for inner in reversed(site.adds[:-1]):
+                self.graph.erase_node(self.nodes[inner])
+            for old, its_streams in reversed(lifted):
+                self._read_out(old, its_streams)
+
+    def _spread(self, start: Node, n: int) -> Node:
+        value = tensor_value(start)
+        assert value is not None
+        wide = self._emit("trunk", "call_method", "unsqueeze", (start, -2))
+        return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
+
+    def _site(self, site: Site, streams: Node) -> Node:
+        binding, add, skip = self.bindings[site], self.nodes[site.add], self.nodes[site.skip]
+        branch = {self.nodes[node] for node in site.branch}
+        readers = [user for user in skip.users if user in branch]
+        mhc = torch.ops.mhc
+        parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
+        settings = (binding.mapping, binding.iterations, binding.eps)
+        packed = self._call("coefficients", mhc.coefficients.default, streams, *parameters, *settings)
+        pre, post, res = (self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res")))
+        collapsed = self._call("collapsed", mhc.collapse.default, streams, pre)
+        for reader in readers:
+            reader.replace_input_with(skip, collapsed)
+        self._follow(add.prev, like=add)
+        total = self.nodes[site.terms[0]]
+        for term in site.terms[1:]:
+            total = self._call("branches", torch.add, total, self.nodes[term])
+        return self._call("streams", mhc.update.default, streams, total, post, res)
+
+    def _read_out(self, value: Node, streams: Node) -> None:
+        if value.users:
+            self._follow(streams, like=value)
+            mean = self._call("read_out", torch.mean, streams, -2)
+            value.replace_all_uses_with(mean)
+        self.graph.erase_node(value)
+
+    def _emit_lifted(self, old: Node, streams: Node, n: int) -> Node:
+        with self.graph.inserting_after(self.cursor):
+            return self._finish(lift(self.graph, old, streams, n), "streams")
+
+    def _parameter(self, name: Node | str) -> Node:
+        return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
+
+    def _follow(self, node: Node, like: Node) -> None:
+        """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""
+        while node.op == "placeholder" and node.next.op == "placeholder":
+            node = node.next
+        self.cursor, self.like = node, like
+
+    def _call(self, name: str, target: Callable[..., Any], *args: Any) -> Node:
+        return self._emit(name, "call_function", target, args)
+
+    def _emit(self, name: str, op: str, target: Any, args: tuple[Any, ...]) -> Node:
+        with self.graph.inserting_after(self.cursor):
+            return self._finish(self.graph.create_node(op, target, args, {}, f"mhc_{name}"), name)
+
+    def _finish(self, node: Node, name: str) -> Node:
+        node.meta = {key: value for key, value in self.like.meta.items() if key in {"nn_module_stack", "stack_trace"}}
+        value = _example(node)
+        if value is not None:
+            node.meta["example_value"] = value
+        self.cursor = node
+        return node
+
+
+def _example(node: Node) -> Any:
+    """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
+    if node.op == "get_attr":
+        return None
+
+    def value(operand: Node) -> Any:
+        return operand.meta.get("example_value", operand.meta.get("val"))
+
+    operands = [value(operand) for operand in node.all_input_nodes]
+    if any(operand is None for operand in operands):
+        return None
+    args = torch.fx.map_arg(node.args, value)
+    with torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:])
+        return node.target(*args)  # type: ignore[operator]

@@ -1,0 +1,63 @@
+"""Where a node of a graph comes from: the modules whose calls surround it, and the parameters that it reads.
+
+`find` needs module paths and nothing else of the world outside the graph. A graph that `torch.fx.symbolic_trace` made carries them itself and is
+served by `Provenance`; a Dynamo graph knows modules by identity and has a provenance of its own (`mhc_compile.dynamo`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+__all__ = ["ModuleRef", "Provenance", "common_owner", "source_line"]
+
+
+@dataclass(frozen=True)
+class ModuleRef:
+    """A module as the graph knows it."""
+
+    #: Identity inside this graph. Two calls of one module have different keys.
+    key: str
+    #: Path below the traced root; "" is the root itself.
+    path: str
+    #: Class name, for reports.
+    kind: str
+    #: False for the module whose own `forward` was handed to the tracer: its call, and so its hooks, lie outside the graph.
+    called: bool = True
+
+
+class Provenance:
+    """Provenance of graphs from `torch.fx.symbolic_trace`: paths are the keys of `nn_module_stack`."""
+
+    def stack(self, node: Node) -> tuple[ModuleRef, ...]:
+        """The modules whose calls surround `node`, the root first, the innermost last. For a leaf call the leaf is the last."""
+        stack = node.meta.get("nn_module_stack", {})
+        calls = (ModuleRef(str(key), path, kind.__name__) for key, (path, kind) in stack.items() if path)
+        return (ModuleRef("", "", "root", called=False), *calls)
+
+    def parameter_name(self, node: Node) -> str | None:
+        """Dotted path, below the root, of the parameter that `node` stands for, or None if it stands for none."""
+        return str(node.target) if node.op == "get_attr" else None
+
+
+def common_owner(outer: tuple[ModuleRef, ...], inner: tuple[ModuleRef, ...]) -> tuple[ModuleRef | None, ModuleRef | None]:
+    """The deepest call that both stacks share, and the next call on `inner` below it (None where `inner` ends there)."""
+    depth = 0
+    while depth < min(len(outer), len(inner)) and outer[depth].key == inner[depth].key:
+        depth += 1
+    owner = outer[depth - 1] if depth else None
+    child = inner[depth] if depth < len(inner) else None
+    return owner, child
+
+
+def source_line(node: Node) -> str:
+    """`file:line` in the model's source that wrote this node, "" if the tracer did not record it."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not frames:
+        return ""
+    file, line, *_ = frames[-1].removeprefix('File "').split(", ")
+    return f"{file.rstrip(chr(34))}:{line.removeprefix('line ')}"

@@ -1,0 +1,139 @@
+"""The role that an operation plays, whatever its spelling. The one place where operations are known by name.
+
+A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf module; `op_name` gives one name for all
+spellings, and the tables below give that name a role.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+__all__ = [
+    "ADDS",
+    "INPLACE_ADDS",
+    "is_attention",
+    "is_contraction",
+    "is_convolution",
+    "is_inplace",
+    "is_view",
+    "op_name",
+    "passes_value",
+    "tensor_value",
+]
+
+ADDS = frozenset({"add", "__add__", "__radd__"})
+INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
+
+_MATRIX_PRODUCTS = frozenset(
+    "linear addmm addbmm baddbmm mm bmm matmul __matmul__ __rmatmul__ einsum tensordot bilinear mv addmv chain_matmul".split()
+)
+_CONVOLUTIONS = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc".split()
+)
+_ATTENTIONS = frozenset("scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop".split())
+_RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
+
+#: Results share storage with the first operand.
+_VIEWS = frozenset(
+    "view reshape flatten unflatten view_as reshape_as squeeze unsqueeze transpose swapaxes permute movedim t T mT getitem select"
+    " narrow slice chunk split unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
+)
+
+#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value flows from skip to branch through it.
+_NO_VALUE = frozenset(
+    "size shape dim numel ones_like zeros_like full_like empty_like rand_like randn_like randint_like new_ones new_zeros new_full"
+    " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
+)
+
+_MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
+_MODULE_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_MODULE_ATTENTIONS = (nn.MultiheadAttention,)
+_MODULE_RECURRENCES = (nn.RNNBase,)
+_INPLACE_OPERATORS = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.setitem}
+)
+#: Where the functional form takes its `inplace` flag: Dynamo passes such flags by position.
+_INPLACE_FLAG = {
+    "relu": 1, "relu6": 1, "silu": 1, "mish": 1, "selu": 1, "hardswish": 1, "hardsigmoid": 1, "elu": 2, "celu": 2, "leaky_relu": 2,
+    "dropout": 3, "alpha_dropout": 3, "hardtanh": 3, "threshold": 3,
+}  # fmt: skip
+
+
+def op_name(node: Node) -> str:
+    """One name for every spelling of an operation: "add" for `+`, `torch.add`, `Tensor.add` and `aten.add.Tensor`. Empty for non-calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.split("::")[-1]
+    return getattr(target, "__name__", type(target).__name__)
+
+
+def _module(node: Node) -> nn.Module | None:
+    if node.op != "call_module":
+        return None
+    owner = node.graph.owning_module
+    return owner.get_submodule(str(node.target)) if owner is not None else None
+
+
+def is_convolution(node: Node) -> bool:
+    """A convolution, whose features lie on axis 1."""
+    return op_name(node) in _CONVOLUTIONS or isinstance(_module(node), _MODULE_CONVOLUTIONS)
+
+
+def is_attention(node: Node) -> bool:
+    """A fused attention."""
+    return op_name(node) in _ATTENTIONS or isinstance(_module(node), _MODULE_ATTENTIONS)
+
+
+def is_contraction(node: Node) -> bool:
+    """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
+    if op_name(node) in _MATRIX_PRODUCTS | _RECURRENCES or is_convolution(node) or is_attention(node):
+        return True
+    return isinstance(_module(node), _MODULE_CONTRACTIONS + _MODULE_RECURRENCES)
+
+
+def is_view(node: Node) -> bool:
+    """The result may share storage with the first operand."""
+    return op_name(node) in _VIEWS
+
+
+def is_inplace(node: Node) -> bool:
+    """The operation writes into its first operand (or into `out`)."""
+    if node.op == "call_module":
+        return bool(getattr(_module(node), "inplace", False))
+    if node.op == "call_function" and (node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None):
+        return True
+    name = op_name(node)
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    flag = _INPLACE_FLAG.get(name)
+    return node.kwargs.get("inplace") is True or (flag is not None and len(node.args) > flag and node.args[flag] is True)
+
+
+def tensor_value(node: Node) -> torch.Tensor | None:
+    """The example (fake) tensor that a tracer recorded for this node, if it is one tensor."""
+    value: Any = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def passes_value(node: Node) -> bool:
+    """Whether a differentiable value of an operand can reach the result. Integers, masks, shapes and detached tensors do not carry one."""
+    if op_name(node) in _NO_VALUE:
+        return False
+    value: Any = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        return value.dtype.is_floating_point or value.dtype.is_complex
+    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets the benefit of the doubt.
+    return not isinstance(value, (bool, int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))

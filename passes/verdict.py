@@ -1,0 +1,112 @@
+"""Every candidate ends in exactly one verdict: it is a site, or it is refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from mhc_compile.passes.provenance import ModuleRef
+
+__all__ = ["Reason", "Refusal", "Site"]
+
+
+class Reason(Enum):
+    """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print."""
+
+    #: The terms have different shapes, so one of them is broadcast: a bias, a mask, a position table.
+    BROADCAST = "broadcast"
+    #: Complex terms, or a sum whose dtype differs from that of the skip, so that the trunk changes dtype at the add.
+    DTYPE = "dtype"
+    #: The tensors have fewer than two axes: a loss, a bias, a norm.
+    NO_FEATURE_AXIS = "no-feature-axis"
+    #: The size of the feature axis is symbolic; phi needs a number.
+    DYNAMIC_WIDTH = "dynamic-width"
+    #: A value is added to itself.
+    SAME_VALUE = "same-value"
+    #: No term depends on another: embeddings that are summed, experts that are accumulated, two encoders that meet.
+    INDEPENDENT = "independent"
+    #: One term depends on the other, but only through shapes, integers or detached values.
+    NOT_DIFFERENTIABLE = "not-differentiable"
+    #: One term depends on the other by point-wise operations alone: a polynomial such as tanh-GELU's, a gate, a rotation.
+    NO_CONTRACTION = "no-contraction"
+    #: The features of the branch do not lie on the last axis (convolutions), or views between the branch's last product and the add lose them.
+    FEATURE_AXIS = "feature-axis"
+    #: The skip or the sum is written in place, and the old or the new value may be read under another name.
+    MUTATED_OPERAND = "mutated-operand"
+    #: The add is performed outside every module, so there is nobody to own the parameters.
+    NO_OWNER = "no-owner"
+    #: No module call inside this graph can declare the parameters: the branch is written with parameters of the compiled function's own module.
+    NO_CARRIER = "no-carrier"
+    #: The module was attached, but the tracer did not see the declaration of its parameters.
+    NOT_DECLARED = "not-declared"
+    #: The same module performs another site with another width; one set of parameters cannot serve both.
+    WIDTH_CONFLICT = "width-conflict"
+    #: The skip is already the trunk of an earlier site: a residual block nested in a branch, or a fork.
+    SHARED_TRUNK = "shared-trunk"
+    #: The chain has fewer sites than `min_sites`. Streams that are merged after every block compute what the plain model does.
+    CHAIN_TOO_SHORT = "chain-too-short"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One residual add `x + f(x)`, or several that read the same trunk value (`x + attention(x) + mlp(x)`).
+
+    Nodes belong to the normalised graph. Before: `skip -> branch -> terms`, and `add = skip + sum(terms)`.
+    """
+
+    #: The last add of the sum. Its value is the trunk after the site.
+    add: Node
+    #: All adds that the sum is made of, `add` last.
+    adds: tuple[Node, ...]
+    #: x, the trunk value.
+    skip: Node
+    #: f(x), one or more.
+    terms: tuple[Node, ...]
+    #: Everything that depends on the skip and leads to a term.
+    branch: frozenset[Node]
+    #: The last contraction of the branch: it names the site.
+    anchor: Node
+    #: C.
+    width: int
+    #: The module that performs the site, and whose submodule the hyper-connection becomes.
+    owner: ModuleRef
+    #: Path of the branch below the owner: "attn", "mlp", "blocks.3".
+    name: str
+    #: The module called in the graph, whose pre-hook declares the parameters to the tracer.
+    carrier: ModuleRef
+
+    @property
+    def path(self) -> str:
+        """Where the parameters live, below the traced root: "transformer.h.0.mhc.attn"."""
+        return ".".join(part for part in (self.owner.path, "mhc", self.name) if part)
+
+    def __str__(self) -> str:
+        return f"site {self.path}"
+
+
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """A candidate that stays as it is. `sentence` is built only when somebody reads it."""
+
+    add: Node
+    reason: Reason
+    explain: Callable[[], str] = field(repr=False)
+    #: The best near miss: where the module stack puts the add.
+    where: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What was found, for people."""
+        return self.explain()
+
+    def __bool__(self) -> bool:
+        """A refusal is falsy, so that `if verdict` reads as "is it a site"."""
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.sentence}"
