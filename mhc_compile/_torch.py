@@ -6,25 +6,35 @@ Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mhc_compile.errors import MhcError
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType
+
+    from mhc_compile.errors import MhcError
 
 try:
+    from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, reset_code
-    from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback, TensorifyScalarRestartAnalysis, TorchDynamoException
+    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+    from torch._dynamo.exc import (
+        BackendCompilerFailed,
+        ShortenTraceback,
+        TensorifyScalarRestartAnalysis,
+        TorchDynamoException,
+    )
     from torch._dynamo.guards import DeletedGuardManagerWrapper
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 except ImportError as error:  # pragma: no cover - depends on the torch that is installed
-    raise ImportError(f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}") from error
+    raise ImportError(
+        f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
+    ) from error
 
 __all__ = [
     "BackendCompilerFailed",
@@ -87,13 +97,15 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
     for entry in _debug_get_cache_entry_list(code):
         manager = entry.guard_manager
         if not isinstance(manager, DeletedGuardManagerWrapper):
+            assert manager.extra_state is not None
             manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("mhc_compile attached hyper-connections"))
 
 
 def isolated_compile(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13)."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        return torch.compile(model, backend=backend, isolate_recompiles=True)  # type: ignore[no-any-return]
+        settings: dict[str, Any] = {"isolate_recompiles": True}
+        return torch.compile(model, backend=backend, **settings)
     return torch.compile(model, backend=backend)
 
 
@@ -120,7 +132,7 @@ def module_by_id(identity: int) -> nn.Module | None:
 
 def inner_backend(name: str) -> Callable[..., Any]:
     """A `torch.compile` backend by name."""
-    return lookup_backend(name)  # type: ignore[no-any-return]
+    return lookup_backend(name)
 
 
 def compile_with_inductor(
@@ -134,9 +146,10 @@ def compile_with_inductor(
     from torch._inductor import list_mode_options
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
-    return compile_fx(  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(
         module, inputs, config_patches=patches or None, decompositions={**select_decomp_table(), **decompositions}
     )
+    return compiled  # type: ignore[no-any-return]
 
 
 def raise_through_dynamo(error: MhcError) -> None:

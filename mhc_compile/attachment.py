@@ -10,15 +10,15 @@ graph even where the block itself is the compiled function, whose own hooks run 
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
+from mhc_compile._warn import warn
 from mhc_compile.connection import HyperConnection
-from mhc_compile.errors import AttachError, MhcWarning
+from mhc_compile.errors import AttachError
 from mhc_compile.optimizers import expect
 from mhc_compile.options import Options
 
@@ -62,15 +62,13 @@ class HyperConnections(nn.Module):
 
 def _declare(carrier: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
     if torch.compiler.is_compiling():
-        for connection in carrier._mhc_declared:
+        for connection in carrier._mhc_declared:  # type: ignore[union-attr]
             torch.ops.mhc.declare(connection.phi, connection.bias, connection.scale)
     else:
-        warnings.warn(
+        warn(
             "a model with hyper-connections ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
             " Call the compiled model, with options={'inner': 'eager'} to debug it, or take the hyper-connections off with"
-            " mhc_compile.detach(model)",
-            MhcWarning,
-            stacklevel=2,
+            " mhc_compile.detach(model)"
         )
 
 

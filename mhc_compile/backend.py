@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
 from mhc_compile import _torch, ops
@@ -20,6 +18,7 @@ from mhc_compile.study import Study, complain, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import CodeType
 
 __all__ = ["mhc"]
 
@@ -74,7 +73,12 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         _torch.restart_trace()
     bindings = result.bind()
     for chain in result.plan.chains:
-        log.info("chain of %d sites, width %d: %s", len(chain.sites), chain.width, ", ".join(site.path for site in chain.sites))
+        log.info(
+            "chain of %d sites, width %d: %s",
+            len(chain.sites),
+            chain.width,
+            ", ".join(site.path for site in chain.sites),
+        )
     for refusal in result.plan.refusals:
         log.debug("refused %s: %s", refusal.add, refusal)
     if not bindings:
@@ -108,5 +112,7 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
     if callable(options.inner):
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "inductor":
-        return _torch.compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor))
+        return _torch.compile_with_inductor(
+            graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor)
+        )
     return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]

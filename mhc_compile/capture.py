@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from mhc_compile.errors import CaptureError, MhcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import CodeType
 
-__all__ = ["capture"]
+__all__ = ["capture", "probe"]
 
 
 def capture(
@@ -35,50 +37,63 @@ def capture(
         CaptureError: the model cannot be traced with these inputs; the cause is chained.
         MhcError: whatever `on_graph` raised.
     """
-    backend = _Capture(on_graph)
+    graphs = 0
+
+    def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        on_graph(graph_module, inputs)
+        return _stub(graph_module)
+
     try:
         with torch.enable_grad():
-            _torch.isolated_compile(model, backend)(*args, **kwargs)
+            probe(model, look, args, kwargs)
     except MhcError:
         raise
     except Exception as error:
-        if backend.failure is not None:
-            raise backend.failure from None
         shown = ", ".join([*map(_show, args), *(f"{name}={_show(value)}" for name, value in kwargs.items())])
         raise CaptureError(
-            f"{type(model).__name__} could not be traced with the inputs ({shown}): {type(error).__name__}: {_first_line(error)}."
+            f"{type(model).__name__} could not be traced with the inputs ({shown}): {_cause(error)}."
             " Give the inputs that model(...) takes"
         ) from error
+    return graphs
+
+
+def probe(
+    model: nn.Module,
+    backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls `torch.compile(model, backend=backend)` once and leaves Dynamo's caches as they were: the model's compiled versions stay."""
+    single = _SingleUse(backend)
+    try:
+        return _torch.isolated_compile(model, single)(*args, **kwargs)
+    except _torch.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MhcError):
+            raise error.inner_exception from None
+        raise
     finally:
-        backend.close()
-    return backend.graphs
+        single.close()
 
 
-class _Capture:
-    """A backend that looks and does not compile."""
+class _SingleUse:
+    """A backend for one call. Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it holds."""
 
-    def __init__(self, on_graph: Callable[[torch.fx.GraphModule, list[Any]], None]) -> None:
-        self.on_graph: Callable[[torch.fx.GraphModule, list[Any]], None] | None = on_graph
-        self.failure: MhcError | None = None
-        self.graphs = 0
-        self._fresh: list[Any] = []
+    def __init__(self, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
+        self.backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]] | None = backend
+        self._fresh: list[CodeType] = []
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        assert self.on_graph is not None
+        assert self.backend is not None
         code = _torch.frame_code()
         if not _torch.has_compiled(code):
             self._fresh.append(code)
-        self.graphs += 1
-        try:
-            self.on_graph(graph_module, inputs)
-        except MhcError as error:
-            self.failure = error
-            raise
-        return _stub(graph_module)
+        return self.backend(graph_module, inputs)
 
     def close(self) -> None:
-        """Dynamo keeps a backend as long as the code that it compiled: let go of the model, and of the entries where only we made any."""
-        self.on_graph = None
+        """Forgets the backend, and every entry of code that only this call compiled."""
+        self.backend = None
         for code in self._fresh:
             _torch.forget_compiled(code, all_entries=True)
 
@@ -86,13 +101,17 @@ class _Capture:
 def _stub(graph_module: torch.fx.GraphModule) -> Callable[..., Any]:
     nodes = list(graph_module.graph.nodes)
     positions = {node: position for position, node in enumerate(n for n in nodes if n.op == "placeholder")}
-    recipes = torch.fx.map_arg(nodes[-1].args[0], lambda n: _Input(positions[n]) if n in positions else _Fake(n.meta.get("example_value")))
+
+    def recipe(node: torch.fx.Node) -> Any:
+        return _Input(positions[node]) if node in positions else _Fake(node.meta.get("example_value"))
+
+    recipes: Any = torch.fx.map_arg(nodes[-1].args[0], recipe)
 
     def run(*inputs: Any) -> Any:
-        def make(recipe: Any) -> Any:
-            if isinstance(recipe, _Input):
-                return inputs[recipe.position]
-            return _concrete(recipe.value) if isinstance(recipe, _Fake) else recipe
+        def make(entry: Any) -> Any:
+            if isinstance(entry, _Input):
+                return inputs[entry.position]
+            return _concrete(entry.value) if isinstance(entry, _Fake) else entry
 
         return tuple(map(make, recipes)) if isinstance(recipes, (tuple, list)) else make(recipes)
 
@@ -124,6 +143,14 @@ def _show(value: Any) -> str:
     return type(value).__name__
 
 
-def _first_line(error: BaseException) -> str:
+#: How Dynamo quotes the error of an operation that failed on fake tensors.
+_QUOTED = re.compile(r"got (\w+\(.*\))")
+
+
+def _cause(error: BaseException) -> str:
+    """The one line of a Dynamo error that tells a user what is wrong with the inputs."""
+    quoted = _QUOTED.search(str(error))
+    if quoted:
+        return quoted.group(1)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else "no message"
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"

@@ -59,7 +59,9 @@ class HyperConnection(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise OptionError(f"HyperConnection: width is {width!r}; expected a positive integer, the size of the feature axis")
+            raise OptionError(
+                f"HyperConnection: width is {width!r}; expected a positive integer, the size of the feature axis"
+            )
         options = options or Options()
         self.width = width
         self.streams = options.streams

@@ -36,7 +36,11 @@ class DynamoProvenance(Provenance):
         if self.root is not None:
             for path, module in self.root.named_modules():
                 self._paths.setdefault(id(module), path)
-        names = {id(parameter): path for path, parameter in self.root.named_parameters(remove_duplicate=False)} if self.root else {}
+        names = (
+            {id(parameter): path for path, parameter in self.root.named_parameters(remove_duplicate=False)}
+            if self.root
+            else {}
+        )
         # Placeholders keep their target through every copy of the graph, and it is unique.
         self._targets: dict[int, str] = {}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]

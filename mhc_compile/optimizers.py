@@ -6,16 +6,16 @@ would train the model around them, silently. A hook before every optimizer step 
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from mhc_compile.errors import MhcWarning
+from mhc_compile._warn import warn
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mhc_compile.connection import HyperConnection
     from mhc_compile.options import OptimizerPolicy
 
@@ -70,11 +70,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
             place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
     _waiting[:] = still
     if left_out:
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__} was built before hyper-connections were attached and does not train {len(left_out)} of them."
-            " Build it after mhc_compile.attach(model, ...), or use the option optimizer='join'",
-            MhcWarning,
-            stacklevel=3,
+            " Build it after mhc_compile.attach(model, ...), or use the option optimizer='join'"
         )
 
 

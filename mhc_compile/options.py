@@ -26,9 +26,13 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if not isinstance(value, str):
-        raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected one of {', '.join(map(repr, known))}")
+        raise OptionError(
+            f"option {name!r} is {value!r} ({type(value).__name__}); expected one of {', '.join(map(repr, known))}"
+        )
     if value not in known:
-        raise OptionError(f"option {name!r} is {value!r}; {_nearest(value, list(known))}expected one of {', '.join(map(repr, known))}")
+        raise OptionError(
+            f"option {name!r} is {value!r}; {_nearest(value, list(known))}expected one of {', '.join(map(repr, known))}"
+        )
 
 
 def _number(name: str, value: object, kind: type, low: float, high: float, unit: str) -> None:
@@ -82,17 +86,28 @@ class Options:
         _one_of("mapping", self.mapping, ("sinkhorn", "identity"))
         _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
         _one_of("start", self.start, get_args(Start))
-        _number("scale", self.scale, float, 1e-8, 100.0, "a number from 1e-8 to 100 (at 0 the projections would never learn)")
+        _number(
+            "scale",
+            self.scale,
+            float,
+            1e-8,
+            100.0,
+            "a number from 1e-8 to 100 (at 0 the projections would never learn)",
+        )
         _number("lean", self.lean, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
         _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
         _number("min_sites", self.min_sites, int, 1, 1_000_000, "a positive integer")
         if not isinstance(self.strict, bool):
-            raise OptionError(f"option 'strict' is {self.strict!r} ({type(self.strict).__name__}); expected True or False")
+            raise OptionError(
+                f"option 'strict' is {self.strict!r} ({type(self.strict).__name__}); expected True or False"
+            )
         if not callable(self.inner):
             _one_of("inner", self.inner, get_args(Inner))
         _one_of("optimizer", self.optimizer, get_args(OptimizerPolicy))
         if not isinstance(self.inductor, Mapping):
-            raise OptionError(f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings")
+            raise OptionError(
+                f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings"
+            )
 
     @classmethod
     def names(cls) -> list[str]:
@@ -111,7 +126,9 @@ class Options:
         if isinstance(options, Options):
             return options
         if not isinstance(options, Mapping):
-            raise OptionError(f"options are {options!r} ({type(options).__name__}); expected a dict such as {{'streams': 4}}")
+            raise OptionError(
+                f"options are {options!r} ({type(options).__name__}); expected a dict such as {{'streams': 4}}"
+            )
         known = cls.names()
         for name in options:
             if name not in known:

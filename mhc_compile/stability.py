@@ -7,7 +7,7 @@ first at 1 and the second near it; unconstrained hyper-connections reach thousan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mhc_compile.attachment import connections, unwrap
 from mhc_compile.backend import mhc
+from mhc_compile.capture import probe
 from mhc_compile.errors import AttachError
 from mhc_compile.options import Options
 
@@ -78,13 +79,9 @@ def gain(
     def recording(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG001
         return _Recorder(graph_module, chains).run
 
-    fields = {name: getattr(parsed, name) for name in Options.names()} | {"inner": recording}
-
-    def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return mhc(graph_module, inputs, options=Options(**fields))
-
+    recorded = replace(parsed, inner=recording)
     with torch.no_grad():
-        torch.compile(target, backend=backend)(*args, **kwargs)
+        probe(target, lambda graph_module, inputs: mhc(graph_module, inputs, options=recorded), args, kwargs)
     return tuple(_measure(chain) for chain in chains)
 
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_site, find_connection
 from mhc_compile.dynamo import DynamoProvenance
-from mhc_compile.errors import MhcWarning, NothingRewrittenError
+from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+    from torch import nn
     from torch.fx import Graph, Node
 
     from mhc_compile.connection import HyperConnection
     from mhc_compile.options import Options
 
-__all__ = ["Study", "complain", "study"]
+__all__ = ["Study", "complain", "study", "width_conflict"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Study:
                     owner, carrier = self._modules(site)
                     connection = find_connection(owner, site)
                     if connection is not None and connection.width != site.width:
-                        vetoes[site.add] = _width_conflict(site, connection)
+                        vetoes[site.add] = width_conflict(site, connection)
                         continue
                     changed |= attach_site(owner, carrier, site, options, index=index)
             if len(vetoes) == len(self._vetoes):
@@ -77,7 +77,9 @@ class Study:
             self._replan(vetoes)
 
     def _binding(self, connection: HyperConnection, inputs: dict[str, Node]) -> Binding | None:
-        targets = [self.provenance.target_of(parameter) for parameter in (connection.phi, connection.bias, connection.scale)]
+        targets = [
+            self.provenance.target_of(parameter) for parameter in (connection.phi, connection.bias, connection.scale)
+        ]
         if any(target is None for target in targets):
             return None
         phi, bias, scale = (inputs[str(target)] for target in targets)
@@ -112,17 +114,22 @@ def complain(refusals: Iterable[Refusal], options: Options) -> None:
     """
     reasons = Counter(refusal.reason.value for refusal in refusals)
     listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    found = f"{sum(reasons.values())} floating-point additions, all refused ({listed})" if reasons else "no addition of floating-point tensors"
+    found = (
+        f"{sum(reasons.values())} floating-point additions, all refused ({listed})"
+        if reasons
+        else "no addition of floating-point tensors"
+    )
     message = (
         f"nothing was rewritten: the model has {found}. It runs as the plain model."
         " `mhc explain` or mhc_compile.explain(model, ...) shows each addition with its reason"
     )
     if options.strict:
         raise NothingRewrittenError(message)
-    warnings.warn(message, MhcWarning, stacklevel=2)
+    warn(message)
 
 
-def _width_conflict(site: Site, connection: HyperConnection) -> Refusal:
+def width_conflict(site: Site, connection: HyperConnection) -> Refusal:
+    """The refusal of a site whose module already serves another width."""
     return refuse_site(
         site,
         Reason.WIDTH_CONFLICT,

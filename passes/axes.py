@@ -20,7 +20,9 @@ def feature_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | Non
     `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and every other contraction on the last one.
     """
     value = tensor_value(anchor)
-    if value is None:  # attention returns (output, weights); getitem gives the tensor back, and its features are last as well
+    if (
+        value is None
+    ):  # attention returns (output, weights); getitem gives the tensor back, and its features are last as well
         axes: dict[Node, int | None] = {anchor: -1}
     else:
         axes = {anchor: 1 if is_convolution(anchor) else value.dim() - 1}

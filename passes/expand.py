@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +15,7 @@ from mhc_compile.passes.lift import lift
 from mhc_compile.passes.roles import tensor_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mhc_compile.passes.plan import Chain, Plan
     from mhc_compile.passes.verdict import Site
@@ -134,7 +133,9 @@ class _Expansion:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
         settings = (binding.mapping, binding.iterations, binding.eps)
         packed = self._call("coefficients", mhc.coefficients.default, streams, *parameters, *settings)
-        pre, post, res = (self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res")))
+        pre, post, res = (
+            self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))
+        )
         collapsed = self._call("collapsed", mhc.collapse.default, streams, pre)
         for reader in readers:
             reader.replace_input_with(skip, collapsed)
@@ -153,7 +154,7 @@ class _Expansion:
 
     def _emit_lifted(self, old: Node, streams: Node, n: int) -> Node:
         with self.graph.inserting_after(self.cursor):
-            return self._finish(lift(self.graph, old, streams, n), "streams")
+            return self._finish(lift(self.graph, old, streams, n))
 
     def _parameter(self, name: Node | str) -> Node:
         return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
@@ -169,9 +170,9 @@ class _Expansion:
 
     def _emit(self, name: str, op: str, target: Any, args: tuple[Any, ...]) -> Node:
         with self.graph.inserting_after(self.cursor):
-            return self._finish(self.graph.create_node(op, target, args, {}, f"mhc_{name}"), name)
+            return self._finish(self.graph.create_node(op, target, args, {}, f"mhc_{name}"))
 
-    def _finish(self, node: Node, name: str) -> Node:
+    def _finish(self, node: Node) -> Node:
         node.meta = {key: value for key, value in self.like.meta.items() if key in {"nn_module_stack", "stack_trace"}}
         value = _example(node)
         if value is not None:

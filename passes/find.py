@@ -8,7 +8,6 @@ The cost is linear in the size of the graph plus, for every add, the stretch bet
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,22 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mhc_compile.passes.axes import feature_axis
-from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner, source_line
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, is_inplace, is_view, op_name, passes_value, tensor_value
+from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
+from mhc_compile.passes.roles import (
+    ADDS,
+    INPLACE_ADDS,
+    is_contraction,
+    is_inplace,
+    is_view,
+    op_name,
+    passes_value,
+    tensor_value,
+)
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.fx import Graph, Node
 
@@ -84,30 +94,40 @@ class _Finder:
     def _judge(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Refusal:
         if op_name(add) in INPLACE_ADDS:
             return self._refuse(
-                add, Reason.MUTATED_OPERAND, lambda: f"{add.args[0]} is written in place and may be read again under another name"
+                add,
+                Reason.MUTATED_OPERAND,
+                lambda: f"'{add.args[0]}' is written in place and may be read again under another name",
             )
         if problem := self._shape_problem(add, terms):
             return problem
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)
         if len(others) != len(terms) - 1 or not others:
-            return self._refuse(add, Reason.SAME_VALUE, lambda: f"{skip} is added to itself")
+            return self._refuse(add, Reason.SAME_VALUE, lambda: f"'{skip}' is added to itself")
         branch = self._branch(skip, others)
         strangers = [term for term in others if term not in branch.nodes]
         if strangers:
             reason = Reason.NOT_DIFFERENTIABLE if self._depends_anyhow(skip, strangers[0]) else Reason.INDEPENDENT
-            how = "only through shapes, integers or detached values" if reason is Reason.NOT_DIFFERENTIABLE else "not at all"
-            return self._refuse(add, reason, lambda: f"{strangers[0]} depends on {skip} {how}")
+            if reason is Reason.INDEPENDENT:
+                return self._refuse(add, reason, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
+            return self._refuse(
+                add,
+                reason,
+                lambda: f"'{strangers[0]}' depends on '{skip}' only through shapes, integers or detached values",
+            )
         plain = [term for term in others if term not in branch.contracted]
         if plain:
             return self._refuse(
                 add,
                 Reason.NO_CONTRACTION,
-                lambda: f"{plain[0]} is computed from {skip} by point-wise operations alone, without a product, a convolution or attention",
+                lambda: (
+                    f"'{plain[0]}' is computed from '{skip}' by point-wise operations alone, without a product, a convolution or attention"
+                ),
             )
-        for value in (skip, add):
-            if writer := self._writer(value):
-                return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"{value} is written in place by {writer}")
+        written = {writer: value for value in (skip, add) if (writer := self._writer(value)) is not None}
+        if written:
+            writer, victim = next(iter(written.items()))
+            return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
         return self._site(add, adds, skip, others, branch)
 
     def _shape_problem(self, add: Node, terms: tuple[Node, ...]) -> Refusal | None:
@@ -122,8 +142,11 @@ class _Finder:
         if not total.dtype.is_floating_point or first is None or first.dtype != total.dtype:
             return self._refuse(add, Reason.DTYPE, lambda: f"terms {shown} give {_describe(total)}")
         if total.dim() < 2:
-            return self._refuse(add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis")
-        if not isinstance(total.shape[-1], int):
+            return self._refuse(
+                add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis"
+            )
+        width: object = total.shape[-1]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
+        if not isinstance(width, int):
             return self._refuse(add, Reason.DYNAMIC_WIDTH, lambda: f"the feature axis of {shown} has no fixed size")
         return None
 
@@ -165,7 +188,9 @@ class _Finder:
                     return user
         return None
 
-    def _site(self, add: Node, adds: tuple[Node, ...], skip: Node, others: tuple[Node, ...], branch: _Branch) -> Site | Refusal:
+    def _site(
+        self, add: Node, adds: tuple[Node, ...], skip: Node, others: tuple[Node, ...], branch: _Branch
+    ) -> Site | Refusal:
         value = tensor_value(add)
         assert value is not None
         anchors = [node for node in branch.nodes if is_contraction(node)]
@@ -175,7 +200,9 @@ class _Finder:
             return self._refuse(
                 add,
                 Reason.FEATURE_AXIS,
-                lambda: f"the features of {anchor} do not lie on the last axis of {_describe(value)}; streams are laid out for [..., C]",
+                lambda: (
+                    f"the features of '{anchor}' do not lie on the last axis of {_describe(value)}; streams are laid out for [..., C]"
+                ),
             )
         owner, child = common_owner(self.provenance.stack(add), self.provenance.stack(anchor))
         if owner is None:
@@ -185,7 +212,9 @@ class _Finder:
             return self._refuse(
                 add,
                 Reason.NO_CARRIER,
-                lambda: f"the branch ends in {anchor}, written with parameters of the compiled module itself; no module call can declare ours",
+                lambda: (
+                    f"the branch ends in '{anchor}', written with parameters of the compiled module itself; no module call can declare ours"
+                ),
             )
         return Site(
             add=add,

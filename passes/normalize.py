@@ -60,11 +60,13 @@ def _harmless(node: Node, terms: tuple[Node, Node], order: dict[Node, int]) -> b
     target, other = terms
     if target.op in {"placeholder", "get_attr"} or target is other or is_view(target):
         return False
-    wide, narrow = tensor_value(node), tensor_value(target)
-    if wide is None or narrow is None or torch.result_type(narrow, tensor_value(other)) != narrow.dtype:
+    narrow, added = tensor_value(target), tensor_value(other)
+    if narrow is None or added is None or torch.result_type(narrow, added) != narrow.dtype:
         return False
     aliases = [user for user in target.users if user is not node and is_view(user)]
-    late = [user for value in (target, *aliases) for user in value.users if user is not node and order[user] > order[node]]
+    late = [
+        user for value in (target, *aliases) for user in value.users if user is not node and order[user] > order[node]
+    ]
     return not late and other not in aliases
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,8 @@ from mhc_compile.passes.lift import liftable
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.provenance import Provenance
@@ -67,7 +68,9 @@ def plan_chains(
     kept = [site for site in findings.sites if site not in vetoed]
     chains, shared = _link(kept)
     long = tuple(chain for chain in chains if len(chain.sites) >= min_sites)
-    short = [_too_short(site, chain, min_sites) for chain in chains if len(chain.sites) < min_sites for site in chain.sites]
+    short = [
+        _too_short(site, chain, min_sites) for chain in chains if len(chain.sites) < min_sites for site in chain.sites
+    ]
     return Plan(long, _in_order(graph, findings, [*vetoed.values(), *shared, *short]))
 
 
@@ -117,7 +120,9 @@ def _shared(site: Site, first: Site) -> Refusal:
     return refuse_site(
         site,
         Reason.SHARED_TRUNK,
-        lambda: f"the trunk value {site.skip} already belongs to {first.path}, which lies in the branch of this add or beside it",
+        lambda: (
+            f"the trunk value '{site.skip}' already belongs to {first.path}, which lies in the branch of this add or beside it"
+        ),
     )
 
 
@@ -125,7 +130,9 @@ def _too_short(site: Site, chain: Chain, min_sites: int) -> Refusal:
     return refuse_site(
         site,
         Reason.CHAIN_TOO_SHORT,
-        lambda: f"its chain has {len(chain.sites)} site{'s'[: len(chain.sites) > 1]}; min_sites={min_sites} asks for more",
+        lambda: (
+            f"its chain has {len(chain.sites)} site{'s'[: len(chain.sites) > 1]}; min_sites={min_sites} asks for more"
+        ),
     )
 
 

@@ -36,14 +36,16 @@ class Provenance:
         """The modules whose calls surround `node`, the root first, the innermost last. For a leaf call the leaf is the last."""
         stack = node.meta.get("nn_module_stack", {})
         calls = (ModuleRef(str(key), path, kind.__name__) for key, (path, kind) in stack.items() if path)
-        return (ModuleRef("", "", "root", called=False), *calls)
+        return (ModuleRef("", "", "root"), *calls)
 
     def parameter_name(self, node: Node) -> str | None:
         """Dotted path, below the root, of the parameter that `node` stands for, or None if it stands for none."""
         return str(node.target) if node.op == "get_attr" else None
 
 
-def common_owner(outer: tuple[ModuleRef, ...], inner: tuple[ModuleRef, ...]) -> tuple[ModuleRef | None, ModuleRef | None]:
+def common_owner(
+    outer: tuple[ModuleRef, ...], inner: tuple[ModuleRef, ...]
+) -> tuple[ModuleRef | None, ModuleRef | None]:
     """The deepest call that both stacks share, and the next call on `inner` below it (None where `inner` ends there)."""
     depth = 0
     while depth < min(len(outer), len(inner)) and outer[depth].key == inner[depth].key:

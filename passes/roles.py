@@ -37,7 +37,9 @@ _MATRIX_PRODUCTS = frozenset(
 _CONVOLUTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc".split()
 )
-_ATTENTIONS = frozenset("scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop".split())
+_ATTENTIONS = frozenset(
+    "scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop".split()
+)
 _RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 #: Results share storage with the first operand.
@@ -57,7 +59,15 @@ _MODULE_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _MODULE_ATTENTIONS = (nn.MultiheadAttention,)
 _MODULE_RECURRENCES = (nn.RNNBase,)
 _INPLACE_OPERATORS = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.setitem}
+    {
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.itruediv,
+        operator.ifloordiv,
+        operator.ipow,
+        operator.setitem,
+    }
 )
 #: Where the functional form takes its `inplace` flag: Dynamo passes such flags by position.
 _INPLACE_FLAG = {
@@ -119,7 +129,9 @@ def is_inplace(node: Node) -> bool:
     if name.endswith("_") and not name.endswith("__"):
         return True
     flag = _INPLACE_FLAG.get(name)
-    return node.kwargs.get("inplace") is True or (flag is not None and len(node.args) > flag and node.args[flag] is True)
+    return node.kwargs.get("inplace") is True or (
+        flag is not None and len(node.args) > flag and node.args[flag] is True
+    )
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:

@@ -53,9 +53,13 @@ def _shape(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _check_coefficients(streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int) -> None:
+def _check_coefficients(
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int
+) -> None:
     if streams.dim() < 3 or not streams.is_floating_point():
-        raise ShapeError(f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {_shape(streams)}")
+        raise ShapeError(
+            f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {_shape(streams)}"
+        )
     n, width = streams.shape[-2:]
     columns = 2 * n + get_mapping(mapping).logits(n)
     if tuple(phi.shape) != (n * width, columns):
@@ -63,7 +67,9 @@ def _check_coefficients(streams: Tensor, phi: Tensor, bias: Tensor, scale: Tenso
             f"mhc::coefficients: phi is {_shape(phi)}; streams {_shape(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
         )
     if tuple(bias.shape) != (columns,) or tuple(scale.shape) != (3,):
-        raise ShapeError(f"mhc::coefficients: bias must be [{columns}] and scale [3], got {_shape(bias)} and {_shape(scale)}")
+        raise ShapeError(
+            f"mhc::coefficients: bias must be [{columns}] and scale [3], got {_shape(bias)} and {_shape(scale)}"
+        )
     if iterations < 1:
         raise ShapeError(f"mhc::coefficients: iterations must be at least 1, got {iterations}")
 

@@ -1,0 +1,84 @@
+"""What hyper-connections add, counted by hand: parameters, FLOPs and bytes per token.
+
+With n streams of width C and K columns of phi, one site adds per token and forward pass
+
+    projection 2 n C K, its norm 2 n C, collapse 2 n C, update 2 n² C + 2 n C, Sinkhorn 4 n² per iteration      FLOPs (a backward costs twice that)
+    (2 n + 2) C elements at the floor: one pass reads the streams and f, and writes the streams and h            (plain add: 3 C)
+    (5 n + 2) C elements as lowered now: projection, norm and collapse each read the streams, the update once more
+
+The floor is the figure of arXiv 2512.24880 v2, table 2, for everything in one pass (10 C at n = 4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhc_compile.mappings import get_mapping
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from mhc_compile.options import Options
+
+__all__ = ["Cost", "plain_flops", "site_cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of sites, added up. Per token, forward pass, unless the name says otherwise.
+
+    Attributes:
+        parameters: new parameters (per model, not per token).
+        flops: added floating-point operations.
+        bytes_lowered: bytes moved by the site as it is lowered now, estimated.
+        bytes_floor: bytes that any implementation must move.
+        bytes_plain: bytes that the plain residual add moves.
+    """
+
+    parameters: int = 0
+    flops: int = 0
+    bytes_lowered: int = 0
+    bytes_floor: int = 0
+    bytes_plain: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def times(self, count: int) -> Cost:
+        """The cost of running this `count` times with the same parameters."""
+        values = {name: getattr(self, name) * count for name in self.__dataclass_fields__}
+        return Cost(**{**values, "parameters": self.parameters})
+
+
+def site_cost(width: int, itemsize: int, options: Options) -> Cost:
+    """Cost of one site of width C whose trunk has elements of `itemsize` bytes."""
+    n, c = options.streams, width
+    mapping = get_mapping(options.mapping)
+    residual = mapping.logits(n)
+    k = 2 * n + residual
+    iterations = 4 * n * n * options.iterations if options.mapping == "sinkhorn" else 0
+    return Cost(
+        parameters=n * c * k + k + 3,
+        flops=2 * n * c * k + 2 * n * c + 2 * n * c + 2 * n * n * c + 2 * n * c + iterations,
+        bytes_lowered=(5 * n + 2) * c * itemsize,
+        bytes_floor=(2 * n + 2) * c * itemsize,
+        bytes_plain=3 * c * itemsize,
+    )
+
+
+def plain_flops(graph_module: GraphModule) -> int | None:
+    """FLOPs of one forward pass of a Dynamo graph, counted on its example values; None if an operation cannot run on them."""
+    inputs = [node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    counter = FlopCounterMode(display=False)
+    try:
+        with mode, counter, torch.no_grad():
+            torch.fx.Interpreter(graph_module).run(*inputs)
+    except Exception:  # an estimate must not make a report fail, whatever a model's operations raise
+        return None
+    return int(counter.get_total_flops())

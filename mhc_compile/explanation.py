@@ -1,0 +1,236 @@
+"""`mhc_compile.explain`: the dry run, as data. `report` renders it; the rewrite reads the same plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.attachment import unwrap
+from mhc_compile.capture import capture
+from mhc_compile.cost import Cost, plain_flops, site_cost
+from mhc_compile.options import Options
+from mhc_compile.passes import source_line
+from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.study import Study, study
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from rich.console import RenderableType
+    from torch import nn
+
+    from mhc_compile.passes import Chain, Refusal, Site
+
+__all__ = ["ChainReport", "Explanation", "GraphReport", "RefusalReport", "SiteReport", "explain"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One residual add that will become a hyper-connection.
+
+    Attributes:
+        path: where its parameters are, below the model: "transformer.h.0.mhc.attn".
+        owner: path of the module that performs the add; "" is the model itself.
+        owner_kind: class of that module.
+        branch: the branch below the owner: "attn".
+        index: position in the chain, which also says which stream the branch leans to (index mod n).
+        width: C.
+        adds: how many additions it is made of (2 for parallel attention and MLP).
+        source: `file:line` of the add in the model's code, "" if the tracer did not record it.
+    """
+
+    path: str
+    owner: str
+    owner_kind: str
+    branch: str
+    index: int
+    width: int
+    adds: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ChainReport:
+    """Sites that share one set of streams; `lifted` are the trunk operations that run on all streams."""
+
+    sites: tuple[SiteReport, ...]
+    width: int
+    lifted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RefusalReport:
+    """One addition that stays as it is: the graph's name for it, the module, the reason's code, the story, and `file:line`."""
+
+    add: str
+    module: str
+    reason: str
+    sentence: str
+    source: str
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that Dynamo made of the model.
+
+    Attributes:
+        nodes: its size.
+        chains: what will be rewritten.
+        refusals: every other addition of two floating-point tensors.
+        tokens: tokens in the example inputs, as the first chain counts them (batch × sequence); 0 without a chain.
+        flops: of one forward pass of the plain graph, None if they could not be counted.
+    """
+
+    nodes: int
+    chains: tuple[ChainReport, ...]
+    refusals: tuple[RefusalReport, ...]
+    tokens: int
+    flops: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `backend="mhc"` would do to a model. Print it with rich, or read the fields.
+
+    Attributes:
+        model: class name.
+        options: the options it was made for.
+        graphs: one report per graph; a graph break gives several.
+        cost: what the sites add, per token and forward pass, all graphs together.
+        parameters: parameters of the plain model.
+    """
+
+    model: str
+    options: Options
+    graphs: tuple[GraphReport, ...]
+    cost: Cost
+    parameters: int
+
+    @property
+    def chains(self) -> tuple[ChainReport, ...]:
+        """All chains."""
+        return tuple(chain for graph in self.graphs for chain in graph.chains)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """All sites."""
+        return tuple(site for chain in self.chains for site in chain.sites)
+
+    @property
+    def refusals(self) -> tuple[RefusalReport, ...]:
+        """All additions that stay as they are."""
+        return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason was given."""
+        return Counter(refusal.reason for refusal in self.refusals)
+
+    @property
+    def plain_flops_per_token(self) -> float | None:
+        """Forward FLOPs of the plain model per token, None if they could not be counted."""
+        counted = [graph for graph in self.graphs if graph.tokens]
+        if not counted or any(graph.flops is None for graph in counted):
+            return None
+        return sum(graph.flops / graph.tokens for graph in counted if graph.flops is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the fields, and `reasons` and `plain_flops_per_token` beside them."""
+        options = {name: getattr(self.options, name) for name in Options.names()}
+        if callable(options["inner"]):
+            options["inner"] = getattr(options["inner"], "__name__", "callable")
+        return {
+            "model": self.model,
+            "options": {**options, "inductor": dict(self.options.inductor)},
+            "parameters": self.parameters,
+            "cost": asdict(self.cost),
+            "plain_flops_per_token": self.plain_flops_per_token,
+            "reasons": dict(self.reasons),
+            "graphs": [asdict(graph) for graph in self.graphs],
+        }
+
+    def __rich__(self) -> RenderableType:
+        from mhc_compile.report import render
+
+        return render(self)
+
+
+def explain(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+) -> Explanation:
+    """Says what would be rewritten in `model`, what not and why, and what it costs. Nothing is run and nothing is changed.
+
+    Args:
+        model: any module, or one that `torch.compile` returned.
+        *args: example inputs, as for `model(*args, **kwargs)`.
+        options: as for `torch.compile(model, backend="mhc", options=options)`.
+        **kwargs: example inputs by name.
+
+    Raises:
+        OptionError: the options are wrong.
+        CaptureError: the model cannot be traced with these inputs.
+    """
+    parsed = Options.parse(options)
+    target = unwrap(model)
+    graphs: list[GraphReport] = []
+    costs: dict[str, list[Cost]] = {}
+
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        result = study(graph_module, inputs, parsed)
+        graphs.append(_graph(graph_module, result))
+        for site in result.plan.sites:
+            value = tensor_value(site.add)
+            assert value is not None
+            costs.setdefault(site.path, []).append(site_cost(site.width, value.element_size(), parsed))
+
+    capture(target, args, kwargs, on_graph)
+    # A site that is met twice (a shared layer) pays twice and has one set of parameters.
+    total = sum((met[0].times(len(met)) for met in costs.values()), Cost())
+    own = sum(p.numel() for name, p in target.named_parameters() if ".mhc." not in f".{name}")
+    return Explanation(type(target).__name__, parsed, tuple(graphs), total, own)
+
+
+def _graph(graph_module: torch.fx.GraphModule, result: Study) -> GraphReport:
+    chains = tuple(_chain(chain) for chain in result.plan.chains)
+    tokens = 0
+    if result.plan.chains:
+        value = tensor_value(result.plan.chains[0].start)
+        assert value is not None
+        tokens = int(value[..., 0].numel())
+    return GraphReport(
+        nodes=len(graph_module.graph.nodes),
+        chains=chains,
+        refusals=tuple(_refusal(refusal) for refusal in result.plan.refusals),
+        tokens=tokens,
+        flops=plain_flops(graph_module) if chains else None,
+    )
+
+
+def _chain(chain: Chain) -> ChainReport:
+    sites = tuple(_site(site, index) for index, site in enumerate(chain.sites))
+    return ChainReport(sites, chain.width, tuple(op_name(node) for links in chain.links for node in links))
+
+
+def _site(site: Site, index: int) -> SiteReport:
+    return SiteReport(
+        path=site.path,
+        owner=site.owner.path,
+        owner_kind=site.owner.kind,
+        branch=site.name,
+        index=index,
+        width=site.width,
+        adds=len(site.adds),
+        source=source_line(site.add),
+    )
+
+
+def _refusal(refusal: Refusal) -> RefusalReport:
+    return RefusalReport(
+        add=refusal.add.name,
+        module=refusal.where,
+        reason=refusal.reason.value,
+        sentence=refusal.sentence,
+        source=source_line(refusal.add),
+    )

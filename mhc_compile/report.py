@@ -1,0 +1,131 @@
+"""Renders an `Explanation` for the terminal. Repeated layers are collapsed: `h.0 … h.11` is one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mhc_compile.explanation import ChainReport, Explanation, RefusalReport, SiteReport
+
+__all__ = ["render"]
+
+
+def render(explanation: Explanation, *, every: bool = False) -> RenderableType:
+    """The whole report: chains as a tree, refusals as a table (one row per reason, or `every` one), the cost as three lines."""
+    parts: list[RenderableType] = [_headline(explanation)]
+    parts += [_chain(chain, number) for number, chain in enumerate(explanation.chains, start=1)]
+    if explanation.refusals:
+        parts += [Text(), _refusals(explanation.refusals, every)]
+    if explanation.sites:
+        parts += [Text(), _cost(explanation)]
+    return Group(*parts)
+
+
+def _headline(explanation: Explanation) -> Text:
+    options = explanation.options
+    text = Text()
+    text.append(explanation.model, style="bold")
+    text.append(
+        f": {_count(len(explanation.sites), 'site')} in {_count(len(explanation.chains), 'chain')}", style="bold"
+    )
+    text.append(
+        f", {_count(len(explanation.refusals), 'addition')} left alone, {_count(len(explanation.graphs), 'graph')}"
+    )
+    text.append(f"\nstreams {options.streams}, mapping {options.mapping}, start {options.start}", style="dim")
+    if not explanation.sites:
+        text.append("\nNothing would be rewritten.", style="yellow")
+    return text
+
+
+def _chain(chain: ChainReport, number: int) -> Tree:
+    lifted = f", runs on streams: {', '.join(sorted(set(chain.lifted)))}" if chain.lifted else ""
+    tree = Tree(
+        Text.assemble((f"chain {number}", "cyan"), f"  {_count(len(chain.sites), 'site')}, width {chain.width}{lifted}")
+    )
+    for owners in _layers(chain.sites):
+        first, last = owners[0][0], owners[-1][0]
+        label = Text(first.owner or "(the model itself)", style="bold")
+        if len(owners) > 1:
+            label.append(f" … {last.owner}", style="bold")
+            label.append(f"  ({len(owners)} × {first.owner_kind})", style="dim")
+        else:
+            label.append(f"  ({first.owner_kind})", style="dim")
+        branch = tree.add(label)
+        for site in owners[0]:
+            adds = f" ({site.adds} adds)" if site.adds > 1 else ""
+            where = f"  {_short(site.source)}" if site.source else ""
+            branch.add(Text.assemble("x + ", (site.branch, "green"), f"(x){adds}", (where, "dim")))
+    return tree
+
+
+def _layers(sites: tuple[SiteReport, ...]) -> list[list[list[SiteReport]]]:
+    """Sites by owner, and neighbouring owners that differ only in numbers together."""
+    owners = [list(group) for _, group in groupby(sites, key=lambda site: site.owner)]
+
+    def shape(owner: list[SiteReport]) -> tuple[str, str, tuple[str, ...]]:
+        return re.sub(r"\d+", "#", owner[0].owner), owner[0].owner_kind, tuple(site.branch for site in owner)
+
+    return [list(group) for _, group in groupby(owners, key=shape)]
+
+
+def _refusals(refusals: tuple[RefusalReport, ...], every: bool) -> Table:
+    table = Table(
+        title="Additions left alone", title_justify="left", title_style="cyan", box=None, padding=(0, 1, 0, 0)
+    )
+    table.add_column("reason", style="yellow", no_wrap=True)
+    table.add_column("n", justify="right")
+    table.add_column("first seen", overflow="fold")
+    table.add_column("because", overflow="fold")
+    ordered = sorted(refusals, key=lambda refusal: refusal.reason)
+    groups = (
+        [[refusal] for refusal in ordered] if every else [list(g) for _, g in groupby(ordered, key=lambda r: r.reason)]
+    )
+    for members in groups:
+        first = members[0]
+        place = _short(first.source) or first.module or first.add
+        table.add_row(first.reason, str(len(members)), place, first.sentence)
+    return table
+
+
+def _cost(explanation: Explanation) -> Table:
+    cost, flops = explanation.cost, explanation.plain_flops_per_token
+    table = Table(
+        title="Cost", title_justify="left", title_style="cyan", box=None, show_header=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    share = f" ({cost.parameters / explanation.parameters:+.2%})" if explanation.parameters else ""
+    table.add_row("parameters", f"{_si(cost.parameters)} beside {_si(explanation.parameters)}{share}")
+    part = f" beside {_si(flops)} ({cost.flops / flops:+.1%})" if flops else ""
+    table.add_row("FLOPs", f"{_si(cost.flops)} per token, forward{part}")
+    table.add_row(
+        "traffic",
+        f"{_si(cost.bytes_lowered)}B per token, forward, estimated; {_si(cost.bytes_floor)}B is the floor,"
+        f" {_si(cost.bytes_plain)}B the plain adds",
+    )
+    return table
+
+
+def _short(source: str) -> str:
+    return os.path.basename(source)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s'[: number != 1]}"
+
+
+def _si(value: float) -> str:
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {suffix}"
+    return f"{value:.0f} "

@@ -1,0 +1,124 @@
+"""`mhc_compile.rewrite`: hyper-connections for a graph module that `torch.fx.symbolic_trace` made, through the same passes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mhc_compile.attachment import HyperConnections
+from mhc_compile.connection import HyperConnection
+from mhc_compile.errors import AttachError, CaptureError
+from mhc_compile.options import Options
+from mhc_compile.passes import (
+    Binding,
+    Provenance,
+    Refusal,
+    Site,
+    expand_plan,
+    normalize,
+    plan_chains,
+)
+from mhc_compile.passes.roles import tensor_value
+from mhc_compile.study import complain, width_conflict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["rewrite"]
+
+
+def rewrite(
+    graph_module: fx.GraphModule, *args: Any, options: Mapping[str, Any] | Options | None = None
+) -> fx.GraphModule:
+    """A graph module like `graph_module`, on parallel residual streams, with the new parameters registered.
+
+    Args:
+        graph_module: from `torch.fx.symbolic_trace`. It stays as it is; the result shares its parameters and leaf modules.
+        *args: example inputs, tensors as for `graph_module(*args)`. They give shapes and dtypes and are not computed with.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner`, `inductor` and `optimizer` play no part.
+
+    Returns:
+        A new graph module; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` is its submodule
+        `blocks.0.mhc.attn`. `torch.compile` takes it with any backend.
+
+    Raises:
+        OptionError: the options are wrong.
+        CaptureError: not a graph module, or the example inputs do not fit it.
+        NothingRewrittenError: no residual add was found, and `strict` is set.
+        AttachError: a module has an attribute `mhc` of its own.
+    """
+    parsed = Options.parse(options)
+    if not isinstance(graph_module, fx.GraphModule):
+        raise CaptureError(
+            f"rewrite takes a torch.fx.GraphModule, got {type(graph_module).__name__}."
+            " Use torch.compile(model, backend='mhc') for a model, torch.fx.symbolic_trace(model) for a graph module"
+        )
+    source = fx.GraphModule(graph_module, normalize(graph_module.graph), type(graph_module).__name__)
+    _propagate(source, args)
+    source.graph = normalize(
+        source.graph
+    )  # now that shapes are known, additions of tensors can be told from additions of numbers
+    plan = plan_chains(source.graph, Provenance(), min_sites=parsed.min_sites)
+    vetoes = _attach(source, [(site, index) for chain in plan.chains for index, site in enumerate(chain.sites)], parsed)
+    if vetoes:
+        plan = plan_chains(
+            source.graph, Provenance(), min_sites=parsed.min_sites, refuse=lambda site: vetoes.get(site.add)
+        )
+    if not plan.sites:
+        if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
+            complain(plan.refusals, parsed)
+        return source
+    source.graph = expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites})
+    source.recompile()
+    return source
+
+
+def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        FakeTensorProp(graph_module, mode).propagate(*args)
+    except Exception as error:
+        shown = ", ".join(str(list(arg.shape)) if isinstance(arg, torch.Tensor) else type(arg).__name__ for arg in args)
+        raise CaptureError(
+            f"the example inputs ({shown}) do not fit the graph module: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _attach(root: fx.GraphModule, sites: list[tuple[Site, int]], options: Options) -> dict[fx.Node, Refusal]:
+    vetoes: dict[fx.Node, Refusal] = {}
+    for site, index in sites:
+        container = _container(root, site)
+        connection = container.get(site.name)
+        if connection is None:
+            value = tensor_value(site.add)
+            assert value is not None
+            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+            connection = HyperConnection(site.width, options, index=index, device=value.device, dtype=dtype)
+            container.put(site.name, connection)
+        elif connection.width != site.width:
+            vetoes[site.add] = width_conflict(site, connection)
+    return vetoes
+
+
+def _container(root: fx.GraphModule, site: Site) -> HyperConnections:
+    owner: nn.Module = root.get_submodule(site.owner.path)
+    container = getattr(owner, "mhc", None)
+    if container is None:
+        container = HyperConnections()
+        owner.add_module("mhc", container)
+    if not isinstance(container, HyperConnections):
+        raise AttachError(
+            f"{site}: module {site.owner.path!r} already has an attribute 'mhc' ({type(container).__name__})"
+        )
+    return container
+
+
+def _binding(root: fx.GraphModule, site: Site) -> Binding:
+    connection = root.get_submodule(site.path)
+    assert isinstance(connection, HyperConnection)
+    phi, bias, scale = (f"{site.path}.{name}" for name in ("phi", "bias", "scale"))
+    return Binding(phi, bias, scale, connection.streams, connection.mapping, connection.iterations, connection.eps)
