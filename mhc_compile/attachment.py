@@ -194,7 +194,11 @@ def attach(
 
     capture(target, args, kwargs, on_graph)
     if not any(result.plan.sites for result in studies):
-        complain([refusal for result in studies for refusal in result.plan.refusals], parsed)
+        complain(
+            [refusal for result in studies for refusal in result.plan.refusals],
+            parsed,
+            [result.graph for result in studies],
+        )
     return connections(target)
 
 

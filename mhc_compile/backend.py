@@ -84,7 +84,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
     if not bindings:
         _plain.add(_torch.frame_code())
         if _should_have_sites(result):
-            complain(result.plan.refusals, options)
+            complain(result.plan.refusals, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
         return _inner(_with_graph(graph_module, result.graph), inputs, options, mode)
     graph = expand_plan(result.graph, result.plan, bindings)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mhc_compile.mappings import get_mapping
 
@@ -71,11 +71,19 @@ def site_cost(width: int, itemsize: int, options: Options) -> Cost:
     )
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:  # noqa: ARG001
+    return int(sdpa_flop_count(query, key, value))
+
+
+#: torch's counter knows the attention kernels of CUDA only.
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def plain_flops(graph_module: GraphModule) -> int | None:
     """FLOPs of one forward pass of a Dynamo graph, counted on its example values; None if an operation cannot run on them."""
     inputs = [node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"]
     mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
     try:
         with mode, counter, torch.no_grad():
             torch.fx.Interpreter(graph_module).run(*inputs)

@@ -12,6 +12,7 @@ from mhc_compile.attachment import attach_site, find_connection
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
+from mhc_compile.passes.roles import is_fused_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -106,8 +107,8 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     return Study(graph, provenance, plan, options.min_sites)
 
 
-def complain(refusals: Iterable[Refusal], options: Options) -> None:
-    """Says that nothing was rewritten, and why: a warning, or an error with `strict`.
+def complain(refusals: Iterable[Refusal], options: Options, graphs: Iterable[Graph] = ()) -> None:
+    """Says that nothing was rewritten in `graphs`, and why: a warning, or an error with `strict`.
 
     Raises:
         NothingRewrittenError: `options.strict`.
@@ -120,12 +121,21 @@ def complain(refusals: Iterable[Refusal], options: Options) -> None:
         else "no addition of floating-point tensors"
     )
     message = (
-        f"nothing was rewritten: the model has {found}. It runs as the plain model."
+        f"nothing was rewritten: the model has {found}. It runs as the plain model.{_hint(graphs)}"
         " `mhc explain` or mhc_compile.explain(model, ...) shows each addition with its reason"
     )
     if options.strict:
         raise NothingRewrittenError(message)
     warn(message)
+
+
+def _hint(graphs: Iterable[Graph]) -> str:
+    if any(is_fused_layer(node) for graph in graphs for node in graph.nodes):
+        return (
+            " It runs torch's fused encoder layer, as nn.TransformerEncoder does in eval mode without gradients: call it once in training mode,"
+            " or mhc_compile.attach(model, ...), and it will take the path that can be rewritten."
+        )
+    return ""
 
 
 def width_conflict(site: Site, connection: HyperConnection) -> Refusal:

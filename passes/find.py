@@ -98,7 +98,8 @@ class _Finder:
                 Reason.MUTATED_OPERAND,
                 lambda: f"'{add.args[0]}' is written in place and may be read again under another name",
             )
-        if problem := self._shape_problem(add, terms):
+        problem = self._shape_problem(add, terms)
+        if problem is not None:  # a refusal is falsy
             return problem
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)

@@ -21,6 +21,7 @@ __all__ = [
     "is_attention",
     "is_contraction",
     "is_convolution",
+    "is_fused_layer",
     "is_inplace",
     "is_view",
     "op_name",
@@ -40,6 +41,8 @@ _CONVOLUTIONS = frozenset(
 _ATTENTIONS = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop".split()
 )
+#: torch's own fused encoder layer, which holds its residual adds where no pass can see them.
+_FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd"})
 _RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 #: Results share storage with the first operand.
@@ -107,9 +110,14 @@ def is_attention(node: Node) -> bool:
     return op_name(node) in _ATTENTIONS or isinstance(_module(node), _MODULE_ATTENTIONS)
 
 
+def is_fused_layer(node: Node) -> bool:
+    """A whole transformer layer as one operation, residual adds included."""
+    return op_name(node) in _FUSED_LAYERS
+
+
 def is_contraction(node: Node) -> bool:
     """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
-    if op_name(node) in _MATRIX_PRODUCTS | _RECURRENCES or is_convolution(node) or is_attention(node):
+    if op_name(node) in _MATRIX_PRODUCTS | _RECURRENCES | _FUSED_LAYERS or is_convolution(node) or is_attention(node):
         return True
     return isinstance(_module(node), _MODULE_CONTRACTIONS + _MODULE_RECURRENCES)
 

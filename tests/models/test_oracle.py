@@ -1,0 +1,94 @@
+"""The rewritten model against an mHC transformer written by hand, in float64, from the equations, with none of the package's code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import LAYERS, Decoder, tokens, twin
+from torch import Tensor
+
+import mhc_compile
+
+
+def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, iterations: int, eps: float) -> Tensor:
+    """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns, rows); X' = H_res X + H_postᵀ f(H_pre X)."""
+
+    def site(X: Tensor, name: str, f) -> Tensor:
+        phi, bias, scale = (parameters[f"{name}.{part}"] for part in ("phi", "bias", "scale"))
+        v = X.reshape(*X.shape[:-2], -1)
+        z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
+        pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))
+        post = 2 / (1 + torch.exp(-(scale[1] * z[..., n : 2 * n] + bias[n : 2 * n])))
+        M = torch.exp(scale[2] * z[..., 2 * n :] + bias[2 * n :]).reshape(*z.shape[:-1], n, n)
+        for _ in range(iterations):
+            M = M / M.sum(-2, keepdim=True)
+            M = M / M.sum(-1, keepdim=True)
+        h = torch.einsum("...n,...nc->...c", pre, X)
+        return torch.einsum("...ij,...jc->...ic", M, X) + torch.einsum("...i,...c->...ic", post, f(h))
+
+    x = model.embed(ids)
+    X = torch.stack([x] * n, dim=-2)
+    for number, block in enumerate(model.blocks):
+        X = site(X, f"blocks.{number}.mhc.attn", lambda h, block=block: block.attn(block.norm1(h)))
+        X = site(X, f"blocks.{number}.mhc.mlp", lambda h, block=block: block.mlp(block.norm2(h)))
+    return model.head(model.norm(X.mean(-2)))
+
+
+@pytest.mark.parametrize(
+    ("inner", "streams", "iterations"),
+    [("eager", 4, 20), ("eager", 3, 5), ("eager", 1, 20), ("aot_eager", 4, 20), ("inductor", 4, 20)],
+)
+def test_forward_and_every_gradient_equal_the_equations(inner, streams, iterations):
+    plain, model, ids = pair()
+    options = {"streams": streams, "iterations": iterations, "inner": inner}
+    mhc_compile.attach(model, ids, options=options)
+    randomise(model)
+    named = leaves(plain, model)
+    weight = torch.randn(2, 5, 11, dtype=torch.float64)
+
+    want = by_hand(plain, ids, named, streams, iterations, 1e-6)
+    (want * weight).sum().backward()
+    got = torch.compile(model, backend="mhc", options=options)(ids)
+    (got * weight).sum().backward()
+
+    assert (got - want).abs().max() < 1e-9
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == named.keys()
+    assert sum("mhc" in name for name in named) == 3 * 2 * LAYERS
+    for name, leaf in named.items():
+        error = (parameters[name].grad - leaf.grad).abs().max()
+        assert error < 1e-9 * max(1.0, leaf.grad.abs().max().item()), name
+
+
+def test_the_oracle_can_fail():
+    """The oracle sees a transposed H_res, the mistake that public implementations made."""
+    plain, model, ids = pair()
+    mhc_compile.attach(model, ids)
+    randomise(model)
+    named, n = leaves(plain, model), 4
+    transposed = dict(named)
+    for name, value in named.items():
+        if name.endswith(("mhc.mlp.bias", "mhc.mlp.phi")):
+            head, tail = value[..., : 2 * n], value[..., 2 * n :]
+            transposed[name] = torch.cat([head, tail.unflatten(-1, (n, n)).transpose(-1, -2).flatten(-2)], dim=-1)
+    got = torch.compile(model, backend="mhc", options={"inner": "eager"})(ids)
+    assert (got - by_hand(plain, ids, named, n, 20, 1e-6)).abs().max() < 1e-9
+    assert (got - by_hand(plain, ids, transposed, n, 20, 1e-6)).abs().max() > 1e-3
+
+
+def pair() -> tuple[Decoder, Decoder, Tensor]:
+    plain = Decoder(width=6).double()
+    return plain, twin(plain), tokens()
+
+
+def randomise(model: Decoder) -> None:
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                parameter.normal_()
+
+
+def leaves(plain: Decoder, model: Decoder) -> dict[str, Tensor]:
+    """The parameters that the hand-written model computes with: the plain model's own, and copies of the hyper-connections'."""
+    own = dict(plain.named_parameters())
+    return {name: own.get(name, p.detach().clone().requires_grad_()) for name, p in model.named_parameters()}

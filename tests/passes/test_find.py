@@ -1,0 +1,119 @@
+"""Which additions are sites, and for the others the right reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import C, planned
+
+from mhc_compile.passes import Reason, Refusal, Site
+
+R = Reason
+
+
+@pytest.mark.parametrize(
+    ("forward", "adds"),
+    [
+        (lambda m, x: x + m.f(x), 1),
+        (lambda m, x: m.f(m.norm(x)) + x, 1),
+        (lambda m, x: x + torch.sigmoid(m.g(x)) * m.f(x), 1),
+        (lambda m, x: x + m.f(m.norm(x)) + m.g(m.norm(x)), 2),  # parallel attention and MLP
+        (lambda m, x: (m.f(x) + m.g(x)) + x, 2),
+        (lambda m, x: x + F.linear(x, m.weight), 1),
+        (lambda m, x: x + F.scaled_dot_product_attention(x, x, x), 1),
+        (lambda m, x: x + F.dropout(m.f(x), 0.1), 1),
+        (lambda m, x: x + m.f(x.reshape(-1, C)).reshape(2, 4, C), 1),
+        (lambda m, x: x + m.f(x.transpose(0, 1)).transpose(1, 0), 1),
+        (lambda m, x: x + (x @ m.weight).unflatten(-1, (2, 3)).flatten(-2), 1),
+    ],
+)
+def test_residual_adds_are_sites(forward, adds):
+    plan = planned(forward)
+    assert len(plan.sites) == 1
+    assert len(plan.sites[0].adds) == adds
+    assert plan.sites[0].width == C
+    assert str(plan.sites[0].skip) == "x"
+    assert not plan.refusals
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: m.f(x) + m.vector, R.BROADCAST),
+        (lambda m, x: x + m.f(x).mean(1, keepdim=True), R.BROADCAST),
+        (lambda m, x: m.f(x) + m.g(x), R.INDEPENDENT),
+        (lambda m, x: x + F.linear(torch.ones_like(x), m.weight), R.NOT_DIFFERENTIABLE),
+        (lambda m, x: x + (m.f(x) - x).detach(), R.NOT_DIFFERENTIABLE),  # straight-through
+        (lambda m, x: x + F.embedding(x.argmax(-1), m.weight), R.NOT_DIFFERENTIABLE),
+        (lambda m, x: 0.5 * (x + 0.044715 * x**3), R.NO_CONTRACTION),  # tanh-GELU
+        (lambda m, x: x + x * m.vector, R.NO_CONTRACTION),
+        (lambda m, x: x + m.norm(x), R.NO_CONTRACTION),
+        (lambda m, x: x * torch.cos(x) + torch.sin(x) * x.roll(1), R.INDEPENDENT),  # rotary
+        (lambda m, x: x + x, R.SAME_VALUE),
+        (lambda m, x: x + m.conv(x), R.FEATURE_AXIS),
+        (lambda m, x: x + m.f(x).transpose(-1, -2).reshape(2, 4, C), R.FEATURE_AXIS),
+        (lambda m, x: x.sum() + m.f(x).sum(), R.NO_FEATURE_AXIS),
+        (lambda m, x: x + m.f(x).double(), R.DTYPE),
+        (lambda m, x: (y := x + m.f(x)).relu_() + y * 0, R.MUTATED_OPERAND),
+        (lambda m, x: x.add_(m.f(x)), R.MUTATED_OPERAND),
+    ],
+)
+def test_other_adds_are_refused_with_the_right_reason(forward, reason):
+    plan = planned(forward)
+    assert not plan.sites
+    assert reason in [refusal.reason for refusal in plan.refusals]
+    for refusal in plan.refusals:
+        assert not refusal  # a refusal is falsy
+        assert refusal.sentence
+
+
+def test_complex_tensors_are_refused():
+    plan = planned(lambda m, x: torch.complex(x, x) + torch.complex(m.f(x), x))
+    assert [refusal.reason for refusal in plan.refusals] == [R.DTYPE]
+    assert "complex64" in plan.refusals[0].sentence
+
+
+def test_integer_and_number_additions_are_no_candidates():
+    plan = planned(lambda m, x: m.f(x) + 1.0 + (x.argmax(-1, keepdim=True) + x.argmin(-1, keepdim=True)).float() * 0)
+    assert [r.reason for r in plan.refusals] == [R.BROADCAST]  # the one addition of floats
+
+
+def test_a_site_inside_a_sum_that_is_none_is_found():
+    """`(x + f(x)) + memory`: the sum as a whole depends on the memory, which does not depend on x."""
+    memory = torch.randn(2, 4, C)
+    plan = planned(lambda m, x: (x + m.f(x)) + m.vector.expand(2, 4, C), memory)
+    assert [str(site.skip) for site in plan.sites] == ["x"]
+    assert [refusal.reason for refusal in plan.refusals] == [R.INDEPENDENT]
+
+
+def test_every_addition_has_exactly_one_verdict():
+    def forward(m, x):
+        x = x + m.f(x)
+        y = x + 0.1 * x**2
+        return (y + m.vector) + m.g(x) + m.f(m.norm(x))
+
+    from graphs import trace
+
+    graph = trace(forward).graph
+    additions = [n for n in graph.nodes if "add" in n.name]
+    plan = planned(forward)
+    verdicts = [add.name for site in plan.sites for add in site.adds] + [refusal.add.name for refusal in plan.refusals]
+    assert sorted(verdicts) == sorted(n.name for n in additions)
+    assert {type(v) for v in (*plan.sites, *plan.refusals)} <= {Site, Refusal}
+
+
+def test_every_reason_is_documented():
+    import inspect
+
+    source = inspect.getsource(Reason)
+    for reason in Reason:
+        before = source.split(f"    {reason.name} = ")[0].rstrip().splitlines()[-1].strip()
+        assert before.startswith("#:"), reason
+
+
+def test_names_come_from_module_paths():
+    plan = planned(lambda m, x: x + m.f(m.norm(x)))
+    assert plan.sites[0].path == "mhc.f"
+    plan = planned(lambda m, x: x + F.linear(m.norm(x), m.weight))
+    assert plan.sites[0].path == "mhc.weight"

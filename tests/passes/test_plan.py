@@ -1,0 +1,113 @@
+"""Chains: what shares streams, what is lifted, and what stands alone."""
+
+from __future__ import annotations
+
+import torch
+from graphs import C, planned
+from torch import nn
+
+from mhc_compile.passes import Reason
+
+
+def test_sites_follow_the_trunk():
+    plan = planned(lambda m, x: (y := x + m.f(x)) + m.g(y))
+    assert [len(chain.sites) for chain in plan.chains] == [2]
+    assert str(plan.chains[0].start) == "x"
+
+
+def test_views_of_the_tokens_are_lifted():
+    def forward(m, x):
+        y = (x + m.f(x)).reshape(-1, C)
+        y = (y + m.g(y)).view(2, 4, C).contiguous()
+        y = (y + m.f(y)).flatten(0, 1)
+        return y + m.g(y)
+
+    plan = planned(forward)
+    assert [len(chain.sites) for chain in plan.chains] == [4]
+    assert [[str(n.target) for n in links] for links in plan.chains[0].links] == [
+        [],
+        ["reshape"],
+        ["view", "contiguous"],
+        ["flatten"],
+    ]
+
+
+def test_a_view_of_the_features_ends_the_chain():
+    def forward(m, x):
+        y = x + m.f(x)
+        z = y.reshape(2, 2, 2, C).reshape(2, 4, C)  # fine
+        z = z + m.g(z)
+        w = z.reshape(2, C, 4).reshape(2, 4, C)  # features torn apart
+        return w + m.f(w)
+
+    plan = planned(forward)
+    assert [len(chain.sites) for chain in plan.chains] == [2, 1]
+
+
+def test_a_norm_on_the_trunk_ends_the_chain_and_short_chains_are_refused():
+    def forward(m, x):  # post-norm
+        y = m.norm(x + m.f(x))
+        return m.norm(y + m.g(y))
+
+    assert [len(chain.sites) for chain in planned(forward).chains] == [1, 1]
+    plan = planned(forward, min_sites=2)
+    assert not plan.chains
+    assert [refusal.reason for refusal in plan.refusals] == [Reason.CHAIN_TOO_SHORT] * 2
+    assert "its chain has 1 site; min_sites=2" in plan.refusals[0].sentence
+
+
+def test_a_nested_residual_shares_its_trunk_and_is_refused():
+    def forward(m, x):
+        y = x + m.f(x)
+        y = y + m.g(y)
+        return x + m.f(y)  # the outer skip of a block of residual blocks
+
+    plan = planned(forward)
+    assert [len(chain.sites) for chain in plan.chains] == [2]
+    assert [refusal.reason for refusal in plan.refusals] == [Reason.SHARED_TRUNK]
+    assert "mhc.f" in plan.refusals[0].sentence
+
+
+def test_two_trunks_are_two_chains():
+    def forward(m, x):
+        a = x * 2
+        b = x * 3
+        for _ in range(2):
+            a = a + m.f(a)
+            b = b + m.g(b)
+        return a * b
+
+    assert [len(chain.sites) for chain in planned(forward).chains] == [2, 2]
+
+
+def test_the_plan_is_linear_enough():
+    """The stretch that `find` walks for an add ends at its skip: node visits grow with the graph, not with its square."""
+    from mhc_compile.passes import find as module
+
+    def visits(depth: int) -> int:
+        seen = 0
+        original = module.passes_value
+
+        def counting(node):
+            nonlocal seen
+            seen += 1
+            return original(node)
+
+        def forward(m, x):
+            for _ in range(depth):
+                x = x + m.f(m.norm(x))
+            return x
+
+        module.passes_value = counting
+        try:
+            assert len(planned(forward).sites) == depth
+        finally:
+            module.passes_value = original
+        return seen
+
+    assert visits(80) == 2 * visits(40)
+
+
+def test_dim_one_inputs_do_not_break():
+    plan = planned(lambda m, x: x + nn.functional.linear(x, m.weight), torch.randn(C))
+    assert [refusal.reason for refusal in plan.refusals] == [Reason.NO_FEATURE_AXIS]

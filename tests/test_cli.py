@@ -1,0 +1,136 @@
+"""The command line, through its real entry points."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+def residual():
+    return nn.Sequential(Block(), Block(), Block()), (torch.randn(2, 8),)
+
+def plain():
+    return nn.Linear(8, 8), (torch.randn(2, 8),)
+
+def forgot_inputs():
+    return nn.Linear(8, 8)
+"""
+
+
+def mhc(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "mhc_compile", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        check=False,
+    )
+
+
+@pytest.fixture
+def factory(tmp_path):
+    (tmp_path / "models.py").write_text(FACTORY)
+    return tmp_path
+
+
+def test_help_is_fast_because_torch_is_not_imported():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mhc_compile", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "explain" in done.stdout
+    assert "demo" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "mhc_compile.options" in imported
+    assert not {"torch", "transformers", "numpy", "rich"} & imported
+
+
+def test_importing_the_package_does_not_import_torch():
+    script = "import sys, mhc_compile; mhc_compile.Options(); assert 'torch' not in sys.modules; mhc_compile.HyperConnection(4)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_console_script_is_installed():
+    import importlib.metadata
+
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="mhc")
+    assert [script.value for script in scripts] == ["mhc_compile.cli:main"]
+
+
+def test_explain_a_factory_of_a_file(factory):
+    done = mhc("explain", "models.py:residual", cwd=factory)
+    assert done.returncode == 0, done.stderr
+    assert "Sequential: 3 sites in 1 chain, 0 additions left alone, 1 graph" in done.stdout
+    assert "0 … 2  (3 × Block)" in done.stdout
+    assert "x + down(x)  models.py:10" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_explain_json_of_a_factory_of_a_module(factory):
+    done = mhc("explain", "models:residual", "--json", "--option", "streams=2", cwd=factory)
+    data = json.loads(done.stdout)
+    assert data["options"]["streams"] == 2
+    assert [site["path"] for site in data["graphs"][0]["chains"][0]["sites"]] == [
+        "0.mhc.down",
+        "1.mhc.down",
+        "2.mhc.down",
+    ]
+
+
+def test_explain_a_transformers_architecture_without_its_weights():
+    started = time.monotonic()
+    done = mhc("explain", "hf:gpt2", "--set", "n_layer=3")
+    assert done.returncode == 0, done.stderr
+    assert "GPT2LMHeadModel: 6 sites in 1 chain" in done.stdout
+    assert "124 M" not in done.stdout
+    assert time.monotonic() - started < 120
+
+
+def test_nothing_to_rewrite_is_exit_code_1(factory):
+    done = mhc("explain", "models.py:plain", cwd=factory)
+    assert done.returncode == 1
+    assert "Nothing would be rewritten" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("models.py:residul",), "has no 'residul'; near names: residual"),
+        (("nofile.py:residual",), "there is no file 'nofile.py' (looked in"),
+        (("nomodule:residual",), "module 'nomodule' could not be imported"),
+        (("models.py",), "is no target; expected package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE"),
+        (("models.py:forgot_inputs",), "returned Linear; expected (model, args) or (model, args, kwargs)"),
+        (("models.py:residual", "--set", "x=1"), "--set is for hf: targets"),
+        (("models.py:residual", "--option", "steams=1"), "did you mean 'streams'"),
+        (("models.py:residual", "--option", "streams"), "'streams' is no setting; expected NAME=VALUE"),
+        (("hf:llamo",), "knows no model type 'llamo'; near names: llama"),
+    ],
+)
+def test_a_wrong_target_is_one_readable_paragraph(factory, arguments, words):
+    done = mhc("explain", *arguments, cwd=factory)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert mhc("explain").returncode == 2
+    assert mhc("explane", "hf:gpt2").returncode == 2

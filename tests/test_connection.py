@@ -1,0 +1,92 @@
+"""`HyperConnection` by hand: parameters, starts, and the state that each start is in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mhc_compile import HyperConnection, OptionError, Options, ShapeError
+
+WIDTH = 10
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("mapping", ["sinkhorn", "identity"])
+def test_default_start_is_the_residual_add_for_equal_streams(n, mapping):
+    connection = HyperConnection(WIDTH, Options(streams=n, mapping=mapping), index=5)
+    x = torch.randn(3, 7, WIDTH)
+    branch = nn.Linear(WIDTH, WIDTH)
+    streams = connection(x.unsqueeze(-2).expand(-1, -1, n, -1), branch)
+    assert streams.shape == (3, 7, n, WIDTH)
+    want = x + branch(x)
+    assert (streams - want.unsqueeze(-2)).abs().max() < 2e-6
+    pre, post, res = connection.coefficients(streams)
+    assert torch.allclose(pre.sum(-1), torch.ones(3, 7), atol=1e-6)
+    assert torch.equal(post, torch.ones(3, 7, n))
+    assert torch.allclose(res.sum(-1), torch.ones(3, 7, n), atol=1e-6)
+
+
+def test_the_lean_rotates_with_the_index():
+    leaders = []
+    for index in range(6):
+        connection = HyperConnection(WIDTH, Options(), index=index)
+        pre, _, res = connection.coefficients(torch.randn(1, 4, WIDTH))
+        leaders.append(pre.argmax().item())
+        assert pre.max().item() == pytest.approx(0.7, abs=1e-6)
+        assert 0.9 < res.diagonal(dim1=-2, dim2=-1).min() < 0.99  # lean, but alive
+    assert leaders == [0, 1, 2, 3, 0, 1]
+
+
+def test_default_start_is_alive():
+    """phi = 0 with scale > 0 receives a gradient; H_res receives one as soon as the streams differ."""
+    connection = HyperConnection(WIDTH, Options())
+    connection(torch.randn(2, 3, 4, WIDTH), torch.tanh).square().sum().backward()
+    for name, parameter in connection.named_parameters():
+        gradient = parameter.grad
+        if name == "scale":
+            assert not gradient.any()  # z = 0
+        else:
+            assert (gradient.abs() > 0).all(), name
+
+
+def test_scratch_start():
+    connection = HyperConnection(WIDTH, Options(start="scratch"))
+    streams = torch.randn(50, 4, WIDTH)
+    pre, post, res = connection.coefficients(streams)
+    assert (pre - 0.5).abs().max() < 0.05
+    assert (post - 1).abs().max() < 0.05
+    assert (res - 0.25).abs().max() < 0.05
+    _, _, _, z = torch.ops.mhc.coefficients(
+        streams, connection.phi, connection.bias, connection.scale, "sinkhorn", 20, 1e-6
+    )
+    assert z.std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_parameter_counts_follow_the_paper():
+    connection = HyperConnection(4096, Options(), device="meta")
+    assert sum(p.numel() for p in connection.parameters()) == 4 * 4096 * 24 + 24 + 3
+    assert HyperConnection(8, Options(mapping="identity")).phi.shape == (32, 8)
+
+
+def test_parameters_stay_float32_and_can_be_double():
+    assert {p.dtype for p in HyperConnection(4).parameters()} == {torch.float32}
+    assert {p.dtype for p in HyperConnection(4, dtype=torch.float64).parameters()} == {torch.float64}
+
+
+def test_a_bfloat16_module_still_computes_coefficients_in_float32():
+    connection = HyperConnection(WIDTH).to(torch.bfloat16)
+    pre, post, res = connection.coefficients(torch.randn(2, 4, WIDTH, dtype=torch.bfloat16))
+    assert {pre.dtype, post.dtype, res.dtype} == {torch.float32}
+    assert (res.sum(-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("width", [0, -3, 2.0, True, "8"])
+def test_wrong_width(width):
+    with pytest.raises(OptionError, match="expected a positive integer, the size of the feature axis"):
+        HyperConnection(width)
+
+
+def test_wrong_streams_are_named():
+    with pytest.raises(ShapeError, match=r"phi is \[40, 24\] float32; streams \[2, 3, 10\] float32"):
+        HyperConnection(WIDTH).coefficients(torch.randn(2, 3, WIDTH))

@@ -1,0 +1,141 @@
+"""`explain`: the same plan as the rewrite, as data and for people."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from builders import LAYERS, Decoder, build, tokens
+from rich.console import Console
+from torch import nn
+
+import mhc_compile
+from mhc_compile import study
+
+
+def text(explanation, width=100):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(explanation)
+    return console.file.getvalue()
+
+
+def test_data():
+    model = Decoder()
+    explanation = mhc_compile.explain(model, tokens())
+    assert explanation.model == "Decoder"
+    assert [site.path for site in explanation.sites][:2] == ["blocks.0.mhc.attn", "blocks.0.mhc.mlp"]
+    assert [site.index for site in explanation.sites] == list(range(2 * LAYERS))
+    assert {site.owner_kind for site in explanation.sites} == {"Block"}
+    assert all("builders.py:" in site.source for site in explanation.sites)
+    assert not mhc_compile.connections(model)  # nothing is changed
+    assert not explanation.refusals
+
+
+def test_costs_are_those_of_the_attached_model():
+    model = Decoder()
+    explanation = mhc_compile.explain(model, tokens())
+    before = sum(p.numel() for p in model.parameters())
+    assert explanation.parameters == before
+    mhc_compile.attach(model, tokens())
+    assert sum(p.numel() for p in model.parameters()) - before == explanation.cost.parameters
+    again = mhc_compile.explain(model, tokens())
+    assert again.parameters == before
+    assert again.cost == explanation.cost
+    n, c = 4, 8
+    assert explanation.cost.bytes_floor == 2 * LAYERS * (2 * n + 2) * c * 4
+    assert explanation.cost.flops == 2 * LAYERS * (2 * n * c * 24 + 6 * n * c + 2 * n * n * c + 4 * n * n * 20)
+
+
+def test_plain_flops_are_counted():
+    explanation = mhc_compile.explain(Decoder(), tokens(2, 5))
+    width, layers = 8, LAYERS
+    linear = layers * 2 * (3 * width**2 + width**2 + 4 * width**2) + 2 * width * 11
+    attention = layers * 2 * 2 * 5 * width
+    assert explanation.plain_flops_per_token == pytest.approx(linear + attention)
+
+
+def test_json_is_plain_data():
+    explanation = mhc_compile.explain(build("gpt2").model, **build("gpt2").inputs)
+    data = json.loads(json.dumps(explanation.to_dict()))
+    assert data["reasons"] == {"broadcast": 1, "no-contraction": LAYERS}
+    assert len(data["graphs"][0]["chains"][0]["sites"]) == 2 * LAYERS
+    assert data["options"]["streams"] == 4
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_report_collapses_layers_and_fits(width):
+    case = build("gpt2")
+    shown = text(mhc_compile.explain(case.model, **case.inputs), width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert f"GPT2LMHeadModel: {2 * LAYERS} sites in 1 chain" in shown
+    assert f"transformer.h.0 … transformer.h.{LAYERS - 1}  ({LAYERS} × GPT2Block)" in shown
+    assert "x + attn(x)  modeling_gpt2.py:" in shown
+    assert "no-contraction" in shown
+    assert "parameters" in shown
+
+
+def test_the_report_of_a_model_without_sites():
+    shown = text(mhc_compile.explain(nn.Linear(2, 2), torch.randn(3, 2)))
+    assert "Nothing would be rewritten" in shown
+
+
+def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
+    """Both read the plan that `study` makes: refuse a site there, and it is gone from both."""
+    original = study.plan_chains
+
+    def without_last_block(graph, provenance, **settings):
+        return original(graph, provenance, **{**settings, "refuse": _refuse_last})
+
+    monkeypatch.setattr(study, "plan_chains", without_last_block)
+    model = Decoder()
+    assert len(mhc_compile.explain(model, tokens()).sites) == 2 * LAYERS - 1
+    torch.compile(model, backend="mhc", options={"inner": "eager"})(tokens())
+    assert len(mhc_compile.connections(model)) == 2 * LAYERS - 1
+
+
+def _refuse_last(site):
+    from mhc_compile.passes import Reason, refuse_site
+
+    if site.path == f"blocks.{LAYERS - 1}.mhc.mlp":
+        return refuse_site(site, Reason.NO_OWNER, lambda: "for the test")
+    return None
+
+
+def test_a_graph_break_gives_two_graphs():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Decoder(), nn.Linear(11, 11)
+
+        def forward(self, ids):
+            x = self.first(ids)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    explanation = mhc_compile.explain(Broken(), tokens())
+    assert len(explanation.graphs) == 2
+    assert len(explanation.sites) == 2 * LAYERS
+
+
+def test_gain_needs_an_attached_model():
+    with pytest.raises(mhc_compile.AttachError, match="Decoder has no hyper-connections to measure"):
+        mhc_compile.gain(Decoder(), tokens())
+
+
+def test_gain_multiplies_over_depth():
+    model = Decoder()
+    options = {"inner": "eager"}
+    mhc_compile.attach(model, tokens(), options=options)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.bias.normal_(std=2.0)
+    (gain,) = mhc_compile.gain(model, tokens(), options=options)
+    product = torch.eye(4)
+    for index, connection in enumerate(mhc_compile.connections(model).values()):
+        streams = torch.zeros(1, 4, 8)
+        product = connection.coefficients(streams)[2][0].detach() @ product  # phi = 0: the same for every token
+        assert gain.forward[index] == pytest.approx(product.sum(-1).max().item(), abs=1e-5)
+        assert gain.backward[index] == pytest.approx(product.sum(-2).max().item(), abs=1e-5)
+    assert gain.amax_backward > 1.0

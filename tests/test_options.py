@@ -1,0 +1,61 @@
+"""Options: one validated value, and errors that name the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from builders import Decoder, tokens
+
+from mhc_compile import MhcError, OptionError, Options
+
+
+def test_defaults_are_the_paper():
+    options = Options.parse(None)
+    assert (options.streams, options.mapping, options.iterations, options.scale) == (4, "sinkhorn", 20, 0.01)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.streams = 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"steams": 4}, r"option 'steams' is unknown; did you mean 'streams'\? known options: streams, mapping"),
+        ({"max_autotune": True}, r"option 'max_autotune' is unknown; .*Settings for Inductor go under 'inductor'"),
+        ({"streams": 0}, "option 'streams' is 0; expected an integer from 1 to 8"),
+        ({"streams": 9}, "option 'streams' is 9; expected an integer from 1 to 8"),
+        ({"streams": "4"}, r"option 'streams' is '4' \(str\); expected an integer from 1 to 8"),
+        ({"streams": True}, r"option 'streams' is True \(bool\); expected an integer"),
+        ({"streams": 4.0}, r"option 'streams' is 4.0 \(float\); expected an integer"),
+        ({"iterations": 0}, "option 'iterations' is 0; expected an integer from 1 to 1000"),
+        ({"mapping": "sinkhorm"}, "option 'mapping' is 'sinkhorm'; did you mean 'sinkhorn'"),
+        ({"mapping": 3}, r"option 'mapping' is 3 \(int\); expected one of 'sinkhorn', 'identity'"),
+        ({"start": "zero"}, "option 'start' is 'zero'; .*expected one of 'preserve', 'scratch'"),
+        ({"scale": 0}, "option 'scale' is 0; .*would never learn"),
+        ({"scale": float("nan")}, "option 'scale' is nan"),
+        ({"lean": 1.0}, "option 'lean' is 1.0; expected a number from 0.001 to 0.999"),
+        ({"min_sites": 0}, "option 'min_sites' is 0; expected a positive integer"),
+        ({"strict": 1}, r"option 'strict' is 1 \(int\); expected True or False"),
+        ({"inner": "indutor"}, "option 'inner' is 'indutor'; did you mean 'inductor'"),
+        ({"optimizer": "joint"}, "option 'optimizer' is 'joint'; did you mean 'join'"),
+        ({"inductor": 3}, r"option 'inductor' is 3 \(int\); expected a dict"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_restates_it(given, words):
+    with pytest.raises(OptionError, match=words):
+        Options.parse(given)
+
+
+def test_wrong_options_leave_torch_compile_as_themselves():
+    model = Decoder()
+    compiled = torch.compile(model, backend="mhc", options={"steams": 4})
+    with pytest.raises(OptionError, match="did you mean 'streams'") as caught:
+        compiled(tokens())
+    assert isinstance(caught.value, MhcError)
+    assert not any("mhc" in name for name, _ in model.named_parameters())
+
+
+def test_options_that_are_no_dict():
+    with pytest.raises(OptionError, match="options are 4"):
+        Options.parse(4)
