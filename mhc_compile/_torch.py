@@ -47,6 +47,7 @@ __all__ = [
     "in_trace",
     "inner_backend",
     "isolated_compile",
+    "load_cpp",
     "module_by_id",
     "raise_through_dynamo",
     "restart_trace",
@@ -150,6 +151,13 @@ def compile_with_inductor(
         module, inputs, config_patches=patches or None, decompositions={**select_decomp_table(), **decompositions}
     )
     return compiled  # type: ignore[no-any-return]
+
+
+def load_cpp(source: str) -> Any:
+    """Compiles C++ with Inductor's compiler and flags, once for all processes, and loads it with ctypes."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 def raise_through_dynamo(error: MhcError) -> None:

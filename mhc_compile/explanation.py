@@ -11,7 +11,7 @@ from mhc_compile.capture import capture
 from mhc_compile.cost import Cost, plain_flops, site_cost
 from mhc_compile.options import Options
 from mhc_compile.passes import source_line
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.roles import is_region, op_name, tensor_value
 from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class GraphReport:
         nodes: its size.
         chains: what will be rewritten.
         refusals: every other addition of two floating-point tensors.
+        regions: higher-order operations (activation checkpointing, `cond`) whose inner graphs are not looked into.
         tokens: tokens in the example inputs, as the first chain counts them (batch × sequence); 0 without a chain.
         flops: of one forward pass of the plain graph, None if they could not be counted.
     """
@@ -86,6 +87,7 @@ class GraphReport:
     nodes: int
     chains: tuple[ChainReport, ...]
     refusals: tuple[RefusalReport, ...]
+    regions: tuple[str, ...]
     tokens: int
     flops: int | None
 
@@ -122,6 +124,11 @@ class Explanation:
     def refusals(self) -> tuple[RefusalReport, ...]:
         """All additions that stay as they are."""
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
+
+    @property
+    def regions(self) -> Counter[str]:
+        """Higher-order operations that were not looked into, by name."""
+        return Counter(region for graph in self.graphs for region in graph.regions)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -203,6 +210,7 @@ def _graph(graph_module: torch.fx.GraphModule, result: Study) -> GraphReport:
         nodes=len(graph_module.graph.nodes),
         chains=chains,
         refusals=tuple(_refusal(refusal) for refusal in result.plan.refusals),
+        regions=tuple(op_name(node) for node in result.graph.nodes if is_region(node)),
         tokens=tokens,
         flops=plain_flops(graph_module) if chains else None,
     )

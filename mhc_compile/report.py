@@ -42,6 +42,8 @@ def _headline(explanation: Explanation) -> Text:
         f", {_count(len(explanation.refusals), 'addition')} left alone, {_count(len(explanation.graphs), 'graph')}"
     )
     text.append(f"\nstreams {options.streams}, mapping {options.mapping}, start {options.start}", style="dim")
+    for region, count in explanation.regions.items():
+        text.append(f"\n{_count(count, 'region')} not looked into: {region}", style="yellow")
     if not explanation.sites:
         text.append("\nNothing would be rewritten.", style="yellow")
     return text

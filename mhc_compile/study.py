@@ -12,7 +12,7 @@ from mhc_compile.attachment import attach_site, find_connection
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
-from mhc_compile.passes.roles import is_fused_layer
+from mhc_compile.passes.roles import is_fused_layer, is_region, op_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -130,6 +130,13 @@ def complain(refusals: Iterable[Refusal], options: Options, graphs: Iterable[Gra
 
 
 def _hint(graphs: Iterable[Graph]) -> str:
+    graphs = list(graphs)
+    regions = sorted({op_name(node) for graph in graphs for node in graph.nodes if is_region(node)})
+    if regions:
+        return (
+            f" It has regions that are not looked into yet ({', '.join(regions)}): residual adds under activation checkpointing are left"
+            " alone. Switch it off to use hyper-connections."
+        )
     if any(is_fused_layer(node) for graph in graphs for node in graph.nodes):
         return (
             " It runs torch's fused encoder layer, as nn.TransformerEncoder does in eval mode without gradients: call it once in training mode,"

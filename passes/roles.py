@@ -23,6 +23,7 @@ __all__ = [
     "is_convolution",
     "is_fused_layer",
     "is_inplace",
+    "is_region",
     "is_view",
     "op_name",
     "passes_value",
@@ -113,6 +114,11 @@ def is_attention(node: Node) -> bool:
 def is_fused_layer(node: Node) -> bool:
     """A whole transformer layer as one operation, residual adds included."""
     return op_name(node) in _FUSED_LAYERS
+
+
+def is_region(node: Node) -> bool:
+    """A higher-order operation with graphs of its own: activation checkpointing, `cond`. The passes do not look inside."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def is_contraction(node: Node) -> bool:

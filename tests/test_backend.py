@@ -285,7 +285,7 @@ def test_a_module_with_an_mhc_of_its_own_is_an_error():
 def test_the_backend_called_by_hand_says_what_to_call_instead():
     from mhc_compile.backend import mhc
 
-    with pytest.raises(mhc_compile.MhcError, match="use mhc_compile.rewrite"):
+    with pytest.raises(mhc_compile.MhcError, match=r"use mhc_compile\.rewrite"):
         mhc(torch.fx.symbolic_trace(Stack()), [])
 
 

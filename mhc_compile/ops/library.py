@@ -19,7 +19,7 @@ import torch
 from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import get_mapping
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
-from mhc_compile.ops import reference
+from mhc_compile.ops import cpu, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,6 +130,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 }
 for _name, _kernel in _KERNELS.items():
     LIBRARY.impl(_name, _dense(_kernel), "CompositeExplicitAutograd")
+LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
+LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
 
 
