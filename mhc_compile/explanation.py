@@ -218,7 +218,7 @@ def _graph(graph_module: torch.fx.GraphModule, result: Study) -> GraphReport:
 
 def _chain(chain: Chain) -> ChainReport:
     sites = tuple(_site(site, index) for index, site in enumerate(chain.sites))
-    return ChainReport(sites, chain.width, tuple(op_name(node) for links in chain.links for node in links))
+    return ChainReport(sites, chain.width, tuple(op_name(node) for region in chain.links for node in region.nodes))
 
 
 def _site(site: Site, index: int) -> SiteReport:

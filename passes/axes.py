@@ -1,20 +1,95 @@
-"""Where the feature axis goes between the last contraction of a branch and the add."""
+"""Which axis of a trunk holds the features.
+
+Streams are kept as [..., n, C], so the pass must know which axis is C: the last one in a transformer, axis 1 in a convolutional network. Shapes
+do not tell ([2, 16, 16] may be either). What the branch does with the trunk tells: first how it reads it (`entry_axis`), or else how its last
+product leaves it (`exit_axis`).
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.passes.roles import is_convolution, op_name, tensor_value
+from torch import nn
+
+from mhc_compile.passes.roles import (
+    is_attention,
+    is_contraction,
+    is_convolution,
+    is_recurrence,
+    leaf_module,
+    op_name,
+    tensor_value,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.fx import Node
 
-__all__ = ["feature_axis"]
+__all__ = ["carry_axis", "entry_axis", "exit_axis", "permutation"]
+
+_LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm"})
+_CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "native_batch_norm", "native_group_norm"})
+_REDUCTIONS = frozenset({"mean", "var", "std", "norm", "var_mean", "std_mean", "vector_norm"})
+_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
 
 
-def feature_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | None:
+def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
+    """Axis of `skip` over which its first reader in the branch normalises or contracts, None where no reader says.
+
+    The walk passes through operations that keep the shape (activations, casts) and through permutations.
+    """
+    value = tensor_value(skip)
+    if value is None:
+        return None
+    # For every node reached: which axis of the skip each of its axes is.
+    origin: dict[Node, tuple[int, ...]] = {skip: tuple(range(value.dim()))}
+    for node in branch:
+        operand = next((source for source in node.all_input_nodes if source in origin), None)
+        if operand is None:
+            continue
+        axes = origin[operand]
+        said = _reads_along(node, operand, len(axes))
+        if said is not None:
+            return axes[said]
+        order = permutation(node, len(axes))
+        after, before = tensor_value(node), tensor_value(operand)
+        if order is not None:
+            origin[node] = tuple(axes[axis] for axis in order)
+        elif (
+            after is not None and before is not None and after.shape == before.shape and op_name(node) not in _RESHAPES
+        ):
+            origin[node] = axes
+        elif after is not None and before is not None and after.shape[-1] == before.shape[-1]:
+            # Token axes were folded or split; of the axes that can be named, the last is left.
+            origin[node] = (*[-1] * (after.dim() - 1), axes[-1])
+    return None
+
+
+def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
+    name, module = op_name(node), leaf_module(node)
+    if name in _LAYER_NORMS or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        shape = (
+            module.normalized_shape
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+            else _argument(node, 1, "normalized_shape")
+        )
+        return rank - 1 if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
+    if name in _CHANNEL_NORMS or isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return 1
+    if is_convolution(node):
+        return 1
+    if is_contraction(node):
+        first = node.args[0] if node.args else None
+        return rank - 1 if first is operand or is_attention(node) or is_recurrence(node) else None
+    if name in _REDUCTIONS:
+        dims = _argument(node, 1, "dim")
+        single = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
+        return single % rank if isinstance(single, int) else None
+    return None
+
+
+def exit_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | None:
     """Axis of `term` that holds the features which `anchor` produced, None if the views in between lose it.
 
     `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and every other contraction on the last one.
@@ -27,36 +102,49 @@ def feature_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | Non
     else:
         axes = {anchor: 1 if is_convolution(anchor) else value.dim() - 1}
     for node in ordered:
-        if node is anchor or node in axes:
+        if node in axes:
             continue
         operand = next((source for source in node.all_input_nodes if source in axes), None)
         if operand is not None:
-            axes[node] = _carry(node, operand, axes[operand])
+            axes[node] = carry_axis(node, operand, axes[operand])
     return axes.get(term)
 
 
-def _carry(node: Node, operand: Node, axis: int | None) -> int | None:
+def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
+    """Where `node` puts the axis `axis` of its operand; None if it takes it apart."""
     before, after = tensor_value(operand), tensor_value(node)
     if after is None or axis is None:
         return axis if axis == -1 else None
     if before is None:
         return after.dim() - 1
-    rank, name = before.dim(), op_name(node)
-    if name in {"transpose", "swapaxes"}:
-        first, second = (_axis(node.args[1], rank), _axis(node.args[2], rank))
-        return {first: second, second: first}.get(axis, axis)
-    if name == "permute":
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        return [_axis(entry, rank) for entry in order].index(axis)
-    if name in {"t", "T", "mT"}:
-        return {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)
+    rank = before.dim()
+    order = permutation(node, rank)
+    if order is not None:
+        return order.index(axis)
     if after.shape == before.shape:
         return axis
-    if name in {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}:
+    if op_name(node) in _RESHAPES:
         # The last axis stays the last: split into heads, merged from heads, or untouched.
         return after.dim() - 1 if axis == rank - 1 else None
     return axis if after.dim() == rank else None
 
 
-def _axis(entry: Any, rank: int) -> int:
-    return int(entry) % rank
+def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The axes of the operand in the order in which `node` puts them, None if it does not permute."""
+    name = op_name(node)
+    if name in {"transpose", "swapaxes"}:
+        first, second = (int(_argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))
+        order = list(range(rank))
+        order[first], order[second] = second, first
+        return tuple(order)
+    if name == "permute":
+        given = _argument(node, 1, "dims")
+        listed: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
+        return tuple(int(entry) % rank for entry in listed)
+    if name in {"t", "T", "mT"}:
+        return (*range(rank - 2), rank - 1, rank - 2) if name == "mT" or rank == 2 else None
+    return None
+
+
+def _argument(node: Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.lift import lift
+from mhc_compile.passes.lift import Region, lift
 from mhc_compile.passes.roles import tensor_value
 
 if TYPE_CHECKING:
@@ -98,32 +98,66 @@ class _Expansion:
 
     def run(self, chain: Chain) -> None:
         start = self.nodes[chain.start]
-        self._follow(start, like=self.nodes[chain.sites[0].add])
-        streams = self._spread(start, self.bindings[chain.sites[0]].streams)
-        stages: list[tuple[Site, Node, list[tuple[Node, Node]]]] = []
-        for site, links in zip(chain.sites, chain.links, strict=True):
-            lifted: list[tuple[Node, Node]] = []
-            for link in links:
-                old = self.nodes[link]
-                self._follow(old, like=old)
-                streams = self._emit_lifted(old, streams, self.bindings[site].streams)
-                lifted.append((old, streams))
-            self._follow(streams, like=self.nodes[site.add])
-            streams = self._site(site, streams)
-            stages.append((site, streams, lifted))
+        first = chain.sites[0]
+        self._follow(start, like=self.nodes[first.add])
+        streams = self._spread(start, first.axis, self.bindings[first].streams)
+        stages: list[tuple[Site, Region, Node, Node]] = []
+        for site, region in zip(chain.sites, chain.links, strict=True):
+            entry = self._lift(region, streams, self.bindings[site].streams)
+            self._follow(entry, like=self.nodes[site.add])
+            streams = self._site(site, entry)
+            stages.append((site, region, entry, streams))
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
-        for site, after, lifted in reversed(stages):
-            self._read_out(self.nodes[site.add], after)
+        for site, region, entry, after in reversed(stages):
+            self._read_out(self.nodes[site.add], after, site.axis)
             for inner in reversed(site.adds[:-1]):
                 self.graph.erase_node(self.nodes[inner])
-            for old, its_streams in reversed(lifted):
-                self._read_out(old, its_streams)
+            if region.nodes:
+                self._read_out(self.nodes[site.skip], entry, site.axis)
+                for node in reversed(region.nodes[:-1]):
+                    if not self.nodes[node].users:  # one that is read elsewhere stays, and reads the mean
+                        self.graph.erase_node(self.nodes[node])
 
-    def _spread(self, start: Node, n: int) -> Node:
+    def _spread(self, start: Node, axis: int, n: int) -> Node:
         value = tensor_value(start)
         assert value is not None
-        wide = self._emit("trunk", "call_method", "unsqueeze", (start, -2))
+        trunk = self._features_last(start, axis)
+        wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
         return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
+
+    def _lift(self, region: Region, streams: Node, n: int) -> Node:
+        axes = {self.nodes[node]: axis for node, axis in region.axes.items()}
+        lifted = {self.nodes[region.source]: streams}
+        for node in region.nodes:
+            old = self.nodes[node]
+            self._follow(old, like=old)
+            with self.graph.inserting_before(
+                self.cursor.next
+            ):  # `inserting_after` would reverse the order of several nodes
+                new = lift(self.graph, old, lifted, axes, n)
+            lifted[old] = streams = self._finish(new)
+        return streams
+
+    def _features_last(self, value: Node, axis: int) -> Node:
+        """[..., C, ...] to [..., C]. A view."""
+        example = tensor_value(value)
+        if example is None or axis == example.dim() - 1:
+            return value
+        return self._emit("features_last", "call_method", "movedim", (value, axis, -1))
+
+    def _features_back(self, value: Node, axis: int, like: Node) -> Node:
+        """[..., C] to the layout of `like`, in memory as well: a later `view` in the model counts on its strides."""
+        example = tensor_value(like)
+        if example is None or axis == example.dim() - 1:
+            return value
+        moved = self._emit("features_back", "call_method", "movedim", (value, -1, axis))
+        if (
+            example.dim() == 4
+            and not example.is_contiguous()
+            and example.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return self._call("features_back", torch.clone, moved, memory_format=torch.channels_last)
+        return self._emit("features_back", "call_method", "contiguous", (moved,))
 
     def _site(self, site: Site, streams: Node) -> Node:
         binding, add, skip = self.bindings[site], self.nodes[site.add], self.nodes[site.skip]
@@ -136,25 +170,21 @@ class _Expansion:
         pre, post, res = (
             self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))
         )
-        collapsed = self._call("collapsed", mhc.collapse.default, streams, pre)
+        collapsed = self._features_back(self._call("collapsed", mhc.collapse.default, streams, pre), site.axis, skip)
         for reader in readers:
             reader.replace_input_with(skip, collapsed)
         self._follow(add.prev, like=add)
         total = self.nodes[site.terms[0]]
         for term in site.terms[1:]:
             total = self._call("branches", torch.add, total, self.nodes[term])
-        return self._call("streams", mhc.update.default, streams, total, post, res)
+        return self._call("streams", mhc.update.default, streams, self._features_last(total, site.axis), post, res)
 
-    def _read_out(self, value: Node, streams: Node) -> None:
+    def _read_out(self, value: Node, streams: Node, axis: int) -> None:
         if value.users:
             self._follow(streams, like=value)
-            mean = self._call("read_out", torch.mean, streams, -2)
+            mean = self._features_back(self._call("read_out", torch.mean, streams, -2), axis, value)
             value.replace_all_uses_with(mean)
         self.graph.erase_node(value)
-
-    def _emit_lifted(self, old: Node, streams: Node, n: int) -> Node:
-        with self.graph.inserting_after(self.cursor):
-            return self._finish(lift(self.graph, old, streams, n))
 
     def _parameter(self, name: Node | str) -> Node:
         return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
@@ -165,12 +195,14 @@ class _Expansion:
             node = node.next
         self.cursor, self.like = node, like
 
-    def _call(self, name: str, target: Callable[..., Any], *args: Any) -> Node:
-        return self._emit(name, "call_function", target, args)
+    def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self._emit(name, "call_function", target, args, kwargs)
 
-    def _emit(self, name: str, op: str, target: Any, args: tuple[Any, ...]) -> Node:
+    def _emit(
+        self, name: str, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Node:
         with self.graph.inserting_after(self.cursor):
-            return self._finish(self.graph.create_node(op, target, args, {}, f"mhc_{name}"))
+            return self._finish(self.graph.create_node(op, target, args, kwargs or {}, f"mhc_{name}"))
 
     def _finish(self, node: Node) -> Node:
         node.meta = {key: value for key, value in self.like.meta.items() if key in {"nn_module_stack", "stack_trace"}}
@@ -195,5 +227,5 @@ def _example(node: Node) -> Any:
     args = torch.fx.map_arg(node.args, value)
     with torch.no_grad():
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:])
-        return node.target(*args)  # type: ignore[operator]
+            return getattr(args[0], str(node.target))(*args[1:], **node.kwargs)
+        return node.target(*args, **node.kwargs)  # type: ignore[operator]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mhc_compile.passes.axes import feature_axis
+from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.roles import (
     ADDS,
@@ -146,9 +146,6 @@ class _Finder:
             return self._refuse(
                 add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis"
             )
-        width: object = total.shape[-1]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
-        if not isinstance(width, int):
-            return self._refuse(add, Reason.DYNAMIC_WIDTH, lambda: f"the feature axis of {shown} has no fixed size")
         return None
 
     def _branch(self, skip: Node, others: tuple[Node, ...]) -> _Branch:
@@ -197,13 +194,21 @@ class _Finder:
         anchors = [node for node in branch.nodes if is_contraction(node)]
         anchor = anchors[-1]
         last = max(others, key=self.order.__getitem__)
-        if feature_axis(anchor, last, branch.nodes) != value.dim() - 1:
+        axis = entry_axis(skip, branch.nodes)
+        if axis is None or axis < 0:
+            axis = exit_axis(anchor, last, branch.nodes)
+        if axis is None or axis < 0:
             return self._refuse(
                 add,
                 Reason.FEATURE_AXIS,
                 lambda: (
-                    f"the features of '{anchor}' do not lie on the last axis of {_describe(value)}; streams are laid out for [..., C]"
+                    f"neither the first reader of '{skip}' nor '{anchor}' tells which axis of {_describe(value)} holds the features"
                 ),
+            )
+        width: object = value.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
+        if not isinstance(width, int):
+            return self._refuse(
+                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {_describe(value)} has no fixed size"
             )
         owner, child = common_owner(self.provenance.stack(add), self.provenance.stack(anchor))
         if owner is None:
@@ -224,7 +229,8 @@ class _Finder:
             terms=others,
             branch=frozenset(branch.nodes),
             anchor=anchor,
-            width=int(value.shape[-1]),
+            width=width,
+            axis=axis,
             owner=owner,
             name=name,
             carrier=carrier,

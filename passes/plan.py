@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.find import Findings, find
-from mhc_compile.passes.lift import liftable
+from mhc_compile.passes.lift import Region, region_between
+from mhc_compile.passes.roles import is_contraction
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ class Chain:
     """Sites in order, from the first to the last that share streams."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's add (the chain's start, for the first) and its skip: lifted over streams.
-    links: tuple[tuple[Node, ...], ...]
+    #: For each site, the trunk operations between the previous site's sum and its skip, which run on the streams. Empty for the first.
+    links: tuple[Region, ...]
 
     @property
     def start(self) -> Node:
@@ -66,7 +67,7 @@ def plan_chains(
     findings = find(graph, provenance)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
     kept = [site for site in findings.sites if site not in vetoed]
-    chains, shared = _link(kept)
+    chains, shared = _link(graph, kept)
     long = tuple(chain for chain in chains if len(chain.sites) >= min_sites)
     short = [
         _too_short(site, chain, min_sites) for chain in chains if len(chain.sites) < min_sites for site in chain.sites
@@ -79,14 +80,16 @@ def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refu
     return Refusal(site.add, reason, sentence, site.owner.path)
 
 
-def _link(sites: list[Site]) -> tuple[list[Chain], list[Refusal]]:
+def _link(graph: Graph, sites: list[Site]) -> tuple[list[Chain], list[Refusal]]:
+    order = {node: position for position, node in enumerate(graph.nodes)}
     by_sum = {site.add: site for site in sites}
-    chains: list[tuple[list[Site], list[tuple[Node, ...]]]] = []
+    chains: list[tuple[list[Site], list[Region]]] = []
     place: dict[Site, int] = {}
     taken: dict[Node, Site] = {}
     refusals: list[Refusal] = []
     for site in sites:
-        trunk, links = _trunk(site.skip, by_sum)
+        region = _region(site, by_sum, order)
+        trunk = region.source
         if trunk in taken:
             refusals.append(_shared(site, taken[trunk]))
             by_sum.pop(site.add)
@@ -95,25 +98,36 @@ def _link(sites: list[Site]) -> tuple[list[Chain], list[Refusal]]:
         previous = by_sum.get(trunk)
         if previous is None:
             place[site] = len(chains)
-            chains.append(([site], [()]))
+            chains.append(([site], [region]))
         else:
             place[site] = place[previous]
             members, between = chains[place[site]]
             members.append(site)
-            between.append(links)
+            between.append(region)
     return [Chain(tuple(members), tuple(between)) for members, between in chains], refusals
 
 
-def _trunk(skip: Node, by_sum: dict[Node, Site]) -> tuple[Node, tuple[Node, ...]]:
-    """The sum that `skip` is, or views, and the operations between; `skip` itself where the walk meets no sum."""
-    links: list[Node] = []
-    node = skip
-    while node not in by_sum:
-        if not liftable(node):
-            return skip, ()
-        links.append(node)
-        node = node.all_input_nodes[0]
-    return node, tuple(reversed(links))
+def _region(site: Site, by_sum: dict[Node, Site], order: dict[Node, int]) -> Region:
+    """What lies between the previous site's sum and this site's skip; nothing, from the skip itself, where no sum can be reached."""
+    alone = Region(site.skip, (), {site.skip: site.axis})
+    source = _nearest_sum(site.skip, by_sum)
+    if source is None:
+        return alone
+    return region_between(source, site.skip, by_sum[source].axis, site.axis, order) or alone
+
+
+def _nearest_sum(skip: Node, by_sum: dict[Node, Site], limit: int = 64) -> Node | None:
+    """The first sum of a site that lies behind `skip`. The trunk operations between two sites are few: a longer search would find a branch."""
+    queue, seen = [skip], {skip}
+    while queue and len(seen) < limit:
+        node = queue.pop(0)
+        if node in by_sum:
+            return node
+        for operand in node.all_input_nodes:
+            if operand not in seen and not is_contraction(operand):
+                seen.add(operand)
+                queue.append(operand)
+    return None
 
 
 def _shared(site: Site, first: Site) -> Refusal:

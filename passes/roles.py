@@ -23,8 +23,10 @@ __all__ = [
     "is_convolution",
     "is_fused_layer",
     "is_inplace",
+    "is_recurrence",
     "is_region",
     "is_view",
+    "leaf_module",
     "op_name",
     "passes_value",
     "tensor_value",
@@ -94,7 +96,8 @@ def op_name(node: Node) -> str:
     return getattr(target, "__name__", type(target).__name__)
 
 
-def _module(node: Node) -> nn.Module | None:
+def leaf_module(node: Node) -> nn.Module | None:
+    """The module that a `call_module` node calls, None for every other node."""
     if node.op != "call_module":
         return None
     owner = node.graph.owning_module
@@ -103,12 +106,17 @@ def _module(node: Node) -> nn.Module | None:
 
 def is_convolution(node: Node) -> bool:
     """A convolution, whose features lie on axis 1."""
-    return op_name(node) in _CONVOLUTIONS or isinstance(_module(node), _MODULE_CONVOLUTIONS)
+    return op_name(node) in _CONVOLUTIONS or isinstance(leaf_module(node), _MODULE_CONVOLUTIONS)
 
 
 def is_attention(node: Node) -> bool:
     """A fused attention."""
-    return op_name(node) in _ATTENTIONS or isinstance(_module(node), _MODULE_ATTENTIONS)
+    return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), _MODULE_ATTENTIONS)
+
+
+def is_recurrence(node: Node) -> bool:
+    """An LSTM, a GRU or a plain recurrent network, as one operation."""
+    return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), _MODULE_RECURRENCES)
 
 
 def is_fused_layer(node: Node) -> bool:
@@ -123,9 +131,9 @@ def is_region(node: Node) -> bool:
 
 def is_contraction(node: Node) -> bool:
     """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
-    if op_name(node) in _MATRIX_PRODUCTS | _RECURRENCES | _FUSED_LAYERS or is_convolution(node) or is_attention(node):
+    if op_name(node) in _MATRIX_PRODUCTS | _FUSED_LAYERS or isinstance(leaf_module(node), _MODULE_CONTRACTIONS):
         return True
-    return isinstance(_module(node), _MODULE_CONTRACTIONS + _MODULE_RECURRENCES)
+    return is_convolution(node) or is_attention(node) or is_recurrence(node)
 
 
 def is_view(node: Node) -> bool:
@@ -136,7 +144,7 @@ def is_view(node: Node) -> bool:
 def is_inplace(node: Node) -> bool:
     """The operation writes into its first operand (or into `out`)."""
     if node.op == "call_module":
-        return bool(getattr(_module(node), "inplace", False))
+        return bool(getattr(leaf_module(node), "inplace", False))
     if node.op == "call_function" and (node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None):
         return True
     name = op_name(node)

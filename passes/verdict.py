@@ -35,7 +35,7 @@ class Reason(Enum):
     NOT_DIFFERENTIABLE = "not-differentiable"
     #: One term depends on the other by point-wise operations alone: a polynomial such as tanh-GELU's, a gate, a rotation.
     NO_CONTRACTION = "no-contraction"
-    #: The features of the branch do not lie on the last axis (convolutions), or views between the branch's last product and the add lose them.
+    #: Neither the way in which the branch reads the trunk nor the way in which its last product leaves it tells which axis holds the features.
     FEATURE_AXIS = "feature-axis"
     #: The skip or the sum is written in place, and the old or the new value may be read under another name.
     MUTATED_OPERAND = "mutated-operand"
@@ -74,6 +74,8 @@ class Site:
     anchor: Node
     #: C.
     width: int
+    #: The axis of the trunk that holds the features: the last in a transformer, 1 in a convolutional network.
+    axis: int
     #: The module that performs the site, and whose submodule the hyper-connection becomes.
     owner: ModuleRef
     #: Path of the branch below the owner: "attn", "mlp", "blocks.3".

@@ -88,21 +88,99 @@ def test_parallel_branches_are_one_site():
     assert (module(x) - model(x)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("view", ["reshape", "view", "flatten"])
-def test_lifted_views_keep_the_numbers_of_unequal_streams(view):
-    def forward(m, x):
-        y = x + m.f(x)
-        y = y.flatten(0, 1) if view == "flatten" else getattr(y, view)(-1, C)
-        y = y + m.g(y)
-        return y.reshape(2, 4, C)
+def by_hand(module, x, site, branch, axis=-1):
+    """One site on streams [..., n, C] of a trunk whose features lie on `axis`, from the module's own parameters."""
 
-    module, model, x = rewritten(forward)
+    def last(y):
+        return branch(y.movedim(-1, axis)).movedim(axis, -1)
+
+    return module.get_submodule(f"mhc.{site}")(x, last)
+
+
+def unequal(module):
     for name, parameter in module.named_parameters():
         if "mhc" in name:
             torch.nn.init.normal_(parameter)
-    streams = module.mhc.f(x.unsqueeze(-2).expand(-1, -1, 4, -1), model.f)
-    want = module.mhc.g(streams.reshape(8, 4, C), model.g).mean(-2).reshape(2, 4, C)
+
+
+@pytest.mark.parametrize(
+    ("between", "on_streams"),
+    [
+        (lambda m, y: y.reshape(-1, C), lambda m, S: S.flatten(0, 1)),
+        (lambda m, y: y.view(-1, C), lambda m, S: S.flatten(0, 1)),
+        (lambda m, y: y.flatten(0, 1), lambda m, S: S.flatten(0, 1)),
+        (lambda m, y: y.transpose(0, 1), lambda m, S: S.transpose(0, 1)),
+        (lambda m, y: torch.relu(y), lambda m, S: torch.relu(S)),
+        (lambda m, y: m.norm_f(y), lambda m, S: m.norm_f(S)),
+        (lambda m, y: y * m.vector * 0.5, lambda m, S: S * m.vector * 0.5),
+        (
+            lambda m, y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6),
+            lambda m, S: S * torch.rsqrt(S.pow(2).mean(-1, keepdim=True) + 1e-6),
+        ),
+        (
+            lambda m, y: y * torch.arange(2.0)[:, None, None],
+            lambda m, S: S * torch.arange(2.0)[:, None, None, None],
+        ),
+    ],
+)
+def test_lifted_operations_keep_the_numbers_of_unequal_streams(between, on_streams):
+    module, model, x = rewritten(lambda m, x: (y := between(m, x + m.f(x))) + m.g(y))
+    assert operations(module)["update"] == 2
+    assert (module(x) - model(x)).abs().max() < 2e-6  # equal streams: the plain model
+    unequal(module)
+    streams = by_hand(module, x.unsqueeze(-2).expand(-1, -1, 4, -1), "f", model.f)
+    want = by_hand(module, on_streams(model, streams), "g", model.g).mean(-2)
     assert torch.allclose(module(x), want, atol=1e-5)
+
+
+def test_channels_first_trunks():
+    module, model, x = rewritten(lambda m, x: (y := torch.relu(x + m.conv(x))) + m.conv(torch.tanh(y)))
+    assert operations(module)["update"] == 2
+    assert module.mhc.conv.width == 4
+    assert (module(x) - model(x)).abs().max() < 2e-6
+    assert module(x).stride() == model(x).stride()  # what the model's views count on
+    unequal(module)
+    streams = x.movedim(1, -1).unsqueeze(-2).expand(-1, -1, 4, -1)
+    streams = torch.relu(by_hand(module, streams, "conv", model.conv, axis=1))
+    want = by_hand(module, streams, "conv", lambda y: model.conv(torch.tanh(y)), axis=1)
+    assert torch.allclose(module(x), want.mean(-2).movedim(-1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_keep_their_memory_format(memory_format):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = torch.relu(x + self.first(x))
+            x = x + self.second(x)
+            return x, x.view(2, 4, 9) if x.is_contiguous() else x.permute(0, 2, 3, 1).view(2, 9, 4)
+
+    torch.manual_seed(0)
+    model = Net().to(memory_format=memory_format)
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=memory_format)
+    want = model(x)
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    got = compiled(x)
+    assert len(mhc_compile.connections(model)) == 2
+    for one, other in zip(got, want, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+        assert one.stride() == other.stride()
+
+
+def test_a_reader_inside_a_lifted_region_reads_the_mean():
+    def forward(m, x):
+        y = x + m.f(x)
+        halved = y * 0.5
+        z = torch.relu(halved)
+        return z + m.g(z), halved
+
+    module, model, x = rewritten(forward)
+    assert operations(module)["update"] == 2
+    for got, want in zip(module(x), model(x), strict=True):
+        assert (got - want).abs().max() < 2e-6
 
 
 def test_a_branch_that_reads_the_trunk_twice_reads_the_collapsed_streams_twice():
@@ -145,3 +223,18 @@ def test_rewrite_says_what_is_wrong():
         rewritten(lambda m, x: m.f(x))
     with pytest.raises(mhc_compile.NothingRewrittenError, match="no addition of floating-point tensors"):
         rewritten(lambda m, x: m.f(x), strict=True)
+
+
+def test_flatten_of_inner_token_axes_keeps_the_outer_ones():
+    def forward(m, x):
+        y = x + m.f(x)
+        y = y.flatten(1, 2)
+        return y + m.g(y)
+
+    x = torch.randn(2, 3, 5, C)
+    module, model, x = rewritten(forward, x)
+    assert operations(module)["update"] == 2
+    unequal(module)
+    streams = by_hand(module, x.unsqueeze(-2).expand(-1, -1, -1, 4, -1), "f", model.f)
+    want = by_hand(module, streams.flatten(1, 2), "g", model.g).mean(-2)
+    assert torch.allclose(module(x), want, atol=1e-5)

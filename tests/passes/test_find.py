@@ -51,8 +51,7 @@ def test_residual_adds_are_sites(forward, adds):
         (lambda m, x: x + m.norm(x), R.NO_CONTRACTION),
         (lambda m, x: x * torch.cos(x) + torch.sin(x) * x.roll(1), R.INDEPENDENT),  # rotary
         (lambda m, x: x + x, R.SAME_VALUE),
-        (lambda m, x: x + m.conv(x), R.FEATURE_AXIS),
-        (lambda m, x: x + m.f(x).transpose(-1, -2).reshape(2, 4, C), R.FEATURE_AXIS),
+        (lambda m, x: x + m.f(x.reshape(2, -1)[:, :C]).unsqueeze(1).expand(2, 4, C), R.FEATURE_AXIS),
         (lambda m, x: x.sum() + m.f(x).sum(), R.NO_FEATURE_AXIS),
         (lambda m, x: x + m.f(x).double(), R.DTYPE),
         (lambda m, x: (y := x + m.f(x)).relu_() + y * 0, R.MUTATED_OPERAND),
@@ -66,6 +65,24 @@ def test_other_adds_are_refused_with_the_right_reason(forward, reason):
     for refusal in plan.refusals:
         assert not refusal  # a refusal is falsy
         assert refusal.sentence
+
+
+@pytest.mark.parametrize(
+    ("forward", "axis"),
+    [
+        (lambda m, x: x + m.f(x), -1),
+        (lambda m, x: x + m.conv(x), 1),
+        (lambda m, x: x + m.conv(torch.relu(x)), 1),
+        (lambda m, x: x + m.f(x.transpose(0, 1)).transpose(0, 1), -1),
+        (lambda m, x: x + m.conv(m.norm(x)), -1),  # token mixing: the norm says what the features are
+        (lambda m, x: x + m.f(x).transpose(-1, -2).reshape(2, 4, C), -1),
+        (lambda m, x: x + m.f(x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()), -1),  # RMSNorm by hand
+        (lambda m, x: (t := x.transpose(1, 2)) + m.f(t.transpose(1, 2)).transpose(1, 2), 1),
+    ],
+)
+def test_the_feature_axis_is_read_off_the_branch(forward, axis):
+    plan = planned(forward)
+    assert [site.axis for site in plan.sites] == [axis % 3]
 
 
 def test_complex_tensors_are_refused():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from graphs import C, planned
 from torch import nn
 
 from mhc_compile.passes import Reason
+from mhc_compile.passes.roles import op_name
 
 
 def test_sites_follow_the_trunk():
@@ -24,7 +26,7 @@ def test_views_of_the_tokens_are_lifted():
 
     plan = planned(forward)
     assert [len(chain.sites) for chain in plan.chains] == [4]
-    assert [[str(n.target) for n in links] for links in plan.chains[0].links] == [
+    assert [[str(n.target) for n in region.nodes] for region in plan.chains[0].links] == [
         [],
         ["reshape"],
         ["view", "contiguous"],
@@ -44,16 +46,54 @@ def test_a_view_of_the_features_ends_the_chain():
     assert [len(chain.sites) for chain in plan.chains] == [2, 1]
 
 
-def test_a_norm_on_the_trunk_ends_the_chain_and_short_chains_are_refused():
-    def forward(m, x):  # post-norm
-        y = m.norm(x + m.f(x))
-        return m.norm(y + m.g(y))
+def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_refused():
+    def forward(m, x):
+        y = m.f(x + m.f(x))
+        return m.g(y + m.g(y))
 
     assert [len(chain.sites) for chain in planned(forward).chains] == [1, 1]
     plan = planned(forward, min_sites=2)
     assert not plan.chains
     assert [refusal.reason for refusal in plan.refusals] == [Reason.CHAIN_TOO_SHORT] * 2
     assert "its chain has 1 site; min_sites=2" in plan.refusals[0].sentence
+
+
+def rms(m, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.vector
+
+
+@pytest.mark.parametrize(
+    ("between", "names"),
+    [
+        (lambda m, y: m.norm_f(y), ["layer_norm"]),
+        (lambda m, y: torch.relu(y), ["relu"]),
+        (lambda m, y: y * 0.5, ["mul"]),
+        (lambda m, y: y * m.vector, ["mul"]),
+        (lambda m, y: y.double().float(), ["double", "float"]),
+        (rms, ["pow", "mean", "add", "rsqrt", "mul", "mul"]),
+        (lambda m, y: y.transpose(0, 1), ["transpose"]),
+        (lambda m, y: nn.functional.dropout(y, 0.1, training=False), ["dropout"]),
+    ],
+)
+def test_cheap_trunk_operations_are_lifted(between, names):
+    plan = planned(lambda m, x: (y := between(m, x + m.f(x))) + m.g(y))
+    assert [len(chain.sites) for chain in plan.chains] == [2]
+    assert [op_name(node) for node in plan.chains[0].links[1].nodes] == names
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, y: m.f(y),  # a projection
+        lambda m, y: nn.functional.dropout(y, 0.1),  # other random numbers than the plain model's
+        lambda m, y: y.softmax(1),  # mixes tokens
+        lambda m, y: y.cumsum(1),
+        lambda m, y: y + m.f(y).detach(),  # depends on the trunk through a projection
+    ],
+)
+def test_other_trunk_operations_end_the_chain(between):
+    plan = planned(lambda m, x: (y := between(m, x + m.f(x))) + m.g(y))
+    assert [len(chain.sites) for chain in plan.chains] == [1, 1]
 
 
 def test_a_nested_residual_shares_its_trunk_and_is_refused():
