@@ -63,8 +63,9 @@ class ExpandChains(Pass):
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
+        expansion = _Expansion(copy, nodes, self.bindings)
         for chain in self.plan.chains:
-            _Expansion(copy, nodes, self.bindings).run(chain)
+            expansion.run(chain)
         return copy
 
 
@@ -93,11 +94,13 @@ class _Expansion:
         self.graph = graph
         self.nodes = nodes
         self.bindings = bindings
+        #: Trunk values that another chain has replaced by the mean of its streams.
+        self.replaced: dict[Node, Node] = {}
         self.cursor: Node = graph._root
         self.like: Node = graph._root
 
     def run(self, chain: Chain) -> None:
-        start = self.nodes[chain.start]
+        start = self._now(chain.start)
         first = chain.sites[0]
         self._follow(start, like=self.nodes[first.add])
         streams = self._spread(start, first.axis, self.bindings[first].streams)
@@ -160,7 +163,7 @@ class _Expansion:
         return self._emit("features_back", "call_method", "contiguous", (moved,))
 
     def _site(self, site: Site, streams: Node) -> Node:
-        binding, add, skip = self.bindings[site], self.nodes[site.add], self.nodes[site.skip]
+        binding, add, skip = self.bindings[site], self.nodes[site.add], self._now(site.skip)
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in skip.users if user in branch]
         mhc = torch.ops.mhc
@@ -174,9 +177,9 @@ class _Expansion:
         for reader in readers:
             reader.replace_input_with(skip, collapsed)
         self._follow(add.prev, like=add)
-        total = self.nodes[site.terms[0]]
+        total = self._now(site.terms[0])
         for term in site.terms[1:]:
-            total = self._call("branches", torch.add, total, self.nodes[term])
+            total = self._call("branches", torch.add, total, self._now(term))
         return self._call("streams", mhc.update.default, streams, self._features_last(total, site.axis), post, res)
 
     def _read_out(self, value: Node, streams: Node, axis: int) -> None:
@@ -184,10 +187,16 @@ class _Expansion:
             self._follow(streams, like=value)
             mean = self._features_back(self._call("read_out", torch.mean, streams, -2), axis, value)
             value.replace_all_uses_with(mean)
+            self.replaced[value] = mean
         self.graph.erase_node(value)
 
     def _parameter(self, name: Node | str) -> Node:
         return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
+
+    def _now(self, node: Node) -> Node:
+        """What stands for a node of the plan's graph at this moment."""
+        copy = self.nodes[node]
+        return self.replaced.get(copy, copy)
 
     def _follow(self, node: Node, like: Node) -> None:
         """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""

@@ -238,3 +238,17 @@ def test_flatten_of_inner_token_axes_keeps_the_outer_ones():
     streams = by_hand(module, x.unsqueeze(-2).expand(-1, -1, -1, 4, -1), "f", model.f)
     want = by_hand(module, streams.flatten(1, 2), "g", model.g).mean(-2)
     assert torch.allclose(module(x), want, atol=1e-5)
+
+
+def test_two_skips_of_different_age():
+    """x, p = f(x) + x + p, x: the newer trunk value is a term of a sum whose skip is the older one."""
+
+    def forward(m, x):
+        p = x
+        for f in (m.f, m.g, m.f, m.g):
+            x, p = f(x) + x + p, x
+        return x
+
+    module, model, x = rewritten(forward, min_sites=1)
+    assert operations(module)["update"] > 0
+    assert (module(x) - model(x)).abs().max() / model(x).abs().max() < 1e-6
