@@ -58,6 +58,7 @@ def rewrite(
             " Use torch.compile(model, backend='mhc') for a model, torch.fx.symbolic_trace(model) for a graph module"
         )
     source = fx.GraphModule(graph_module, normalize(graph_module.graph), type(graph_module).__name__)
+    _keep_connections(graph_module, source)
     _propagate(source, args)
     source.graph = normalize(
         source.graph
@@ -75,6 +76,24 @@ def rewrite(
     source.graph = expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites})
     source.recompile()
     return source
+
+
+def _keep_connections(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """A new graph module has the parameters that its graph reads and plain modules round them: give it the hyper-connections of the old one."""
+    for path, module in old.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, HyperConnections) and not isinstance(old.get_submodule(parent), HyperConnections):
+            if parent and not _has(new, parent):
+                new.add_submodule(parent, nn.Module())
+            new.get_submodule(parent).add_module(name, module)
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:

@@ -64,7 +64,8 @@ class ExpandChains(Pass):
         """A copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
         expansion = _Expansion(copy, nodes, self.bindings)
-        for chain in self.plan.chains:
+        # Outer chains first: what lies in the branch of an outer site then starts from the streams collapsed for that branch.
+        for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
             expansion.run(chain)
         return copy
 
@@ -100,15 +101,15 @@ class _Expansion:
         self.like: Node = graph._root
 
     def run(self, chain: Chain) -> None:
-        start = self._now(chain.start)
         first = chain.sites[0]
+        start = self._start(first)
         self._follow(start, like=self.nodes[first.add])
         streams = self._spread(start, first.axis, self.bindings[first].streams)
         stages: list[tuple[Site, Region, Node, Node]] = []
         for site, region in zip(chain.sites, chain.links, strict=True):
             entry = self._lift(region, streams, self.bindings[site].streams)
             self._follow(entry, like=self.nodes[site.add])
-            streams = self._site(site, entry)
+            streams = self._site(site, start if site is first else self.nodes[site.skip], entry)
             stages.append((site, region, entry, streams))
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, region, entry, after in reversed(stages):
@@ -162,8 +163,17 @@ class _Expansion:
             return self._call("features_back", torch.clone, moved, memory_format=torch.channels_last)
         return self._emit("features_back", "call_method", "contiguous", (moved,))
 
-    def _site(self, site: Site, streams: Node) -> Node:
-        binding, add, skip = self.bindings[site], self.nodes[site.add], self._now(site.skip)
+    def _start(self, site: Site) -> Node:
+        """The trunk value that a chain starts from, as the first add reads it now."""
+        for add in site.adds:
+            for old, new in zip(add.args[:2], self.nodes[add].args[:2], strict=True):
+                if old is site.skip:
+                    assert isinstance(new, Node)
+                    return new
+        raise AssertionError(f"{site}: no add of the sum reads its skip {site.skip}")
+
+    def _site(self, site: Site, skip: Node, streams: Node) -> Node:
+        binding, add = self.bindings[site], self.nodes[site.add]
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in skip.users if user in branch]
         mhc = torch.ops.mhc
@@ -215,17 +225,26 @@ class _Expansion:
 
     def _finish(self, node: Node) -> Node:
         node.meta = {key: value for key, value in self.like.meta.items() if key in {"nn_module_stack", "stack_trace"}}
-        value = _example(node)
+        value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
         if value is not None:
             node.meta["example_value"] = value
         self.cursor = node
         return node
 
+    def _attribute(self, path: str) -> Any:
+        """Example value of a parameter that is an attribute: like the example values of the graph, without memory."""
+        mode = next(
+            (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
+            None,
+        )
+        if mode is None or self.graph.owning_module is None:
+            return None
+        owner, _, name = path.rpartition(".")
+        return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
+
 
 def _example(node: Node) -> Any:
     """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
-    if node.op == "get_attr":
-        return None
 
     def value(operand: Node) -> Any:
         return operand.meta.get("example_value", operand.meta.get("val"))
@@ -234,7 +253,8 @@ def _example(node: Node) -> Any:
     if any(operand is None for operand in operands):
         return None
     args = torch.fx.map_arg(node.args, value)
+    kwargs = torch.fx.map_arg(node.kwargs, value)
     with torch.no_grad():
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **node.kwargs)
-        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]

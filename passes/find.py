@@ -16,16 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
-from mhc_compile.passes.roles import (
-    ADDS,
-    INPLACE_ADDS,
-    is_contraction,
-    is_inplace,
-    is_view,
-    op_name,
-    passes_value,
-    tensor_value,
-)
+from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value, writer_of
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -116,6 +107,9 @@ class _Finder:
                 reason,
                 lambda: f"'{strangers[0]}' depends on '{skip}' only through shapes, integers or detached values",
             )
+        if len(others) > 1 and self._related(skip, others):
+            # No parallel branches: one term is computed from another. The adds of the sum are judged one by one (`_decide`).
+            return self._refuse(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
         plain = [term for term in others if term not in branch.contracted]
         if plain:
             return self._refuse(
@@ -125,7 +119,7 @@ class _Finder:
                     f"'{plain[0]}' is computed from '{skip}' by point-wise operations alone, without a product, a convolution or attention"
                 ),
             )
-        written = {writer: value for value in (skip, add) if (writer := self._writer(value)) is not None}
+        written = {writer: value for value in (skip, add) if (writer := writer_of(value)) is not None}
         if written:
             writer, victim = next(iter(written.items()))
             return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
@@ -166,6 +160,12 @@ class _Finder:
         del reached[skip]
         return _Branch(tuple(reached), frozenset(node for node, contracted in reached.items() if contracted))
 
+    def _related(self, skip: Node, terms: tuple[Node, ...]) -> bool:
+        """Whether one of the terms is computed from another one."""
+        return any(
+            self._depends_anyhow(one, other) for one in terms for other in terms if one is not other and one is not skip
+        )
+
     def _depends_anyhow(self, skip: Node, term: Node) -> bool:
         stack, seen = [term], set()
         while stack:
@@ -176,15 +176,6 @@ class _Finder:
                 seen.add(node)
                 stack.extend(node.all_input_nodes)
         return False
-
-    def _writer(self, value: Node) -> Node | None:
-        """An operation that writes into `value` or into a view of it."""
-        views = [user for user in value.users if is_view(user)]
-        for name in (value, *views):
-            for user in name.users:
-                if is_inplace(user) and user.args and user.args[0] is name:
-                    return user
-        return None
 
     def _site(
         self, add: Node, adds: tuple[Node, ...], skip: Node, others: tuple[Node, ...], branch: _Branch

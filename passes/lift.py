@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.passes.axes import carry_axis, permutation
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.roles import op_name, tensor_value, writer_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,11 +44,16 @@ class Region:
         self.nodes = nodes
         self.axes = axes
 
+    @classmethod
+    def empty(cls, trunk: Node, axis: int) -> Region:
+        """No operations: a chain begins at `trunk`, or goes on with it."""
+        return cls(trunk, (), {trunk: axis})
+
 
 def region_between(source: Node, skip: Node, source_axis: int, skip_axis: int, order: dict[Node, int]) -> Region | None:
     """What stands between `source` and `skip`, if all of it can be lifted and carries the features from one axis to the other."""
     if source is skip:
-        return Region(source, (), {source: source_axis}) if source_axis == skip_axis else None
+        return Region.empty(source, source_axis) if source_axis == skip_axis else None
     ancestors: set[Node] = set()
     stack = [skip]
     while stack:
@@ -63,7 +68,7 @@ def region_between(source: Node, skip: Node, source_axis: int, skip_axis: int, o
         if not operands:
             continue
         axis = _lifted_axis(node, operands, axes)
-        if axis is None:
+        if axis is None or writer_of(node) is not None:
             return None
         axes[node] = axis
         nodes.append(node)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_view, op_name, tensor_value
+from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_inplace, is_view, op_name, tensor_value
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -58,7 +58,7 @@ def _terms(node: Node) -> tuple[Node, Node] | None:
 
 def _harmless(node: Node, terms: tuple[Node, Node], order: dict[Node, int]) -> bool:
     target, other = terms
-    if target.op in {"placeholder", "get_attr"} or target is other or is_view(target):
+    if target.op in {"placeholder", "get_attr"} or target is other or is_view(target) or is_inplace(target):
         return False
     narrow, added = tensor_value(target), tensor_value(other)
     if narrow is None or added is None or torch.result_type(narrow, added) != narrow.dtype:

@@ -61,59 +61,74 @@ def plan_chains(
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
-    A site follows another where its skip is the other's sum, directly or through liftable trunk operations. A chain of fewer than `min_sites` is
+    A site follows another where its skip is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
+    value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_sites` is
     left alone. `refuse` lets the caller veto sites for reasons outside the graph (see `refuse_site`).
     """
     findings = find(graph, provenance)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
     kept = [site for site in findings.sites if site not in vetoed]
-    chains, shared = _link(graph, kept)
+    chains = _link(graph, kept)
     long = tuple(chain for chain in chains if len(chain.sites) >= min_sites)
     short = [
         _too_short(site, chain, min_sites) for chain in chains if len(chain.sites) < min_sites for site in chain.sites
     ]
-    return Plan(long, _in_order(graph, findings, [*vetoed.values(), *shared, *short]))
+    return Plan(long, _in_order(graph, findings, [*vetoed.values(), *short]))
 
 
 def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refusal:
     """A refusal in the place of a site."""
-    return Refusal(site.add, reason, sentence, site.owner.path)
+    return Refusal(site.add, reason, sentence, site.owner.path, site.adds[:-1])
 
 
-def _link(graph: Graph, sites: list[Site]) -> tuple[list[Chain], list[Refusal]]:
+def _link(graph: Graph, sites: list[Site]) -> list[Chain]:
     order = {node: position for position, node in enumerate(graph.nodes)}
     by_sum = {site.add: site for site in sites}
+    regions = {site: _region(site, by_sum, order) for site in sites}
+    heirs = _heirs(sites, regions, by_sum)
     chains: list[tuple[list[Site], list[Region]]] = []
-    place: dict[Site, int] = {}
-    taken: dict[Node, Site] = {}
-    refusals: list[Refusal] = []
+    place: dict[Site, tuple[list[Site], list[Region]]] = {}
     for site in sites:
-        region = _region(site, by_sum, order)
-        trunk = region.source
-        if trunk in taken:
-            refusals.append(_shared(site, taken[trunk]))
-            by_sum.pop(site.add)
-            continue
-        taken[trunk] = site
-        previous = by_sum.get(trunk)
-        if previous is None:
-            place[site] = len(chains)
-            chains.append(([site], [region]))
+        region = regions[site]
+        previous = by_sum.get(region.source) if region is not None and site in heirs else None
+        if region is None or previous is None:
+            chains.append(([], []))
+            place[site] = chains[-1]
+            region = Region.empty(site.skip, site.axis)
         else:
             place[site] = place[previous]
-            members, between = chains[place[site]]
-            members.append(site)
-            between.append(region)
-    return [Chain(tuple(members), tuple(between)) for members, between in chains], refusals
+        members, between = place[site]
+        members.append(site)
+        between.append(region)
+    return [Chain(tuple(members), tuple(between)) for members, between in chains]
 
 
-def _region(site: Site, by_sum: dict[Node, Site], order: dict[Node, int]) -> Region:
-    """What lies between the previous site's sum and this site's skip; nothing, from the skip itself, where no sum can be reached."""
-    alone = Region(site.skip, (), {site.skip: site.axis})
+def _heirs(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site]) -> set[Site]:
+    """The sites that carry a trunk on, where several read the same one.
+
+    Of a block and the residual blocks nested in its branch, the outer one carries the trunk on; the inner ones have a chain of their own, which
+    starts from what the outer branch reads. A long skip is no block: `x + trunk`, whose other term is the trunk itself some sites later; there
+    the inner sites go on, and the long skip stands alone. Of a fork the first goes on.
+    """
+    rivals: dict[Node, list[Site]] = {}
+    for site in sites:
+        region = regions[site]
+        if region is not None:
+            rivals.setdefault(region.source, []).append(site)
+    chosen: set[Site] = set()
+    for group in rivals.values():
+        blocks = [site for site in group if not all(term in by_sum for term in site.terms)] or group
+        outer = [site for site in blocks if not any(site.add in other.branch for other in blocks)]
+        chosen.add(outer[0])
+    return chosen
+
+
+def _region(site: Site, by_sum: dict[Node, Site], order: dict[Node, int]) -> Region | None:
+    """What lies between the previous site's sum and this site's skip; None where streams cannot come through."""
     source = _nearest_sum(site.skip, by_sum)
     if source is None:
-        return alone
-    return region_between(source, site.skip, by_sum[source].axis, site.axis, order) or alone
+        return None
+    return region_between(source, site.skip, by_sum[source].axis, site.axis, order)
 
 
 def _nearest_sum(skip: Node, by_sum: dict[Node, Site], limit: int = 64) -> Node | None:
@@ -128,16 +143,6 @@ def _nearest_sum(skip: Node, by_sum: dict[Node, Site], limit: int = 64) -> Node 
                 seen.add(operand)
                 queue.append(operand)
     return None
-
-
-def _shared(site: Site, first: Site) -> Refusal:
-    return refuse_site(
-        site,
-        Reason.SHARED_TRUNK,
-        lambda: (
-            f"the trunk value '{site.skip}' already belongs to {first.path}, which lies in the branch of this add or beside it"
-        ),
-    )
 
 
 def _too_short(site: Site, chain: Chain, min_sites: int) -> Refusal:

@@ -30,6 +30,7 @@ __all__ = [
     "op_name",
     "passes_value",
     "tensor_value",
+    "writer_of",
 ]
 
 ADDS = frozenset({"add", "__add__", "__radd__"})
@@ -154,6 +155,28 @@ def is_inplace(node: Node) -> bool:
     return node.kwargs.get("inplace") is True or (
         flag is not None and len(node.args) > flag and node.args[flag] is True
     )
+
+
+def writer_of(value: Node) -> Node | None:
+    """An operation that writes in place into the storage of `value`, under whatever name, None if there is none.
+
+    Names of one storage: a tensor, its views, their views, and the results of in-place operations on them.
+    """
+    root = value
+    while (is_view(root) or is_inplace(root)) and root.args and isinstance(root.args[0], torch.fx.Node):
+        root = root.args[0]
+    names, seen = [root], {root}
+    while names:
+        name = names.pop()
+        for user in name.users:
+            if not user.args or user.args[0] is not name or user in seen:
+                continue
+            if is_inplace(user):
+                return user
+            if is_view(user):
+                seen.add(user)
+                names.append(user)
+    return None
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:

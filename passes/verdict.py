@@ -47,8 +47,6 @@ class Reason(Enum):
     NOT_DECLARED = "not-declared"
     #: The same module performs another site with another width; one set of parameters cannot serve both.
     WIDTH_CONFLICT = "width-conflict"
-    #: The skip is already the trunk of an earlier site: a residual block nested in a branch, or a fork.
-    SHARED_TRUNK = "shared-trunk"
     #: The chain has fewer sites than `min_sites`. Streams that are merged after every block compute what the plain model does.
     CHAIN_TOO_SHORT = "chain-too-short"
 
@@ -99,8 +97,15 @@ class Refusal:
     add: Node
     reason: Reason
     explain: Callable[[], str] = field(repr=False)
-    #: The best near miss: where the module stack puts the add.
+    #: Path of the module that performs the add.
     where: str = ""
+    #: The other adds of the same sum, where a site of several adds was refused as a whole.
+    inner: tuple[Node, ...] = ()
+
+    @property
+    def adds(self) -> tuple[Node, ...]:
+        """All adds that this verdict is about."""
+        return (*self.inner, self.add)
 
     @property
     def sentence(self) -> str:

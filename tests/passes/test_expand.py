@@ -252,3 +252,25 @@ def test_two_skips_of_different_age():
     module, model, x = rewritten(forward, min_sites=1)
     assert operations(module)["update"] > 0
     assert (module(x) - model(x)).abs().max() / model(x).abs().max() < 1e-6
+
+
+def test_an_inner_chain_starts_from_what_the_outer_branch_reads():
+    def forward(m, x):
+        y = x + m.f(x)
+        y = y + m.g(y)
+        x = x + m.conv(m.norm(y))
+        return x + m.f(m.norm(x))
+
+    module, model, x = rewritten(forward)
+    assert operations(module)["update"] == 4
+    assert (module(x) - model(x)).abs().max() < 3e-6
+    unequal(module)
+    outer = x.unsqueeze(-2).expand(-1, -1, 4, -1)
+
+    def inner(h):
+        streams = by_hand(module, h.unsqueeze(-2).expand(-1, -1, 4, -1), "f", model.f)
+        return model.conv(model.norm(by_hand(module, streams, "g", model.g).mean(-2)))
+
+    outer = by_hand(module, outer, "conv", inner)
+    want = by_hand(module, outer, "f", lambda h: model.f(model.norm(h))).mean(-2)
+    assert torch.allclose(module(x), want, atol=1e-4)

@@ -96,16 +96,43 @@ def test_other_trunk_operations_end_the_chain(between):
     assert [len(chain.sites) for chain in plan.chains] == [1, 1]
 
 
-def test_a_nested_residual_shares_its_trunk_and_is_refused():
+def test_nested_blocks_have_chains_of_their_own_and_the_outer_block_carries_the_trunk():
     def forward(m, x):
-        y = x + m.f(x)
-        y = y + m.g(y)
-        return x + m.f(y)  # the outer skip of a block of residual blocks
+        for _ in range(2):
+            y = x + m.f(x)
+            y = y + m.g(y)
+            x = x + m.f(y)  # a block of residual blocks
+        return x
 
     plan = planned(forward)
-    assert [len(chain.sites) for chain in plan.chains] == [2]
-    assert [refusal.reason for refusal in plan.refusals] == [Reason.SHARED_TRUNK]
-    assert "mhc.f" in plan.refusals[0].sentence
+    assert sorted(len(chain.sites) for chain in plan.chains) == [2, 2, 2]
+    assert not plan.refusals
+    names = [[str(site.add) for site in chain.sites] for chain in plan.chains]
+    assert ["add_2", "add_5"] in names  # the outer trunk
+
+
+def test_a_long_skip_stands_alone_and_the_trunk_goes_on():
+    def forward(m, x):
+        x = x + m.f(x)
+        first = x
+        x = x + m.g(x)
+        x = x + m.f(x)
+        return first + x
+
+    plan = planned(forward)
+    assert [[str(site.add) for site in chain.sites] for chain in plan.chains] == [["add", "add_1", "add_2"], ["add_3"]]
+
+
+def test_a_fork_begins_a_second_chain():
+    def forward(m, x):
+        x = x + m.f(x)
+        left = x + m.f(x)
+        left = left + m.g(left)
+        right = x + m.g(x)
+        right = right + m.f(right)
+        return left * right
+
+    assert [len(chain.sites) for chain in planned(forward).chains] == [3, 2]
 
 
 def test_two_trunks_are_two_chains():
