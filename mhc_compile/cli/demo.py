@@ -1,0 +1,153 @@
+"""`mhc demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mhc_compile.demo.settings import MODELS, STEPS, Settings
+
+__all__ = ["command"]
+
+_OUT = Path("runs/demo")
+_D = Settings()
+
+
+def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  # noqa: ARG001 - click's signature
+    if value % 32:
+        raise click.BadParameter(f"{value} is not a multiple of 32, the width of an attention head")
+    return value
+
+
+@click.command("demo")
+@click.option(
+    "--model", type=click.Choice(MODELS), default=_D.model, show_default=True, help="Architecture, from transformers."
+)
+@click.option("--steps", type=click.IntRange(1), help=f"Length of the run.  [default: {STEPS}, or the checkpoint's]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=_OUT,
+    show_default=True,
+    help="Folder for the results.",
+)
+@click.option("--resume", is_flag=True, help="Continue the checkpoint in --out, bit for bit. Settings come from it.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=_D.seed, show_default=True, help="Weights, batches and dropout."
+)
+@click.option("--batch", type=click.IntRange(1), help="Sequences per step.  [default: 8; vit 16]")
+@click.option(
+    "--context", type=click.IntRange(1), help="Bytes per sequence; vit: patches per image.  [default: 128; vit 64]"
+)
+@click.option("--layers", type=click.IntRange(1), default=_D.layers, show_default=True, help="Transformer blocks.")
+@click.option(
+    "--width",
+    type=click.IntRange(32),
+    callback=_odd_width,
+    default=_D.width,
+    show_default=True,
+    help="Width C, a multiple of 32.",
+)
+@click.option("--dropout", type=click.FloatRange(0, 0.9), default=_D.dropout, show_default=True, help="Probability.")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=_D.lr, show_default=True, help="Peak learning rate."
+)
+@click.option(
+    "--inner",
+    type=click.Choice(["inductor", "aot_eager", "eager"]),
+    default=_D.inner,
+    show_default=True,
+    help="Compiler of both models.",
+)
+@click.option(
+    "--save-every", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds between checkpoints."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print result.json on stdout and nothing else there.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    steps: int | None,
+    out: Path,
+    resume: bool,
+    save_every: float,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a small transformer twice, plain and with hyper-connections, and compare.
+
+    The model comes from transformers, unmodified; the data are the source files of this Python's standard library, byte
+    by byte, split by file. Both models start from the same weights and see the same batches on the CPU, one step of
+    each in turn. The only difference is the backend: torch.compile(model) and torch.compile(model, backend="mhc").
+
+    --model vit classifies images instead: pieces of source, one byte a pixel, by the package that they come from.
+
+    Writes result.json (every figure), loss.png and checkpoint.pt to --out. Ctrl-C keeps the steps done so far; --resume
+    continues them, also with more --steps: the learning rate depends on the step alone.
+
+    Exit codes: 0 fine, 1 an error, 2 wrong usage, 130 interrupted.
+    """
+    from mhc_compile.demo.interrupt import Interrupts
+
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+    # Threads that wait for each other by spinning make a step 25 times slower as soon as something else wants the cores.
+    # Read when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    interrupts = Interrupts()
+    with interrupts.active():
+        try:
+            _run(given, steps, out, resume, save_every, as_json, quiet, interrupts)
+        except KeyboardInterrupt:  # before there was anything to lose, or when all is on disk
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+
+
+def _run(
+    given: dict[str, Any],
+    steps: int | None,
+    out: Path,
+    resume: bool,
+    save_every: float,
+    as_json: bool,
+    quiet: bool,
+    interrupts: Any,
+) -> None:
+    from rich.console import Console
+
+    from mhc_compile.demo.progress import choose_progress
+    from mhc_compile.demo.requirements import check_requirements
+    from mhc_compile.demo.session import RESULT, ContradictionError, Interrupted, Request, run
+    from mhc_compile.demo.summary import print_summary
+    from mhc_compile.errors import OptionError
+
+    check_requirements()
+    request = Request(given=given, steps=steps, out=out, resume=resume, save_every=save_every)
+    try:
+        with choose_progress(Console(stderr=True), quiet=quiet) as progress:
+            outcome = run(request, progress, interrupts)
+    except (ContradictionError, OptionError) as error:
+        raise click.UsageError(str(error)) from error
+    except Interrupted as interrupted:
+        click.echo(_farewell(interrupted.step, out), err=True)
+        sys.exit(130)
+    if as_json:
+        click.echo((out / RESULT).read_text(), nl=False)
+    else:
+        print_summary(Console(), outcome.result, outcome.explanation, outcome.files)
+
+
+def _farewell(step: int, out: Path) -> str:
+    if step == 0:
+        return "Interrupted before the first step was done: nothing was saved."
+    where = "" if out == _OUT else f" --out {out}"
+    return f"Interrupted after step {step}. Continue with: mhc demo --resume{where}"

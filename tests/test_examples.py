@@ -1,0 +1,51 @@
+"""The examples run as they are, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = ["--steps", "3", "--layers", "1", "--width", "32", "--batch", "2", "--context", "16"]
+
+
+def train(*args: str) -> tuple[list[float], int]:
+    """Runs train.py: the losses that it printed, and how many parameters its optimizer trains."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / "train.py"), *TINY, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+    trained = re.search(r"trains ([\d,]+) parameters", done.stdout)
+    assert trained
+    return losses, int(trained[1].replace(",", ""))
+
+
+def compare(plain: tuple[list[float], int], mhc: tuple[list[float], int], streams: int) -> None:
+    """Same start, and the optimizer that existed before the first call trains the hyper-connections of both sites."""
+    assert len(plain[0]) == len(mhc[0]) == 2
+    assert plain[0][0] == pytest.approx(mhc[0][0], abs=2e-4)  # four decimals are printed
+    columns = 2 * streams + streams**2
+    assert mhc[1] - plain[1] == 2 * (streams * 32 * columns + columns + 3)
+
+
+def test_train_with_both_backends() -> None:
+    plain = train("--backend", "eager")
+    compare(plain, train("--backend", "mhc", "--options", '{"inner": "eager", "streams": 2}'), 2)
+
+
+@pytest.mark.slow
+def test_train_with_both_backends_under_inductor() -> None:
+    compare(train("--backend", "inductor"), train("--backend", "mhc"), 4)
