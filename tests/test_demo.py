@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from mhc_compile.cli.demo import command
 from mhc_compile.demo import checkpoint, corpus, requirements, session, training
 from mhc_compile.demo.interrupt import Interrupts
-from mhc_compile.demo.plots import smooth, terminal_plots, write_png
+from mhc_compile.demo.plots import draw, smooth, terminal_plots
 from mhc_compile.demo.settings import Settings
 from mhc_compile.demo.side import Side
 from mhc_compile.demo.tasks import make_task
@@ -486,13 +486,21 @@ def test_png(whole: tuple[Path, Result]) -> None:
     assert len(image) > 20_000
 
 
-def test_png_shows_the_losses(whole: tuple[Path, Result], tmp_path: Path) -> None:
+def test_picture_shows_the_losses(whole: tuple[Path, Result]) -> None:
     figures = json.loads((whole[0] / session.RESULT).read_text())
-    write_png(figures, tmp_path / "same.png")
-    assert (tmp_path / "same.png").read_bytes() == (whole[0] / session.PICTURE).read_bytes()
-    figures["mhc"]["loss"] = [loss + 0.5 for loss in figures["mhc"]["loss"]]
-    write_png(figures, tmp_path / "other.png")
-    assert (tmp_path / "other.png").read_bytes() != (tmp_path / "same.png").read_bytes()
+    figures["mhc"]["loss"][3:5] = [7.0, 8.0]
+    losses, gap = draw(figures).axes
+    drawn = {line.get_label(): [list(axis) for axis in line.get_data()] for line in (*losses.lines, *gap.lines)}
+    for name in ("plain", "mhc"):
+        side = figures[name]
+        steps = list(range(1, 13))
+        assert drawn[f"{name}, training (mean of 20 steps)"] == [steps, smooth(side["loss"])]
+        label = f"{name}, validation {side['validation'][-1][1]:.4f}"
+        assert drawn[label] == [list(axis) for axis in zip(*side["validation"], strict=True)]
+    a, b = (smooth(figures[name]["loss"]) for name in ("plain", "mhc"))
+    assert drawn["training (mean of 20 steps)"][1] == pytest.approx([y - x for x, y in zip(a, b, strict=True)])
+    assert losses.get_ylabel() == "loss (nats per byte)"
+    assert gap.get_xlabel() == "training steps"
 
 
 @pytest.mark.parametrize("width", [60, 79, 100])

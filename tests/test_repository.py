@@ -27,9 +27,14 @@ def test_the_top_level_is_fixed():
 
 def test_passes_know_nothing_of_the_front_door():
     for path in (ROOT / "passes").glob("*.py"):
-        imported = re.findall(r"^\s*(?:from|import) (mhc_compile[\w.]*)(?: import (\w+))?", path.read_text(), re.MULTILINE)
+        imported = re.findall(
+            r"^\s*(?:from|import) (mhc_compile[\w.]*)(?: import (\w+))?", path.read_text(), re.MULTILINE
+        )
         for module, name in imported:
-            assert module.startswith("mhc_compile.passes") or (module, name) in {("mhc_compile", "ops")}, (path.name, module)
+            assert module.startswith("mhc_compile.passes") or (module, name) in {("mhc_compile", "ops")}, (
+                path.name,
+                module,
+            )
 
 
 def test_private_names_of_torch_live_in_one_module():

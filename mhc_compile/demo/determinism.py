@@ -23,7 +23,7 @@ def deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic  # its attribute is a property of a module, which mypy does not see
     fill = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False
     try:
         yield

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["conditions_line", "smooth", "terminal_plots", "write_png"]
+__all__ = ["conditions_line", "draw", "smooth", "terminal_plots", "write_png"]
 
 PLAIN_COLOUR, MHC_COLOUR = "tab:blue", "tab:orange"
 #: 256-colour codes of the same two in a terminal; 8 for the zero line.
@@ -89,6 +89,11 @@ def terminal_plots(result: dict[str, Any], width: int) -> list[str]:
 
 def write_png(result: dict[str, Any], path: Path) -> None:
     """The same two plots as a PNG of 1280 × 1120 pixels."""
+    draw(result).savefig(path)
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """The matplotlib figure: losses above, mhc − plain below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,4 +131,4 @@ def write_png(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"Plain residual and mHC from the same weights, on the same batches\n{conditions_line(result)}", fontsize=10
     )
-    figure.savefig(path)
+    return figure

@@ -89,8 +89,6 @@ class _Session:
         #: Steps in the checkpoint on disk.
         self.saved = 0
         self.saved_at = 0.0
-        #: False while the two sides are not at the same step.
-        self.whole = True
         self.head: dict[str, Any] = {}
 
     def run(self) -> Outcome:
@@ -214,19 +212,15 @@ class _Session:
             if inductor
             else "tracing both models for training"
         )
-        self.whole = False
-        losses = duel.advance()
-        self.whole = True
+        losses = duel.advance()  # unshielded, for it takes long: until it is done there is nothing new to save
         self._save(duel)
         self.progress.training(duel.step, target)
         self.progress.stepped(duel.step, losses)
         while duel.step < target:
             self._validate(duel, target)
             self.progress.training(duel.step, target)
-            self.whole = False
             with self.interrupts.shield():
                 losses = duel.advance()
-                self.whole = True
             self.progress.stepped(duel.step, losses)
             if time.monotonic() - self.saved_at > self.request.save_every:
                 self._save(duel)
@@ -249,9 +243,9 @@ class _Session:
             self.saved, self.saved_at = duel.step, time.monotonic()
 
     def rescue(self) -> int:
-        """After Ctrl-C: saves what is whole and newer than the checkpoint. Returns the step that is on disk."""
+        """After Ctrl-C: saves the steps that are not in the checkpoint. Returns the step that is on disk."""
         self.interrupts.pending = False
-        if self.duel is not None and self.whole and self.duel.step > self.saved:
+        if self.duel is not None and self.duel.step > self.saved:
             self._save(self.duel)
         return self.saved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, fx
 import mhc_compile
 from mhc_compile.passes import Provenance, normalize, plan_chains
 from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, op_name, tensor_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: Operations of one operand. All keep [2, 4, C].
 UNARY: dict[str, Callable[[Model, Tensor], Tensor]] = {
