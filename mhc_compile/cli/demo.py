@@ -100,8 +100,8 @@ def command(
         for name, value in options.items()
         if value is not None and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
-    # Threads that wait for each other by spinning make a step 25 times slower as soon as something else wants the cores.
-    # Read when torch is loaded, which is later.
+    # Threads that spin while they wait for each other made a step 25 times slower beside another busy process. The
+    # variable is read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     interrupts = Interrupts()
     with interrupts.active():

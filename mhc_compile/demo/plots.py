@@ -72,7 +72,7 @@ def terminal_plots(result: dict[str, Any], width: int) -> list[str]:
         new.ruler("x").ticks(marks, [str(mark) for mark in marks])
         return new
 
-    losses = figure(f"loss, {_per(result)}; training is smoothed over {SMOOTHED} steps", 18)
+    losses = figure(f"loss, {_per(result)}; training: mean of {SMOOTHED} steps; mhc is drawn over plain", 18)
     for name, code, circle in (("plain", PLAIN_CODE, "○"), ("mhc", MHC_CODE, "●")):
         curve(losses, list(enumerate(smooth(result[name]["loss"]), 1)), f"{name}, training", code, "braille")
         curve(losses, result[name]["validation"], f"{name}, validation", code, circle)
