@@ -54,7 +54,9 @@ def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  
 )
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=_D.dropout, show_default=True, help="Probability.")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=_D.lr, show_default=True, help="Peak learning rate."
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    help="Peak learning rate.  [default: 0.003; vit 0.0003]",
 )
 @click.option(
     "--inner",

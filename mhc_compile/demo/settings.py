@@ -56,7 +56,7 @@ class Settings:
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> Settings:
         """The settings with `given` on top of the defaults of the model that is asked for."""
-        base = {"batch": 16, "context": 64} if given.get("model") == "vit" else {}
+        base: dict[str, Any] = {"batch": 16, "context": 64, "lr": 3e-4} if given.get("model") == "vit" else {}
         return cls(**{**base, **given})
 
     def contradictions(self, given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
