@@ -149,6 +149,8 @@ _QUOTED = re.compile(r"got (\w+\(.*\))")
 
 def _cause(error: BaseException) -> str:
     """The one line of a Dynamo error that tells a user what is wrong with the inputs."""
+    if isinstance(error, _torch.BackendCompilerFailed):
+        error = error.inner_exception  # the wrapper's first line names the backend and not the trouble
     quoted = _QUOTED.search(str(error))
     if quoted:
         return quoted.group(1)

@@ -1,5 +1,10 @@
 """Fixtures for all tests."""
 
+import os
+
+# Threads that spin while they wait for each other make a step many times slower beside other work. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -113,6 +113,17 @@ def test_inputs_that_do_not_fit_the_model(args, words):
     assert not mhc_compile.connections(model)
 
 
+def test_trouble_of_our_own_is_named(monkeypatch):
+    from mhc_compile import study
+
+    def broken(graph):
+        raise RuntimeError("a pass fell over")
+
+    monkeypatch.setattr(study, "normalize", broken)
+    with pytest.raises(mhc_compile.CaptureError, match="RuntimeError: a pass fell over"):
+        mhc_compile.attach(Decoder(), tokens())
+
+
 def test_attach_to_a_model_without_residual_adds():
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
         assert mhc_compile.attach(nn.Linear(3, 3), torch.randn(2, 3)) == {}
