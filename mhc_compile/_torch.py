@@ -30,7 +30,8 @@ try:
     from torch._dynamo.guards import DeletedGuardManagerWrapper
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.decomposition import decompositions as inductor_decompositions
+    from torch._inductor.decomposition import fast_random_decomps
 except ImportError as error:  # pragma: no cover - depends on the torch that is installed
     raise ImportError(
         f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
@@ -142,14 +143,24 @@ def compile_with_inductor(
     decompositions: dict[Any, Callable[..., Any]],
     mode: str | None,
     settings: dict[str, Any],
+    tag: str,
 ) -> Callable[..., Any]:
-    """Inductor with decompositions of ours beside its own. `mode` and `settings` are those of `torch.compile`."""
+    """Inductor with decompositions of ours beside its own. `mode` and `settings` are those of `torch.compile`.
+
+    `tag` goes into the key of the caches: they know our operators by name only, and must not serve what another version of them compiled.
+
+    The decompositions are of our operators alone and go into Inductor's own table: a table handed over with the call cannot be hashed, and
+    Inductor would then bypass its caches of compiled graphs.
+    """
     from torch._inductor import list_mode_options
 
+    if not decompositions.keys() <= inductor_decompositions.keys():
+        inductor_decompositions.update(decompositions)
+        fast_random_decomps.cache_clear()
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
-    compiled: Any = compile_fx(
-        module, inputs, config_patches=patches or None, decompositions={**select_decomp_table(), **decompositions}
-    )
+    config: Any = torch.compiler.config  # mypy does not see that it has the methods of a configuration
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
+        compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
 
 

@@ -113,6 +113,6 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "inductor":
         return _torch.compile_with_inductor(
-            graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor)
+            graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor), f"mhc-{ops.fingerprint()}"
         )
     return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]

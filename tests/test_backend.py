@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -316,7 +317,7 @@ def test_mode_and_inductor_settings_reach_inductor(monkeypatch):
 
     seen = {}
 
-    def compile_fx(module, inputs, config_patches=None, decompositions=None):
+    def compile_fx(module, inputs, config_patches=None):
         seen.update(config_patches)
         return module.forward
 
@@ -347,3 +348,45 @@ def test_a_graph_break_around_the_loss_does_no_harm():
     got = torch.compile(model, backend="mhc", options={"inner": inner})(tokens())
     assert sorted(inner.updates()) == [0, 2 * LAYERS]
     assert torch.allclose(got, plain(tokens()), atol=1e-6)
+
+
+def test_a_second_process_finds_the_compiled_graphs_in_inductor_s_cache(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+import torch
+from builders import Decoder, tokens
+from torch._dynamo.utils import counters
+torch.manual_seed(0)
+torch.compile(Decoder(layers=1), backend="mhc")(tokens()).sum().backward()
+print(counters["inductor"]["fxgraph_cache_bypass"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    seen = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout.split())
+    assert [bypassed for bypassed, _ in seen] == ["0", "0"]
+    assert seen[0][1] == "0"
+    assert int(seen[1][1]) > 0
+
+
+def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
+    from mhc_compile import _torch, ops
+
+    tags = []
+
+    def compile_fx(module, inputs, config_patches=None):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return module.forward
+
+    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    for print_of in ("one", "other"):
+        monkeypatch.setattr(ops, "fingerprint", lambda print_of=print_of: print_of)
+        torch._dynamo.reset()
+        torch.compile(Decoder(), backend="mhc")(tokens())
+    assert tags == ["mhc-one", "mhc-other"]
+    assert torch.compiler.config.cache_key_tag == ""

@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile import mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops import reference
@@ -17,7 +21,17 @@ from mhc_compile.ops import reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decompositions", "fused_decompositions"]
+__all__ = ["decompositions", "fingerprint", "fused_decompositions"]
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A hash of the code behind the operators. Compiled graphs that are cached under the operators' names depend on it."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(mappings.__file__).parent):
+        for path in sorted(package.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
