@@ -20,7 +20,8 @@ from mhc_compile.errors import (
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
-    from mhc_compile.attachment import attach, connections, detach
+    from mhc_compile.ahead import attach
+    from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
     from mhc_compile.connection import HyperConnection
     from mhc_compile.explanation import Explanation, explain
@@ -54,7 +55,7 @@ _HOMES = {
     "Explanation": "explanation",
     "Gain": "stability",
     "HyperConnection": "connection",
-    "attach": "attachment",
+    "attach": "ahead",
     "connections": "attachment",
     "detach": "attachment",
     "explain": "explanation",

@@ -20,14 +20,12 @@ from mhc_compile._warn import warn
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
 from mhc_compile.optimizers import expect
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from mhc_compile.options import Options
     from mhc_compile.passes import Site
 
-__all__ = ["HyperConnections", "attach", "attach_site", "connections", "detach", "find_connection"]
+__all__ = ["HyperConnections", "attach_site", "connections", "detach", "find_connection", "unwrap"]
 
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
@@ -154,52 +152,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def connections(model: nn.Module) -> dict[str, HyperConnection]:
     """Every hyper-connection of `model` by its path, in the order of `named_modules`: {"transformer.h.0.mhc.attn": ...}."""
     return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, HyperConnection)}
-
-
-def attach(
-    model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
-) -> dict[str, HyperConnection]:
-    """Attaches hyper-connections ahead of the first compiled call, without running the model.
-
-    The model is traced with the example inputs, as the compiled call would trace it; nothing of it is executed, and it may live on the meta
-    device. Do this where the parameters must exist early: before an optimizer is built, before a checkpoint is loaded, before DDP or FSDP wraps
-    the model.
-
-    Args:
-        model: any module, or one that `torch.compile` returned.
-        *args: example inputs, as for `model(*args, **kwargs)`.
-        options: as for `torch.compile(model, backend="mhc", options=options)`.
-        **kwargs: example inputs by name.
-
-    Returns:
-        All hyper-connections of the model by path, old and new.
-
-    Raises:
-        OptionError: the options are wrong.
-        CaptureError: the model cannot be traced with these inputs.
-        NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a hyper-connection that exists contradicts the options.
-    """
-    from mhc_compile.capture import capture  # the two modules need each other's verbs
-    from mhc_compile.study import complain, study
-
-    parsed = Options.parse(options)
-    target = unwrap(model)
-    studies = []
-
-    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
-        result = study(graph_module, inputs, parsed)
-        result.attach(parsed)
-        studies.append(result)
-
-    capture(target, args, kwargs, on_graph)
-    if not any(result.plan.sites for result in studies):
-        complain(
-            [refusal for result in studies for refusal in result.plan.refusals],
-            parsed,
-            [result.graph for result in studies],
-        )
-    return connections(target)
 
 
 def detach(model: nn.Module) -> int:

@@ -1,0 +1,63 @@
+"""`mhc_compile.attach`: hyper-connections ahead of the first compiled call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.attachment import connections, unwrap
+from mhc_compile.capture import capture
+from mhc_compile.options import Options
+from mhc_compile.study import complain, study
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+    from mhc_compile.connection import HyperConnection
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+) -> dict[str, HyperConnection]:
+    """Attaches hyper-connections ahead of the first compiled call, without running the model.
+
+    The model is traced with the example inputs, as the compiled call would trace it; nothing of it is executed, and it may live on the meta
+    device. Do this where the parameters must exist early: before an optimizer is built, before a checkpoint is loaded, before DDP or FSDP wraps
+    the model.
+
+    Args:
+        model: any module, or one that `torch.compile` returned.
+        *args: example inputs, as for `model(*args, **kwargs)`.
+        options: as for `torch.compile(model, backend="mhc", options=options)`.
+        **kwargs: example inputs by name.
+
+    Returns:
+        All hyper-connections of the model by path, old and new.
+
+    Raises:
+        OptionError: the options are wrong.
+        CaptureError: the model cannot be traced with these inputs.
+        NothingRewrittenError: no residual add was found, and `strict` is set.
+        AttachError: a hyper-connection that exists contradicts the options.
+    """
+    parsed = Options.parse(options)
+    target = unwrap(model)
+    studies = []
+
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        result = study(graph_module, inputs, parsed)
+        result.attach(parsed)
+        studies.append(result)
+
+    capture(target, args, kwargs, on_graph)
+    if not any(result.plan.sites for result in studies):
+        complain(
+            [refusal for result in studies for refusal in result.plan.refusals],
+            parsed,
+            [result.graph for result in studies],
+        )
+    return connections(target)
