@@ -63,7 +63,8 @@ def _harmless(node: Node, terms: tuple[Node, Node], order: dict[Node, int]) -> b
     narrow, added = tensor_value(target), tensor_value(other)
     if narrow is None or added is None or torch.result_type(narrow, added) != narrow.dtype:
         return False
-    aliases = [user for user in target.users if user is not node and is_view(user)]
+    # Other names of the storage that is written: views, and the results of earlier in-place operations on it.
+    aliases = [user for user in target.users if user is not node and (is_view(user) or is_inplace(user))]
     late = [
         user for value in (target, *aliases) for user in value.users if user is not node and order[user] > order[node]
     ]

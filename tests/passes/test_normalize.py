@@ -63,6 +63,15 @@ def test_an_inplace_add_that_could_be_seen_keeps_its_spelling(forward):
     assert "iadd" in spellings(NormalizeAdds().apply(module.graph))
 
 
+def test_a_second_write_keeps_its_spelling_where_the_result_of_the_first_is_read():
+    """`a = y.add_(x); b = y.add_(x)`: `a` and `b` are one tensor."""
+    module = trace(lambda m, x: ((y := m.f(x)), (a := y.add_(x)), y.add_(x) * torch.sigmoid(a))[2])
+    after = fx.GraphModule(module, NormalizeAdds().apply(module.graph))
+    assert "add_" in spellings(after.graph)
+    x = torch.randn(2, 4, C)
+    assert torch.allclose(after(x), module(x), atol=1e-6)
+
+
 def test_alpha_becomes_a_product_and_the_numbers_hold():
     module = trace(lambda m, x: torch.add(x, m.f(x), alpha=3))
     after = fx.GraphModule(module, NormalizeAdds().apply(module.graph))
