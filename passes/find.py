@@ -119,7 +119,7 @@ class _Finder:
                     f"'{plain[0]}' is computed from '{skip}' by point-wise operations alone, without a product, a convolution or attention"
                 ),
             )
-        written = {writer: value for value in (skip, add) if (writer := writer_of(value)) is not None}
+        written = {writer: value for value in (skip, add, *others) if (writer := writer_of(value)) is not None}
         if written:
             writer, victim = next(iter(written.items()))
             return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")

@@ -153,14 +153,6 @@ def test_every_addition_of_a_random_program_has_one_verdict(program):
     verdicts(program)
 
 
-@pytest.mark.slow
-@settings(max_examples=300, **common)
-@given(programs)
-def test_hundreds_of_random_programs(program):
-    check(program)
-    verdicts(program)
-
-
 def test_the_generator_makes_programs_that_are_rewritten():
     """Random programs that never fire a pass would prove nothing."""
     fired = []
