@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.lift import lift
+from mhc_compile.passes.lift import lift, lifted_axis
 from mhc_compile.passes.roles import is_random, op_name, tensor_value
 from mhc_compile.passes.splice import inherit
 
@@ -101,6 +101,8 @@ class _Expansion:
         self.bindings = bindings
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
+        #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
+        self.known: dict[Node, tuple[Node, int]] = {}
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
         self.cursor: Node = graph._root
@@ -112,12 +114,14 @@ class _Expansion:
         self._follow(start if first.ready is first.trunk else self.nodes[first.ready], like=self.nodes[first.add])
         streams = self._spread(start, first.shortcut.axes[first.trunk], self.bindings[first].streams)
         stages: list[tuple[Site, Region, dict[Node, Node], Node]] = []
+        self.known = {}
         for site, link in zip(chain.sites, chain.links, strict=True):
             lifted = self._lift(link, streams)
             entry = lifted[site.trunk]
             if entry is not streams or site is not first:
                 self._follow(entry, like=self.nodes[site.add])
             streams = self._site(site, start if site is first else self.nodes[site.trunk], entry, lifted)
+            self.known[site.add] = streams, site.axis
             stages.append((site, link, lifted, streams))
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, link, lifted, after in reversed(stages):
@@ -145,18 +149,52 @@ class _Expansion:
     def _lift(self, region: Region, streams: Node) -> dict[Node, Node]:
         """The streams that stand for the region's values, by the nodes of the plan."""
         lifted = {region.source: streams}
+        self.known[region.source] = streams, region.axes[region.source]
         for node in region.nodes:
             old = self.nodes[node]
             self._follow(old, like=old)
             # The operands may have been replaced by what another chain made of them.
-            now = {new: before for before, new in self._operands(node) if before in lifted}
-            given = {new: lifted[before] for new, before in now.items()}
-            axes = {**{new: region.axes[before] for new, before in now.items()}, old: region.axes[node]}
-            new = lift(self.graph, old, given, axes, self.cursor.next)
-            while self.cursor is not new:
-                self._finish(self.cursor.next)
+            operands = self._operands(node)
+            given = {new: lifted[before] for before, new in operands if before in lifted}
+            axes = {
+                **{new: region.axes[before] for before, new in operands if before in lifted},
+                old: region.axes[node],
+            }
+            older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
+            wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
+            if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
+                given |= {new: node for new, (node, _) in older.items()}
+                axes = wide
+            new = self._emit_lifted(old, given, axes)
             lifted[node] = new
+            self.known[node] = new, region.axes[node]
         return lifted
+
+    def _known(self, node: Node) -> tuple[Node, int] | None:
+        """The streams that an older trunk value of this chain has, and its feature axis: a long skip adds streams to streams.
+
+        before: x3 = x2 + w * x0                           after: S3 = S2 + w * S0
+        """
+        if node in self.known:
+            return self.known[node]
+        behind = [operand for operand in node.all_input_nodes if operand in self.known]
+        if len(behind) != 1 or node.op == "placeholder":
+            return None
+        axes = {behind[0]: self.known[behind[0]][1]}
+        axis = lifted_axis(node, behind, axes)
+        if axis is None or is_random(node):
+            return None
+        old = self.nodes[node]
+        given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
+        new = self._emit_lifted(old, given, {**dict.fromkeys(given, axes[behind[0]]), old: axis})
+        self.known[node] = new, axis
+        return self.known[node]
+
+    def _emit_lifted(self, old: Node, given: dict[Node, Node], axes: dict[Node, int]) -> Node:
+        new = lift(self.graph, old, given, axes, self.cursor.next)
+        while self.cursor is not new:
+            self._finish(self.cursor.next)
+        return new
 
     def _operands(self, node: Node) -> list[tuple[Node, Node]]:
         """The operands of a node of the plan, each with what stands in its place now."""

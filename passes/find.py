@@ -113,6 +113,9 @@ class _Finder:
         if problem is not None:  # a refusal is falsy
             return problem
         branch = self.reach.between(split.trunk, split.others)
+        streams = next((node for node in branch if op_name(node) == "update"), None)
+        if streams is not None:
+            return self._refuse(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
         problem = self._written(add, split, branch)
         if problem is not None:
             return problem

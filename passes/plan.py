@@ -75,7 +75,7 @@ def plan_chains(
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
         regions = {site: _region(site, by_sum, aliases) for site in sites}
-        refused = _long_skips(sites, regions, by_sum)
+        refused = _long_skips(sites, regions, by_sum, aliases)
         if not refused:
             chains = _link(sites, regions, by_sum)
             refused = _sides(chains)
@@ -91,28 +91,45 @@ def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refu
     return Refusal(site.add, reason, sentence, site.owner.path, site.adds[:-1])
 
 
-def _long_skips(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site]) -> dict[Site, Refusal]:
-    """The sums `x + x'` of a trunk value and the same trunk some sites later.
+def _long_skips(
+    sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+) -> dict[Site, Refusal]:
+    """The sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
 
     before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on behind it
     """
     long: dict[Site, Refusal] = {}
     for site in sites:
-        if len(site.terms) > 1 or site.terms[0] not in by_sum:
+        last = _nearest_sum(site.terms[0], by_sum, aliases)
+        if len(site.terms) > 1 or last is None or last is site.add:
             continue
-        step: Site | None = by_sum[site.terms[0]]
-        while step is not None:
-            region = regions[step]
-            behind = {step.trunk} if region is None else set(region.axes) | {step.trunk}
-            if site.trunk in behind:
-                long[site] = refuse_site(
-                    site,
-                    Reason.LONG_SKIP,
-                    lambda site=site: f"'{site.skip}' is added to its own trunk some sites later, '{site.terms[0]}'",  # type: ignore[misc]
-                )
-                break
-            step = by_sum.get(region.source) if region is not None else None
+        if region_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
+            continue
+        if _follows(by_sum[last], site, regions, by_sum, aliases):
+            long[site] = refuse_site(
+                site,
+                Reason.LONG_SKIP,
+                lambda site=site: f"'{site.skip}' is added to its own trunk some sites later, '{site.terms[0]}'",  # type: ignore[misc]
+            )
     return long
+
+
+def _follows(
+    last: Site, site: Site, regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+) -> bool:
+    """Whether the trunk of `last`, followed backwards from site to site, comes through the trunk value of `site`."""
+    step: Site | None = last
+    while step is not None:
+        region = regions[step]
+        if site.trunk is step.trunk or (region is not None and site.trunk in region.axes):
+            return True
+        if region is None or region.source not in by_sum:
+            before = aliases.order[site.trunk] < aliases.order[step.trunk]
+            return (
+                before and region_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
+            )
+        step = by_sum[region.source]
+    return False
 
 
 def _sides(chains: list[Chain]) -> dict[Site, Refusal]:

@@ -46,6 +46,8 @@ class Reason(Enum):
     #: A trunk value is added to the same trunk some sites later (a U-net, the sum of all hidden states). It stays an addition, and the chain runs
     #: through it: every stream gets the old value.
     LONG_SKIP = "long-skip"
+    #: The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.
+    REWRITTEN = "rewritten"
     #: Neither the way in which the branch reads the trunk nor the way in which its last product leaves it tells which axis holds the features.
     FEATURE_AXIS = "feature-axis"
     #: The skip or the sum is written in place, and the old or the new value may be read under another name.

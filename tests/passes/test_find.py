@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from graphs import C, planned
 
-from mhc_compile.passes import Reason, Refusal, Site
+import mhc_compile
+from mhc_compile.passes import Provenance, Reason, Refusal, Site, normalize, plan_chains
 from mhc_compile.passes.roles import op_name
 
 R = Reason
@@ -108,6 +109,21 @@ def test_other_adds_are_refused_with_the_right_reason(forward, reason):
 def test_the_feature_axis_is_read_off_the_branch(forward, axis):
     plan = planned(forward)
     assert [site.axis for site in plan.sites] == [axis % 3]
+
+
+def test_an_add_round_streams_of_an_earlier_run_is_refused():
+    def forward(m, x):
+        first = x
+        for _ in range(2):
+            x = x + m.f(x)
+        return m.g(first + x)
+
+    from graphs import trace
+
+    module = mhc_compile.rewrite(trace(forward), torch.randn(2, 4, C))
+    plan = plan_chains(normalize(module.graph), Provenance(), min_sites=1)
+    assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
+    assert not plan.sites
 
 
 def test_complex_tensors_are_refused():
