@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
-from mhc_compile.passes.reach import Reach
+from mhc_compile.passes.reach import Reach, contracts, weights_of
 from mhc_compile.passes.region import Region, region_between
 from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
 from mhc_compile.passes.verdict import Reason, Refusal, Site
@@ -69,7 +69,8 @@ class _Finder:
         for term in terms:
             product = next((node for node in _cheap_path(term) if is_contraction(node)), None)
             origins.update(self._behind(product) if product is not None else ())
-        self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases)
+        self.weights = weights_of(graph, provenance)
+        self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases, self.weights)
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
         self.decided: set[Node] = set()
@@ -180,7 +181,7 @@ class _Finder:
             add,
             Reason.NO_CONTRACTION,
             lambda: (
-                f"'{plain}' is computed from '{skip}' by point-wise operations alone, without a product, a convolution or attention"
+                f"'{plain}' is computed from '{skip}' without a product, a convolution or attention that has weights"
             ),
         )
 
@@ -259,7 +260,7 @@ class _Finder:
     def _site(self, add: Node, adds: tuple[Node, ...], split: _Split, branch: tuple[Node, ...]) -> Site | Refusal:
         total = tensor_value(add)
         assert total is not None
-        anchor = [node for node in branch if is_contraction(node)][-1]
+        anchor = [node for node in branch if contracts(node, self.weights)][-1]
         shortcut = self._shortcut(split, branch, anchor)
         if shortcut is None:
             return self._refuse(
@@ -372,6 +373,8 @@ def _cheap_path(term: Node) -> Iterator[Node]:
 def _carried(node: Node) -> Node | None:
     """The operand whose value a cheap operation hands on: the only tensor, or the only one of the result's shape. None behind a contraction."""
     if node.op not in {"call_function", "call_method", "call_module"} or is_contraction(node) or not passes_value(node):
+        return None
+    if op_name(node) == "neg":  # `f(x) - x` is a difference, and no residual add
         return None
     values = [
         operand

@@ -23,6 +23,7 @@ class NormalizeAdds(Pass):
 
     before: y = operator.add(out, identity)            after: y = torch.add(out, identity)
     before: y = out.add(identity, alpha=2)             after: mul = torch.mul(identity, 2); y = torch.add(out, mul)
+    before: y = x - out            (the same shape)    after: neg = torch.neg(out); y = torch.add(x, neg)
     before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
 
     In-place additions were made ordinary ones before, where that was possible (`FunctionalizeWrites`); those that are left keep their spelling,
@@ -37,6 +38,8 @@ class NormalizeAdds(Pass):
         for node in list(copy.nodes):
             if op_name(node) == "addcmul":
                 _split_addcmul(node)
+            elif op_name(node) in {"sub", "subtract", "__sub__"}:
+                _negate(node)
             if op_name(node) not in ADDS:
                 continue
             terms = _terms(node)
@@ -70,6 +73,25 @@ def _split_addcmul(node: Node) -> None:
     value = node.kwargs.get("value", 1)
     node.op, node.target = "call_function", torch.add
     node.args, node.kwargs = (factors[0], product), {} if value == 1 else {"alpha": value}
+
+
+def _negate(node: Node) -> None:
+    """A difference of two floating-point tensors of one shape; other differences (`x - x.mean()`, numbers) are no residual adds."""
+    terms = _terms(node)
+    if terms is None:
+        return
+    first, second = tensor_value(terms[0]), tensor_value(terms[1])
+    if first is None or second is None or first.shape != second.shape:
+        return
+    if not (first.is_floating_point() and second.is_floating_point()):
+        return
+    with node.graph.inserting_before(node), torch.no_grad():
+        negative = node.graph.call_function(torch.neg, (terms[1],))
+        negative.meta["example_value"] = -second
+    inherit(negative, node)
+    node.op, node.target = "call_function", torch.add
+    node.args = (terms[0], negative)
+    node.kwargs = {"alpha": node.kwargs["alpha"]} if "alpha" in node.kwargs else {}
 
 
 def _respell(node: Node, terms: tuple[Node, Node]) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.aliases import storages
-from mhc_compile.passes.roles import is_contraction, passes_value, written_operands
+from mhc_compile.passes.roles import (
+    is_attention,
+    is_contraction,
+    is_region,
+    passes_value,
+    tensor_value,
+    written_operands,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,17 +24,18 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.aliases import Aliases
+    from mhc_compile.passes.provenance import Provenance
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "contracts", "weights_of"]
 
 
 class Reach:
-    """Dependence of every node of `graph` on `sources`, in three strengths: anyhow, as a value, as a value through a contraction.
+    """Dependence of every node of `graph` on `sources`, in three strengths: anyhow, as a value, as a value through a contraction with weights.
 
     What is written in place into a tensor reaches everybody who reads the tensor afterwards, under whatever name.
     """
 
-    def __init__(self, graph: Graph, sources: Iterable[Node], aliases: Aliases) -> None:
+    def __init__(self, graph: Graph, sources: Iterable[Node], aliases: Aliases, weights: frozenset[Node]) -> None:
         self._bits = {source: 1 << index for index, source in enumerate(dict.fromkeys(sources))}
         self._aliases = aliases
         self._anyhow: dict[Node, int] = {}
@@ -48,7 +56,7 @@ class Reach:
                             anyhow, value, contracted = anyhow | more[0], value | more[1], contracted | more[2]
             if not passes_value(node):
                 value = contracted = 0
-            elif value and is_contraction(node):
+            elif value and contracts(node, weights):
                 contracted |= value
             self._anyhow[node], self._value[node], self._contracted[node] = anyhow, value, contracted
             for target in written_operands(node):
@@ -65,7 +73,7 @@ class Reach:
         return bool(self._value[node] & self._bits[source])
 
     def contracted(self, source: Node, node: Node) -> bool:
-        """Whether a value flows from `source` to `node` through a matrix product, a convolution, attention or a recurrence."""
+        """Whether a value flows from `source` to `node` through attention, or through a product, a convolution or a recurrence with weights."""
         return bool(self._contracted[node] & self._bits[source])
 
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
@@ -81,3 +89,33 @@ class Reach:
                 writers = [w for w in self._aliases.writers(operand) if order[w] < order[node]]
                 stack.extend(one for one in (operand, *writers) if one not in found and self.value(source, one))
         return tuple(sorted(found, key=order.__getitem__))
+
+
+def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
+    """The parameters and buffers of a graph, and what is computed from them alone (a transposed weight, the weights of the chosen experts)."""
+    weights: set[Node] = set()
+    for node in graph.nodes:
+        if provenance.holds_weights(node):
+            weights.add(node)
+            continue
+        floats = [
+            operand
+            for operand in node.all_input_nodes
+            if (value := tensor_value(operand)) is not None and value.is_floating_point()
+        ]
+        if floats and all(operand in weights for operand in floats):
+            weights.add(node)
+    return frozenset(weights)
+
+
+def contracts(node: Node, weights: frozenset[Node]) -> bool:
+    """A contraction with something that is learned or fixed. A product of activations alone (the state of a linear recurrence) is none.
+
+    Attention counts without weights of its own, and so does a region that is not looked into.
+    """
+    if is_attention(node) or is_region(node):
+        return True
+    if not is_contraction(node):
+        return False
+    tensors = [operand for operand in node.all_input_nodes if tensor_value(operand) is not None]
+    return node.op == "call_module" or len(tensors) < 2 or any(operand in weights for operand in tensors)

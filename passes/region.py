@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.lift import lifted_axis
+from mhc_compile.passes.roles import passes_value
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -52,8 +53,8 @@ def region_between(source: Node, target: Node, axis: int, aliases: Aliases) -> R
     nodes: list[Node] = []
     for node in sorted(ancestors, key=order.__getitem__):
         operands = [operand for operand in node.all_input_nodes if operand in axes]
-        if not operands:
-            continue
+        if not operands or not passes_value(node):
+            continue  # what takes no more than a shape from the trunk, or is cut off from it, reads the mean of the streams
         carried = lifted_axis(node, operands, axes)
         if carried is None or aliases.writers(node):
             return None

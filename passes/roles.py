@@ -40,8 +40,13 @@ ADDS = frozenset({"add", "__add__", "__radd__"})
 INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
 
 _MATRIX_PRODUCTS = frozenset(
-    "linear addmm addbmm baddbmm mm bmm matmul __matmul__ __rmatmul__ einsum tensordot bilinear mv addmv chain_matmul".split()
+    "linear addmm addbmm baddbmm mm bmm matmul __matmul__ __rmatmul__ einsum tensordot bilinear mv addmv chain_matmul"
+    " _grouped_mm grouped_mm _scaled_mm _scaled_grouped_mm _int_mm spmm".split()
 )
+#: A Fourier transform is a product with a fixed matrix.
+_FOURIER = frozenset(
+    f"fft_{inverse}{real}fft{axes}" for inverse in ("", "i") for real in ("", "r", "h") for axes in ("", "2", "n")
+) | {"stft", "istft"}
 _CONVOLUTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc".split()
 )
@@ -50,6 +55,7 @@ _ATTENTIONS = frozenset(
 )
 #: torch's own fused encoder layer, which holds its residual adds where no pass can see them.
 _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd"})
+_PRODUCTS = _MATRIX_PRODUCTS | _FOURIER | _FUSED_LAYERS
 _RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 #: Results share storage with the first operand.
@@ -136,7 +142,7 @@ def is_region(node: Node) -> bool:
 
 def is_contraction(node: Node) -> bool:
     """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
-    if op_name(node) in _MATRIX_PRODUCTS | _FUSED_LAYERS or isinstance(leaf_module(node), _MODULE_CONTRACTIONS):
+    if op_name(node) in _PRODUCTS or isinstance(leaf_module(node), _MODULE_CONTRACTIONS):
         return True
     return is_convolution(node) or is_attention(node) or is_recurrence(node)
 
@@ -188,7 +194,10 @@ def sets_grad_mode(node: Node) -> bool | None:
 
 def is_random(node: Node) -> bool:
     """The result depends on random numbers."""
-    return any(part in op_name(node) for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial"))
+    return any(
+        part in op_name(node)
+        for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
+    )
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:

@@ -34,7 +34,8 @@ class Reason(Enum):
     INDEPENDENT = "independent"
     #: One term depends on the other, but only through shapes, integers or detached values.
     NOT_DIFFERENTIABLE = "not-differentiable"
-    #: One term depends on the other by point-wise operations alone: a polynomial such as tanh-GELU's, a gate, a rotation.
+    #: One term depends on the other by operations without weights alone: a polynomial such as tanh-GELU's, a gate, a rotation, the state of a
+    #: recurrence.
     NO_CONTRACTION = "no-contraction"
     #: The skip is a projection of what the branch reads (a convolution, a linear layer), or resizes its features: a chain ends before such a merge,
     #: and the next one starts from its sum.

@@ -31,6 +31,9 @@ R = Reason
         (lambda m, x: x + m.f(x).mean(1, keepdim=True), 1),  # a branch that is broadcast
         (lambda m, x: x + m.f(x).double(), 1),  # the trunk becomes double
         (lambda m, x: m.f(x).add_(x), 1),
+        (lambda m, x: x - m.f(x), 1),
+        (lambda m, x: torch.addcmul(x, m.vector, m.f(x)), 1),
+        (lambda m, x: x + torch.fft.fft2(m.norm(x)).real, 1),
     ],
 )
 def test_residual_adds_are_sites(forward, adds):
@@ -73,6 +76,7 @@ def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, sho
         (lambda m, x: 0.5 * (x + 0.044715 * x**3), R.NO_CONTRACTION),  # tanh-GELU
         (lambda m, x: x + x * m.vector, R.NO_CONTRACTION),
         (lambda m, x: x + m.norm(x), R.NO_CONTRACTION),
+        (lambda m, x: x + m.f(m.vector) * (x @ x.transpose(1, 2) @ x), R.NO_CONTRACTION),  # the state of a recurrence
         (lambda m, x: x * torch.cos(x) + torch.sin(x) * x.roll(1), R.INDEPENDENT),  # rotary
         (lambda m, x: x + x, R.SAME_VALUE),
         (lambda m, x: x + m.f(x.reshape(2, -1)[:, :C]).unsqueeze(1).expand(2, 4, C), R.FEATURE_AXIS),

@@ -42,6 +42,15 @@ def test_alpha_becomes_a_product_and_the_numbers_hold():
     assert torch.allclose(after(x), module(x), atol=1e-6)
 
 
+def test_a_difference_of_equal_shapes_becomes_an_addition():
+    module = trace(lambda m, x: torch.sub(x - m.f(x), m.g(x), alpha=2) - x.mean(-1, keepdim=True))
+    after = fx.GraphModule(module, NormalizeAdds().apply(module.graph))
+    assert spellings(after.graph) == ["add", "add"]
+    assert [op_name(node) for node in after.graph.nodes].count("sub") == 1
+    x = torch.randn(2, 4, C)
+    assert torch.allclose(after(x), module(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [1, 0.5])
 def test_addcmul_becomes_a_product_and_an_addition(value):
     module = trace(lambda m, x: torch.addcmul(x, m.vector, m.f(x), value=value))

@@ -75,6 +75,9 @@ def rms(m, x):
         (lambda m, y: nn.functional.dropout(y, 0.1, training=False), ["dropout"]),
         (lambda m, y: nn.functional.dropout(y, 0.1), ["dropout"]),
         (lambda m, y: y.softmax(1), ["softmax"]),
+        (lambda m, y: y * torch.rand_like(y), ["mul"]),
+        (lambda m, y: y + 0.5 * torch.ones_like(y), ["add"]),
+        (lambda m, y: y + (torch.tanh(y) - y).detach(), ["tanh", "neg", "add", "add"]),
         (lambda m, y: y.roll(1, 1), ["roll"]),
         (lambda m, y: y[:, 1:], ["getitem"]),
         (lambda m, y: nn.functional.pad(y, (0, 0, 1, 0)), ["pad"]),
@@ -95,7 +98,7 @@ def test_cheap_trunk_operations_are_lifted(between, names):
     "between",
     [
         lambda m, y: m.f(y),  # a projection
-        lambda m, y: y * torch.rand_like(y),  # other random numbers than the plain model's
+        lambda m, y: nn.functional.rrelu(y, training=True),  # random numbers, and no mask
         lambda m, y: y.reshape(2, C, 4).transpose(1, 2),  # features torn apart
         lambda m, y: y.unbind(1)[0].unsqueeze(1).expand(2, 4, C),  # through a tuple
         lambda m, y: y + m.f(y).detach(),  # depends on the trunk through a projection
