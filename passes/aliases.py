@@ -43,6 +43,8 @@ class Aliases:
 
     def writers(self, node: Node) -> list[Node]:
         """The operations that write in place into the memory of `node`, under whatever name, in graph order."""
+        if not self._writers and not self._unknown:
+            return []
         found = [writer for key in storages(node) for writer in self._writers[key]]
         if node in self._unknown:
             found.append(self._unknown[node])

@@ -84,10 +84,13 @@ class RemoveDeclarations(Pass):
     name: ClassVar[str] = "remove-declarations"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` without `mhc::declare`."""
+        """A copy of `graph` without `mhc::declare`; the graph itself if it has none."""
+        declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+        if not any(node.target in declarations for node in graph.nodes):
+            return graph
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
-            if node.target in (torch.ops.mhc.declare, torch.ops.mhc.declare.default):
+            if node.target in declarations:
                 copy.erase_node(node)
         return copy
 

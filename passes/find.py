@@ -203,8 +203,7 @@ class _Finder:
                             f"the skip is '{trunk}' mixed by the data-dependent product '{product}': residual streams of the model's own"
                         ),
                     )
-                steps = [sum(map(is_contraction, self.reach.between(trunk, (term,)))) for term in others]
-                if min(steps) > 1:
+                if all(self.reach.contracted_twice(trunk, term) for term in others):
                     return self._refuse(
                         add,
                         Reason.PROJECTED_SKIP,

@@ -76,10 +76,10 @@ class FunctionalizeWrites(Pass):
     name: ClassVar[str] = "functionalize-writes"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph`."""
+        """A copy of `graph`; the graph itself if nothing is written in place."""
+        if not any(written_operands(node) for node in graph.nodes):
+            return graph
         copy, _ = copy_graph(graph)
-        if not any(written_operands(node) for node in copy.nodes):
-            return copy
         _protect_inputs(copy)
         aliases = Aliases(copy)
         names: dict[Node, Node] = {}  # from a value to the first name of the same tensor

@@ -41,24 +41,27 @@ class Reach:
         self._anyhow: dict[Node, int] = {}
         self._value: dict[Node, int] = {}
         self._contracted: dict[Node, int] = {}
+        self._twice: dict[Node, int] = {}
         written: dict[int, tuple[int, int, int]] = {}
         for node in graph.nodes:
-            anyhow = value = contracted = 0
+            anyhow = value = contracted = twice = 0
             for operand in node.all_input_nodes:
                 own = self._bits.get(operand, 0)
                 anyhow |= self._anyhow[operand] | own
                 value |= self._value[operand] | own
                 contracted |= self._contracted[operand]
+                twice |= self._twice[operand]
                 if written:
                     for key in storages(operand):
                         more = written.get(key)
                         if more is not None:
                             anyhow, value, contracted = anyhow | more[0], value | more[1], contracted | more[2]
             if not passes_value(node):
-                value = contracted = 0
+                value = contracted = twice = 0
             elif value and contracts(node, weights):
-                contracted |= value
-            self._anyhow[node], self._value[node], self._contracted[node] = anyhow, value, contracted
+                contracted, twice = contracted | value, twice | contracted
+            self._anyhow[node], self._value[node] = anyhow, value
+            self._contracted[node], self._twice[node] = contracted, twice
             for target in written_operands(node):
                 for key in storages(target):
                     old = written.get(key, (0, 0, 0))
@@ -75,6 +78,10 @@ class Reach:
     def contracted(self, source: Node, node: Node) -> bool:
         """Whether a value flows from `source` to `node` through attention, or through a product, a convolution or a recurrence with weights."""
         return bool(self._contracted[node] & self._bits[source])
+
+    def contracted_twice(self, source: Node, node: Node) -> bool:
+        """Whether a value flows from `source` to `node` through two of them, one after the other."""
+        return bool(self._twice[node] & self._bits[source])
 
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
         """The nodes that carry a value from `source` to `terms`, the terms included, in graph order."""

@@ -74,6 +74,8 @@ _MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
 _MODULE_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _MODULE_ATTENTIONS = (nn.MultiheadAttention,)
 _MODULE_RECURRENCES = (nn.RNNBase,)
+_CONTRACTING_MODULES = (*_MODULE_CONTRACTIONS, *_MODULE_CONVOLUTIONS, *_MODULE_ATTENTIONS, *_MODULE_RECURRENCES)
+_CONTRACTIONS = _PRODUCTS | _CONVOLUTIONS | _ATTENTIONS | _RECURRENCES
 _INPLACE_OPERATORS = frozenset(
     {
         operator.iadd,
@@ -142,9 +144,9 @@ def is_region(node: Node) -> bool:
 
 def is_contraction(node: Node) -> bool:
     """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
-    if op_name(node) in _PRODUCTS or isinstance(leaf_module(node), _MODULE_CONTRACTIONS):
-        return True
-    return is_convolution(node) or is_attention(node) or is_recurrence(node)
+    if node.op == "call_module":
+        return isinstance(leaf_module(node), _CONTRACTING_MODULES)
+    return op_name(node) in _CONTRACTIONS
 
 
 def is_view(node: Node) -> bool:
