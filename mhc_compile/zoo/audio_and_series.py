@@ -96,8 +96,13 @@ def _distilled(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
     )
 
 
-def _positioned(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
-    return Expected((2 * layers + 1,), note="positions are a convolution of the trunk, added to it: a site of its own")
+def _positioned(layers: int, mode: Mode) -> Expected:
+    """Positions are a convolution of the trunk, added to it: a site of its own."""
+    if mode == "train":
+        return Expected(
+            (2 * layers, 1), note="layer drop asks a random tensor for its value: a graph ends in front of the layers"
+        )
+    return Expected((2 * layers + 1,))
 
 
 def _family(
@@ -123,8 +128,6 @@ FAMILIES: tuple[Family, ...] = (
     _family("patchtsmixer", "PatchTSMixer", lambda n: _patches(n, num_layers=n, expansion_factor=2, mode="mix_channel"), "ForPrediction",
             _SERIES, chains(lambda n: (3 * n,))),
     _family("informer", "Informer", lambda n: _forecast(n, attention_type="prob", distil=True), "ForPrediction", _forecast_inputs, _distilled),
-    _family("autoformer", "Autoformer", lambda n: _forecast(n, moving_average=3, autocorrelation_factor=2, label_length=4), "ForPrediction",
-            _forecast_inputs, _PAIR),
     _family("time-series-transformer", "TimeSeriesTransformer", _forecast, "ForPrediction", _forecast_inputs, _PAIR),
     _family("timesfm", "TimesFm", _timesfm, "Model", _timesfm_inputs, chains(lambda n: (2 * n,), projected=1)),
 )  # fmt: skip

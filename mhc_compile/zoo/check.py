@@ -13,7 +13,6 @@ from mhc_compile.options import Options
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.explanation import Explanation
     from mhc_compile.zoo.family import Expected, Family, Mode
 
 __all__ = ["Outcome", "Status", "check", "deviation"]
@@ -116,25 +115,31 @@ def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expecte
     outcome.sites = len(explanation.sites)
     outcome.chains = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
     outcome.refused = explanation.reasons
-    _complain(outcome, deviation(explanation, expected, min_sites))
+    _complain(outcome, deviation(outcome.chains, outcome.refused, expected, min_sites))
 
 
-def deviation(explanation: Explanation, expected: Expected, min_sites: int = 2) -> str:
-    """In what the explanation differs from the expected structure, in one line; "" if it does not."""
+def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected, min_sites: int = 2) -> str:
+    """In what a structure differs from the expected one, in one line; "" if it does not.
+
+    Args:
+        chains: the lengths that were found, the longest first.
+        refused: how many additions were left alone for each reason.
+        expected: what the source says.
+        min_sites: chains shorter than this are left alone.
+    """
     from mhc_compile.passes import Reason
 
-    got = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
     want = expected.rewritten(min_sites)
-    if got != want:
+    if chains != want:
         hint = f" ({expected.note})" if expected.note else ""
-        return f"chains {_list(got)}, expected {_list(want)}{hint}"
-    alone, short = explanation.reasons[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_sites)
+        return f"chains {_list(chains)}, expected {_list(want)}{hint}"
+    alone, short = refused[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_sites)
     if alone < short:
         return f"{alone} sites in chains that are too short, expected {short}"
     if expected.reasons is not None:
         allowed = {reason.value for reason in expected.reasons}
-        others = sorted(set(explanation.reasons) - allowed)
-        if others or not explanation.reasons:
+        others = sorted(set(refused) - allowed)
+        if others or not refused:
             return f"refused as {', '.join(others) or 'nothing'}, expected {' or '.join(sorted(allowed))}"
     return ""
 

@@ -50,6 +50,7 @@ def _bit(layers: int) -> dict[str, Any]:
         "hidden_sizes": [64, 128],
         "depths": [layers] * 2,
         "layer_type": "preactivation",
+        "num_groups": 8,
         "num_labels": 5,
     }
 
@@ -71,6 +72,10 @@ def _upernet(layers: int) -> dict[str, Any]:
 def _mobilevit(layers: int) -> dict[str, Any]:  # noqa: ARG001
     return {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 24, 24], "num_attention_heads": 2,
             "mlp_ratio": 2.0, "num_labels": 5}  # fmt: skip
+
+
+def _mobilenet_v2(layers: int) -> dict[str, Any]:  # noqa: ARG001
+    return {"image_size": 32, "depth_multiplier": 0.35, "num_labels": 5}
 
 
 def _swiftformer(layers: int) -> dict[str, Any]:
@@ -112,7 +117,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         "mobilenet-v2",
         "MobileNetV2",
-        lambda n: {"image_size": 32, "depth_multiplier": 0.35, "num_labels": 5},
+        _mobilenet_v2,
         _mobilenet,
         side=32,
     ),

@@ -125,6 +125,18 @@ class Nodes(nn.Module):
         return self.out(x)
 
 
+class Decomposed(nn.Module):
+    """Autoformer: behind every add the moving average of the trunk is taken off, `x - mean of its neighbours`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.average = FeedForward(norm=False), nn.AvgPool1d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x)
+        return x - self.average(x.transpose(1, 2)).transpose(1, 2)
+
+
 class ResidualLSTM(nn.Module):
     """`x + lstm(x)`. Dynamo hands no LSTM to a backend: there is no graph at all."""
 
@@ -155,6 +167,7 @@ _GROUP = "sequences"
 FAMILIES: tuple[Family, ...] = (
     Family("wavenet", _GROUP, lambda n: (WaveNet(n), (torch.randn(2, 1, 12),), {}), _ONE),
     Family("tcn", _GROUP, _tcn, chains(lambda n: (n,), projected=1)),
+    Family("decomposed", _GROUP, vectors(Decomposed), _ONE),
     Family("conformer", _GROUP, vectors(Conformer), chains(lambda n: (4 * n,))),
     Family("gated-recurrence", _GROUP, vectors(GatedRecurrence), _ONE),
     Family(

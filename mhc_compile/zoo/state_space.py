@@ -31,10 +31,10 @@ def _jamba(layers: int) -> dict[str, Any]:
 
 
 def _zamba(layers: int) -> dict[str, Any]:
-    """A shared attention layer in front of every second mixer, whose result is added for the mixer alone."""
+    """A shared attention layer in front of every mixer but the first, whose result is added for the mixer alone."""
     return sizes(
-        layers, num_key_value_heads=2, n_mamba_heads=2, mamba_dt_rank=4, use_mamba_kernels=False,
-        layers_block_type=["linear_attention" if layer % 2 == 0 else "hybrid" for layer in range(layers)], **_MAMBA,
+        layers + 1, num_key_value_heads=2, n_mamba_heads=2, mamba_dt_rank=4, use_mamba_kernels=False,
+        layers_block_type=["linear_attention"] + ["hybrid"] * layers, **_MAMBA,
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ FAMILIES: tuple[Family, ...] = (
     _family("falcon-mamba", "FalconMamba", _mamba, _ONE),
     _family("rwkv", "Rwkv", lambda n: {**SPECIAL, "hidden_size": 16, "num_hidden_layers": n, "context_length": 64}, _TWO),
     _family("jamba", "Jamba", _jamba, _TWO),
-    _family("zamba", "Zamba", _zamba, _ONE),
+    _family("zamba", "Zamba", _zamba, chains(lambda n: (n + 1,))),
     _family("zamba2", "Zamba2", _zamba2, _ONE),
     _family("xlstm", "xLSTM", lambda n: {**SPECIAL, "hidden_size": 16, "num_blocks": n, "num_heads": 2}, _TWO),
     _family("qwen3-next", "Qwen3Next", _qwen3_next, _TWO),

@@ -130,10 +130,21 @@ class SummedStates(nn.Module):
         self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(FeedForward() for _ in range(layers))
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        states = [self.into(x)]
+        states: list[Tensor] = [self.into(x)]
         for block in self.blocks:
             states.append(states[-1] + block(states[-1]))
-        return {"last": states[-1], "mean": sum(states, torch.zeros(())) / len(states)}
+        return {"last": states[-1], "mean": sum(states[1:], states[0]) / len(states)}
+
+
+class ConvBlock(nn.Module):
+    """`x + conv(relu(x))` on images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.relu(x))
 
 
 class Pyramid(nn.Module):
@@ -142,16 +153,14 @@ class Pyramid(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 1, 1)
-        self.stages = nn.ModuleList(nn.ModuleList(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(layers)) for _ in range(3))
+        self.stages = nn.ModuleList(nn.Sequential(*(ConvBlock() for _ in range(layers))) for _ in range(3))
         self.lateral = nn.ModuleList(nn.Conv2d(8, 6, 1) for _ in range(3))
         self.shrink = nn.ModuleList(nn.Conv2d(8, 8, 2, 2) for _ in range(2))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, levels = self.stem(x), []
         for index, stage in enumerate(self.stages):
-            x = x if index == 0 else self.shrink[index - 1](x)
-            for conv in stage:
-                x = x + conv(F.relu(x))
+            x = stage(x if index == 0 else self.shrink[index - 1](x))
             levels.append(x)
         merged = [self.lateral[-1](levels[-1])]
         for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral[:-1]), strict=True):
