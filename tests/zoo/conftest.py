@@ -16,17 +16,41 @@ REPRESENTATIVE = frozenset(
 )
 
 
+#: One family for each way in which streams are carried.
+CARRIED = frozenset(
+    "pre-norm-dropout post-norm deepnorm stochastic-depth dropped-trunk dit cait global-context resnet regnet padded-resnet rrdb conformer"
+    " decomposed shared-layer hidden-states reversible add-statement augmented-trunk written-input addcmul cast-skip break-in-middle checkpointed"
+    " frozen-half autograd-function trap-many-streams".split()
+)
+
+
 def is_fast(family) -> bool:
     return family.needs == "torch" or family.name in REPRESENTATIVE
 
 
-def parameters(*, layers_and_modes, groups=None, without=(), fast=is_fast):
-    """`(family, layers, mode)` with readable ids. `layers_and_modes` maps the depth and mode to whether the default run has it."""
+def is_handwritten(family) -> bool:
+    return family.needs == "torch"
+
+
+def is_carried(family) -> bool:
+    return family.name in CARRIED
+
+
+def never(family) -> bool:
+    return False
+
+
+#: Which families a test runs over by default, by the name that the `zoo` mark uses.
+FAST = {"representative": is_fast, "handwritten": is_handwritten, "none": never, "carried": is_carried}
+
+
+def parameters(*, layers_and_modes, groups=None, without=()):
+    """`(family, layers, mode)` with readable ids. `layers_and_modes` maps depth and mode to which families the default run has."""
     for family in zoo.families():
         if family.group in without or (groups is not None and family.group not in groups):
             continue
-        for (layers, mode), default in layers_and_modes.items():
-            marks = () if default and fast(family) else (pytest.mark.slow,)
+        for (layers, mode), fast in layers_and_modes.items():
+            marks = () if FAST[fast](family) else (pytest.mark.slow,)
             yield pytest.param(family, layers, mode, id=f"{family.name}-{mode}-{layers}", marks=marks)
 
 

@@ -11,7 +11,7 @@ from mhc_compile import zoo
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
-@pytest.mark.zoo(layers_and_modes={(2, "train"): True})
+@pytest.mark.zoo(layers_and_modes={(2, "train"): "representative"})
 def test_the_site_tree_is_the_reviewed_one(family, layers, mode, traced, request):
     tree = str(traced(family, layers, mode))
     file = SNAPSHOTS / f"{family.name}.txt"
