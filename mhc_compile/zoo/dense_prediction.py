@@ -141,11 +141,29 @@ class SpatialAttention(nn.Module):
         return self.head(x)
 
 
+class BothLayouts(nn.Module):
+    """CoAtNet, MaxViT: a convolutional residual on [B, C, H, W], then one of attention on [B, H·W, C]; the trunk is turned in between."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, WIDTH, 2, 2), nn.Conv2d(WIDTH, 3, 1)
+        self.convs = nn.ModuleList(ResidualConv(WIDTH) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, block in zip(self.convs, self.blocks, strict=True):
+            x = conv(x)
+            x = block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.head(x)
+
+
 _GROUP = "dense_prediction"
 FAMILIES: tuple[Family, ...] = (
     Family("residual-unet", _GROUP, feature_maps(UNet), chains(lambda n: (n, n, n))),
     Family("rrdb", _GROUP, feature_maps(SuperResolution), chains(lambda n: (1, n, *(3 for _ in range(n))))),
     Family("densenet", _GROUP, feature_maps(DenseNet), chains(no_chain)),
     Family("uvit", _GROUP, feature_maps(LongSkips), chains(lambda n: (2 * n, *(2 for _ in range(n))))),
+    Family("both-layouts", _GROUP, feature_maps(BothLayouts), chains(lambda n: (3 * n,))),
     Family("vae-middle", _GROUP, feature_maps(SpatialAttention, size=4), chains(lambda n: (2 * n,))),
 )

@@ -44,12 +44,10 @@ def table(outcomes: Sequence[Outcome], width: int) -> Table:
             str(outcome.graphs),
             _sites(outcome),
             _lengths(outcome.chains),
-            _refused(outcome.refused),
+            _remarks(outcome),
             *shown,
             f"{outcome.seconds:.1f}",
         )
-        if outcome.message:
-            view.add_row(Text(f"  {outcome.message}", style=_STYLES[outcome.status], overflow="fold"))
     return view
 
 
@@ -96,8 +94,12 @@ def _lengths(lengths: tuple[int, ...]) -> str:
     return " + ".join(f"{n}×{length}" if n > 1 else str(length) for length, n in Counter(lengths).items()) or "–"
 
 
-def _refused(refused: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in refused.most_common()) or "–"
+def _remarks(outcome: Outcome) -> Text:
+    """The additions that were left alone, by reason, and below them what is wrong."""
+    text = Text(", ".join(f"{reason} {count}" for reason, count in outcome.refused.most_common()) or "–")
+    if outcome.message:
+        text.append(f"\n{outcome.message}", style=_STYLES[outcome.status])
+    return text
 
 
 def _error(error: float | None) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_compile.zoo.family import Case, Expected, Family, Mode, chains
+from mhc_compile.zoo.family import Case, Expected, Family, Mode, chains, no_chain
 from mhc_compile.zoo.parts import WIDTH, Attention, FeedForward, vectors
 
 __all__ = ["FAMILIES"]
@@ -125,6 +125,17 @@ class Nodes(nn.Module):
         return self.out(x)
 
 
+class GatedMerge(nn.Module):
+    """A GRU cell merges the branch into the trunk: there is no add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.cell = FeedForward(), nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(self.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x)
+
+
 class Decomposed(nn.Module):
     """Autoformer: behind every add the moving average of the trunk is taken off, `x - mean of its neighbours`."""
 
@@ -167,6 +178,7 @@ _GROUP = "sequences"
 FAMILIES: tuple[Family, ...] = (
     Family("wavenet", _GROUP, lambda n: (WaveNet(n), (torch.randn(2, 1, 12),), {}), _ONE),
     Family("tcn", _GROUP, _tcn, chains(lambda n: (n,), projected=1)),
+    Family("gated-merge", _GROUP, vectors(GatedMerge), chains(no_chain)),
     Family("decomposed", _GROUP, vectors(Decomposed), _ONE),
     Family("conformer", _GROUP, vectors(Conformer), chains(lambda n: (4 * n,))),
     Family("gated-recurrence", _GROUP, vectors(GatedRecurrence), _ONE),

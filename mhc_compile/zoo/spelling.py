@@ -75,6 +75,17 @@ class Fused(Spelled):
         return torch.addcmul(x, self.g, self.f(x))
 
 
+class Affine(Spelled):
+    """ResMLP: the norm is `torch.addcmul(shift, scale, x)`, which has parameters where an add has its skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(torch.addcmul(self.shift, self.scale, x))
+
+
 class Subtracted(Spelled):
     """`x - f(x)`: an add of the negated branch."""
 
@@ -182,6 +193,7 @@ _KINDS: dict[str, type[nn.Module]] = {
     "augmented-trunk": OnTrunk,
     "add-alpha": Alpha,
     "addcmul": Fused,
+    "affine-addcmul": Affine,
     "subtracted": Subtracted,
     "python-sum": Summed,
     "stacked-branches": Stacked,

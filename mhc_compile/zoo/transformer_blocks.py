@@ -184,6 +184,19 @@ class DroppedTrunk(nn.Module):
         return self.drop(x + self.mlp(x))
 
 
+class Orthogonal(nn.Module):
+    """`x + (f(x) - its part along x)`: the branch reads the trunk a second time, at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = FeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        along = (y * x).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(1e-6)
+        return x + (y - along * x)
+
+
 _ONE, _TWO = chains(lambda n: (n,)), chains(lambda n: (2 * n,))
 _GROUP = "transformer_blocks"
 FAMILIES: tuple[Family, ...] = (
@@ -201,5 +214,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("layer-scale", _GROUP, vectors(LayerScale), _TWO),
     Family("rescaled-sum", _GROUP, vectors(Rescaled), _ONE),
     Family("stochastic-depth", _GROUP, vectors(StochasticDepth), _TWO),
+    Family("orthogonal-update", _GROUP, vectors(Orthogonal), _ONE),
     Family("dropped-trunk", _GROUP, vectors(DroppedTrunk), _ONE),
 )

@@ -207,6 +207,22 @@ class TwoAges(nn.Module):
         return x
 
 
+class FirstMixed(nn.Module):
+    """Every block begins with `a x + b x0`, x0 the embedding: point by point, and x0 is an ancestor of x."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(FeedForward() for _ in range(layers))
+        self.a, self.b = nn.Parameter(torch.ones(layers)), nn.Parameter(torch.full((layers,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first = self.into(x)
+        for layer, block in enumerate(self.blocks):
+            x = self.a[layer] * x + self.b[layer] * first
+            x = x + block(x)
+        return x
+
+
 def _trap(
     name: str, make: Callable[[int], Case], lengths: Callable[[int], tuple[int, ...]], *reasons: Reason, note: str = ""
 ) -> Family:
@@ -237,5 +253,6 @@ FAMILIES: tuple[Family, ...] = (
     _trap("trap-summed-states", _network(SummedStates), lambda n: (n,), _SHORT, _INDEPENDENT),
     _trap("trap-pyramid", _network(Pyramid, 2, 3, 8, 8), lambda n: (n, n, n), _INDEPENDENT),
     _trap("trap-many-streams", _network(HyperConnected), no_chain, _INDEPENDENT, Reason.BROADCAST),
+    _trap("trap-first-mixed", _network(FirstMixed), lambda n: (n,), _SHORT, _INDEPENDENT, Reason.NO_CONTRACTION),
     _trap("trap-two-ages", _network(TwoAges), lambda n: (n + 1,), _SHORT, _INDEPENDENT),
 )
