@@ -37,7 +37,7 @@ def _padded() -> dict[str, Any]:
     given = ids()
     return {
         "input_ids": given,
-        "attention_mask": torch.ones_like(given).index_fill_(1, torch.tensor([0]), 0),
+        "attention_mask": torch.ones_like(given).index_fill_(1, torch.tensor([5]), 0),
         "use_cache": False,
     }
 

@@ -47,7 +47,9 @@ def _family(
     name: str, kind: str, settings: Callable[[int], dict[str, Any]], expected: Any = _TWO, **more: Any
 ) -> Family:
     inputs = more.pop("inputs", lambda: {"input_ids": ids(), "use_cache": False})
-    return architecture(name, "mixture", kind, f"{kind}ForCausalLM", settings, inputs, expected, **more)
+    return architecture(
+        name, "mixture", kind, f"{kind}ForCausalLM", settings, inputs, expected, double=False, because="", **more
+    )
 
 
 FAMILIES: tuple[Family, ...] = (

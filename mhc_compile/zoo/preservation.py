@@ -43,13 +43,20 @@ class _Run:
 def preservation(case: Case, options: Mapping[str, Any], *, double: bool, differentiable_inputs: bool) -> Errors:
     """Runs the model plain and compiled, forward and backward with the same random numbers, and compares.
 
-    Parameters that the rewrite added have no counterpart and are left out. Raises whatever the model raises in either form.
+    Parameters that the rewrite added have no counterpart and are left out.
+
+    Raises:
+        ValueError: the plain model's values are not numbers.
+        Exception: whatever the model raises in either form.
     """
     model, args, kwargs = case
     if double:
         model, args, kwargs = model.double(), _map(args, _to_double), _map(kwargs, _to_double)
     twin = copy.deepcopy(model)
     want = _run(twin, twin, args, kwargs, differentiable_inputs)
+    undefined = [name for name, value in {**want.values, **want.gradients}.items() if value.isnan().any()]
+    if undefined:
+        raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
     compiled = torch.compile(model, backend="mhc", options={"inner": "eager", **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MhcWarning)  # that nothing was rewritten is in the count of sites
@@ -129,9 +136,11 @@ def _relative(got: Tensor | None, want: Tensor, floor: float = 0.0) -> float:
         return float("inf")
     if want.is_complex():
         got, want = torch.view_as_real(got), torch.view_as_real(want)
-    finite = torch.isfinite(want)
-    if not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()) or not finite.any():
-        return float("inf") if (~finite).any() and not torch.equal(got.isnan(), want.isnan()) else 0.0
+    finite = torch.isfinite(want)  # a mask of -inf among the outputs must be the same mask
+    if not torch.equal(got[~finite], want[~finite]):
+        return float("inf")
+    if not finite.any():
+        return 0.0
     scale = max(want[finite].abs().max().item(), floor, 1e-30)
     error = (got[finite].double() - want[finite].double()).abs().max().item() / scale
     return error if error == error else float("inf")  # NaN: got is not finite where want is

@@ -73,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     _family("mamba2", "Mamba2", lambda n: _mamba(n, num_heads=4, head_dim=8, n_groups=2, chunk_size=8), _ONE),
     _family("falcon-mamba", "FalconMamba", _mamba, _ONE),
     _family("rwkv", "Rwkv", lambda n: {**SPECIAL, "hidden_size": 16, "num_hidden_layers": n, "context_length": 64}, _TWO),
-    _family("jamba", "Jamba", _jamba, _TWO),
+    _family("jamba", "Jamba", _jamba, _TWO, double=False, because=""),
     _family("zamba", "Zamba", _zamba, chains(lambda n: (n + 1,))),
     _family("zamba2", "Zamba2", _zamba2, _ONE),
     _family("xlstm", "xLSTM", lambda n: {**SPECIAL, "hidden_size": 16, "num_blocks": n, "num_heads": 2}, _TWO),

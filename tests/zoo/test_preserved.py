@@ -8,7 +8,7 @@ from torch import nn
 
 from mhc_compile import zoo
 from mhc_compile.zoo.check import check
-from mhc_compile.zoo.family import Family, chains
+from mhc_compile.zoo.family import Family, chains, no_chain
 from mhc_compile.zoo.parts import FeedForward
 from mhc_compile.zoo.preservation import preservation
 
@@ -60,6 +60,8 @@ class Drifting(nn.Module):
                 self.seen += 1
             if self.what == "output":
                 y = y * 1.001
+            if self.what == "undefined":
+                y = y.where(y != y.max(), float("nan"))
             if self.what == "shape":
                 y = y[:1]
         return y
@@ -67,10 +69,17 @@ class Drifting(nn.Module):
 
 @pytest.mark.parametrize(
     ("what", "worst"),
-    [("nothing", ""), ("gradient", "f.1.bias"), ("buffer", "buffer seen"), ("output", "output"), ("shape", "output")],
+    [
+        ("nothing", ""),
+        ("undefined", "output"),
+        ("gradient", "f.1.bias"),
+        ("buffer", "buffer seen"),
+        ("output", "output"),
+        ("shape", "output"),
+    ],
 )
 def test_each_kind_of_difference_is_seen(what, worst):
-    family = Family("drifting", "none", lambda n: (Drifting(what), (torch.randn(2, 5, 16),), {}), chains(lambda n: ()))
+    family = Family("drifting", "none", lambda n: (Drifting(what), (torch.randn(2, 5, 16),), {}), chains(no_chain))
     errors = preservation(family.build(1), {}, double=False, differentiable_inputs=True)
     if not worst:
         assert max(errors.forward, errors.gradients) < 1e-6
@@ -81,8 +90,19 @@ def test_each_kind_of_difference_is_seen(what, worst):
         assert (errors.forward > 1e-4, errors.worst_output) == (True, worst)
 
 
+def test_a_model_without_numbers_proves_nothing():
+    class Undefined(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float("nan")
+
+    family = Family("undefined", "none", lambda n: (Undefined(4, 4), (torch.randn(2, 4),), {}), chains(no_chain))
+    outcome = check(family)
+    assert outcome.status == "failed"
+    assert "the plain model gives NaN in output" in outcome.message
+
+
 def test_a_model_that_cannot_run_is_failed_and_not_raised():
-    family = Family("broken", "none", lambda n: (nn.Linear(3, 3), (torch.randn(2, 4),), {}), chains(lambda n: ()))
+    family = Family("broken", "none", lambda n: (nn.Linear(3, 3), (torch.randn(2, 4),), {}), chains(no_chain))
     outcome = check(family)
     assert outcome.status == "failed"
     assert "could not be traced" in outcome.message
