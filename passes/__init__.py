@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
+from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
@@ -31,15 +32,18 @@ __all__ = [
     "Chain",
     "ExpandChains",
     "Hook",
+    "LowerOperators",
     "ModuleRef",
     "NormalizeAdds",
     "Pass",
     "Plan",
     "Provenance",
+    "RaiseLayerNorms",
     "Reason",
     "Refusal",
     "RemoveDeclarations",
     "Site",
+    "SpellAten",
     "copy_graph",
     "expand_plan",
     "normalize",
