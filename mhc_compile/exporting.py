@@ -27,7 +27,6 @@ from mhc_compile.passes import (
     RaiseLayerNorms,
     RemoveDeclarations,
     SpellAten,
-    copy_graph,
     expand_plan,
     plan_chains,
     run_passes,
@@ -49,7 +48,8 @@ def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgr
     if not plan.sites:
         if not parameters.in_use:
             complain(plan.refusals, options, [graph])
-        return _assemble(program, copy_graph(program.graph)[0], list(program.graph_signature.input_specs), {})
+        graph = run_passes(program.graph, (RemoveDeclarations(), LowerOperators()))
+        return _assemble(program, graph, list(program.graph_signature.input_specs), {})
     bindings, specs = parameters.bind(plan)
     graph = expand_plan(graph, plan, bindings)
     kept = {node.name for node in graph.nodes}

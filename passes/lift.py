@@ -23,14 +23,14 @@ __all__ = ["Region", "lift", "region_between"]
 #: One operand, value by value, in any layout. Further arguments are numbers and dtypes.
 _UNARY = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh softplus softsign sigmoid tanh clamp clamp_min clamp_max neg"
-    " abs square sqrt rsqrt exp log pow __pow__ reciprocal to float half bfloat16 double type contiguous clone".split()
+    " abs square sqrt rsqrt exp log pow __pow__ reciprocal to _to_copy float half bfloat16 double type contiguous clone".split()
 )
 #: Two operands, value by value; the second a number, a vector of C, or a tensor with the trunk's axes.
 _BINARY = frozenset("add sub mul div truediv __mul__ __rmul__ __truediv__ __sub__ maximum minimum".split())
 _NORMS = frozenset({"layer_norm", "rms_norm"})
 #: Reductions over the feature axis, as a norm written by hand has them.
 _REDUCTIONS = frozenset({"mean", "var", "sum"})
-_RESHAPES = frozenset({"view", "reshape", "flatten"})
+_RESHAPES = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 
 
 class Region:
