@@ -15,7 +15,9 @@ from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import (
     ConstantArgument,
     ExportGraphSignature,
+    InputKind,
     InputSpec,
+    OutputKind,
     OutputSpec,
 )
 
@@ -89,26 +91,35 @@ def _assemble(
     tensors: dict[str, torch.nn.Parameter],
     kept: set[str] | None = None,
 ) -> ExportedProgram:
-    """A program with this graph and these further tensors, otherwise like `program`. `inputs` are the specs of the graph's placeholders, in order."""
+    """A program with another graph and further tensors, otherwise like `program`.
+
+    Args:
+        program: the program to be like.
+        graph: the graph, in ATen.
+        inputs: specs of the graph's placeholders, in order.
+        tensors: new entries of the state dict.
+        kept: names of the program's values that exist in the graph; all of the graph's, if not given.
+    """
     for node in graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta.pop("example_value")
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = iter([node.name for node in program.graph.nodes if node.op == "placeholder"])
+    parameters = set(program.graph_signature.parameters)
+    for node, spec in zip(placeholders, inputs, strict=True):
+        if spec.kind is not InputKind.PARAMETER or spec.target in parameters:
+            node.name = next(names)  # a copy of a graph renames inputs that are called like something of Python's (`input`)
     results: Any = next(iter(reversed(graph.nodes))).args[0]
-    before = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-    after = [node.name for node, spec in zip(placeholders, inputs, strict=True) if spec.target not in tensors]
-    # Graph inputs may change their names in a copy (`input` is one of Python's own); every other node of the program keeps it.
-    names = {**{name: name for name in kept or [node.name for node in graph.nodes]}, **dict(zip(before, after, strict=True))}
+    outputs = [_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)]
+    inputs = [_named(spec, node) for spec, node in zip(inputs, placeholders, strict=True)]
+    kept = ({node.name for node in graph.nodes} if kept is None else kept) | {node.name for node in placeholders}
     return ExportedProgram(
         root=program.graph_module,
         graph=graph,
-        graph_signature=ExportGraphSignature(
-            input_specs=[_named(spec, node) for spec, node in zip(inputs, placeholders, strict=True)],
-            output_specs=[_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)],
-        ),
+        graph_signature=ExportGraphSignature(inputs, outputs),
         state_dict={**program.state_dict, **tensors},
         range_constraints=copy.copy(program.range_constraints),
-        module_call_graph=[_call(entry, names) for entry in program.module_call_graph],
+        module_call_graph=[_call(entry, kept, outputs) for entry in program.module_call_graph],
         example_inputs=program.example_inputs,
         constants=dict(program.constants),
         verifiers=program.verifiers,
@@ -116,26 +127,24 @@ def _assemble(
 
 
 def _named(spec: Any, node: Node | Any) -> Any:
-    """`spec` for the value that `node` stands for now."""
+    """`spec` for the value of `node`, which may have another name now."""
     if not isinstance(node, torch.fx.Node) or isinstance(spec.arg, ConstantArgument):
         return spec
     return replace(spec, arg=replace(spec.arg, name=node.name))
 
 
-def _call(entry: Any, names: dict[str, str]) -> Any:
-    """The entry of a module call with the names that its values have now.
+def _call(entry: Any, kept: set[str], outputs: list[OutputSpec]) -> Any:
+    """The entry of a module call.
 
-    The signature of a call whose values are streams now, and so no longer exist, is dropped; `unflatten` makes one from the graph.
+    The signature of a call that takes or returns a value which is streams now is dropped; `unflatten` makes one from the graph. The root takes
+    and returns what it did.
     """
-    if entry.signature is None:
-        return copy.copy(entry)
-    arguments = [*entry.signature.inputs, *entry.signature.outputs]
-    values = [argument for argument in arguments if not isinstance(argument, ConstantArgument)]
-    if entry.fqn and any(argument.name not in names for argument in values):
-        return replace(entry, signature=None)
-
-    def renamed(side: list[Any]) -> list[Any]:
-        return [replace(a, name=names[a.name]) if a.name in names else a for a in side]
-
-    signature = replace(entry.signature, inputs=renamed(entry.signature.inputs), outputs=renamed(entry.signature.outputs))
-    return replace(entry, signature=signature)
+    signature = copy.deepcopy(entry.signature)
+    if signature is None:
+        return replace(entry)
+    if not entry.fqn:
+        results = [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
+        return replace(entry, signature=replace(signature, outputs=results if signature.outputs else []))
+    arguments = [*signature.inputs, *signature.outputs]
+    values = [argument.name for argument in arguments if not isinstance(argument, ConstantArgument)]
+    return replace(entry, signature=signature if kept.issuperset(values) else None)

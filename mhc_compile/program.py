@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +32,8 @@ class ProgramProvenance(Provenance):
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The root, then the modules whose calls surround `node`."""
-        refs = [ModuleRef("", "", "root")]
-        for key, (path, kind) in node.meta.get("nn_module_stack", {}).items():
-            below = path.partition("@")[0]  # the second call of a module may be "h.0@1"
-            if below:
-                refs.append(ModuleRef(str(key), below, str(kind).rpartition(".")[2]))
-        return tuple(refs)
+        # Some versions write the second call of a module as "h.0@1".
+        return tuple(replace(ref, path=ref.path.partition("@")[0]) for ref in super().stack(node))
 
     def parameter_name(self, node: Node) -> str | None:
         """Path of the parameter behind a graph input."""
