@@ -28,7 +28,9 @@ class ProgramProvenance(Provenance):
     """Provenance of the graph of an exported program: module paths from `nn_module_stack`, parameters from the signature."""
 
     def __init__(self, graph: Graph, program: ExportedProgram) -> None:
-        self._targets = {node: spec.target for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER}
+        self._targets = {
+            node: spec.target for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER
+        }
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The root, then the modules whose calls surround `node`."""

@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.fx import Node
 
 from mhc_compile import ops
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.roles import op_name
 from mhc_compile.passes.splice import splice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch.fx import Graph
+    from torch.fx import Graph, Node
 
 __all__ = ["LowerOperators", "RaiseLayerNorms", "SpellAten"]
 
@@ -118,7 +117,9 @@ def _is_python(node: Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         return False
-    return tensor_value(node) is not None  # the rest is arithmetic on sizes
+    value = node.meta.get("example_value", node.meta.get("val"))
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(part, torch.Tensor) for part in parts)  # the rest is arithmetic on sizes
 
 
 def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any:
@@ -140,13 +141,15 @@ def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any
 
 def _replace(node: Node, result: Any) -> None:
     """Puts `result`, a node, a number or a tuple of nodes, in the place of `node`. A node that was written for it takes over its name."""
-    fresh = isinstance(result, Node) and result not in node.all_input_nodes
+    fresh = isinstance(result, torch.fx.Node) and result not in node.all_input_nodes
     for user in list(node.users):
-        if isinstance(result, tuple):  # every reader of a tuple is a `getitem`
-            user.replace_all_uses_with(result[user.args[1]])
+        if isinstance(result, (tuple, list)):  # every reader of a tuple is a `getitem`
+            user.replace_all_uses_with(result[_index(user)])
             node.graph.erase_node(user)
         else:
-            user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda old: result if old is node else old)
+            user.args, user.kwargs = torch.fx.map_arg(
+                (user.args, user.kwargs), lambda old: result if old is node else old
+            )
     node.graph.erase_node(node)
     if fresh:
         result.name = node.name

@@ -11,13 +11,12 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch.fx import Graph
+    from torch.fx import Graph, GraphModule, Node
 
 __all__ = ["PROVENANCE", "inherit", "splice"]
 
