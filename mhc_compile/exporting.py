@@ -108,9 +108,7 @@ def _assemble(
     parameters = set(program.graph_signature.parameters)
     for node, spec in zip(placeholders, inputs, strict=True):
         if spec.kind is not InputKind.PARAMETER or spec.target in parameters:
-            node.name = next(
-                names
-            )  # a copy of a graph renames inputs that are called like something of Python's (`input`)
+            node.name = next(names)  # a copy renames inputs that are called like something of Python's (`input`)
     results: Any = next(iter(reversed(graph.nodes))).args[0]
     outputs = [_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)]
     inputs = [_named(spec, node) for spec, node in zip(inputs, placeholders, strict=True)]

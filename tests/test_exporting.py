@@ -493,6 +493,10 @@ def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
     assert relative(result.module()(ids), program.module()(ids)) > 1e-3
     with pytest.raises(mhc_compile.AttachError, match=r"blocks.0.mhc.attn.*phi \[32, 24\].*streams=2"):
         mhc_compile.rewrite(program, options={"streams": 2})
+    with pytest.warns(
+        mhc_compile.MhcWarning, match="4 × chain-too-short"
+    ):  # it has the parameters, but it does not use them
+        mhc_compile.rewrite(program, options={"min_sites": 5})
 
 
 # --- the edges -------------------------------------------------------------------------------------------------------------------------
