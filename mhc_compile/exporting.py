@@ -23,8 +23,8 @@ from torch.export.graph_signature import (
 
 from mhc_compile.errors import CaptureError
 from mhc_compile.passes import (
+    NORMALIZE,
     LowerOperators,
-    NormalizeAdds,
     Plan,
     RaiseLayerNorms,
     RemoveDeclarations,
@@ -73,7 +73,7 @@ def plan_program(program: ExportedProgram, options: Options) -> tuple[Graph, Pro
             "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program first, then make the"
             " joint graph"
         )
-    graph = run_passes(program.graph, (RemoveDeclarations(), RaiseLayerNorms(), NormalizeAdds()))
+    graph = run_passes(program.graph, (RaiseLayerNorms(), *NORMALIZE))
     provenance = ProgramProvenance(graph, program)
     parameters = ProgramParameters(graph, program, options)
     while True:

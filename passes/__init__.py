@@ -1,6 +1,6 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ RemoveDeclarations, NormalizeAdds ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains ─> graph with mhc:: operators
+    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains ─> graph with mhc:: operators
 
 Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`. What an operation is (a
 product, a view, an in-place write) is said in `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
+from mhc_compile.passes.functionalize import FunctionalizeWrites
 from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
@@ -31,6 +32,7 @@ __all__ = [
     "Binding",
     "Chain",
     "ExpandChains",
+    "FunctionalizeWrites",
     "Hook",
     "LowerOperators",
     "ModuleRef",
@@ -54,7 +56,7 @@ __all__ = [
 ]
 
 #: What runs before the sites are looked for.
-NORMALIZE: tuple[Pass, ...] = (RemoveDeclarations(), NormalizeAdds())
+NORMALIZE: tuple[Pass, ...] = (RemoveDeclarations(), FunctionalizeWrites(), NormalizeAdds())
 
 
 def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
