@@ -28,9 +28,9 @@ class ProgramProvenance(Provenance):
     """Provenance of the graph of an exported program: module paths from `nn_module_stack`, parameters from the signature."""
 
     def __init__(self, graph: Graph, program: ExportedProgram) -> None:
-        self._targets = {
-            node: spec.target for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER
-        }
+        inputs = _inputs(graph, program)
+        self._targets = {node: spec.target for node, spec in inputs if spec.kind is InputKind.PARAMETER}
+        self._held = {node for node, spec in inputs if spec.kind is not InputKind.USER_INPUT}
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The root, then the modules whose calls surround `node`."""
@@ -40,6 +40,10 @@ class ProgramProvenance(Provenance):
     def parameter_name(self, node: Node) -> str | None:
         """Path of the parameter behind a graph input."""
         return self._targets.get(node)
+
+    def holds_weights(self, node: Node) -> bool:
+        """Whether `node` is a graph input that the program brings along: a parameter, a buffer or a constant."""
+        return node in self._held
 
 
 class ProgramParameters:

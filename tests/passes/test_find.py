@@ -190,8 +190,8 @@ aten = torch.ops.aten
         (lambda m, x: aten.add.Tensor(x, aten.linear.default(x, m.weight)), -1),
         (lambda m, x: x + aten.addmm.default(m.vector, x.view(-1, C), m.weight).view(2, 4, C), -1),
         (lambda m, x: x + aten._unsafe_view.default(aten.mm.default(x.view(-1, C), m.weight), [2, 4, C]), -1),
-        (lambda m, x: x + aten.mm.default(x.new_ones(8, 8), x.view(8, C)).view(8, C).view(2, 4, C), -1),
-        (lambda m, x: x + aten._unsafe_view.default(aten.mm.default(x.new_ones(8, 8), x.view(8, C)), [2, 4, C]), -1),
+        (lambda m, x: x + aten.mm.default(m.rows.repeat(8, 2), x.view(8, C)).view(8, C).view(2, 4, C), -1),
+        (lambda m, x: x + aten._unsafe_view.default(aten.mm.default(m.rows.repeat(8, 2), x.view(8, C)), [2, 4, C]), -1),
         (
             lambda m, x: (
                 x + aten.addmm.default(m.vector, x.view(-1, C), m.weight).view(2, 4, C).view(2, C, 4).transpose(1, 2)
