@@ -248,7 +248,10 @@ class _BatchNorm(_Rule):
 
     def emit(self, graph: Graph, step: _Step, lifted: Mapping[Node, Node], before: Node) -> Node:
         given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-        given.update(zip(self.names, step.node.args, strict=False))
+        # ATen (and `torch.batch_norm`) take weight and bias first, the functional form the running statistics.
+        functional = step.node.target is F.batch_norm
+        names = self.names if functional else ("input", *self.names[3:5], *self.names[1:3], *self.names[5:])
+        given.update(zip(names, step.node.args, strict=False))
         given.update(step.node.kwargs)
         tensors = [name for name in self.names[1:5] if isinstance(given[name], torch.fx.Node)]
 

@@ -25,15 +25,17 @@ NEW = [f"{path}.{part}" for path in PATHS for part in ("phi", "bias", "scale")]
 
 
 class Residual(nn.Module):
-    """A ResNet's block: ReLU after the add."""
+    """A ResNet's block: ReLU after the add, in place or not, and perhaps another norm on the trunk."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, inplace: bool = False, trunk_norm: bool = False) -> None:
         super().__init__()
+        self.relu = nn.ReLU(inplace)
+        self.trunk = nn.BatchNorm2d(width) if trunk_norm else nn.Identity()
         self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x)
+        return self.trunk(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x))
 
 
 class Stack(nn.Module):
@@ -51,10 +53,10 @@ class Stack(nn.Module):
 
 
 class Convolutional(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **settings: bool) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.blocks = nn.Sequential(*(Residual(4) for _ in range(3)))
+        self.blocks = nn.Sequential(*(Residual(4, **settings) for _ in range(3)))
         self.head = nn.Linear(4, 5)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - a name that a copied graph must spell differently
@@ -163,6 +165,21 @@ def test_a_buffer_that_is_mutated_is_mutated_still(index):
     assert want["blocks.0.bn1.num_batches_tracked"] == 2
     for name, buffer in want.items():
         assert torch.allclose(got[name].double(), buffer.double(), atol=1e-5), name
+
+
+def test_a_batch_norm_on_the_trunk_runs_on_streams():
+    model = Convolutional(trunk_norm=True, inplace=True).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plain = export(twin(model), (x,))
+    result = mhc_compile.rewrite(export(model, (x,)))
+    assert sum(name.endswith(".phi") for name in result.state_dict) == 3
+    assert_preserved(plain, result, 1e-9, x)
+    modules = [plain.module(), result.module()]
+    for module in modules:
+        module(3 * x)
+    want, got = (dict(module.named_buffers()) for module in modules)
+    for name, buffer in want.items():
+        assert torch.allclose(got[name].double(), buffer.double(), atol=1e-9), name
 
 
 def test_constants_are_kept():
@@ -418,6 +435,7 @@ MODELS = {
     "post-norm encoder, tokens first": lambda: encoder(False, False),
     "convolutional": lambda: (Convolutional(), {"input": torch.randn(2, 3, 8, 8)}),
     "convolutional, eval": lambda: (Convolutional().eval(), {"input": torch.randn(2, 3, 8, 8)}),
+    "convolutional, in place": lambda: (Convolutional(inplace=True), {"input": torch.randn(2, 3, 8, 8)}),
     "gpt2": lambda: family("gpt2"),
     "llama": lambda: family("llama"),
     "vit": lambda: family("vit"),
