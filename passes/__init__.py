@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
+from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
@@ -33,15 +34,18 @@ __all__ = [
     "ExpandChains",
     "FunctionalizeWrites",
     "Hook",
+    "LowerOperators",
     "ModuleRef",
     "NormalizeAdds",
     "Pass",
     "Plan",
     "Provenance",
+    "RaiseLayerNorms",
     "Reason",
     "Refusal",
     "RemoveDeclarations",
     "Site",
+    "SpellAten",
     "copy_graph",
     "expand_plan",
     "normalize",
