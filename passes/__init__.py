@@ -1,8 +1,10 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ RemoveDeclarations, NormalizeAdds ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains ─> graph with mhc:: operators
+    graph ─ InlineRegions, RemoveDeclarations, NormalizeAdds ─> one spelling ─ find, plan_chains ─> Plan
+          ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
 
-Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`. What an operation is (a
+Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens and
+closes the regions of activation checkpointing round all of this. What an operation is (a
 product, a view, an in-place write) is said in `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
 
 To add a pass, write a frozen dataclass with a `name` and an `apply(graph) -> graph` (see `base.Pass`), and put it in the tuple below or, after
@@ -18,6 +20,7 @@ from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
+from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -31,8 +34,10 @@ __all__ = [
     "Chain",
     "ExpandChains",
     "Hook",
+    "InlineRegions",
     "ModuleRef",
     "NormalizeAdds",
+    "OutlineRegions",
     "Pass",
     "Plan",
     "Provenance",
@@ -40,6 +45,8 @@ __all__ = [
     "Refusal",
     "RemoveDeclarations",
     "Site",
+    "adopt",
+    "close_regions",
     "copy_graph",
     "expand_plan",
     "normalize",
@@ -50,7 +57,7 @@ __all__ = [
 ]
 
 #: What runs before the sites are looked for.
-NORMALIZE: tuple[Pass, ...] = (RemoveDeclarations(), NormalizeAdds())
+NORMALIZE: tuple[Pass, ...] = (InlineRegions(), RemoveDeclarations(), NormalizeAdds())
 
 
 def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
@@ -60,4 +67,9 @@ def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
 
 def expand_plan(graph: Graph, plan: Plan, bindings: Mapping[Site, Binding], hook: Hook | None = None) -> Graph:
     """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites."""
-    return run_passes(graph, (ExpandChains(plan, bindings),), hook)
+    return run_passes(graph, (ExpandChains(plan, bindings), OutlineRegions()), hook)
+
+
+def close_regions(graph: Graph, hook: Hook | None = None) -> Graph:
+    """A normalised graph in which nothing is to be rewritten, with its regions as calls again."""
+    return run_passes(graph, (OutlineRegions(),), hook)
