@@ -184,7 +184,8 @@ class _Expansion:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
         settings = (binding.mapping, binding.iterations, binding.eps)
         # Directly before their first reader: there the branch's own mode holds, which may be another than where the trunk was computed (no_grad).
-        self._follow(min(readers).prev, like=add)
+        if readers:
+            self._follow(min(readers).prev, like=add)
         packed = self._call("coefficients", mhc.coefficients.default, streams, *parameters, *settings)
         pre, post, res = (
             self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))
