@@ -76,9 +76,7 @@ def rewrite(
         if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
             complain(plan.refusals, parsed)
         return _with_graph(source, close_regions(source.graph))
-    return _with_graph(
-        source, expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites})
-    )
+    return _with_graph(source, expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites}))
 
 
 def _with_graph(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

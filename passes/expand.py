@@ -12,14 +12,13 @@ from torch.fx import Graph, Node
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
 from mhc_compile.passes.lift import Region, lift
-from mhc_compile.passes.regions import place_of, read_out_place, wish
 from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.splice import inherit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mhc_compile.passes.plan import Chain, Plan
-    from mhc_compile.passes.regions import Place
     from mhc_compile.passes.verdict import Site
 
 __all__ = ["Binding", "ExpandChains", "RemoveDeclarations"]
@@ -101,8 +100,6 @@ class _Expansion:
         self.replaced: dict[Node, Node] = {}
         self.cursor: Node = graph._root
         self.like: Node = graph._root
-        #: Where the next node should lie, in a graph with regions.
-        self.place: Place | None = None
 
     def run(self, chain: Chain) -> None:
         first = chain.sites[0]
@@ -202,7 +199,6 @@ class _Expansion:
     def _read_out(self, value: Node, streams: Node, axis: int) -> None:
         if value.users:
             self._follow(streams, like=value)
-            self.place = read_out_place(value, streams)
             mean = self._features_back(self._call("read_out", torch.mean, streams, -2), axis, value)
             value.replace_all_uses_with(mean)
             self.replaced[value] = mean
@@ -220,7 +216,7 @@ class _Expansion:
         """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""
         while node.op == "placeholder" and node.next.op == "placeholder":
             node = node.next
-        self.cursor, self.like, self.place = node, like, place_of(like)
+        self.cursor, self.like = node, like
 
     def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         return self._emit(name, "call_function", target, args, kwargs)
@@ -232,8 +228,8 @@ class _Expansion:
             return self._finish(self.graph.create_node(op, target, args, kwargs or {}, f"mhc_{name}"))
 
     def _finish(self, node: Node) -> Node:
-        node.meta = {key: value for key, value in self.like.meta.items() if key in {"nn_module_stack", "stack_trace"}}
-        wish(node, self.place)
+        node.meta = {}
+        inherit(node, self.like)
         value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
         if value is not None:
             node.meta["example_value"] = value

@@ -3,7 +3,7 @@
 Under Dynamo, `torch.utils.checkpoint` puts the operations of a block into a graph of their own, the body of a `tag_activation_checkpoint`. The
 passes between `InlineRegions` and `OutlineRegions` see one flat graph, so that chains run through regions as if they were not there.
 
-In the flat graph every node has a place, the number of its stretch:
+In the flat graph every operation of the model has a place, the number of its stretch:
 
     x = embed()                      0  outside
     ├ h = f(x); y = x + h            1  first region
@@ -11,9 +11,9 @@ In the flat graph every node has a place, the number of its stretch:
     ├ g = f(y); z = y + g            3  second region
     out = norm(z)                    4  outside
 
-A region that lies in another one has stretches of its own in the middle of the outer one's. Nodes that later passes write have no place, only a
-wish: to lie where the node lies that they stand for. They get it as far as the flow of data permits (`_settle`). Operations of the model never
-change their order: what draws random numbers, writes in place or switches autocast stays where it is.
+A region that lies in another one has stretches of its own in the middle of the outer one's. Nodes that later passes write inherit the place of the
+node that they stand for as a wish, and get it as far as the flow of data permits (`_settle`). Operations of the model never change their order:
+what draws random numbers, writes in place or switches autocast stays where it is.
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ from torch import fx, nn
 from torch.fx import Graph, Node
 
 from mhc_compile.passes.base import Pass
+from mhc_compile.passes.roles import is_inplace, is_view, op_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["InlineRegions", "OutlineRegions", "Place", "adopt", "place_of", "read_out_place", "wish"]
+__all__ = ["InlineRegions", "OutlineRegions", "adopt"]
 
-#: Keys of `Node.meta` between the two passes.
-_PLACE, _WISH = "mhc_place", "mhc_wish"
+#: The key of `Node.meta` under which a node's place is, between the two passes. New nodes inherit it (see `splice.PROVENANCE`).
+_PLACE = "mhc_region"
+#: True on the nodes that were there when the regions were opened, and not inherited.
+_FIXED = "mhc_fixed"
 #: What a placeholder of a body says of the value that it receives.
 _SHARED = frozenset({"example_value", "val", "nn_module_stack", "stack_trace"})
+#: What a mean of streams is made of.
+_READ_OUT = frozenset({"mean", "movedim", "contiguous", "clone"})
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
@@ -55,23 +60,11 @@ class _Region:
 
 
 @dataclass(frozen=True)
-class Place:
+class _Place:
     """A stretch of the flat graph: `layout[index]` is the region that it belongs to, None outside of all."""
 
     index: int
     layout: list[_Region | None] = field(repr=False, compare=False)
-
-    @property
-    def region(self) -> _Region | None:
-        """The innermost region."""
-        return self.layout[self.index]
-
-    @property
-    def after(self) -> Place:
-        """The next place outside of this region."""
-        assert self.region is not None
-        outer = self.region.parent
-        return Place(next(i for i in range(self.index, len(self.layout)) if self.layout[i] is outer), self.layout)
 
 
 @dataclass(frozen=True)
@@ -98,10 +91,11 @@ class InlineRegions(Pass):
 class OutlineRegions(Pass):
     """Puts the operations of every region into a body again; the values that cross its boundary are found anew.
 
-    before: h = linear(x, weight); S1 = mhc.update(S0, h, post, res)         (each with its place or wish)
+    before: h = linear(x, weight); S1 = mhc.update(S0, h, post, res)         (each with its place)
     after:  body = self.wrap_body_0; out = tag_activation_checkpoint(body, S0, weight, phi, bias, scale); S1 = out[0]
 
-    So streams enter a region and streams leave it, and they are all that is kept between two regions for the backward.
+    So streams enter a region and streams leave it, and they are all that is kept between two regions for the backward. A mean of streams that is
+    read outside, where the streams themselves are needed as well, is computed outside: nothing more is kept, and nothing computed twice.
     """
 
     name: ClassVar[str] = "outline-regions"
@@ -112,35 +106,6 @@ class OutlineRegions(Pass):
         if layout is None:
             return graph
         return _Outliner(graph, layout).run()
-
-
-def place_of(node: Node) -> Place | None:
-    """Where `node` lies or wants to lie; None in a graph without regions."""
-    place: Place | None = node.meta.get(_PLACE, node.meta.get(_WISH))
-    return place
-
-
-def wish(node: Node, place: Place | None) -> None:
-    """Says where a new node wants to lie."""
-    if place is not None:
-        node.meta[_WISH] = place
-
-
-def read_out_place(value: Node, streams: Node) -> Place | None:
-    """Where the mean that replaces the trunk value `value` is computed.
-
-    That is in the value's own region. But where the streams leave the region anyway, and all readers of the mean are outside, the mean is computed
-    outside: then it is no further value to keep, and is not computed again in the backward.
-    """
-    here = place_of(value)
-    if here is None or here.region is None:
-        return here
-
-    def outside(reader: Node) -> bool:
-        place = place_of(reader)
-        return place is not None and (place.region is None or not place.region.lies_in(here.region))
-
-    return here.after if all(map(outside, value.users)) and any(map(outside, streams.users)) else here
 
 
 def adopt(module: nn.Module, graph: Graph) -> None:
@@ -191,12 +156,12 @@ class _Inliner:
         self.copy._codegen = self.source._codegen
         result = self._write(self.source, None, {})
         output = self.copy.output(result)
-        output.meta = {**self.source.output_node().meta, _PLACE: self._here()}
+        output.meta = {**self.source.output_node().meta, _PLACE: self._here(), _FIXED: True}
         self.copy.owning_module = _with_attributes(self.source.owning_module, self.attributes)
         return self.copy
 
-    def _here(self) -> Place:
-        return Place(len(self.layout) - 1, self.layout)
+    def _here(self) -> _Place:
+        return _Place(len(self.layout) - 1, self.layout)
 
     def _write(self, graph: Graph, region: _Region | None, nodes: dict[Node, Node]) -> Any:
         """Copies `graph`, whose nodes in `nodes` are given; returns what stands for its result."""
@@ -227,7 +192,7 @@ class _Inliner:
 
     def _copy(self, node: Node, region: _Region | None, nodes: Mapping[Node, Node]) -> Node:
         twin = _copy_node(self.copy, node, nodes)
-        twin.meta[_PLACE] = self._here()
+        twin.meta.update({_PLACE: self._here(), _FIXED: True})
         if region is not None and node.op in {"get_attr", "call_module"}:
             twin.target = self._keep(str(node.target), _attribute(node))
         return twin
@@ -267,59 +232,95 @@ def _with_attributes(owner: nn.Module | None, attributes: Mapping[str, Any]) -> 
 # --- closing ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _settle(graph: Graph, layout: Sequence[_Region | None]) -> dict[Node, int]:
-    """A place for every node, such that no value flows backwards. Nodes that have a place keep it.
+class _Places:
+    """A place for every node of a flat graph, such that no value flows backwards. Operations of the model keep theirs.
 
     A new node may lie no earlier than what it reads and no later than its readers; in between its wish is granted. Where the wish is too late
     (the coefficients of a site whose branch begins before the region that holds its add), it goes to the latest permitted place that lies in no
-    region but those round the one it wished for.
+    region but those round the one it wished for. A new node without a wish wants to stay where it was written.
     """
-    earliest: dict[Node, int] = {}
-    for node in graph.nodes:
-        fixed = node.meta.get(_PLACE)
-        earliest[node] = fixed.index if fixed else max(map(earliest.__getitem__, node.all_input_nodes), default=0)
-    places: dict[Node, int] = {}
-    for node in reversed(graph.nodes):
-        fixed = node.meta.get(_PLACE)
-        if fixed:
-            places[node] = fixed.index
-            continue
-        latest = min(map(places.__getitem__, node.users), default=len(layout) - 1)
-        if node.op == "get_attr":  # a parameter: it stays with its module, and regions take it as an argument
-            latest = 0
-        places[node] = _nearest(node.meta.get(_WISH), earliest[node], latest, layout)
-    for node in graph.nodes:
-        # Only tensors cross the boundary of a region: the parts of a tuple stay with it.
-        if _PLACE not in node.meta and node.target is operator.getitem:
-            places[node] = places[node.args[0]]
-    return places
 
+    def __init__(self, graph: Graph, layout: Sequence[_Region | None]) -> None:
+        self.graph = graph
+        self.layout = layout
+        self.of: dict[Node, int] = {}
+        self.new = [node for node in graph.nodes if _FIXED not in node.meta]
+        self._settle()
+        self._leave()
 
-def _nearest(wished: Place | None, earliest: int, latest: int, layout: Sequence[_Region | None]) -> int:
-    if wished is None:
-        return latest
-    if wished.index <= latest:
-        return max(wished.index, earliest)
-    home = wished.region
-    around = (
-        index
-        for index in range(latest, earliest - 1, -1)
-        if layout[index] is None or (home is not None and home.lies_in(layout[index]))
-    )
-    return next(around, latest)
+    def region(self, node: Node) -> _Region | None:
+        """The innermost region that holds `node`."""
+        return self.layout[self.of[node]]
+
+    def _settle(self) -> None:
+        earliest: dict[Node, int] = {}
+        wishes: dict[Node, int] = {}
+        here = 0
+        for node in self.graph.nodes:
+            place = node.meta[_PLACE].index if _PLACE in node.meta else here
+            if _FIXED in node.meta:
+                self.of[node] = earliest[node] = here = place
+            else:
+                earliest[node] = max((earliest[operand] for operand in node.all_input_nodes), default=0)
+                # A parameter stays with its module, and regions take it as an argument.
+                wishes[node] = 0 if node.op == "get_attr" else place
+            written = node.args[0] if is_inplace(node) and node.args else None
+            while isinstance(written, Node):  # who reads it from now on, reads what this operation wrote
+                earliest[written] = max(earliest[written], earliest[node])
+                written = written.args[0] if is_view(written) and written.args else None
+        for node in reversed(self.new):
+            latest = min((self.of[user] for user in node.users), default=max(wishes[node], earliest[node]))
+            self.of[node] = self._nearest(wishes[node], earliest[node], latest)
+        for node in self.new:  # only tensors cross the boundary of a region: the parts of a tuple stay with it
+            if node.target is operator.getitem:
+                self.of[node] = self.of[node.args[0]]
+
+    def _nearest(self, wished: int, earliest: int, latest: int) -> int:
+        if wished <= latest:
+            return max(wished, earliest)
+        home = self.layout[wished]
+        permitted = range(latest, earliest - 1, -1)
+        around = (i for i in permitted if self.layout[i] is None or (home is not None and home.lies_in(self.layout[i])))
+        return next(around, latest)
+
+    def _leave(self) -> None:
+        """Moves read-outs at the end of a region out of it, where that keeps nothing more for the backward.
+
+        These are new nodes whose readers are all outside, and whose operands are outside or are read outside by others as well.
+        """
+        leaving = {
+            node for node in self.new if op_name(node) in _READ_OUT and node.users and self.region(node) is not None
+        }
+        while stay := {node for node in leaving if not self._may_leave(node, leaving)}:
+            leaving -= stay
+        for node in leaving:
+            home = self.region(node)
+            assert home is not None
+            self.of[node] = next(i for i in range(self.of[node], len(self.layout)) if self.layout[i] is home.parent)
+
+    def _may_leave(self, node: Node, leaving: set[Node]) -> bool:
+        home = self.region(node)
+
+        def outside(other: Node) -> bool:
+            region = self.region(other)
+            return other in leaving or region is None or not region.lies_in(home)
+
+        def crosses(operand: Node) -> bool:
+            return outside(operand) or any(outside(user) and user not in leaving for user in operand.users)
+
+        return all(map(outside, node.users)) and all(map(crosses, node.all_input_nodes))
 
 
 class _Outliner:
     def __init__(self, graph: Graph, layout: Sequence[_Region | None]) -> None:
         self.source = graph
-        self.layout = layout
-        self.places = _settle(graph, layout)
+        self.places = _Places(graph, layout)
 
     def run(self) -> Graph:
         source = self.source
         copy = Graph(tracer_cls=source._tracer_cls)
         copy._codegen = source._codegen
-        ordered = sorted(source.nodes, key=self.places.__getitem__)
+        ordered = sorted(source.nodes, key=self.places.of.__getitem__)
         bodies: dict[str, Any] = {}
         self._write(copy, ordered, None, {}, bodies)
         copy.owning_module = _with_attributes(source.owning_module, bodies)
@@ -344,7 +345,7 @@ class _Outliner:
 
     def _child(self, node: Node, region: _Region | None) -> _Region | None:
         """The region directly below `region` that holds `node`, None if `region` itself does."""
-        inner = self.layout[self.places[node]]
+        inner = self.places.region(node)
         while inner is not region and inner is not None and inner.parent is not region:
             inner = inner.parent
         return None if inner is region else inner
@@ -402,7 +403,7 @@ def _holds_module(node: Node) -> bool:
 
 
 def _clean(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in meta.items() if key not in {_PLACE, _WISH}}
+    return {key: value for key, value in meta.items() if key not in {_PLACE, _FIXED}}
 
 
 def _example(node: Node) -> Any:
