@@ -217,7 +217,7 @@ def _copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
     return twin
 
 
-def _with_attributes(owner: nn.Module | None, attributes: Mapping[str, Any]) -> nn.Module | None:
+def _with_attributes(owner: nn.Module | None, attributes: Mapping[str, Any]) -> Any:
     """A module with the attributes of `owner` and some more. `owner` itself belongs to somebody else and stays as it is."""
     if not attributes:
         return owner

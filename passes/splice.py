@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch.fx import Graph
+    from torch.fx import Graph, GraphModule, Node
 
 __all__ = ["PROVENANCE", "inherit", "splice"]
 
