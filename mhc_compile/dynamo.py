@@ -41,10 +41,14 @@ class DynamoProvenance(Provenance):
             if self.root
             else {}
         )
+        buffers = {id(buffer) for buffer in self.root.buffers()} if self.root else set()
+        self._buffers: set[str] = set()
         # Placeholders keep their target through every copy of the graph, and it is unique.
         self._targets: dict[int, str] = {}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for node, value in zip(placeholders, inputs, strict=True):
+            if id(value) in buffers:
+                self._buffers.add(str(node.target))
             if isinstance(value, nn.Parameter):
                 self._targets.setdefault(id(value), str(node.target))
                 self._names[str(node.target)] = names.get(id(value), "")
@@ -66,6 +70,10 @@ class DynamoProvenance(Provenance):
     def parameter_name(self, node: Node) -> str | None:
         """Path of the parameter behind a graph input."""
         return self._names.get(str(node.target)) if node.op == "placeholder" else None
+
+    def holds_weights(self, node: Node) -> bool:
+        """Whether `node` is the graph input of a parameter or a buffer."""
+        return super().holds_weights(node) or (node.op == "placeholder" and str(node.target) in self._buffers)
 
     def module(self, ref: ModuleRef) -> nn.Module | None:
         """The module itself."""

@@ -1,11 +1,10 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ InlineRegions, RemoveDeclarations, NormalizeAdds ─> one spelling ─ find, plan_chains ─> Plan
-          ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
+    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
 
-Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens and
-closes the regions of activation checkpointing round all of this. What an operation is (a
-product, a view, an in-place write) is said in `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
+Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens the regions
+of activation checkpointing before all of this and closes them after it. What an operation is (a product, a view, an in-place write) is said in
+`roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
 
 To add a pass, write a frozen dataclass with a `name` and an `apply(graph) -> graph` (see `base.Pass`), and put it in the tuple below or, after
 the plan, beside `ExpandChains` in `expand_plan`.
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
+from mhc_compile.passes.functionalize import FunctionalizeWrites
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
@@ -33,6 +33,7 @@ __all__ = [
     "Binding",
     "Chain",
     "ExpandChains",
+    "FunctionalizeWrites",
     "Hook",
     "InlineRegions",
     "ModuleRef",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 #: What runs before the sites are looked for.
-NORMALIZE: tuple[Pass, ...] = (InlineRegions(), RemoveDeclarations(), NormalizeAdds())
+NORMALIZE: tuple[Pass, ...] = (InlineRegions(), RemoveDeclarations(), FunctionalizeWrites(), NormalizeAdds())
 
 
 def normalize(graph: Graph, hook: Hook | None = None) -> Graph:

@@ -7,9 +7,12 @@ product leaves it (`exit_axis`).
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mhc_compile.passes.roles import (
     is_attention,
@@ -24,14 +27,15 @@ from mhc_compile.passes.roles import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from torch import Tensor
     from torch.fx import Node
 
-__all__ = ["carry_axis", "entry_axis", "exit_axis", "permutation"]
+__all__ = ["RESHAPES", "carry_axis", "entry_axis", "exit_axis", "permutation", "whole_axis"]
 
 _LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm"})
 _CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "native_batch_norm", "native_group_norm"})
 _REDUCTIONS = frozenset({"mean", "var", "std", "norm", "var_mean", "std_mean", "vector_norm"})
-_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
+RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
 
 
 def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
@@ -56,9 +60,7 @@ def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
         after, before = tensor_value(node), tensor_value(operand)
         if order is not None:
             origin[node] = tuple(axes[axis] for axis in order)
-        elif (
-            after is not None and before is not None and after.shape == before.shape and op_name(node) not in _RESHAPES
-        ):
+        elif after is not None and before is not None and after.shape == before.shape and op_name(node) not in RESHAPES:
             origin[node] = axes
         elif after is not None and before is not None and after.shape[-1] == before.shape[-1]:
             # Token axes were folded or split; of the axes that can be named, the last is left.
@@ -123,10 +125,24 @@ def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
         return order.index(axis)
     if after.shape == before.shape:
         return axis
-    if op_name(node) in _RESHAPES:
+    if op_name(node) in RESHAPES:
         # The last axis stays the last: split into heads, merged from heads, or untouched.
-        return after.dim() - 1 if axis == rank - 1 else None
+        return after.dim() - 1 if axis == rank - 1 else whole_axis(before, after, axis)
     return axis if after.dim() == rank else None
+
+
+def whole_axis(before: Tensor, after: Tensor, axis: int) -> int | None:
+    """The axis of a reshaped tensor that is the axis `axis` of `before`, neither split nor merged; None if there is none."""
+    leading = _product(before.shape[:axis])
+    for candidate in range(after.dim()):
+        same = after.shape[candidate] == before.shape[axis] and _product(after.shape[:candidate]) == leading
+        if statically_known_true(same):
+            return candidate
+    return None
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    return functools.reduce(operator.mul, sizes, 1)
 
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:

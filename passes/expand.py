@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.lift import Region, lift
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.lift import lift, lifted_axis
+from mhc_compile.passes.roles import is_random, op_name, tensor_value
 from mhc_compile.passes.splice import inherit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mhc_compile.passes.plan import Chain, Plan
+    from mhc_compile.passes.region import Region
     from mhc_compile.passes.verdict import Site
 
 __all__ = ["Binding", "ExpandChains", "RemoveDeclarations"]
@@ -68,6 +70,7 @@ class ExpandChains(Pass):
         # Outer chains first: what lies in the branch of an outer site then starts from the streams collapsed for that branch.
         for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
             expansion.run(chain)
+        expansion.sweep()
         return copy
 
 
@@ -81,10 +84,13 @@ class RemoveDeclarations(Pass):
     name: ClassVar[str] = "remove-declarations"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` without `mhc::declare`."""
+        """A copy of `graph` without `mhc::declare`; the graph itself if it has none."""
+        declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+        if not any(node.target in declarations for node in graph.nodes):
+            return graph
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
-            if node.target in (torch.ops.mhc.declare, torch.ops.mhc.declare.default):
+            if node.target in declarations:
                 copy.erase_node(node)
         return copy
 
@@ -98,30 +104,43 @@ class _Expansion:
         self.bindings = bindings
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
+        #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
+        self.known: dict[Node, tuple[Node, int]] = {}
+        #: Trunk operations that were lifted and are read elsewhere as well.
+        self.lifted: list[Node] = []
         self.cursor: Node = graph._root
         self.like: Node = graph._root
 
     def run(self, chain: Chain) -> None:
         first = chain.sites[0]
         start = self._start(first)
-        self._follow(start, like=self.nodes[first.add])
-        streams = self._spread(start, first.axis, self.bindings[first].streams)
-        stages: list[tuple[Site, Region, Node, Node]] = []
-        for site, region in zip(chain.sites, chain.links, strict=True):
-            entry = self._lift(region, streams, self.bindings[site].streams)
-            self._follow(entry, like=self.nodes[site.add])
-            streams = self._site(site, start if site is first else self.nodes[site.skip], entry)
-            stages.append((site, region, entry, streams))
+        self._follow(start if first.ready is first.trunk else self.nodes[first.ready], like=self.nodes[first.add])
+        streams = self._spread(start, first.shortcut.axes[first.trunk], self.bindings[first].streams)
+        stages: list[tuple[Site, Region, dict[Node, Node], Node]] = []
+        self.known = {}
+        for site, link in zip(chain.sites, chain.links, strict=True):
+            lifted = self._lift(link, streams)
+            entry = lifted[site.trunk]
+            if entry is not streams or site is not first:
+                self._follow(entry, like=self.nodes[site.add])
+            streams = self._site(site, start if site is first else self.nodes[site.trunk], entry, lifted)
+            self.known[site.add] = streams, site.axis
+            stages.append((site, link, lifted, streams))
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
-        for site, region, entry, after in reversed(stages):
+        for site, link, lifted, after in reversed(stages):
             self._read_out(self.nodes[site.add], after, site.axis)
             for inner in reversed(site.adds[:-1]):
                 self.graph.erase_node(self.nodes[inner])
-            if region.nodes:
-                self._read_out(self.nodes[site.skip], entry, site.axis)
-                for node in reversed(region.nodes[:-1]):
-                    if not self.nodes[node].users:  # one that is read elsewhere stays, and reads the mean
-                        self.graph.erase_node(self.nodes[node])
+            self._dispose(site.shortcut, lifted)
+            if link.nodes:
+                self._read_out(self.nodes[site.trunk], lifted[site.trunk], link.axes[site.trunk])
+                self._dispose(link, lifted)
+
+    def sweep(self) -> None:
+        """Takes out the trunk operations whose other readers were those of a chain that was expanded later."""
+        for node in sorted(self.lifted, reverse=True):
+            if node not in self.replaced and not node.users:
+                self.graph.erase_node(node)
 
     def _spread(self, start: Node, axis: int, n: int) -> Node:
         value = tensor_value(start)
@@ -130,18 +149,77 @@ class _Expansion:
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
         return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
 
-    def _lift(self, region: Region, streams: Node, n: int) -> Node:
-        axes = {self.nodes[node]: axis for node, axis in region.axes.items()}
-        lifted = {self.nodes[region.source]: streams}
+    def _lift(self, region: Region, streams: Node) -> dict[Node, Node]:
+        """The streams that stand for the region's values, by the nodes of the plan."""
+        lifted = {region.source: streams}
+        self.known[region.source] = streams, region.axes[region.source]
         for node in region.nodes:
             old = self.nodes[node]
             self._follow(old, like=old)
-            with self.graph.inserting_before(
-                self.cursor.next
-            ):  # `inserting_after` would reverse the order of several nodes
-                new = lift(self.graph, old, lifted, axes, n)
-            lifted[old] = streams = self._finish(new)
-        return streams
+            # The operands may have been replaced by what another chain made of them.
+            operands = self._operands(node)
+            given = {new: lifted[before] for before, new in operands if before in lifted}
+            axes = {
+                **{new: region.axes[before] for before, new in operands if before in lifted},
+                old: region.axes[node],
+            }
+            older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
+            wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
+            if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
+                given |= {new: node for new, (node, _) in older.items()}
+                axes = wide
+            new = self._emit_lifted(old, given, axes)
+            lifted[node] = new
+            self.known[node] = new, region.axes[node]
+        return lifted
+
+    def _known(self, node: Node) -> tuple[Node, int] | None:
+        """The streams that an older trunk value of this chain has, and its feature axis: a long skip adds streams to streams.
+
+        before: x3 = x2 + w * x0                           after: S3 = S2 + w * S0
+        """
+        if node in self.known:
+            return self.known[node]
+        behind = [operand for operand in node.all_input_nodes if operand in self.known]
+        if len(behind) != 1 or node.op == "placeholder":
+            return None
+        axes = {behind[0]: self.known[behind[0]][1]}
+        axis = lifted_axis(node, behind, axes)
+        if axis is None or is_random(node):
+            return None
+        old = self.nodes[node]
+        given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
+        new = self._emit_lifted(old, given, {**dict.fromkeys(given, axes[behind[0]]), old: axis})
+        self.known[node] = new, axis
+        return self.known[node]
+
+    def _emit_lifted(self, old: Node, given: dict[Node, Node], axes: dict[Node, int]) -> Node:
+        new = lift(self.graph, old, given, axes, self.cursor.next)
+        while self.cursor is not new:
+            self._finish(self.cursor.next)
+        return new
+
+    def _operands(self, node: Node) -> list[tuple[Node, Node]]:
+        """The operands of a node of the plan, each with what stands in its place now."""
+        given, now = (pytree.tree_leaves((one.args, one.kwargs)) for one in (node, self.nodes[node]))
+        return [(old, new) for old, new in zip(given, now, strict=True) if isinstance(old, Node)]
+
+    def _dispose(self, region: Region, lifted: dict[Node, Node]) -> None:
+        """Takes out the trunk operations that nobody reads any more. One that is read elsewhere stays, and reads the mean.
+
+        What draws random numbers or keeps statistics must happen once: its readers get the mean of the streams instead.
+        """
+        for node in reversed(region.nodes):
+            old = self.nodes[node]
+            if old in self.replaced:
+                continue
+            if not old.users:
+                self.graph.erase_node(old)
+                self.replaced[old] = old
+                continue
+            self.lifted.append(old)
+            if is_random(old) or op_name(old) == "batch_norm":
+                self._read_out(old, lifted[node], region.axes[node])
 
     def _features_last(self, value: Node, axis: int) -> Node:
         """[..., C, ...] to [..., C]. A view."""
@@ -165,38 +243,62 @@ class _Expansion:
         return self._emit("features_back", "call_method", "contiguous", (moved,))
 
     def _start(self, site: Site) -> Node:
-        """The trunk value that a chain starts from, as the first add reads it now."""
-        for add in site.adds:
-            for old, new in zip(add.args[:2], self.nodes[add].args[:2], strict=True):
-                if old is site.skip:
-                    assert isinstance(new, Node)
-                    return new
-        raise AssertionError(f"{site}: no add of the sum reads its skip {site.skip}")
-
-    def _site(self, site: Site, skip: Node, streams: Node) -> Node:
-        binding, add = self.bindings[site], self.nodes[site.add]
-        branch = {self.nodes[node] for node in site.branch}
-        readers = [user for user in skip.users if user in branch]
-        mhc = torch.ops.mhc
-        parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
-        settings = (binding.mapping, binding.iterations, binding.eps)
-        # Directly before their first reader: there the branch's own mode holds, which may be another than where the trunk was computed (no_grad).
-        if readers:
-            self._follow(min(readers).prev, like=add)
-        packed = self._call("coefficients", mhc.coefficients.default, streams, *parameters, *settings)
-        pre, post, res = (
-            self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))
-        )
-        collapsed = self._features_back(self._call("collapsed", mhc.collapse.default, streams, pre), site.axis, skip)
+        """The trunk value that a chain starts from, as the first operation behind it reads it now."""
+        readers = (*site.shortcut.nodes[:1], *site.adds)
         for reader in readers:
-            reader.replace_input_with(skip, collapsed)
+            for old, new in self._operands(reader):
+                if old is site.trunk:
+                    return new
+        raise AssertionError(f"{site}: none of {readers} reads its trunk {site.trunk}")
+
+    def _site(self, site: Site, trunk: Node, streams: Node, lifted: dict[Node, Node]) -> Node:
+        add, axis = self.nodes[site.add], site.shortcut.axes[site.trunk]
+        branch = {self.nodes[node] for node in site.branch}
+        readers = [user for user in trunk.users if user in branch]
+        if readers:
+            # Directly before their first reader: there the mode of the branch holds, which may be another than that of the trunk (no_grad).
+            self._follow(min(readers).prev, like=add)
+        pre, post, res = self._coefficients(site, streams)
+        mhc = torch.ops.mhc
+        collapsed = self._features_back(self._call("collapsed", mhc.collapse.default, streams, pre), axis, trunk)
+        if site.shortcut.nodes:  # before the branch loses the trunk: it may read an operation of the shortcut
+            lifted.update(self._lift(site.shortcut, streams))
+        for reader in readers:
+            reader.replace_input_with(trunk, collapsed)
         self._follow(add.prev, like=add)
+        carried = lifted[site.skip]
+        if _tokens(carried) != _tokens(
+            streams
+        ):  # the shortcut has other tokens than the branch reads: they get their own weights
+            _, post, res = self._coefficients(site, carried)
         total = self._now(site.terms[0])
         for term in site.terms[1:]:
             total = self._call("branches", torch.add, total, self._now(term))
-        return self._call("streams", mhc.update.default, streams, self._features_last(total, site.axis), post, res)
+        return self._update(site, carried, total, post, res)
+
+    def _coefficients(self, site: Site, streams: Node) -> list[Node]:
+        binding = self.bindings[site]
+        parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
+        settings = (binding.mapping, binding.iterations, binding.eps)
+        packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
+        return [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
+
+    def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
+        """The new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
+        total, value, wide = tensor_value(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
+        assert total is not None
+        if wide is not None and wide.dtype != total.dtype:
+            streams = self._emit("streams", "call_method", "to", (streams, total.dtype))
+        if value is not None and value.shape != total.shape:
+            like = self._emit("like", "call_method", "select", (streams, -2, 0))
+            if site.axis != total.dim() - 1:
+                like = self._emit("like", "call_method", "movedim", (like, -1, site.axis))
+            branch = self._emit("branch", "call_method", "expand_as", (branch, like))
+        features = self._features_last(branch, site.axis)
+        return self._call("streams", torch.ops.mhc.update.default, streams, features, post, res)
 
     def _read_out(self, value: Node, streams: Node, axis: int) -> None:
+        self.replaced[value] = value
         if value.users:
             self._follow(streams, like=value)
             mean = self._features_back(self._call("read_out", torch.mean, streams, -2), axis, value)
@@ -228,8 +330,10 @@ class _Expansion:
             return self._finish(self.graph.create_node(op, target, args, kwargs or {}, f"mhc_{name}"))
 
     def _finish(self, node: Node) -> Node:
-        node.meta = {}
         inherit(node, self.like)
+        if "example_value" in node.meta:
+            self.cursor = node
+            return node
         value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
         if value is not None:
             node.meta["example_value"] = value
@@ -248,6 +352,12 @@ class _Expansion:
         return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
 
 
+def _tokens(streams: Node) -> list[str]:
+    """The token axes of streams [..., n, C], as they can be compared: sizes may be symbolic."""
+    value = tensor_value(streams)
+    return [] if value is None else [str(size) for size in value.shape[:-2]]
+
+
 def _example(node: Node) -> Any:
     """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
 
@@ -255,6 +365,8 @@ def _example(node: Node) -> Any:
         return operand.meta.get("example_value", operand.meta.get("val"))
 
     operands = [value(operand) for operand in node.all_input_nodes]
+    if node.op == "call_module":  # of the leaf modules, only those are lifted that keep the shape
+        return operands[0]
     if any(operand is None for operand in operands):
         return None
     args = torch.fx.map_arg(node.args, value)

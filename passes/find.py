@@ -1,31 +1,38 @@
 """Finds the residual adds of a normalised graph: every addition of two floating-point tensors gets one verdict.
 
-A residual add is a sum in which one term, the skip, is a value x, and every other term is computed from x, differentiably and through at least
-one contraction (a matrix product, a convolution, attention). Nothing is recognised by the name of a model or a module.
+A residual add is a sum in which every term but one, the skip, is computed from the trunk value x, differentiably and through at least one
+contraction (a matrix product, a convolution, attention). The skip is x itself, or comes from it by operations that can run on every stream: a
+scale (DeepNorm), a cast, a slice, a pooling. Nothing is recognised by the name of a model or a module.
 
-The cost is linear in the size of the graph plus, for every add, the stretch between its skip and itself.
+The cost is linear in the size of the graph plus, for every site, the size of its branch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value, writer_of
+from mhc_compile.passes.reach import Reach, contracts, weights_of
+from mhc_compile.passes.region import Region, region_between
+from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
     from torch.fx import Graph, Node
 
 __all__ = ["Findings", "find"]
+
+#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad, scale).
+_SHORTCUT = 8
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,12 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """The stretch from a skip to the other terms: nodes that depend on the skip, in graph order."""
+class _Split:
+    """A sum, taken apart: `skip` comes from `trunk` by cheap operations, every other term through a contraction."""
 
-    nodes: tuple[Node, ...]
-    contracted: frozenset[Node] = field(repr=False)
+    trunk: Node
+    skip: Node
+    others: tuple[Node, ...]
 
 
 def find(graph: Graph, provenance: Provenance) -> Findings:
@@ -53,15 +61,25 @@ class _Finder:
     def __init__(self, graph: Graph, provenance: Provenance) -> None:
         self.graph = graph
         self.provenance = provenance
-        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self.aliases = Aliases(graph)
+        self.order = self.aliases.order
+        candidates = [node for node in graph.nodes if _is_candidate(node)]
+        terms = {term for add in candidates for term in _operands(add)}
+        origins = {origin for term in terms for origin in self._origins(term)}
+        for term in terms:
+            product = next((node for node in _cheap_path(term) if is_contraction(node)), None)
+            origins.update(self._behind(product) if product is not None else ())
+        self.weights = weights_of(graph, provenance)
+        self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases, self.weights)
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
         self.decided: set[Node] = set()
+        # From the last add to the first, so that the outermost add of a sum tree is seen before its parts.
+        self.candidates = candidates[::-1]
 
     def run(self) -> Findings:
-        # From the last add to the first, so that the outermost add of a sum tree is seen before its parts.
-        for node in reversed(list(self.graph.nodes)):
-            if node not in self.decided and _is_candidate(node):
+        for node in self.candidates:
+            if node not in self.decided:
                 self._decide(node)
         return Findings(tuple(reversed(self.sites)), tuple(reversed(self.refusals)))
 
@@ -89,52 +107,127 @@ class _Finder:
                 Reason.MUTATED_OPERAND,
                 lambda: f"'{add.args[0]}' is written in place and may be read again under another name",
             )
-        problem = self._shape_problem(add, terms)
+        split = self._split(add, terms)
+        if isinstance(split, Refusal):
+            return split
+        problem = self._shape_problem(add, terms, split)
         if problem is not None:  # a refusal is falsy
             return problem
+        branch = self.reach.between(split.trunk, split.others)
+        streams = next((node for node in branch if op_name(node) == "update"), None)
+        if streams is not None:
+            return self._refuse(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
+        problem = self._written(add, split, branch)
+        if problem is not None:
+            return problem
+        return self._site(add, adds, split, branch)
+
+    def _split(self, add: Node, terms: tuple[Node, ...]) -> _Split | Refusal:
+        """The roles of the terms, or why they have none."""
+        if len(set(terms)) != len(terms):
+            twice = next(term for term in terms if terms.count(term) > 1)
+            return self._refuse(add, Reason.SAME_VALUE, lambda: f"'{twice}' is added to itself")
+        for skip in sorted(terms, key=self.order.__getitem__):
+            others = tuple(term for term in terms if term is not skip)
+            for trunk in self._origins(skip):
+                if all(self.reach.contracted(trunk, term) for term in others) and not self._related(trunk, others):
+                    return _Split(trunk, skip, others)
+                if trunk is skip and all(self.reach.value(trunk, term) for term in others):
+                    break  # a polynomial of the skip: what lies before it is not its trunk
+        return self._no_split(add, terms)
+
+    def _origins(self, term: Node) -> Iterator[Node]:
+        """`term`, and the values that it comes from by a chain of cheap operations, nearest first."""
+        node: Node | None = term
+        for _ in range(_SHORTCUT + 1):
+            if node is None or tensor_value(node) is None:
+                return
+            if node is term or len(node.users) > 1:  # a trunk is read by its branch as well
+                yield node
+            node = _carried(node)
+
+    def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
+        """Whether one of the terms is computed from another one: then they are no parallel branches, and the adds are judged one by one."""
+        return len(terms) > 1 and any(
+            self.reach.anyhow(one, other) for one in terms for other in terms if one is not other and one is not trunk
+        )
+
+    def _no_split(self, add: Node, terms: tuple[Node, ...]) -> Refusal:
+        reach, total = self.reach, tensor_value(add)
+        if total is None or not total.dtype.is_floating_point:
+            return self._refuse(add, Reason.DTYPE, lambda: "the sum is complex, or of unknown shape")
+        full = [term for term in terms if _same_shape(tensor_value(term), total)]
+        if len(full) < len(terms):
+            shown = ", ".join(_describe(value) for term in terms if (value := tensor_value(term)) is not None)
+            return self._refuse(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)
-        if len(others) != len(terms) - 1 or not others:
-            return self._refuse(add, Reason.SAME_VALUE, lambda: f"'{skip}' is added to itself")
-        branch = self._branch(skip, others)
-        strangers = [term for term in others if term not in branch.nodes]
+        strangers = [term for term in others if not reach.value(skip, term)]
+        if strangers and not reach.anyhow(skip, strangers[0]):
+            projected = self._projected(add, terms)
+            if projected is not None:
+                return projected
+            return self._refuse(add, Reason.INDEPENDENT, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
         if strangers:
-            reason = Reason.NOT_DIFFERENTIABLE if self._depends_anyhow(skip, strangers[0]) else Reason.INDEPENDENT
-            if reason is Reason.INDEPENDENT:
-                return self._refuse(add, reason, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
             return self._refuse(
                 add,
-                reason,
+                Reason.NOT_DIFFERENTIABLE,
                 lambda: f"'{strangers[0]}' depends on '{skip}' only through shapes, integers or detached values",
             )
-        if len(others) > 1 and self._related(skip, others):
-            # No parallel branches: one term is computed from another. The adds of the sum are judged one by one (`_decide`).
+        if self._related(skip, others):
             return self._refuse(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
-        plain = [term for term in others if term not in branch.contracted]
-        if plain:
-            return self._refuse(
-                add,
-                Reason.NO_CONTRACTION,
-                lambda: (
-                    f"'{plain[0]}' is computed from '{skip}' by point-wise operations alone, without a product, a convolution or attention"
-                ),
-            )
-        written = {writer: value for value in (skip, add, *others) if (writer := writer_of(value)) is not None}
-        if written:
-            writer, victim = next(iter(written.items()))
-            return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
-        return self._site(add, adds, skip, others, branch)
+        plain = next(term for term in others if not reach.contracted(skip, term))
+        return self._refuse(
+            add,
+            Reason.NO_CONTRACTION,
+            lambda: (
+                f"'{plain}' is computed from '{skip}' without a product, a convolution or attention that has weights"
+            ),
+        )
 
-    def _shape_problem(self, add: Node, terms: tuple[Node, ...]) -> Refusal | None:
-        total = tensor_value(add)
-        values = [tensor_value(term) for term in terms]
-        if total is None or any(value is None for value in values):
+    def _projected(self, add: Node, terms: tuple[Node, ...]) -> Refusal | None:
+        """The refusal of a merge whose skip is itself a contraction of the trunk, None if it is no such merge."""
+        for skip in terms:
+            product = next((node for node in _cheap_path(skip) if is_contraction(node)), None)
+            if product is None:
+                continue
+            for trunk in self._behind(product):
+                others = [term for term in terms if term is not skip]
+                if not all(self.reach.contracted(trunk, term) for term in others):
+                    continue
+                if self._mixes_streams(product):
+                    return self._refuse(
+                        add,
+                        Reason.MULTI_STREAM,
+                        lambda trunk=trunk, product=product: (  # type: ignore[misc]
+                            f"the skip is '{trunk}' mixed by the data-dependent product '{product}': residual streams of the model's own"
+                        ),
+                    )
+                if all(self.reach.contracted_twice(trunk, term) for term in others):
+                    return self._refuse(
+                        add,
+                        Reason.PROJECTED_SKIP,
+                        lambda trunk=trunk, product=product: f"the skip is '{trunk}' projected by '{product}'",  # type: ignore[misc]
+                    )
+        return None
+
+    def _behind(self, product: Node) -> Iterator[Node]:
+        """The values that a contraction reads, and what they come from by cheap operations."""
+        for operand in product.all_input_nodes:
+            if tensor_value(operand) is not None and not _is_parameter(operand):
+                yield from self._origins(operand)
+
+    def _mixes_streams(self, product: Node) -> bool:
+        return sum(not _is_parameter(operand) for operand in product.all_input_nodes) > 1
+
+    def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: _Split) -> Refusal | None:
+        total, skip = tensor_value(add), tensor_value(split.skip)
+        shown = ", ".join(_describe(value) for term in terms if (value := tensor_value(term)) is not None)
+        if total is None or skip is None:
             return self._refuse(add, Reason.DTYPE, lambda: "a term is not a tensor of known shape")
-        shown = ", ".join(_describe(value) for value in values if value is not None)
-        if any(not _same_shape(value, total) for value in values if value is not None):
-            return self._refuse(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
-        first = tensor_value(min(terms, key=self.order.__getitem__))
-        if not total.dtype.is_floating_point or first is None or first.dtype != total.dtype:
+        if not _same_shape(skip, total):
+            return self._refuse(add, Reason.BROADCAST, lambda: f"the skip is broadcast: {shown}")
+        if not total.dtype.is_floating_point:
             return self._refuse(add, Reason.DTYPE, lambda: f"terms {shown} give {_describe(total)}")
         if total.dim() < 2:
             return self._refuse(
@@ -142,64 +235,49 @@ class _Finder:
             )
         return None
 
-    def _branch(self, skip: Node, others: tuple[Node, ...]) -> _Branch:
-        """Nodes that carry a value from `skip` to `others`. Nothing before the skip in graph order can depend on it, so the walk ends there."""
-        start = self.order[skip]
-        region: set[Node] = set()
-        stack = list(others)
-        while stack:
-            node = stack.pop()
-            if node not in region and self.order[node] > start:
-                region.add(node)
-                stack.extend(node.all_input_nodes)
-        reached = {skip: False}
-        for node in sorted(region, key=self.order.__getitem__):
-            inputs = [reached[source] for source in node.all_input_nodes if source in reached]
-            if inputs and passes_value(node):
-                reached[node] = any(inputs) or is_contraction(node)
-        del reached[skip]
-        return _Branch(tuple(reached), frozenset(node for node, contracted in reached.items() if contracted))
+    def _written(self, add: Node, split: _Split, branch: tuple[Node, ...]) -> Refusal | None:
+        """The refusal of a site whose values are written in place at a moment at which streams could not follow."""
+        victims: list[tuple[Node, Node]] = []
+        victims += [(add, writer) for writer in self.aliases.writers(add)[:1]]
+        for term in split.others:
+            late = self.aliases.written_after(term, self.order[add])
+            victims += [(term, late)] if late is not None else []
+        for value in dict.fromkeys((split.trunk, split.skip)):
+            writers = self.aliases.writers(value)
+            if not writers:
+                continue
+            ready = self.order[writers[-1]]
+            readers = set(branch) | {split.skip, add}
+            early = [user for user in value.users if user in readers and self.order[user] < ready]
+            if early or ready > self.order[add] or value is not split.trunk:
+                victims.append((value, writers[-1]))
+        if not victims:
+            return None
+        victim, writer = victims[0]
+        return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
 
-    def _related(self, skip: Node, terms: tuple[Node, ...]) -> bool:
-        """Whether one of the terms is computed from another one."""
-        return any(
-            self._depends_anyhow(one, other) for one in terms for other in terms if one is not other and one is not skip
-        )
-
-    def _depends_anyhow(self, skip: Node, term: Node) -> bool:
-        stack, seen = [term], set()
-        while stack:
-            node = stack.pop()
-            if node is skip:
-                return True
-            if node not in seen and self.order[node] > self.order[skip]:
-                seen.add(node)
-                stack.extend(node.all_input_nodes)
-        return False
-
-    def _site(
-        self, add: Node, adds: tuple[Node, ...], skip: Node, others: tuple[Node, ...], branch: _Branch
-    ) -> Site | Refusal:
-        value = tensor_value(add)
-        assert value is not None
-        anchors = [node for node in branch.nodes if is_contraction(node)]
-        anchor = anchors[-1]
-        last = max(others, key=self.order.__getitem__)
-        axis = entry_axis(skip, branch.nodes)
-        if axis is None or axis < 0:
-            axis = exit_axis(anchor, last, branch.nodes)
-        if axis is None or axis < 0:
+    def _site(self, add: Node, adds: tuple[Node, ...], split: _Split, branch: tuple[Node, ...]) -> Site | Refusal:
+        total = tensor_value(add)
+        assert total is not None
+        anchor = [node for node in branch if contracts(node, self.weights)][-1]
+        shortcut = self._shortcut(split, branch, anchor)
+        if shortcut is None:
             return self._refuse(
                 add,
                 Reason.FEATURE_AXIS,
                 lambda: (
-                    f"neither the first reader of '{skip}' nor '{anchor}' tells which axis of {_describe(value)} holds the features"
+                    f"neither the first reader of '{split.trunk}' nor '{anchor}' tells which axis of {_describe(total)} holds the features"
                 ),
             )
-        width: object = value.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
+        if isinstance(shortcut, str):
+            return self._refuse(add, Reason.PROJECTED_SKIP, lambda: shortcut)
+        axis = shortcut.axes[split.trunk]
+        trunk = tensor_value(split.trunk)
+        assert trunk is not None
+        width: object = trunk.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
         if not isinstance(width, int):
             return self._refuse(
-                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {_describe(value)} has no fixed size"
+                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {_describe(trunk)} has no fixed size"
             )
         owner, child = common_owner(self.provenance.stack(add), self.provenance.stack(anchor))
         if owner is None:
@@ -213,19 +291,40 @@ class _Finder:
                     f"the branch ends in '{anchor}', written with parameters of the compiled module itself; no module call can declare ours"
                 ),
             )
+        writers = self.aliases.writers(split.trunk)
         return Site(
             add=add,
             adds=adds,
-            skip=skip,
-            terms=others,
-            branch=frozenset(branch.nodes),
+            trunk=split.trunk,
+            ready=writers[-1] if writers else split.trunk,
+            skip=split.skip,
+            shortcut=shortcut,
+            terms=split.others,
+            branch=frozenset(branch),
             anchor=anchor,
             width=width,
-            axis=axis,
+            axis=shortcut.axes[split.skip],
             owner=owner,
             name=name,
             carrier=carrier,
         )
+
+    def _shortcut(self, split: _Split, branch: tuple[Node, ...], anchor: Node) -> Region | str | None:
+        """The operations from the trunk to the skip. None where the feature axis is unknown, a sentence where they cannot run on streams."""
+        last = max(split.others, key=self.order.__getitem__)
+        entry, leaving = entry_axis(split.trunk, branch), exit_axis(anchor, last, branch)
+        known = [axis for axis in (entry, leaving) if axis is not None and axis >= 0]
+        if not known:
+            return None
+        trunk, skip = tensor_value(split.trunk), tensor_value(split.skip)
+        assert trunk is not None
+        assert skip is not None
+        region = region_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
+        if region is None:
+            return f"'{split.skip}' comes from the trunk '{split.trunk}' by operations that cannot run on streams"
+        if not _same_size(trunk.shape[known[0]], skip.shape[region.axes[split.skip]]):
+            return f"'{split.skip}' has another width than the trunk '{split.trunk}' that the branch reads"
+        return region
 
     def _name(self, owner: ModuleRef, child: ModuleRef | None, anchor: Node) -> tuple[str, ModuleRef | None]:
         """The site's name below its owner, and the module whose call declares it.
@@ -256,6 +355,36 @@ def _is_candidate(node: Node) -> bool:
     return len(_operands(node)) == 2
 
 
+def _is_parameter(node: Node) -> bool:
+    return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_value(node), torch.nn.Parameter))
+
+
+def _cheap_path(term: Node) -> Iterator[Node]:
+    """`term` and what it comes from by cheap operations, the first contraction included."""
+    node: Node | None = term
+    for _ in range(_SHORTCUT + 1):
+        if node is None:
+            return
+        yield node
+        node = _carried(node)
+
+
+def _carried(node: Node) -> Node | None:
+    """The operand whose value a cheap operation hands on: the only tensor, or the only one of the result's shape. None behind a contraction."""
+    if node.op not in {"call_function", "call_method", "call_module"} or is_contraction(node) or not passes_value(node):
+        return None
+    if op_name(node) == "neg":  # `f(x) - x` is a difference, and no residual add
+        return None
+    values = [
+        operand
+        for operand in node.all_input_nodes
+        if (value := tensor_value(operand)) is not None and value.is_floating_point() and not _is_parameter(operand)
+    ]
+    if len(values) > 1:
+        values = [operand for operand in values if _same_shape(tensor_value(operand), tensor_value(node))]
+    return values[0] if len(values) == 1 else None
+
+
 def _operands(node: Node) -> tuple[Node, ...]:
     return tuple(argument for argument in node.args[:2] if isinstance(argument, torch.fx.Node))
 
@@ -280,7 +409,11 @@ def _flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
 def _same_shape(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None or one.dim() != other.dim():
         return False
-    return all(statically_known_true(a == b) for a, b in zip(one.shape, other.shape, strict=True))
+    return all(_same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))
+
+
+def _same_size(one: object, other: object) -> bool:
+    return statically_known_true(one == other)
 
 
 def _describe(value: Tensor) -> str:

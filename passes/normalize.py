@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_inplace, is_view, op_name, tensor_value
+from mhc_compile.passes.roles import ADDS, op_name, tensor_value
+from mhc_compile.passes.splice import inherit
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -20,12 +21,13 @@ __all__ = ["NormalizeAdds"]
 class NormalizeAdds(Pass):
     """Writes every addition of two tensors as `torch.add(a, b)`.
 
-    before: iadd = operator.iadd(out, identity)        after: add = torch.add(out, identity)
+    before: y = operator.add(out, identity)            after: y = torch.add(out, identity)
     before: y = out.add(identity, alpha=2)             after: mul = torch.mul(identity, 2); y = torch.add(out, mul)
+    before: y = x - out            (the same shape)    after: neg = torch.neg(out); y = torch.add(x, neg)
+    before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
 
-    An in-place add becomes an ordinary one only where nobody can tell the difference: the operand that it writes is no graph input, shares no
-    storage with another value, and is not read again. Elsewhere it keeps its spelling, and `find` refuses it as MUTATED_OPERAND.
-    Additions of numbers, of integers and of sizes are left alone.
+    In-place additions were made ordinary ones before, where that was possible (`FunctionalizeWrites`); those that are left keep their spelling,
+    and `find` refuses them as MUTATED_OPERAND. Additions of numbers, of integers and of sizes are left alone.
     """
 
     name: ClassVar[str] = "normalize-adds"
@@ -33,15 +35,16 @@ class NormalizeAdds(Pass):
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` in which every harmless addition has the one spelling."""
         copy, _ = copy_graph(graph)
-        order = {node: position for position, node in enumerate(copy.nodes)}
         for node in list(copy.nodes):
-            name = op_name(node)
-            if name not in ADDS | INPLACE_ADDS:
+            if op_name(node) == "addcmul":
+                _split_addcmul(node)
+            elif op_name(node) in {"sub", "subtract", "__sub__"}:
+                _negate(node)
+            if op_name(node) not in ADDS:
                 continue
             terms = _terms(node)
-            if terms is None or (name in INPLACE_ADDS and not _harmless(node, terms, order)):
-                continue
-            _respell(node, terms)
+            if terms is not None:
+                _respell(node, terms)
         return copy
 
 
@@ -56,19 +59,39 @@ def _terms(node: Node) -> tuple[Node, Node] | None:
     return first, second
 
 
-def _harmless(node: Node, terms: tuple[Node, Node], order: dict[Node, int]) -> bool:
-    target, other = terms
-    if target.op in {"placeholder", "get_attr"} or target is other or is_view(target) or is_inplace(target):
-        return False
-    narrow, added = tensor_value(target), tensor_value(other)
-    if narrow is None or added is None or torch.result_type(narrow, added) != narrow.dtype:
-        return False
-    # Other names of the storage that is written: views, and the results of earlier in-place operations on it.
-    aliases = [user for user in target.users if user is not node and (is_view(user) or is_inplace(user))]
-    late = [
-        user for value in (target, *aliases) for user in value.users if user is not node and order[user] > order[node]
-    ]
-    return not late and other not in aliases
+def _split_addcmul(node: Node) -> None:
+    factors = [*node.args, *(node.kwargs[name] for name in ("tensor1", "tensor2") if name in node.kwargs)]
+    if len(factors) != 3 or not all(isinstance(factor, torch.fx.Node) for factor in factors) or "out" in node.kwargs:
+        return
+    first, one, other = (tensor_value(factor) for factor in factors)  # type: ignore[arg-type]
+    if first is None or one is None or other is None:
+        return
+    with node.graph.inserting_before(node), torch.no_grad():
+        product = node.graph.call_function(torch.mul, tuple(factors[1:]))
+        product.meta["example_value"] = one * other
+    inherit(product, node)
+    value = node.kwargs.get("value", 1)
+    node.op, node.target = "call_function", torch.add
+    node.args, node.kwargs = (factors[0], product), {} if value == 1 else {"alpha": value}
+
+
+def _negate(node: Node) -> None:
+    """A difference of two floating-point tensors of one shape; other differences (`x - x.mean()`, numbers) are no residual adds."""
+    terms = _terms(node)
+    if terms is None:
+        return
+    first, second = tensor_value(terms[0]), tensor_value(terms[1])
+    if first is None or second is None or first.shape != second.shape:
+        return
+    if not (first.is_floating_point() and second.is_floating_point()):
+        return
+    with node.graph.inserting_before(node), torch.no_grad():
+        negative = node.graph.call_function(torch.neg, (terms[1],))
+        negative.meta["example_value"] = -second
+    inherit(negative, node)
+    node.op, node.target = "call_function", torch.add
+    node.args = (terms[0], negative)
+    node.kwargs = {"alpha": node.kwargs["alpha"]} if "alpha" in node.kwargs else {}
 
 
 def _respell(node: Node, terms: tuple[Node, Node]) -> None:
@@ -77,7 +100,7 @@ def _respell(node: Node, terms: tuple[Node, Node]) -> None:
     with graph.inserting_before(node):
         if alpha != 1:
             scaled = graph.call_function(torch.mul, (second, alpha))
-            scaled.meta = {key: value for key, value in node.meta.items() if key in {"nn_module_stack", "stack_trace"}}
+            inherit(scaled, node)
             scaled.meta["example_value"] = tensor_value(second)
             second = scaled
     node.op, node.target = "call_function", torch.add

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.find import Findings, find
-from mhc_compile.passes.lift import Region, region_between
+from mhc_compile.passes.region import Region, region_between
 from mhc_compile.passes.roles import is_contraction
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
@@ -25,13 +26,13 @@ class Chain:
     """Sites in order, from the first to the last that share streams."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's sum and its skip, which run on the streams. Empty for the first.
+    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Empty for the first.
     links: tuple[Region, ...]
 
     @property
     def start(self) -> Node:
         """The value that the streams start as copies of."""
-        return self.sites[0].skip
+        return self.sites[0].trunk
 
     @property
     def width(self) -> int:
@@ -61,19 +62,28 @@ def plan_chains(
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
-    A site follows another where its skip is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
+    A site follows another where its trunk is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
     value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_sites` is
-    left alone. `refuse` lets the caller veto sites for reasons outside the graph (see `refuse_site`).
+    left alone, and so is a single site inside the branch of another one, however small `min_sites` is. `refuse` lets the caller veto sites for
+    reasons outside the graph (see `refuse_site`).
     """
     findings = find(graph, provenance)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
     kept = [site for site in findings.sites if site not in vetoed]
-    chains = _link(graph, kept)
-    long = tuple(chain for chain in chains if len(chain.sites) >= min_sites)
-    short = [
-        _too_short(site, chain, min_sites) for chain in chains if len(chain.sites) < min_sites for site in chain.sites
-    ]
-    return Plan(long, _in_order(graph, findings, [*vetoed.values(), *short]))
+    aliases = Aliases(graph)
+    while True:
+        sites = [site for site in kept if site not in vetoed]
+        by_sum = {site.add: site for site in sites}
+        regions = {site: _region(site, by_sum, aliases) for site in sites}
+        refused = _long_skips(sites, regions, by_sum, aliases)
+        if not refused:
+            chains = _link(sites, regions, by_sum)
+            refused = _sides(chains)
+        if not refused:
+            refused = _short(chains, min_sites)
+        if not refused:
+            return Plan(tuple(chains), _in_order(graph, findings, vetoed.values()))
+        vetoed |= refused  # what is left may run through the adds that stay
 
 
 def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refusal:
@@ -81,11 +91,80 @@ def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refu
     return Refusal(site.add, reason, sentence, site.owner.path, site.adds[:-1])
 
 
-def _link(graph: Graph, sites: list[Site]) -> list[Chain]:
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    by_sum = {site.add: site for site in sites}
-    regions = {site: _region(site, by_sum, order) for site in sites}
-    heirs = _heirs(sites, regions, by_sum)
+def _long_skips(
+    sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+) -> dict[Site, Refusal]:
+    """The sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
+
+    before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on behind it
+    """
+    long: dict[Site, Refusal] = {}
+    for site in sites:
+        last = _nearest_sum(site.terms[0], by_sum, aliases)
+        if len(site.terms) > 1 or last is None or last is site.add:
+            continue
+        if region_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
+            continue
+        if _follows(by_sum[last], site, regions, by_sum, aliases):
+            long[site] = refuse_site(
+                site,
+                Reason.LONG_SKIP,
+                lambda site=site: f"'{site.skip}' is added to its own trunk some sites later, '{site.terms[0]}'",  # type: ignore[misc]
+            )
+    return long
+
+
+def _follows(
+    last: Site, site: Site, regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+) -> bool:
+    """Whether the trunk of `last`, followed backwards from site to site, comes through the trunk value of `site`."""
+    step: Site | None = last
+    while step is not None:
+        region = regions[step]
+        if site.trunk is step.trunk or (region is not None and site.trunk in region.axes):
+            return True
+        if region is None or region.source not in by_sum:
+            before = aliases.order[site.trunk] < aliases.order[step.trunk]
+            return (
+                before and region_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
+            )
+        step = by_sum[region.source]
+    return False
+
+
+def _sides(chains: list[Chain]) -> dict[Site, Refusal]:
+    """The sites that stand alone inside the branch of another site."""
+    inside: dict[Node, Site] = {}
+    for chain in chains:
+        for site in chain.sites:
+            inside.update((node, site) for node in site.branch)
+    sides: dict[Site, Refusal] = {}
+    for chain in chains:
+        site = chain.sites[0]
+        outer = inside.get(site.add)
+        if len(chain.sites) == 1 and outer is not None and outer not in sides:
+            sides[site] = refuse_site(
+                site,
+                Reason.SIDE_ADD,
+                lambda outer=outer: f"it stands alone inside the branch of {outer.path}, and its sum goes no further",  # type: ignore[misc]
+            )
+    return sides
+
+
+def _short(chains: list[Chain], min_sites: int) -> dict[Site, Refusal]:
+    def too_short(site: Site, size: int) -> Refusal:
+        return refuse_site(
+            site,
+            Reason.CHAIN_TOO_SHORT,
+            lambda: f"its chain has {size} site{'s'[: size > 1]}; min_sites={min_sites} asks for more",
+        )
+
+    short = [chain for chain in chains if len(chain.sites) < min_sites]
+    return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}
+
+
+def _link(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site]) -> list[Chain]:
+    heirs = _heirs(sites, regions)
     chains: list[tuple[list[Site], list[Region]]] = []
     place: dict[Site, tuple[list[Site], list[Region]]] = {}
     for site in sites:
@@ -94,7 +173,7 @@ def _link(graph: Graph, sites: list[Site]) -> list[Chain]:
         if region is None or previous is None:
             chains.append(([], []))
             place[site] = chains[-1]
-            region = Region.empty(site.skip, site.axis)
+            region = Region.empty(site.trunk, site.shortcut.axes[site.trunk])
         else:
             place[site] = place[previous]
         members, between = place[site]
@@ -103,12 +182,11 @@ def _link(graph: Graph, sites: list[Site]) -> list[Chain]:
     return [Chain(tuple(members), tuple(between)) for members, between in chains]
 
 
-def _heirs(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site]) -> set[Site]:
+def _heirs(sites: list[Site], regions: dict[Site, Region | None]) -> set[Site]:
     """The sites that carry a trunk on, where several read the same one.
 
     Of a block and the residual blocks nested in its branch, the outer one carries the trunk on; the inner ones have a chain of their own, which
-    starts from what the outer branch reads. A long skip is no block: `x + trunk`, whose other term is the trunk itself some sites later; there
-    the inner sites go on, and the long skip stands alone. Of a fork the first goes on.
+    starts from what the outer branch reads. Of a fork the first goes on.
     """
     rivals: dict[Node, list[Site]] = {}
     for site in sites:
@@ -117,42 +195,36 @@ def _heirs(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[N
             rivals.setdefault(region.source, []).append(site)
     chosen: set[Site] = set()
     for group in rivals.values():
-        blocks = [site for site in group if not all(term in by_sum for term in site.terms)] or group
-        outer = [site for site in blocks if not any(site.add in other.branch for other in blocks)]
+        outer = [site for site in group if not any(site.add in other.branch for other in group)]
         chosen.add(outer[0])
     return chosen
 
 
-def _region(site: Site, by_sum: dict[Node, Site], order: dict[Node, int]) -> Region | None:
-    """What lies between the previous site's sum and this site's skip; None where streams cannot come through."""
-    source = _nearest_sum(site.skip, by_sum)
-    if source is None:
+def _region(site: Site, by_sum: dict[Node, Site], aliases: Aliases) -> Region | None:
+    """What lies between the previous site's sum and this site's trunk value; None where streams cannot come through."""
+    source = _nearest_sum(site.trunk, by_sum, aliases)
+    if source is None or aliases.writers(site.trunk):
         return None
-    return region_between(source, site.skip, by_sum[source].axis, site.axis, order)
+    region = region_between(source, site.trunk, by_sum[source].axis, aliases)
+    return region if region is not None and region.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
 
 
-def _nearest_sum(skip: Node, by_sum: dict[Node, Site], limit: int = 64) -> Node | None:
-    """The first sum of a site that lies behind `skip`. The trunk operations between two sites are few: a longer search would find a branch."""
-    queue, seen = [skip], {skip}
+def _nearest_sum(trunk: Node, by_sum: dict[Node, Site], aliases: Aliases, limit: int = 64) -> Node | None:
+    """The last sum of a site among those that lie behind `trunk`, nothing but trunk operations in between.
+
+    The trunk operations between two sites are few: a longer search would find a branch.
+    """
+    queue, seen, found = [trunk], {trunk}, []
     while queue and len(seen) < limit:
         node = queue.pop(0)
         if node in by_sum:
-            return node
+            found.append(node)
+            continue
         for operand in node.all_input_nodes:
             if operand not in seen and not is_contraction(operand):
                 seen.add(operand)
                 queue.append(operand)
-    return None
-
-
-def _too_short(site: Site, chain: Chain, min_sites: int) -> Refusal:
-    return refuse_site(
-        site,
-        Reason.CHAIN_TOO_SHORT,
-        lambda: (
-            f"its chain has {len(chain.sites)} site{'s'[: len(chain.sites) > 1]}; min_sites={min_sites} asks for more"
-        ),
-    )
+    return max(found, key=aliases.order.__getitem__, default=None)
 
 
 def _in_order(graph: Graph, findings: Findings, later: Iterable[Refusal]) -> tuple[Refusal, ...]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from mhc_compile.passes.roles import tensor_value
+
 if TYPE_CHECKING:
     from torch.fx import Node
 
@@ -41,6 +45,14 @@ class Provenance:
     def parameter_name(self, node: Node) -> str | None:
         """Dotted path, below the root, of the parameter that `node` stands for, or None if it stands for none."""
         return str(node.target) if node.op == "get_attr" else None
+
+    def holds_weights(self, node: Node) -> bool:
+        """Whether `node` stands for a parameter or a buffer of the model, and not for something computed from its inputs."""
+        return (
+            node.op == "get_attr"
+            or isinstance(tensor_value(node), nn.Parameter)
+            or self.parameter_name(node) is not None
+        )
 
 
 def common_owner(

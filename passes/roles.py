@@ -18,27 +18,35 @@ if TYPE_CHECKING:
 __all__ = [
     "ADDS",
     "INPLACE_ADDS",
+    "INPLACE_FLAG",
     "is_attention",
     "is_contraction",
     "is_convolution",
     "is_fused_layer",
     "is_inplace",
+    "is_random",
     "is_recurrence",
     "is_region",
     "is_view",
     "leaf_module",
     "op_name",
     "passes_value",
+    "sets_grad_mode",
     "tensor_value",
-    "writer_of",
+    "written_operands",
 ]
 
 ADDS = frozenset({"add", "__add__", "__radd__"})
 INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
 
 _MATRIX_PRODUCTS = frozenset(
-    "linear addmm addbmm baddbmm mm bmm matmul __matmul__ __rmatmul__ einsum tensordot bilinear mv addmv chain_matmul".split()
+    "linear addmm addbmm baddbmm mm bmm matmul __matmul__ __rmatmul__ einsum tensordot bilinear mv addmv chain_matmul"
+    " _grouped_mm grouped_mm _scaled_mm _scaled_grouped_mm _int_mm spmm".split()
 )
+#: A Fourier transform is a product with a fixed matrix.
+_FOURIER = frozenset(
+    f"fft_{inverse}{real}fft{axes}" for inverse in ("", "i") for real in ("", "r", "h") for axes in ("", "2", "n")
+) | {"stft", "istft"}
 _CONVOLUTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc".split()
 )
@@ -47,6 +55,7 @@ _ATTENTIONS = frozenset(
 )
 #: torch's own fused encoder layer, which holds its residual adds where no pass can see them.
 _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd"})
+_PRODUCTS = _MATRIX_PRODUCTS | _FOURIER | _FUSED_LAYERS
 _RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 #: Results share storage with the first operand.
@@ -65,6 +74,8 @@ _MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
 _MODULE_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _MODULE_ATTENTIONS = (nn.MultiheadAttention,)
 _MODULE_RECURRENCES = (nn.RNNBase,)
+_CONTRACTING_MODULES = (*_MODULE_CONTRACTIONS, *_MODULE_CONVOLUTIONS, *_MODULE_ATTENTIONS, *_MODULE_RECURRENCES)
+_CONTRACTIONS = _PRODUCTS | _CONVOLUTIONS | _ATTENTIONS | _RECURRENCES
 _INPLACE_OPERATORS = frozenset(
     {
         operator.iadd,
@@ -76,8 +87,9 @@ _INPLACE_OPERATORS = frozenset(
         operator.setitem,
     }
 )
+_INPLACE_DUNDERS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__ __setitem__".split())
 #: Where the functional form takes its `inplace` flag: Dynamo passes such flags by position.
-_INPLACE_FLAG = {
+INPLACE_FLAG = {
     "relu": 1, "relu6": 1, "silu": 1, "mish": 1, "selu": 1, "hardswish": 1, "hardsigmoid": 1, "elu": 2, "celu": 2, "leaky_relu": 2,
     "dropout": 3, "alpha_dropout": 3, "hardtanh": 3, "threshold": 3,
 }  # fmt: skip
@@ -135,9 +147,9 @@ def is_region(node: Node) -> bool:
 
 def is_contraction(node: Node) -> bool:
     """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
-    if op_name(node) in _MATRIX_PRODUCTS | _FUSED_LAYERS or isinstance(leaf_module(node), _MODULE_CONTRACTIONS):
-        return True
-    return is_convolution(node) or is_attention(node) or is_recurrence(node)
+    if node.op == "call_module":
+        return isinstance(leaf_module(node), _CONTRACTING_MODULES)
+    return op_name(node) in _CONTRACTIONS
 
 
 def is_view(node: Node) -> bool:
@@ -152,34 +164,45 @@ def is_inplace(node: Node) -> bool:
     if node.op == "call_function" and (node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None):
         return True
     name = op_name(node)
-    if name.endswith("_") and not name.endswith("__"):
+    if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_DUNDERS:
         return True
-    flag = _INPLACE_FLAG.get(name)
+    flag = INPLACE_FLAG.get(name)
     return node.kwargs.get("inplace") is True or (
         flag is not None and len(node.args) > flag and node.args[flag] is True
     )
 
 
-def writer_of(value: Node) -> Node | None:
-    """An operation that writes in place into the storage of `value`, under whatever name, None if there is none.
+def written_operands(node: Node) -> tuple[Node, ...]:
+    """The operands that the operation writes in place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        if not schema.is_mutable:
+            return ()
+        named = [
+            node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            for index, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        return tuple(operand for operand in named if isinstance(operand, torch.fx.Node))
+    if not is_inplace(node):
+        return ()
+    written = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
+    return (written,) if isinstance(written, torch.fx.Node) else ()
 
-    Names of one storage: a tensor, its views, their views, and the results of in-place operations on them.
-    """
-    root = value
-    while (is_view(root) or is_inplace(root)) and root.args and isinstance(root.args[0], torch.fx.Node):
-        root = root.args[0]
-    names, seen = [root], {root}
-    while names:
-        name = names.pop()
-        for user in name.users:
-            if not user.args or user.args[0] is not name or user in seen:
-                continue
-            if is_inplace(user):
-                return user
-            if is_view(user):
-                seen.add(user)
-                names.append(user)
-    return None
+
+def sets_grad_mode(node: Node) -> bool | None:
+    """Whether gradients are recorded from `node` on, None where it does not change that."""
+    if op_name(node) in {"_set_grad_enabled", "set_grad_enabled"} and node.args:
+        return node.args[0] is True
+    return False if op_name(node) == "_enter_inference_mode" else None
+
+
+def is_random(node: Node) -> bool:
+    """The result depends on random numbers."""
+    return any(
+        part in op_name(node)
+        for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
+    )
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:

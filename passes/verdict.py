@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.passes.provenance import ModuleRef
+    from mhc_compile.passes.region import Region
 
 __all__ = ["Reason", "Refusal", "Site"]
 
@@ -19,9 +20,9 @@ __all__ = ["Reason", "Refusal", "Site"]
 class Reason(Enum):
     """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print."""
 
-    #: The terms have different shapes, so one of them is broadcast: a bias, a mask, a position table.
+    #: The terms have different shapes, and the one of full shape is no residual trunk of the others: a bias, a mask, a position table.
     BROADCAST = "broadcast"
-    #: Complex terms, or a sum whose dtype differs from that of the skip, so that the trunk changes dtype at the add.
+    #: The sum is complex, or a term has no known shape.
     DTYPE = "dtype"
     #: The tensors have fewer than two axes: a loss, a bias, a norm.
     NO_FEATURE_AXIS = "no-feature-axis"
@@ -33,8 +34,21 @@ class Reason(Enum):
     INDEPENDENT = "independent"
     #: One term depends on the other, but only through shapes, integers or detached values.
     NOT_DIFFERENTIABLE = "not-differentiable"
-    #: One term depends on the other by point-wise operations alone: a polynomial such as tanh-GELU's, a gate, a rotation.
+    #: One term depends on the other by operations without weights alone: a polynomial such as tanh-GELU's, a gate, a rotation, the state of a
+    #: recurrence.
     NO_CONTRACTION = "no-contraction"
+    #: The skip is a projection of what the branch reads (a convolution, a linear layer), or resizes its features: a chain ends before such a merge,
+    #: and the next one starts from its sum.
+    PROJECTED_SKIP = "projected-skip"
+    #: The skip is mixed by a product whose factors both depend on the data: the model has residual streams of its own.
+    MULTI_STREAM = "multi-stream"
+    #: A residual add of its own inside the branch of another one, whose sum goes no further on that trunk: a D-skip, a bias computed from the input.
+    SIDE_ADD = "side-add"
+    #: A trunk value is added to the same trunk some sites later (a U-net, the sum of all hidden states). It stays an addition, and the chain runs
+    #: through it: every stream gets the old value.
+    LONG_SKIP = "long-skip"
+    #: The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.
+    REWRITTEN = "rewritten"
     #: Neither the way in which the branch reads the trunk nor the way in which its last product leaves it tells which axis holds the features.
     FEATURE_AXIS = "feature-axis"
     #: The skip or the sum is written in place, and the old or the new value may be read under another name.
@@ -55,24 +69,31 @@ class Reason(Enum):
 class Site:
     """One residual add `x + f(x)`, or several that read the same trunk value (`x + attention(x) + mlp(x)`).
 
-    Nodes belong to the normalised graph. Before: `skip -> branch -> terms`, and `add = skip + sum(terms)`.
+    Nodes belong to the normalised graph: `trunk -> shortcut -> skip`, `trunk -> branch -> terms`, and `add = skip + sum(terms)`. In most models
+    the skip is the trunk itself, and the shortcut is empty.
     """
 
     #: The last add of the sum. Its value is the trunk after the site.
     add: Node
     #: All adds that the sum is made of, `add` last.
     adds: tuple[Node, ...]
-    #: x, the trunk value.
+    #: x, the trunk value that the branch reads.
+    trunk: Node
+    #: The operation after which the trunk value is complete: itself, or the last write into it.
+    ready: Node
+    #: The term of the sum that is no branch: x, or what the shortcut makes of it.
     skip: Node
+    #: The operations from the trunk to the skip, which run on the streams.
+    shortcut: Region
     #: f(x), one or more.
     terms: tuple[Node, ...]
-    #: Everything that depends on the skip and leads to a term.
+    #: Everything that depends on the trunk and leads to a term.
     branch: frozenset[Node]
     #: The last contraction of the branch: it names the site.
     anchor: Node
     #: C.
     width: int
-    #: The axis of the trunk that holds the features: the last in a transformer, 1 in a convolutional network.
+    #: The axis of the sum that holds the features: the last in a transformer, 1 in a convolutional network.
     axis: int
     #: The module that performs the site, and whose submodule the hyper-connection becomes.
     owner: ModuleRef

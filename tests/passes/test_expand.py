@@ -10,7 +10,7 @@ from graphs import C, Model
 from torch import fx
 
 import mhc_compile
-from mhc_compile.passes.roles import op_name
+from mhc_compile.passes.roles import op_name, tensor_value
 
 mhc = torch.ops.mhc
 
@@ -274,3 +274,20 @@ def test_an_inner_chain_starts_from_what_the_outer_branch_reads():
     outer = by_hand(module, outer, "conv", inner)
     want = by_hand(module, outer, "f", lambda h: model.f(model.norm(h))).mean(-2)
     assert torch.allclose(module(x), want, atol=1e-4)
+
+
+def test_a_long_skip_adds_streams_to_streams():
+    def forward(m, x):
+        x = x + m.f(x)
+        first = x
+        x = x + m.g(x)
+        x = x + m.f(x)
+        x = 0.5 * first + x
+        return x + m.g(x)
+
+    module, model, x = rewritten(forward)
+    assert operations(module)["update"] == 4
+    assert (module(x) - model(x)).abs().max() < 2e-6
+    # The sum before the last site: both terms are streams [2, 4, n, C], none is a mean that is spread again.
+    added = [node for node in module.graph.nodes if node.target is torch.add]
+    assert [[tuple(tensor_value(term).shape) for term in node.args] for node in added] == [[(2, 4, 4, C), (2, 4, 4, C)]]

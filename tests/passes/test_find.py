@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from graphs import C, planned
 
-from mhc_compile.passes import Reason, Refusal, Site
+import mhc_compile
+from mhc_compile.passes import Provenance, Reason, Refusal, Site, normalize, plan_chains
+from mhc_compile.passes.roles import op_name
 
 R = Reason
 
@@ -26,6 +28,12 @@ R = Reason
         (lambda m, x: x + m.f(x.reshape(-1, C)).reshape(2, 4, C), 1),
         (lambda m, x: x + m.f(x.transpose(0, 1)).transpose(1, 0), 1),
         (lambda m, x: x + (x @ m.weight).unflatten(-1, (2, 3)).flatten(-2), 1),
+        (lambda m, x: x + m.f(x).mean(1, keepdim=True), 1),  # a branch that is broadcast
+        (lambda m, x: x + m.f(x).double(), 1),  # the trunk becomes double
+        (lambda m, x: m.f(x).add_(x), 1),
+        (lambda m, x: x - m.f(x), 1),
+        (lambda m, x: torch.addcmul(x, m.vector, m.f(x)), 1),
+        (lambda m, x: x + torch.fft.fft2(m.norm(x)).real, 1),
     ],
 )
 def test_residual_adds_are_sites(forward, adds):
@@ -38,10 +46,29 @@ def test_residual_adds_are_sites(forward, adds):
 
 
 @pytest.mark.parametrize(
+    ("forward", "skip", "shortcut"),
+    [
+        (lambda m, x: 0.5 * x + m.f(x), "mul", ["mul"]),  # DeepNorm
+        (lambda m, x: x * m.vector + m.f(x), "mul", ["mul"]),
+        (lambda m, x: m.f(x) + F.dropout(x, 0.1), "dropout", ["dropout"]),
+        (lambda m, x: x[:, 1:] + m.f(x)[:, 1:], "getitem", ["getitem"]),
+        (lambda m, x: F.avg_pool1d(x, 1) + m.f(x), "avg_pool1d", ["avg_pool1d"]),
+        (lambda m, x: x.double() + m.f(x), "double", ["double"]),
+        (lambda m, x: x.add_(m.f(x)), "clone", []),  # the caller's tensor
+    ],
+)
+def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, shortcut):
+    plan = planned(forward)
+    assert [str(site.skip) for site in plan.sites] == [skip]
+    assert [op_name(node) for node in plan.sites[0].shortcut.nodes] == shortcut
+    assert not plan.refusals
+
+
+@pytest.mark.parametrize(
     ("forward", "reason"),
     [
         (lambda m, x: m.f(x) + m.vector, R.BROADCAST),
-        (lambda m, x: x + m.f(x).mean(1, keepdim=True), R.BROADCAST),
+        (lambda m, x: m.f(x) + x.mean(1, keepdim=True), R.BROADCAST),  # the skip would be broadcast
         (lambda m, x: m.f(x) + m.g(x), R.INDEPENDENT),
         (lambda m, x: x + F.linear(torch.ones_like(x), m.weight), R.NOT_DIFFERENTIABLE),
         (lambda m, x: x + (m.f(x) - x).detach(), R.NOT_DIFFERENTIABLE),  # straight-through
@@ -49,18 +76,21 @@ def test_residual_adds_are_sites(forward, adds):
         (lambda m, x: 0.5 * (x + 0.044715 * x**3), R.NO_CONTRACTION),  # tanh-GELU
         (lambda m, x: x + x * m.vector, R.NO_CONTRACTION),
         (lambda m, x: x + m.norm(x), R.NO_CONTRACTION),
+        (lambda m, x: x + m.f(m.vector) * (x @ x.transpose(1, 2) @ x), R.NO_CONTRACTION),  # the state of a recurrence
         (lambda m, x: x * torch.cos(x) + torch.sin(x) * x.roll(1), R.INDEPENDENT),  # rotary
         (lambda m, x: x + x, R.SAME_VALUE),
         (lambda m, x: x + m.f(x.reshape(2, -1)[:, :C]).unsqueeze(1).expand(2, 4, C), R.FEATURE_AXIS),
         (lambda m, x: x.sum() + m.f(x).sum(), R.NO_FEATURE_AXIS),
-        (lambda m, x: x + m.f(x).double(), R.DTYPE),
-        (lambda m, x: (y := x + m.f(x)).relu_() + y * 0, R.MUTATED_OPERAND),
-        (lambda m, x: x.add_(m.f(x)), R.MUTATED_OPERAND),
+        (lambda m, x: torch.relu(m.norm(m.conv(m.f(x)))) + m.g(x), R.PROJECTED_SKIP),
+        (lambda m, x: x[..., :3] + m.f(x)[..., :3], R.PROJECTED_SKIP),  # another width
+        (lambda m, x: (torch.softmax(m.conv(x)[..., :4], -1) @ x) + m.f(m.g(x)), R.MULTI_STREAM),
+        (lambda m, x: x + m.f(x + m.g(x)), R.SIDE_ADD),
+        (lambda m, x: ((y := x + m.f(x)), y[:, 0].zero_(), y)[0], R.MUTATED_OPERAND),
     ],
 )
 def test_other_adds_are_refused_with_the_right_reason(forward, reason):
     plan = planned(forward)
-    assert not plan.sites
+    assert len(plan.sites) == (reason is R.SIDE_ADD)
     assert reason in [refusal.reason for refusal in plan.refusals]
     for refusal in plan.refusals:
         assert not refusal  # a refusal is falsy
@@ -83,6 +113,21 @@ def test_other_adds_are_refused_with_the_right_reason(forward, reason):
 def test_the_feature_axis_is_read_off_the_branch(forward, axis):
     plan = planned(forward)
     assert [site.axis for site in plan.sites] == [axis % 3]
+
+
+def test_an_add_round_streams_of_an_earlier_run_is_refused():
+    def forward(m, x):
+        first = x
+        for _ in range(2):
+            x = x + m.f(x)
+        return m.g(first + x)
+
+    from graphs import trace
+
+    module = mhc_compile.rewrite(trace(forward), torch.randn(2, 4, C))
+    plan = plan_chains(normalize(module.graph), Provenance(), min_sites=1)
+    assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
+    assert not plan.sites
 
 
 def test_complex_tensors_are_refused():

@@ -1,0 +1,69 @@
+"""Which values of a graph share memory, and who writes into it.
+
+A tracer's example values share storage exactly where the tensors of the model do (views, results of in-place operations, `to` that had nothing to
+do), so the question is answered by the storages and not by a list of view operations.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from mhc_compile.passes.roles import written_operands
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+__all__ = ["Aliases"]
+
+
+class Aliases:
+    """The aliases of a graph whose nodes carry example values. Valid until the graph changes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self._members: dict[int, list[Node]] = defaultdict(list)
+        self._writers: dict[int, list[Node]] = defaultdict(list)
+        self._unknown: dict[Node, Node] = {}
+        for node in graph.nodes:
+            for key in storages(node) if node.op != "output" else ():
+                self._members[key].append(node)
+            for operand in written_operands(node):
+                keys = storages(operand)
+                for key in keys:
+                    self._writers[key].append(node)
+                if not keys:
+                    self._unknown.setdefault(operand, node)
+
+    def of(self, node: Node) -> list[Node]:
+        """Every node, `node` among them, whose value shares memory with that of `node`, in graph order."""
+        return list(dict.fromkeys(member for key in storages(node) for member in self._members[key])) or [node]
+
+    def writers(self, node: Node) -> list[Node]:
+        """The operations that write in place into the memory of `node`, under whatever name, in graph order."""
+        if not self._writers and not self._unknown:
+            return []
+        found = [writer for key in storages(node) for writer in self._writers[key]]
+        if node in self._unknown:
+            found.append(self._unknown[node])
+        return sorted(set(found), key=self.order.__getitem__)
+
+    def written_after(self, node: Node, position: int) -> Node | None:
+        """The first operation behind `position` in the graph that writes into the memory of `node`."""
+        return next((writer for writer in self.writers(node) if self.order[writer] > position), None)
+
+
+def storages(node: Node) -> tuple[int, ...]:
+    """Identities of the storages behind the value of `node`; several for a tuple of tensors, none where they are not known."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    keys = []
+    for part in values:
+        if isinstance(part, torch.Tensor):
+            try:
+                keys.append(part.untyped_storage()._cdata)
+            except (RuntimeError, NotImplementedError):  # sparse tensors, and tensors wrapped by vmap, have none
+                continue
+    return tuple(dict.fromkeys(keys))

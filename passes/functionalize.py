@@ -1,0 +1,238 @@
+"""In-place operations that nobody can tell from ordinary ones become ordinary ones."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mhc_compile.passes.aliases import Aliases, storages
+from mhc_compile.passes.base import Pass, copy_graph
+from mhc_compile.passes.roles import (
+    INPLACE_ADDS,
+    INPLACE_FLAG,
+    leaf_module,
+    op_name,
+    sets_grad_mode,
+    tensor_value,
+    written_operands,
+)
+from mhc_compile.passes.splice import inherit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.fx import Graph, Node
+
+__all__ = ["FunctionalizeWrites"]
+
+_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+}
+#: Operations `name_` that have an ordinary form `name` with the same arguments.
+_METHODS = frozenset(
+    "add sub mul div true_divide pow neg relu sigmoid tanh exp expm1 log log1p sqrt rsqrt square abs sign clamp clamp_min clamp_max clip"
+    " masked_fill addcmul addcdiv lerp sin cos erf reciprocal round floor ceil relu6 leaky_relu elu hardtanh silu selu celu hardswish"
+    " hardsigmoid threshold nan_to_num".split()
+)
+#: Activation modules with an `inplace` flag: the function, and the attributes that are its arguments.
+_MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
+    nn.ReLU: (F.relu, ()),
+    nn.ReLU6: (F.relu6, ()),
+    nn.SiLU: (F.silu, ()),
+    nn.Mish: (F.mish, ()),
+    nn.SELU: (F.selu, ()),
+    nn.CELU: (F.celu, ("alpha",)),
+    nn.ELU: (F.elu, ("alpha",)),
+    nn.LeakyReLU: (F.leaky_relu, ("negative_slope",)),
+    nn.Hardswish: (F.hardswish, ()),
+    nn.Hardsigmoid: (F.hardsigmoid, ()),
+    nn.Hardtanh: (F.hardtanh, ("min_val", "max_val")),
+    nn.Threshold: (F.threshold, ("threshold", "value")),
+}
+
+
+@dataclass(frozen=True)
+class FunctionalizeWrites(Pass):
+    """Writes an in-place operation as an ordinary one, and lets every later reader of the tensor read the new value.
+
+    before: add_ = y.add_(x); z = f(y)                 after: add = y.add(x); z = f(add)
+    before: r = relu(y, inplace=True); z = g(r, y)     after: r = relu(y); z = g(r, r)
+
+    Dynamo records an in-place statement without an edge to the readers that follow; this pass puts the edges back. It changes an operation only
+    where it knows every name of the memory that is written: the tensor was made in this graph, and no view of it that was taken before is read
+    afterwards. An input of the graph that is added to in place is copied first and written back at the end, as its owner expects. Everything
+    else (writes to a part of a tensor, writes under `no_grad`) keeps its spelling, and `find` refuses what it touches as MUTATED_OPERAND.
+    """
+
+    name: ClassVar[str] = "functionalize-writes"
+
+    def apply(self, graph: Graph) -> Graph:
+        """A copy of `graph`; the graph itself if nothing is written in place."""
+        if not any(written_operands(node) for node in graph.nodes):
+            return graph
+        copy, _ = copy_graph(graph)
+        _protect_inputs(copy)
+        aliases = Aliases(copy)
+        names: dict[Node, Node] = {}  # from a value to the first name of the same tensor
+        gradients = True
+        for node in list(copy.nodes):
+            mode = sets_grad_mode(node)
+            gradients = gradients if mode is None else mode
+            targets = written_operands(node)
+            if len(targets) != 1:
+                continue
+            same = _same_tensor(targets[0], aliases, names)
+            names[node] = names.get(targets[0], targets[0])
+            if gradients and _private(node, same, aliases):
+                _replace(node, targets[0], same, aliases, names)
+        return copy
+
+
+def _protect_inputs(graph: Graph) -> None:
+    """Copies the graph inputs that are added to in place, and writes them back before the graph returns.
+
+    before: x = placeholder; iadd = operator.iadd(x, y)
+    after:  x = placeholder; own = x.clone(); iadd = operator.iadd(own, y); ...; x.copy_(own)
+    """
+    aliases = Aliases(graph)
+    output = next(iter(reversed(graph.nodes)))
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        value = tensor_value(node)
+        if value is None or isinstance(value, nn.Parameter) or not value.is_floating_point() or value.dim() < 2:
+            continue
+        writers = aliases.writers(node)
+        others = [alias for alias in aliases.of(node) if alias is not node and alias not in writers]
+        if others or not any(op_name(writer) in INPLACE_ADDS and writer.args[0] is node for writer in writers):
+            continue
+        with torch.no_grad():
+            private = value.clone()
+        with graph.inserting_before(inputs[-1].next):
+            own = graph.call_method("clone", (node,))
+        first = writers[0]
+        inherit(own, first)
+        own.meta["example_value"] = private
+        for reader in list(node.users):
+            if reader is not own:
+                reader.replace_input_with(node, own)
+        for writer in writers:  # results of in-place operations are the tensor itself
+            writer.meta["example_value"] = private
+        with graph.inserting_before(output):
+            back = graph.call_method("copy_", (node, own))
+        inherit(back, writers[-1])
+        back.meta["example_value"] = value
+
+
+def _same_tensor(target: Node, aliases: Aliases, names: dict[Node, Node]) -> list[Node]:
+    """The nodes that are the very tensor `target`: itself, and the results of operations that return their operand."""
+    root = names.get(target, target)
+    value = tensor_value(target)
+    return [
+        node
+        for node in aliases.of(target)
+        if node is root or names.get(node) is root or (value is not None and tensor_value(node) is value)
+    ]
+
+
+def _private(node: Node, same: list[Node], aliases: Aliases) -> bool:
+    """Whether every later reader of the memory that `node` writes reads it by one of the names in `same`."""
+    target = written_operands(node)[0]
+    if len(storages(target)) != 1:
+        return False
+    now = aliases.order[node]
+    for alias in aliases.of(target):
+        if alias.op in {"placeholder", "get_attr"}:
+            return False
+        if alias in same or aliases.order[alias] >= now:
+            continue
+        if any(aliases.order.get(user, now) > now for user in alias.users):
+            return False
+    return True
+
+
+def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names: dict[Node, Node]) -> None:
+    value = tensor_value(target)
+    form = _ordinary(node)
+    if form is None or value is None:
+        return
+    op, function, args, kwargs = form
+    result = _evaluate(op, function, args, kwargs)
+    if not isinstance(result, torch.Tensor) or result.shape != value.shape:
+        return
+    graph, now = node.graph, aliases.order[node]
+    with graph.inserting_before(node):
+        new = graph.create_node(op, function, args, kwargs)
+        new.meta = dict(node.meta)
+        if result.dtype != value.dtype:
+            new.meta["example_value"] = result
+            new = graph.call_method("to", (new, value.dtype))
+            inherit(new, node)
+    new.meta["example_value"] = value
+    aliases.order[new] = now
+    for name in same:
+        for user in list(name.users):
+            if aliases.order.get(user, -1) > now:
+                user.replace_input_with(name, new)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    names[new] = names.get(target, target)
+    for key in storages(new):
+        members = aliases._members[key]
+        members[:] = [new if member is node else member for member in members]
+        if new not in members:
+            members.append(new)
+
+
+def _ordinary(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Opcode, target, arguments and keywords of the ordinary form of an in-place operation, None if it is not known to have one."""
+    args, kwargs = node.args, dict(node.kwargs)
+    if node.op == "call_module":
+        module = leaf_module(node)
+        if type(module) not in _MODULES:
+            return None
+        activation, attributes = _MODULES[type(module)]  # type: ignore[index]
+        return "call_function", activation, (*args, *(getattr(module, name) for name in attributes)), {}
+    if "out" in kwargs:
+        return None
+    if node.op == "call_function" and node.target in _OPERATORS:
+        return "call_function", _OPERATORS[node.target], args, kwargs
+    name = op_name(node)
+    if name in INPLACE_FLAG:
+        at = INPLACE_FLAG[name]
+        kwargs.pop("inplace", None)
+        kept = (*args[:at], False, *args[at + 1 :]) if len(args) > at else args
+        return node.op, node.target, kept, kwargs
+    base = name.removesuffix("_")
+    if name in {"__iadd__", "__isub__", "__imul__"}:
+        return "call_method", name.replace("__i", "").removesuffix("__"), args, kwargs
+    if base not in _METHODS:
+        return None
+    if node.op == "call_method" and hasattr(torch.Tensor, base):
+        return "call_method", base, args, kwargs
+    if isinstance(node.target, torch._ops.OpOverload):
+        form = getattr(getattr(torch.ops.aten, base, None), node.target._overloadname, None)
+    else:
+        form = getattr(torch, base, None) or getattr(F, base, None)
+    return None if form is None else ("call_function", form, args, kwargs)
+
+
+def _evaluate(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result on example values, None if they are incomplete."""
+
+    def value(operand: Node) -> Any:
+        return operand.meta.get("example_value", operand.meta.get("val"))
+
+    args, kwargs = torch.fx.map_arg(args, value), torch.fx.map_arg(kwargs, value)
+    if args and args[0] is None:
+        return None
+    with torch.no_grad():
+        return getattr(args[0], function)(*args[1:], **kwargs) if op == "call_method" else function(*args, **kwargs)

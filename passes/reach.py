@@ -1,0 +1,128 @@
+"""What a value is computed from: answered once for a whole graph, in one sweep, for the values that matter.
+
+Every node carries one bit for each source that it depends on. The sweep is linear in the nodes; a bit set is one Python integer, so that a step is
+a few machine words even where thousands of sources are followed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mhc_compile.passes.aliases import storages
+from mhc_compile.passes.roles import (
+    is_attention,
+    is_contraction,
+    is_region,
+    passes_value,
+    tensor_value,
+    written_operands,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch.fx import Graph, Node
+
+    from mhc_compile.passes.aliases import Aliases
+    from mhc_compile.passes.provenance import Provenance
+
+__all__ = ["Reach", "contracts", "weights_of"]
+
+
+class Reach:
+    """Dependence of every node of `graph` on `sources`, in three strengths: anyhow, as a value, as a value through a contraction with weights.
+
+    What is written in place into a tensor reaches everybody who reads the tensor afterwards, under whatever name.
+    """
+
+    def __init__(self, graph: Graph, sources: Iterable[Node], aliases: Aliases, weights: frozenset[Node]) -> None:
+        self._bits = {source: 1 << index for index, source in enumerate(dict.fromkeys(sources))}
+        self._aliases = aliases
+        self._anyhow: dict[Node, int] = {}
+        self._value: dict[Node, int] = {}
+        self._contracted: dict[Node, int] = {}
+        self._twice: dict[Node, int] = {}
+        written: dict[int, tuple[int, int, int]] = {}
+        for node in graph.nodes:
+            anyhow = value = contracted = twice = 0
+            for operand in node.all_input_nodes:
+                own = self._bits.get(operand, 0)
+                anyhow |= self._anyhow[operand] | own
+                value |= self._value[operand] | own
+                contracted |= self._contracted[operand]
+                twice |= self._twice[operand]
+                if written:
+                    for key in storages(operand):
+                        more = written.get(key)
+                        if more is not None:
+                            anyhow, value, contracted = anyhow | more[0], value | more[1], contracted | more[2]
+            if not passes_value(node):
+                value = contracted = twice = 0
+            elif value and contracts(node, weights):
+                contracted, twice = contracted | value, twice | contracted
+            self._anyhow[node], self._value[node] = anyhow, value
+            self._contracted[node], self._twice[node] = contracted, twice
+            for target in written_operands(node):
+                for key in storages(target):
+                    old = written.get(key, (0, 0, 0))
+                    written[key] = (old[0] | anyhow, old[1] | value, old[2] | contracted)
+
+    def anyhow(self, source: Node, node: Node) -> bool:
+        """Whether anything flows from `source` to `node`: values, shapes, integers."""
+        return bool(self._anyhow[node] & self._bits[source])
+
+    def value(self, source: Node, node: Node) -> bool:
+        """Whether a differentiable value flows from `source` to `node`."""
+        return bool(self._value[node] & self._bits[source])
+
+    def contracted(self, source: Node, node: Node) -> bool:
+        """Whether a value flows from `source` to `node` through attention, or through a product, a convolution or a recurrence with weights."""
+        return bool(self._contracted[node] & self._bits[source])
+
+    def contracted_twice(self, source: Node, node: Node) -> bool:
+        """Whether a value flows from `source` to `node` through two of them, one after the other."""
+        return bool(self._twice[node] & self._bits[source])
+
+    def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
+        """The nodes that carry a value from `source` to `terms`, the terms included, in graph order."""
+        order, found = self._aliases.order, set()
+        stack = [term for term in terms if self.value(source, term)]
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            for operand in node.all_input_nodes:
+                writers = [w for w in self._aliases.writers(operand) if order[w] < order[node]]
+                stack.extend(one for one in (operand, *writers) if one not in found and self.value(source, one))
+        return tuple(sorted(found, key=order.__getitem__))
+
+
+def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
+    """The parameters and buffers of a graph, and what is computed from them alone (a transposed weight, the weights of the chosen experts)."""
+    weights: set[Node] = set()
+    for node in graph.nodes:
+        if provenance.holds_weights(node):
+            weights.add(node)
+            continue
+        floats = [
+            operand
+            for operand in node.all_input_nodes
+            if (value := tensor_value(operand)) is not None and value.is_floating_point()
+        ]
+        if floats and all(operand in weights for operand in floats):
+            weights.add(node)
+    return frozenset(weights)
+
+
+def contracts(node: Node, weights: frozenset[Node]) -> bool:
+    """A contraction with something that is learned or fixed. A product of activations alone (the state of a linear recurrence) is none.
+
+    Attention counts without weights of its own, and so does a region that is not looked into.
+    """
+    if is_attention(node) or is_region(node):
+        return True
+    if not is_contraction(node):
+        return False
+    tensors = [operand for operand in node.all_input_nodes if tensor_value(operand) is not None]
+    return node.op == "call_module" or len(tensors) < 2 or any(operand in weights for operand in tensors)
