@@ -10,9 +10,10 @@ from torch import fx
 
 from mhc_compile import _torch, ops
 from mhc_compile.attachment import connections
+from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
-from mhc_compile.passes import expand_plan
+from mhc_compile.passes import close_regions, expand_plan
 from mhc_compile.passes.roles import is_contraction
 from mhc_compile.study import Study, complain, study
 
@@ -86,7 +87,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         if _should_have_sites(result):
             complain(result.plan.refusals, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
-        return _inner(_with_graph(graph_module, result.graph), inputs, options, mode)
+        return _inner(_with_graph(graph_module, close_regions(result.graph)), inputs, options, mode)
     graph = expand_plan(result.graph, result.plan, bindings)
     return _inner(_with_graph(graph_module, graph), inputs, options, mode)
 
@@ -101,7 +102,8 @@ def _should_have_sites(result: Study) -> bool:
 
 def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module like `graph_module` with another graph, and with whatever Dynamo hung on the old one."""
-    new = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
+    root = graph.owning_module or graph_module  # where the bodies of regions are
+    new = fx.GraphModule(root, graph, type(graph_module).__name__)
     new.meta.update(graph_module.meta)
     for name, value in graph_module.__dict__.items():
         new.__dict__.setdefault(name, value)
@@ -111,6 +113,8 @@ def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
 def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
     if callable(options.inner):
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
+    if options.inner == "eager":
+        return run_eagerly(graph_module)
     if options.inner == "inductor":
         return _torch.compile_with_inductor(
             graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor), f"mhc-{ops.fingerprint()}"

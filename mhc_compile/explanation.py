@@ -79,7 +79,8 @@ class GraphReport:
         nodes: its size.
         chains: what will be rewritten.
         refusals: every other addition of two floating-point tensors.
-        regions: higher-order operations (activation checkpointing, `cond`) whose inner graphs are not looked into.
+        regions: higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not looked into. Sites under activation checkpointing are
+            among the chains.
         tokens: tokens in the example inputs, as the first chain counts them (batch × sequence); 0 without a chain.
         flops: of one forward pass of the plain graph, None if they could not be counted.
     """

@@ -23,6 +23,8 @@ from mhc_compile.passes import (
     Provenance,
     Refusal,
     Site,
+    adopt,
+    close_regions,
     expand_plan,
     normalize,
     plan_chains,
@@ -89,7 +91,8 @@ def rewrite(
 
 
 def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], parsed: Options) -> fx.GraphModule:
-    source = fx.GraphModule(graph_module, normalize(graph_module.graph), type(graph_module).__name__)
+    flat = normalize(graph_module.graph)
+    source = fx.GraphModule(flat.owning_module or graph_module, flat, type(graph_module).__name__)
     _keep_connections(graph_module, source)
     _propagate(source, args)
     source.graph = normalize(
@@ -104,8 +107,13 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
     if not plan.sites:
         if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
             complain(plan.refusals, parsed)
-        return source
-    source.graph = expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites})
+        return _with_graph(source, close_regions(source.graph))
+    return _with_graph(source, expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites}))
+
+
+def _with_graph(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    adopt(source, graph)
+    source.graph = graph
     source.recompile()
     return source
 

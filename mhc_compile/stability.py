@@ -18,6 +18,7 @@ from mhc_compile.backend import mhc
 from mhc_compile.capture import probe
 from mhc_compile.errors import AttachError
 from mhc_compile.options import Options
+from mhc_compile.passes import InlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -89,7 +90,8 @@ class _Recorder(torch.fx.Interpreter):
     """Runs a rewritten graph and keeps, for every chain, the streams that enter each site and its H_res."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, chains: list[list[tuple[Tensor, Tensor]]]) -> None:
-        super().__init__(graph_module)
+        flat = InlineRegions().apply(graph_module.graph)
+        super().__init__(torch.fx.GraphModule(flat.owning_module or graph_module, flat))
         self.chains = chains
 
     def run_node(self, n: torch.fx.Node) -> Any:

@@ -133,10 +133,7 @@ def _hint(graphs: Iterable[Graph]) -> str:
     graphs = list(graphs)
     regions = sorted({op_name(node) for graph in graphs for node in graph.nodes if is_region(node)})
     if regions:
-        return (
-            f" It has regions that are not looked into yet ({', '.join(regions)}): residual adds under activation checkpointing are left"
-            " alone. Switch it off to use hyper-connections."
-        )
+        return f" It has regions that are not looked into ({', '.join(regions)}): residual adds inside them are left alone."
     if any(is_fused_layer(node) for graph in graphs for node in graph.nodes):
         return (
             " It runs torch's fused encoder layer, as nn.TransformerEncoder does in eval mode without gradients: call it once in training mode,"

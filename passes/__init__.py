@@ -1,9 +1,10 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains ─> graph with mhc:: operators
+    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
 
-Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`. What an operation is (a
-product, a view, an in-place write) is said in `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
+Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens the regions
+of activation checkpointing before all of this and closes them after it. What an operation is (a product, a view, an in-place write) is said in
+`roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
 
 To add a pass, write a frozen dataclass with a `name` and an `apply(graph) -> graph` (see `base.Pass`), and put it in the tuple below or, after
 the plan, beside `ExpandChains` in `expand_plan`.
@@ -20,6 +21,7 @@ from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
+from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -34,9 +36,11 @@ __all__ = [
     "ExpandChains",
     "FunctionalizeWrites",
     "Hook",
+    "InlineRegions",
     "LowerOperators",
     "ModuleRef",
     "NormalizeAdds",
+    "OutlineRegions",
     "Pass",
     "Plan",
     "Provenance",
@@ -46,6 +50,8 @@ __all__ = [
     "RemoveDeclarations",
     "Site",
     "SpellAten",
+    "adopt",
+    "close_regions",
     "copy_graph",
     "expand_plan",
     "normalize",
@@ -56,7 +62,7 @@ __all__ = [
 ]
 
 #: What runs before the sites are looked for.
-NORMALIZE: tuple[Pass, ...] = (RemoveDeclarations(), FunctionalizeWrites(), NormalizeAdds())
+NORMALIZE: tuple[Pass, ...] = (InlineRegions(), RemoveDeclarations(), FunctionalizeWrites(), NormalizeAdds())
 
 
 def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
@@ -66,4 +72,9 @@ def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
 
 def expand_plan(graph: Graph, plan: Plan, bindings: Mapping[Site, Binding], hook: Hook | None = None) -> Graph:
     """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites."""
-    return run_passes(graph, (ExpandChains(plan, bindings),), hook)
+    return run_passes(graph, (ExpandChains(plan, bindings), OutlineRegions()), hook)
+
+
+def close_regions(graph: Graph, hook: Hook | None = None) -> Graph:
+    """A normalised graph in which nothing is to be rewritten, with its regions as calls again."""
+    return run_passes(graph, (OutlineRegions(),), hook)

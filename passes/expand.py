@@ -255,6 +255,9 @@ class _Expansion:
         add, axis = self.nodes[site.add], site.shortcut.axes[site.trunk]
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in trunk.users if user in branch]
+        if readers:
+            # Directly before their first reader: there the mode of the branch holds, which may be another than that of the trunk (no_grad).
+            self._follow(min(readers).prev, like=add)
         pre, post, res = self._coefficients(site, streams)
         mhc = torch.ops.mhc
         collapsed = self._features_back(self._call("collapsed", mhc.collapse.default, streams, pre), axis, trunk)

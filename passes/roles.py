@@ -141,8 +141,11 @@ def is_fused_layer(node: Node) -> bool:
 
 
 def is_region(node: Node) -> bool:
-    """A higher-order operation with graphs of its own: activation checkpointing, `cond`. The passes do not look inside."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    """A higher-order operation with graphs of its own, in which the passes do not look: `cond`, `invoke_subgraph`.
+
+    Activation checkpointing is none by the time that anybody asks (see `regions`), and the graphs of flexible attention change scores.
+    """
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and not is_attention(node)
 
 
 def is_contraction(node: Node) -> bool:
