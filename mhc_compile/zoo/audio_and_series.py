@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.zoo.architectures import SIZES, architecture
+from mhc_compile.zoo.architectures import NOISY, SIZES, architecture
 from mhc_compile.zoo.family import Expected, Mode, chains
 
 if TYPE_CHECKING:
@@ -113,7 +113,19 @@ def _family(
     inputs: Callable[[], dict[str, Any]],
     expected: Any = _TWO,
 ) -> Family:
-    return architecture(name, "audio_and_series", kind, kind + model, settings, inputs, expected)
+    speech = model == "ForCTC"
+    because = f"the feature extractor sets requires_grad on a view of its input; {NOISY}" if speech else NOISY
+    return architecture(
+        name,
+        "audio_and_series",
+        kind,
+        kind + model,
+        settings,
+        inputs,
+        expected,
+        because=because,
+        differentiable_inputs=not speech,
+    )
 
 
 _WAVE, _SERIES = _normal(input_values=(2, 200)), _normal(past_values=(2, 16, 2))
