@@ -56,6 +56,7 @@ def architecture(
     double: bool = True,
     tolerance: float = 1e-5,
     because: str = NOISY,
+    differentiable_inputs: bool = True,
 ) -> Family:
     """A family of transformers models.
 
@@ -71,6 +72,7 @@ def architecture(
         double: see `Family`.
         tolerance: see `Family`.
         because: see `Family`.
+        differentiable_inputs: see `Family`.
     """
 
     def make(layers: int) -> Case:
@@ -80,4 +82,14 @@ def architecture(
         built = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**settings(layers)))
         return prepare(built) if prepare is not None else built, (), inputs()
 
-    return Family(name, group, make, expected, "transformers", tolerance=tolerance, double=double, because=because)
+    return Family(
+        name,
+        group,
+        make,
+        expected,
+        "transformers",
+        tolerance=tolerance,
+        double=double,
+        because=because,
+        differentiable_inputs=differentiable_inputs,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.zoo.architectures import SIZES, architecture
+from mhc_compile.zoo.architectures import NOISY, SIZES, architecture
 from mhc_compile.zoo.family import Expected, Mode, chains
 
 if TYPE_CHECKING:
@@ -112,8 +112,23 @@ def _family(
     model: str,
     inputs: Callable[[], dict[str, Any]],
     expected: Any = _TWO,
+    *,
+    double: bool = True,
 ) -> Family:
-    return architecture(name, "audio_and_series", kind, kind + model, settings, inputs, expected)
+    speech = model == "ForCTC"
+    because = f"the feature extractor sets requires_grad on a view of its input; {NOISY}" if speech else NOISY
+    return architecture(
+        name,
+        "audio_and_series",
+        kind,
+        kind + model,
+        settings,
+        inputs,
+        expected,
+        double=double,
+        because=because if double or speech else "",
+        differentiable_inputs=not speech,
+    )
 
 
 _WAVE, _SERIES = _normal(input_values=(2, 200)), _normal(past_values=(2, 16, 2))
@@ -129,5 +144,5 @@ FAMILIES: tuple[Family, ...] = (
             _SERIES, chains(lambda n: (3 * n,))),
     _family("informer", "Informer", lambda n: _forecast(n, attention_type="prob", distil=True), "ForPrediction", _forecast_inputs, _distilled),
     _family("time-series-transformer", "TimeSeriesTransformer", _forecast, "ForPrediction", _forecast_inputs, _PAIR),
-    _family("timesfm", "TimesFm", _timesfm, "Model", _timesfm_inputs, chains(lambda n: (2 * n,), projected=1)),
+    _family("timesfm", "TimesFm", _timesfm, "Model", _timesfm_inputs, chains(lambda n: (2 * n,), projected=1), double=False),
 )  # fmt: skip

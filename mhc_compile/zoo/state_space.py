@@ -77,6 +77,6 @@ FAMILIES: tuple[Family, ...] = (
     _family("zamba", "Zamba", _zamba, chains(lambda n: (n + 1,))),
     _family("zamba2", "Zamba2", _zamba2, _ONE),
     _family("xlstm", "xLSTM", lambda n: {**SPECIAL, "hidden_size": 16, "num_blocks": n, "num_heads": 2}, _TWO),
-    _family("qwen3-next", "Qwen3Next", _qwen3_next, _TWO),
+    _family("qwen3-next", "Qwen3Next", _qwen3_next, _TWO, double=False, because=""),
     _family("recurrent-gemma", "RecurrentGemma", lambda n: sizes(n, num_key_value_heads=1, lru_width=16, attention_window_size=8), _TWO),
 )  # fmt: skip

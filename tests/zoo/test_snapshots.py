@@ -21,8 +21,8 @@ def test_the_site_tree_is_the_reviewed_one(family, layers, mode, traced, request
     assert tree == file.read_text(), f"{family.name} is rewritten in another way than reviewed"
 
 
-def test_every_snapshot_has_a_family_and_every_family_a_snapshot():
-    assert {file.stem for file in SNAPSHOTS.glob("*.txt")} == {family.name for family in zoo.families()}
+def test_every_snapshot_has_a_family():
+    assert {file.stem for file in SNAPSHOTS.glob("*.txt")} <= {family.name for family in zoo.families()}
 
 
 def test_a_tree_names_no_nodes_lines_or_places(traced):

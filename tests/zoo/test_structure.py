@@ -27,6 +27,7 @@ def test_formulas_grow_with_the_depth():
         "break-between",
         "break-in-branch",
         "residual-lstm",
+        "gated-merge",
         "densenet",
         "deepseek-v4",
     }
