@@ -1,17 +1,22 @@
-"""`mhc_compile.rewrite`: hyper-connections for a graph module that `torch.fx.symbolic_trace` made, through the same passes."""
+"""`mhc_compile.rewrite`: hyper-connections for a graph module that `torch.fx.symbolic_trace` made, through the same passes.
+
+Exported programs are rewritten by `mhc_compile.exporting`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mhc_compile.attachment import HyperConnections
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError, CaptureError
+from mhc_compile.exporting import rewrite_program
 from mhc_compile.options import Options
 from mhc_compile.passes import (
     Binding,
@@ -33,32 +38,59 @@ if TYPE_CHECKING:
 __all__ = ["rewrite"]
 
 
+@overload
 def rewrite(
-    graph_module: fx.GraphModule, *args: Any, options: Mapping[str, Any] | Options | None = None
-) -> fx.GraphModule:
-    """A graph module like `graph_module`, on parallel residual streams, with the new parameters registered.
+    model: fx.GraphModule, *args: Any, options: Mapping[str, Any] | Options | None = None
+) -> fx.GraphModule: ...
+@overload
+def rewrite(
+    model: ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None
+) -> ExportedProgram: ...
+def rewrite(
+    model: fx.GraphModule | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None
+) -> fx.GraphModule | ExportedProgram:
+    """A graph module, or an exported program, like `model`, on parallel residual streams, with the new parameters registered.
 
     Args:
-        graph_module: from `torch.fx.symbolic_trace`. It stays as it is; the result shares its parameters and leaf modules.
-        *args: example inputs, tensors as for `graph_module(*args)`. They give shapes and dtypes and are not computed with.
+        model: a graph module from `torch.fx.symbolic_trace`, or a program from `torch.export.export`, decomposed or not. It stays as it is; the
+            result shares its parameters and leaf modules.
+        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes and dtypes and are not computed with. A
+            program knows its own shapes, dynamic ones too, and takes none.
         options: as for `torch.compile(model, backend="mhc", options=options)`; `inner`, `inductor` and `optimizer` play no part.
 
     Returns:
-        A new graph module; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` is its submodule
-        `blocks.0.mhc.attn`. `torch.compile` takes it with any backend.
+        A new one of the same kind; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` has the parameters
+        `blocks.0.mhc.attn.phi`, `.bias` and `.scale`.
+
+        A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile` takes it with any backend.
+
+        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and trained without this package. Its new
+        parameters are entries of its state dict and parameters of its signature; everything else of the signature is that of `model`.
 
     Raises:
         OptionError: the options are wrong.
-        CaptureError: not a graph module, or the example inputs do not fit it.
+        CaptureError: neither a graph module nor a program, or the example inputs do not fit.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a module has an attribute `mhc` of its own.
+        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that contradict the options.
     """
     parsed = Options.parse(options)
-    if not isinstance(graph_module, fx.GraphModule):
+    if isinstance(model, ExportedProgram):
+        if args:
+            raise CaptureError(
+                f"rewrite takes no example inputs with an ExportedProgram, got {len(args)}: the program knows its shapes. Call"
+                " rewrite(program, options=...)"
+            )
+        return rewrite_program(model, parsed)
+    if not isinstance(model, fx.GraphModule):
         raise CaptureError(
-            f"rewrite takes a torch.fx.GraphModule, got {type(graph_module).__name__}."
-            " Use torch.compile(model, backend='mhc') for a model, torch.fx.symbolic_trace(model) for a graph module"
+            f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, got {type(model).__name__}."
+            " Use torch.compile(model, backend='mhc') for a model; torch.fx.symbolic_trace(model) makes a graph module,"
+            " torch.export.export(model, args) a program"
         )
+    return _rewrite_graph_module(model, args, parsed)
+
+
+def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], parsed: Options) -> fx.GraphModule:
     flat = normalize(graph_module.graph)
     source = fx.GraphModule(flat.owning_module or graph_module, flat, type(graph_module).__name__)
     _keep_connections(graph_module, source)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
+from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
@@ -36,16 +37,19 @@ __all__ = [
     "FunctionalizeWrites",
     "Hook",
     "InlineRegions",
+    "LowerOperators",
     "ModuleRef",
     "NormalizeAdds",
     "OutlineRegions",
     "Pass",
     "Plan",
     "Provenance",
+    "RaiseLayerNorms",
     "Reason",
     "Refusal",
     "RemoveDeclarations",
     "Site",
+    "SpellAten",
     "adopt",
     "close_regions",
     "copy_graph",

@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RESHAPES", "carry_axis", "entry_axis", "exit_axis", "permutation", "whole_axis"]
 
-_LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm"})
-_CHANNEL_NORMS = frozenset({"batch_norm", "instance_norm", "group_norm", "native_batch_norm", "native_group_norm"})
+_LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm", "_fused_rms_norm"})
+_CHANNEL_NORMS = frozenset(
+    "batch_norm instance_norm group_norm native_batch_norm native_group_norm _native_batch_norm_legit"
+    " _native_batch_norm_legit_functional _native_batch_norm_legit_no_training".split()
+)
 _REDUCTIONS = frozenset({"mean", "var", "std", "norm", "var_mean", "std_mean", "vector_norm"})
-RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"})
+RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view"})
+#: Products whose first operand is what they add.
+_ADDED_FIRST = frozenset({"addmm", "addbmm", "baddbmm", "addmv"})
 
 
 def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
@@ -82,7 +87,8 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
     if is_convolution(node):
         return 1
     if is_contraction(node):
-        first = node.args[0] if node.args else None
+        place = int(name in _ADDED_FIRST)
+        first = node.args[place] if len(node.args) > place else None
         return rank - 1 if first is operand or is_attention(node) or is_recurrence(node) else None
     if name in _REDUCTIONS:
         dims = _argument(node, 1, "dim")

@@ -61,6 +61,7 @@ class _Finder:
     def __init__(self, graph: Graph, provenance: Provenance) -> None:
         self.graph = graph
         self.provenance = provenance
+        self.weights = weights_of(graph, provenance)
         self.aliases = Aliases(graph)
         self.order = self.aliases.order
         candidates = [node for node in graph.nodes if _is_candidate(node)]
@@ -69,7 +70,6 @@ class _Finder:
         for term in terms:
             product = next((node for node in _cheap_path(term) if is_contraction(node)), None)
             origins.update(self._behind(product) if product is not None else ())
-        self.weights = weights_of(graph, provenance)
         self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases, self.weights)
         self.sites: list[Site] = []
         self.refusals: list[Refusal] = []
@@ -214,11 +214,11 @@ class _Finder:
     def _behind(self, product: Node) -> Iterator[Node]:
         """The values that a contraction reads, and what they come from by cheap operations."""
         for operand in product.all_input_nodes:
-            if tensor_value(operand) is not None and not _is_parameter(operand):
+            if tensor_value(operand) is not None and operand not in self.weights:
                 yield from self._origins(operand)
 
     def _mixes_streams(self, product: Node) -> bool:
-        return sum(not _is_parameter(operand) for operand in product.all_input_nodes) > 1
+        return sum(operand not in self.weights for operand in product.all_input_nodes) > 1
 
     def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: _Split) -> Refusal | None:
         total, skip = tensor_value(add), tensor_value(split.skip)

@@ -41,7 +41,7 @@ __all__ = ["lift", "lifted_axis"]
 #: One operand, value by value, in any layout. Further arguments are numbers and dtypes.
 _UNARY = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh softplus softsign sigmoid tanh clamp clamp_min clamp_max neg"
-    " abs square sqrt rsqrt exp log pow __pow__ reciprocal to float half bfloat16 double type contiguous clone".split()
+    " abs square sqrt rsqrt exp log pow __pow__ reciprocal to _to_copy float half bfloat16 double type contiguous clone".split()
 )
 #: Two operands, value by value; the second a number, a vector of C, or a tensor with the trunk's axes.
 _BINARY = frozenset("add sub mul div truediv __mul__ __rmul__ __truediv__ __sub__ maximum minimum".split())
@@ -49,7 +49,7 @@ _NORMS = frozenset({"layer_norm", "rms_norm"})
 #: Reductions over the feature axis, as a norm written by hand has them.
 _REDUCTIONS = frozenset({"mean", "var", "sum"})
 #: Reshapes whose sizes can be written anew.
-_SIZED = frozenset({"view", "reshape", "flatten"})
+_SIZED = frozenset({"view", "reshape", "flatten", "_unsafe_view"})
 #: One operand; zeroes some of it and scales the rest.
 _DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"})
 #: Activations as leaf modules of a symbolically traced graph.
@@ -248,7 +248,10 @@ class _BatchNorm(_Rule):
 
     def emit(self, graph: Graph, step: _Step, lifted: Mapping[Node, Node], before: Node) -> Node:
         given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-        given.update(zip(self.names, step.node.args, strict=False))
+        # ATen (and `torch.batch_norm`) take weight and bias first, the functional form the running statistics.
+        functional = step.node.target is F.batch_norm
+        names = self.names if functional else ("input", *self.names[3:5], *self.names[1:3], *self.names[5:])
+        given.update(zip(names, step.node.args, strict=False))
         given.update(step.node.kwargs)
         tensors = [name for name in self.names[1:5] if isinstance(given[name], torch.fx.Node)]
 

@@ -39,7 +39,12 @@ class Provenance:
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The modules whose calls surround `node`, the root first, the innermost last. For a leaf call the leaf is the last."""
         stack = node.meta.get("nn_module_stack", {})
-        calls = (ModuleRef(str(key), path, kind.__name__) for key, (path, kind) in stack.items() if path)
+        # `torch.export` writes the class by its qualified name.
+        calls = (
+            ModuleRef(str(key), path, getattr(kind, "__name__", str(kind).rpartition(".")[2]))
+            for key, (path, kind) in stack.items()
+            if path
+        )
         return (ModuleRef("", "", "root"), *calls)
 
     def parameter_name(self, node: Node) -> str | None:

@@ -48,10 +48,13 @@ _FOURIER = frozenset(
     f"fft_{inverse}{real}fft{axes}" for inverse in ("", "i") for real in ("", "r", "h") for axes in ("", "2", "n")
 ) | {"stft", "istft"}
 _CONVOLUTIONS = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc".split()
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution conv_tbc".split()
 )
 _ATTENTIONS = frozenset(
-    "scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop".split()
+    "scaled_dot_product_attention multi_head_attention_forward flex_attention _flex_attention_hop"
+    # What PyTorch's own attention becomes where a program is decomposed.
+    " _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention"
+    " _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math".split()
 )
 #: torch's own fused encoder layer, which holds its residual adds where no pass can see them.
 _FUSED_LAYERS = frozenset({"_transformer_encoder_layer_fwd"})
@@ -61,7 +64,7 @@ _RECURRENCES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 #: Results share storage with the first operand.
 _VIEWS = frozenset(
     "view reshape flatten unflatten view_as reshape_as squeeze unsqueeze transpose swapaxes permute movedim t T mT getitem select"
-    " narrow slice chunk split unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
+    " narrow slice chunk split split_with_sizes unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
 )
 
 #: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value flows from skip to branch through it.

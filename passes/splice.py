@@ -7,13 +7,14 @@ nothing that a cache or an exported file could not hold.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.fx import Graph, GraphModule, Node
 
@@ -28,7 +29,15 @@ def inherit(node: Node, like: Node) -> None:
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
 
 
-def splice(graph: Graph, function: Callable[..., Any], operands: Sequence[Node], *, before: Node, like: Node) -> Any:
+def splice(
+    graph: Graph,
+    function: Callable[..., Any],
+    operands: Sequence[Node],
+    *,
+    before: Node,
+    like: Node,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Any:
     """Emits `function(*operands)` in front of `before`.
 
     before: (nothing)
@@ -40,6 +49,7 @@ def splice(graph: Graph, function: Callable[..., Any], operands: Sequence[Node],
         operands: nodes with example values.
         before: the node before which to write.
         like: where the provenance of the new nodes comes from.
+        decompositions: operators to write as what these functions compute, wherever the function or one of these functions uses them.
 
     Returns:
         The node that stands for the result, or a tuple of nodes.
@@ -48,8 +58,8 @@ def splice(graph: Graph, function: Callable[..., Any], operands: Sequence[Node],
         ValueError: the function reads a tensor that is not among its operands.
     """
     values = [_example(operand) for operand in operands]
-    with torch.no_grad():
-        traced: GraphModule = make_fx(function)(*values)
+    with torch.no_grad(), _fake_mode(values):
+        traced: GraphModule = make_fx(function, decomposition_table=dict(decompositions or {}))(*values)
     traced.graph.eliminate_dead_code()
     new: dict[Node, Any] = {}
     inputs = iter(operands)
@@ -73,3 +83,8 @@ def _example(node: Node) -> Any:
     value = node.meta.get("example_value", node.meta.get("val"))
     assert value is not None, f"{node} has no example value"
     return value
+
+
+def _fake_mode(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The mode of the example values: what the function creates anew (`torch.eye`) must be of it too."""
+    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

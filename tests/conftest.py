@@ -16,3 +16,9 @@ def _fresh_torch():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--regenerate", action="store_true", help="write the snapshots of tests/zoo anew instead of comparing"
+    )

@@ -46,6 +46,25 @@ def test_train_with_both_backends() -> None:
     compare(plain, train("--backend", "mhc", "--options", '{"inner": "eager", "streams": 2}'), 2)
 
 
+def test_export_program_and_the_output_that_its_readme_shows() -> None:
+    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "export_program.py")]
+    tiny = ["--layers", "1", "--width", "16", "--steps", "2"]
+    done = subprocess.run(
+        [*command, *tiny], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    readme = (EXAMPLES / "README.md").read_text().split("$ python examples/export_program.py\n")[1].split("```")[0]
+
+    def words(text: str) -> str:
+        """Numbers left out: this run is smaller than the one shown."""
+        return re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", text))
+
+    assert words(done.stdout) == words(readme)
+    difference = re.search(r"largest difference: (.*)", done.stdout)
+    assert difference
+    assert float(difference[1]) < 1e-5
+
+
 @pytest.mark.slow
 def test_train_with_both_backends_under_inductor() -> None:
     compare(train("--backend", "inductor"), train("--backend", "mhc"), 4)

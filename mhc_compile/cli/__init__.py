@@ -16,6 +16,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
+    "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",
 }
 
 

@@ -12,7 +12,11 @@ __all__ = ["command"]
 @click.command("explain")
 @click.argument("target")
 @click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A field of the config of an hf: target; repeatable."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A field of the config of an hf: target, or layers of a zoo: target.",
 )
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the backend (streams=2); repeatable."
@@ -25,8 +29,9 @@ def command(
 ) -> None:
     """Show what backend="mhc" would rewrite in TARGET, what it would leave alone and why, and what it costs.
 
-    TARGET is package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE. A factory returns (model, args) or (model, args, kwargs), with
-    example inputs. hf: builds the architecture from its default config on the meta device, without weights: hf:gpt2, hf:llama, hf:vit.
+    TARGET is package.module:factory, path/to/file.py:factory, hf:MODEL_TYPE or zoo:FAMILY. A factory returns (model, args) or
+    (model, args, kwargs), with example inputs. hf: builds the architecture from its default config on the meta device, without weights: hf:gpt2,
+    hf:llama, hf:vit. zoo: builds one of the tiny models that `mhc zoo --list` lists.
 
     Nothing of the model is run. Exit code 1 if nothing would be rewritten.
     """

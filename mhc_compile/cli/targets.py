@@ -1,4 +1,4 @@
-"""What a command line may name as a model: `package.module:factory`, `path/to/file.py:factory`, `hf:MODEL_TYPE`.
+"""What a command line may name as a model: `package.module:factory`, `path/to/file.py:factory`, `hf:MODEL_TYPE`, `zoo:FAMILY`.
 
 A factory takes no arguments and returns `(model, args)` or `(model, args, kwargs)`: the example inputs say how the model is called. Importing a
 target runs its code: targets are trusted input.
@@ -56,12 +56,15 @@ def load_target(target: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tu
     kind, colon, name = target.partition(":")
     if kind == "hf" and colon:
         return _transformers(name, settings)
+    if kind == "zoo" and colon:
+        return _zoo(name, settings)
     if settings:
         raise TargetError(f"--set is for hf: targets; {target!r} builds its model itself")
     file, _, factory = target.rpartition(":")
     if not file or not factory:
         raise TargetError(
             f"{target!r} is no target; expected package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE (hf:gpt2)"
+            " or zoo:FAMILY (zoo:resnet)"
         )
     return _call(_module(file), factory, target)
 
@@ -131,6 +134,17 @@ def _transformers(model_type: str, settings: Mapping[str, Any]) -> tuple[nn.Modu
         else:
             raise TargetError(f"transformers cannot build a model of type {model_type!r} from its config alone")
         return model, (), _inputs(model, config)
+
+
+def _zoo(name: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A family of the zoo, of 2 layers or as many as `--set layers=N` says."""
+    from mhc_compile import zoo
+
+    layers = settings.get("layers", 2)
+    unknown = sorted(set(settings) - {"layers"})
+    if unknown or not isinstance(layers, int) or layers < 1:
+        raise TargetError(f"zoo: targets have one setting, layers=N with N >= 1; found {dict(settings)}")
+    return zoo.get(name).build(layers)
 
 
 def _inputs(model: Any, config: Any) -> dict[str, Any]:

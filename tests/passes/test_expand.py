@@ -110,6 +110,7 @@ def unequal(module):
         (lambda m, y: y.view(-1, C), lambda m, S: S.flatten(0, 1)),
         (lambda m, y: y.flatten(0, 1), lambda m, S: S.flatten(0, 1)),
         (lambda m, y: y.transpose(0, 1), lambda m, S: S.transpose(0, 1)),
+        (lambda m, y: torch.ops.aten._unsafe_view.default(y, [8, C]), lambda m, S: S.flatten(0, 1)),
         (lambda m, y: torch.relu(y), lambda m, S: torch.relu(S)),
         (lambda m, y: m.norm_f(y), lambda m, S: m.norm_f(S)),
         (lambda m, y: y * m.vector * 0.5, lambda m, S: S * m.vector * 0.5),
@@ -215,7 +216,9 @@ def test_shared_modules_share_parameters():
 
 
 def test_rewrite_says_what_is_wrong():
-    with pytest.raises(mhc_compile.CaptureError, match=r"takes a torch\.fx\.GraphModule, got Linear"):
+    with pytest.raises(
+        mhc_compile.CaptureError, match=r"takes a torch\.fx\.GraphModule or .*ExportedProgram, got Linear"
+    ):
         mhc_compile.rewrite(torch.nn.Linear(2, 2), torch.randn(2, 2))
     with pytest.raises(mhc_compile.CaptureError, match=r"example inputs \(\[2, 4, 5\]\) do not fit"):
         rewritten(two_sites, torch.randn(2, 4, 5))

@@ -179,3 +179,37 @@ def test_names_come_from_module_paths():
     assert plan.sites[0].path == "mhc.f"
     plan = planned(lambda m, x: x + F.linear(m.norm(x), m.weight))
     assert plan.sites[0].path == "mhc.weight"
+
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("forward", "axis"),
+    [
+        (lambda m, x: aten.add.Tensor(x, aten.linear.default(x, m.weight)), -1),
+        (lambda m, x: x + aten.addmm.default(m.vector, x.view(-1, C), m.weight).view(2, 4, C), -1),
+        (lambda m, x: x + aten._unsafe_view.default(aten.mm.default(x.view(-1, C), m.weight), [2, 4, C]), -1),
+        (lambda m, x: x + aten.mm.default(m.rows.repeat(8, 2), x.view(8, C)).view(8, C).view(2, 4, C), -1),
+        (lambda m, x: x + aten._unsafe_view.default(aten.mm.default(m.rows.repeat(8, 2), x.view(8, C)), [2, 4, C]), -1),
+        (
+            lambda m, x: (
+                x + aten.addmm.default(m.vector, x.view(-1, C), m.weight).view(2, 4, C).view(2, C, 4).transpose(1, 2)
+            ),
+            -1,
+        ),
+        (lambda m, x: x + aten.baddbmm.default(x, x, m.weight.expand(2, C, C)), -1),
+        (lambda m, x: x + aten.convolution.default(x, m.conv.weight, None, [1], [1], [1], False, [0], 1), 1),
+        (lambda m, x: x + m.f(aten._native_batch_norm_legit_no_training.default(x, *[m.rows] * 4, 0.1, 1e-5)[0]), 1),
+        (lambda m, x: x + m.conv(aten.native_layer_norm.default(x, [C], m.vector, None, 1e-5)[0]), -1),
+        (
+            lambda m, x: (
+                x + aten._scaled_dot_product_flash_attention_for_cpu.default(*[x.unsqueeze(1)] * 3)[0].squeeze(1)
+            ),
+            -1,
+        ),
+    ],
+)
+def test_decomposed_operations_are_known_by_their_names_in_aten(forward, axis):
+    plan = planned(forward)
+    assert [site.axis for site in plan.sites] == [axis % 3], plan.refusals

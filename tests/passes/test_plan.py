@@ -58,6 +58,9 @@ def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_refused()
     assert "its chain has 1 site; min_sites=2" in plan.refusals[0].sentence
 
 
+aten = torch.ops.aten
+
+
 def rms(m, x):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.vector
 
@@ -73,6 +76,8 @@ def rms(m, x):
         (rms, ["pow", "mean", "add", "rsqrt", "mul", "mul"]),
         (lambda m, y: y.transpose(0, 1), ["transpose"]),
         (lambda m, y: nn.functional.dropout(y, 0.1, training=False), ["dropout"]),
+        (lambda m, y: aten._to_copy.default(y, dtype=torch.float64).float(), ["_to_copy", "float"]),
+        (lambda m, y: aten._unsafe_view.default(y, [8, C]).view(2, 4, C), ["_unsafe_view", "view"]),
         (lambda m, y: nn.functional.dropout(y, 0.1), ["dropout"]),
         (lambda m, y: y.softmax(1), ["softmax"]),
         (lambda m, y: y * torch.rand_like(y), ["mul"]),

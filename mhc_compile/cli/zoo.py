@@ -1,0 +1,130 @@
+"""`mhc zoo [NAME...]`: the families of the zoo, checked and tabled."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from mhc_compile.zoo.check import Outcome
+    from mhc_compile.zoo.family import Family, Mode
+
+__all__ = ["command"]
+
+
+@click.command("zoo")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--group", help="All families of one theme.")
+@click.option("--layers", type=click.IntRange(2), default=2, show_default=True, help="Depth of the models.")
+@click.option("--mode", type=click.Choice(["train", "eval", "both"]), default="train", show_default=True)
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the backend (streams=2); repeatable."
+)
+@click.option("--structure", is_flag=True, help="Do not run the models: compare sites and chains alone.")
+@click.option("--list", "only_list", is_flag=True, help="List the families with their chains, and check nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")
+def command(
+    names: tuple[str, ...],
+    group: str | None,
+    layers: int,
+    mode: str,
+    options: tuple[str, ...],
+    structure: bool,
+    only_list: bool,
+    as_json: bool,
+) -> None:
+    """Check families of models: every residual add is found, nothing else is touched, the numbers are those of the plain model.
+
+    The models are tiny and randomly initialised; nothing is downloaded. Without NAME and --group all families are checked, which takes many
+    minutes. `mhc explain zoo:NAME` shows one of them in detail.
+
+    Columns: sites found/expected; lengths of chains; additions left alone, by reason; largest relative error of an output and of a gradient.
+
+    Exit code 1 if anything deviates from what is expected.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
+    from rich.console import Console
+
+    from mhc_compile import zoo
+    from mhc_compile.cli.targets import parse_settings
+    from mhc_compile.options import Options
+    from mhc_compile.zoo.report import listing, summary, table, to_json
+
+    chosen = tuple(zoo.get(name) for name in names) if names else zoo.families(group)
+    if group is not None:
+        chosen = tuple(family for family in chosen if family.group == group)
+    settings = parse_settings(options)
+    Options.parse(settings)  # a wrong option is an error before the first model is built
+    if only_list:
+        _list(chosen, layers, as_json, listing)
+        return
+    modes: tuple[Mode, ...] = ("train", "eval") if mode == "both" else ("eval",) if mode == "eval" else ("train",)
+    jobs = [(family, one) for family in chosen for one in modes]
+    outcomes = _check_all(jobs, layers, settings, not structure, Console(stderr=True))
+    if as_json:
+        click.echo(json.dumps(to_json(outcomes), indent=2))
+    else:
+        console = Console()
+        console.print(table(outcomes, console.width))
+        console.print(summary(outcomes), soft_wrap=True)
+    if any(outcome.status in {"deviates", "failed"} for outcome in outcomes):
+        raise click.exceptions.Exit(1)
+
+
+def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) -> None:
+    from rich.console import Console
+
+    rows = [
+        (
+            family.name,
+            family.group,
+            family.needs,
+            ", ".join(map(str, family.expected(layers, "train").chains)) or "none",
+        )
+        for family in chosen
+    ]
+    if as_json:
+        keys = ("family", "group", "needs", "chains")
+        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+    else:
+        Console().print(listing(rows))
+
+
+def _check_all(
+    jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
+) -> list[Outcome]:
+    """The outcomes in order, with a bar on a terminal; in a log only what deviates is printed as it happens."""
+    import logging
+    import warnings
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from mhc_compile.zoo.check import check
+
+    warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks are counted, not told
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    outcomes: list[Outcome] = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for family, mode in jobs:
+            progress.update(task, description=f"{family.name} {mode}")
+            outcome = check(family, layers=layers, mode=mode, options=settings, preserve=preserve)
+            outcomes.append(outcome)
+            progress.advance(task)
+            if outcome.status in {"deviates", "failed"}:
+                progress.console.print(f"{family.name} {mode}: {outcome.message}", markup=False, highlight=False)
+    return outcomes

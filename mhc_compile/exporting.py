@@ -1,0 +1,150 @@
+"""`mhc_compile.rewrite` for a `torch.export.ExportedProgram`: the same passes, and a program that needs nothing of ours to run.
+
+An exported program is a graph of ATen operations and a signature that says which graph input is which entry of the state dict. The rewrite adds
+inputs for the new parameters behind the old ones, puts the graph on streams, and writes every operator of ours as ATen.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import ExportedProgram, default_decompositions
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+)
+
+from mhc_compile.errors import CaptureError
+from mhc_compile.passes import (
+    NORMALIZE,
+    LowerOperators,
+    Plan,
+    RaiseLayerNorms,
+    RemoveDeclarations,
+    SpellAten,
+    expand_plan,
+    plan_chains,
+    run_passes,
+)
+from mhc_compile.program import ProgramParameters, ProgramProvenance
+from mhc_compile.study import complain
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+    from mhc_compile.options import Options
+
+__all__ = ["plan_program", "rewrite_program"]
+
+
+def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgram:
+    """A program like `program`, on parallel residual streams; see `mhc_compile.rewrite`."""
+    graph, parameters, plan = plan_program(program, options)
+    if not plan.sites:
+        if not parameters.in_use:
+            complain(plan.refusals, options, [graph])
+        graph = run_passes(program.graph, (RemoveDeclarations(), LowerOperators()))
+        return _assemble(program, graph, list(program.graph_signature.input_specs), {})
+    bindings, specs = parameters.bind(plan)
+    graph = expand_plan(graph, plan, bindings)
+    kept = {node.name for node in graph.nodes}
+    table = {} if program.dialect == "TRAINING" else dict(default_decompositions())
+    graph = run_passes(graph, (LowerOperators({**table, **LowerOperators().decompositions}), SpellAten(table)))
+    return _assemble(program, graph, specs, parameters.tensors, kept)
+
+
+def plan_program(program: ExportedProgram, options: Options) -> tuple[Graph, ProgramParameters, Plan]:
+    """The normalised graph of a program, the parameters that its sites have or will have, and the plan for it.
+
+    Raises:
+        CaptureError: the program is a joint graph of forward and backward.
+        AttachError: the program has hyper-connections that contradict the options.
+    """
+    signature = program.graph_signature
+    if signature.backward_signature is not None:
+        raise CaptureError(
+            "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program first, then make the"
+            " joint graph"
+        )
+    graph = run_passes(program.graph, (RaiseLayerNorms(), *NORMALIZE))
+    provenance = ProgramProvenance(graph, program)
+    parameters = ProgramParameters(graph, program, options)
+    while True:
+        plan = plan_chains(
+            graph, provenance, min_sites=options.min_sites, refuse=lambda site: parameters.vetoes.get(site.add)
+        )
+        if not parameters.claim(plan):
+            return graph, parameters, plan
+
+
+def _assemble(
+    program: ExportedProgram,
+    graph: Graph,
+    inputs: list[InputSpec],
+    tensors: dict[str, torch.nn.Parameter],
+    kept: set[str] | None = None,
+) -> ExportedProgram:
+    """A program with another graph and further tensors, otherwise like `program`.
+
+    Args:
+        program: the program to be like.
+        graph: the graph, in ATen.
+        inputs: specs of the graph's placeholders, in order.
+        tensors: new entries of the state dict.
+        kept: names of the program's values that exist in the graph; all of the graph's, if not given.
+    """
+    for node in graph.nodes:
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta.pop("example_value")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = iter([node.name for node in program.graph.nodes if node.op == "placeholder"])
+    parameters = set(program.graph_signature.parameters)
+    for node, spec in zip(placeholders, inputs, strict=True):
+        if spec.kind is not InputKind.PARAMETER or spec.target in parameters:
+            node.name = next(names)  # a copy renames inputs that are called like something of Python's (`input`)
+    results: Any = next(iter(reversed(graph.nodes))).args[0]
+    outputs = [_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)]
+    inputs = [_named(spec, node) for spec, node in zip(inputs, placeholders, strict=True)]
+    kept = ({node.name for node in graph.nodes} if kept is None else kept) | {node.name for node in placeholders}
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict={**program.state_dict, **tensors},
+        range_constraints=copy.copy(program.range_constraints),
+        module_call_graph=[_call(entry, kept, outputs) for entry in program.module_call_graph],
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
+
+
+def _named(spec: Any, node: Node | Any) -> Any:
+    """`spec` for the value of `node`, which may have another name now."""
+    if not isinstance(node, torch.fx.Node) or isinstance(spec.arg, ConstantArgument):
+        return spec
+    return replace(spec, arg=replace(spec.arg, name=node.name))
+
+
+def _call(entry: Any, kept: set[str], outputs: list[OutputSpec]) -> Any:
+    """The entry of a module call.
+
+    The signature of a call that takes or returns a value which is streams now is dropped; `unflatten` makes one from the graph. The root takes
+    and returns what it did.
+    """
+    signature = copy.deepcopy(entry.signature)
+    if signature is None:
+        return replace(entry)
+    if not entry.fqn:
+        results = [spec.arg for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
+        return replace(entry, signature=replace(signature, outputs=results if signature.outputs else []))
+    arguments = [*signature.inputs, *signature.outputs]
+    values = [argument.name for argument in arguments if not isinstance(argument, ConstantArgument)]
+    return replace(entry, signature=signature if kept.issuperset(values) else None)

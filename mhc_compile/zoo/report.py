@@ -1,0 +1,106 @@
+"""The zoo's results as one table, or as JSON. Data first: everything here reads `Outcome`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mhc_compile.zoo.check import Outcome
+
+__all__ = ["NARROW", "listing", "summary", "table", "to_json"]
+
+#: Below this width reasons are abbreviated and both errors share a column.
+NARROW = 110
+_STYLES = {"ok": "green", "deviates": "red", "failed": "red", "skipped": "yellow"}
+
+
+def table(outcomes: Sequence[Outcome], width: int) -> Table:
+    """One row per family and mode: structure found and expected, what was refused, how far the numbers are off."""
+    narrow = width < NARROW
+    view = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    view.add_column("model", no_wrap=True, overflow="ellipsis", max_width=22 if narrow else 30)
+    for title in ("mode", "graphs", "sites"):
+        view.add_column(
+            "g" if narrow and title == "graphs" else title, justify="left" if title == "mode" else "right", no_wrap=True
+        )
+    view.add_column("chains", overflow="fold", max_width=12 if narrow else 18)
+    view.add_column("refused by reason", overflow="fold")
+    for title in ("error",) if narrow else ("forward", "gradients"):
+        view.add_column(title, justify="right", no_wrap=True)
+    view.add_column("s", justify="right", no_wrap=True)
+    for outcome in outcomes:
+        errors = (outcome.error_forward, outcome.error_gradients)
+        known = [error for error in errors if error is not None]
+        shown = [_error(max(known) if known else None)] if narrow else [_error(error) for error in errors]
+        view.add_row(
+            Text(outcome.name, style=_STYLES[outcome.status]),
+            outcome.mode,
+            str(outcome.graphs),
+            _sites(outcome),
+            _lengths(outcome.chains),
+            _remarks(outcome),
+            *shown,
+            f"{outcome.seconds:.1f}",
+        )
+    return view
+
+
+def summary(outcomes: Sequence[Outcome]) -> Text:
+    """One line: how many of what came out how, and how long it took."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    text = Text(f"{len(outcomes)} checked: ")
+    text.append(", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing")
+    rewritten = sum(outcome.sites for outcome in outcomes)
+    text.append(f"; {rewritten} sites rewritten, {sum(sum(o.refused.values()) for o in outcomes)} additions left alone")
+    worst = max((o.error_gradients for o in outcomes if o.error_gradients is not None), default=None)
+    if worst is not None:
+        text.append(f"; largest gradient error {worst:.1e}")
+    text.append(f"; {sum(outcome.seconds for outcome in outcomes):.0f} s")
+    text.stylize("red" if counts["deviates"] or counts["failed"] else "green")
+    return text
+
+
+def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Plain data: every outcome, and the counts."""
+    return {
+        "outcomes": [outcome.to_dict() for outcome in outcomes],
+        "counts": dict(Counter(outcome.status for outcome in outcomes)),
+    }
+
+
+def listing(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """Names of families, their themes, what they need, and their chains at a depth."""
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("family", "group", "needs", "chains"):
+        view.add_column(title, no_wrap=title != "chains", overflow="fold")
+    for row in rows:
+        view.add_row(*map(Text, row))
+    return view
+
+
+def _sites(outcome: Outcome) -> Text:
+    right = outcome.sites == outcome.expected_sites
+    return Text(f"{outcome.sites}/{outcome.expected_sites}", style="" if right else "bold red")
+
+
+def _lengths(lengths: tuple[int, ...]) -> str:
+    """`6 + 4`, and `3 × 4` for equal ones."""
+    return " + ".join(f"{n}×{length}" if n > 1 else str(length) for length, n in Counter(lengths).items()) or "–"
+
+
+def _remarks(outcome: Outcome) -> Text:
+    """The additions that were left alone, by reason, and below them what is wrong."""
+    text = Text(", ".join(f"{reason} {count}" for reason, count in outcome.refused.most_common()) or "–")
+    if outcome.message:
+        text.append(f"\n{outcome.message}", style=_STYLES[outcome.status])
+    return text
+
+
+def _error(error: float | None) -> str:
+    return "–" if error is None else "0" if error == 0 else f"{error:.0e}"

@@ -1,0 +1,86 @@
+"""The site tree of a family, as data and as text that is the same on every machine: no node names, no source lines, no timings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.capture import capture
+from mhc_compile.options import Options
+from mhc_compile.study import study
+
+if TYPE_CHECKING:
+    import torch
+
+    from mhc_compile.passes import Site
+    from mhc_compile.zoo.family import Family, Mode
+
+__all__ = ["Structure", "structure"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the finder makes of a family.
+
+    Attributes:
+        graphs: the graphs that Dynamo made.
+        chains: for every chain its sites, each as one line: path, width, axis, number of adds.
+        refused: module and reason of every other addition, in the order of the graph.
+        layers: the depth.
+        mode: "train" or "eval".
+    """
+
+    graphs: int
+    chains: tuple[tuple[str, ...], ...]
+    refused: tuple[tuple[str, str], ...]
+    layers: int
+    mode: Mode
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the chains, the longest first."""
+        return tuple(sorted(map(len, self.chains), reverse=True))
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason was given."""
+        return Counter(reason for _, reason in self.refused)
+
+    def __str__(self) -> str:
+        head = f"{self.layers} layers, {self.mode}: {sum(self.lengths)} sites, {len(self.refused)} additions left alone, {self.graphs} graphs"
+        lines = [head]
+        for number, chain in enumerate(self.chains, start=1):
+            lines += ["", f"chain {number}", *(f"  {site}" for site in chain)]
+        if self.refused:
+            lines += ["", "left alone"]
+            lines += [
+                f"  {module or '(the model itself)'}  {reason}" + (f"  × {count}" if count > 1 else "")
+                for (module, reason), count in Counter(self.refused).items()
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Options | None = None) -> Structure:
+    """Traces the family and studies its graphs; nothing is run.
+
+    Raises:
+        CaptureError: the model could not be traced.
+    """
+    chosen = options or Options()
+    model, args, kwargs = family.build(layers)
+    chains: list[tuple[str, ...]] = []
+    refused: list[tuple[str, str]] = []
+
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        plan = study(graph_module, inputs, chosen).plan
+        chains.extend(tuple(map(_line, chain.sites)) for chain in plan.chains)
+        refused.extend((refusal.where, refusal.reason.value) for refusal in plan.refusals)
+
+    graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)
+    return Structure(graphs, tuple(chains), tuple(refused), layers, mode)
+
+
+def _line(site: Site) -> str:
+    adds = f"  {len(site.adds)} adds" if len(site.adds) > 1 else ""
+    return f"{site.path}  C={site.width} axis={site.axis}{adds}"

@@ -1,0 +1,108 @@
+"""The rewritten model computes what the plain one does: outputs, buffers, written inputs, and every original gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mhc_compile import zoo
+from mhc_compile.zoo.check import check
+from mhc_compile.zoo.family import Family, chains, no_chain
+from mhc_compile.zoo.parts import FeedForward
+from mhc_compile.zoo.preservation import preservation
+
+OPTIONS = {"streams": 3, "min_sites": 1}
+RUNS = {(2, "train"): "carried", (2, "eval"): "none"}
+
+
+@pytest.mark.zoo(layers_and_modes=RUNS)
+def test_outputs_and_gradients_are_those_of_the_plain_model(family, layers, mode):
+    model, args, kwargs = family.build(layers)
+    errors = preservation(
+        (model.train(mode == "train"), args, kwargs),
+        OPTIONS,
+        double=family.double,
+        differentiable_inputs=family.differentiable_inputs,
+    )
+    assert errors.forward <= family.tolerance, errors
+    assert errors.gradients <= family.tolerance, errors
+
+
+@pytest.mark.parametrize("name", ["resnet", "dit"])
+def test_eval_mode_is_preserved(name):
+    outcome = check(zoo.get(name), mode="eval")
+    assert outcome.status == "ok"
+    assert max(outcome.error_forward, outcome.error_gradients) <= 1e-5, outcome.message
+
+
+def test_a_rewrite_that_changes_the_function_is_noticed():
+    outcome = check(zoo.get("pre-norm"), options={"start": "scratch"})
+    assert outcome.status == "deviates"
+    assert outcome.error_forward > 1e-3
+    assert "output deviates by" in outcome.message
+
+
+class Drifting(nn.Module):
+    """Another function under compilation: what a wrong rewrite would be."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.f = what, FeedForward()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, x):
+        y = self.f(x)
+        if torch.compiler.is_compiling():
+            if self.what == "gradient":
+                y = y + (self.f[1].bias - self.f[1].bias.detach()).sum()
+            if self.what == "buffer":
+                self.seen += 1
+            if self.what == "output":
+                y = y * 1.001
+            if self.what == "undefined":
+                y = y.where(y != y.max(), float("nan"))
+            if self.what == "shape":
+                y = y[:1]
+        return y
+
+
+@pytest.mark.parametrize(
+    ("what", "worst"),
+    [
+        ("nothing", ""),
+        ("undefined", "output"),
+        ("gradient", "f.1.bias"),
+        ("buffer", "buffer seen"),
+        ("output", "output"),
+        ("shape", "output"),
+    ],
+)
+def test_each_kind_of_difference_is_seen(what, worst):
+    family = Family("drifting", "none", lambda n: (Drifting(what), (torch.randn(2, 5, 16),), {}), chains(no_chain))
+    errors = preservation(family.build(1), {}, double=False, differentiable_inputs=True)
+    if not worst:
+        assert max(errors.forward, errors.gradients) < 1e-6
+    elif what == "gradient":
+        assert errors.forward < 1e-6
+        assert (errors.gradients > 1e-4, errors.worst_gradient) == (True, worst)
+    else:
+        assert (errors.forward > 1e-4, errors.worst_output) == (True, worst)
+
+
+def test_a_model_without_numbers_proves_nothing():
+    class Undefined(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float("nan")
+
+    family = Family("undefined", "none", lambda n: (Undefined(4, 4), (torch.randn(2, 4),), {}), chains(no_chain))
+    outcome = check(family)
+    assert outcome.status == "failed"
+    assert "the plain model gives NaN in output" in outcome.message
+
+
+def test_a_model_that_cannot_run_is_failed_and_not_raised():
+    family = Family("broken", "none", lambda n: (nn.Linear(3, 3), (torch.randn(2, 4),), {}), chains(no_chain))
+    outcome = check(family)
+    assert outcome.status == "failed"
+    assert "could not be traced" in outcome.message
