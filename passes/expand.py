@@ -114,7 +114,8 @@ class _Expansion:
     def run(self, chain: Chain) -> None:
         first = chain.sites[0]
         start = self._start(first)
-        self._follow(start if first.ready is first.trunk else self.nodes[first.ready], like=self.nodes[first.add])
+        ready = start if first.ready is first.trunk else max(start, self.nodes[first.ready])
+        self._follow(ready, like=self.nodes[first.add])
         streams = self._spread(start, first.shortcut.axes[first.trunk], self.bindings[first].streams)
         stages: list[tuple[Site, Region, dict[Node, Node], Node]] = []
         self.known = {}

@@ -411,7 +411,7 @@ def test_regions_of_random_programs():
 
 @pytest.mark.slow
 def test_regions_of_many_random_programs():
-    settings(max_examples=1500, **common)(given(programs, switches)(check_only))()
+    settings(max_examples=400, **common)(given(programs, switches)(check_only))()
 
 
 def check_only(program, switches) -> None:
