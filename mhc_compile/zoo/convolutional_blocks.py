@@ -179,7 +179,7 @@ FAMILIES: tuple[Family, ...] = (
     _staged("resnet", Basic, 0, 1, projected=1),
     _staged("regnet", Bottleneck, 0, 1, projected=1),
     _staged("preact-resnet", PreActivation, 0, 1, projected=1),
-    _staged("padded-resnet", Padded, 0, 0, joined=True),
+    _staged("padded-resnet", Padded, 0, 1, projected=1),
     _staged("mobilenet", Inverted, 0, 1, double=True),
     _staged("efficientnet", EfficientBlock, 0, 1, double=True),
     _staged("convnext-stages", ConvNeXt, 0, 0),

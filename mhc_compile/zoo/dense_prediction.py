@@ -161,7 +161,7 @@ class BothLayouts(nn.Module):
 _GROUP = "dense_prediction"
 FAMILIES: tuple[Family, ...] = (
     Family("residual-unet", _GROUP, feature_maps(UNet), chains(lambda n: (n, n, n))),
-    Family("rrdb", _GROUP, feature_maps(SuperResolution), chains(lambda n: (1, n, *(3 for _ in range(n))))),
+    Family("rrdb", _GROUP, feature_maps(SuperResolution), chains(lambda n: (3 * n, 1))),
     Family("densenet", _GROUP, feature_maps(DenseNet), chains(no_chain)),
     Family("uvit", _GROUP, feature_maps(LongSkips), chains(lambda n: (2 * n, *(2 for _ in range(n))))),
     Family("both-layouts", _GROUP, feature_maps(BothLayouts), chains(lambda n: (3 * n,))),

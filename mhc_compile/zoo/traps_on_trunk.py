@@ -171,22 +171,27 @@ class Pyramid(nn.Module):
 class ManyStreams(nn.Module):
     """Hyper-connections by hand: n streams, mixed by a matrix, `mix · H + post ⊗ f(pre · H)`. There is nothing to replace."""
 
-    def __init__(self, n: int = 3) -> None:
+    def __init__(self, n: int = 3, *, dynamic: bool = False) -> None:
         super().__init__()
         self.f, self.mix = FeedForward(), nn.Parameter(torch.eye(n))
+        self.to_mix = nn.Linear(WIDTH, n) if dynamic else None
         self.pre, self.post = nn.Parameter(torch.full((n,), 1 / n)), nn.Parameter(torch.ones(n))
 
     def forward(self, streams: Tensor) -> Tensor:
         y = self.f(torch.einsum("n,btnc->btc", self.pre, streams))
+        if self.to_mix is not None:
+            mix = (self.mix + self.to_mix(streams)).softmax(-1)
+            return mix @ streams + self.post[:, None] * y[:, :, None]
         return torch.einsum("mn,btnc->btmc", self.mix, streams) + self.post[:, None] * y[:, :, None]
 
 
 class HyperConnected(nn.Module):
-    """A network of these."""
+    """A network of these, mixed by learned matrices or by matrices computed from the streams."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, dynamic: bool = False) -> None:
         super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.Sequential(*(ManyStreams() for _ in range(layers)))
+        blocks = (ManyStreams(dynamic=dynamic) for _ in range(layers))
+        self.into, self.blocks = nn.Linear(8, WIDTH), nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.into(x)[:, :, None].expand(-1, -1, 3, -1)).mean(2)
@@ -240,19 +245,24 @@ def _conditioned(layers: int) -> Case:
     return Framed([SharedModulation() for _ in range(layers)]), (torch.randn(2, 5, 8), torch.randn(2, 5, WIDTH)), {}
 
 
-_SHORT, _INDEPENDENT = Reason.CHAIN_TOO_SHORT, Reason.INDEPENDENT
+def _mixed(layers: int) -> Case:
+    return HyperConnected(layers, dynamic=True), (torch.randn(2, 5, 8),), {}
+
+
+_SIDE, _LONG, _INDEPENDENT = Reason.SIDE_ADD, Reason.LONG_SKIP, Reason.INDEPENDENT
 FAMILIES: tuple[Family, ...] = (
-    _trap("trap-side-add", vectors(SideAdd), lambda n: (n,), _SHORT),
-    _trap("trap-direct-path", vectors(DirectPath), lambda n: (n,), _SHORT, Reason.NO_CONTRACTION, _INDEPENDENT),
-    _trap("trap-shared-modulation", _conditioned, lambda n: (n,), _SHORT, _INDEPENDENT),
+    _trap("trap-side-add", vectors(SideAdd), lambda n: (n,), _SIDE),
+    _trap("trap-direct-path", vectors(DirectPath), lambda n: (n,), _SIDE),
+    _trap("trap-shared-modulation", _conditioned, lambda n: (n,), _SIDE, _INDEPENDENT),
     _trap("trap-query-positions", vectors(QueryPositions), lambda n: (n,), _INDEPENDENT),
-    _trap("trap-value-residual", _network(ValueResidual), lambda n: (n,), _SHORT, _INDEPENDENT),
+    _trap("trap-value-residual", _network(ValueResidual), lambda n: (n,), _SIDE),
     _trap("trap-constant-shift", vectors(ConstantShift), lambda n: (n,), Reason.NOT_DIFFERENTIABLE),
     _trap("trap-zeroed-branch", vectors(ZeroedBranch), lambda n: (n,), Reason.NOT_DIFFERENTIABLE),
     _trap("trap-size-only", vectors(SizeOnly), lambda n: (n,), _INDEPENDENT),
-    _trap("trap-summed-states", _network(SummedStates), lambda n: (n,), _SHORT, _INDEPENDENT),
-    _trap("trap-pyramid", _network(Pyramid, 2, 3, 8, 8), lambda n: (n, n, n), _INDEPENDENT),
-    _trap("trap-many-streams", _network(HyperConnected), no_chain, _INDEPENDENT, Reason.BROADCAST),
-    _trap("trap-first-mixed", _network(FirstMixed), lambda n: (n,), _SHORT, _INDEPENDENT, Reason.NO_CONTRACTION),
-    _trap("trap-two-ages", _network(TwoAges), lambda n: (n + 1,), _SHORT, _INDEPENDENT),
+    _trap("trap-summed-states", _network(SummedStates), lambda n: (n,), _LONG, _INDEPENDENT),
+    _trap("trap-pyramid", _network(Pyramid, 2, 3, 8, 8), lambda n: (n, n, n), Reason.PROJECTED_SKIP),
+    _trap("trap-many-streams", _network(HyperConnected), no_chain, Reason.PROJECTED_SKIP),
+    _trap("trap-mixed-streams", _mixed, no_chain, Reason.MULTI_STREAM, Reason.BROADCAST),
+    _trap("trap-first-mixed", _network(FirstMixed), lambda n: (n,), _LONG, _INDEPENDENT),
+    _trap("trap-two-ages", _network(TwoAges), lambda n: (n + 1,), _LONG),
 )
