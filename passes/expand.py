@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mhc_compile.passes.plan import Chain, Plan
-    from mhc_compile.passes.region import Region
+    from mhc_compile.passes.stretch import Stretch
     from mhc_compile.passes.verdict import Site
 
 __all__ = ["Binding", "ExpandChains", "RemoveDeclarations"]
@@ -117,7 +117,7 @@ class _Expansion:
         ready = start if first.ready is first.trunk else max(start, self.nodes[first.ready])
         self._follow(ready, like=self.nodes[first.add])
         streams = self._spread(start, first.shortcut.axes[first.trunk], self.bindings[first].streams)
-        stages: list[tuple[Site, Region, dict[Node, Node], Node]] = []
+        stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
         self.known = {}
         for site, link in zip(chain.sites, chain.links, strict=True):
             lifted = self._lift(link, streams)
@@ -150,19 +150,19 @@ class _Expansion:
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
         return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
 
-    def _lift(self, region: Region, streams: Node) -> dict[Node, Node]:
-        """The streams that stand for the region's values, by the nodes of the plan."""
-        lifted = {region.source: streams}
-        self.known[region.source] = streams, region.axes[region.source]
-        for node in region.nodes:
+    def _lift(self, stretch: Stretch, streams: Node) -> dict[Node, Node]:
+        """The streams that stand for the stretch's values, by the nodes of the plan."""
+        lifted = {stretch.source: streams}
+        self.known[stretch.source] = streams, stretch.axes[stretch.source]
+        for node in stretch.nodes:
             old = self.nodes[node]
             self._follow(old, like=old)
             # The operands may have been replaced by what another chain made of them.
             operands = self._operands(node)
             given = {new: lifted[before] for before, new in operands if before in lifted}
             axes = {
-                **{new: region.axes[before] for before, new in operands if before in lifted},
-                old: region.axes[node],
+                **{new: stretch.axes[before] for before, new in operands if before in lifted},
+                old: stretch.axes[node],
             }
             older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
             wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
@@ -171,7 +171,7 @@ class _Expansion:
                 axes = wide
             new = self._emit_lifted(old, given, axes)
             lifted[node] = new
-            self.known[node] = new, region.axes[node]
+            self.known[node] = new, stretch.axes[node]
         return lifted
 
     def _known(self, node: Node) -> tuple[Node, int] | None:
@@ -205,12 +205,12 @@ class _Expansion:
         given, now = (pytree.tree_leaves((one.args, one.kwargs)) for one in (node, self.nodes[node]))
         return [(old, new) for old, new in zip(given, now, strict=True) if isinstance(old, Node)]
 
-    def _dispose(self, region: Region, lifted: dict[Node, Node]) -> None:
+    def _dispose(self, stretch: Stretch, lifted: dict[Node, Node]) -> None:
         """Takes out the trunk operations that nobody reads any more. One that is read elsewhere stays, and reads the mean.
 
         What draws random numbers or keeps statistics must happen once: its readers get the mean of the streams instead.
         """
-        for node in reversed(region.nodes):
+        for node in reversed(stretch.nodes):
             old = self.nodes[node]
             if old in self.replaced:
                 continue
@@ -220,7 +220,7 @@ class _Expansion:
                 continue
             self.lifted.append(old)
             if is_random(old) or op_name(old) == "batch_norm":
-                self._read_out(old, lifted[node], region.axes[node])
+                self._read_out(old, lifted[node], stretch.axes[node])
 
     def _features_last(self, value: Node, axis: int) -> Node:
         """[..., C, ...] to [..., C]. A view."""

@@ -19,8 +19,8 @@ from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.reach import Reach, contracts, weights_of
-from mhc_compile.passes.region import Region, region_between
 from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
+from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ class _Finder:
             carrier=carrier,
         )
 
-    def _shortcut(self, split: _Split, branch: tuple[Node, ...], anchor: Node) -> Region | str | None:
+    def _shortcut(self, split: _Split, branch: tuple[Node, ...], anchor: Node) -> Stretch | str | None:
         """The operations from the trunk to the skip. None where the feature axis is unknown, a sentence where they cannot run on streams."""
         last = max(split.others, key=self.order.__getitem__)
         entry, leaving = entry_axis(split.trunk, branch), exit_axis(anchor, last, branch)
@@ -319,12 +319,12 @@ class _Finder:
         trunk, skip = tensor_value(split.trunk), tensor_value(split.skip)
         assert trunk is not None
         assert skip is not None
-        region = region_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
-        if region is None:
+        stretch = stretch_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
+        if stretch is None:
             return f"'{split.skip}' comes from the trunk '{split.trunk}' by operations that cannot run on streams"
-        if not _same_size(trunk.shape[known[0]], skip.shape[region.axes[split.skip]]):
+        if not _same_size(trunk.shape[known[0]], skip.shape[stretch.axes[split.skip]]):
             return f"'{split.skip}' has another width than the trunk '{split.trunk}' that the branch reads"
-        return region
+        return stretch
 
     def _name(self, owner: ModuleRef, child: ModuleRef | None, anchor: Node) -> tuple[str, ModuleRef | None]:
         """The site's name below its owner, and the module whose call declares it.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.find import Findings, find
-from mhc_compile.passes.region import Region, region_between
 from mhc_compile.passes.roles import is_contraction
+from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Chain:
 
     sites: tuple[Site, ...]
     #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Empty for the first.
-    links: tuple[Region, ...]
+    links: tuple[Stretch, ...]
 
     @property
     def start(self) -> Node:
@@ -74,10 +74,10 @@ def plan_chains(
     while True:
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
-        regions = {site: _region(site, by_sum, aliases) for site in sites}
-        refused = _long_skips(sites, regions, by_sum, aliases)
+        stretches = {site: _stretch(site, by_sum, aliases) for site in sites}
+        refused = _long_skips(sites, stretches, by_sum, aliases)
         if not refused:
-            chains = _link(sites, regions, by_sum)
+            chains = _link(sites, stretches, by_sum)
             refused = _sides(chains)
         if not refused:
             refused = _short(chains, min_sites)
@@ -92,7 +92,7 @@ def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refu
 
 
 def _long_skips(
-    sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+    sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> dict[Site, Refusal]:
     """The sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
 
@@ -103,9 +103,9 @@ def _long_skips(
         last = _nearest_sum(site.terms[0], by_sum, aliases)
         if len(site.terms) > 1 or last is None or last is site.add:
             continue
-        if region_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
+        if stretch_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
             continue
-        if _follows(by_sum[last], site, regions, by_sum, aliases):
+        if _follows(by_sum[last], site, stretches, by_sum, aliases):
             long[site] = refuse_site(
                 site,
                 Reason.LONG_SKIP,
@@ -115,20 +115,20 @@ def _long_skips(
 
 
 def _follows(
-    last: Site, site: Site, regions: dict[Site, Region | None], by_sum: dict[Node, Site], aliases: Aliases
+    last: Site, site: Site, stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> bool:
     """Whether the trunk of `last`, followed backwards from site to site, comes through the trunk value of `site`."""
     step: Site | None = last
     while step is not None:
-        region = regions[step]
-        if site.trunk is step.trunk or (region is not None and site.trunk in region.axes):
+        stretch = stretches[step]
+        if site.trunk is step.trunk or (stretch is not None and site.trunk in stretch.axes):
             return True
-        if region is None or region.source not in by_sum:
+        if stretch is None or stretch.source not in by_sum:
             before = aliases.order[site.trunk] < aliases.order[step.trunk]
             return (
-                before and region_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
+                before and stretch_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
             )
-        step = by_sum[region.source]
+        step = by_sum[stretch.source]
     return False
 
 
@@ -163,26 +163,26 @@ def _short(chains: list[Chain], min_sites: int) -> dict[Site, Refusal]:
     return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}
 
 
-def _link(sites: list[Site], regions: dict[Site, Region | None], by_sum: dict[Node, Site]) -> list[Chain]:
-    heirs = _heirs(sites, regions)
-    chains: list[tuple[list[Site], list[Region]]] = []
-    place: dict[Site, tuple[list[Site], list[Region]]] = {}
+def _link(sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site]) -> list[Chain]:
+    heirs = _heirs(sites, stretches)
+    chains: list[tuple[list[Site], list[Stretch]]] = []
+    place: dict[Site, tuple[list[Site], list[Stretch]]] = {}
     for site in sites:
-        region = regions[site]
-        previous = by_sum.get(region.source) if region is not None and site in heirs else None
-        if region is None or previous is None:
+        stretch = stretches[site]
+        previous = by_sum.get(stretch.source) if stretch is not None and site in heirs else None
+        if stretch is None or previous is None:
             chains.append(([], []))
             place[site] = chains[-1]
-            region = Region.empty(site.trunk, site.shortcut.axes[site.trunk])
+            stretch = Stretch.empty(site.trunk, site.shortcut.axes[site.trunk])
         else:
             place[site] = place[previous]
         members, between = place[site]
         members.append(site)
-        between.append(region)
+        between.append(stretch)
     return [Chain(tuple(members), tuple(between)) for members, between in chains]
 
 
-def _heirs(sites: list[Site], regions: dict[Site, Region | None]) -> set[Site]:
+def _heirs(sites: list[Site], stretches: dict[Site, Stretch | None]) -> set[Site]:
     """The sites that carry a trunk on, where several read the same one.
 
     Of a block and the residual blocks nested in its branch, the outer one carries the trunk on; the inner ones have a chain of their own, which
@@ -190,9 +190,9 @@ def _heirs(sites: list[Site], regions: dict[Site, Region | None]) -> set[Site]:
     """
     rivals: dict[Node, list[Site]] = {}
     for site in sites:
-        region = regions[site]
-        if region is not None:
-            rivals.setdefault(region.source, []).append(site)
+        stretch = stretches[site]
+        if stretch is not None:
+            rivals.setdefault(stretch.source, []).append(site)
     chosen: set[Site] = set()
     for group in rivals.values():
         outer = [site for site in group if not any(site.add in other.branch for other in group)]
@@ -200,13 +200,13 @@ def _heirs(sites: list[Site], regions: dict[Site, Region | None]) -> set[Site]:
     return chosen
 
 
-def _region(site: Site, by_sum: dict[Node, Site], aliases: Aliases) -> Region | None:
+def _stretch(site: Site, by_sum: dict[Node, Site], aliases: Aliases) -> Stretch | None:
     """What lies between the previous site's sum and this site's trunk value; None where streams cannot come through."""
     source = _nearest_sum(site.trunk, by_sum, aliases)
     if source is None or aliases.writers(site.trunk):
         return None
-    region = region_between(source, site.trunk, by_sum[source].axis, aliases)
-    return region if region is not None and region.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
+    stretch = stretch_between(source, site.trunk, by_sum[source].axis, aliases)
+    return stretch if stretch is not None and stretch.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
 
 
 def _nearest_sum(trunk: Node, by_sum: dict[Node, Site], aliases: Aliases, limit: int = 64) -> Node | None:

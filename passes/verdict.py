@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.passes.provenance import ModuleRef
-    from mhc_compile.passes.region import Region
+    from mhc_compile.passes.stretch import Stretch
 
 __all__ = ["Reason", "Refusal", "Site"]
 
@@ -84,7 +84,7 @@ class Site:
     #: The term of the sum that is no branch: x, or what the shortcut makes of it.
     skip: Node
     #: The operations from the trunk to the skip, which run on the streams.
-    shortcut: Region
+    shortcut: Stretch
     #: f(x), one or more.
     terms: tuple[Node, ...]
     #: Everything that depends on the trunk and leads to a term.

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.aliases import Aliases
 
-__all__ = ["Region", "region_between"]
+__all__ = ["Stretch", "stretch_between"]
 
 #: More nodes than this are no stretch between two sites, but a branch.
 _LONGEST = 256
 
 
-class Region:
+class Stretch:
     """The trunk operations between the sum of one site and the skip of the next, in graph order, the skip last.
 
     `axes` gives for every operation, and for the sum itself, the axis that holds the features.
@@ -30,15 +30,15 @@ class Region:
         self.axes = axes
 
     @classmethod
-    def empty(cls, trunk: Node, axis: int) -> Region:
+    def empty(cls, trunk: Node, axis: int) -> Stretch:
         """No operations: a chain begins at `trunk`, or goes on with it."""
         return cls(trunk, (), {trunk: axis})
 
 
-def region_between(source: Node, target: Node, axis: int, aliases: Aliases) -> Region | None:
+def stretch_between(source: Node, target: Node, axis: int, aliases: Aliases) -> Stretch | None:
     """What stands between `source`, whose features lie on `axis`, and `target`; None if some of it cannot be lifted."""
     if source is target:
-        return Region.empty(source, axis)
+        return Stretch.empty(source, axis)
     order = aliases.order
     ancestors: set[Node] = set()
     stack = [target]
@@ -62,4 +62,4 @@ def region_between(source: Node, target: Node, axis: int, aliases: Aliases) -> R
         nodes.append(node)
     if not nodes or nodes[-1] is not target:
         return None
-    return Region(source, tuple(nodes), axes)
+    return Stretch(source, tuple(nodes), axes)
