@@ -47,10 +47,11 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
 
 
 def run_passes(graph: Graph, passes: Iterable[Pass], hook: Hook | None = None) -> Graph:
-    """Runs `passes` in order, linting after each."""
+    """Runs `passes` in order, linting after each that changes something."""
     for step in passes:
         after = step.apply(graph)
-        after.lint()
+        if after is not graph:
+            after.lint()
         if hook is not None:
             hook(step, graph, after)
         graph = after

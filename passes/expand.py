@@ -106,6 +106,8 @@ class _Expansion:
         self.replaced: dict[Node, Node] = {}
         #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
         self.known: dict[Node, tuple[Node, int]] = {}
+        #: Example values of coefficients, by the shapes that they come from.
+        self._coefficients_like: dict[tuple[Any, ...], Any] = {}
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
         self.cursor: Node = graph._root
@@ -282,7 +284,14 @@ class _Expansion:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
         settings = (binding.mapping, binding.iterations, binding.eps)
         packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
-        return [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
+        parts = [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
+        self._coefficients_like.setdefault(self._shapes(packed), packed.meta.get("example_value"))
+        return parts
+
+    def _shapes(self, packed: Node) -> tuple[Any, ...]:
+        """What the example values of coefficients depend on. Sites of one shape, most of a model, share them: they are never written in place."""
+        operands = [tensor_value(operand) for operand in packed.all_input_nodes]
+        return tuple((str(value.shape), value.dtype, value.device) if value is not None else None for value in operands)
 
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
         """The new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
@@ -335,7 +344,13 @@ class _Expansion:
         if "example_value" in node.meta:
             self.cursor = node
             return node
-        value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
+        value = (
+            self._coefficients_like.get(self._shapes(node))
+            if node.target is torch.ops.mhc.coefficients.default
+            else None
+        )
+        if value is None:
+            value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
         if value is not None:
             node.meta["example_value"] = value
         self.cursor = node

@@ -18,7 +18,31 @@ __all__ = ["Reason", "Refusal", "Site"]
 
 
 class Reason(Enum):
-    """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print."""
+    """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print.
+
+    | code | for example | what can be done |
+    | --- | --- | --- |
+    | broadcast | `scores + mask`, `linear(x) + bias`, `x + positions` | nothing: no residual add |
+    | dtype | rotary positions in complex numbers | nothing: no residual add |
+    | no-feature-axis | `loss + penalty` | nothing: no residual add |
+    | dynamic-width | features on a symbolic axis | give the axis a fixed size, or do not mark it as dynamic |
+    | same-value | `x + x` | nothing: no residual add |
+    | independent | token and position embeddings, `q·cos + rot(q)·sin`, experts, gates `t f(x) + (1 - t) x` | nothing: no residual add |
+    | not-differentiable | straight-through `x + (q - x).detach()`, `x + noise(x.shape)` | nothing: no gradient would reach the projections |
+    | no-contraction | tanh-GELU, GRN, the state of a linear recurrence | nothing: no residual add |
+    | projected-skip | `conv(x) + f(x)` where a ResNet stage begins, channels padded with zeros | nothing: streams end and begin anew here |
+    | multi-stream | DeepSeek-V4, `mix(x) @ streams + post · f(x)` | nothing: the model has hyper-connections of its own |
+    | side-add | Mamba's `y + D x`, `f(x + adapter(x))` | nothing: a lone site would mix nothing |
+    | long-skip | `x + skips.pop()` of a U-net, `x + 0.1 x0` | nothing: every stream gets the old value |
+    | rewritten | any of these, in a graph that was rewritten before | nothing: the earlier run decided |
+    | feature-axis | a branch that tears the features apart | normalise or project the features before they are torn apart |
+    | mutated-operand | `x[:, 0] = 0` on a trunk value | write `x = torch.cat(...)` or `torch.where(...)` instead |
+    | no-owner | an add in a function that is compiled by itself | put it into a module's `forward` |
+    | no-carrier | `x + x @ self.weight` in the compiled module | put the weight into a module of its own (`nn.Linear`) |
+    | not-declared | hooks of the branch's module were removed | `mhc_compile.detach(model)`, and compile again |
+    | width-conflict | one module called with two widths | use a module for each width |
+    | chain-too-short | one residual add between two projections | `min_sites=1`, if streams that merge at once are wanted |
+    """
 
     #: The terms have different shapes, and the one of full shape is no residual trunk of the others: a bias, a mask, a position table.
     BROADCAST = "broadcast"

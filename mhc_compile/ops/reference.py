@@ -172,20 +172,21 @@ def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """New streams: `X' = H_res X + H_postᵀ f`, [..., n, C] in the dtype of the streams, accumulated in `compute_dtype`.
 
-    `branch` [..., C] is the output f of the branch, in any floating dtype.
+    `branch` [..., C] is the output f of the branch, in any floating dtype. The coefficients may be narrower than the streams, where the trunk
+    was cast between them.
     """
     with _without_autocast(streams):
         dtype = compute_dtype(streams)
-        mixed = res @ streams.to(dtype)
-        return (mixed + post.unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
+        mixed = res.to(dtype) @ streams.to(dtype)
+        return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
 
 
 def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`update` in broadcast form. A batched matrix product would stay an extern kernel, and nothing would fuse round it."""
     with _without_autocast(streams):
         dtype = compute_dtype(streams)
-        mixed = (res.unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
-        return (mixed + post.unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
+        mixed = (res.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
+        return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
 
 
 def update_backward(
@@ -198,11 +199,11 @@ def update_backward(
     with _without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
-        d_streams = res.transpose(-1, -2) @ g
-        d_branch = (post.unsqueeze(-2) @ g).squeeze(-2)
+        d_streams = res.to(dtype).transpose(-1, -2) @ g
+        d_branch = (post.to(dtype).unsqueeze(-2) @ g).squeeze(-2)
         d_post = (g @ f.unsqueeze(-1)).squeeze(-1)
         d_res = g @ wide.transpose(-1, -2)
-        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post, d_res
+        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post.to(post.dtype), d_res.to(res.dtype)
 
 
 def update_backward_fused(
@@ -212,8 +213,8 @@ def update_backward_fused(
     with _without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
-        d_streams = (res.transpose(-1, -2).unsqueeze(-1) * g.unsqueeze(-3)).sum(-2)
-        d_branch = (post.unsqueeze(-1) * g).sum(-2)
+        d_streams = (res.to(dtype).transpose(-1, -2).unsqueeze(-1) * g.unsqueeze(-3)).sum(-2)
+        d_branch = (post.to(dtype).unsqueeze(-1) * g).sum(-2)
         d_post = (g * f.unsqueeze(-2)).sum(-1)
         d_res = (g.unsqueeze(-2) * wide.unsqueeze(-3)).sum(-1)
-        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post, d_res
+        return d_streams.to(streams.dtype), d_branch.to(branch.dtype), d_post.to(post.dtype), d_res.to(res.dtype)

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile import ShapeError
 from mhc_compile.mappings import MAPPINGS
-from mhc_compile.ops import decompositions, fused_decompositions
+from mhc_compile.ops import decompositions, fused_decompositions, reference
 
 mhc = torch.ops.mhc
 N, C = 4, 6
@@ -156,3 +156,22 @@ def test_integer_streams_and_wrong_mixing_are_named():
         mhc.update(streams, branch[..., :2], post, res)
     with pytest.raises(ShapeError, match=r"mhc::collapse: .* got \[2, 3, 3\]"):
         mhc.collapse(streams, pre[..., :3])
+
+
+def test_update_takes_coefficients_that_are_narrower_than_the_streams():
+    """A trunk that is cast between the projection and the sum: float32 coefficients, float64 streams."""
+    torch.manual_seed(0)
+    streams = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    branch = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    post, res = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    inputs = (streams, branch, post, res)
+    want = res.double() @ streams + post.double().unsqueeze(-1) * branch.unsqueeze(-2)
+    wanted = torch.autograd.grad(want.pow(2).sum(), inputs)
+    for update in (torch.ops.mhc.update, reference.update_fused):
+        got = update(*inputs)
+        assert got.dtype == torch.float64
+        assert torch.allclose(got, want, atol=1e-12)
+        for one, other in zip(torch.autograd.grad(got.pow(2).sum(), inputs), wanted, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.allclose(one, other, rtol=1e-5)
+    torch.library.opcheck(torch.ops.mhc.update.default, inputs)

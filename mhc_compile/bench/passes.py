@@ -1,0 +1,146 @@
+"""Time and memory of the graph passes over the size of the graph: both should be linear.
+
+    python -m mhc_compile.bench.passes [NODES ...]
+
+The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are refused, in every layer. Times are the smallest of three runs, of the passes alone (no tracing, no compiler below).
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import tracemalloc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mhc_compile.connection import HyperConnection
+from mhc_compile.passes import Binding, Provenance, expand_plan, normalize, plan_chains
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mhc_compile.passes import Plan
+
+__all__ = ["Measurement", "measure"]
+
+_WIDTH = 8
+
+
+class _Layers(nn.Module):
+    """A decoder in the spelling of today's models: RMS norms by hand, rotary positions, gated MLP. All layers share the weights: the graph grows."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers, self.scale = layers, nn.Parameter(torch.ones(_WIDTH))
+        self.query, self.key, self.value, self.out = (nn.Linear(_WIDTH, _WIDTH) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(_WIDTH, _WIDTH) for _ in range(3))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+    @staticmethod
+    def heads(x: Tensor) -> Tensor:
+        return x.view(2, 4, 2, _WIDTH // 2).transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for _ in range(self.layers):
+            hidden = self.norm(x)
+            query, key, value = (self.heads(linear(hidden)) for linear in (self.query, self.key, self.value))
+            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(2, 4, _WIDTH))
+            hidden = self.norm(x)
+            x = x + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+        return x
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of each stage, and the largest memory that all of them held at once, in bytes, for a graph of `nodes` nodes."""
+
+    nodes: int
+    sites: int
+    normalize: float
+    plan: float
+    expand: float
+    peak: int
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return self.normalize + self.plan + self.expand
+
+
+def measure(nodes: int, *, runs: int = 3, memory: bool = True) -> Measurement:
+    """Runs the passes on a graph of about `nodes` nodes."""
+    module = fx.symbolic_trace(_Layers(max(1, round(nodes / _nodes_per_layer()))))
+    positions = torch.zeros(4, _WIDTH // 2)
+    inputs = (torch.zeros(2, 4, _WIDTH), positions, positions)
+    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    module.hyper = HyperConnection(_WIDTH)
+    gc.collect()
+    gc.freeze()  # the graph stays; Python need not look at it again and again
+    timed = [_run(module) for _ in range(runs)]
+    stages = [min(run[index] for run in timed) for index in range(3)]
+    peak = 0
+    if memory:
+        tracemalloc.start()
+        _run(module)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    plan = _plan(normalize(module.graph))
+    gc.unfreeze()
+    return Measurement(len(module.graph.nodes), len(plan.sites), stages[0], stages[1], stages[2], peak)
+
+
+def _nodes_per_layer() -> int:
+    one, two = (len(fx.symbolic_trace(_Layers(layers)).graph.nodes) for layers in (1, 2))
+    return two - one
+
+
+def _run(module: fx.GraphModule) -> tuple[float, float, float]:
+    start = time.perf_counter()
+    graph = normalize(module.graph)
+    normalized = time.perf_counter()
+    plan = _plan(graph)
+    planned = time.perf_counter()
+    binding = Binding("hyper.phi", "hyper.bias", "hyper.scale", 4, "sinkhorn", 20, 1e-6)
+    expand_plan(graph, plan, dict.fromkeys(plan.sites, binding))
+    return normalized - start, planned - normalized, time.perf_counter() - planned
+
+
+def _plan(graph: fx.Graph) -> Plan:
+    return plan_chains(graph, Provenance())
+
+
+def _main(sizes: Iterable[int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("nodes", "sites", "normalize", "plan", "expand", "all, s", "MiB", "µs/node")
+    for size in sizes:
+        m = measure(size)
+        cells = (m.normalize, m.plan, m.expand, m.seconds)
+        table.add_row(
+            f"{m.nodes:,}",
+            f"{m.sites:,}",
+            *(f"{seconds:.3f}" for seconds in cells),
+            f"{m.peak / 2**20:.0f}",
+            f"{m.seconds / m.nodes * 1e6:.0f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    _main([int(size) for size in sys.argv[1:]] or [2_500, 5_000, 10_000, 20_000])

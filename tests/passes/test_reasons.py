@@ -1,0 +1,141 @@
+"""Every reason has a program that gets it. The table in the documentation of `Reason` is held against the same programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import C, Model, planned
+from torch import nn
+
+import mhc_compile
+from mhc_compile.passes import Provenance, Reason, normalize, plan_chains
+
+if TYPE_CHECKING:
+    from mhc_compile.passes.provenance import ModuleRef
+
+R = Reason
+
+
+def blocks(m, x):
+    for _ in range(2):
+        x = x + m.f(x)
+    return x
+
+
+#: One program for every reason that the graph alone decides.
+PROGRAMS = {
+    R.BROADCAST: lambda m, x: m.f(x) + m.vector,
+    R.DTYPE: lambda m, x: torch.complex(x, x) + torch.complex(m.f(x), x),
+    R.NO_FEATURE_AXIS: lambda m, x: x.sum() + m.f(x).sum(),
+    R.SAME_VALUE: lambda m, x: x + x,
+    R.INDEPENDENT: lambda m, x: m.f(x) + m.g(x),
+    R.NOT_DIFFERENTIABLE: lambda m, x: x + m.f(x).detach(),
+    R.NO_CONTRACTION: lambda m, x: x + 0.044715 * x**3,
+    R.PROJECTED_SKIP: lambda m, x: m.conv(x) + m.f(torch.relu(m.g(x))),
+    R.MULTI_STREAM: lambda m, x: (torch.softmax(m.conv(x)[..., :4], -1) @ x) + m.f(m.g(x)),
+    R.SIDE_ADD: lambda m, x: x + m.f(x + m.g(x)),
+    R.LONG_SKIP: lambda m, x: (y := x + m.f(x)) * 0 + (x + blocks(m, y)),
+    R.FEATURE_AXIS: lambda m, x: x + m.f(x.reshape(2, -1)[:, :C]).unsqueeze(1).expand(2, 4, C),
+    R.MUTATED_OPERAND: lambda m, x: ((y := x + m.f(x)), y[:, 0].zero_(), y)[0],
+}
+
+
+@pytest.mark.parametrize("reason", PROGRAMS, ids=lambda reason: reason.value)
+def test_reasons_that_the_graph_decides(reason):
+    refusals = planned(PROGRAMS[reason]).refusals
+    assert reason in {refusal.reason for refusal in refusals}
+    assert all(refusal.sentence for refusal in refusals)
+
+
+def test_chain_too_short():
+    plan = planned(lambda m, x: x + m.f(x), min_sites=2)
+    assert [refusal.reason for refusal in plan.refusals] == [R.CHAIN_TOO_SHORT]
+
+
+def test_rewritten():
+    from graphs import trace
+
+    module = mhc_compile.rewrite(trace(lambda m, x: m.g(x + blocks(m, x))), torch.randn(2, 4, C))
+    plan = plan_chains(normalize(module.graph), Provenance())
+    assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
+
+
+def test_dynamic_width():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 1)
+
+        def forward(self, x):
+            return x + F.softmax(x, -1) @ F.layer_norm(x, x.shape[-1:]).transpose(1, 2) @ self.conv(x)
+
+    x = torch.randn(2, 4, 6)
+    torch._dynamo.mark_dynamic(x, 2)
+    reasons = mhc_compile.explain(Net(), x, options={"min_sites": 1}).reasons
+    assert reasons == {R.DYNAMIC_WIDTH.value: 1}
+
+
+def test_no_owner():
+    class Nowhere(Provenance):
+        def stack(self, node) -> tuple[ModuleRef, ...]:
+            return ()
+
+    from graphs import trace
+
+    plan = plan_chains(normalize(trace(blocks).graph), Nowhere())
+    assert {refusal.reason for refusal in plan.refusals} == {R.NO_OWNER}
+
+
+def test_no_carrier():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(C, C))
+
+        def forward(self, x):
+            return x + x @ self.weight
+
+    assert mhc_compile.explain(Net(), torch.randn(2, 4, C)).reasons == {R.NO_CARRIER.value: 1}
+
+
+def test_not_declared(caplog):
+    """The carrier's hook was taken off by somebody else: its parameters do not enter the graph."""
+    model = Model(blocks)
+    x = torch.randn(2, 4, C)
+    mhc_compile.attach(model, x)
+    seen = []
+    model.f._forward_pre_hooks.clear()
+    with caplog.at_level("DEBUG", "mhc_compile.backend"):
+        torch.compile(model, backend="mhc", options={"inner": lambda gm, inputs: seen.append(gm) or gm.forward})(x)
+    assert not any(node.target is torch.ops.mhc.update.default for node in seen[0].graph.nodes)
+    assert "not-declared" in caplog.text
+
+
+def test_width_conflict(caplog):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Conv1d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.f(F.layer_norm(x, x.shape[-1:]))
+
+    model = Net()
+    mhc_compile.attach(model, torch.randn(2, 4, 6), options={"min_sites": 1})
+    with caplog.at_level("DEBUG", "mhc_compile.backend"):
+        torch.compile(model, backend="mhc", options={"min_sites": 1, "inner": "eager"})(torch.randn(2, 4, 8))
+    assert "width-conflict" in caplog.text
+
+
+def test_every_reason_has_a_program_here_and_a_row_in_its_documentation():
+    tested = {reason.value for reason in PROGRAMS} | {
+        name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")
+    }
+    assert tested >= {reason.value for reason in Reason}
+    rows = [line.split("|") for line in (Reason.__doc__ or "").splitlines() if line.strip().startswith("|")]
+    codes = {row[1].strip() for row in rows}
+    assert {reason.value for reason in Reason} <= codes
+    assert all(len(row) == 5 and all(cell.strip() for cell in row[1:4]) for row in rows)
