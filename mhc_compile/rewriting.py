@@ -98,12 +98,18 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
     source.graph = normalize(
         source.graph
     )  # now that shapes are known, additions of tensors can be told from additions of numbers
-    plan = plan_chains(source.graph, Provenance(), min_sites=parsed.min_sites)
-    vetoes = _attach(source, [(site, index) for chain in plan.chains for index, site in enumerate(chain.sites)], parsed)
-    if vetoes:
-        plan = plan_chains(
-            source.graph, Provenance(), min_sites=parsed.min_sites, refuse=lambda site: vetoes.get(site.add)
-        )
+    vetoes: dict[fx.Node, Refusal] = {}
+
+    def veto(site: Site) -> Refusal | None:
+        return vetoes.get(site.add)
+
+    while True:
+        plan = plan_chains(source.graph, Provenance(), min_sites=parsed.min_sites, refuse=veto)
+        sites = [(site, index) for chain in plan.chains for index, site in enumerate(chain.sites)]
+        conflicts = _attach(source, sites, parsed)
+        if not conflicts:
+            break
+        vetoes.update(conflicts)  # without them the chains may be others
     if not plan.sites:
         if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
             complain(plan.refusals, parsed)

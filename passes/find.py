@@ -147,10 +147,20 @@ class _Finder:
             node = _carried(node)
 
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
-        """Whether one of the terms is computed from another one: then they are no parallel branches, and the adds are judged one by one."""
-        return len(terms) > 1 and any(
-            self.reach.anyhow(one, other) for one in terms for other in terms if one is not other and one is not trunk
-        )
+        """Whether one of the terms is computed from another one, or from what the other comes from by cheap operations.
+
+        Then they are no parallel branches, and the adds are judged one by one: `x + (dropout(y) + f(y))`.
+        """
+        for one in terms if len(terms) > 1 else ():
+            others = [other for other in terms if other is not one]
+            if one is not trunk and any(self.reach.anyhow(one, other) for other in others):
+                return True
+            for origin in self._origins(one):
+                if origin is trunk:
+                    break
+                if any(self.reach.contracted(origin, other) for other in others):
+                    return True
+        return False
 
     def _no_split(self, add: Node, terms: tuple[Node, ...]) -> Refusal:
         reach, total = self.reach, tensor_value(add)

@@ -2,7 +2,8 @@
 
     python -m mhc_compile.bench.passes [NODES ...]
 
-The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are refused, in every layer. Times are the smallest of three runs, of the passes alone (no tracing, no compiler below).
+The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are refused, in every layer. Times are the
+smallest of three runs, of the passes alone (no tracing, no compiler below).
 """
 
 from __future__ import annotations

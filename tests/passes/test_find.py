@@ -149,6 +149,18 @@ def test_a_site_inside_a_sum_that_is_none_is_found():
     assert [refusal.reason for refusal in plan.refusals] == [R.INDEPENDENT]
 
 
+def test_branches_that_share_an_inner_trunk_are_not_parallel():
+    """`x + (dropout(y) + f(y))`, y computed from x: the inner sum is a residual add on y."""
+
+    def forward(m, x):
+        y = m.g(x)
+        return (F.dropout(y, 0.1) + m.f(y)) + x
+
+    plan = planned(forward)
+    assert [str(site.skip) for site in plan.sites] == ["x"]
+    assert [refusal.reason for refusal in plan.refusals] == [R.SIDE_ADD]
+
+
 def test_every_addition_has_exactly_one_verdict():
     def forward(m, x):
         x = x + m.f(x)
