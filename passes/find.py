@@ -12,27 +12,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.reach import Reach, contracts, weights_of
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
+from mhc_compile.passes.roles import INPLACE_ADDS, is_contraction, op_name, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
+from mhc_compile.passes.terms import (
+    SHORTCUT,
+    carried,
+    cheap_path,
+    describe,
+    flatten,
+    is_candidate,
+    operands,
+    same_shape,
+    same_size,
+)
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import Tensor
     from torch.fx import Graph, Node
 
 __all__ = ["Findings", "find"]
-
-#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad, scale).
-_SHORTCUT = 8
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ class _Finder:
         self.weights = weights_of(graph, provenance)
         self.aliases = Aliases(graph)
         self.order = self.aliases.order
-        candidates = [node for node in graph.nodes if _is_candidate(node)]
-        terms = {term for add in candidates for term in _operands(add)}
+        candidates = [node for node in graph.nodes if is_candidate(node)]
+        terms = {term for add in candidates for term in operands(add)}
         origins = {origin for term in terms for origin in self._origins(term)}
         for term in terms:
-            product = next((node for node in _cheap_path(term) if is_contraction(node)), None)
+            product = next((node for node in cheap_path(term) if is_contraction(node)), None)
             origins.update(self._behind(product) if product is not None else ())
         self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases, self.weights)
         self.sites: list[Site] = []
@@ -84,12 +88,12 @@ class _Finder:
         return Findings(tuple(reversed(self.sites)), tuple(reversed(self.refusals)))
 
     def _decide(self, add: Node) -> None:
-        adds, terms = _flatten(add)
+        adds, terms = flatten(add)
         verdict = self._judge(add, adds, terms)
         if not verdict and len(adds) > 1:
             # The whole sum is no site; its parts may be: `(x + f(x)) + memory`.
             adds = (add,)
-            verdict = self._judge(add, adds, _operands(add))
+            verdict = self._judge(add, adds, operands(add))
         self.decided.update(adds)
         if isinstance(verdict, Site):
             self.sites.append(verdict)
@@ -139,12 +143,12 @@ class _Finder:
     def _origins(self, term: Node) -> Iterator[Node]:
         """`term`, and the values that it comes from by a chain of cheap operations, nearest first."""
         node: Node | None = term
-        for _ in range(_SHORTCUT + 1):
+        for _ in range(SHORTCUT + 1):
             if node is None or tensor_value(node) is None:
                 return
             if node is term or len(node.users) > 1:  # a trunk is read by its branch as well
                 yield node
-            node = _carried(node)
+            node = carried(node)
 
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
         """Whether one of the terms is computed from another one, or from what the other comes from by cheap operations.
@@ -166,9 +170,9 @@ class _Finder:
         reach, total = self.reach, tensor_value(add)
         if total is None or not total.dtype.is_floating_point:
             return self._refuse(add, Reason.DTYPE, lambda: "the sum is complex, or of unknown shape")
-        full = [term for term in terms if _same_shape(tensor_value(term), total)]
+        full = [term for term in terms if same_shape(tensor_value(term), total)]
         if len(full) < len(terms):
-            shown = ", ".join(_describe(value) for term in terms if (value := tensor_value(term)) is not None)
+            shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
             return self._refuse(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)
@@ -198,7 +202,7 @@ class _Finder:
     def _projected(self, add: Node, terms: tuple[Node, ...]) -> Refusal | None:
         """The refusal of a merge whose skip is itself a contraction of the trunk, None if it is no such merge."""
         for skip in terms:
-            product = next((node for node in _cheap_path(skip) if is_contraction(node)), None)
+            product = next((node for node in cheap_path(skip) if is_contraction(node)), None)
             if product is None:
                 continue
             for trunk in self._behind(product):
@@ -232,13 +236,13 @@ class _Finder:
 
     def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: _Split) -> Refusal | None:
         total, skip = tensor_value(add), tensor_value(split.skip)
-        shown = ", ".join(_describe(value) for term in terms if (value := tensor_value(term)) is not None)
+        shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
         if total is None or skip is None:
             return self._refuse(add, Reason.DTYPE, lambda: "a term is not a tensor of known shape")
-        if not _same_shape(skip, total):
+        if not same_shape(skip, total):
             return self._refuse(add, Reason.BROADCAST, lambda: f"the skip is broadcast: {shown}")
         if not total.dtype.is_floating_point:
-            return self._refuse(add, Reason.DTYPE, lambda: f"terms {shown} give {_describe(total)}")
+            return self._refuse(add, Reason.DTYPE, lambda: f"terms {shown} give {describe(total)}")
         if total.dim() < 2:
             return self._refuse(
                 add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis"
@@ -276,7 +280,7 @@ class _Finder:
                 add,
                 Reason.FEATURE_AXIS,
                 lambda: (
-                    f"neither the first reader of '{split.trunk}' nor '{anchor}' tells which axis of {_describe(total)} holds the features"
+                    f"neither the first reader of '{split.trunk}' nor '{anchor}' tells which axis of {describe(total)} holds the features"
                 ),
             )
         if isinstance(shortcut, str):
@@ -287,7 +291,7 @@ class _Finder:
         width: object = trunk.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
         if not isinstance(width, int):
             return self._refuse(
-                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {_describe(trunk)} has no fixed size"
+                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size"
             )
         owner, child = common_owner(self.provenance.stack(add), self.provenance.stack(anchor))
         if owner is None:
@@ -332,7 +336,7 @@ class _Finder:
         stretch = stretch_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
         if stretch is None:
             return f"'{split.skip}' comes from the trunk '{split.trunk}' by operations that cannot run on streams"
-        if not _same_size(trunk.shape[known[0]], skip.shape[stretch.axes[split.skip]]):
+        if not same_size(trunk.shape[known[0]], skip.shape[stretch.axes[split.skip]]):
             return f"'{split.skip}' has another width than the trunk '{split.trunk}' that the branch reads"
         return stretch
 
@@ -354,77 +358,3 @@ def _below(owner: str, path: str) -> str:
     if not owner:
         return path
     return path.removeprefix(owner + ".") if path.startswith(owner + ".") else ""
-
-
-def _is_candidate(node: Node) -> bool:
-    if op_name(node) not in ADDS | INPLACE_ADDS:
-        return False
-    value = tensor_value(node)
-    if value is None or not (value.dtype.is_floating_point or value.dtype.is_complex):
-        return False
-    return len(_operands(node)) == 2
-
-
-def _is_parameter(node: Node) -> bool:
-    return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_value(node), torch.nn.Parameter))
-
-
-def _cheap_path(term: Node) -> Iterator[Node]:
-    """`term` and what it comes from by cheap operations, the first contraction included."""
-    node: Node | None = term
-    for _ in range(_SHORTCUT + 1):
-        if node is None:
-            return
-        yield node
-        node = _carried(node)
-
-
-def _carried(node: Node) -> Node | None:
-    """The operand whose value a cheap operation hands on: the only tensor, or the only one of the result's shape. None behind a contraction."""
-    if node.op not in {"call_function", "call_method", "call_module"} or is_contraction(node) or not passes_value(node):
-        return None
-    if op_name(node) == "neg":  # `f(x) - x` is a difference, and no residual add
-        return None
-    values = [
-        operand
-        for operand in node.all_input_nodes
-        if (value := tensor_value(operand)) is not None and value.is_floating_point() and not _is_parameter(operand)
-    ]
-    if len(values) > 1:
-        values = [operand for operand in values if _same_shape(tensor_value(operand), tensor_value(node))]
-    return values[0] if len(values) == 1 else None
-
-
-def _operands(node: Node) -> tuple[Node, ...]:
-    return tuple(argument for argument in node.args[:2] if isinstance(argument, torch.fx.Node))
-
-
-def _flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """The adds and the terms of the sum tree that ends in `add`. Inner sums are read by this tree alone. `add` comes last."""
-    if op_name(add) in INPLACE_ADDS:
-        return (add,), _operands(add)
-    adds: list[Node] = []
-    terms: list[Node] = []
-    stack = [add]
-    while stack:
-        node = stack.pop()
-        adds.append(node)
-        for term in _operands(node):
-            whole = op_name(term) in ADDS and _is_candidate(term) and len(term.users) == 1
-            inner = whole and _same_shape(tensor_value(term), tensor_value(node))
-            (stack if inner else terms).append(term)
-    return tuple(reversed(adds)), tuple(terms)
-
-
-def _same_shape(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None or one.dim() != other.dim():
-        return False
-    return all(_same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))
-
-
-def _same_size(one: object, other: object) -> bool:
-    return statically_known_true(one == other)
-
-
-def _describe(value: Tensor) -> str:
-    return f"{[str(size) if not isinstance(size, int) else size for size in value.shape]} {str(value.dtype).removeprefix('torch.')}"

@@ -1,0 +1,112 @@
+"""The terms of a sum: which additions are looked at, what a sum tree consists of, and what a term comes from by cheap operations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from torch.fx import Node
+
+__all__ = [
+    "SHORTCUT",
+    "carried",
+    "cheap_path",
+    "describe",
+    "flatten",
+    "is_candidate",
+    "is_parameter",
+    "operands",
+    "same_shape",
+    "same_size",
+]
+
+#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad, scale).
+SHORTCUT = 8
+
+
+def is_candidate(node: Node) -> bool:
+    """An addition of two tensors, floating-point or complex."""
+    if op_name(node) not in ADDS | INPLACE_ADDS:
+        return False
+    value = tensor_value(node)
+    if value is None or not (value.dtype.is_floating_point or value.dtype.is_complex):
+        return False
+    return len(operands(node)) == 2
+
+
+def is_parameter(node: Node) -> bool:
+    """A parameter, as far as the node itself can tell."""
+    return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_value(node), torch.nn.Parameter))
+
+
+def cheap_path(term: Node) -> Iterator[Node]:
+    """`term` and what it comes from by cheap operations, the first contraction included."""
+    node: Node | None = term
+    for _ in range(SHORTCUT + 1):
+        if node is None:
+            return
+        yield node
+        node = carried(node)
+
+
+def carried(node: Node) -> Node | None:
+    """The operand whose value a cheap operation hands on: the only tensor, or the only one of the result's shape. None behind a contraction."""
+    if node.op not in {"call_function", "call_method", "call_module"} or is_contraction(node) or not passes_value(node):
+        return None
+    if op_name(node) == "neg":  # `f(x) - x` is a difference, and no residual add
+        return None
+    values = [
+        operand
+        for operand in node.all_input_nodes
+        if (value := tensor_value(operand)) is not None and value.is_floating_point() and not is_parameter(operand)
+    ]
+    if len(values) > 1:
+        values = [operand for operand in values if same_shape(tensor_value(operand), tensor_value(node))]
+    return values[0] if len(values) == 1 else None
+
+
+def operands(node: Node) -> tuple[Node, ...]:
+    """The two tensors of a normalised addition."""
+    return tuple(argument for argument in node.args[:2] if isinstance(argument, torch.fx.Node))
+
+
+def flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """The adds and the terms of the sum tree that ends in `add`. Inner sums are read by this tree alone. `add` comes last."""
+    if op_name(add) in INPLACE_ADDS:
+        return (add,), operands(add)
+    adds: list[Node] = []
+    terms: list[Node] = []
+    stack = [add]
+    while stack:
+        node = stack.pop()
+        adds.append(node)
+        for term in operands(node):
+            whole = op_name(term) in ADDS and is_candidate(term) and len(term.users) == 1
+            inner = whole and same_shape(tensor_value(term), tensor_value(node))
+            (stack if inner else terms).append(term)
+    return tuple(reversed(adds)), tuple(terms)
+
+
+def same_shape(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two shapes are known to be equal. Symbolic sizes that are equal for a reason need not look alike (mamba)."""
+    if one is None or other is None or one.dim() != other.dim():
+        return False
+    return all(same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))
+
+
+def same_size(one: object, other: object) -> bool:
+    """Whether two sizes are known to be equal."""
+    return statically_known_true(one == other)
+
+
+def describe(value: Tensor) -> str:
+    """Shape and dtype, for sentences."""
+    return f"{[str(size) if not isinstance(size, int) else size for size in value.shape]} {str(value.dtype).removeprefix('torch.')}"
