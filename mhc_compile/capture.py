@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MhcError
+from mhc_compile.passes.roles import is_random, written_operands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CodeType
 
 __all__ = ["capture", "probe"]
+
+log = logging.getLogger(__name__)
 
 
 def capture(
@@ -26,9 +30,9 @@ def capture(
 ) -> int:
     """Hands every graph that Dynamo makes of `model(*args, **kwargs)` to `on_graph`, with its example inputs, while it is being traced.
 
-    No operation of the model runs inside a graph: where a graph would be executed, tensors of the right shapes, filled with zeros, are returned, so
-    that a model that breaks into several graphs is seen to its end. Gradients are enabled, as in training. The model's compiled versions, if it
-    has any, stay as they are.
+    No operation of the model runs inside a graph, but for those on integers alone: where a graph would be executed, tensors of the right shapes,
+    filled with zeros, are returned, so that a model that breaks into several graphs is seen to its end. Gradients are enabled, as in training.
+    The model's compiled versions, if it has any, stay as they are.
 
     Returns:
         The number of graphs.
@@ -103,15 +107,19 @@ def _stub(graph_module: torch.fx.GraphModule) -> Callable[..., Any]:
     positions = {node: position for position, node in enumerate(n for n in nodes if n.op == "placeholder")}
 
     def recipe(node: torch.fx.Node) -> Any:
-        return _Input(positions[node]) if node in positions else _Fake(node.meta.get("example_value"))
+        return _Input(positions[node]) if node in positions else _Fake(node, node.meta.get("example_value"))
 
     recipes: Any = torch.fx.map_arg(nodes[-1].args[0], recipe)
 
     def run(*inputs: Any) -> Any:
+        known = _integers(nodes, dict(zip(positions, inputs, strict=True)))
+
         def make(entry: Any) -> Any:
             if isinstance(entry, _Input):
                 return inputs[entry.position]
-            return _concrete(entry.value) if isinstance(entry, _Fake) else entry
+            if isinstance(entry, _Fake):
+                return known[entry.node] if entry.node in known else _concrete(entry.value)
+            return entry
 
         return tuple(map(make, recipes)) if isinstance(recipes, (tuple, list)) else make(recipes)
 
@@ -124,8 +132,38 @@ class _Input:
 
 
 class _Fake:
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, node: torch.fx.Node, value: Any) -> None:
+        self.node, self.value = node, value
+
+
+def _integers(nodes: list[torch.fx.Node], inputs: dict[torch.fx.Node, Any]) -> dict[torch.fx.Node, Any]:
+    """The results that are integers or truth values and are computed from integers alone: token counts, masks, conditions.
+
+    A model that breaks its graph to look at one of them ("are there as many images as image tokens?") would be led astray by a zero. They are
+    cheap, have no gradient, and nothing of the model's weights goes into them.
+    """
+    known = {node: value for node, value in inputs.items() if _is_exact(value)}
+    for node in nodes:
+        if node.op not in {"call_function", "call_method"} or not node.all_input_nodes:
+            continue
+        if is_random(node) or written_operands(node) or not all(operand in known for operand in node.all_input_nodes):
+            continue
+        args, kwargs = torch.fx.map_arg(node.args, known.get), torch.fx.map_arg(node.kwargs, known.get)
+        try:
+            call: Any = node.target if node.op == "call_function" else getattr(args[0], str(node.target))
+            value = call(*args, **kwargs) if node.op == "call_function" else call(*args[1:], **kwargs)
+        except Exception:  # what cannot be computed here gets a stand-in, as every other result does
+            log.debug("%s could not be computed from integers", node, exc_info=True)
+            continue
+        if _is_exact(value):
+            known[node] = value
+    return known
+
+
+def _is_exact(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not (value.is_meta or value.is_floating_point() or value.is_complex())
+    return isinstance(value, (bool, int, torch.Size))
 
 
 def _concrete(value: Any) -> Any:

@@ -139,3 +139,26 @@ def test_gain_multiplies_over_depth():
         assert gain.forward[index] == pytest.approx(product.sum(-1).max().item(), abs=1e-5)
         assert gain.backward[index] == pytest.approx(product.sum(-2).max().item(), abs=1e-5)
     assert gain.amax_backward > 1.0
+
+
+def test_integers_between_graphs_are_computed():
+    """A model that breaks its graph to count tokens goes the way that it goes when it runs; a zero would lead it astray."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = torch.nn.Embedding(7, 6), torch.nn.Linear(6, 6)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            if int((ids == 3).sum()) != 2:
+                raise ValueError("expected two tokens 3")
+            for _ in range(2):
+                x = x + self.block(x)
+            return x
+
+    explanation = mhc_compile.explain(Net(), torch.tensor([[3, 1, 3, 2]]))
+    assert len(explanation.sites) == 2
+    assert len(explanation.graphs) > 1
+    with pytest.raises(mhc_compile.CaptureError, match="expected two tokens 3"):
+        mhc_compile.explain(Net(), torch.tensor([[3, 1, 1, 2]]))

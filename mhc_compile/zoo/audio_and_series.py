@@ -96,12 +96,8 @@ def _distilled(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
     )
 
 
-def _positioned(layers: int, mode: Mode) -> Expected:
-    """Positions are a convolution of the trunk, added to it: a site of its own."""
-    if mode == "train":
-        return Expected(
-            (2 * layers, 1), note="layer drop asks a random tensor for its value: a graph ends in front of the layers"
-        )
+def _positioned(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
+    """Positions are a convolution of the trunk, added to it: a site of its own, behind which stand a norm and a dropout."""
     return Expected((2 * layers + 1,))
 
 
