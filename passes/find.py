@@ -261,8 +261,10 @@ class _Finder:
             if not writers:
                 continue
             ready = self.order[writers[-1]]
-            readers = set(branch) | {split.skip, add}
-            early = [user for user in value.users if user in readers and self.order[user] < ready]
+            readers, names = {*branch, split.skip, add}, {*writers, *self.aliases.of(value)}
+            early = [
+                user for user in value.users if self.order[user] < ready and (user in readers or user not in names)
+            ]
             if early or ready > self.order[add] or value is not split.trunk:
                 victims.append((value, writers[-1]))
         if not victims:

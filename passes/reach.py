@@ -86,6 +86,9 @@ class Reach:
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
         """The nodes that carry a value from `source` to `terms`, the terms included, in graph order."""
         order, found = self._aliases.order, set()
+        own = set(
+            self._aliases.writers(source)
+        )  # what completes the source comes before everything that is computed from it
         stack = [term for term in terms if self.value(source, term)]
         while stack:
             node = stack.pop()
@@ -93,7 +96,7 @@ class Reach:
                 continue
             found.add(node)
             for operand in node.all_input_nodes:
-                writers = [w for w in self._aliases.writers(operand) if order[w] < order[node]]
+                writers = [w for w in self._aliases.writers(operand) if order[w] < order[node] and w not in own]
                 stack.extend(one for one in (operand, *writers) if one not in found and self.value(source, one))
         return tuple(sorted(found, key=order.__getitem__))
 

@@ -294,3 +294,15 @@ def test_a_long_skip_adds_streams_to_streams():
     # The sum before the last site: both terms are streams [2, 4, n, C], none is a mean that is spread again.
     added = [node for node in module.graph.nodes if node.target is torch.add]
     assert [[tuple(tensor_value(term).shape) for term in node.args] for node in added] == [[(2, 4, 4, C), (2, 4, 4, C)]]
+
+
+def test_a_trunk_that_is_written_before_anybody_reads_it_is_spread_after_the_write():
+    def forward(m, x):
+        trunk = x * 1.0
+        trunk[:, 0].zero_()
+        trunk = trunk + m.f(trunk)
+        return trunk + m.g(trunk)
+
+    module, model, x = rewritten(forward)
+    assert operations(module)["update"] == 2
+    assert (module(x) - model(x)).abs().max() < 1e-6

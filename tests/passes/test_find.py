@@ -55,6 +55,7 @@ def test_residual_adds_are_sites(forward, adds):
         (lambda m, x: F.avg_pool1d(x, 1) + m.f(x), "avg_pool1d", ["avg_pool1d"]),
         (lambda m, x: x.double() + m.f(x), "double", ["double"]),
         (lambda m, x: x.add_(m.f(x)), "clone", []),  # the caller's tensor
+        (lambda m, x: ((t := x * 1.0), t[:, 0].zero_(), t + m.f(t))[2], "mul", []),  # written before anybody reads it
     ],
 )
 def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, shortcut):
@@ -86,6 +87,8 @@ def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, sho
         (lambda m, x: (torch.softmax(m.conv(x)[..., :4], -1) @ x) + m.f(m.g(x)), R.MULTI_STREAM),
         (lambda m, x: x + m.f(x + m.g(x)), R.SIDE_ADD),
         (lambda m, x: ((y := x + m.f(x)), y[:, 0].zero_(), y)[0], R.MUTATED_OPERAND),
+        # Half the trunk is read before the write, by the shortcut: it has the old value.
+        (lambda m, x: ((t := x * 1.0), (h := t * 0.5), t[:, 0].zero_(), h + m.f(t))[3], R.MUTATED_OPERAND),
     ],
 )
 def test_other_adds_are_refused_with_the_right_reason(forward, reason):
