@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from graphs import C, Model
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_adversaries import forward_of, outcome, programs, updates
+from test_adversaries import outcome, plain, programs, updates
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -350,15 +350,7 @@ switches = st.lists(st.tuples(st.integers(0, 16), st.sampled_from(["open", "open
 
 def check(program, switches) -> tuple[int, int]:
     """Regions change neither what is found nor what is computed; returns the numbers of regions and of sites."""
-    torch.manual_seed(0)
-    model = Model(forward_of(program)).double()
-    x = torch.randn(2, 4, C, dtype=torch.float64)
-    traced = fx.symbolic_trace(model)
-    try:
-        want, want_gradients = outcome(traced, model, x)
-    except RuntimeError as error:  # autograd refuses the program itself
-        assume("inplace operation" not in str(error) and "in-place" not in str(error))
-        raise
+    model, traced, x, (want, want_gradients) = plain(program)
     source = with_regions(traced, switches)
     options = {"min_sites": 1}
     with pytest.MonkeyPatch.context() as patch:
