@@ -50,6 +50,12 @@ class Aliases:
             found.append(self._unknown[node])
         return sorted(set(found), key=self.order.__getitem__)
 
+    def rename(self, old: Node, new: Node) -> None:
+        """`new` has taken the place of `old` in the graph, and stands for the same memory."""
+        self.order[new] = self.order[old]
+        for key in storages(new):
+            self._members[key] = [*dict.fromkeys(new if member is old else member for member in self._members[key])]
+
     def written_after(self, node: Node, position: int) -> Node | None:
         """The first operation behind `position` in the graph that writes into the memory of `node`."""
         return next((writer for writer in self.writers(node) if self.order[writer] > position), None)

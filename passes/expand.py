@@ -169,7 +169,7 @@ class _Expansion:
             older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
             wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
             if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
-                given |= {new: node for new, (node, _) in older.items()}
+                given |= {new: older_streams for new, (older_streams, _) in older.items()}
                 axes = wide
             new = self._emit_lifted(old, given, axes)
             lifted[node] = new
@@ -270,9 +270,8 @@ class _Expansion:
             reader.replace_input_with(trunk, collapsed)
         self._follow(add.prev, like=add)
         carried = lifted[site.skip]
-        if _tokens(carried) != _tokens(
-            streams
-        ):  # the shortcut has other tokens than the branch reads: they get their own weights
+        if _tokens(carried) != _tokens(streams):
+            # The shortcut has other tokens than the branch reads: they get their own weights.
             _, post, res = self._coefficients(site, carried)
         total = self._now(site.terms[0])
         for term in site.terms[1:]:
@@ -344,11 +343,9 @@ class _Expansion:
         if "example_value" in node.meta:
             self.cursor = node
             return node
-        value = (
-            self._coefficients_like.get(self._shapes(node))
-            if node.target is torch.ops.mhc.coefficients.default
-            else None
-        )
+        value = None
+        if node.target is torch.ops.mhc.coefficients.default:
+            value = self._coefficients_like.get(self._shapes(node))
         if value is None:
             value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
         if value is not None:

@@ -16,7 +16,7 @@ from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.reach import Reach, contracts, weights_of
-from mhc_compile.passes.roles import INPLACE_ADDS, is_contraction, op_name, tensor_value
+from mhc_compile.passes.roles import INPLACE_ADDS, is_contraction, is_update, op_name, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.terms import (
     SHORTCUT,
@@ -41,10 +41,11 @@ __all__ = ["Findings", "find"]
 
 @dataclass(frozen=True)
 class Findings:
-    """What `find` saw: `sites` and `refusals`, each in graph order."""
+    """What `find` saw: `sites` and `refusals`, each in graph order, and who shares memory with whom in the graph."""
 
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
+    aliases: Aliases
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Finder:
         for node in self.candidates:
             if node not in self.decided:
                 self._decide(node)
-        return Findings(tuple(reversed(self.sites)), tuple(reversed(self.refusals)))
+        return Findings(tuple(reversed(self.sites)), tuple(reversed(self.refusals)), self.aliases)
 
     def _decide(self, add: Node) -> None:
         adds, terms = flatten(add)
@@ -118,7 +119,7 @@ class _Finder:
         if problem is not None:  # a refusal is falsy
             return problem
         branch = self.reach.between(split.trunk, split.others)
-        streams = next((node for node in branch if op_name(node) == "update"), None)
+        streams = next((node for node in branch if is_update(node)), None)
         if streams is not None:
             return self._refuse(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
         problem = self._written(add, split, branch)

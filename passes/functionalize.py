@@ -177,7 +177,7 @@ def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names
             new = graph.call_method("to", (new, value.dtype))
             inherit(new, node)
     new.meta["example_value"] = value
-    aliases.order[new] = now
+    aliases.rename(node, new)
     for name in same:
         for user in list(name.users):
             if aliases.order.get(user, -1) > now:
@@ -185,11 +185,6 @@ def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     names[new] = names.get(target, target)
-    for key in storages(new):
-        members = aliases._members[key]
-        members[:] = [new if member is node else member for member in members]
-        if new not in members:
-            members.append(new)
 
 
 def _ordinary(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:

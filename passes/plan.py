@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.find import Findings, find
 from mhc_compile.passes.roles import is_contraction
 from mhc_compile.passes.stretch import Stretch, stretch_between
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
+    from mhc_compile.passes.aliases import Aliases
     from mhc_compile.passes.provenance import Provenance
 
 __all__ = ["Chain", "Plan", "plan_chains", "refuse_site"]
@@ -70,7 +70,7 @@ def plan_chains(
     findings = find(graph, provenance)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
     kept = [site for site in findings.sites if site not in vetoed]
-    aliases = Aliases(graph)
+    aliases = findings.aliases
     while True:
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
@@ -82,7 +82,7 @@ def plan_chains(
         if not refused:
             refused = _short(chains, min_sites)
         if not refused:
-            return Plan(tuple(chains), _in_order(graph, findings, vetoed.values()))
+            return Plan(tuple(chains), _in_order(findings, vetoed.values()))
         vetoed |= refused  # what is left may run through the adds that stay
 
 
@@ -100,8 +100,8 @@ def _long_skips(
     """
     long: dict[Site, Refusal] = {}
     for site in sites:
-        last = _nearest_sum(site.terms[0], by_sum, aliases)
-        if len(site.terms) > 1 or last is None or last is site.add:
+        last = _nearest_sum(site.terms[0], by_sum, aliases) if len(site.terms) == 1 else None
+        if last is None or last is site.add:
             continue
         if stretch_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
             continue
@@ -227,6 +227,6 @@ def _nearest_sum(trunk: Node, by_sum: dict[Node, Site], aliases: Aliases, limit:
     return max(found, key=aliases.order.__getitem__, default=None)
 
 
-def _in_order(graph: Graph, findings: Findings, later: Iterable[Refusal]) -> tuple[Refusal, ...]:
-    order = {node: position for position, node in enumerate(graph.nodes)}
+def _in_order(findings: Findings, later: Iterable[Refusal]) -> tuple[Refusal, ...]:
+    order = findings.aliases.order
     return tuple(sorted([*findings.refusals, *later], key=lambda refusal: order[refusal.add]))

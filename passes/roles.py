@@ -27,6 +27,7 @@ __all__ = [
     "is_random",
     "is_recurrence",
     "is_region",
+    "is_update",
     "is_view",
     "leaf_module",
     "op_name",
@@ -198,6 +199,11 @@ def sets_grad_mode(node: Node) -> bool | None:
     if op_name(node) in {"_set_grad_enabled", "set_grad_enabled"} and node.args:
         return node.args[0] is True
     return False if op_name(node) == "_enter_inference_mode" else None
+
+
+def is_update(node: Node) -> bool:
+    """The end of a site that runs on streams: `mhc::update`."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "mhc::update"
 
 
 def is_random(node: Node) -> bool:
