@@ -6,6 +6,7 @@ import pytest
 
 from mhc_compile import zoo
 from mhc_compile.passes import plan as planning
+from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.find import Findings
 from mhc_compile.zoo.check import check, deviation
 from mhc_compile.zoo.family import Expected
@@ -47,7 +48,7 @@ def test_the_zoo_is_large_and_every_deviation_from_the_defaults_has_a_reason():
 
 
 def test_a_blind_finder_is_noticed(monkeypatch):
-    monkeypatch.setattr(planning, "find", lambda graph, provenance: Findings((), ()))
+    monkeypatch.setattr(planning, "find", lambda graph, provenance: Findings((), (), Aliases(graph)))
     outcome = check(zoo.get("pre-norm"), preserve=False)
     assert outcome.status == "deviates"
     assert outcome.message == "chains none, expected 4"
