@@ -108,6 +108,8 @@ class _Expansion:
         self.known: dict[Node, tuple[Node, int]] = {}
         #: Example values of coefficients, by the shapes that they come from.
         self._coefficients_like: dict[tuple[Any, ...], Any] = {}
+        #: The residual adds of all chains.
+        self.sums = {add for site in bindings for add in site.adds}
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
         self.cursor: Node = graph._root
@@ -183,6 +185,8 @@ class _Expansion:
         """
         if node in self.known:
             return self.known[node]
+        if node in self.sums:  # the sum of another chain is read as that chain gives it: as the mean of its streams
+            return None
         behind = [operand for operand in node.all_input_nodes if operand in self.known]
         if len(behind) != 1 or node.op == "placeholder":
             return None

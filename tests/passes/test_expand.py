@@ -306,3 +306,13 @@ def test_a_trunk_that_is_written_before_anybody_reads_it_is_spread_after_the_wri
     module, model, x = rewritten(forward)
     assert operations(module)["update"] == 2
     assert (module(x) - model(x)).abs().max() < 1e-6
+
+
+def test_the_sum_of_another_chain_is_added_as_the_mean_of_its_streams():
+    def forward(m, x):
+        y = (x + m.vector * m.g(x)) + (x + m.vector * m.f(x))
+        return y + m.f(y)
+
+    module, model, x = rewritten(forward, min_sites=1)
+    assert operations(module)["update"] == 3
+    assert (module(x) - model(x)).abs().max() < 1e-5

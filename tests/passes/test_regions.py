@@ -12,14 +12,15 @@ import torch
 from graphs import C, Model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_adversaries import outcome, plain, programs, updates
+from test_adversaries import distance, outcome, plain, programs, tolerance, updates
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
+from mhc_compile.eager import run_eagerly
 from mhc_compile.passes import InlineRegions, OutlineRegions
 from mhc_compile.passes.regions import _FIXED, _PLACE, _Place, _Region
-from mhc_compile.passes.roles import op_name
+from mhc_compile.passes.roles import op_name, written_operands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -361,24 +362,24 @@ def check(program, switches) -> tuple[int, int]:
         again = mhc_compile.rewrite(once, x)
     opened = module_of(InlineRegions().apply(got.graph))
     assert updates(opened) == updates(flat)
-    writes = any(name.endswith("_") for name, *_ in program[0])
+
+    def assert_close(one, other) -> None:
+        for a, b in zip([*one[0], *one[1]], [*other[0], *other[1]], strict=True):
+            assert distance(a, b) <= tolerance(program)
+
+    assert_close(outcome(opened, model, x), (want, want_gradients))
     # Checkpointing computes a region twice, which no program with in-place operations survives: there only the opened graph is run.
-    for module in (opened,) if writes else (opened, got):
-        _assert_close(outcome(module, model, x), (want, want_gradients))
-    if not writes:
+    if not any(written_operands(node) for node in traced.graph.nodes):
         assert text(again) == text(once)
+        got = run_eagerly(got)  # torch's own way of running a region draws other dropout masks the second time
+        assert_close(outcome(got, model, x), (want, want_gradients))
         parameters = dict(flat.named_parameters())
         for name, parameter in got.named_parameters():
             if "mhc" in name:
                 nn.init.normal_(parameter)
                 parameters[name].data.copy_(parameter.data)
-        _assert_close(outcome(got, model, x), outcome(flat, model, x))
+        assert_close(outcome(got, model, x), outcome(flat, model, x))
     return len(calls(source.graph)), updates(flat)
-
-
-def _assert_close(got, want) -> None:
-    for one, other in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
-        assert (one - other).abs().max() <= 1e-9 * max(1.0, other.abs().max().item())
 
 
 common = {
