@@ -216,8 +216,11 @@ class _Dropped(_Rule):
 
     def emit(self, graph: Graph, step: _Step, lifted: Mapping[Node, Node], before: Node) -> Node:
         streams = lifted[step.operands[0]]
-        # The mask is drawn in the order of memory: the layout must be the trunk's.
-        layout = torch.contiguous_format if step.before.is_contiguous() else torch.preserve_format
+        # The mask is drawn in the order of memory: the layout must be the trunk's. Streams that were just spread still have it; an example value
+        # may not (max_pool1d lays out its result otherwise where it keeps indices).
+        spread = op_name(streams) == "expand"
+        dense = not spread and step.before.is_contiguous()
+        layout = torch.contiguous_format if dense else torch.preserve_format
         with graph.inserting_before(before):
             ones = graph.call_method("select", (streams, -2, 0))
             if not step.last:

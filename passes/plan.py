@@ -78,7 +78,7 @@ def plan_chains(
         refused = _long_skips(sites, stretches, by_sum, aliases)
         if not refused:
             chains = _link(sites, stretches, by_sum)
-            refused = _sides(chains)
+            refused = _sides(chains) or _crossings(chains)
         if not refused:
             refused = _short(chains, min_sites)
         if not refused:
@@ -149,6 +149,27 @@ def _sides(chains: list[Chain]) -> dict[Site, Refusal]:
                 lambda outer=outer: f"it stands alone inside the branch of {outer.path}, and its sum goes no further",  # type: ignore[misc]
             )
     return sides
+
+
+def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
+    """The sites whose shortcut runs through trunk operations of another chain: what becomes streams there is no longer the value read here.
+
+    before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
+    """
+    carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
+    crossed: dict[Site, Refusal] = {}
+    for chain in chains:
+        for site in chain.sites:
+            through = [node for node in site.shortcut.nodes if carried.get(node, chain) is not chain]
+            if through:
+                crossed[site] = refuse_site(
+                    site,
+                    Reason.SIDE_ADD,
+                    lambda node=through[0]: (
+                        f"its skip runs through '{node}', which the chain of {carried[node].sites[0].path} carries on"
+                    ),  # type: ignore[misc]
+                )
+    return crossed
 
 
 def _short(chains: list[Chain], min_sites: int) -> dict[Site, Refusal]:

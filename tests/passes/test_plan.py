@@ -227,3 +227,16 @@ def test_the_plan_is_linear():
 def test_dim_one_inputs_do_not_break():
     plan = planned(lambda m, x: x + nn.functional.linear(x, m.weight), torch.randn(C))
     assert [refusal.reason for refusal in plan.refusals] == [Reason.NO_FEATURE_AXIS]
+
+
+def test_a_skip_through_another_chain_is_no_site():
+    def forward(m, x):
+        x = x + m.f(x)
+        y = torch.relu(x)
+        z = y + y
+        return z + m.f(z), z + m.g(y)
+
+    plan = planned(forward)
+    assert [len(chain.sites) for chain in plan.chains] == [2]
+    (crossing,) = [refusal for refusal in plan.refusals if refusal.reason is Reason.SIDE_ADD]
+    assert "carries on" in str(crossing)
