@@ -17,6 +17,7 @@ from mhc_compile import mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops import reference
+from mhc_compile.ops import steps as _steps  # noqa: F401 - registers the fused operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ def fingerprint() -> str:
     """A hash of the code behind the operators. Compiled graphs that are cached under the operators' names depend on it."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parent, Path(mappings.__file__).parent):
-        for path in sorted(package.glob("*.py")):
+        for path in sorted((*package.rglob("*.py"), *package.rglob("*.h"))):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARY", "dense", "once_only", "shown"]
 
 LIBRARY = torch.library.Library("mhc", "DEF")
 
@@ -49,7 +49,7 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
 
 
-def _shape(tensor: Tensor) -> str:
+def shown(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -58,17 +58,17 @@ def _check_coefficients(
 ) -> None:
     if streams.dim() < 3 or not streams.is_floating_point():
         raise ShapeError(
-            f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {_shape(streams)}"
+            f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {shown(streams)}"
         )
     n, width = streams.shape[-2:]
     columns = 2 * n + get_mapping(mapping).logits(n)
     if tuple(phi.shape) != (n * width, columns):
         raise ShapeError(
-            f"mhc::coefficients: phi is {_shape(phi)}; streams {_shape(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
+            f"mhc::coefficients: phi is {shown(phi)}; streams {shown(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
         )
     if tuple(bias.shape) != (columns,) or tuple(scale.shape) != (3,):
         raise ShapeError(
-            f"mhc::coefficients: bias must be [{columns}] and scale [3], got {_shape(bias)} and {_shape(scale)}"
+            f"mhc::coefficients: bias must be [{columns}] and scale [3], got {shown(bias)} and {shown(scale)}"
         )
     if iterations < 1:
         raise ShapeError(f"mhc::coefficients: iterations must be at least 1, got {iterations}")
@@ -78,14 +78,14 @@ def _check_update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) ->
     tokens, n, width = streams.shape[:-2], streams.shape[-2], streams.shape[-1]
     if branch.shape != (*tokens, width) or post.shape != (*tokens, n) or res.shape != (*tokens, n, n):
         raise ShapeError(
-            f"mhc::update: streams {_shape(streams)} need branch [..., C], post [..., n] and res [..., n, n];"
-            f" got {_shape(branch)}, {_shape(post)} and {_shape(res)}"
+            f"mhc::update: streams {shown(streams)} need branch [..., C], post [..., n] and res [..., n, n];"
+            f" got {shown(branch)}, {shown(post)} and {shown(res)}"
         )
 
 
 def _check_collapse(streams: Tensor, pre: Tensor) -> None:
     if pre.shape != streams.shape[:-1]:
-        raise ShapeError(f"mhc::collapse: streams {_shape(streams)} need pre [..., n], got {_shape(pre)}")
+        raise ShapeError(f"mhc::collapse: streams {shown(streams)} need pre [..., n], got {shown(pre)}")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tenso
     return reference.update(streams, branch, post, res)
 
 
-def _dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Makes every output contiguous, as the fake kernels promise."""
 
     def call(*args: Any) -> Any:
@@ -129,7 +129,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "update_backward": reference.update_backward,
 }
 for _name, _kernel in _KERNELS.items():
-    LIBRARY.impl(_name, _dense(_kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, dense(_kernel), "CompositeExplicitAutograd")
 LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
 LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
@@ -226,7 +226,7 @@ def _update_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return torch.ops.mhc.update_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
-def _once_only(name: str) -> Callable[..., Any]:
+def once_only(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
             f"mhc::{name} is not differentiable: second derivatives (create_graph=True) are not supported through hyper-connections"
@@ -240,4 +240,4 @@ torch.library.register_autograd("mhc::coefficients", _coefficients_vjp, setup_co
 torch.library.register_autograd("mhc::collapse", _collapse_vjp, setup_context=_save_inputs, lib=LIBRARY)
 torch.library.register_autograd("mhc::update", _update_vjp, setup_context=_save_inputs, lib=LIBRARY)
 for _name in ("sinkhorn", "coefficients", "collapse", "update"):
-    torch.library.register_autograd(f"mhc::{_name}_backward", _once_only(f"{_name}_backward"), lib=LIBRARY)
+    torch.library.register_autograd(f"mhc::{_name}_backward", once_only(f"{_name}_backward"), lib=LIBRARY)

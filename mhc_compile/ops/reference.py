@@ -35,6 +35,7 @@ __all__ = [
     "collapse_backward_fused",
     "collapse_fused",
     "compute_dtype",
+    "inverse_rms",
     "update",
     "update_backward",
     "update_backward_fused",
@@ -55,7 +56,8 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[objec
     return contextlib.nullcontext()
 
 
-def _inverse_rms(flat: Tensor, eps: float) -> Tensor:
+def inverse_rms(flat: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of the last axis, [..., 1]."""
     return torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
@@ -82,7 +84,7 @@ def coefficients(
     dtype = compute_dtype(streams)
     with _without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        z = (flat @ phi.to(dtype)) * _inverse_rms(flat, eps)
+        z = (flat @ phi.to(dtype)) * inverse_rms(flat, eps)
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
         return torch.sigmoid(pre), 2.0 * torch.sigmoid(post), get_mapping(mapping).matrix(res, n, iterations), z
 
@@ -125,7 +127,7 @@ def coefficients_backward(
             [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
         )
         d_z = torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1) + grad_z
-        inverse = _inverse_rms(flat, eps)
+        inverse = inverse_rms(flat, eps)
         scaled = d_z * inverse
         d_phi = flat.flatten(0, -2).t() @ scaled.flatten(0, -2)
         radial = inverse.square() * (d_z * z).sum(-1, keepdim=True) / flat.shape[-1]

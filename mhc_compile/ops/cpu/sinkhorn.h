@@ -1,41 +1,16 @@
-"""Sinkhorn on CPU as one kernel: C++ that Inductor's compiler builds once for a number of streams, for all sites, shapes and iteration counts.
+// Sinkhorn-Knopp for LANES matrices at a time, one token in each lane of a vector.
+//
+// Arithmetic and guarantees are those of mhc_compile/mappings/sinkhorn.py: the first round on logarithms, the rest by multiplication; the backward
+// keeps only the sums, multiplies back, and is the exact adjoint of the steps as they were run.
+#pragma once
 
-The eager form is some 90 small operations, each of which waits at an OpenMP barrier; here one parallel region reads the logits once and writes the
-matrices once. Sixteen tokens are worked on together, one in each lane of a vector. Arithmetic and guarantees are those of
-`mhc_compile.mappings.sinkhorn`: the first round on logarithms, the rest by multiplication; the backward keeps only the sums and is exact.
-
-Where no C++ compiler is found, the eager form runs instead, and a warning is logged once.
-"""
-
-from __future__ import annotations
-
-import ctypes
-import functools
-import logging
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from mhc_compile.mappings import sinkhorn as eager
-
-__all__ = ["available", "sinkhorn", "sinkhorn_backward"]
-
-log = logging.getLogger(__name__)
-
-_LARGEST = 8
-_REALS = {torch.float32: "float", torch.float64: "double"}
-#: Below this many tokens a second thread costs more than it gives.
-_TOKENS_PER_THREAD = 512
-
-_SOURCE = r"""
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-namespace {
+namespace mhc {
 
 constexpr int64_t LANES = 16;
 #define EACH_LANE _Pragma("omp simd") for (int64_t l = 0; l < LANES; ++l)
@@ -154,7 +129,7 @@ struct Block {
 };
 
 template <typename T, int N>
-void forward(const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
+void sinkhorn_all(const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
     const int64_t blocks = (tokens + LANES - 1) / LANES;
     #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -168,7 +143,7 @@ void forward(const T* logits, T* out, int64_t tokens, int64_t iterations, int64_
 }
 
 template <typename T, int N>
-void backward(const T* grad, const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
+void sinkhorn_all_backward(const T* grad, const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
     const int64_t blocks = (tokens + LANES - 1) / LANES;
     #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -189,61 +164,14 @@ void backward(const T* grad, const T* logits, T* out, int64_t tokens, int64_t it
     }
 }
 
-}  // namespace
+}  // namespace mhc
 
+#ifdef SINKHORN_ALONE
 #define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT void sinkhorn_forward(const REAL* a, REAL* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    forward<REAL, STREAMS>(a, out, tokens, iterations, threads);
+EXPORT void sinkhorn_forward(const COMPUTE* a, COMPUTE* out, int64_t tokens, int64_t iterations, int64_t threads) {
+    mhc::sinkhorn_all<COMPUTE, STREAMS>(a, out, tokens, iterations, threads);
 }
-EXPORT void sinkhorn_backward(const REAL* g, const REAL* a, REAL* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    backward<REAL, STREAMS>(g, a, out, tokens, iterations, threads);
+EXPORT void sinkhorn_backward(const COMPUTE* g, const COMPUTE* a, COMPUTE* out, int64_t tokens, int64_t iterations, int64_t threads) {
+    mhc::sinkhorn_all_backward<COMPUTE, STREAMS>(g, a, out, tokens, iterations, threads);
 }
-"""
-
-
-@functools.cache
-def _library(real: str, streams: int) -> Any:
-    from mhc_compile._torch import load_cpp
-
-    try:
-        return load_cpp(f"#define REAL {real}\n#define STREAMS {streams}\n{_SOURCE}")
-    except Exception as error:  # whatever a broken or missing compiler raises: the eager form is always there
-        log.warning("the Sinkhorn kernel could not be built, eager operations are used instead: %s", error)
-        return None
-
-
-def available(dtype: torch.dtype = torch.float32, streams: int = 4) -> bool:
-    """Whether there is a kernel for this dtype and number of streams, and a compiler that builds it here."""
-    real = _REALS.get(dtype)
-    return real is not None and 1 <= streams <= _LARGEST and _library(real, streams) is not None
-
-
-def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int) -> None:
-    logits = tensors[-2]
-    n = logits.shape[-1]
-    tokens = logits.numel() // (n * n)
-    threads = max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
-    kernel = getattr(_library(_REALS[logits.dtype], n), f"sinkhorn_{direction}")
-    kernel(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, (tokens, iterations, threads))
-    )
-
-
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """As `mhc_compile.mappings.sinkhorn.sinkhorn`, for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
-        return eager.sinkhorn(logits, iterations).contiguous()
-    dense = logits.contiguous()
-    out = torch.empty_like(dense)
-    _call("forward", (dense, out), iterations)
-    return out
-
-
-def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    """As `mhc_compile.mappings.sinkhorn.sinkhorn_backward`, for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
-        return eager.sinkhorn_backward(grad, logits, iterations).contiguous()
-    dense = logits.contiguous()
-    out = torch.empty_like(dense)
-    _call("backward", (grad.to(dense.dtype).contiguous(), dense, out), iterations)
-    return out
+#endif

@@ -1,0 +1,31 @@
+"""Kernels for CPU, in C++ that Inductor's compiler builds: the headers of this folder.
+
+`sinkhorn` is the mapping alone; `steps` has the fused operators, which contain it. A library is built for a combination of dtypes, number of streams and
+mapping when it is first needed, and serves all sites, shapes and iteration counts; Inductor's cache of compiled code keeps it between processes.
+"""
+
+from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
+from mhc_compile.ops.cpu.steps import (
+    close,
+    close_backward,
+    read,
+    read_backward,
+    step,
+    step_backward,
+    update,
+    update_backward,
+)
+
+__all__ = [
+    "available",
+    "close",
+    "close_backward",
+    "read",
+    "read_backward",
+    "sinkhorn",
+    "sinkhorn_backward",
+    "step",
+    "step_backward",
+    "update",
+    "update_backward",
+]

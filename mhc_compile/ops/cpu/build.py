@@ -1,0 +1,52 @@
+"""Builds the C++ of this package with Inductor's compiler, once for a combination of dtypes and sizes, for all processes of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["call", "library", "threads_for"]
+
+log = logging.getLogger(__name__)
+
+#: Below this many tokens a second thread costs more than it gives.
+_TOKENS_PER_THREAD = 512
+
+
+@functools.cache
+def library(headers: tuple[str, ...], **definitions: str | int) -> Any:
+    """The functions of some headers, compiled with these macros; None, with a warning, where they cannot be built."""
+    from mhc_compile._torch import load_cpp
+
+    lines = [f"#define {name} {value}" for name, value in definitions.items()]
+    folder = Path(__file__).parent
+    source = "\n".join([*lines, *((folder / header).read_text().replace("#pragma once\n", "") for header in headers)])
+    try:
+        return load_cpp(source)
+    except Exception as error:  # whatever a broken or missing compiler raises: the eager forms are always there
+        log.warning("the CPU kernels could not be built, eager operations are used instead: %s", error)
+        return None
+
+
+def threads_for(tokens: int) -> int:
+    """How many threads work on this many tokens."""
+    return max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
+
+
+def call(function: Any, tensors: Iterable[Tensor | None], integers: Iterable[int], *reals: float) -> None:
+    """Calls a function of pointers, 64-bit integers and doubles. A missing tensor is a null pointer."""
+    function(
+        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
+        *map(ctypes.c_int64, integers),
+        *map(ctypes.c_double, reals),
+    )

@@ -1,0 +1,150 @@
+// One site's end and the next one's beginning in one pass over the streams, a tile of tokens at a time: the tile stays in the cache between the
+// passes that need all of its features.
+//
+//     MIX   X'_i = sum_l res_il X_l + post_i y
+//     READ  inverse = 1 / rms(vec(X')), z = vec(X') phi inverse, pre, post, res from z, h = sum_j pre_j X'_j
+//
+// Both: mhc::step. MIX alone: mhc::update. READ alone, of the streams as they are: mhc::read. IN is the number of streams that the input has in memory:
+// N, or 1 where the N streams are equal. Equations: mhc_compile/ops/reference.py, which the tests hold this against.
+#pragma once
+
+namespace mhc {
+
+inline Real sigmoid(Real x) { return 1 / (1 + std::exp(-x)); }
+
+struct Site {
+    const Real *phi, *bias, *scale;  // [N C, K], [K], [3]
+    Real eps;
+    int64_t iterations;
+};
+
+// What a token's old streams weigh in its new ones. Equal streams are one stream that weighs as much as all of them.
+template <int IN>
+struct Weights {
+    Real res[N][IN], post[N];
+
+    Weights(const Real* res_of_token, const Real* post_of_token) {
+        for (int i = 0; i < N; ++i) {
+            post[i] = post_of_token[i];
+            for (int l = 0; l < IN; ++l) res[i][l] = 0;
+            for (int l = 0; l < N; ++l) res[i][IN == 1 ? 0 : l] += res_of_token[i * N + l];
+        }
+    }
+
+    template <typename Streams>
+    void mix(const Streams& x, Vec y, Vec (&out)[N]) const {
+        for (int i = 0; i < N; ++i) {
+            out[i] = post[i] * y;
+            for (int l = 0; l < IN; ++l) out[i] += res[i][l] * x[l];
+        }
+    }
+};
+
+struct Forward {
+    const STORE* streams;  // [T, IN, C]
+    const BRANCH* branch;  // [T, C]
+    const Real *post, *res;
+    Site site;
+    STORE *out, *h;                                    // [T, N, C], [T, C]
+    Real *next_pre, *next_post, *next_res, *z, *inverse;  // [T, N], [T, N], [T, N, N], [T, K], [T]
+    int64_t T, C;
+
+    template <int IN, bool MIX, bool READ>
+    void run(int64_t threads) const {
+        constexpr int P = MIX ? N : IN;
+        const int64_t tiles = (T + TILE - 1) / TILE;
+        const Scratch packed(READ ? chunks(C) * P * K * CHUNK : 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            if constexpr (READ) {
+#pragma omp for schedule(static)
+                for (int64_t chunk = 0; chunk < chunks(C); ++chunk) pack<P>(site.phi, C, chunk * CHUNK, packed.at(chunk * P * K * CHUNK));
+            }
+#pragma omp for schedule(static)
+            for (int64_t tile = 0; tile < tiles; ++tile) one<IN, MIX, READ>(tile * TILE, packed.at(0));
+        }
+    }
+
+    template <int IN, bool MIX, bool READ>
+    void one(int64_t first, const Real* packed) const {
+        constexpr int P = MIX ? N : IN;
+        const int64_t count = std::min<int64_t>(TILE, T - first);
+        Vec squares[TILE] = {}, products[TILE][K] = {};
+        alignas(64) Real values[TILE][P][CHUNK];
+        if (READ && count < TILE) std::memset(values, 0, sizeof values);
+        for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t token = first + t;
+                if constexpr (MIX) {
+                    const Weights<IN> weights(res + token * N * N, post + token * N);
+                    for (int64_t c = 0; c < CHUNK; c += WIDTH) {
+                        const int64_t rest = C - c0 - c;
+                        Vec x[IN], mixed[N];
+                        for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + c0 + c, rest);
+                        weights.mix(x, load(branch + token * C + c0 + c, rest), mixed);
+                        for (int i = 0; i < N; ++i) {
+                            store(out + (token * N + i) * C + c0 + c, mixed[i], rest);
+                            if constexpr (READ) keep(rounded(mixed[i], out), values[t][i] + c, squares[t]);
+                        }
+                    }
+                } else {
+                    for (int64_t c = 0; c < CHUNK; c += WIDTH)
+                        for (int i = 0; i < P; ++i)
+                            keep(load(streams + (token * IN + i) * C + c0 + c, C - c0 - c), values[t][i] + c, squares[t]);
+                }
+            }
+            if constexpr (READ) project<P>(values, packed + c0 / CHUNK * P * K * CHUNK, products);
+        }
+        if constexpr (READ) {
+            coefficients<P>(first, count, squares, products);
+            for (int64_t t = first; t < first + count; ++t) collapse<P>(MIX ? out : streams, t);
+        }
+    }
+
+  private:
+    static void keep(Vec value, Real* to, Vec& square) {
+        store(to, value);
+        square += value * value;
+    }
+
+    template <int P>
+    void coefficients(int64_t first, int64_t count, const Vec* squares, const Vec (*products)[K]) const {
+        Block<Real, N> block;
+        std::memset(&block.m, 0, sizeof block.m);
+        for (int64_t t = 0; t < count; ++t) {
+            const Real scaling = 1 / std::sqrt(sum(squares[t]) / (P * C) + site.eps);
+            const int64_t token = first + t;
+            inverse[token] = scaling;
+            Real row[K];
+            for (int k = 0; k < K; ++k) z[token * K + k] = row[k] = sum(products[t][k]) * scaling;
+            for (int i = 0; i < N; ++i) {
+                next_pre[token * N + i] = sigmoid(site.scale[0] * row[i] + site.bias[i]);
+                next_post[token * N + i] = 2 * sigmoid(site.scale[1] * row[N + i] + site.bias[N + i]);
+            }
+            if constexpr (MIXES)
+                for (int k = 0; k < N * N; ++k)
+                    block.m[k / N][k % N][t] = site.scale[2] * row[2 * N + k] + site.bias[2 * N + k];
+        }
+        if constexpr (MIXES) {
+            block.first_round();
+            for (int64_t k = 1; k < site.iterations; ++k) block.round(nullptr);
+        } else {
+            for (int i = 0; i < N; ++i)
+                for (int l = 0; l < LANES; ++l) block.m[i][i][l] = 1;
+        }
+        block.store(block.m, next_res + first * N * N, count);
+    }
+
+    template <int P>
+    void collapse(const STORE* from, int64_t token) const {
+        Real weight[P] = {};
+        for (int j = 0; j < N; ++j) weight[P == 1 ? 0 : j] += next_pre[token * N + j];
+        for (int64_t c = 0; c < C; c += WIDTH) {
+            Vec total = {};
+            for (int j = 0; j < P; ++j) total += weight[j] * load(from + (token * P + j) * C + c, C - c);
+            store(h + token * C + c, total, C - c);
+        }
+    }
+};
+
+}  // namespace mhc

@@ -1,0 +1,227 @@
+// The backward of step.h, in one pass over the streams: the new streams X' are computed again from the old ones. With g the gradient of X',
+// dh that of h, and dz that of the logits' projection (through sigmoid and Sinkhorn):
+//
+//     d_pre_j = <dh, X'_j>                     which is sum_l res_jl <dh, X_l> + post_j <dh, y>, so that X' is not needed before dz is known
+//     G_i     = g_i + pre_i dh + sum_k (dz_k inverse) phi_ik - X'_i inverse^2 (sum_k dz_k z_k) / (N C)        the whole gradient of X'
+//     d_phi   = X'^T (dz inverse),   d_X_l = sum_i res_il G_i,   d_y = sum_i post_i G_i,   d_post_i = <G_i, y>,   d_res_il = <G_i, X_l>
+//
+// Equations: mhc_compile/ops/reference.py. Gradients of the parameters are summed per thread, then over the threads in their order: the result does
+// not depend on which thread is first.
+#pragma once
+
+namespace mhc {
+
+struct Backward {
+    const STORE *grad_out, *grad_h;                    // [T, N, C], [T, C]; null where nobody reads them
+    const Real *grad_next_post, *grad_next_res;        // [T, N], [T, N, N]; null likewise
+    const STORE* streams;                              // [T, IN, C]
+    const BRANCH* branch;                              // [T, C]
+    const Real *post, *res;
+    Site site;
+    const Real *next_pre, *next_post, *z, *inverse;    // what Forward gave
+    STORE* d_streams;                                  // [T, IN, C]
+    BRANCH* d_branch;
+    Real *d_post, *d_res, *d_phi, *d_bias, *d_scale;
+    int64_t T, C;
+
+    template <int IN, bool MIX, bool READ>
+    void run(int64_t threads) const {
+        constexpr int P = MIX ? N : IN;
+        const int64_t all = chunks(C) * P * K * CHUNK, tiles = (T + TILE - 1) / TILE;
+        const int64_t sums = READ ? all + K + 3 : 0;  // of phi, bias and scale, for one thread
+        const Scratch packed(READ ? all : 0), partial(threads * sums);
+        const Scratch history(threads * site.iterations * 2 * N * LANES);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            if constexpr (READ) {
+#pragma omp for schedule(static)
+                for (int64_t chunk = 0; chunk < chunks(C); ++chunk) pack<P>(site.phi, C, chunk * CHUNK, packed.at(chunk * P * K * CHUNK));
+            }
+#pragma omp for schedule(static)
+            for (int64_t thread = 0; thread < threads; ++thread) {
+                Real* mine = partial.at(thread * sums);
+                std::memset(mine, 0, sums * sizeof(Real));
+                for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; ++tile)
+                    one<IN, MIX, READ>(tile * TILE, packed.at(0), mine, history.at(thread * site.iterations * 2 * N * LANES));
+            }
+            if constexpr (READ) {
+#pragma omp for schedule(static)
+                for (int64_t c = 0; c < C; ++c) {
+                    for (int i = 0; i < P; ++i) {
+                        for (int k = 0; k < K; ++k) {
+                            Real total = 0;
+                            for (int64_t thread = 0; thread < threads; ++thread) total += *partial.at(thread * sums + ((c / CHUNK * P + i) * K + k) * CHUNK + c % CHUNK);
+                            for (int j = (P == 1 ? 0 : i); j <= (P == 1 ? N - 1 : i); ++j) d_phi[(j * C + c) * K + k] = total;
+                        }
+                    }
+                }
+            }
+        }
+        if constexpr (READ) {
+            for (int k = 0; k < K + 3; ++k) {
+                Real total = 0;
+                for (int64_t thread = 0; thread < threads; ++thread) total += *partial.at(thread * sums + all + k);
+                (k < K ? d_bias[k] : d_scale[k - K]) = total;
+            }
+        }
+    }
+
+    template <int IN, bool MIX, bool READ>
+    void one(int64_t first, const Real* packed, Real* mine, Real* history) const {
+        constexpr int P = MIX ? N : IN;
+        const int64_t all = chunks(C) * P * K * CHUNK, count = std::min<int64_t>(TILE, T - first);
+        alignas(64) Real scaled[TILE][K] = {};  // dz inverse
+        Real radial[TILE] = {};
+        if constexpr (READ)
+            logits<IN, MIX>(first, count, scaled, radial, mine + all, mine + all + K, history);
+        Vec dots[TILE][N][IN + 1] = {};
+        for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
+            alignas(64) Real grads[TILE][P][CHUNK];   // first what the projection gives to X', then all of its gradient
+            alignas(64) Real values[TILE][P][CHUNK];  // X'
+            if constexpr (READ) {
+                if (count < TILE) std::memset(values, 0, sizeof values);
+                spread<P>(scaled, packed + c0 / CHUNK * P * K * CHUNK, grads);
+            }
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t token = first + t;
+                if constexpr (MIX) mixed<IN, READ>(token, c0, radial[t], grads[t], values[t], dots[t]);
+                else read<IN>(token, c0, radial[t], grads[t], values[t]);
+            }
+            if constexpr (READ) gather<P>(scaled, values, mine + c0 / CHUNK * P * K * CHUNK);
+        }
+        if constexpr (MIX) {
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t token = first + t;
+                for (int i = 0; i < N; ++i) {
+                    d_post[token * N + i] = sum(dots[t][i][IN]);
+                    for (int l = 0; l < IN; ++l) d_res[(token * N + i) * N + l] = sum(dots[t][i][l]);
+                    for (int l = IN; l < N; ++l) d_res[(token * N + i) * N + l] = d_res[(token * N + i) * N];
+                }
+            }
+        }
+    }
+
+  private:
+    // From the gradients of h, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias and scale.
+    template <int IN, bool MIX>
+    void logits(int64_t first, int64_t count, Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* d_scale_sum, Real* history) const {
+        constexpr int P = MIX ? N : IN;
+        Real d_logits[TILE][K];
+        Block<Real, N> block;
+        Real g[N][N][LANES] = {};
+        if constexpr (MIXES) {
+            std::memset(&block.m, 0, sizeof block.m);
+            for (int64_t t = 0; t < count; ++t)
+                for (int k = 0; k < N * N; ++k)
+                    block.m[k / N][k % N][t] = site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k];
+            if (grad_next_res) {
+                block.load(grad_next_res + first * N * N, count, g);
+                block.first_round();
+                for (int64_t k = 1; k < site.iterations; ++k) block.round(history + (k - 1) * 2 * N * LANES);
+                for (int64_t k = site.iterations - 1; k > 0; --k) block.round_back(g, history + (k - 1) * 2 * N * LANES);
+                block.first_round_back(g);
+            }
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t token = first + t;
+            Real d_pre[N];
+            product<IN, MIX>(token, d_pre);
+            for (int i = 0; i < N; ++i) {
+                const Real pre = next_pre[token * N + i], after = next_post[token * N + i];
+                d_logits[t][i] = d_pre[i] * pre * (1 - pre);
+                d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / 2) : 0;
+            }
+            if constexpr (MIXES)
+                for (int k = 0; k < N * N; ++k) d_logits[t][2 * N + k] = g[k / N][k % N][t];
+            Real dot = 0;
+            for (int k = 0; k < K; ++k) {
+                const int part = k < N ? 0 : k < 2 * N ? 1 : 2;
+                const Real dz = d_logits[t][k] * site.scale[part];
+                d_bias_sum[k] += d_logits[t][k];
+                d_scale_sum[part] += d_logits[t][k] * z[token * K + k];
+                dot += dz * z[token * K + k];
+                scaled[t][k] = dz * inverse[token];
+            }
+            radial[t] = inverse[token] * inverse[token] * dot / (P * C);
+        }
+    }
+
+    // <dh, X'_j> for every j.
+    template <int IN, bool MIX>
+    void product(int64_t token, Real (&d_pre)[N]) const {
+        for (int j = 0; j < N; ++j) d_pre[j] = 0;
+        if (!grad_h) return;
+        Vec with_streams[IN] = {}, with_branch = {};
+        for (int64_t c = 0; c < C; c += WIDTH) {
+            const Vec dh = load(grad_h + token * C + c, C - c);
+            for (int l = 0; l < IN; ++l) with_streams[l] += dh * load(streams + (token * IN + l) * C + c, C - c);
+            if constexpr (MIX) with_branch += dh * load(branch + token * C + c, C - c);
+        }
+        Real old[IN];
+        for (int l = 0; l < IN; ++l) old[l] = sum(with_streams[l]);
+        if constexpr (MIX) {
+            const Weights<IN> weights(res + token * N * N, post + token * N);
+            const Real y = sum(with_branch);
+            for (int j = 0; j < N; ++j) {
+                d_pre[j] = weights.post[j] * y;
+                for (int l = 0; l < IN; ++l) d_pre[j] += weights.res[j][l] * old[l];
+            }
+        } else {
+            for (int j = 0; j < N; ++j) d_pre[j] = old[IN == 1 ? 0 : j];
+        }
+    }
+
+    template <int IN, bool READ>
+    void mixed(int64_t token, int64_t c0, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
+        const Weights<IN> weights(res + token * N * N, post + token * N);
+        Vec sums[N][IN + 1];
+        for (int i = 0; i < N; ++i)
+            for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];
+        for (int64_t c = 0; c < CHUNK; c += WIDTH) {
+            const int64_t at = c0 + c, rest = C - at;
+            Vec x[IN], d_x[IN] = {}, d_y = {}, total[N];
+            for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, rest);
+            const Vec y = load(branch + token * C + at, rest);
+            for (int i = 0; i < N; ++i) total[i] = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
+            if constexpr (READ) {
+                Vec next[N];
+                weights.mix(x, y, next);
+                const Vec dh = grad_h ? load(grad_h + token * C + at, rest) : Vec{};
+                for (int i = 0; i < N; ++i) {
+                    const Vec value = rounded(next[i], grad_out);
+                    store(values[i] + c, value);
+                    total[i] += load(grads[i] + c) + next_pre[token * N + i] * dh - radial * value;
+                }
+            }
+            for (int i = 0; i < N; ++i) {
+                d_y += weights.post[i] * total[i];
+                sums[i][IN] += total[i] * y;
+                for (int l = 0; l < IN; ++l) {
+                    d_x[l] += weights.res[i][l] * total[i];
+                    sums[i][l] += total[i] * x[l];
+                }
+            }
+            for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
+            store(d_branch + token * C + at, d_y, rest);
+        }
+        for (int i = 0; i < N; ++i)
+            for (int l = 0; l <= IN; ++l) dots[i][l] = sums[i][l];
+    }
+
+    template <int IN>
+    void read(int64_t token, int64_t c0, Real radial, const Real (*grads)[CHUNK], Real (*values)[CHUNK]) const {
+        Real weight[IN] = {};
+        for (int j = 0; j < N; ++j) weight[IN == 1 ? 0 : j] += next_pre[token * N + j];
+        for (int64_t c = 0; c < CHUNK; c += WIDTH) {
+            const int64_t at = c0 + c, rest = C - at;
+            const Vec dh = grad_h ? load(grad_h + token * C + at, rest) : Vec{};
+            for (int i = 0; i < IN; ++i) {
+                const Vec value = load(streams + (token * IN + i) * C + at, rest);
+                store(values[i] + c, value);
+                store(d_streams + (token * IN + i) * C + at, load(grads[i] + c) + weight[i] * dh - radial * value, rest);
+            }
+        }
+    }
+};
+
+}  // namespace mhc
