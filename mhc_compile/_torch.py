@@ -155,8 +155,14 @@ def compile_with_inductor(
     from torch._inductor import list_mode_options
 
     if not decompositions.keys() <= inductor_decompositions.keys():
+        from torch._inductor.lowering import make_fallback
+
         inductor_decompositions.update(decompositions)
         fast_random_decomps.cache_clear()
+        for (
+            op
+        ) in decompositions:  # what its decomposition leaves alone is called as it is; its kernel takes any strides
+            make_fallback(op, warn=False, override_decomp=True)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
     config: Any = torch.compiler.config  # mypy does not see that it has the methods of a configuration
     with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):

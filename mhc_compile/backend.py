@@ -13,7 +13,7 @@ from mhc_compile.attachment import connections
 from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
-from mhc_compile.passes import close_regions, expand_plan
+from mhc_compile.passes import FuseSteps, close_regions, expand_plan
 from mhc_compile.passes.roles import is_contraction
 from mhc_compile.study import Study, complain, study
 
@@ -110,11 +110,21 @@ def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
     return new
 
 
+def _fused(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """With the operators of neighbouring sites joined, in the graph and in the bodies of its regions."""
+    fused = _with_graph(graph_module, FuseSteps().apply(graph_module.graph))
+    for name, body in graph_module.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(fused, name, _fused(body))
+    return fused
+
+
 def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
     if callable(options.inner):
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "eager":
         return run_eagerly(graph_module)
+    graph_module = _fused(graph_module)
     if options.inner == "inductor":
         return _torch.compile_with_inductor(
             graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor), f"mhc-{ops.fingerprint()}"

@@ -1,6 +1,7 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
     graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
+          ─ FuseSteps ─> operators that have kernels (for a compiler), or ─ LowerOperators, SpellAten ─> plain ATen (for an exported program)
 
 Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens the regions
 of activation checkpointing before all of this and closes them after it. What an operation is (a product, a view, an in-place write) is said in
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
+from mhc_compile.passes.fuse import FuseSteps
 from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
@@ -35,6 +37,7 @@ __all__ = [
     "Chain",
     "ExpandChains",
     "FunctionalizeWrites",
+    "FuseSteps",
     "Hook",
     "InlineRegions",
     "LowerOperators",

@@ -15,14 +15,36 @@ import torch
 
 from mhc_compile import mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
+from mhc_compile.ops import cpu, fused, reference
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
-from mhc_compile.ops import reference
 from mhc_compile.ops import steps as _steps  # noqa: F401 - registers the fused operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["decompositions", "fingerprint", "fused_decompositions"]
+
+_mhc = torch.ops.mhc
+_SINGLE: dict[Any, Callable[..., Any]] = {
+    _mhc.coefficients.default: reference.coefficients,
+    _mhc.coefficients_backward.default: reference.coefficients_backward,
+}
+#: Products written as broadcasts: a batched matrix product would stay an extern kernel, and nothing would fuse round it.
+_BROADCAST: dict[Any, Callable[..., Any]] = {
+    _mhc.collapse.default: reference.collapse_fused,
+    _mhc.collapse_backward.default: reference.collapse_backward_fused,
+    _mhc.update.default: reference.update_fused,
+}
+#: Operators that have kernels: their form in ATen, and where streams and branch stand among their arguments.
+_WITH_KERNELS: dict[Any, tuple[Any, ...]] = {
+    _mhc.read.default: (fused.read, 0),
+    _mhc.read_backward.default: (fused.read_backward, 3),
+    _mhc.step.default: (fused.step, 0, 1),
+    _mhc.step_backward.default: (fused.step_backward, 4, 5),
+    _mhc.close.default: (fused.close, 0, 1),
+    _mhc.close_backward.default: (fused.close_backward, 1, 2),
+    _mhc.update_backward.default: (reference.update_backward_fused, 1, 2),
+}
 
 
 @functools.cache
@@ -36,23 +58,29 @@ def fingerprint() -> str:
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operator overload to implementation, for Inductor: pointwise and reduction operations round one opaque Sinkhorn."""
-    mhc = torch.ops.mhc
-    return {
-        mhc.coefficients.default: reference.coefficients,
-        mhc.coefficients_backward.default: reference.coefficients_backward,
-        mhc.collapse.default: reference.collapse_fused,
-        mhc.collapse_backward.default: reference.collapse_backward_fused,
-        mhc.update.default: reference.update_fused,
-        mhc.update_backward.default: reference.update_backward_fused,
-    }
+    """Operator overload to implementation, for Inductor: pointwise and reduction operations round one opaque Sinkhorn.
+
+    The fused operators, and the backward of `mhc::update`, are decomposed only where there is no kernel for them.
+    """
+    table: dict[Any, Callable[..., Any]] = {**_SINGLE, **_BROADCAST}
+    table |= {operator: _unless_kernel(form, *at) for operator, (form, *at) in _WITH_KERNELS.items()}
+    return table
+
+
+def _unless_kernel(decomposition: Callable[..., Any], streams: int, branch: int | None = None) -> Callable[..., Any]:
+    """The decomposition, which steps back where a kernel takes the tensors at these positions."""
+
+    def decompose(*args: Any) -> Any:
+        other = None if branch is None else args[branch].dtype
+        if args[streams].device.type == "cpu" and cpu.takes(args[streams].dtype, other):
+            return NotImplemented
+        return decomposition(*args)
+
+    return decompose
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
-    mhc = torch.ops.mhc
-    return {
-        **fused_decompositions(),
-        mhc.sinkhorn.default: sinkhorn,
-        mhc.sinkhorn_backward.default: sinkhorn_backward,
-    }
+    table: dict[Any, Callable[..., Any]] = {**_SINGLE, **_BROADCAST}
+    table |= {operator: form for operator, (form, *_) in _WITH_KERNELS.items()}
+    return {**table, _mhc.sinkhorn.default: sinkhorn, _mhc.sinkhorn_backward.default: sinkhorn_backward}

@@ -61,7 +61,7 @@ def read_backward(
     pre: Tensor,
     post: Tensor,
     z: Tensor,
-    inverse: Tensor,
+    inverse: Tensor,  # noqa: ARG001 - kernels take it; here it is computed again, fused with what reads it
     mapping: str,
     iterations: int,
     eps: float,

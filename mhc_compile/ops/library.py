@@ -50,6 +50,7 @@ for _schema in _SCHEMAS:
 
 
 def shown(tensor: Tensor) -> str:
+    """Shape and dtype, for errors."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -118,6 +119,14 @@ def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _on_cpu(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        _check_update(streams, branch, post, res)
+        return kernel(streams, branch, post, res)
+
+    return update
+
+
 _KERNELS: dict[str, Callable[..., Any]] = {
     "sinkhorn": sinkhorn,
     "sinkhorn_backward": sinkhorn_backward,
@@ -132,6 +141,8 @@ for _name, _kernel in _KERNELS.items():
     LIBRARY.impl(_name, dense(_kernel), "CompositeExplicitAutograd")
 LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
 LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
+LIBRARY.impl("update", _on_cpu(cpu.update), "CPU")
+LIBRARY.impl("update_backward", cpu.update_backward, "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
 
 
@@ -227,6 +238,8 @@ def _update_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def once_only(name: str) -> Callable[..., Any]:
+    """The backward of a backward: an error that says so."""
+
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
             f"mhc::{name} is not differentiable: second derivatives (create_graph=True) are not supported through hyper-connections"

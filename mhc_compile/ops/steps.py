@@ -5,8 +5,8 @@
     mhc::close(streams, branch, post, res) -> mean
 
 Semantics and shapes: `mhc_compile.ops.fused`. `passes.FuseSteps` writes them; models and exported programs know only the operators of
-`mhc_compile.ops.library`. For the backward they keep the old streams and the coefficients, never the new streams. `pre`, `z` and `inverse` are results
-that only the backward reads: they have no gradient.
+`mhc_compile.ops.library`. For the backward they keep the old streams and the coefficients, never the new streams. `pre`, `z` and `inverse` are
+results that only the backward reads: they have no gradient.
 """
 
 from __future__ import annotations

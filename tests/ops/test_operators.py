@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile import ShapeError
 from mhc_compile.mappings import MAPPINGS
-from mhc_compile.ops import decompositions, fused_decompositions, reference
+from mhc_compile.ops import decompositions, reference
 
 mhc = torch.ops.mhc
 N, C = 4, 6
@@ -75,7 +75,7 @@ def test_fused_forms_equal_the_eager_kernels(n, dtype):
     streams, branch, pre, post, res = (t.detach() for t in mixing(dtype, tokens, n, width))
     grad = torch.randn_like(streams)
     small = torch.randn_like(branch)
-    table = fused_decompositions()
+    table = decompositions()
     for operator, args in (
         (mhc.collapse.default, (streams, pre)),
         (mhc.collapse_backward.default, (small, streams, pre)),

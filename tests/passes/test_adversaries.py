@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import mhc_compile
-from mhc_compile.passes import Provenance, normalize, plan_chains
+from mhc_compile.passes import FuseSteps, Provenance, normalize, plan_chains
 from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, op_name, tensor_value
 
 if TYPE_CHECKING:
@@ -147,7 +147,20 @@ def check(program) -> int:
         for one, other in zip([*got, *got_gradients], [*want, *want_gradients], strict=True):
             assert distance(one, other) <= tolerance(program), str(module.graph)
     assert str(again.graph) == str(rewritten.graph)
+    check_fused(program, every, model, x)
     return updates(every)
+
+
+def check_fused(program, module: fx.GraphModule, model: Model, x: Tensor) -> None:
+    """Fused operators compute what the others do, at parameters that are anything."""
+    for name, parameter in module.named_parameters():
+        if "mhc" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    fused = fx.GraphModule(module, FuseSteps().apply(module.graph))
+    fused.graph.lint()
+    want, got = outcome(module, model, x), outcome(fused, model, x)
+    for one, other in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert distance(one, other) <= tolerance(program), str(fused.graph)
 
 
 def updates(module: fx.GraphModule) -> int:

@@ -1,7 +1,8 @@
 """Kernels for CPU, in C++ that Inductor's compiler builds: the headers of this folder.
 
-`sinkhorn` is the mapping alone; `steps` has the fused operators, which contain it. A library is built for a combination of dtypes, number of streams and
-mapping when it is first needed, and serves all sites, shapes and iteration counts; Inductor's cache of compiled code keeps it between processes.
+`sinkhorn` is the mapping alone; `steps` has the fused operators, which contain it. A library is built for a combination of dtypes, number of
+streams and mapping when it is first needed, and serves all sites, shapes and iteration counts; Inductor's cache of compiled code keeps it between
+processes.
 """
 
 from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
@@ -12,6 +13,7 @@ from mhc_compile.ops.cpu.steps import (
     read_backward,
     step,
     step_backward,
+    takes,
     update,
     update_backward,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "sinkhorn_backward",
     "step",
     "step_backward",
+    "takes",
     "update",
     "update_backward",
 ]

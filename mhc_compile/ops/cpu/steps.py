@@ -1,8 +1,8 @@
 """The fused operators on CPU: one C++ kernel each, forward and backward, that passes over the streams once.
 
-A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
-forward and 15 C backward, the least that the formula allows; the projection is part of the pass, and so is Sinkhorn. Semantics, shapes and the forms that
-run for other dtypes, or where there is no C++ compiler: `mhc_compile.ops.fused`.
+A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C
+elements forward and 15 C backward, the least that the formula allows; the projection is part of the pass, and so is Sinkhorn. Semantics, shapes, and
+the forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "available",
     "close",
     "close_backward",
     "read",
     "read_backward",
     "step",
     "step_backward",
+    "takes",
     "update",
     "update_backward",
 ]
@@ -50,7 +50,7 @@ def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) ->
     return library(_HEADERS, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, SINKHORN=int(mapping == "sinkhorn"))
 
 
-def available(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str = "sinkhorn") -> bool:
+def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str = "sinkhorn") -> bool:
     """Whether there is a kernel for these dtypes and this number of streams, and a compiler that builds it here."""
     return _library(streams, branch or streams, n, mapping) is not None
 
@@ -208,13 +208,26 @@ def step_backward(
     site = (phi, bias, scale)
     saved = (next_pre, next_post, z, inverse)
     if not kernel.runs:
-        grads = (grad_streams, grad_h, grad_post, grad_res)
-        given = (*grads, streams, branch, post, res, *site, *saved, mapping, iterations, eps)
+        given = (
+            grad_streams,
+            grad_h,
+            grad_post,
+            grad_res,
+            streams,
+            branch,
+            post,
+            res,
+            *site,
+            *saved,
+            mapping,
+            iterations,
+            eps,
+        )
         return tuple(map(Tensor.contiguous, fused.step_backward(*given)))
     wide = (None if grad is None else grad.to(streams.dtype) for grad in (grad_streams, grad_h))
     grads = (*_dense(*wide), kernel.real(grad_post), kernel.real(grad_res))
     reals = tuple(map(kernel.real, (post, res, *site)))
-    outs = (*_empty(kernel, streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
+    outs = (*_empty(streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
     kernel.run("step_backward", (*grads, *_dense(streams, branch), *reals, *map(kernel.real, saved), *outs))
     return _as(outs, (streams, branch, post, res, *site))
 
@@ -236,10 +249,10 @@ def _mixing_backward(
     if not kernel.runs:
         return tuple(map(Tensor.contiguous, composed(grad, streams, branch, post, res)))
     reals = tuple(map(kernel.real, (post, res)))
-    outs = (*_empty(kernel, streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
+    outs = (*_empty(streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
     kernel.run(f"{name}_backward", (*_dense(grad.to(streams.dtype), streams, branch), *reals, *outs))
     return _as(outs, (streams, branch, post, res))
 
 
-def _empty(kernel: _Call, *like: Tensor) -> tuple[Tensor, ...]:
+def _empty(*like: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in like)

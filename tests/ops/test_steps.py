@@ -1,0 +1,255 @@
+"""The fused operators: the composition against autograd of the reference operators, the C++ kernels against the composition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhc_compile import ShapeError
+from mhc_compile.ops import cpu, decompositions, fused, fused_decompositions, reference
+
+mhc = torch.ops.mhc
+HOW = ("sinkhorn", 20, 1e-6)
+SHAPES = [((2, 3), 6), ((37,), 33), ((5, 13), 130), ((1,), 1)]
+
+
+def columns(n, mapping):
+    return 2 * n + (n * n if mapping == "sinkhorn" else 0)
+
+
+def values(n=4, width=6, tokens=(2, 3), dtype=torch.float64, mapping="sinkhorn", copies=False, branch=None):
+    """`(streams, branch, post, res, phi, bias, scale)`; one stream for n equal ones with `copies`."""
+    real, k = torch.promote_types(dtype, torch.float32), columns(n, mapping)
+    return (
+        torch.randn(*tokens, 1 if copies else n, width, dtype=dtype),
+        torch.randn(*tokens, width, dtype=branch or dtype),
+        2 * torch.rand(*tokens, n, dtype=real),
+        torch.softmax(torch.randn(*tokens, n, n, dtype=real), -1),
+        0.3 * torch.randn(n * width, k, dtype=real) / width**0.5,
+        torch.randn(k, dtype=real),
+        0.5 + torch.rand(3, dtype=real),
+    )
+
+
+def by_reference(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps):
+    """`step` from the operators that models are made of; their gradients are tested elsewhere."""
+    n = post.shape[-1]
+    after = mhc.update(streams.expand(*streams.shape[:-2], n, -1), branch, post, res)
+    pre, next_post, next_res, _ = mhc.coefficients(after, phi, bias, scale, mapping, iterations, eps)
+    return after, mhc.collapse(after, pre), next_post, next_res
+
+
+def weighted(outputs):
+    return sum((out * torch.linspace(-1, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum() for out in outputs)
+
+
+def close(one, other, tolerance):
+    return one.shape == other.shape and bool(
+        (one.double() - other.double()).norm() <= tolerance * (1e-12 + other.double().norm())
+    )
+
+
+# Every number of streams and every combination of dtypes is a library of its own, which takes seconds to build.
+SIZES = [
+    (4, "sinkhorn"),
+    (4, "identity"),
+    (1, "sinkhorn"),
+    *(pytest.param(n, m, marks=pytest.mark.slow) for n in (2, 3, 5, 8) for m in ("sinkhorn", "identity")),
+]
+
+
+@pytest.mark.parametrize(("n", "mapping"), SIZES)
+@pytest.mark.parametrize("copies", [False, True])
+def test_composition_and_kernels_against_autograd(n, mapping, copies):
+    tensors = [t.requires_grad_() for t in values(n, 5, (3, 2), mapping=mapping, copies=copies)]
+    how = (mapping, 7, 1e-6)
+    want = by_reference(*tensors, *how)
+    wanted = torch.autograd.grad(weighted(want), tensors)
+    for kernels in (fused, cpu):
+        with torch.no_grad():
+            after, h, pre, post, res, z, inverse = kernels.step(*tensors, *how)
+        assert all(close(one, other, 1e-12) for one, other in zip((after, h, post, res), want, strict=True))
+        leaves = [t.clone().requires_grad_() for t in (after, h, post, res)]
+        grads = torch.autograd.grad(weighted(leaves), leaves)
+        with torch.no_grad():
+            got = kernels.step_backward(*grads, *tensors, pre, post, z, inverse, *how)
+        assert all(close(one, other, 1e-11) for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_gradcheck(copies):
+    streams, branch, post, res, *site = (t.requires_grad_() for t in values(4, 2, (2,), copies=copies))
+
+    def step(*tensors):
+        after, h, _, next_post, next_res, *_ = mhc.step(*tensors, *HOW)
+        return after, h, next_post, next_res
+
+    def read(streams, *site):
+        h, _, next_post, next_res, *_ = mhc.read(streams, *site, 4, *HOW)
+        return h, next_post, next_res
+
+    assert torch.autograd.gradcheck(step, (streams, branch, post, res, *site))
+    assert torch.autograd.gradcheck(read, (streams, *site))
+    assert torch.autograd.gradcheck(mhc.close, (streams, branch, post, res))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [False, True])
+def test_opcheck(dtype, copies):
+    tensors = [t.requires_grad_() for t in values(dtype=dtype, copies=copies)]
+    torch.library.opcheck(mhc.step.default, (*tensors, *HOW))
+    torch.library.opcheck(mhc.read.default, (tensors[0], *tensors[4:], 4, *HOW))
+    torch.library.opcheck(mhc.close.default, tuple(tensors[:4]))
+
+
+TYPES = [
+    (torch.float32, torch.float32, "sinkhorn"),
+    (torch.float64, torch.float64, "sinkhorn"),
+    (torch.bfloat16, torch.bfloat16, "sinkhorn"),
+    pytest.param(torch.float32, torch.float32, "identity", marks=pytest.mark.slow),
+    pytest.param(torch.float32, torch.bfloat16, "sinkhorn", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, torch.float32, "sinkhorn", marks=pytest.mark.slow),
+]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize(("streams", "branch", "mapping"), TYPES)
+def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
+    """Tokens and features that are multiples of nothing, tails of tiles and of vectors, strides, gradients that nobody has."""
+    assert cpu.takes(streams, branch)
+    how = (mapping, 20, 1e-6)
+    tolerance = TOLERANCES[streams]
+    for tokens, width in SHAPES[: 3 if streams == torch.bfloat16 else 4]:
+        for copies in (False, True):
+            given = [
+                t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+                for t in values(4, width, tokens, streams, mapping, copies, branch)
+            ]
+            exact = [t.double() for t in given]
+            out = cpu.step(*given, *how)
+            for one, other in zip(out, fused.step(*exact, *how), strict=True):
+                assert one.is_contiguous()
+                assert close(one, other, tolerance)
+            _, _, *saved = out
+            saved = [saved[0], saved[1], saved[3], saved[4]]
+            grads = [torch.randn_like(t) for t in (out[0], out[1], out[3], out[4])]
+            for missing in (set(), {0}, {1}, {2, 3}, {0, 1, 2}):
+                some = [None if i in missing else g for i, g in enumerate(grads)]
+                wide = [None if g is None else g.double() for g in some]
+                got = cpu.step_backward(*some, *given, *saved, *how)
+                want = fused.step_backward(*wide, *exact, *(t.double() for t in saved), *how)
+                for like, one, other in zip(given, got, want, strict=True):
+                    assert one.dtype == like.dtype
+                    assert close(one, other, 3 * max(tolerance, TOLERANCES[like.dtype]))
+            for name, args in (("close", given[:4]), ("close_backward", [grads[1], *given[:4]])):
+                got, want = getattr(cpu, name)(*args), getattr(fused, name)(*(t.double() for t in args))
+                for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+                    assert close(one, other, max(tolerance, TOLERANCES[one.dtype]))
+            if not copies:
+                for name, args in (("update", given[:4]), ("update_backward", [grads[0], *given[:4]])):
+                    got, want = getattr(cpu, name)(*args), getattr(reference, name)(*(t.double() for t in args))
+                    for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
+                        assert close(one, other, max(tolerance, TOLERANCES[one.dtype]))
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    """Rounding would not tell: the composition must not be called at all."""
+    monkeypatch.setattr(fused, "step", None)
+    monkeypatch.setattr(fused, "step_backward", None)
+    tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
+    after, *_ = mhc.step(*tensors, *HOW)
+    after.sum().backward()
+
+
+def test_without_a_compiler_the_composition_runs(monkeypatch):
+    monkeypatch.setattr(cpu.steps, "library", lambda *_, **__: None)
+    assert not cpu.takes(torch.float32)
+    tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
+    after, h, *_ = mhc.step(*tensors, *HOW)
+    got = torch.autograd.grad(weighted((after, h)), tensors)
+    monkeypatch.undo()
+    kernel = mhc.step(*tensors, *HOW)
+    assert not torch.equal(kernel[1], h)  # another order of summation
+    for one, other in zip(got, torch.autograd.grad(weighted(kernel[:2]), tensors), strict=True):
+        assert close(one, other, 1e-4)
+
+
+def test_threads_do_not_change_the_result():
+    tensors = values(width=40, tokens=(1500,), dtype=torch.float32)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        out = cpu.step(*tensors, *HOW)
+        saved = (out[2], out[3], out[5], out[6])
+        back = cpu.step_backward(*(torch.ones_like(out[i]) for i in (0, 1, 3, 4)), *tensors, *saved, *HOW)
+        results.append((*out, *back))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(results[0][:11], results[1][:11], strict=True))
+    assert all(close(one, other, 1e-5) for one, other in zip(results[0], results[1], strict=True))
+
+
+def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept():
+    n, width, tokens = 4, 256, (100,)
+    tensors = [t.requires_grad_() for t in values(n, width, tokens, torch.float32)]
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mhc.step(*tensors, *HOW)
+    small = 2 * (n + n * n) + 24 + 1  # post and res of both sites, z, inverse
+    parameters = sum(t.numel() for t in tensors[4:])
+    assert sum(kept.values()) <= 100 * ((n + 1) * width + small) + parameters
+
+
+def test_empty_batches():
+    tensors = [t.requires_grad_() for t in values(tokens=(0, 3), dtype=torch.float32)]
+    after, h, *_ = mhc.step(*tensors, *HOW)
+    assert after.shape == (0, 3, 4, 6)
+    (after.sum() + h.sum()).backward()
+    assert not tensors[4].grad.any()
+
+
+def test_nan_stays_nan():
+    for dtype in (torch.float32, torch.bfloat16):
+        streams, *rest = values(dtype=dtype)
+        streams[0, 0, 0, 0] = float("nan")
+        after, h, *_ = cpu.step(streams, *rest, *HOW)
+        assert after[0, 0].isnan().any()
+        assert h[0, 0].isnan().any()
+        assert not after[1].isnan().any()
+
+
+def test_decompositions_step_back_for_kernels_only():
+    tensors = values(dtype=torch.float32)
+    halves = values(dtype=torch.float16)
+    assert fused_decompositions()[mhc.step.default](*tensors, *HOW) is NotImplemented
+    assert len(fused_decompositions()[mhc.step.default](*halves, *HOW)) == 7
+    assert len(decompositions()[mhc.step.default](*tensors, *HOW)) == 7
+
+
+def test_half_precision_takes_the_composition():
+    tensors = [t.requires_grad_() for t in values(dtype=torch.float16)]
+    after, h, *_ = mhc.step(*tensors, *HOW)
+    (after.float().sum() + h.float().sum()).backward()
+    assert all(t.grad.isfinite().all() for t in tensors)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s, y, p, r, *site: mhc.step(s, y[..., :2], p, r, *site, *HOW), r"mhc::step: .*got \[2, 3, 2\]"),
+        (lambda s, y, p, r, *site: mhc.step(s[..., :3, :], y, p, r, *site, *HOW), r"mhc::step: .*n or 1"),
+        (lambda s, y, p, r, *site: mhc.read(s, *site, 3, *HOW), r"mhc::read: streams must be .*\[..., 3 or 1, C\]"),
+        (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "kronecker", 20, 1e-6), "'kronecker' has no fused operator"),
+        (lambda s, y, p, r, *site: mhc.read(s, site[0][:5], *site[1:], 4, *HOW), r"need phi \[24, 24\]"),
+        (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "sinkhorn", 0, 1e-6), "at least 1, got 0"),
+        (lambda s, y, p, r, *site: mhc.close(s, y, p, r[..., :2]), r"mhc::close: .*got .*\[2, 3, 4, 2\]"),
+    ],
+)
+def test_wrong_shapes_are_named(call, words):
+    with pytest.raises(ShapeError, match=words):
+        call(*values())

@@ -1,0 +1,148 @@
+"""FuseSteps: it fires, it stays away, the numbers hold, a second run changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from graphs import C, Model
+from torch import fx, nn
+
+import mhc_compile
+from mhc_compile.passes import FuseSteps
+from mhc_compile.passes.roles import op_name, tensor_value
+
+OURS = {"read", "step", "close", "coefficients", "collapse", "update", "expand", "mean"}
+
+
+def fused(forward, **options) -> tuple[fx.GraphModule, fx.GraphModule, torch.Tensor]:
+    """The rewritten module with random parameters, the same with fused operators, and an input."""
+    torch.manual_seed(0)
+    model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
+    module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_sites": 1, **options})
+    for name, parameter in module.named_parameters():
+        if "mhc" in name:
+            nn.init.normal_(parameter, std=0.3)
+    graph = FuseSteps().apply(module.graph)
+    graph.lint()
+    return module, fx.GraphModule(module, graph), x
+
+
+def operations(module: fx.GraphModule) -> dict[str, int]:
+    counts = Counter(op_name(node) for node in module.graph.nodes)
+    return {name: counts[name] for name in OURS if counts[name]}
+
+
+def assert_equal(module, other, x) -> None:
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == dict(other.named_parameters()).keys()
+    results = []
+    for one in (module, other):
+        out = one(x)
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outs)
+        results.append([*outs, *torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)])
+    for one, two in zip(*results, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            assert (one - two).abs().max() <= 1e-11 * max(1.0, one.abs().max().item())
+
+
+def sites(*branches):
+    def forward(m, x):
+        for branch in branches:
+            x = x + getattr(m, branch)(m.norm(x))
+        return m.norm(x)
+
+    return forward
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_chain_is_one_read_steps_and_one_close(count):
+    module, after, x = fused(sites(*"fgfgf"[:count]))
+    before = operations(module)
+    assert (before["coefficients"], before["update"], before["expand"], before["mean"]) == (count, count, 1, 1)
+    steps = {"step": count - 1} if count > 1 else {}
+    assert operations(after) == {"read": 1, "close": 1, **steps}
+    assert_equal(module, after, x)
+
+
+def test_copies_are_never_written():
+    _, after, _ = fused(sites("f", "g"))
+    for node in after.graph.nodes:
+        if op_name(node) in {"read", "step"}:
+            assert tensor_value(node.args[0]).shape == (2, 4, 1, C)
+        if op_name(node) == "close":
+            assert tensor_value(node.args[0]).shape == (2, 4, 4, C)  # they differ, after the first site
+
+
+def test_hidden_states_are_read_out_beside_the_step():
+    def forward(m, x):
+        first = x + m.f(x)
+        return first, first + m.g(first)
+
+    module, after, x = fused(forward)
+    assert operations(after) == {"read": 1, "step": 1, "close": 1, "mean": 1}
+    assert_equal(module, after, x)
+
+
+def test_a_norm_behind_the_add_keeps_the_update():
+    def forward(m, x):
+        for branch in (m.f, m.g, m.f):
+            x = m.norm(x + branch(x))
+        return x
+
+    module, after, x = fused(forward)
+    counts = operations(after)
+    assert (counts["read"], counts["update"], counts["close"]) == (3, 2, 1)
+    assert "step" not in counts
+    assert_equal(module, after, x)
+
+
+def test_identity_has_kernels_too():
+    module, after, x = fused(sites("f", "g"), mapping="identity")
+    assert operations(after) == {"read": 1, "step": 1, "close": 1}
+    assert_equal(module, after, x)
+
+
+def test_another_mapping_is_left_alone(monkeypatch):
+    monkeypatch.setattr("mhc_compile.passes.fuse.MAPPINGS", ())
+    module, after, x = fused(sites("f", "g"))
+    assert operations(after) == {"coefficients": 2, "collapse": 2, "update": 1, "close": 1, "expand": 1}
+    assert_equal(module, after, x)
+
+
+def test_a_reader_of_the_coefficients_keeps_them():
+    module, _, x = fused(sites("f", "g"))
+    graph = module.graph
+    pre = next(node for node in graph.nodes if node.name.startswith("mhc_pre"))
+    out = graph.output_node()
+    out.args = ((out.args[0], pre),)
+    module.recompile()
+    after = fx.GraphModule(module, FuseSteps().apply(graph))
+    assert operations(after)["coefficients"] == 1
+    assert_equal(module, after, x)
+
+
+def test_a_switch_of_gradients_between_two_sites_keeps_them_apart():
+    module, _, _ = fused(sites("f", "g"))
+    graph = module.graph
+    update = next(node for node in graph.nodes if op_name(node) == "update")
+    with graph.inserting_after(update):
+        graph.call_function(torch._C._set_grad_enabled, (True,))
+    assert "step" not in operations(fx.GraphModule(module, FuseSteps().apply(graph)))
+
+
+def test_a_second_run_and_a_plain_graph_change_nothing():
+    _, after, _ = fused(sites("f", "g"))
+    assert FuseSteps().apply(after.graph) is after.graph
+    plain = fx.symbolic_trace(Model(lambda m, x: x + m.f(x))).graph
+    assert FuseSteps().apply(plain) is plain
+
+
+def test_the_input_is_not_mutated():
+    module, _, _ = fused(sites("f", "g"))
+    text = str(module.graph)
+    FuseSteps().apply(module.graph)
+    assert str(module.graph) == text
