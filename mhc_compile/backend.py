@@ -13,7 +13,7 @@ from mhc_compile.attachment import connections
 from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
-from mhc_compile.passes import FuseSteps, close_regions, expand_plan
+from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, expand_plan, run_passes
 from mhc_compile.passes.roles import is_contraction
 from mhc_compile.study import Study, complain, study
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["mhc"]
 
 log = logging.getLogger(__name__)
+
+#: What runs on the rewritten graph before the inner compiler, by the option `recompute`.
+_FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSteps(),), "block": (FuseSteps(), RecomputeSteps())}
 
 #: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite when it was traced.
 _plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
@@ -110,12 +113,12 @@ def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
     return new
 
 
-def _fused(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """With the operators of neighbouring sites joined, in the graph and in the bodies of its regions."""
-    fused = _with_graph(graph_module, FuseSteps().apply(graph_module.graph))
+def _fused(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
+    """With the operators of neighbouring sites joined, in the graph and in the bodies of its regions, which are computed again as a whole."""
+    fused = _with_graph(graph_module, run_passes(graph_module.graph, passes))
     for name, body in graph_module.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(fused, name, _fused(body))
+            setattr(fused, name, _fused(body, passes[:1]))
     return fused
 
 
@@ -124,9 +127,14 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "eager":
         return run_eagerly(graph_module)
-    graph_module = _fused(graph_module)
+    graph_module = _fused(graph_module, _FUSION[options.recompute])
     if options.inner == "inductor":
         return _torch.compile_with_inductor(
-            graph_module, inputs, ops.fused_decompositions(), mode, dict(options.inductor), f"mhc-{ops.fingerprint()}"
+            graph_module,
+            inputs,
+            ops.fused_decompositions(),
+            mode,
+            dict(options.inductor),
+            f"mhc-{ops.fingerprint()}-{options.recompute}",
         )
     return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]

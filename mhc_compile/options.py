@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["Inner", "OptimizerPolicy", "Options", "Start"]
+__all__ = ["Inner", "OptimizerPolicy", "Options", "Recompute", "Start"]
 
 Start = Literal["preserve", "scratch"]
 OptimizerPolicy = Literal["join", "warn", "off"]
+Recompute = Literal["none", "cheap", "block"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 #: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
@@ -61,6 +62,10 @@ class Options:
         eps: added to the mean square under the root mean square of the streams.
         min_sites: a chain of fewer residual adds is left as it is.
         strict: nothing rewritten is an error instead of a warning.
+        recompute: what the backward computes again instead of keeping it. "cheap": all but the streams before every site, the outputs of the
+            branches and the coefficients; it costs nothing, because the kernels have what they need at hand. "block": the streams as well, all
+            but those of every `sqrt(n L / (n + 2))`-th of L sites; costs about one more forward of the hyper-connections, no branch runs again.
+            "none": the operators stay apart, and each keeps what it was given; for comparison. With `inner` "inductor" or "aot_eager".
         inner: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
             `torch.compile` backend.
         optimizer: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
@@ -77,6 +82,7 @@ class Options:
     eps: float = 1e-6
     min_sites: int = 2
     strict: bool = False
+    recompute: Recompute = "cheap"
     inner: Inner | Callable[..., Any] = "inductor"
     optimizer: OptimizerPolicy = "join"
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +107,7 @@ class Options:
             raise OptionError(
                 f"option 'strict' is {self.strict!r} ({type(self.strict).__name__}); expected True or False"
             )
+        _one_of("recompute", self.recompute, get_args(Recompute))
         if not callable(self.inner):
             _one_of("inner", self.inner, get_args(Inner))
         _one_of("optimizer", self.optimizer, get_args(OptimizerPolicy))

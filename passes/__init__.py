@@ -23,6 +23,7 @@ from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
 from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
+from mhc_compile.passes.recompute import RecomputeSteps
 from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
@@ -49,6 +50,7 @@ __all__ = [
     "Provenance",
     "RaiseLayerNorms",
     "Reason",
+    "RecomputeSteps",
     "Refusal",
     "RemoveDeclarations",
     "Site",

@@ -1,0 +1,85 @@
+"""Which streams are kept for the backward, and which are computed again from those: memory for time."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mhc_compile.passes.base import Pass, copy_graph
+from mhc_compile.passes.roles import tensor_value
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+__all__ = ["RecomputeSteps", "block_length"]
+
+_STEP = torch.ops.mhc.step.default
+
+
+def block_length(sites: int, streams: int) -> int:
+    """How many sites share one set of kept streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
+
+    Source: arXiv 2512.24880 v2, section 4.3: the sum of what is kept of all blocks and what one block needs while it is computed again is least.
+    """
+    return max(1, round(math.sqrt(streams * sites / (streams + 2))))
+
+
+@dataclass(frozen=True)
+class RecomputeSteps(Pass):
+    """Marks fused steps to be computed again in the backward, all but the first of every block.
+
+    before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...); S3, h3, ... = mhc.step(S2, y2, ...)
+    after:  the same, the second step marked with CheckpointPolicy.MUST_RECOMPUTE where blocks have two sites
+
+    The partitioner of AOTAutograd does the rest. It keeps the branches' outputs, which a step needs, and never runs a branch again. Between two
+    steps of one chain only; streams that a trunk operation has changed are kept.
+    """
+
+    name: ClassVar[str] = "recompute-steps"
+
+    def apply(self, graph: Graph) -> Graph:
+        """A copy of `graph` with marks; the graph itself where no chain has two steps."""
+        if not any(len(chain) > 1 for chain in _chains(graph)):
+            return graph
+        copy, _ = copy_graph(graph)
+        block = 0
+        for chain in _chains(copy):
+            length = block_length(len(chain) + 1, _streams(chain[0]))
+            for index, step in enumerate(chain):
+                if index % length == 0:
+                    block += 1
+                    continue
+                mark = {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": block}
+                for node in (step, *step.users):
+                    node.meta.update(mark)
+        return copy
+
+
+def _streams(step: Node) -> int:
+    """n, as shapes tell: phi has n C rows, and streams have C features."""
+    phi, streams = tensor_value(step.args[4]), tensor_value(step.args[0])  # type: ignore[arg-type]
+    return phi.shape[0] // streams.shape[-1] if phi is not None and streams is not None else 4
+
+
+def _chains(graph: Graph) -> list[list[Node]]:
+    """The steps of every chain in order: each takes the streams that the one before it gives."""
+    chains: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is _STEP:
+            before = _before(node)
+            chains[node] = chains.pop(before) if before in chains else []
+            chains[node].append(node)
+    return list(chains.values())
+
+
+def _before(step: Node) -> Node | None:
+    streams = step.args[0]
+    if getattr(streams, "target", None) is not operator.getitem or streams.args[1] != 0:  # type: ignore[union-attr]
+        return None
+    packed = streams.args[0]  # type: ignore[union-attr]
+    return packed if getattr(packed, "target", None) is _STEP else None  # type: ignore[return-value]
