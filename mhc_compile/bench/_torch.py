@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import MultiOutput
@@ -17,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["empty_caches", "has_kernel", "memory_events", "observe_graphs"]
+__all__ = ["caches", "has_kernel", "memory_events", "observe_graphs"]
 
 
 def has_kernel(operator: str, device: str) -> bool:
@@ -27,10 +29,16 @@ def has_kernel(operator: str, device: str) -> bool:
 
 
 @contextmanager
-def empty_caches() -> Iterator[None]:
-    """Inductor finds nothing in here that was compiled before, on disk or in this process, and leaves nothing behind."""
-    with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):
-        yield
+def caches(*, cold: bool) -> Iterator[None]:
+    """In here every graph is lowered anew. With `cold` nothing that was compiled before is found, on disk or in this process, nor left behind;
+    without, machine code is found where the same source was compiled before.
+    """
+    if cold:
+        with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):
+            yield
+    else:
+        with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+            yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from mhc_compile._torch import isolated_compile
 from mhc_compile.bench import ours
-from mhc_compile.bench._torch import empty_caches, observe_graphs
+from mhc_compile.bench._torch import caches, observe_graphs
 from mhc_compile.bench.model import Block
 from mhc_compile.bench.result import Counters
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mhc_compile.bench.contenders import Compiler
     from mhc_compile.bench.workload import Workload
 
-__all__ = ["Compiled", "cold", "compiled"]
+__all__ = ["Compiled", "compiled", "first_run"]
 
 
 def compiled(module: nn.Module, compiler: Compiler) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def compiled(module: nn.Module, compiler: Compiler) -> Callable[..., Any]:
     if compiler == "eager":
         return module
     if compiler == "mhc":
-        return torch.compile(module, backend="mhc")  # type: ignore[no-any-return]
+        return torch.compile(module, backend="mhc")
     if compiler == "operators":
         return isolated_compile(module, ours.inductor)
     if compiler == "blocks":
@@ -48,23 +48,26 @@ class Compiled:
     """What the first forward and backward told.
 
     Attributes:
-        seconds: of that first forward and backward, with empty caches. It includes one run.
-        counters: of everything that Inductor compiled in it.
+        seconds: of that first forward and backward, with empty caches, one run included; None where the caches were not emptied.
+        counters: of everything that Inductor compiled in it; None where it compiled nothing.
     """
 
-    seconds: float
-    counters: Counters
+    seconds: float | None
+    counters: Counters | None
 
 
-def cold(workload: Workload) -> Compiled:
-    """Runs a workload for the first time, and ends its first round."""
+def first_run(workload: Workload, *, cold: bool) -> Compiled:
+    """Runs a workload for the first time, and ends its first round. `cold` empties the caches of compiled code before."""
     seen: list[tuple[int, int, int, int]] = []
-    ours.forget_kernels()
-    with empty_caches(), observe_graphs(lambda *counts: seen.append(counts)):
+    if cold:
+        ours.forget_kernels()
+    with caches(cold=cold), observe_graphs(lambda *counts: seen.append(counts)):
         begin = time.perf_counter()
         workload.backward(workload.forward())
         workload.synchronize()
         seconds = time.perf_counter() - begin
     workload.finish()
     workload.clear()
-    return Compiled(seconds, Counters(*(sum(column) for column in zip(*seen, strict=True))) if seen else Counters())
+    if not seen:
+        return Compiled(None, None)
+    return Compiled(seconds if cold else None, Counters(*(sum(column) for column in zip(*seen, strict=True))))

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
-
 from mhc_compile.bench import ours, peers
 from mhc_compile.bench.model import PlainModel, StreamsModel
 from mhc_compile.bench.residual import Cell, Ends, PlainCell, Residual, example
@@ -17,6 +15,8 @@ from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
 
     from mhc_compile.bench.shape import Shape
 

@@ -5,23 +5,27 @@ NOTES.md has the terms. Units: elements per token and flops.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.bench.workload import Times, Workload
+from mhc_compile.bench.workload import SITES, Times, Workload
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mhc_compile.bench.shape import Shape
 
-__all__ = ["Limit", "Moved", "flops", "moved"]
+__all__ = ["Limit", "Moved", "flops", "in_step", "moved"]
 
 
+@dataclass(frozen=True)
 class Moved:
     """Elements per token that a site must read and write, in one direction."""
 
-    def __init__(self, read: int, written: int) -> None:
-        self.read, self.written = read, written
+    read: int
+    written: int
 
     @property
     def total(self) -> int:
@@ -46,37 +50,40 @@ def flops(shape: Shape) -> tuple[int, int]:
 
 
 class Limit(Workload):
-    """One site's bytes as a copy and its products as `torch.mm`, in the dtype of the streams.
+    """A site's bytes as a copy and its products as `torch.mm`, in the dtype of the streams, for as many sites as the contenders run.
 
-    The forward is `copy_` (as much is written as read), the backward `add(out=)` of two buffers (twice as much is read as written).
+    The forward is `copy_` (as much is written as read), the backward `add(out=)` of two buffers (twice as much is read as written). The products
+    take as streams what the copy has just written.
     """
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__(shape.device)
-        here = {"device": shape.device, "dtype": shape.real}
+        super().__init__(shape.device, SITES)
         forward, backward = moved(shape)
-        size = shape.tokens * max(forward.written, backward.written)
-        assert backward.read == 2 * backward.written
-        self._source, self._other = torch.ones(size, **here), torch.ones(size, **here)  # type: ignore[call-overload]
-        self._target = torch.empty(size, **here)  # type: ignore[call-overload]
-        wide, columns = shape.streams * shape.width, shape.coefficients
-        self._streams = torch.randn(shape.tokens, wide, **here)  # type: ignore[call-overload]
-        self._phi = torch.randn(wide, columns, **here)  # type: ignore[call-overload]
-        self._logits = torch.randn(shape.tokens, columns, **here)  # type: ignore[call-overload]
-        self._outs = [torch.empty_like(tensor) for tensor in (self._logits, self._phi, self._streams)]
+        assert forward.read == forward.written == backward.written == backward.read // 2
+        size, wide = shape.tokens * forward.written, shape.streams * shape.width
+
+        def buffer(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, device=shape.device, dtype=shape.real)
+
+        self._sites = [(buffer(size), buffer(size), buffer(size)) for _ in range(SITES)]
+        self._streams = [target[: shape.tokens * wide].view(shape.tokens, wide) for _, _, target in self._sites]
+        self._phi, self._logits = buffer(wide, shape.coefficients), buffer(shape.tokens, shape.coefficients)
+        self._out, self._gradient = torch.empty_like(self._logits), torch.empty_like(self._phi)
 
     @torch.no_grad()
     def forward(self) -> None:
         """10 C per token at n = 4, and one product."""
-        self._target.copy_(self._source)
-        torch.mm(self._streams, self._phi, out=self._outs[0])
+        for (source, _, target), streams in zip(self._sites, self._streams, strict=True):
+            target.copy_(source)
+            torch.mm(streams, self._phi, out=self._out)
 
     @torch.no_grad()
     def backward(self, outputs: None) -> None:  # noqa: ARG002 - nothing comes from the forward
         """15 C per token at n = 4, and two products."""
-        torch.add(self._source, self._other, out=self._target)
-        torch.mm(self._streams.t(), self._logits, out=self._outs[1])
-        torch.mm(self._logits, self._phi.t(), out=self._outs[2])
+        for (source, other, target), streams in zip(reversed(self._sites), reversed(self._streams), strict=True):
+            torch.add(source, other, out=target)
+            torch.mm(streams.t(), self._logits, out=self._gradient)
+            torch.mm(self._logits, self._phi.t(), out=streams)
 
 
 def in_step(plain: Times, site: Times, sites: int) -> Times:

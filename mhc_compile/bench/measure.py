@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from mhc_compile.bench import memory
-from mhc_compile.bench.compiling import cold, compiled
+from mhc_compile.bench.compiling import compiled, first_run
 from mhc_compile.bench.contenders import LIMIT, PLAIN
 from mhc_compile.bench.limit import Limit, in_step, moved
 from mhc_compile.bench.load import busy_cores
@@ -16,7 +17,7 @@ from mhc_compile.bench.model import batch, parameters
 from mhc_compile.bench.result import PHASES, Benchmark, Counters, PerSite, Row
 from mhc_compile.bench.rounds import Rounds, interleave
 from mhc_compile.bench.spread import paired_difference, paired_ratio, spread
-from mhc_compile.bench.workload import SiteWorkload, StepWorkload
+from mhc_compile.bench.workload import SITES, SiteWorkload, StepWorkload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mhc_compile.bench.workload import Times, Workload
 
 __all__ = ["measure"]
+
+log = logging.getLogger(__name__)
 
 _WARM_UP = 2
 _LIMIT_TITLE = {"site": "copy of the bytes + products", "step": "plain + every site's limit"}
@@ -40,16 +43,17 @@ def measure(
     limit: bool,
     rounds: int,
     busy: bool,
+    cold: bool,
     progress: Silent,
 ) -> tuple[Benchmark, bool]:
-    """The benchmark of a "site" or of a training "step", and whether Ctrl-C cut it short."""
+    """The benchmark of a "site" or of a training "step", and whether Ctrl-C cut it short. `cold`: compile from empty caches, which takes longer."""
     torch._dynamo.reset()
     mine = [contender for contender in contenders if kind in contender.kinds]
     rows: dict[str, Row] = {}
     workloads: dict[str, Workload] = {}
     for index, contender in enumerate(mine):
         progress.phase(f"{kind}: compiling {contender.name} ({index + 1} of {len(mine)})")
-        rows[contender.name], workload = _prepare(kind, shape, contender)
+        rows[contender.name], workload = _prepare(kind, shape, contender, cold=cold)
         if workload is not None:
             workloads[contender.name] = workload
         if rows[contender.name].status == "failed":
@@ -66,7 +70,7 @@ def measure(
     return Benchmark(kind, measured.complete, filled), measured.interrupted
 
 
-def _prepare(kind: str, shape: Shape, contender: Contender) -> tuple[Row, Workload | None]:
+def _prepare(kind: str, shape: Shape, contender: Contender, *, cold: bool) -> tuple[Row, Workload | None]:
     """Its row without times, and what is timed; None where there is nothing to time."""
     row = Row(name=contender.name, title=contender.title, status="missing")
     reason = contender.missing(shape)
@@ -75,17 +79,17 @@ def _prepare(kind: str, shape: Shape, contender: Contender) -> tuple[Row, Worklo
     try:
         torch.manual_seed(0)
         module, workload = _workload(kind, shape, contender)
-        first = cold(workload)
+        first = first_run(workload, cold=cold)
         workload.timed()
         used = memory.measure(workload)
     except Exception as error:  # whatever a contender raises is its row, and the others go on
+        log.debug("%s of %s failed", kind, contender.name, exc_info=True)
         return replace(row, status="failed", message=_line(error)), None
-    by_inductor = (contender.compiler if kind == "step" else contender.site_compiler) != "eager"
     ready = replace(
         row,
         status="ok",
-        counters=first.counters if by_inductor else None,
-        compile_seconds=first.seconds if by_inductor else None,
+        counters=first.counters,
+        compile_seconds=first.seconds,
         saved_bytes=used.saved,
         peak_bytes=used.peak,
         parameters=parameters(module),
@@ -97,7 +101,8 @@ def _workload(kind: str, shape: Shape, contender: Contender) -> tuple[torch.nn.M
     if kind == "step":
         model = contender.model(shape)
         return model, StepWorkload(shape.device, compiled(model, contender.compiler), model, batch(shape))
-    module, inputs = contender.site(shape)
+    module, first = contender.site(shape)
+    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
     return module, SiteWorkload(shape.device, compiled(module, contender.site_compiler), module, inputs)
 
 

@@ -24,7 +24,12 @@ _MARK = "mhc-bench: forward done"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `saved`: alive after the forward, its outputs among them; `peak`: most at any time up to the end of the step."""
+    """Bytes, for one of several sites or for a step.
+
+    Attributes:
+        saved: alive after the forward, its outputs among them.
+        peak: the most at any time up to the end.
+    """
 
     saved: int
     peak: int
@@ -35,10 +40,11 @@ def measure(workload: Workload) -> Memory:
 
     Scratch memory that libraries allocate by themselves (oneDNN, MKL, the vectors of our C++ kernels) is seen by neither.
     """
-    return _cuda(workload) if workload.device == "cuda" else _cpu(workload)
+    saved, peak = _cuda(workload) if workload.device == "cuda" else _cpu(workload)
+    return Memory(saved // workload.repeats, peak // workload.repeats)
 
 
-def _cuda(workload: Workload) -> Memory:
+def _cuda(workload: Workload) -> tuple[int, int]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -49,10 +55,10 @@ def _cuda(workload: Workload) -> Memory:
     peak = torch.cuda.max_memory_allocated() - before
     del outputs
     workload.clear()
-    return Memory(saved, peak)
+    return saved, peak
 
 
-def _cpu(workload: Workload) -> Memory:
+def _cpu(workload: Workload) -> tuple[int, int]:
     with _no_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         outputs = workload.forward()
         with record_function(_MARK):
@@ -68,7 +74,7 @@ def _cpu(workload: Workload) -> Memory:
             peak = max(peak, live)
         elif name == _MARK:
             saved = live
-    return Memory(saved, peak)
+    return saved, peak
 
 
 @contextmanager

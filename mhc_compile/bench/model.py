@@ -5,7 +5,7 @@ Both models build their blocks first, so that one seed gives the same weights to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mhc_compile.bench.residual import Ends, Residual
     from mhc_compile.bench.shape import Shape
 
-__all__ = ["Attention", "Block", "Mlp", "PlainModel", "StreamsModel"]
+__all__ = ["Attention", "Block", "Mlp", "PlainModel", "StreamsModel", "batch", "parameters"]
 
 
 class Attention(nn.Module):
@@ -59,7 +59,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The plain residual."""
         x = x + self.attn(x)
-        return x + self.mlp(x)
+        return x + self.mlp(x)  # type: ignore[no-any-return]
 
 
 class _Model(nn.Module):
@@ -115,8 +115,8 @@ class StreamsModel(_Model):
         streams = self.ends.enter(self.embed(tokens))
         sites = iter(self.sites)
         for block in self.blocks:
-            for branch in (block.attn, block.mlp):
-                site = next(sites)
+            for branch in block.children():
+                site: Any = next(sites)
                 h, held = site.read(streams)
                 streams = site.write(branch(h), *held)
         return self.loss(self.ends.leave(streams), targets)

@@ -29,9 +29,7 @@ class Rounds:
         self.interrupted = False
 
 
-def interleave(
-    workloads: Mapping[str, Workload], rounds: int, warm_up: int, advance: Callable[[str], None] = lambda name: None
-) -> Rounds:
+def interleave(workloads: Mapping[str, Workload], rounds: int, warm_up: int, advance: Callable[[str], None]) -> Rounds:
     """`warm_up` rounds that do not count, then `rounds`. The order turns by one each time: nobody always follows the same.
 
     A workload that raises leaves the rounds. Ctrl-C ends them; complete rounds are kept.

@@ -34,6 +34,7 @@ class Request:
     rounds: int = 15
     threads: int | None = None
     busy: bool = False
+    cold: bool = True
 
 
 def run(request: Request, progress: Silent) -> Result:
@@ -54,7 +55,14 @@ def run(request: Request, progress: Silent) -> Result:
     interrupted = False
     for kind in request.kinds:
         benchmark, interrupted = measure(
-            kind, request.shape, contenders, limit=limit, rounds=request.rounds, busy=request.busy, progress=progress
+            kind,
+            request.shape,
+            contenders,
+            limit=limit,
+            rounds=request.rounds,
+            busy=request.busy,
+            cold=request.cold,
+            progress=progress,
         )
         benchmarks.append(benchmark)
         if interrupted:

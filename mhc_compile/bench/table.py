@@ -55,7 +55,7 @@ def render(console: Console, result: Result) -> None:
 def tables(benchmark: Benchmark, width: int) -> list[Table]:
     """One row for each contender; where a terminal of `width` columns is too narrow, times and counts are two tables, one below the other."""
     per = "/site" if benchmark.kind == "step" else ""
-    times = ("forward ms", "backward ms", "total ms (quartiles)", "× plain", "+ ms/site", "of limit")
+    times = ("forward ms", "backward ms", "total ms, quartiles", "× plain", "+ ms/site", "of limit")
     counts = (f"kernels{per}", f"MB{per}", "saved MB", "peak MB", "compile s")
     title = f"{_TITLES[benchmark.kind]}; {benchmark.rounds} rounds"
     if width >= WIDE:
@@ -66,11 +66,11 @@ def tables(benchmark: Benchmark, width: int) -> list[Table]:
 
 def _table(benchmark: Benchmark, title: str, titles: Sequence[str], part: slice) -> Table:
     view = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"
+        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
     )
     view.add_column("contender", no_wrap=True)
     for one in titles:
-        view.add_column(one, justify="right")
+        view.add_column(one, justify="right", min_width=16 if "quartiles" in one else None)
     for row in benchmark.rows:
         if row.status == "ok":
             view.add_row(row.name, *_cells(row, benchmark.kind == "step")[part])
@@ -98,7 +98,8 @@ def _cells(row: Row, step: bool) -> Sequence[str]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}" if abs(seconds) < 0.1 else f"{1000 * seconds:.0f}"
+    value = 1000 * seconds
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
 def _million(size: int | None) -> str:

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
-__all__ = ["SiteWorkload", "StepWorkload", "Times", "Workload"]
+__all__ = ["SITES", "SiteWorkload", "StepWorkload", "Times", "Workload"]
 
 _LR = 1e-4
-#: Larger than the last cache of what this runs on.
-_FLUSHED = 256 * 2**20
-_flush: dict[str, torch.Tensor] = {}
+#: Sites that the benchmark of one site runs one after the other, each with tensors of its own.
+SITES = 8
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one round. `total` is forward and backward, and the optimizer's step where there is one."""
+    """Seconds of one round, for one site or one step. `total` is forward and backward, and the optimizer's step where there is one."""
 
     forward: float
     backward: float
     total: float
 
 
-class Workload(ABC):
-    """One contender in one benchmark."""
+class Workload:
+    """One contender in one benchmark.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    Attributes:
+        device: "cpu" or "cuda".
+        repeats: times and memory are divided by it.
+    """
 
-    @abstractmethod
+    def __init__(self, device: str, repeats: int = 1) -> None:
+        self.device, self.repeats = device, repeats
+
     def forward(self) -> Any:
         """Gives what `backward` takes."""
+        raise NotImplementedError
 
-    @abstractmethod
     def backward(self, outputs: Any) -> None:
         """Leaves gradients behind."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """What belongs to a step after the backward; timed."""
@@ -52,8 +55,7 @@ class Workload(ABC):
         """Takes the gradients away; not timed."""
 
     def timed(self) -> Times:
-        """Runs once, from cold caches: nobody finds its inputs in a cache because little ran since."""
-        _evict(self.device)
+        """Runs once."""
         begin = self._now()
         outputs = self.forward()
         forward = self._now()
@@ -63,7 +65,7 @@ class Workload(ABC):
         end = self._now()
         del outputs
         self.clear()
-        return Times(forward - begin, backward - forward, end - begin)
+        return Times(*(span / self.repeats for span in (forward - begin, backward - forward, end - begin)))
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -76,23 +78,29 @@ class Workload(ABC):
 
 
 class SiteWorkload(Workload):
-    """One site: gradients of all outputs go in, gradients of all inputs and parameters come out."""
+    """Sites as in a model: the forward of one after the other, then the backward of the last first. None finds its tensors in a cache.
 
-    def __init__(self, device: str, call: Callable[..., Any], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        super().__init__(device)
+    Gradients of all outputs go in, gradients of all inputs and parameters come out. All sites share their parameters.
+    """
+
+    def __init__(
+        self, device: str, call: Callable[..., Any], module: nn.Module, inputs: Sequence[tuple[Tensor, ...]]
+    ) -> None:
+        super().__init__(device, len(inputs))
         self._call, self._inputs = call, inputs
-        self._leaves = [*inputs, *module.parameters()]
-        self._gradients: list[Tensor] = []
+        self._leaves = [*(tensor for site in inputs for tensor in site), *module.parameters()]
+        self._gradients: list[list[Tensor]] = []
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """The outputs of the cell."""
-        return self._call(*self._inputs)  # type: ignore[no-any-return]
+    def forward(self) -> list[tuple[Tensor, ...]]:
+        """The outputs of every site."""
+        return [self._call(*site) for site in self._inputs]
 
-    def backward(self, outputs: tuple[Tensor, ...]) -> None:
-        """From random gradients, the same ones every time."""
+    def backward(self, outputs: list[tuple[Tensor, ...]]) -> None:
+        """From random gradients, the same ones every time. Empties `outputs`, so that memory is freed on the way."""
         if not self._gradients:
-            self._gradients = [torch.randn_like(output) for output in outputs]
-        torch.autograd.backward(outputs, self._gradients)
+            self._gradients = [[torch.randn_like(tensor) for tensor in site] for site in outputs]
+        for gradients in reversed(self._gradients):
+            torch.autograd.backward(outputs.pop(), gradients)
 
     def clear(self) -> None:
         """As an optimizer would."""
@@ -130,9 +138,3 @@ class StepWorkload(Workload):
     def clear(self) -> None:
         """No contender carries its gradients through the turns of the others."""
         self.optimizer.zero_grad()
-
-
-def _evict(device: str) -> None:
-    if device not in _flush:
-        _flush[device] = torch.empty(_FLUSHED // 4, device=device)
-    _flush[device].zero_()

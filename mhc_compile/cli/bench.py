@@ -41,7 +41,7 @@ _QUICK_ROUNDS = 3
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32; cuda bfloat16]")
 @click.option("--busy", is_flag=True, help="Keep every core busy with something else while timing.")
-@click.option("--quick", is_flag=True, help="Tiny sizes and 3 rounds, where not given: does everything run?")
+@click.option("--quick", is_flag=True, help="Tiny sizes, 3 rounds and warm caches: does everything run?")
 @click.option(
     "--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure and sample; - for stdout alone."
 )
@@ -62,7 +62,7 @@ def command(
     json_file: Path | None,
     png_file: Path | None,
     quiet: bool,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Measure what hyper-connections cost: ours, other implementations, the plain model and the physical limit, in the same rounds.
 
@@ -82,7 +82,7 @@ def command(
         sizes |= {name: value for name, value in _QUICK.items() if name not in given}
         rounds = rounds if "rounds" in given else _QUICK_ROUNDS
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
-    result = _measure(kind, only, rounds, threads, device, dtype, busy, quiet, sizes)
+    result = _measure(kind, only, rounds, threads, device, dtype, busy, quick, quiet, sizes)
     if json_file is not None:
         _write_json(result.to_dict(), json_file)
     if png_file is not None:
@@ -110,8 +110,9 @@ def _measure(
     device: str | None,
     dtype: str | None,
     busy: bool,
+    quick: bool,
     quiet: bool,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> Any:
     import torch
     from rich.console import Console
@@ -133,6 +134,7 @@ def _measure(
         rounds=rounds,
         threads=threads,
         busy=busy,
+        cold=not quick,
     )
     with choose_progress(Console(stderr=True), quiet=quiet) as progress:
         return run(request, progress)
