@@ -30,8 +30,10 @@ def has_kernel(operator: str, device: str) -> bool:
 
 @contextmanager
 def caches(*, cold: bool) -> Iterator[None]:
-    """In here every graph is lowered anew. With `cold` nothing that was compiled before is found, on disk or in this process, nor left behind;
-    without, machine code is found where the same source was compiled before.
+    """In here every graph is lowered anew.
+
+    With `cold`, nothing that was compiled before is found, on disk or in this process, and nothing is left behind. Without, machine code is
+    found where the same source was compiled before.
     """
     if cold:
         with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):

@@ -54,9 +54,9 @@ def render(console: Console, result: Result) -> None:
 
 def tables(benchmark: Benchmark, width: int) -> list[Table]:
     """One row for each contender; where a terminal of `width` columns is too narrow, times and counts are two tables, one below the other."""
-    per = "/site" if benchmark.kind == "step" else ""
-    times = ("forward ms", "backward ms", "total ms, quartiles", "× plain", "+ ms/site", "of limit")
-    counts = (f"kernels{per}", f"MB{per}", "saved MB", "peak MB", "compile s")
+    per = "\n/site" if benchmark.kind == "step" else ""
+    times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
+    counts = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
     title = f"{_TITLES[benchmark.kind]}; {benchmark.rounds} rounds"
     if width >= WIDE:
         return [_table(benchmark, title, (*times, *counts), slice(None))]
