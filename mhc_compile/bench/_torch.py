@@ -44,22 +44,22 @@ def caches(*, cold: bool) -> Iterator[None]:
 
 
 @contextmanager
-def observe_graphs(see: Callable[[int, int, int, int], None]) -> Iterator[None]:
-    """Calls `see(kernels, externs, bytes, unseen)` for every graph that Inductor compiles.
+def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
+    """Calls `see(kernels, externs, bytes)` for every graph that Inductor compiles.
 
     kernels: that Inductor generated (`metrics.generated_kernel_count`; on CPU a kernel is a parallel loop nest). externs: calls of operators
     that it did not generate. bytes: read and written, as `GraphLowering.count_bytes` has it, which is what `metrics.num_bytes_accessed` adds up
-    when its log is on. unseen: bytes that this count leaves out, the results of external operators with several of them.
+    when its log is on.
     """
     original = GraphLowering.compile_to_module
 
     def compile_to_module(graph: Any) -> Any:
         before = metrics.generated_kernel_count
         module = original(graph)
-        calls = [node for node in graph.scheduler.nodes if isinstance(node, ExternKernelSchedulerNode)]
-        parts = [node.node for node in calls if isinstance(node.node, MultiOutput)]
-        unseen = sum(int(part.get_numel()) * part.get_dtype().itemsize for part in parts)
-        see(metrics.generated_kernel_count - before, len(calls) - len(parts), int(graph.count_bytes()[0]), unseen)
+        externs = [node for node in graph.scheduler.nodes if isinstance(node, ExternKernelSchedulerNode)]
+        # An operator with results of its own layout has a node for each of them beside the call.
+        calls = [node for node in externs if not isinstance(node.node, MultiOutput)]
+        see(metrics.generated_kernel_count - before, len(calls), int(graph.count_bytes()[0]))
         return module
 
     with mock.patch.object(GraphLowering, "compile_to_module", compile_to_module):

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.bench.conditions import sentence
-from mhc_compile.bench.contenders import LIMIT, PLAIN
+from mhc_compile.bench.names import LIMIT, PLAIN
 
 if TYPE_CHECKING:
     from pathlib import Path

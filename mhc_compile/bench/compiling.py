@@ -58,7 +58,7 @@ class Compiled:
 
 def first_run(workload: Workload, *, cold: bool) -> Compiled:
     """Runs a workload for the first time, and ends its first round. `cold` empties the caches of compiled code before."""
-    seen: list[tuple[int, int, int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     if cold:
         ours.forget_kernels()
     with caches(cold=cold), observe_graphs(lambda *counts: seen.append(counts)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mhc_compile.bench import ours, peers
 from mhc_compile.bench.model import PlainModel, StreamsModel
+from mhc_compile.bench.names import LIMIT, NAMES, PLAIN, check_names
 from mhc_compile.bench.residual import Cell, Ends, PlainCell, Residual, example
-from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,17 +19,12 @@ if TYPE_CHECKING:
 
     from mhc_compile.bench.shape import Shape
 
-__all__ = ["CONTENDERS", "LIMIT", "NAMES", "PLAIN", "Compiler", "Contender", "UnknownNameError", "choose"]
+__all__ = ["CONTENDERS", "Compiler", "Contender", "choose"]
 
 #: "mhc" is our backend; "operators" is Inductor with our decompositions, for a site; "blocks" compiles what is between the sites, block by
 #: block, and leaves the sites to the kernels of the contender.
 Compiler = Literal["inductor", "mhc", "operators", "eager", "blocks"]
 Sites = tuple[list[Residual], Ends]
-PLAIN, LIMIT = "plain", "limit"
-
-
-class UnknownNameError(MhcError):
-    """`--only` names a contender that there is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +76,7 @@ class Contender:
         """The model of the training step: `(tokens, targets)` to the loss."""
         if self.sites is None:
             return PlainModel(shape)
-        return StreamsModel(shape, *self.sites(shape, shape.sites))
+        return StreamsModel(shape, self.sites)
 
     def site(self, shape: Shape) -> tuple[nn.Module, tuple[Tensor, ...]]:
         """One site as a module, and its inputs: `(branch, *held)` to `(h, *held')`."""
@@ -198,7 +192,6 @@ CONTENDERS: tuple[Contender, ...] = (
         real="bfloat16",
     ),
 )
-NAMES = (*(contender.name for contender in CONTENDERS), LIMIT)
 
 
 def choose(names: Sequence[str]) -> tuple[tuple[Contender, ...], bool]:
@@ -209,11 +202,7 @@ def choose(names: Sequence[str]) -> tuple[tuple[Contender, ...], bool]:
     Raises:
         UnknownNameError: with the nearest names.
     """
-    for name in names:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-            guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise UnknownNameError(f"--only {name!r}: there is no such contender; {guess}known: {', '.join(NAMES)}")
+    check_names(names)
     chosen = {PLAIN, *(names or NAMES)}
     return tuple(contender for contender in CONTENDERS if contender.name in chosen), LIMIT in chosen
 

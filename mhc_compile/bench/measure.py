@@ -10,10 +10,10 @@ import torch
 
 from mhc_compile.bench import memory
 from mhc_compile.bench.compiling import compiled, first_run
-from mhc_compile.bench.contenders import LIMIT, PLAIN
 from mhc_compile.bench.limit import Limit, in_step, moved
 from mhc_compile.bench.load import busy_cores
 from mhc_compile.bench.model import batch, parameters
+from mhc_compile.bench.names import LIMIT, PLAIN
 from mhc_compile.bench.result import PHASES, Benchmark, Counters, PerSite, Row
 from mhc_compile.bench.rounds import Rounds, interleave
 from mhc_compile.bench.spread import paired_difference, paired_ratio, spread
@@ -164,7 +164,6 @@ def _plus(counters: Counters | None, plain: Counters | None, sites: int) -> PerS
         (counters.kernels - plain.kernels) / sites,
         (counters.externs - plain.externs) / sites,
         (counters.bytes - plain.bytes) / sites,
-        (counters.unseen - plain.unseen) / sites,
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mhc_compile.bench.residual import Ends, Residual
     from mhc_compile.bench.shape import Shape
@@ -102,12 +102,12 @@ class StreamsModel(_Model):
 
     Args:
         shape: the sizes.
-        sites: one residual connection for every site, in order.
-        ends: where the streams begin and end.
+        connect: builds one residual connection for every site, in order, and the ends of the streams.
     """
 
-    def __init__(self, shape: Shape, sites: Iterable[Residual], ends: Ends) -> None:
+    def __init__(self, shape: Shape, connect: Callable[[Shape, int], tuple[Iterable[Residual], Ends]]) -> None:
         super().__init__(shape)
+        sites, ends = connect(shape, shape.sites)
         self.sites, self.ends = nn.ModuleList(sites).to(shape.device), ends.to(shape.device)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "parameters": 123 | null, "loss": nats | null}]}],
      "interrupted": false}
 
-Counters are {"kernels", "externs", "bytes", "unseen"}: see `Counters`.
+Counters are {"kernels", "externs", "bytes"}: see `Counters`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ class Counters:
         kernels: that it generated. On CPU a kernel is one parallel loop nest.
         externs: calls of operators that it did not generate.
         bytes: read and written, by its own count: every buffer once for each kernel that touches it.
-        unseen: bytes that this count leaves out, the results of external operators that have several.
     """
 
     kernels: int = 0
     externs: int = 0
     bytes: int = 0
-    unseen: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ class PerSite:
     kernels: float
     externs: float
     bytes: float
-    unseen: float
 
 
 @dataclass(frozen=True, kw_only=True)

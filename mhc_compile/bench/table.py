@@ -27,7 +27,7 @@ _TITLES = {
 _LEGENDS = {
     "site": (
         "ms: median (quartiles of both together). × plain: of the same rounds. of limit: limit / this. kernels: that Inductor generated + calls of"
-        " others. MB: read and written by Inductor's count + results of others that it leaves out; the limit's are counted by hand."
+        " other operators. MB: read and written, by Inductor's count; the limit's by hand. saved, peak, compile: as below."
     ),
     "step": (
         "+ ms/site, kernels/site and MB/site: (this − plain) / sites. saved: alive between forward and backward; saved and peak are over what was"
@@ -113,6 +113,4 @@ def _kernels(counters: Counters | PerSite | None) -> str:
 
 
 def _megabytes(counters: Counters | PerSite | None) -> str:
-    if counters is None or not counters.bytes:
-        return "–"
-    return f"{counters.bytes / 1e6:.1f}" + (f" + {counters.unseen / 1e6:.1f}" if counters.unseen >= 50_000 else "")
+    return "–" if counters is None or not counters.bytes else f"{counters.bytes / 1e6:.1f}"

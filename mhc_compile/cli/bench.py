@@ -11,12 +11,22 @@ from typing import Any
 
 import click
 
+from mhc_compile.bench.names import UnknownNameError, check_names
+
 __all__ = ["command"]
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 #: What --quick sets: everything runs, nothing means much.
 _QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
 _QUICK_ROUNDS = 3
+
+
+def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
+    try:
+        check_names(value)
+    except UnknownNameError as error:
+        raise click.UsageError(str(error)) from error
+    return value
 
 
 @click.command("bench")
@@ -33,7 +43,9 @@ _QUICK_ROUNDS = 3
     show_default=True,
     help="One site by itself, a training step, or both.",
 )
-@click.option("--only", multiple=True, metavar="NAME", help="A contender to measure beside plain; repeatable.")
+@click.option(
+    "--only", multiple=True, callback=_known, metavar="NAME", help="A contender to measure beside plain; repeatable."
+)
 @click.option(
     "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds; every contender once in each."
 )
@@ -117,12 +129,10 @@ def _measure(
     import torch
     from rich.console import Console
 
-    from mhc_compile.bench.contenders import choose
     from mhc_compile.bench.progress import choose_progress
     from mhc_compile.bench.run import Request, run
     from mhc_compile.bench.shape import Shape
 
-    choose(only)  # a wrong name is an error before anything is compiled
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: this torch sees no CUDA device")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -41,7 +41,7 @@ def test_rows_are_derived_from_samples(kind):
     assert peer.ratio["total"].median == pytest.approx(sum(ratios) / 2)
     assert peer.extra.low * sites <= peer.seconds["total"].high
     assert limit.share == 1.0
-    assert 0 < peer.share
+    assert peer.share > 0
     assert peer.parameters > plain.parameters
     assert peer.saved_bytes > plain.saved_bytes
     assert peer.counters is None  # nothing was compiled
@@ -68,21 +68,16 @@ def test_inductor_s_bytes_of_an_add_are_three_tensors():
     x, y = torch.randn(64, 32), torch.randn(64, 32)
     with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
         torch.compile(lambda a, b: a + b)(x, y)
-    assert seen == [(1, 0, 3 * 64 * 32 * 4, 0)]
+    assert seen == [(1, 0, 3 * 64 * 32 * 4)]
 
 
-def test_results_of_external_operators_that_inductor_does_not_count_are_counted_apart():
+def test_an_external_operator_is_one_call_and_its_results_are_counted():
     seen = []
-    logits = torch.randn(8, 4, 4)
-    x = torch.randn(16, 16)
+    x, logits = torch.randn(16, 16), torch.randn(8, 4, 4)
     with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
-        torch.compile(lambda a: torch.linalg.qr(a), fullgraph=True)(x)
+        torch.compile(lambda a: torch.linalg.qr(a))(x)
         torch.compile(lambda a: torch.ops.mhc.sinkhorn(a, 3))(logits)
-    (_, externs, _, unseen), (_, ours, bytes_accessed, none) = seen
-    assert externs >= 1
-    assert unseen == 2 * 16 * 16 * 4
-    assert (ours, none) == (1, 0)
-    assert bytes_accessed == 2 * 8 * 4 * 4 * 4
+    assert seen == [(0, 1, 3 * 16 * 16 * 4), (0, 1, 2 * 8 * 4 * 4 * 4)]
 
 
 class Squares(Workload):
@@ -109,7 +104,7 @@ def test_memory_is_what_is_alive_after_the_forward_and_the_most_of_all():
     workload.timed()
     used = memory.measure(workload)
     one = 128 * 128 * 4
-    assert used.saved == 2 * one // 2
+    assert used.saved == pytest.approx(2 * one / 2, abs=64)  # and a scalar
     assert used.peak >= 4 * one // 2
 
 

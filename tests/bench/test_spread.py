@@ -25,5 +25,5 @@ def test_the_median_of_ratios_is_not_the_ratio_of_medians():
 
 
 def test_rounds_must_match():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         paired_ratio([1.0], [1.0, 2.0])
