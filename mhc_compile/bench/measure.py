@@ -142,7 +142,8 @@ def _fill(
 def _timed(row: Row, times: dict[str, list[Times]], plain: Row | None, workload: Workload, sites: int) -> Row:
     samples = {phase: tuple(getattr(one, phase) for one in times[row.name]) for phase in PHASES}
     base = {phase: [getattr(one, phase) for one in times.get(PLAIN, [])] for phase in PHASES}
-    floor = [one.total for one in times.get(LIMIT, [])]
+    # The plain residual does less than the limit is the limit of.
+    floor = [one.total for one in times.get(LIMIT, [])] if row.name != PLAIN else []
     compared = bool(base["total"])
     extra = [value / sites for value in samples["total"]], [value / sites for value in base["total"]]
     return replace(

@@ -8,7 +8,7 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "seconds":  {"forward": {"median": s, "low": s, "high": s}, ...},                quartiles
          "ratio":    {"forward": {...}, ...},            over plain, of the same rounds; {} without a plain row
          "extra":    {...} | null,                       total − plain, for each site; seconds
-         "share":    0.4 | null,                         limit / total, median over rounds
+         "share":    0.4 | null,                         limit / total, median over rounds; not for plain
          "counters": {...} | null, "plus": {...} | null, Inductor's, of the whole graph; (this − plain) / sites
          "compile_seconds": s | null, "saved_bytes": b | null, "peak_bytes": b | null,
          "parameters": 123 | null, "loss": nats | null}]}],

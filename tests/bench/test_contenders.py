@@ -13,6 +13,7 @@ from mhc_compile.bench import contenders as table
 from mhc_compile.bench.contenders import CONTENDERS, choose
 from mhc_compile.bench.model import batch
 from mhc_compile.bench.names import LIMIT, NAMES, UnknownNameError
+from mhc_compile.bench.ours import StepCell
 from mhc_compile.bench.residual import Ends, example
 from mhc_compile.bench.shape import Shape
 from mhc_compile.bench.workload import SiteWorkload, StepWorkload
@@ -150,3 +151,20 @@ def test_ours_trains_the_plain_model_and_its_hyper_connections():
     assert {connection.phi.shape for connection in connections.values()} == {(4 * 16, 24)}
     trained = {id(p) for group in workload.optimizer.param_groups for p in group["params"]}
     assert all(id(connection.phi) in trained for connection in connections.values())
+
+
+def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
+    """With `mhc::step` where it is registered; else with the equation of it, in the order of its schema."""
+    if not hasattr(torch.ops.mhc, "step"):
+
+        def step(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps):
+            new = torch.ops.mhc.update(streams, branch, post, res)
+            pre, *rest = torch.ops.mhc.coefficients(new, phi, bias, scale, mapping, iterations, eps)
+            return new, torch.ops.mhc.collapse(new, pre), pre, *rest, None
+
+        monkeypatch.setattr(torch.ops.mhc, "step", step, raising=False)
+    three, inputs = BY_NAME["ours-decomposed"].site(SHAPE)
+    one = StepCell(SHAPE)
+    one.load_state_dict({key.removeprefix("site."): value for key, value in three.state_dict().items()})
+    for mine, theirs in zip(one(*inputs), three(*inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)
