@@ -81,15 +81,19 @@ class SiteWorkload(Workload):
     """Sites as in a model: the forward of one after the other, then the backward of the last first. None finds its tensors in a cache.
 
     Gradients of all outputs go in, gradients of all inputs and parameters come out. All sites share their parameters.
+
+    Attributes:
+        gradients: of inputs and parameters, what the latest site gave; `clear` drops them. Not collected in `grad`, which would copy those that
+            a site merely passes on.
     """
 
     def __init__(
         self, device: str, call: Callable[..., Any], module: nn.Module, inputs: Sequence[tuple[Tensor, ...]]
     ) -> None:
         super().__init__(device, len(inputs))
-        self._call, self._inputs = call, inputs
-        self._leaves = [*(tensor for site in inputs for tensor in site), *module.parameters()]
-        self._gradients: list[list[Tensor]] = []
+        self._call, self._inputs, self._parameters = call, inputs, tuple(module.parameters())
+        self._incoming: list[list[Tensor]] = []
+        self.gradients: tuple[Tensor, ...] = ()
 
     def forward(self) -> list[tuple[Tensor, ...]]:
         """The outputs of every site."""
@@ -97,15 +101,14 @@ class SiteWorkload(Workload):
 
     def backward(self, outputs: list[tuple[Tensor, ...]]) -> None:
         """From random gradients, the same ones every time. Empties `outputs`, so that memory is freed on the way."""
-        if not self._gradients:
-            self._gradients = [[torch.randn_like(tensor) for tensor in site] for site in outputs]
-        for gradients in reversed(self._gradients):
-            torch.autograd.backward(outputs.pop(), gradients)
+        if not self._incoming:
+            self._incoming = [[torch.randn_like(tensor) for tensor in site] for site in outputs]
+        for site, incoming in zip(reversed(self._inputs), reversed(self._incoming), strict=True):
+            self.gradients = torch.autograd.grad(outputs.pop(), (*site, *self._parameters), incoming)
 
     def clear(self) -> None:
-        """As an optimizer would."""
-        for leaf in self._leaves:
-            leaf.grad = None
+        """Drops the gradients."""
+        self.gradients = ()
 
 
 class StepWorkload(Workload):

@@ -102,13 +102,14 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
 @pytest.mark.parametrize("name", ["plain", "ours", *STREAMS])
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
-    workload = SiteWorkload("cpu", module, module, [inputs])
+    workload = SiteWorkload("cpu", module, module, [inputs, inputs])
     workload.backward(workload.forward())
-    for tensor in (*inputs, *module.parameters()):
-        assert tensor.grad is not None
-        assert tensor.grad.isfinite().all()
+    wanted = (*inputs, *module.parameters())
+    assert [gradient.shape for gradient in workload.gradients] == [tensor.shape for tensor in wanted]
+    assert all(gradient.isfinite().all() for gradient in workload.gradients)
+    assert all(tensor.grad is None for tensor in wanted)
     workload.clear()
-    assert all(tensor.grad is None for tensor in inputs)
+    assert not workload.gradients
 
 
 def test_the_inputs_of_a_site_are_streams_that_differ():
