@@ -39,6 +39,8 @@ _LEGENDS = {
 def render(console: Console, result: Result) -> None:
     """Prints everything."""
     for benchmark in result.benchmarks:
+        title = f"{_TITLES[benchmark.kind]}; {benchmark.rounds} round{'s' * (benchmark.rounds != 1)}"
+        console.print(Text(title, style="italic"))
         for view in tables(benchmark, console.width):
             console.print(view)
         console.print(Text(_LEGENDS[benchmark.kind], style="dim"))
@@ -57,17 +59,14 @@ def tables(benchmark: Benchmark, width: int) -> list[Table]:
     per = "\n/site" if benchmark.kind == "step" else ""
     times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
     counts = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
-    title = f"{_TITLES[benchmark.kind]}; {benchmark.rounds} rounds"
     if width >= WIDE:
-        return [_table(benchmark, title, (*times, *counts), slice(None))]
+        return [_table(benchmark, (*times, *counts), slice(None))]
     split = len(times)
-    return [_table(benchmark, title, times, slice(split)), _table(benchmark, "", counts, slice(split, None))]
+    return [_table(benchmark, times, slice(split)), _table(benchmark, counts, slice(split, None))]
 
 
-def _table(benchmark: Benchmark, title: str, titles: Sequence[str], part: slice) -> Table:
-    view = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
-    )
+def _table(benchmark: Benchmark, titles: Sequence[str], part: slice) -> Table:
+    view = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     view.add_column("contender", no_wrap=True)
     for one in titles:
         view.add_column(one, justify="right", min_width=16 if "quartiles" in one else None)

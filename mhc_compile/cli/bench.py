@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,23 @@ def command(
     if quick:
         sizes |= {name: value for name, value in _QUICK.items() if name not in given}
         rounds = rounds if "rounds" in given else _QUICK_ROUNDS
+    if png_file is not None and find_spec("matplotlib") is None:
+        raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     result = _measure(kind, only, rounds, threads, device, dtype, busy, quick, quiet, sizes)
     if json_file is not None:
         _write_json(result.to_dict(), json_file)
-    if png_file is not None:
-        from mhc_compile.bench.chart import write_png
-
-        png_file.parent.mkdir(parents=True, exist_ok=True)
-        write_png(result, png_file)
     if json_file is None or str(json_file) != "-":
         from rich.console import Console
 
         from mhc_compile.bench.table import render
 
         render(Console(), result)
+    if png_file is not None:
+        from mhc_compile.bench.chart import write_png
+
+        png_file.parent.mkdir(parents=True, exist_ok=True)
+        write_png(result, png_file)
     if result.interrupted:
         sys.exit(130)
     if result.failed:

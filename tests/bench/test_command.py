@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
+
+import pytest
+from click.testing import CliRunner
 
 from mhc_compile.bench.load import busy_cores, cores
-from mhc_compile.bench.result import Result
+from mhc_compile.bench.result import Benchmark, Conditions, Result, Row
+from mhc_compile.cli.bench import command
 
 
 def bench(*arguments: str, imports: bool = False) -> subprocess.CompletedProcess[str]:
@@ -52,6 +57,19 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "of the same rounds" in done.stdout
     assert "step: timing" in done.stderr
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(False, 1), (True, 130)])
+def test_a_failed_contender_and_an_interrupt_have_exit_codes_and_lose_nothing(monkeypatch, tmp_path, interrupted, code):
+    failed = Row(name="ours", title="ours", status="failed", message="RuntimeError: no")
+    conditions = {field.name: 1 for field in fields(Conditions)} | {"load": (0.0, 0.0), "packages": {}}
+    result = Result(Conditions(**conditions), (Benchmark("site", 1, (failed,)),), interrupted)
+    monkeypatch.setattr("mhc_compile.bench.run.run", lambda request, progress: result)
+    done = CliRunner().invoke(command, ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")])
+    assert done.exit_code == code
+    assert "ours: RuntimeError: no" in done.stdout
+    assert Result.from_dict(json.loads((tmp_path / "b.json").read_text())) == result
+    assert (tmp_path / "b.png").exists()
 
 
 def test_every_core_is_kept_busy_and_let_go(monkeypatch):
