@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 #: Command, its module below this package, and the line that `mhc --help` prints.
 _COMMANDS = {
+    "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",

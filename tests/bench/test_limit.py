@@ -1,0 +1,50 @@
+"""The floor is a formula, and what is measured has its sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mhc_compile.bench.limit import Limit, flops, in_step, moved
+from mhc_compile.bench.shape import Shape
+from mhc_compile.bench.workload import SITES, Times
+
+
+@pytest.mark.parametrize("width", [8, 256])
+def test_four_streams_move_10_and_15_widths_a_token(width):
+    forward, backward = moved(Shape(width=width))
+    assert (forward.total, backward.total) == (10 * width, 15 * width)
+    assert (forward.read, forward.written) == (5 * width, 5 * width)
+    assert (backward.read, backward.written) == (10 * width, 5 * width)
+
+
+def test_one_product_forward_and_two_backward():
+    shape = Shape(width=32, tokens=16)
+    one = 2 * 16 * (4 * 32) * 24
+    assert flops(shape) == (one, 2 * one)
+
+
+def test_the_buffers_have_the_size_of_the_traffic_and_the_products_their_flops(monkeypatch):
+    import torch
+
+    shape = Shape(width=16, tokens=8)
+    limit = Limit(shape)
+    products, moves = [], []
+    real = torch.mm
+
+    def mm(a, b, out):
+        products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return real(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "add", lambda a, b, out: moves.append(a.numel() + b.numel() + out.numel()))
+    limit.forward()
+    limit.backward(None)
+    assert sum(products) == SITES * sum(flops(shape))
+    assert sum(moves) == SITES * moved(shape)[1].total * shape.tokens
+    source, _, target = limit._sites[0]
+    assert source.numel() + target.numel() == moved(shape)[0].total * shape.tokens
+    assert len({tensor.data_ptr() for site in limit._sites for tensor in site}) == 3 * SITES
+
+
+def test_the_limit_of_a_step_is_plain_and_every_site():
+    assert in_step(Times(1.0, 2.0, 4.0), Times(0.1, 0.2, 0.3), 8) == Times(1.8, 3.6, pytest.approx(6.4))

@@ -1,0 +1,116 @@
+"""From contenders to rows: counters, memory, failures, and what is derived from samples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from mhc_compile.bench import memory
+from mhc_compile.bench._torch import caches, observe_graphs
+from mhc_compile.bench.contenders import CONTENDERS
+from mhc_compile.bench.measure import measure
+from mhc_compile.bench.progress import Silent
+from mhc_compile.bench.shape import Shape
+from mhc_compile.bench.workload import Workload
+
+SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=2)
+EAGER = {
+    contender.name: dataclasses.replace(contender, compiler="eager", site_compiler="eager") for contender in CONTENDERS
+}
+
+
+def run(kind, *names, limit=True, extra=()):
+    chosen = (*(EAGER[name] for name in names), *extra)
+    return measure(kind, SHAPE, chosen, limit=limit, rounds=2, busy=False, cold=False, progress=Silent())[0]
+
+
+@pytest.mark.parametrize("kind", ["site", "step"])
+def test_rows_are_derived_from_samples(kind):
+    benchmark = run(kind, "plain", "deepseek-v4", "liger")
+    assert [row.status for row in benchmark.rows] == ["ok", "ok", "missing", "ok"]
+    plain, peer, missing, limit = benchmark.rows
+    sites = 1 if kind == "site" else SHAPE.sites
+    assert benchmark.rounds == 2
+    assert {len(samples) for samples in peer.samples.values()} == {2}
+    assert plain.ratio["total"].median == 1.0
+    assert plain.extra.median == 0.0
+    ratios = [a / b for a, b in zip(peer.samples["total"], plain.samples["total"], strict=True)]
+    assert peer.ratio["total"].median == pytest.approx(sum(ratios) / 2)
+    assert peer.extra.low * sites <= peer.seconds["total"].high
+    assert (plain.share, limit.share) == (None, 1.0)
+    assert peer.share > 0
+    assert peer.parameters > plain.parameters
+    assert peer.saved_bytes > plain.saved_bytes
+    assert peer.counters is None  # nothing was compiled
+    assert "CUDA" in missing.message
+    if kind == "step":
+        assert limit.seconds["total"].median > plain.seconds["total"].low
+        assert plain.loss is not None
+
+
+def test_a_contender_that_raises_is_a_row():
+    def broken(shape, count):
+        raise RuntimeError("no kernel for this\nand a trace")
+
+    bad = dataclasses.replace(EAGER["deepseek-v4"], name="bad", sites=broken)
+    benchmark = run("step", "plain", extra=(bad,), limit=False)
+    assert benchmark.row("bad").status == "failed"
+    assert benchmark.row("bad").message == "RuntimeError: no kernel for this"
+    assert benchmark.row("plain").status == "ok"
+    assert benchmark.row("plain").share is None
+
+
+def test_inductor_s_bytes_of_an_add_are_three_tensors():
+    seen = []
+    x, y = torch.randn(64, 32), torch.randn(64, 32)
+    with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
+        torch.compile(lambda a, b: a + b)(x, y)
+    assert seen == [(1, 0, 3 * 64 * 32 * 4)]
+
+
+def test_an_external_operator_is_one_call_and_its_results_are_counted():
+    seen = []
+    x, logits = torch.randn(16, 16), torch.randn(8, 4, 4)
+    with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
+        torch.compile(lambda a: torch.linalg.qr(a))(x)
+        torch.compile(lambda a: torch.ops.mhc.sinkhorn(a, 3))(logits)
+    assert seen == [(0, 1, 3 * 16 * 16 * 4), (0, 1, 2 * 8 * 4 * 4 * 4)]
+
+
+class Squares(Workload):
+    """Keeps two tensors of 64 KiB between forward and backward, of which autograd holds one, and makes a third for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", repeats=2)
+        self.layer = nn.Parameter(torch.ones(128, 128))
+
+    def forward(self):
+        doubled = self.layer * 2.0
+        return doubled, doubled.square()
+
+    def backward(self, outputs):
+        torch.empty(2 * 128 * 128)
+        outputs[1].sum().backward()
+
+    def clear(self):
+        self.layer.grad = None
+
+
+def test_memory_is_what_is_alive_after_the_forward_and_the_most_of_all():
+    workload = Squares()
+    workload.timed()
+    used = memory.measure(workload)
+    one = 128 * 128 * 4
+    assert used.saved == pytest.approx(2 * one / 2, abs=64)  # and a scalar
+    assert used.peak >= 4 * one // 2
+
+
+def test_times_are_divided_by_the_number_of_sites(monkeypatch):
+    clock = iter([0.0, 2.0, 6.0, 6.0])
+    workload = Squares()
+    monkeypatch.setattr(workload, "_now", lambda: next(clock))
+    times = workload.timed()
+    assert (times.forward, times.backward, times.total) == (1.0, 2.0, 3.0)
