@@ -29,8 +29,9 @@ def compiled(module: nn.Module, compiler: Compiler) -> Callable[..., Any]:
     """`module` under a contender's compiler; nothing is compiled before the first call."""
     if compiler == "eager":
         return module
-    if compiler == "mhc":
-        return torch.compile(module, backend="mhc")
+    if compiler.startswith("mhc"):
+        recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
+        return torch.compile(module, backend="mhc", options={"recompute": recompute})
     if compiler == "operators":
         return isolated_compile(module, ours.inductor)
     if compiler == "blocks":

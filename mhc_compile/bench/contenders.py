@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTENDERS", "Compiler", "Contender", "choose"]
 
-#: "mhc" is our backend; "operators" is Inductor with our decompositions, for a site; "blocks" compiles what is between the sites, block by
-#: block, and leaves the sites to the kernels of the contender.
-Compiler = Literal["inductor", "mhc", "operators", "eager", "blocks"]
+#: "mhc" is our backend, perhaps with another option `recompute`; "operators" is Inductor with our decompositions, for a site; "blocks" compiles
+#: what is between the sites, block by block, and leaves the sites to the kernels of the contender.
+Compiler = Literal["inductor", "mhc", "mhc-block", "mhc-none", "operators", "eager", "blocks"]
 Sites = tuple[list[Residual], Ends]
 
 
@@ -102,6 +102,11 @@ class _Ours(Contender):
 
 
 class _Decomposed(Contender):
+    """Operators that stay apart and are left to Inductor. The model is the plain one, as of `_Ours`."""
+
+    def model(self, shape: Shape) -> nn.Module:
+        return PlainModel(shape)
+
     def missing(self, shape: Shape) -> str | None:
         if not ours.step_available(shape):
             return f"there is no mhc::step on {shape.device}: 'ours' is the decomposed form already"
@@ -132,12 +137,13 @@ _V4 = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 CONTENDERS: tuple[Contender, ...] = (
     _Plain(name=PLAIN, title="plain residual, Inductor"),
     _Ours(name="ours", title='torch.compile(backend="mhc")', compiler="mhc", site_compiler="operators"),
+    _Ours(name="ours-block", title='ours, recompute="block"', compiler="mhc-block", kinds=("step",)),
     _Decomposed(
-        name="ours-decomposed",
-        title="our three operators, decomposed, Inductor",
+        name="ours-none",
+        title='ours, recompute="none"',
+        compiler="mhc-none",
         site_compiler="operators",
         sites=_operators,
-        kinds=("site",),
     ),
     Contender(
         name="deepseek-v4",

@@ -16,7 +16,8 @@ PLAIN, LIMIT = "plain", "limit"
 NAMES = (
     PLAIN,
     "ours",
-    "ours-decomposed",
+    "ours-block",
+    "ours-none",
     "deepseek-v4",
     "deepseek-v4-eager",
     "hyper-connections",

@@ -21,7 +21,7 @@ from mhc_compile.bench.workload import SiteWorkload, StepWorkload
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=3)
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 PEERS = ("deepseek-v4", "hyper-connections")
-STREAMS = ("ours-decomposed", *PEERS)
+STREAMS = ("ours-none", *PEERS)
 
 
 def test_an_unknown_name_gives_near_ones():
@@ -99,7 +99,7 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
     torch.testing.assert_close(out, torch.einsum("btji,btjc->btic", comb, streams))
 
 
-@pytest.mark.parametrize("name", ["plain", "ours", *STREAMS])
+@pytest.mark.parametrize("name", ["plain", "ours", *PEERS])
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
     workload = SiteWorkload("cpu", module, module, [inputs, inputs])
@@ -164,7 +164,7 @@ def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
             return new, torch.ops.mhc.collapse(new, pre), pre, *rest, None
 
         monkeypatch.setattr(torch.ops.mhc, "step", step, raising=False)
-    three, inputs = BY_NAME["ours-decomposed"].site(SHAPE)
+    three, inputs = BY_NAME["ours-none"].site(SHAPE)
     one = StepCell(SHAPE)
     one.load_state_dict({key.removeprefix("site."): value for key, value in three.state_dict().items()})
     for mine, theirs in zip(one(*inputs), three(*inputs), strict=True):
