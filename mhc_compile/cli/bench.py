@@ -82,9 +82,9 @@ def command(
     The step trains a GPT-2-shaped model; all contenders have the same blocks, and only the residual connection differs. The site is what lies
     between two branches: streams and a branch output in, new streams and the next branch input out.
 
-    Contenders: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and deepseek-v4-eager (transformers), hyper-connections
-    (PyPI), on CUDA liger, liger-eager and tilekernels; limit is a copy of the bytes that must move and the products that must be taken. One that is not installed is
-    a row that says so: pip install "mhc-compile[bench]".
+    Contenders: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and deepseek-v4-eager (transformers),
+    hyper-connections (PyPI), on CUDA liger, liger-eager and tilekernels; limit is a copy of the bytes that must move and the products that
+    must be taken. One that is not installed is a row that says so: pip install "mhc-compile[bench]".
 
     Exit codes: 0 fine, 1 a contender failed, 2 wrong usage, 130 interrupted (complete rounds are shown).
     """
