@@ -1,0 +1,80 @@
+"""What the kernels share: tuples of blocks, the mixed streams, and the thin product with split operands.
+
+A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channels), and a token's coefficients as a tuple of vectors [B]. Tuples
+are unrolled by the compiler. Where `m` is 1 the n streams are equal and only one is held; `res` is then needed through its row sums alone.
+
+Not yet run on a GPU; checked with Triton's interpreter.
+"""
+# ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "sigmoid", "thin_product"]
+
+
+@triton.jit
+def sigmoid(x):
+    """Logistic function of float32, without overflow."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def load_numbers(pointer, rows, live, count: tl.constexpr):
+    """The `count` numbers of each token, a tuple of vectors [B] float32, from a tensor [T, count]."""
+    values = ()
+    for k in tl.static_range(count):
+        values = values + (tl.load(pointer + rows * count + k, mask=live, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
+    """`res` [T, n, n] as a tuple of n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
+    entries = load_numbers(res, rows, live, n * n)
+    if m == n:
+        return entries
+    else:  # noqa: RET505 - the compiler wants one return a branch
+        totals = ()
+        for i in tl.static_range(n):
+            total = entries[i * n]
+            for l in tl.static_range(1, n):  # noqa: E741
+                total += entries[i * n + l]
+            totals = totals + (total,)
+        return totals
+
+
+@triton.jit
+def load_streams(streams, at, inside, width, m: tl.constexpr):
+    """The m streams at one block of channels, a tuple of blocks [B, W] in their own dtype. `at` is the place in the first stream."""
+    blocks = ()
+    for l in tl.static_range(m):  # noqa: E741
+        blocks = blocks + (tl.load(streams + at + l * width, mask=inside, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def mixed(blocks, branch, post, mixing, i: tl.constexpr, m: tl.constexpr):
+    """New stream i, [B, W] float32: `Σ_l res_il X_l + post_i y`."""
+    new = post[i][:, None] * branch
+    for l in tl.static_range(m):  # noqa: E741
+        new += mixing[i * m + l][:, None] * blocks[l].to(tl.float32)
+    return new
+
+
+@triton.jit
+def thin_product(streams, weights, total, precision: tl.constexpr):
+    """`total + streams @ weights` with the accuracy of float32 weights; `streams` in the model's dtype, `weights` and `total` float32.
+
+    bfloat16 streams are exact operands of a bfloat16 product. The weights are split in a coarse and a fine half, 16 bits of mantissa together:
+    two such products cost what one in tf32 costs and are more exact. Other streams go through `precision`, one of `tl.dot`'s.
+    """
+    if streams.dtype == tl.bfloat16:
+        coarse = weights.to(tl.bfloat16)
+        fine = (weights - coarse.to(tl.float32)).to(tl.bfloat16)
+        total = tl.dot(streams, coarse, total)
+        return tl.dot(streams, fine, total)
+    else:  # noqa: RET505
+        return tl.dot(streams.to(tl.float32), weights, total, input_precision=precision)
