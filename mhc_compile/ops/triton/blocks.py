@@ -1,4 +1,4 @@
-"""What the kernels share: tuples of blocks, the mixed streams, and the thin product with split operands.
+"""What the kernels share: tuples of blocks, the mixed streams, and products in pieces.
 
 A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channels), and a token's coefficients as a tuple of vectors [B]. Tuples
 are unrolled by the compiler. Where `m` is 1 the n streams are equal and only one is held; `res` is then needed through its row sums alone.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "sigmoid", "thin_product"]
+__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "product", "sigmoid", "split"]
 
 
 @triton.jit
@@ -65,16 +65,19 @@ def mixed(blocks, branch, post, mixing, i: tl.constexpr, m: tl.constexpr):
 
 
 @triton.jit
-def thin_product(streams, weights, total, precision: tl.constexpr):
-    """`total + streams @ weights` with the accuracy of float32 weights; `streams` in the model's dtype, `weights` and `total` float32.
+def split(x):
+    """`x` float32 as two bfloat16 halves, the coarse and the fine one: 16 bits of mantissa together."""
+    coarse = x.to(tl.bfloat16)
+    return coarse, (x - coarse.to(tl.float32)).to(tl.bfloat16)
 
-    bfloat16 streams are exact operands of a bfloat16 product. The weights are split in a coarse and a fine half, 16 bits of mantissa together:
-    two such products cost what one in tf32 costs and are more exact. Other streams go through `precision`, one of `tl.dot`'s.
-    """
-    if streams.dtype == tl.bfloat16:
-        coarse = weights.to(tl.bfloat16)
-        fine = (weights - coarse.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(streams, coarse, total)
-        return tl.dot(streams, fine, total)
-    else:  # noqa: RET505
-        return tl.dot(streams.to(tl.float32), weights, total, input_precision=precision)
+
+@triton.jit
+def product(a, b, total, precision: tl.constexpr):
+    """`total + a @ b`, float32. `precision` is that of `Sizes`."""
+    if precision == "bfloat16":
+        return tl.dot(a, b, total)
+    elif precision == "bfloat16 interpreted":  # noqa: RET505 - the compiler wants one return a branch
+        # The interpreter multiplies the bit patterns of bfloat16 numbers.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=precision)

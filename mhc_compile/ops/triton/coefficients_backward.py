@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .sinkhorn import load_res_logits, sinkhorn_backward
+from .sinkhorn import res_logits, sinkhorn_backward
 
 __all__ = ["coefficients_backward_kernel"]
 
@@ -110,15 +110,19 @@ def coefficients_backward_kernel(
 
     if columns > 2 * n:
         a_res = tl.load(scale + 2).to(tl.float32)
-        logits, z_res, column, real = load_res_logits(z, bias, a_res, rows, live, n, columns, size)
+        square = j[:, None] * n + j[None, :]
+        real = (j < n)[:, None] & (j < n)[None, :]
         every = live[:, None, None] & real[None]
+        at_z_res = rows[:, None, None] * columns + 2 * n + square[None]
+        z_res = tl.load(z + at_z_res, mask=every, other=0.0)
         d_res = tl.zeros([block_tokens, size, size], tl.float32)
         if has_res:
-            place = rows[:, None, None] * (n * n) + (column - 2 * n)[None]
+            place = rows[:, None, None] * (n * n) + square[None]
             grad = tl.load(grad_res + place, mask=every, other=0.0).to(tl.float32)
+            logits = res_logits(z_res, bias + 2 * n, a_res, n, size)
             d_res = sinkhorn_backward(grad, logits, sums, rows, live, tokens, iterations, n, size)
-        tl.store(scaled + rows[:, None, None] * columns + column[None], d_res * a_res * over_rms[:, None, None], mask=every)
-        tl.store(own + column, tl.sum(d_res, 0), mask=real)
+        tl.store(scaled + at_z_res, d_res * a_res * over_rms[:, None, None], mask=every)
+        tl.store(own + 2 * n + square, tl.sum(d_res, 0), mask=real)
         turn = tl.sum(tl.sum(d_res * z_res, 2), 1)
         tl.store(own + columns + 2, tl.sum(turn, 0))
         along += a_res * turn

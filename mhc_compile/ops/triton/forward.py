@@ -7,116 +7,127 @@ Elements moved a token for n streams of width C: 2 n C + 2 C, and at most n C mo
 
 Not yet run on a GPU; checked with Triton's interpreter.
 """
-# ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, mixed, sigmoid, thin_product
+from .blocks import load_mixing, load_numbers, load_streams, mixed, product, sigmoid
 from .launch import tuned
-from .sinkhorn import load_res_logits, sinkhorn
+from .sinkhorn import res_logits, sinkhorn
 
 __all__ = ["forward_kernel"]
 
 
 @triton.jit
-def _phi_block(phi, i, channels, wide, width, columns: tl.constexpr, thin: tl.constexpr):
-    """Rows (i, channels) of `phi` [n C, K], [W, N] float32, padded with 0."""
-    k = tl.arange(0, thin)
-    at = (i * width + channels)[:, None] * columns + k[None, :]
-    return tl.load(phi + at, mask=wide[:, None] & (k < columns)[None, :], other=0.0).to(tl.float32)
+def _gather_z(
+    raw, z, over_rms, rows, mask, column,
+    columns: tl.constexpr, halves: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the projection, divided, from `raw` [T, halves K] (phi's coarse and fine half were multiplied apart); stored in `z` [T, K]."""
+    at = rows * (halves * columns) + column
+    value = tl.load(raw + at, mask=mask, other=0.0)
+    if halves == 2:
+        value += tl.load(raw + at + columns, mask=mask, other=0.0)
+    value *= over_rms
+    tl.store(z + rows * columns + column, value, mask=mask)
+    return value
 
 
 @triton.jit
 def _coefficients(
-    z, bias, scale, pre, post, res, rows, live, iterations,
-    n: tl.constexpr, columns: tl.constexpr, size: tl.constexpr, sinkhorn_mapping: tl.constexpr,
+    raw, bias, scale, over_rms, pre, post, res, z, rows, live, iterations,
+    n: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, size: tl.constexpr, sinkhorn_mapping: tl.constexpr,
     block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """`pre`, `post` [T, n] and `res` [T, n, n] of the stored projection `z` [T, K]."""
+    """`pre`, `post` [T, n], `res` [T, n, n] and `z` [T, K] of the stored projection `raw`."""
     j = tl.arange(0, size)
-    kept = live[:, None] & (j < n)[None, :]
-    z_pre = tl.load(z + rows[:, None] * columns + j[None, :], mask=kept, other=0.0)
-    z_post = tl.load(z + rows[:, None] * columns + n + j[None, :], mask=kept, other=0.0)
-    b_pre = tl.load(bias + j, mask=j < n, other=0.0).to(tl.float32)
-    b_post = tl.load(bias + n + j, mask=j < n, other=0.0).to(tl.float32)
+    wanted = j < n
+    row = rows[:, None]
+    at = row * n + j[None, :]
+    kept = live[:, None] & wanted[None, :]
+    z_pre = _gather_z(raw, z, over_rms[:, None], row, kept, j[None, :], columns, halves)
+    z_post = _gather_z(raw, z, over_rms[:, None], row, kept, n + j[None, :], columns, halves)
+    b_pre = tl.load(bias + j, mask=wanted, other=0.0).to(tl.float32)
+    b_post = tl.load(bias + n + j, mask=wanted, other=0.0).to(tl.float32)
     a_pre = tl.load(scale).to(tl.float32)
     a_post = tl.load(scale + 1).to(tl.float32)
-    at = rows[:, None] * n + j[None, :]
     tl.store(pre + at, sigmoid(a_pre * z_pre + b_pre[None, :]), mask=kept)
     tl.store(post + at, 2.0 * sigmoid(a_post * z_post + b_post[None, :]), mask=kept)
 
     square = j[:, None] * n + j[None, :]
-    real = (j < n)[:, None] & (j < n)[None, :]
+    real = wanted[:, None] & wanted[None, :]
+    row = rows[:, None, None]
+    every = live[:, None, None] & real[None]
     if sinkhorn_mapping:
         a_res = tl.load(scale + 2).to(tl.float32)
-        logits = load_res_logits(z, bias, a_res, rows, live, n, columns, size)[0]
-        matrix = sinkhorn(logits, iterations)
+        z_res = _gather_z(raw, z, over_rms[:, None, None], row, every, 2 * n + square[None], columns, halves)
+        matrix = sinkhorn(res_logits(z_res, bias + 2 * n, a_res, n, size), iterations)
     else:
-        matrix = tl.where((j[:, None] == j[None, :])[None], 1.0, 0.0) + tl.zeros([block_tokens, size, size], tl.float32)
-    tl.store(res + rows[:, None, None] * (n * n) + square[None], matrix, mask=live[:, None, None] & real[None])
+        matrix = tl.where((j[:, None] == j[None, :])[None], 1.0, tl.zeros([block_tokens, size, size], tl.float32))
+    tl.store(res + row * (n * n) + square[None], matrix, mask=every)
 
 
 @tuned(["width", "n", "m", "mixes"], (16, 4), (16, 8), (32, 8))
 @triton.jit
 def forward_kernel(
     streams, branch, post, res, phi, bias, scale,
-    new_streams, read, new_pre, new_post, new_res, z, inverse,
+    new_streams, read, new_pre, new_post, new_res, z, inverse, raw,
     tokens, width, iterations, eps,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, size: tl.constexpr, thin: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, stride: tl.constexpr,
+    size: tl.constexpr, thin: tl.constexpr,
     mixes: tl.constexpr, sinkhorn_mapping: tl.constexpr, precision: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
     """`step` where `mixes`, else `read`.
 
-    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n]; `phi` [n C, K], `bias` [K], `scale` [3].
+    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n]; `phi` [n C, stride], whose first halves K columns
+    count: see `pack`; `bias` [K], `scale` [3].
     Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C]; float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T].
+    `raw` [T, halves K] is scratch memory.
     """
     rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
     live = rows < tokens
     if mixes:
         weights = load_numbers(post, rows, live, n)
         mixing = load_mixing(res, rows, live, n, m)
-    # How many streams the statistics run over, and how often each counts.
+    # How many streams there are to read.
     held: tl.constexpr = n if mixes else m
-    copies: tl.constexpr = n // held
 
+    k = tl.arange(0, thin)
     projection = tl.zeros([block_tokens, thin], tl.float32)
-    squares = tl.zeros([block_tokens, block_channels], tl.float32)
+    squares = tl.zeros([block_tokens], tl.float32)
     for start in range(0, width, block_channels):
         channels = start + tl.arange(0, block_channels)
         wide = channels < width
         inside = live[:, None] & wide[None, :]
-        at = rows[:, None] * width + channels[None, :]
         blocks = load_streams(streams, rows[:, None] * (m * width) + channels[None, :], inside, width, m)
         if mixes:
-            y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        for i in tl.static_range(held):
+            y = tl.load(branch + rows[:, None] * width + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        square = tl.zeros([block_tokens, block_channels], tl.float32)
+        for i in tl.static_range(n):
             if mixes:
                 x = mixed(blocks, y, weights, mixing, i, m).to(streams.dtype.element_ty)
                 tl.store(new_streams + rows[:, None] * (n * width) + i * width + channels[None, :], x, mask=inside)
             else:
-                x = blocks[i]
-            squares += x.to(tl.float32) * x.to(tl.float32)
-            weight = _phi_block(phi, i, channels, wide, width, columns, thin)
-            for copy in tl.static_range(1, copies):
-                weight += _phi_block(phi, copy, channels, wide, width, columns, thin)
-            projection = thin_product(x, weight, projection, precision)
+                x = blocks[i % m]
+            square += x.to(tl.float32) * x.to(tl.float32)
+            at = (i * width + channels)[:, None] * stride + k[None, :]
+            weight = tl.load(phi + at, mask=wide[:, None] & (k < halves * columns)[None, :], other=0.0)
+            projection = product(x, weight, projection, precision)
+        squares += tl.sum(square, 1)
 
-    mean = tl.sum(squares, 1) / (held * width)
-    over_rms = tl.rsqrt(mean + eps)
-    k = tl.arange(0, thin)
+    over_rms = tl.rsqrt(squares / (n * width) + eps)
     tl.store(inverse + rows, over_rms, mask=live)
-    tl.store(
-        z + rows[:, None] * columns + k[None, :], projection * over_rms[:, None], mask=live[:, None] & (k < columns)[None, :]
-    )
+    count: tl.constexpr = halves * columns
+    tl.store(raw + rows[:, None] * count + k[None, :], projection, mask=live[:, None] & (k < count)[None, :])
     # From here on this program reads what its other threads have stored.
     tl.debug_barrier()
     _coefficients(
-        z, bias, scale, new_pre, new_post, new_res, rows, live, iterations, n, columns, size, sinkhorn_mapping, block_tokens
-    )
+        raw, bias, scale, over_rms, new_pre, new_post, new_res, z, rows, live, iterations,
+        n, columns, halves, size, sinkhorn_mapping, block_tokens,
+    )  # fmt: skip
     tl.debug_barrier()
 
     source = streams

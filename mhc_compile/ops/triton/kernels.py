@@ -10,7 +10,7 @@ Shapes, with `...` any token axes (T tokens in all), n streams of width C, and m
     z, inverse        [..., K], [..., 1]   float32: the projection, already divided, and 1 / rms
 
 Source of the equations: arXiv 2512.24880 v2, section 4; the convention is that of `mhc_compile.ops.reference`. Gradients that are `None` are zero.
-Launches: `read`, `step`, `update`, `close` one; `update_backward`, `close_backward` two; `read_backward` four, `step_backward` five.
+Launches: `update`, `close` one; `read`, `step` two for bfloat16 streams, else one; `update_backward`, `close_backward` two; `read_backward` four, `step_backward` five.
 Results are deterministic: there are no atomics.
 
 Not yet run on a GPU; checked with Triton's interpreter.
@@ -28,6 +28,7 @@ from .coefficients_backward import coefficients_backward_kernel
 from .forward import forward_kernel
 from .launch import launch
 from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
+from .pack import pack_kernel
 from .streams_backward import streams_backward_kernel
 from .sums import sums_kernel
 
@@ -40,6 +41,22 @@ __all__ = ["close", "close_backward", "read", "read_backward", "step", "step_bac
 
 #: Programs of the pass over the streams: enough for some waves on the largest GPU, few enough that partial sums of dphi stay small.
 _PROGRAMS = 512
+#: Fewer tokens than this are not worth a program of that pass.
+_TOKENS = 64
+
+
+def _packed(phi: Tensor, sizes: Sizes) -> tuple[Tensor, int]:
+    """What the forward kernel multiplies with, and the length of its rows: a multiple of 16 bytes, so that it is copied in whole words."""
+    weights = phi.contiguous()
+    if sizes.halves == 1:
+        return weights, sizes.columns
+    stride = triton.cdiv(2 * sizes.columns, 8) * 8
+    packed = phi.new_empty(phi.shape[0], stride, dtype=torch.bfloat16)
+    size = sizes.n * sizes.width * sizes.columns
+    launch(
+        pack_kernel, (triton.cdiv(size, 1024),), weights, packed, size, columns=sizes.columns, stride=stride, block=1024
+    )  # fmt: skip
+    return packed, stride
 
 
 def _forward(
@@ -56,16 +73,18 @@ def _forward(
     new_pre, new_post, new_res, z, inverse = (
         x.new_empty(tokens, *shape, dtype=torch.float32) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
     )
+    weights, stride = _packed(phi, sizes)
+    raw = x.new_empty(tokens, sizes.halves * sizes.columns, dtype=torch.float32)
     launch(
         forward_kernel, lambda meta: (triton.cdiv(tokens, meta["block_tokens"]),),
-        x, branch, post, res, phi.contiguous(), bias.contiguous(), scale.contiguous(),
-        new, h, new_pre, new_post, new_res, z, inverse,
+        x, branch, post, res, weights, bias.contiguous(), scale.contiguous(),
+        new, h, new_pre, new_post, new_res, z, inverse, raw,
         tokens, sizes.width, iterations, eps,
-        n=n, m=sizes.m, columns=sizes.columns, size=sizes.size, thin=sizes.thin,
-        mixes=mix is not None, sinkhorn_mapping=mapping == "sinkhorn", precision=sizes.precision,
-        block_channels=sizes.channels(128 if sizes.thin <= 32 else 32),
+        n=n, m=sizes.m, columns=sizes.columns, halves=sizes.halves, stride=stride, size=sizes.size,
+        thin=sizes.thin(sizes.halves), mixes=mix is not None, sinkhorn_mapping=mapping == "sinkhorn",
+        precision=sizes.precision, block_channels=sizes.channels(128 if n <= 4 else 32),
     )  # fmt: skip
-    return tuple(tensor.unflatten(0, lead) for tensor in (new, h, new_pre, new_post, new_res, z, inverse))
+    return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in (new, h, new_pre, new_post, new_res, z, inverse))
 
 
 def read(
@@ -114,10 +133,10 @@ def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 def _add_up(
     partial: Tensor, left: Tensor, right: Tensor, rows: int, columns: tuple[int, int], *, left_step: int = 1,
-    base: int, inner: int = 1, row_step: int = 1, column_step: int = 1,
+    base: int, inner: int = 1, row_step: int = 1, column_step: int = 1, tall: bool = False,
 ) -> None:  # fmt: skip
-    """Launch `sums_kernel` for `rows` rows of `columns` = (left, right) results; few results get long columns of parts."""
-    block, block_parts = (128, 8) if partial.shape[0] <= 64 else (32, 128)
+    """Launch `sums_kernel` for `rows` rows of `columns` = (left, right) results. `tall`: few results of many parts each."""
+    block, block_parts = (32, 128) if tall else (128, 8)
     launch(
         sums_kernel, (triton.cdiv(rows * sum(columns), block),),
         partial, left, right, partial.shape[0], rows, partial.shape[-1], *columns,
@@ -214,11 +233,11 @@ def _backward(
         block_tokens=block_tokens, block_channels=sizes.channels(128 if n <= 4 else 64), num_warps=4,
     )  # fmt: skip
     d_bias, d_scale = torch.empty_like(bias), torch.empty_like(scale)
-    _add_up(shares, d_bias, d_scale, 1, (columns, 3), base=columns)
+    _add_up(shares, d_bias, d_scale, 1, (columns, 3), base=columns, tall=True)
 
-    block_channels = sizes.channels(64 if sizes.thin <= 32 else 32)
+    block_channels = sizes.channels(64 if n <= 4 else 32)
     blocks = triton.cdiv(width, block_channels)
-    groups = triton.cdiv(_PROGRAMS, blocks)
+    groups = torch.sym_min(triton.cdiv(tokens, _TOKENS), triton.cdiv(_PROGRAMS, blocks))
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch) if mix else x
     products = x.new_empty(blocks if mix else 0, tokens, n + n * sizes.m, dtype=torch.float32)
     phi_parts = x.new_empty(groups, n * width * columns, dtype=torch.float32)
@@ -226,7 +245,7 @@ def _backward(
         streams_backward_kernel, (blocks, groups),
         g_streams, g_h, x, branch, post, res, weight, pre, scaled, radial,
         d_streams, d_branch, products, phi_parts, tokens, width,
-        n=n, m=sizes.m, columns=columns, thin=sizes.thin, dots=sizes.dots, mixes=mix is not None,
+        n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin(1), dots=sizes.dots, mixes=mix is not None,
         has_streams=grad_streams is not None, has_read=grad_h is not None, precision=sizes.precision,
         block_channels=block_channels,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Source: arXiv 2512.24880 v2, equations 8 and 9, in the arithmetic of `mhc_compile.mappings.sinkhorn`: the first round on logarithms, the rest by
 multiplication; the backward keeps only the sums and multiplies back. Blocks are [B, N, N] float32: B tokens, N the next power of two of n.
 
-The padding needs no care in the iteration: `padded_logits` puts -inf where a real row meets a padded column or the reverse, and 0 where both are
+The padding needs no care in the iteration: `res_logits` puts -inf where a real row meets a padded column or the reverse, and 0 where both are
 padded. The matrix is then block diagonal, and the two blocks never touch each other, in the gradient neither.
 
 The number of iterations is known at run time only, so that the code of a kernel does not grow with it.
@@ -16,21 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_res_logits", "sinkhorn", "sinkhorn_backward"]
+__all__ = ["res_logits", "sinkhorn", "sinkhorn_backward"]
 
 
 @triton.jit
-def load_res_logits(z, bias, gain, rows, live, n: tl.constexpr, columns: tl.constexpr, size: tl.constexpr):
-    """Logits [B, N, N] of H_res and where they are real: `gain z_res + bias_res`, from `z` [T, K] and `bias` [K], K = `columns`."""
+def res_logits(z, bias, gain, n: tl.constexpr, size: tl.constexpr):
+    """Padded logits [B, N, N]: `gain z + bias`, from `z` [B, N, N] and `bias`, n² numbers in memory."""
     i = tl.arange(0, size)[:, None]
     j = tl.arange(0, size)[None, :]
-    real = (i < n) & (j < n)
-    at = 2 * n + i * n + j
-    values = tl.load(z + rows[:, None, None] * columns + at[None], mask=live[:, None, None] & real[None], other=0.0)
-    offset = tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
-    logits = gain * values + offset[None]
+    offset = tl.load(bias + i * n + j, mask=(i < n) & (j < n), other=0.0).to(tl.float32)
     across = (i < n) != (j < n)
-    return tl.where(across[None], float("-inf"), logits), values, at, real
+    return tl.where(across[None], float("-inf"), gain * z + offset[None])
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, mixed
+from .blocks import load_mixing, load_numbers, load_streams, mixed, product, split
 from .launch import tuned
 
 __all__ = ["streams_backward_kernel"]
@@ -36,12 +36,36 @@ def _phi_rows(phi, channels, width, n: tl.constexpr, columns: tl.constexpr, thin
     return blocks
 
 
+@triton.jit
+def _inward(s, weight, total, halves: tl.constexpr, precision: tl.constexpr):
+    """`total + s @ weight`, [B, W] of [B, K] and [K, W]. Of split operands, only the product of the fine halves is left out."""
+    if halves == 2:
+        coarse, fine = split(s)
+        weight_coarse, weight_fine = split(weight)
+        total = product(fine, weight_coarse, total, precision)
+        total = product(coarse, weight_fine, total, precision)
+        return product(coarse, weight_coarse, total, precision)
+    else:  # noqa: RET505 - the compiler wants one return a branch
+        return product(s, weight, total, precision)
+
+
+@triton.jit
+def _outer(s, x, total, halves: tl.constexpr, precision: tl.constexpr):
+    """`total + sᵀ x`, [K, W] of [B, K] and [B, W]: a sum over tokens."""
+    if halves == 2:
+        coarse, fine = split(s)
+        total = product(tl.trans(fine), x, total, precision)
+        return product(tl.trans(coarse), x, total, precision)
+    else:  # noqa: RET505
+        return product(tl.trans(s), x, total, precision)
+
+
 @tuned(["width", "n", "m", "mixes"], (32, 8), (16, 4), (16, 8))
 @triton.jit
 def streams_backward_kernel(
     grad_streams, grad_read, streams, branch, post, res, phi, new_pre, scaled, radial,
     d_streams, d_branch, partial, d_phi, tokens, width,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, thin: tl.constexpr, dots: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr, dots: tl.constexpr,
     mixes: tl.constexpr, has_streams: tl.constexpr, has_read: tl.constexpr, precision: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +116,8 @@ def streams_backward_kernel(
                 x = mixed(blocks, y, post_of, mixing, i, m).to(streams.dtype.element_ty)
             else:
                 x = blocks[i % m]
-            new_sums = new_sums + (_outer(s, x, sums[i], precision),)
-            g = tl.dot(s, weights_of[i], input_precision=precision) - inward[:, None] * x.to(tl.float32)
+            new_sums = new_sums + (_outer(s, x, sums[i], halves, precision),)
+            g = _inward(s, weights_of[i], -inward[:, None] * x.to(tl.float32), halves, precision)
             if has_streams:
                 g += tl.load(grad_streams + new_place + i * width, mask=inside, other=0.0).to(tl.float32)
             if has_read:
@@ -125,15 +149,3 @@ def streams_backward_kernel(
     for i in tl.static_range(n):
         to = (i * width + channels)[None, :] * columns + k[:, None]
         tl.store(own + to, sums[i], mask=wide[None, :] & (k < columns)[:, None])
-
-
-@triton.jit
-def _outer(scaled, streams, total, precision: tl.constexpr):
-    """`total + scaledᵀ streams`, [K, W], summed over the tokens: `thin_product` with the sides exchanged."""
-    if streams.dtype == tl.bfloat16:
-        coarse = scaled.to(tl.bfloat16)
-        fine = (scaled - coarse.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(tl.trans(coarse), streams, total)
-        return tl.dot(tl.trans(fine), streams, total)
-    else:  # noqa: RET505
-        return tl.dot(tl.trans(scaled), streams.to(tl.float32), total, input_precision=precision)
