@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "product", "sigmoid", "split"]
+__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "pinned", "product", "sigmoid", "split"]
 
 
 @triton.jit
@@ -81,3 +81,14 @@ def product(a, b, total, precision: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=precision)
+
+
+@triton.jit
+def pinned(x, interpreted: tl.constexpr):
+    """`x`, computed once. Without this the compiler computes all of `x` a second time in the layout of a matrix unit's operand, in every warp."""
+    if interpreted:
+        return x
+    elif x.dtype.primitive_bitwidth == 32:  # noqa: RET505 - the compiler wants one return a branch
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)

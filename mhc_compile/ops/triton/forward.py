@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, mixed, product, sigmoid
+from .blocks import load_mixing, load_numbers, load_streams, mixed, pinned, product, sigmoid
 from .launch import tuned
 from .sinkhorn import res_logits, sinkhorn
 
@@ -69,7 +69,7 @@ def _coefficients(
     tl.store(res + row * (n * n) + square[None], matrix, mask=every)
 
 
-@tuned(["width", "n", "m", "mixes"], (16, 4), (16, 8), (32, 8))
+@tuned(["width", "n", "m", "mixes"], (16, 4, 2), (16, 8, 2), (32, 8, 2))
 @triton.jit
 def forward_kernel(
     streams, branch, post, res, phi, bias, scale,
@@ -77,7 +77,7 @@ def forward_kernel(
     tokens, width, iterations, eps,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, stride: tl.constexpr,
     size: tl.constexpr, thin: tl.constexpr,
-    mixes: tl.constexpr, sinkhorn_mapping: tl.constexpr, precision: tl.constexpr,
+    mixes: tl.constexpr, sinkhorn_mapping: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
     """`step` where `mixes`, else `read`.
@@ -109,6 +109,7 @@ def forward_kernel(
         for i in tl.static_range(n):
             if mixes:
                 x = mixed(blocks, y, weights, mixing, i, m).to(streams.dtype.element_ty)
+                x = pinned(x, interpreted)
                 tl.store(new_streams + rows[:, None] * (n * width) + i * width + channels[None, :], x, mask=inside)
             else:
                 x = blocks[i % m]

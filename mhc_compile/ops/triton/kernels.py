@@ -26,7 +26,7 @@ import triton
 from ._shapes import Sizes, flat
 from .coefficients_backward import coefficients_backward_kernel
 from .forward import forward_kernel
-from .launch import launch
+from .launch import interpreted, launch
 from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
 from .pack import pack_kernel
 from .streams_backward import streams_backward_kernel
@@ -82,7 +82,7 @@ def _forward(
         tokens, sizes.width, iterations, eps,
         n=n, m=sizes.m, columns=sizes.columns, halves=sizes.halves, stride=stride, size=sizes.size,
         thin=sizes.thin(sizes.halves), mixes=mix is not None, sinkhorn_mapping=mapping == "sinkhorn",
-        precision=sizes.precision, block_channels=sizes.channels(128 if n <= 4 else 32),
+        precision=sizes.precision, interpreted=interpreted(), block_channels=sizes.channels(128 if n <= 4 else 32),
     )  # fmt: skip
     return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in (new, h, new_pre, new_post, new_res, z, inverse))
 
@@ -246,7 +246,7 @@ def _backward(
         g_streams, g_h, x, branch, post, res, weight, pre, scaled, radial,
         d_streams, d_branch, products, phi_parts, tokens, width,
         n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin(1), dots=sizes.dots, mixes=mix is not None,
-        has_streams=grad_streams is not None, has_read=grad_h is not None, precision=sizes.precision,
+        has_streams=grad_streams is not None, has_read=grad_h is not None, precision=sizes.precision, interpreted=interpreted(),
         block_channels=block_channels,
     )  # fmt: skip
     d_phi = torch.empty_like(weight)

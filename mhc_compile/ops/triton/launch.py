@@ -24,10 +24,10 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
     wrapped[grid](*arguments, **constants)
 
 
-def tuned(key: list[str], *choices: tuple[int, int]) -> Callable[[Any], Any]:
-    """Autotune over (`block_tokens`, number of warps), anew for every value of `key`. Every choice gives a token the same numbers up to rounding.
+def tuned(key: list[str], *choices: tuple[int, int, int]) -> Callable[[Any], Any]:
+    """Autotune over (`block_tokens`, warps, stages), anew for every value of `key`. Every choice gives a token the same numbers up to rounding.
 
     Nothing is tuned under the interpreter: the first choice is taken.
     """
-    configs = [triton.Config({"block_tokens": tokens}, num_warps=warps) for tokens, warps in choices]
+    configs = [triton.Config({"block_tokens": rows}, num_warps=warps, num_stages=deep) for rows, warps, deep in choices]
     return triton.autotune(configs[:1] if interpreted() else configs, key=key)  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, mixed, product, split
+from .blocks import load_mixing, load_numbers, load_streams, mixed, pinned, product, split
 from .launch import tuned
 
 __all__ = ["streams_backward_kernel"]
@@ -60,13 +60,26 @@ def _outer(s, x, total, halves: tl.constexpr, precision: tl.constexpr):
         return product(tl.trans(s), x, total, precision)
 
 
-@tuned(["width", "n", "m", "mixes"], (32, 8), (16, 4), (16, 8))
+@triton.jit
+def _from_matrix_unit(x, interpreted: tl.constexpr):
+    """`x` [B, W]. Without this the compiler keeps all that is computed from `x` in the layout of a matrix unit's result.
+
+    That layout spreads a token's channels over all warps: streams would be held twice, and every scalar product would wait at barriers. The
+    compiler does not carry a layout through a gather, even one that gathers every number from its own place.
+    """
+    if interpreted:
+        return x
+    else:  # noqa: RET505 - the compiler wants one return a branch
+        return tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[1])[None, :], x.shape), 1)
+
+
+@tuned(["width", "n", "m", "mixes"], (16, 8, 2), (16, 8, 1), (32, 8, 2))
 @triton.jit
 def streams_backward_kernel(
     grad_streams, grad_read, streams, branch, post, res, phi, new_pre, scaled, radial,
     d_streams, d_branch, partial, d_phi, tokens, width,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr, dots: tl.constexpr,
-    mixes: tl.constexpr, has_streams: tl.constexpr, has_read: tl.constexpr, precision: tl.constexpr,
+    mixes: tl.constexpr, has_streams: tl.constexpr, has_read: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
     """`step_backward` where `mixes`, else `read_backward`; second half of both.
@@ -116,8 +129,11 @@ def streams_backward_kernel(
                 x = mixed(blocks, y, post_of, mixing, i, m).to(streams.dtype.element_ty)
             else:
                 x = blocks[i % m]
+            x = pinned(x, interpreted)
             new_sums = new_sums + (_outer(s, x, sums[i], halves, precision),)
-            g = _inward(s, weights_of[i], -inward[:, None] * x.to(tl.float32), halves, precision)
+            g = _inward(s, weights_of[i], tl.zeros([block_tokens, block_channels], tl.float32), halves, precision)
+            g = _from_matrix_unit(g, interpreted)
+            g -= inward[:, None] * x.to(tl.float32)
             if has_streams:
                 g += tl.load(grad_streams + new_place + i * width, mask=inside, other=0.0).to(tl.float32)
             if has_read:
