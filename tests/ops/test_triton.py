@@ -34,16 +34,17 @@ PRECISIONS = [
 # n, equal streams held once, leading axes, C
 SHAPES = [
     pytest.param(4, False, (19,), 21, id="n4"),
-    pytest.param(4, True, (3, 7), 150, id="n4-equal"),
-    pytest.param(4, False, (33,), 140, id="n4-blocks"),
+    pytest.param(4, True, (2, 4), 30, id="n4-equal"),
+    pytest.param(4, False, (17,), 140, id="n4-blocks"),
     pytest.param(1, False, (5,), 16, id="n1"),
     pytest.param(2, False, (2, 9), 13, id="n2"),
     pytest.param(3, False, (18,), 35, id="n3"),
     pytest.param(3, True, (4,), 20, id="n3-equal"),
-    pytest.param(8, False, (17,), 40, id="n8"),
+    pytest.param(8, False, (5,), 24, id="n8"),
     pytest.param(4, False, (0, 3), 24, id="empty"),
 ]
-MAPPINGS = [("sinkhorn", 20), ("sinkhorn", 1), ("identity", 20)]
+# The same with another mapping, or one iteration
+FEWER = [shape for shape in SHAPES if shape.id in {"n4", "n3-equal", "n2"}]
 
 
 def project(logits, mapping, iterations, n):
@@ -67,7 +68,8 @@ def read(streams, phi, bias, scale, n, mapping, iterations):
     flat = streams.flatten(-2)
     inverse = torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
     z = (flat @ phi) * inverse
-    logits = [a * part + b for a, part, b in zip(scale, *(t.split([n, n, t.shape[-1] - 2 * n], -1) for t in (z, bias)))]
+    parts = [n, n, z.shape[-1] - 2 * n]
+    logits = [a * part + b for a, part, b in zip(scale, z.split(parts, -1), bias.split(parts, -1), strict=True)]
     pre, post = logits[0].sigmoid(), 2 * logits[1].sigmoid()
     res = project(logits[2], mapping, iterations, n)
     return (pre[..., None] * streams).sum(-2), pre, post, res, z, inverse
@@ -122,15 +124,20 @@ def like(tensors):
 
 
 @pytest.mark.parametrize(("n", "equal", "lead", "width"), SHAPES)
-@pytest.mark.parametrize(("mapping", "iterations"), MAPPINGS)
-def test_read_and_step(n, equal, lead, width, mapping, iterations):
+def test_read_and_step(n, equal, lead, width):
+    check_site(Case(n, equal, lead, width), 20, 2e-5)
+
+
+@pytest.mark.parametrize(("n", "equal", "lead", "width"), FEWER)
+@pytest.mark.parametrize(("mapping", "iterations"), [("sinkhorn", 1), ("identity", 20)])
+def test_one_iteration_and_another_mapping(n, equal, lead, width, mapping, iterations):
     check_site(Case(n, equal, lead, width, mapping), iterations, 2e-5)
 
 
 @pytest.mark.parametrize(("dtype", "branch_dtype", "tolerance"), PRECISIONS[1:])
 @pytest.mark.parametrize("equal", [False, True])
 def test_read_and_step_in_half_width(equal, dtype, branch_dtype, tolerance):
-    check_site(Case(4, equal, (19,), 70, "sinkhorn", dtype, branch_dtype), 20, tolerance)
+    check_site(Case(4, equal, (11,), 70, "sinkhorn", dtype, branch_dtype), 4, tolerance)
 
 
 def check_site(case, iterations, tolerance, absent=()):
@@ -139,6 +146,8 @@ def check_site(case, iterations, tolerance, absent=()):
     X, *site = case.exact(case.streams, *case.site)
     want = read(X, *site, case.n, *tail)
     close_to(got, want, tolerance)
+    # Coefficients of narrow streams are as exact as their streams allow: a phi cut down to bfloat16 fails here.
+    close_to(got[1:], want[1:], min(tolerance, 1e-3))
     assert got[0].dtype == case.streams.dtype
     assert {t.dtype for t in got[1:]} == {torch.float32}
     given = [None if k in absent else g for k, g in enumerate([got[0], got[2], got[3]])]
@@ -211,7 +220,7 @@ def test_wild_logits_stay_finite():
 
 
 def test_the_same_bits_every_time():
-    case = Case(4, False, (40,), 140)
+    case = Case(4, False, (20,), 70)
     out = kernels.step(*case.mix, *case.site, "sinkhorn", 20, EPS)
     given = [torch.randn_like(out[k]) for k in (0, 1, 3, 4)]
     runs = [

@@ -73,12 +73,12 @@ class Sizes:
 
     @property
     def size(self) -> int:
-        """n padded to a power of two."""
+        """The number of streams padded to a power of two."""
         return power_of_two(self.n)
 
     @property
     def held(self) -> int:
-        """M padded to a power of two."""
+        """The number of held streams padded to a power of two."""
         return power_of_two(self.m)
 
     def thin(self, halves: int) -> int:

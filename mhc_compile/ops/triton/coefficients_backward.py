@@ -48,7 +48,7 @@ def _read_gradient(
         old = tl.arange(0, size)
         place = rows[:, None, None] * (n * n) + j[None, :, None] * n + old[None, None, :]
         mixing = tl.load(res + place, mask=kept[:, :, None] & (old < n)[None, None, :], other=0.0).to(tl.float32)
-        if m == 1:
+        if m == 1:  # noqa: SIM108 - only a statement is decided while compiling
             total = tl.sum(mixing, 2) * product[:, None]
         else:
             total = tl.sum(mixing * with_streams[:, None, :], 2)

@@ -8,7 +8,6 @@ A program owns a block [B, W] of tokens and channels. Scalar products over all c
 
 Not yet run on a GPU; checked with Triton's interpreter.
 """
-# ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The second backward kernel of a site: one pass over the streams for every gradient that has their width.
 
-Source: the adjoint of arXiv 2512.24880 v2, equations 3 to 5. With the new streams X' (computed again from X and y, never stored), the gradient of X'_i is
+Source: the adjoint of arXiv 2512.24880 v2, equations 3 to 5. With the new streams X', computed again from X and y, the gradient of X'_i is
 
     G_i = grad_X'_i + pre'_i grad_h + Σ_k s_k phi[i, c, k] − radial X'_i          s = dz / rms
 
@@ -32,7 +32,9 @@ def _phi_rows(phi, channels, width, n: tl.constexpr, columns: tl.constexpr, thin
     blocks = ()
     for i in tl.static_range(n):
         at = (i * width + channels)[None, :] * columns + k
-        blocks = blocks + (tl.load(phi + at, mask=(channels < width)[None, :] & (k < columns), other=0.0).to(tl.float32),)
+        blocks = blocks + (
+            tl.load(phi + at, mask=(channels < width)[None, :] & (k < columns), other=0.0).to(tl.float32),
+        )
     return blocks
 
 
@@ -107,7 +109,9 @@ def streams_backward_kernel(
         at = rows[:, None] * width + channels[None, :]
         place = rows[:, None] * (m * width) + channels[None, :]
         new_place = rows[:, None] * (n * width) + channels[None, :]
-        s = tl.load(scaled + rows[:, None] * columns + k[None, :], mask=live[:, None] & (k < columns)[None, :], other=0.0)
+        s = tl.load(
+            scaled + rows[:, None] * columns + k[None, :], mask=live[:, None] & (k < columns)[None, :], other=0.0
+        )
         inward = tl.load(radial + rows, mask=live, other=0.0)
         blocks = load_streams(streams, place, inside, width, m)
         if has_read:
@@ -125,7 +129,7 @@ def streams_backward_kernel(
 
         new_sums = ()
         for i in tl.static_range(n):
-            if mixes:
+            if mixes:  # noqa: SIM108 - only a statement is decided while compiling
                 x = mixed(blocks, y, post_of, mixing, i, m).to(streams.dtype.element_ty)
             else:
                 x = blocks[i % m]
@@ -141,9 +145,7 @@ def streams_backward_kernel(
             new_d_x = ()
             for l in tl.static_range(m):  # noqa: E741
                 if mixes:
-                    products = tl.where(
-                        d == n + i * m + l, tl.sum(g * blocks[l].to(tl.float32), 1)[:, None], products
-                    )
+                    products = tl.where(d == n + i * m + l, tl.sum(g * blocks[l].to(tl.float32), 1)[:, None], products)
                     new_d_x = new_d_x + (d_x[l] + mixing[i * m + l][:, None] * g,)
                 elif i % m == l:
                     new_d_x = new_d_x + (d_x[l] + g,)
