@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
-from mhc_compile.ops.steps import MAPPINGS
+from mhc_compile import ops
 from mhc_compile.passes.base import Pass, copy_graph
 from mhc_compile.passes.roles import op_name, sets_grad_mode, tensor_value
 from mhc_compile.passes.splice import inherit
@@ -93,7 +92,7 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
     """Coefficients + collapse -> read; with the update before them -> step."""
     streams, phi, bias, scale, mapping, iterations, eps = coefficients.args
     parts = _parts(coefficients)
-    if mapping not in MAPPINGS or parts is None or 3 in parts or 0 not in parts:
+    if mapping not in ops.FUSED_MAPPINGS or parts is None or 3 in parts or 0 not in parts:
         return
     readers = list(parts[0].users)
     if len(readers) != 1 or readers[0].target is not _COLLAPSE or readers[0].args != (streams, parts[0]):

@@ -1,7 +1,8 @@
 """The `mhc::` operators. Importing this package registers them.
 
 `decompositions()` gives every operator as plain ATen, so that an exported program needs nothing of ours at run time.
-`fused_decompositions()` is what Inductor gets: broadcast forms that fuse, with `mhc::sinkhorn` kept as one node.
+`fused_decompositions()` is what Inductor gets: broadcast forms that fuse, with `mhc::sinkhorn` kept as one node, and the fused operators kept where
+there are kernels for them: `cpu` (C++) and `triton` (CUDA).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from mhc_compile import mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, fused, reference
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
-from mhc_compile.ops import steps as _steps  # noqa: F401 - registers the fused operators
+from mhc_compile.ops.steps import MAPPINGS as FUSED_MAPPINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decompositions", "fingerprint", "fused_decompositions"]
+__all__ = ["FUSED_MAPPINGS", "decompositions", "fingerprint", "fused_decompositions"]
 
 _mhc = torch.ops.mhc
 _SINGLE: dict[Any, Callable[..., Any]] = {
@@ -72,8 +73,14 @@ def _unless_kernel(decomposition: Callable[..., Any], streams: int, branch: int 
 
     def decompose(*args: Any) -> Any:
         other = None if branch is None else args[branch].dtype
-        if args[streams].device.type == "cpu" and cpu.takes(args[streams].dtype, other):
+        device, dtype = args[streams].device.type, args[streams].dtype
+        if device == "cpu" and cpu.takes(dtype, other):
             return NotImplemented
+        if device == "cuda":
+            from mhc_compile.ops import triton
+
+            if triton.takes(dtype, other):
+                return NotImplemented
         return decomposition(*args)
 
     return decompose

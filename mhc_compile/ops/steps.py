@@ -126,6 +126,32 @@ for _name, _kernel in _checked(cpu).items():
     LIBRARY.impl(_name, _kernel, "CPU")
 
 
+def on_cuda(name: str) -> Callable[..., Any]:
+    """The Triton kernel of an operator; the composition for dtypes that it does not take, and where Triton is not installed.
+
+    Triton is imported when the first CUDA tensor comes. Not yet run on a GPU.
+    """
+    composed = getattr(reference if name.startswith("update") else fused, name)
+
+    def call(*args: Any) -> Any:
+        from mhc_compile.ops import triton
+
+        tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+        return (getattr(triton, name) if all(triton.takes(t.dtype) for t in tensors) else dense(composed))(*args)
+
+    return call
+
+
+class _OnCuda:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return on_cuda(name)
+
+
+for _name, _kernel in _checked(_OnCuda()).items():
+    LIBRARY.impl(_name, _kernel, "CUDA")
+LIBRARY.impl("update_backward", on_cuda("update_backward"), "CUDA")
+
+
 # --- fake kernels ----------------------------------------------------------------------------------------------------------------------
 
 

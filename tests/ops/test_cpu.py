@@ -78,14 +78,14 @@ def test_without_a_compiler_the_eager_form_runs_and_says_so(monkeypatch, caplog)
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(_torch, "load_cpp", broken)
-    cpu._library.cache_clear()
+    cpu.build.library.cache_clear()
     try:
         logits = torch.randn(5, 4, 4)
         with caplog.at_level(logging.WARNING, logger="mhc_compile.ops.cpu"):
             assert torch.equal(cpu.sinkhorn(logits, 20), eager.sinkhorn(logits, 20))
             cpu.sinkhorn(logits, 20)
         assert [record.getMessage() for record in caplog.records] == [
-            "the Sinkhorn kernel could not be built, eager operations are used instead: no compiler"
+            "the CPU kernels could not be built, eager operations are used instead: no compiler"
         ]
     finally:
-        cpu._library.cache_clear()
+        cpu.build.library.cache_clear()

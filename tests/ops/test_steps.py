@@ -253,3 +253,13 @@ def test_half_precision_takes_the_composition():
 def test_wrong_shapes_are_named(call, words):
     with pytest.raises(ShapeError, match=words):
         call(*values())
+
+
+def test_cuda_has_kernels_of_its_own_and_falls_back():
+    from mhc_compile.ops.steps import on_cuda
+
+    for name in ("read", "read_backward", "step", "step_backward", "close", "close_backward", "update_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mhc::{name}", "CUDA")
+    tensors = values()  # float64, which no Triton kernel takes
+    for one, other in zip(on_cuda("step")(*tensors, *HOW), fused.step(*tensors, *HOW), strict=True):
+        assert torch.equal(one, other)

@@ -107,7 +107,7 @@ def test_identity_has_kernels_too():
 
 
 def test_another_mapping_is_left_alone(monkeypatch):
-    monkeypatch.setattr("mhc_compile.passes.fuse.MAPPINGS", ())
+    monkeypatch.setattr("mhc_compile.ops.FUSED_MAPPINGS", ())
     module, after, x = fused(sites("f", "g"))
     assert operations(after) == {"coefficients": 2, "collapse": 2, "update": 1, "close": 1, "expand": 1}
     assert_equal(module, after, x)
