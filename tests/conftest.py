@@ -10,7 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # the kernels for CUDA then run in Triton's interpreter, where Triton is installed; read when Triton is imported
+if (
+    not torch.cuda.is_available()
+):  # the kernels for CUDA then run in Triton's interpreter, where Triton is installed; read when Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
