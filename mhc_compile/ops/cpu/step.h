@@ -10,7 +10,11 @@
 
 namespace mhc {
 
-inline Real sigmoid(Real x) { return 1 / (1 + std::exp(-x)); }
+// exp is taken of negative numbers only, as sinkhorn.h has it.
+inline Real sigmoid(Real x) {
+    const Real e = exp_negative(-std::abs(x));
+    return (x < 0 ? e : Real(1)) / (1 + e);
+}
 
 struct Site {
     const Real *phi, *bias, *scale;  // [N C, K], [K], [3]
@@ -77,6 +81,7 @@ struct Forward {
                 const int64_t token = first + t;
                 if constexpr (MIX) {
                     const Weights<IN> weights(res + token * N * N, post + token * N);
+                    ahead<IN>(token, c0 + CHUNK);
                     for (int64_t c = 0; c < CHUNK; c += WIDTH) {
                         const int64_t rest = C - c0 - c;
                         Vec x[IN], mixed[N];
@@ -102,6 +107,13 @@ struct Forward {
     }
 
   private:
+    template <int IN>
+    void ahead(int64_t token, int64_t c) const {
+        const int64_t count = std::min<int64_t>(CHUNK, C - c);
+        for (int l = 0; l < IN; ++l) prefetch(streams + (token * IN + l) * C + c, count);
+        prefetch(branch + token * C + c, count);
+    }
+
     static void keep(Vec value, Real* to, Vec& square) {
         store(to, value);
         square += value * value;
@@ -110,21 +122,26 @@ struct Forward {
     template <int P>
     void coefficients(int64_t first, int64_t count, const Vec* squares, const Vec (*products)[K]) const {
         Block<Real, N> block;
-        std::memset(&block.m, 0, sizeof block.m);
+        Real logits[K][LANES] = {};
         for (int64_t t = 0; t < count; ++t) {
             const Real scaling = 1 / std::sqrt(sum(squares[t]) / (P * C) + site.eps);
             const int64_t token = first + t;
             inverse[token] = scaling;
-            Real row[K];
-            for (int k = 0; k < K; ++k) z[token * K + k] = row[k] = sum(products[t][k]) * scaling;
-            for (int i = 0; i < N; ++i) {
-                next_pre[token * N + i] = sigmoid(site.scale[0] * row[i] + site.bias[i]);
-                next_post[token * N + i] = 2 * sigmoid(site.scale[1] * row[N + i] + site.bias[N + i]);
+            for (int k = 0; k < K; ++k) {
+                const Real product = sum(products[t][k]) * scaling;
+                z[token * K + k] = product;
+                logits[k][t] = site.scale[k < N ? 0 : k < 2 * N ? 1 : 2] * product + site.bias[k];
             }
-            if constexpr (MIXES)
-                for (int k = 0; k < N * N; ++k)
-                    block.m[k / N][k % N][t] = site.scale[2] * row[2 * N + k] + site.bias[2 * N + k];
         }
+        for (int k = 0; k < 2 * N; ++k) EACH_LANE logits[k][l] = sigmoid(logits[k][l]);
+        for (int64_t t = 0; t < count; ++t) {
+            for (int i = 0; i < N; ++i) {
+                next_pre[(first + t) * N + i] = logits[i][t];
+                next_post[(first + t) * N + i] = 2 * logits[N + i][t];
+            }
+        }
+        if constexpr (MIXES) std::memcpy(block.m, logits[2 * N], sizeof block.m);
+        else std::memset(block.m, 0, sizeof block.m);
         if constexpr (MIXES) {
             block.first_round();
             for (int64_t k = 1; k < site.iterations; ++k) block.round(nullptr);

@@ -171,9 +171,18 @@ struct Backward {
         }
     }
 
+    template <int IN>
+    void ahead(int64_t token, int64_t c) const {
+        const int64_t count = std::min<int64_t>(CHUNK, C - c);
+        for (int l = 0; l < IN; ++l) prefetch(streams + (token * IN + l) * C + c, count);
+        for (int i = 0; i < N && grad_out; ++i) prefetch(grad_out + (token * N + i) * C + c, count);
+        prefetch(branch + token * C + c, count);
+    }
+
     template <int IN, bool READ>
     void mixed(int64_t token, int64_t c0, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
         const Weights<IN> weights(res + token * N * N, post + token * N);
+        ahead<IN>(token, c0 + CHUNK);
         Vec sums[N][IN + 1];
         for (int i = 0; i < N; ++i)
             for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];

@@ -85,10 +85,27 @@ inline void store(T* to, Vec value, int64_t count) {
     if (count > 0) std::memcpy(to, part, count * sizeof(T));
 }
 
-inline Real sum(Vec value) {
-    Real total = 0;
-    for (int l = 0; l < WIDTH; ++l) total += value[l];
-    return total;
+// Halves are added to halves: a chain of additions, one after the other, would take as long as the products that it ends.
+template <int BYTES_LEFT = BYTES, typename Wide>
+inline Real sum(Wide value) {
+    if constexpr (BYTES_LEFT == sizeof(Real)) {
+        return value[0];
+    } else if constexpr (BYTES_LEFT == 2 * sizeof(Real)) {
+        return value[0] + value[1];
+    } else {
+        typedef Real Half __attribute__((vector_size(BYTES_LEFT / 2)));
+        Half low, high;
+        std::memcpy(&low, &value, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+        return sum<BYTES_LEFT / 2>(low + high);
+    }
+}
+
+// The next lines of a row while this one is worked on: rows of a tile are too many for the machine to follow by itself.
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t at = 0; at < count; at += LINE) __builtin_prefetch(from + at);
 }
 
 // Scratch memory that starts at a cache line.
