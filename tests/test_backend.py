@@ -384,9 +384,9 @@ def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
         return module.forward
 
     monkeypatch.setattr(_torch, "compile_fx", compile_fx)
-    for print_of in ("one", "other"):
+    for print_of, recompute in (("one", "cheap"), ("other", "cheap"), ("other", "block")):
         monkeypatch.setattr(ops, "fingerprint", lambda print_of=print_of: print_of)
         torch._dynamo.reset()
-        torch.compile(Decoder(), backend="mhc")(tokens())
-    assert tags == ["mhc-one", "mhc-other"]
+        torch.compile(Decoder(), backend="mhc", options={"recompute": recompute})(tokens())
+    assert tags == ["mhc-one-cheap", "mhc-other-cheap", "mhc-other-block"]
     assert torch.compiler.config.cache_key_tag == ""

@@ -128,7 +128,7 @@ def test_the_blocks_start_with_the_same_weights():
             assert torch.equal(models[name][key], value), (name, key)
 
 
-@pytest.mark.parametrize("name", ["plain", *STREAMS])
+@pytest.mark.parametrize("name", ["plain", *PEERS])
 def test_a_training_step(name):
     model = BY_NAME[name].model(SHAPE)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -72,7 +72,7 @@ class Deep(nn.Module):
 def test_blocks_keep_fewer_streams_and_the_same_gradients(inner):
     depth, width, tokens = 12, 32, 64
     torch.manual_seed(0)
-    model, x = Deep(depth, width), torch.randn(1, tokens, width)
+    model, x = Deep(depth, width).double(), torch.randn(1, tokens, width, dtype=torch.float64)
     mhc_compile.attach(model, x)
     for name, parameter in model.named_parameters():
         if "mhc" in name:
@@ -95,10 +95,10 @@ def test_blocks_keep_fewer_streams_and_the_same_gradients(inner):
         out.square().sum().backward()
         kept[recompute] = sum(sizes.values())
         gradients[recompute] = [p.grad for p in one.parameters()]
-    streams = 4 * width * tokens * 4  # bytes of one set of streams
+    streams = 4 * width * tokens * 8  # bytes of one set of streams
     # Chains of 12 sites have blocks of 3: of the 11 steps the 1st, 4th, 7th and 10th keep their streams.
     assert kept["cheap"] - kept["block"] >= 7 * streams
     assert kept["cheap"] <= 1.01 * kept["none"]
     for other in ("none", "block"):
         for one, two in zip(gradients["cheap"], gradients[other], strict=True):
-            assert (one - two).abs().max() <= 2e-5 * (1 + one.abs().max())
+            assert (one - two).abs().max() <= 1e-10 * (1 + one.abs().max())
