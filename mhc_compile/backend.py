@@ -14,7 +14,7 @@ from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
 from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, expand_plan, run_passes
-from mhc_compile.passes.roles import is_contraction
+from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.study import Study, complain, study
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
             "the mhc backend was called outside torch.compile; for a graph module of your own use mhc_compile.rewrite(graph_module, ...)"
         )
     result = study(graph_module, inputs, options)
+    _prepare_kernels(result, options)
     if result.attach(options):
         log.info("attached hyper-connections to %d sites; tracing again", len(result.plan.sites))
         for code in _plain:
@@ -93,6 +94,18 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         return _inner(_with_graph(graph_module, close_regions(result.graph)), inputs, options, mode)
     graph = expand_plan(result.graph, result.plan, bindings)
     return _inner(_with_graph(graph_module, graph), inputs, options, mode)
+
+
+def _prepare_kernels(result: Study, options: Options) -> None:
+    if callable(options.inner) or options.inner == "eager" or options.recompute == "none":
+        return
+    kinds = {}
+    for site in result.plan.sites:
+        streams, branch = tensor_value(site.add), tensor_value(site.terms[0])
+        if streams is not None and branch is not None:
+            kinds[streams.device, streams.dtype, branch.dtype] = streams, branch
+    for streams, branch in kinds.values():
+        ops.prepare(streams, branch, options.streams, options.mapping)
 
 
 def _should_have_sites(result: Study) -> bool:

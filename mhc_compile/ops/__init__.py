@@ -23,7 +23,7 @@ from mhc_compile.ops.steps import MAPPINGS as FUSED_MAPPINGS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FUSED_MAPPINGS", "decompositions", "fingerprint", "fused_decompositions"]
+__all__ = ["FUSED_MAPPINGS", "decompositions", "fingerprint", "fused_decompositions", "prepare"]
 
 _mhc = torch.ops.mhc
 _SINGLE: dict[Any, Callable[..., Any]] = {
@@ -56,6 +56,12 @@ def fingerprint() -> str:
         for path in sorted((*package.rglob("*.py"), *package.rglob("*.h"))):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
+    """Begins to build the kernels that a graph with such tensors will call, where they have to be built."""
+    if streams.device.type == "cpu" and mapping in FUSED_MAPPINGS:
+        cpu.prepare(streams.dtype, branch.dtype, n, mapping)
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:

@@ -263,3 +263,15 @@ def test_cuda_has_kernels_of_its_own_and_falls_back():
     tensors = values()  # float64, which no Triton kernel takes
     for one, other in zip(on_cuda("step")(*tensors, *HOW), fused.step(*tensors, *HOW), strict=True):
         assert torch.equal(one, other)
+
+
+def test_kernels_are_built_while_the_caller_goes_on(monkeypatch):
+    from mhc_compile.ops import prepare
+
+    built = []
+    monkeypatch.setattr(cpu.steps, "_library", lambda *what: built.append(what))
+    cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn").join()
+    assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn")]
+    assert cpu.prepare(torch.float16, torch.float16, 4, "sinkhorn") is None
+    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, "sinkhorn")
+    assert len(built) == 1

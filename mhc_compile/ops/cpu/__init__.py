@@ -9,6 +9,7 @@ from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
 from mhc_compile.ops.cpu.steps import (
     close,
     close_backward,
+    prepare,
     read,
     read_backward,
     step,
@@ -22,6 +23,7 @@ __all__ = [
     "available",
     "close",
     "close_backward",
+    "prepare",
     "read",
     "read_backward",
     "sinkhorn",

@@ -7,6 +7,7 @@ the forms that run for other dtypes or where there is no C++ compiler: `mhc_comp
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "close",
     "close_backward",
+    "prepare",
     "read",
     "read_backward",
     "step",
@@ -53,6 +55,18 @@ def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) ->
 def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str = "sinkhorn") -> bool:
     """Whether there is a kernel for these dtypes and this number of streams, and a compiler that builds it here."""
     return _library(streams, branch or streams, n, mapping) is not None
+
+
+def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> threading.Thread | None:
+    """Begins to build the kernels beside what the caller goes on to do: tracing takes longer than the C++ compiler does.
+
+    Returns the thread, None where there is nothing to build.
+    """
+    if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST:
+        return None
+    thread = threading.Thread(target=_library, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
+    thread.start()
+    return thread
 
 
 class _Call:
@@ -136,7 +150,7 @@ def step(
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """As `mhc_compile.ops.reference.update`."""
-    kernel = _Call(streams, branch, post.shape[-1], "identity", 1)
+    kernel = _Call(streams, branch, post.shape[-1], "sinkhorn", 1)  # of no account here, and one library less
     if not kernel.runs:
         return reference.update(streams, branch, post, res).contiguous()
     out = kernel.new(streams, kernel.n, kernel.width, real=False)
@@ -234,18 +248,18 @@ def step_backward(
 
 def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
     """As `mhc_compile.ops.reference.update_backward`."""
-    return _mixing_backward("update", reference.update_backward, "identity", grad, streams, branch, post, res)
+    return _mixing_backward("update", reference.update_backward, grad, streams, branch, post, res)
 
 
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
     """As `mhc_compile.ops.fused.close_backward`."""
-    return _mixing_backward("close", fused.close_backward, "sinkhorn", grad, streams, branch, post, res)
+    return _mixing_backward("close", fused.close_backward, grad, streams, branch, post, res)
 
 
 def _mixing_backward(
-    name: str, composed: Any, mapping: str, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+    name: str, composed: Any, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, ...]:
-    kernel = _Call(streams, branch, post.shape[-1], mapping, 1)
+    kernel = _Call(streams, branch, post.shape[-1], "sinkhorn", 1)
     if not kernel.runs:
         return tuple(map(Tensor.contiguous, composed(grad, streams, branch, post, res)))
     reals = tuple(map(kernel.real, (post, res)))
