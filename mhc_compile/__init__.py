@@ -16,6 +16,7 @@ from mhc_compile.errors import (
     NothingRewrittenError,
     OptionError,
     ShapeError,
+    StreamsLostError,
 )
 from mhc_compile.options import Options
 
@@ -42,6 +43,7 @@ __all__ = [
     "OptionError",
     "Options",
     "ShapeError",
+    "StreamsLostError",
     "attach",
     "connections",
     "detach",

@@ -28,10 +28,13 @@ try:
         TorchDynamoException,
     )
     from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+    from torch._dynamo.source import SyntheticLocalSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import decompositions as inductor_decompositions
     from torch._inductor.decomposition import fast_random_decomps
+    from torch.utils.weak import WeakTensorKeyDictionary
 except ImportError as error:  # pragma: no cover - depends on the torch that is installed
     raise ImportError(
         f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
@@ -41,15 +44,19 @@ __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
     "TorchDynamoException",
+    "WeakTensorKeyDictionary",
     "compile_with_inductor",
     "forget_compiled",
     "frame_code",
+    "frame_location",
+    "graph_is_part",
     "has_compiled",
     "in_trace",
     "inner_backend",
     "isolated_compile",
     "load_cpp",
     "module_by_id",
+    "name_input",
     "raise_through_dynamo",
     "restart_trace",
     "root_module",
@@ -80,6 +87,25 @@ def restart_trace() -> None:
 def frame_code() -> CodeType:
     """The code object of the frame that is being traced."""
     return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
+
+
+def frame_location() -> str:
+    """File and line of the frame that is being traced."""
+    code = frame_code()
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def graph_is_part() -> bool:
+    """Whether the graph that is being compiled ends at a graph break, or begins behind one."""
+    reason = _tracer().output.compile_subgraph_reason
+    return bool(reason is not None and reason.graph_break) or frame_code().co_name.startswith(
+        TORCH_DYNAMO_RESUME_IN_PREFIX
+    )
+
+
+def name_input(node: torch.fx.Node) -> None:
+    """Gives a graph input that Dynamo does not know a source: AOTAutograd asks every input of a Dynamo graph for one."""
+    node._dynamo_source = SyntheticLocalSource(str(node.target))
 
 
 def has_compiled(code: CodeType) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mhc_compile.options import Options
     from mhc_compile.passes import Site
 
-__all__ = ["HyperConnections", "attach_site", "connections", "detach", "find_connection", "unwrap"]
+__all__ = ["HyperConnections", "attach_like", "attach_site", "connections", "detach", "find_connection", "unwrap"]
 
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
@@ -115,13 +115,25 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
     return changed
 
 
+def attach_like(root: nn.Module, site: Site, options: Options, *, index: int) -> None:
+    """Gives `root` a hyper-connection where `site`, found in a block like it, is. Does nothing where the blocks differ after all."""
+    try:
+        owner, carrier = root.get_submodule(site.owner.path), root.get_submodule(site.carrier.path)
+    except AttributeError:
+        return
+    connection = find_connection(owner, site)
+    if connection is None or connection.width == site.width:
+        attach_site(owner, carrier, site, options, index=index)
+
+
 def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
+    device = next((parameter.device for parameter in owner.parameters()), value.device)
     connection = HyperConnection(
         site.width,
         options,
         index=index,
-        device=value.device,
+        device=device,
         dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
     )
     container = getattr(owner, CONTAINER, None)

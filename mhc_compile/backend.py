@@ -10,10 +10,11 @@ from torch import fx
 
 from mhc_compile import _torch, ops
 from mhc_compile.attachment import connections
+from mhc_compile.boundary import Crossing
 from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
-from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, expand_plan, run_passes
+from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, crossings, expand_plan, run_passes
 from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.study import Study, complain, study
 
@@ -93,7 +94,28 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
         return _inner(_with_graph(graph_module, close_regions(result.graph)), inputs, options, mode)
     graph = expand_plan(result.graph, result.plan, bindings)
-    return _inner(_with_graph(graph_module, graph), inputs, options, mode)
+    arrivals, departures = crossings(graph)
+    if not arrivals and not departures:
+        return _inner(_with_graph(graph_module, graph), inputs, options, mode)
+    return _crossing(graph_module, graph, inputs, options, mode)
+
+
+def _crossing(
+    graph_module: fx.GraphModule, graph: fx.Graph, inputs: list[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    arrivals, departures = crossings(graph)
+    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    positions = {target: position for position, target in enumerate(placeholders)}
+    for arrival in arrivals:
+        _torch.name_input(placeholders[arrival.target])
+    streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
+    return Crossing(
+        _inner(_with_graph(graph_module, graph), [*inputs, *streams], options, mode),
+        [(positions[arrival.value], arrival) for arrival in arrivals],
+        departures,
+        where=_torch.frame_location(),
+        strict=options.strict,
+    )
 
 
 def _prepare_kernels(result: Study, options: Options) -> None:

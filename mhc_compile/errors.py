@@ -10,6 +10,7 @@ __all__ = [
     "NothingRewrittenError",
     "OptionError",
     "ShapeError",
+    "StreamsLostError",
 ]
 
 
@@ -35,6 +36,10 @@ class CaptureError(MhcError, RuntimeError):
 
 class NothingRewrittenError(MhcError, RuntimeError):
     """`strict=True` and no residual add of the model was rewritten."""
+
+
+class StreamsLostError(MhcError, RuntimeError):
+    """`strict=True` and streams that left one compiled graph did not arrive at the next."""
 
 
 class MhcWarning(UserWarning):

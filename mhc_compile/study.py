@@ -7,12 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile._warn import warn
-from mhc_compile.attachment import attach_site, find_connection
+from mhc_compile.attachment import attach_like, attach_site, find_connection
+from mhc_compile.boundary import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
-from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
-from mhc_compile.passes.roles import is_fused_layer, is_region, op_name
+from mhc_compile.passes import Binding, Edges, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
+from mhc_compile.passes.roles import is_fused_layer, is_region, op_name, tensor_value
+from mhc_compile.siblings import Siblings, siblings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,6 +40,7 @@ class Study:
     provenance: DynamoProvenance
     plan: Plan
     min_sites: int
+    edges: Edges
     _vetoes: dict[Node, Refusal] = field(default_factory=dict)
 
     def attach(self, options: Options) -> bool:
@@ -45,6 +49,7 @@ class Study:
         Sites that cannot share the parameters of their module are refused, and the plan is made anew.
         """
         changed = False
+        family = self._family()
         while True:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
@@ -54,10 +59,23 @@ class Study:
                     if connection is not None and connection.width != site.width:
                         vetoes[site.add] = width_conflict(site, connection)
                         continue
-                    changed |= attach_site(owner, carrier, site, options, index=index)
+                    first = family.number * len(chain.sites)
+                    changed |= attach_site(owner, carrier, site, options, index=first + index)
             if len(vetoes) == len(self._vetoes):
-                return changed
+                break
             self._replan(vetoes)
+        for number, sibling in family.others.items():
+            for chain in self.plan.chains:
+                for index, site in enumerate(chain.sites):
+                    attach_like(sibling, site, options, index=number * len(chain.sites) + index)
+        return changed
+
+    def _family(self) -> Siblings:
+        """The blocks that will run with the graph of this one, if this graph is about to get hyper-connections."""
+        root = self.provenance.root
+        if root is None or not any(find_connection(self._modules(site)[0], site) is None for site in self.plan.sites):
+            return Siblings(0, {})
+        return siblings(root)
 
     def bind(self) -> dict[Site, Binding]:
         """The graph inputs that are each site's parameters. Sites whose parameters did not enter the graph are refused."""
@@ -95,7 +113,11 @@ class Study:
     def _replan(self, vetoes: dict[Node, Refusal]) -> None:
         self._vetoes = vetoes
         self.plan = plan_chains(
-            self.graph, self.provenance, min_sites=self.min_sites, refuse=lambda site: vetoes.get(site.add)
+            self.graph,
+            self.provenance,
+            min_sites=self.min_sites,
+            refuse=lambda site: vetoes.get(site.add),
+            edges=self.edges,
         )
 
 
@@ -103,8 +125,28 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     """Normalises the graph that Dynamo handed over, finds its sites and plans its chains. The graph itself stays as it is."""
     graph = normalize(graph_module.graph)
     provenance = DynamoProvenance(graph, inputs)
-    plan = plan_chains(graph, provenance, min_sites=options.min_sites)
-    return Study(graph, provenance, plan, options.min_sites)
+    edges = _edges(graph, provenance, inputs)
+    plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+    return Study(graph, provenance, plan, options.min_sites, edges)
+
+
+def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> Edges:
+    placeholders = zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
+    values = {
+        node: value for node, value in placeholders if _is_activation(node) and not provenance.holds_weights(node)
+    }
+
+    def attached(site: Site) -> bool:
+        owner = provenance.module(site.owner)
+        return owner is not None and find_connection(owner, site) is not None
+
+    arriving = {node: axis for node, value in values.items() if (axis := carried_axis(value)) is not None}
+    return Edges(_torch.graph_is_part(), frozenset(values), arriving, attached)
+
+
+def _is_activation(node: Node) -> bool:
+    value = tensor_value(node)
+    return value is not None and value.is_floating_point() and value.dim() > 1
 
 
 def complain(refusals: Iterable[Refusal], options: Options, graphs: Iterable[Graph] = ()) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
+from mhc_compile.passes.edges import Arrival, Departure, Edges, crossings
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
 from mhc_compile.passes.fuse import FuseSteps
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NORMALIZE",
+    "Arrival",
     "Binding",
     "Chain",
+    "Departure",
+    "Edges",
     "ExpandChains",
     "FunctionalizeWrites",
     "FuseSteps",
@@ -58,6 +62,7 @@ __all__ = [
     "adopt",
     "close_regions",
     "copy_graph",
+    "crossings",
     "expand_plan",
     "normalize",
     "plan_chains",

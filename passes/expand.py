@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
+from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Departure
 from mhc_compile.passes.lift import lift, lifted_axis
 from mhc_compile.passes.roles import is_random, op_name, tensor_value
 from mhc_compile.passes.splice import inherit
@@ -54,6 +55,9 @@ class ExpandChains(Pass):
     Streams start as copies and end as their mean. A reader of a trunk value inside the branch of its site gets the collapsed streams; every other
     reader (a final norm, a hidden state that is returned) gets the mean of the streams at that point. Trunk operations between two sites run on
     the streams.
+
+    Where a chain comes from another graph, S0 is a new graph input; where it goes on in another one, S2 is one more result. `edges.crossings` says
+    which.
     """
 
     name: ClassVar[str] = "expand-chains"
@@ -71,6 +75,7 @@ class ExpandChains(Pass):
         for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
             expansion.run(chain)
         expansion.sweep()
+        expansion.depart()
         return copy
 
 
@@ -112,6 +117,10 @@ class _Expansion:
         self.sums = {add for site in bindings for add in site.adds}
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
+        #: The place of each result of the graph of the plan.
+        self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
+        #: Streams that leave the graph: the value that they stand for, in the graph of the plan, its feature axis and the site behind it.
+        self.leaving: list[tuple[Node, Node, int, Site]] = []
         self.cursor: Node = graph._root
         self.like: Node = graph._root
 
@@ -120,7 +129,7 @@ class _Expansion:
         start = self._start(first)
         ready = start if first.ready is first.trunk else max(start, self.nodes[first.ready])
         self._follow(ready, like=self.nodes[first.add])
-        streams = self._spread(start, first.shortcut.axes[first.trunk], self.bindings[first].streams)
+        streams = self._arrive(chain) if chain.arrives else self._spread(start, first)
         stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
         self.known = {}
         for site, link in zip(chain.sites, chain.links, strict=True):
@@ -128,9 +137,12 @@ class _Expansion:
             entry = lifted[site.trunk]
             if entry is not streams or site is not first:
                 self._follow(entry, like=self.nodes[site.add])
-            streams = self._site(site, start if site is first else self.nodes[site.trunk], entry, lifted)
+            begins = site is first and not link.nodes
+            streams = self._site(site, start if begins else self.nodes[site.trunk], entry, lifted)
             self.known[site.add] = streams, site.axis
             stages.append((site, link, lifted, streams))
+        for departure in chain.departures:
+            self._leave(chain.sites[-1], departure, streams)
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, link, lifted, after in reversed(stages):
             self._read_out(self.nodes[site.add], after, site.axis)
@@ -147,10 +159,50 @@ class _Expansion:
             if node not in self.replaced and not node.users:
                 self.graph.erase_node(node)
 
-    def _spread(self, start: Node, axis: int, n: int) -> Node:
-        value = tensor_value(start)
+    def depart(self) -> None:
+        """Adds the streams that leave to the results of the graph."""
+        if not self.leaving:
+            return
+        output = self.graph.output_node()
+        results, streams = list(output.args[0]), [node for _, node, _, _ in self.leaving]  # type: ignore[arg-type]
+        output.args = ((*results, *streams),)
+        output.meta[DEPARTURES] = tuple(
+            Departure(self.results[value], len(results) + number, axis, site.path)
+            for number, (value, _, axis, site) in enumerate(self.leaving)
+        )
+
+    def _leave(self, site: Site, departure: Stretch, streams: Node) -> None:
+        target = list(departure.axes)[-1]
+        value = tensor_value(target)
         assert value is not None
-        trunk = self._features_last(start, axis)
+        self._follow(max(streams, self.nodes[site.add]), like=self.nodes[site.add])
+        lifted = self._lift(departure, streams)
+        old = self.nodes[target]
+        if departure.nodes and (is_random(old) or op_name(old) == "batch_norm"):  # once, not twice
+            self._read_out(old, lifted[target], departure.axes[target])
+        self.leaving.append((target, lifted[target], departure.axes[target] - value.dim(), site))
+
+    def _arrive(self, chain: Chain) -> Node:
+        """The graph input that brings streams beside the one that brings their mean."""
+        site, start = chain.sites[0], self.nodes[chain.start]
+        value, n = tensor_value(start), self.bindings[chain.sites[0]].streams
+        assert value is not None
+        axis = chain.links[0].axes[chain.start]
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        with self.graph.inserting_after(last):
+            streams = self.graph.placeholder(f"mhc_arriving_{last.name}")
+        with torch.no_grad():
+            wide = value.movedim(axis, -1).unsqueeze(-2)
+            copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
+        streams.meta["example_value"] = copies.requires_grad_(value.requires_grad)
+        inherit(streams, start)
+        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, site.path)
+        return streams
+
+    def _spread(self, start: Node, first: Site) -> Node:
+        value, n = tensor_value(start), self.bindings[first].streams
+        assert value is not None
+        trunk = self._features_last(start, first.shortcut.axes[first.trunk])
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
         return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
 
@@ -367,6 +419,13 @@ class _Expansion:
             return None
         owner, _, name = path.rpartition(".")
         return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
+
+
+def _results(nodes: dict[Node, Node]) -> tuple[Any, ...]:
+    """What the graph of the plan returns, where it returns a tuple."""
+    output = next(node for node in reversed(nodes) if node.op == "output")
+    results = output.args[0]
+    return tuple(results) if isinstance(results, (tuple, list)) else ()
 
 
 def _tokens(streams: Node) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mhc_compile.passes.edges import Edges, departures
 from mhc_compile.passes.find import Findings, find
-from mhc_compile.passes.roles import is_contraction
+from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
@@ -23,16 +24,21 @@ __all__ = ["Chain", "Plan", "plan_chains", "refuse_site"]
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Sites in order, from the first to the last that share streams."""
+    """Sites in order, from the first to the last that share streams in this graph."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Empty for the first.
+    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Those of the first
+    #: are empty, but where its streams arrive from another graph.
     links: tuple[Stretch, ...]
+    #: Whether the chain begins at a graph input, beside which its streams arrive from another graph.
+    arrives: bool = False
+    #: From the last sum to each result of the graph beside which the streams leave.
+    departures: tuple[Stretch, ...] = ()
 
     @property
     def start(self) -> Node:
-        """The value that the streams start as copies of."""
-        return self.sites[0].trunk
+        """The value that the streams are copies of at the start, or whose streams arrive."""
+        return self.links[0].source
 
     @property
     def width(self) -> int:
@@ -59,13 +65,15 @@ def plan_chains(
     *,
     min_sites: int = 2,
     refuse: Callable[[Site], Refusal | None] | None = None,
+    edges: Edges = Edges(),  # noqa: B008 - frozen
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
     A site follows another where its trunk is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
     value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_sites` is
     left alone, and so is a single site inside the branch of another one, however small `min_sites` is. `refuse` lets the caller veto sites for
-    reasons outside the graph (see `refuse_site`).
+    reasons outside the graph (see `refuse_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
+    judged by its length here.
     """
     findings = find(graph, provenance)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
@@ -74,13 +82,13 @@ def plan_chains(
     while True:
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
-        stretches = {site: _stretch(site, by_sum, aliases) for site in sites}
+        stretches = {site: _stretch(site, by_sum, aliases, edges) for site in sites}
         refused = _long_skips(sites, stretches, by_sum, aliases)
         if not refused:
-            chains = _link(sites, stretches, by_sum)
+            chains = [_at_edges(chain, graph, edges, aliases) for chain in _link(sites, stretches, by_sum)]
             refused = _sides(chains) or _crossings(chains)
         if not refused:
-            refused = _short(chains, min_sites)
+            refused = _short([chain for chain in chains if not _goes_on(chain, edges)], min_sites)
         if not refused:
             return Plan(tuple(chains), _in_order(findings, vetoed.values()))
         vetoed |= refused  # what is left may run through the adds that stay
@@ -184,6 +192,25 @@ def _short(chains: list[Chain], min_sites: int) -> dict[Site, Refusal]:
     return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}
 
 
+def _at_edges(chain: Chain, graph: Graph, edges: Edges, aliases: Aliases) -> Chain:
+    """The chain with what arrives and what leaves."""
+    arrives = chain.start in edges.inputs and not aliases.writers(chain.start)
+    inner = len(chain.sites) == 1 or any(link.nodes for link in chain.links[1:])
+    far = edges.part or (arrives and inner)
+    leaving = departures(graph, chain.sites[-1], far=far, aliases=aliases) if edges.inputs or edges.part else ()
+    return replace(chain, arrives=arrives, departures=leaving)
+
+
+def _goes_on(chain: Chain, edges: Edges) -> bool:
+    """Whether there is reason to believe that other graphs carry the chain on."""
+    if chain.arrives and (chain.start in edges.arriving or all(map(edges.attached, chain.sites))):
+        return True
+    if not chain.departures:
+        return False
+    value = tensor_value(chain.start)
+    return edges.part or (chain.arrives and value is not None and value.requires_grad)
+
+
 def _link(sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site]) -> list[Chain]:
     heirs = _heirs(sites, stretches)
     chains: list[tuple[list[Site], list[Stretch]]] = []
@@ -194,7 +221,8 @@ def _link(sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict
         if stretch is None or previous is None:
             chains.append(([], []))
             place[site] = chains[-1]
-            stretch = Stretch.empty(site.trunk, site.shortcut.axes[site.trunk])
+            if stretch is None or site not in heirs or stretch.source in by_sum:
+                stretch = Stretch.empty(site.trunk, site.shortcut.axes[site.trunk])
         else:
             place[site] = place[previous]
         members, between = place[site]
@@ -221,24 +249,32 @@ def _heirs(sites: list[Site], stretches: dict[Site, Stretch | None]) -> set[Site
     return chosen
 
 
-def _stretch(site: Site, by_sum: dict[Node, Site], aliases: Aliases) -> Stretch | None:
-    """What lies between the previous site's sum and this site's trunk value; None where streams cannot come through."""
-    source = _nearest_sum(site.trunk, by_sum, aliases)
+def _stretch(site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: Edges) -> Stretch | None:
+    """What lies between the previous site's sum, or an input with streams, and this site's trunk value; None where streams cannot come through."""
+    source = _nearest_sum(site.trunk, by_sum, aliases, edges)
     if source is None or aliases.writers(site.trunk):
         return None
-    stretch = stretch_between(source, site.trunk, by_sum[source].axis, aliases)
+    axis = by_sum[source].axis if source in by_sum else edges.axis(source)
+    assert axis is not None
+    stretch = stretch_between(source, site.trunk, axis, aliases)
     return stretch if stretch is not None and stretch.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
 
 
-def _nearest_sum(trunk: Node, by_sum: dict[Node, Site], aliases: Aliases, limit: int = 64) -> Node | None:
-    """The last sum of a site among those that lie behind `trunk`, nothing but trunk operations in between.
+def _nearest_sum(
+    trunk: Node,
+    by_sum: dict[Node, Site],
+    aliases: Aliases,
+    edges: Edges = Edges(),  # noqa: B008 - frozen
+    limit: int = 64,
+) -> Node | None:
+    """The last sum of a site, or input with streams, among those that lie behind `trunk`, nothing but trunk operations in between.
 
     The trunk operations between two sites are few: a longer search would find a branch.
     """
     queue, seen, found = [trunk], {trunk}, []
     while queue and len(seen) < limit:
         node = queue.pop(0)
-        if node in by_sum:
+        if node in by_sum or node in edges.arriving:
             found.append(node)
             continue
         for operand in node.all_input_nodes:

@@ -1,0 +1,94 @@
+"""The edges of a graph that is a part of a model: where streams may come in, and where they may leave.
+
+Dynamo cuts a model into several graphs at a graph break, and every block is a graph of its own where blocks are compiled one by one. A chain then
+runs through several graphs. Its streams leave one beside the value that they stand for, and enter the next as one more input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping  # noqa: TC003 - fields of a dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch.fx import Graph, Node  # noqa: TC002 - fields of a dataclass
+
+from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.stretch import Stretch, stretch_between
+from mhc_compile.passes.verdict import Site  # noqa: TC001 - fields of a dataclass
+
+if TYPE_CHECKING:
+    from mhc_compile.passes.aliases import Aliases
+
+__all__ = ["Arrival", "Departure", "Edges", "crossings", "departures"]
+
+#: The key of `Node.meta` of a graph input that receives streams, and of the output of a graph that hands streams on.
+ARRIVAL = "mhc_arrival"
+DEPARTURES = "mhc_departures"
+
+
+def _never(site: Site) -> bool:  # noqa: ARG001 - stands for a question about sites
+    return False
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What is known of the surroundings of a graph. The default is a graph that is a whole model: nothing comes in or leaves."""
+
+    #: The graph ends at a graph break, or begins behind one.
+    part: bool = False
+    #: Graph inputs at which streams may arrive: floating-point tensors that are no weights.
+    inputs: frozenset[Node] = frozenset()
+    #: Those whose example value carries streams at this moment, with the axis of their features, counted from the end.
+    arriving: Mapping[Node, int] = field(default_factory=dict)
+    #: Whether a site has hyper-connections from an earlier trace or from `attach`.
+    attached: Callable[[Site], bool] = _never
+
+    def axis(self, node: Node) -> int | None:
+        """The feature axis of the streams that arrive at `node`, None where none do."""
+        value = tensor_value(node)
+        return self.arriving[node] + value.dim() if node in self.arriving and value is not None else None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Streams that enter a graph: the input `target` [..., n, C] beside the input `value`, their mean, whose features lie on `axis` (< 0)."""
+
+    target: str
+    value: str
+    axis: int
+    streams: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0)."""
+
+    value: int
+    streams: int
+    axis: int
+    path: str
+
+
+def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[Stretch, ...]:
+    """The results of `graph` from which the chain that ends with `last` may go on elsewhere.
+
+    These are the sum itself, or else, where `far`, what trunk operations make of it: a block that ends with a norm hands on normed streams.
+    """
+    results = [node for node in dict.fromkeys(graph.output_node().all_input_nodes) if node.op != "placeholder"]
+    if last.add in results:
+        return (Stretch.empty(last.add, last.axis),) if not aliases.writers(last.add) else ()
+    if not far:
+        return ()
+    found = (
+        stretch_between(last.add, node, last.axis, aliases)
+        for node in results
+        if aliases.order[node] > aliases.order[last.add] and not aliases.writers(node)
+    )
+    return tuple(stretch for stretch in found if stretch is not None)
+
+
+def crossings(graph: Graph) -> tuple[tuple[Arrival, ...], tuple[Departure, ...]]:
+    """The streams that enter and leave an expanded graph, in the order of its last inputs and of its last results."""
+    arrivals = tuple(node.meta[ARRIVAL] for node in graph.find_nodes(op="placeholder") if ARRIVAL in node.meta)
+    return arrivals, graph.output_node().meta.get(DEPARTURES, ())
