@@ -113,6 +113,7 @@ def _crossing(
         _inner(_with_graph(graph_module, graph), [*inputs, *streams], options, mode),
         [(positions[arrival.value], arrival) for arrival in arrivals],
         departures,
+        model=type(_torch.root_module()).__name__,
         where=_torch.frame_location(),
         strict=options.strict,
     )

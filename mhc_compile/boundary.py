@@ -20,7 +20,7 @@ from mhc_compile._warn import warn
 from mhc_compile.errors import StreamsLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mhc_compile.passes import Arrival, Departure
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 #: How far a tensor's history is followed to see whether it comes from one that had streams.
 _NEAR = 8
+#: The key of `Node.metadata` under which the history has them.
+_LEFT = "mhc_streams"
 
 
 @dataclass(eq=False)
@@ -39,6 +41,13 @@ class _Carried:
     streams: Tensor
     version: int | None
     axis: int
+    left: _Left
+
+
+@dataclass(eq=False)
+class _Left:
+    """The site whose streams left a graph, and whether another graph took them. Kept in the history of the tensor, which outlives the tensor."""
+
     path: str
     taken: bool = False
 
@@ -54,6 +63,7 @@ class Crossing:
         compiled: the graph with the inputs `arrivals` behind Dynamo's, and the results `departures` behind Dynamo's.
         arrivals: the streams that enter, each with the position of the input that they belong to.
         departures: the streams that leave.
+        model: class of the module whose frame it is, for messages.
         where: file and line of the frame, for messages.
         strict: streams that are lost are an error.
 
@@ -67,12 +77,14 @@ class Crossing:
         arrivals: Sequence[tuple[int, Arrival]],
         departures: Sequence[Departure],
         *,
+        model: str,
         where: str,
         strict: bool,
     ) -> None:
         self.compiled = compiled
         self.arrivals = tuple(arrivals)
         self.departures = tuple(departures)
+        self.model = model
         self.where = where
         self.strict = strict
         self._said: set[str] = set()
@@ -85,7 +97,7 @@ class Crossing:
         if not self.departures:
             return results
         for departure in self.departures:
-            _carry(results[departure.value], results[departure.streams], departure)
+            _carry(results[departure.value], results[departure.streams], departure, self.model)
         return results[: -len(self.departures)]
 
     def _receive(self, value: Tensor, arrival: Arrival) -> Tensor:
@@ -94,21 +106,22 @@ class Crossing:
             origin = _origin(value)
             why = "the tensor was made anew on the way" if origin is not None else None
         else:
-            origin = found[1]
+            origin = found[1].left
             why = _unfit(value, *found, arrival)
         if why is None:
             if origin is None:
                 return _copies(value, arrival)
+            assert found is not None
             origin.taken = True
-            return origin.streams if value.requires_grad else origin.streams.detach()
+            return found[1].streams if value.requires_grad else found[1].streams.detach()
         assert origin is not None
         self._report(origin, arrival, why)
         return _copies(value, arrival)
 
-    def _report(self, origin: _Carried, arrival: Arrival, why: str) -> None:
+    def _report(self, origin: _Left, arrival: Arrival, why: str) -> None:
         message = (
-            f"the streams behind {origin.path} end before {arrival.path} ({self.where}): {why}. This graph starts from copies of their mean."
-            " Hand the tensor on unchanged, or let both blocks be compiled in one graph"
+            f"the streams behind {origin.path} end before {self.model}.{arrival.path} ({self.where}):"
+            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be compiled in one graph"
         )
         if self.strict:
             raise StreamsLostError(message)
@@ -117,8 +130,12 @@ class Crossing:
             warn(message)
 
 
-def _carry(value: Tensor, streams: Tensor, departure: Departure) -> None:
-    _carried[value] = _Carried(streams, _version(value), departure.axis, departure.path)
+def _carry(value: Tensor, streams: Tensor, departure: Departure, model: str) -> None:
+    left = _Left(f"{model}.{departure.path}")
+    _carried[value] = _Carried(streams, _version(value), departure.axis, left)
+    if value.grad_fn is not None:
+        history: Any = value.grad_fn.metadata
+        history[_LEFT] = left
 
 
 def carried_axis(value: Any) -> int | None:
@@ -160,7 +177,7 @@ def _changed(value: Tensor, other: Tensor, carried: _Carried) -> str | None:
     """Why `value` is no longer the tensor beside which the streams were put, None if it still is."""
     if _version(value) != carried.version:
         return "the tensor was written to in place on the way"
-    if value is not other and value.requires_grad and not _descends(value, other, 3):
+    if value is not other and not _is_connected(value, other):
         return "the tensor was cut off from its history on the way, as in a reentrant checkpoint"
     if value.requires_grad and not (torch.is_grad_enabled() and carried.streams.requires_grad):
         return "its history is not recorded here, as in a reentrant checkpoint"
@@ -181,24 +198,26 @@ def _unfit(value: Tensor, other: Tensor, carried: _Carried, arrival: Arrival) ->
     return None
 
 
-def _origin(value: Tensor) -> _Carried | None:
+def _origin(value: Tensor) -> _Left | None:
     """The streams, taken by nobody yet, of a tensor from which `value` was made by a few operations. Known only where autograd records."""
-    if value.grad_fn is None:
-        return None
-    return next((carried for other, carried in _alive() if not carried.taken and _descends(value, other, _NEAR)), None)
+    found = (node.metadata.get(_LEFT) for node in _history(value, _NEAR))
+    return next((left for left in found if left is not None and not left.taken), None)
 
 
-def _descends(value: Tensor, other: Tensor, limit: int) -> bool:
-    """Whether the history of `value` reaches that of `other` within `limit` operations."""
-    if other.grad_fn is None or value.grad_fn is None:
-        return value.grad_fn is other.grad_fn and not value.requires_grad
-    layer, seen = [value.grad_fn], set()
+def _is_connected(value: Tensor, other: Tensor) -> bool:
+    """Whether gradients flow from an alias to the tensor itself: not where it was detached."""
+    return value.requires_grad == other.requires_grad and (
+        not value.requires_grad or any(node is other.grad_fn for node in _history(value, 3))
+    )
+
+
+def _history(value: Tensor, limit: int) -> Iterator[Any]:
+    """The operations that `value` was made by, the last first, up to `limit` steps back."""
+    layer, seen = [value.grad_fn] if value.grad_fn is not None else [], set()
     for _ in range(limit):
-        if other.grad_fn in layer:
-            return True
+        yield from layer
         seen.update(layer)
         layer = [step for node in layer for step, _ in node.next_functions if step is not None and step not in seen]
-    return other.grad_fn in layer
 
 
 def _copies(value: Tensor, arrival: Arrival) -> Tensor:

@@ -1,0 +1,377 @@
+"""Streams across graph boundaries: a model in pieces computes what it computes in one graph, at random parameters."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import Attention, Block, tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mhc_compile
+from mhc_compile import boundary
+
+EAGER = {"inner": "eager"}
+LAYERS = 3
+
+
+class PostNorm(nn.Module):
+    """A block of BERT: norms stand behind the adds, and the last of them at its end."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attn = Attention(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.mlp(x))
+
+
+class Parallel(nn.Module):
+    """A block of GPT-J: one add of three terms."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.attn(h) + self.mlp(h)
+
+
+class Convolutions(nn.Module):
+    """A block of a ResNet: channels first, one add, and a ReLU at the end."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class InBlock(Block):
+    """A graph break between the two adds of a block."""
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        torch._dynamo.graph_break()
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head."""
+
+    def __init__(self, block=Block, width=8, layers=LAYERS):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 1) if block is Convolutions else nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(block(width) for _ in range(layers))
+        self.head = nn.Linear(width, 11)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self.between(block(x))
+        return self.head(x.mean((2, 3)) if x.dim() == 4 else x)
+
+    def between(self, x):
+        return x
+
+
+class Broken(Stack):
+    """A graph break behind every block."""
+
+    def between(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+def inputs(block=Block):
+    return torch.randn(2, 3, 4, 5) if block is Convolutions else tokens()
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def attached(block=Block, **options):
+    """A model with hyper-connections at random parameters, so that every block's are other ones, and its inputs."""
+    torch.manual_seed(0)
+    model, x = Stack(block), inputs(block)
+    mhc_compile.attach(model, x, options={"min_sites": 1, **options})
+    return randomise(model), x
+
+
+def per_block(model, **options):
+    for block in model.blocks:
+        block.compile(backend="mhc", options={**EAGER, **options})
+    return model
+
+
+def run(model, called, x):
+    """The loss, the output and the gradient of every parameter."""
+    model.zero_grad()
+    output = called(x)
+    output.square().mean().backward()
+    return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert got[1][name] is not None, f"{name} has no gradient"
+        torch.testing.assert_close(
+            got[1][name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def whole(model, x, **options):
+    """The reference: the same model in one graph."""
+    twin = copy.deepcopy(model)
+    return run(twin, torch.compile(twin, backend="mhc", fullgraph=True, options={**EAGER, **options}), x)
+
+
+@pytest.fixture(autouse=True)
+def _lost_streams_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mhc_compile.MhcWarning)
+        yield
+
+
+@pytest.mark.parametrize("block", [Block, PostNorm, Parallel, Convolutions, InBlock])
+def test_blocks_compiled_one_by_one(block):
+    model, x = attached(Block if block is InBlock else block)
+    expected = whole(model, x)
+    if block is InBlock:
+        for member in model.blocks:
+            member.__class__ = InBlock
+    assert_same(run(model, per_block(model), x), expected)
+
+
+@pytest.mark.parametrize("block", [Block, PostNorm, Parallel, Convolutions])
+def test_a_graph_break_between_blocks(block):
+    model, x = attached(block)
+    expected = whole(model, x)
+    model.__class__ = Broken
+    assert_same(run(model, torch.compile(model, backend="mhc", options=EAGER), x), expected)
+
+
+def test_a_graph_break_inside_a_block():
+    model, x = attached()
+    expected = whole(model, x)
+    for block in model.blocks:
+        block.__class__ = InBlock
+    assert_same(run(model, torch.compile(model, backend="mhc", options=EAGER), x), expected)
+
+
+def test_without_the_crossing_the_streams_are_lost(monkeypatch):
+    model, x = attached()
+    expected = whole(model, x)
+    monkeypatch.setattr(boundary, "_carry", lambda *_: None)
+    output, _ = run(model, per_block(model), x)
+    assert (output - expected[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_blocks_through_the_compiler(inner):
+    model, x = attached()
+    expected = whole(model, x)
+    assert_same(run(model, per_block(model, inner=inner), x), expected)
+
+
+def test_modules_that_torch_compile_wrapped():
+    model, x = attached()
+    expected = whole(model, x)
+    parameters = {name.replace("blocks.", ""): value for name, value in expected[1].items()}
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="mhc", options=EAGER)
+    output, gradients = run(model, model, x)
+    torch.testing.assert_close(output, expected[0])
+    plain = {name.replace("blocks.", "").replace("_orig_mod.", ""): value for name, value in gradients.items()}
+    assert_same((output, plain), (expected[0], parameters))
+
+
+def test_one_graph_serves_all_blocks(monkeypatch):
+    """With hyper-connections from `attach`, and where the first call attaches them: no block is compiled anew."""
+    graphs = []
+
+    def inner(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    options = {"inner": inner}
+    model, x = attached()
+    expected = whole(model, x)
+    for block in model.blocks:
+        block.compile(backend="mhc", options=options)
+    assert_same(run(model, model, x), expected)
+    assert len(graphs) == 1
+
+    graphs.clear()
+    torch._dynamo.reset()
+    fresh = Stack(layers=12)
+    ahead = Stack(layers=12)
+    for block in fresh.blocks:
+        block.compile(backend="mhc", options=options)
+    run(fresh, fresh, x)
+    assert len(graphs) == 1
+    mhc_compile.attach(ahead, x)
+    indices = {name: connection.index for name, connection in mhc_compile.connections(ahead).items()}
+    assert {name: connection.index for name, connection in mhc_compile.connections(fresh).items()} == indices
+
+
+@pytest.mark.parametrize("wrapped", ["outside", "inside"])
+def test_activation_checkpointing_round_compiled_blocks(wrapped):
+    model, x = attached()
+    expected = whole(model, x)
+    compiled = per_block(model)
+
+    def forward(x):
+        x = compiled.embed(x)
+        for block in compiled.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return compiled.head(x)
+
+    called = forward if wrapped == "outside" else torch.compile(forward, backend="mhc", options=EAGER)
+    assert_same(run(model, called, x), expected)
+
+
+def test_a_reentrant_checkpoint_falls_back_and_says_so():
+    """Its first forward does not record and its second has other tensors: streams cannot go through. Both must see the same values."""
+    model, x = attached()
+    per_block(model)
+
+    def forward(x):
+        x = model.embed(x)
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return model.head(x)
+
+    with pytest.warns(mhc_compile.MhcWarning, match="as in a reentrant checkpoint"):
+        got = run(model, forward, x)
+
+    def apart(x):
+        x = model.embed(x)
+        for block in model.blocks:
+            x = block(x * 1.0)
+        return model.head(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mhc_compile.MhcWarning)
+        assert_same(got, run(model, apart, x))
+
+
+CHANGES = {
+    "made anew": lambda x: x.clone(),
+    "written to in place": lambda x: x.mul_(1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_tensor_starts_as_copies_and_is_reported(change):
+    class Changed(Stack):
+        def between(self, x):
+            return CHANGES[change](x)
+
+    model, x = attached()
+    model.__class__ = Changed
+    per_block(model)
+    with pytest.warns(
+        mhc_compile.MhcWarning,
+        match=rf"streams behind Block\.mhc\.mlp end before Block\.mhc\.attn .*builders\.py:.*{change}",
+    ):
+        output, _ = run(model, model, x)
+
+    # The reference: every block by itself, on copies.
+    value = model.embed(x)
+    for block in model.blocks:
+        value = torch.compile(copy.deepcopy(block), backend="mhc", options=EAGER)(value.detach().clone())
+    torch.testing.assert_close(output, model.head(value))
+
+    strict, _ = attached()
+    strict.__class__ = Changed
+    with pytest.raises(mhc_compile.StreamsLostError, match=change):
+        per_block(strict, strict=True)(x)
+
+
+def test_a_value_that_is_only_read_is_no_loss():
+    model, x = attached()
+    expected = whole(model, x)
+    kept = []
+
+    class Reading(Stack):
+        def between(self, x):
+            kept.append(x.detach().norm())
+            return x
+
+    model.__class__ = Reading
+    assert_same(run(model, per_block(model), x), expected)
+    assert len(kept) == LAYERS
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    model, x = attached()
+    expected, _ = whole(model, x)
+    with mode():
+        torch.testing.assert_close(per_block(model)(x), expected)
+
+
+def test_growing_shapes():
+    model, _ = attached()
+    per_block(model)
+    for length in (4, 5, 7, 9):
+        x = tokens(length=length)
+        twin = copy.deepcopy(model)
+        for block in twin.blocks:
+            block._compiled_call_impl = None
+        assert_same(run(model, model, x), whole(twin, x))
+
+
+def test_autocast_keeps_the_streams():
+    model, x = attached()
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.compile(twin, backend="mhc", fullgraph=True, options=EAGER)(x)
+        got = per_block(model)(x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_streams_die_with_their_tensor():
+    model, x = attached()
+    per_block(model)
+    value = model.blocks[0](model.embed(x))
+    found = boundary._find(value)
+    assert found is not None
+    streams = weakref.ref(found[1].streams)
+    del found, value
+    gc.collect()
+    assert streams() is None
+    assert not len(boundary._carried)
+
+
+def test_another_number_of_streams_is_another_model():
+    first, x = attached(streams=2)
+    second, _ = attached(streams=4)
+    per_block(first, streams=2)
+    per_block(second, streams=4)
+    with pytest.warns(mhc_compile.MhcWarning, match="there they are 2, here 4"):
+        second.blocks[0](first.blocks[0](first.embed(x)))
