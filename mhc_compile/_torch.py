@@ -6,6 +6,8 @@ Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType
+    from types import CodeType, FrameType
 
     from mhc_compile.errors import MhcError
 
@@ -34,7 +36,7 @@ try:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import decompositions as inductor_decompositions
     from torch._inductor.decomposition import fast_random_decomps
-    from torch.utils.weak import WeakTensorKeyDictionary
+    from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 except ImportError as error:  # pragma: no cover - depends on the torch that is installed
     raise ImportError(
         f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
@@ -43,9 +45,11 @@ except ImportError as error:  # pragma: no cover - depends on the torch that is 
 __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
+    "TensorWeakRef",
     "TorchDynamoException",
     "WeakTensorKeyDictionary",
     "compile_with_inductor",
+    "ends_at_break",
     "forget_compiled",
     "frame_code",
     "frame_location",
@@ -60,6 +64,8 @@ __all__ = [
     "raise_through_dynamo",
     "restart_trace",
     "root_module",
+    "runs_inside_another",
+    "same_function",
 ]
 
 
@@ -95,12 +101,29 @@ def frame_location() -> str:
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
+def same_function(one: CodeType, other: CodeType) -> bool:
+    """Whether two frames run the same function of the user, one perhaps from its beginning and the other from behind a graph break."""
+    return (one.co_filename, _written_name(one)) == (other.co_filename, _written_name(other))
+
+
+def _written_name(code: CodeType) -> str:
+    name = code.co_name
+    return re.sub(r"_at_\d+(_\d+)?$", "", name[len(TORCH_DYNAMO_RESUME_IN_PREFIX) + 1 :]) if _is_rest(code) else name
+
+
+def _is_rest(code: CodeType) -> bool:
+    return code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+
+
+def ends_at_break() -> bool:
+    """Whether a graph break follows the graph that is being compiled."""
+    reason = _tracer().output.compile_subgraph_reason
+    return bool(reason is not None and reason.graph_break)
+
+
 def graph_is_part() -> bool:
     """Whether the graph that is being compiled ends at a graph break, or begins behind one."""
-    reason = _tracer().output.compile_subgraph_reason
-    return bool(reason is not None and reason.graph_break) or frame_code().co_name.startswith(
-        TORCH_DYNAMO_RESUME_IN_PREFIX
-    )
+    return ends_at_break() or _is_rest(frame_code())
 
 
 def name_input(node: torch.fx.Node) -> None:
@@ -143,12 +166,27 @@ def root_module() -> nn.Module | None:
     me = scope.get("self")
     if isinstance(me, nn.Module):
         return me
-    for value in scope.values():
+    for name, value in scope.items():
+        if name.startswith(
+            "___stack"
+        ):  # what a graph break left half evaluated: some module that is about to be called
+            continue
         candidates = value if isinstance(value, tuple) else (value,)
         for candidate in candidates:
             if isinstance(candidate, nn.Module):
                 return candidate
     return None
+
+
+def runs_inside_another(module: nn.Module) -> bool:
+    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner is not module and any(one is module for one in owner.modules()):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def module_by_id(identity: int) -> nn.Module | None:

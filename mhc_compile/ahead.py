@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mhc_compile.branches import Notes
     from mhc_compile.connection import HyperConnection
 
 __all__ = ["attach"]
@@ -48,10 +49,11 @@ def attach(
     target = unwrap(model)
     studies = []
 
-    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, parsed)
         result.attach(parsed)
         studies.append(result)
+        return result.notes()
 
     capture(target, args, kwargs, on_graph)
     if not any(result.plan.sites for result in studies):

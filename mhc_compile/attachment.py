@@ -10,6 +10,7 @@ graph even where the block itself is the compiled function, whose own hooks run 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from mhc_compile.errors import AttachError
 from mhc_compile.optimizers import expect
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mhc_compile.options import Options
     from mhc_compile.passes import Site
 
@@ -31,6 +34,8 @@ __all__ = ["HyperConnections", "attach_like", "attach_site", "connections", "det
 CONTAINER = "mhc"
 #: A carrier's tuple of the hyper-connections it declares. Not a submodule: each has one owner, and it is not the carrier.
 DECLARED = "_mhc_declared"
+#: A module's tuple of the hyper-connections whose branch it begins in one graph, where the branch ends in another, each with the name of its site.
+BEGUN = "_mhc_begun"
 #: The handle of the carrier's hook.
 HOOK = "_mhc_hook"
 
@@ -106,24 +111,56 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
         connection = _create(owner, site, options, index)
         changed = True
     _check(connection, site, options)
+    if site.tail:
+        modules = [module for head in site.heads for module in head.alive()]
+        return begin_branch(modules, connection, site.name) or changed
+    return _declare_at(carrier, connection) or changed
+
+
+def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
+    """Tells `modules` that they begin the branch of a site called `name` in a graph of their own. Returns whether they did not know."""
+    changed = False
+    for module in modules:
+        begun: tuple[tuple[str, HyperConnection], ...] = module.__dict__.get(BEGUN, ())
+        if not any(known is connection for _, known in begun):
+            module.__dict__[BEGUN] = (*begun, (name, connection))
+            changed = True
+    return (bool(modules) and _declare_at(modules[0], connection)) or changed
+
+
+def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection] | None:
+    """The one site whose branch all of `modules` begin, with its name; None if there is none."""
+    sites = [module.__dict__.get(BEGUN, ()) if module is not None else () for module in modules]
+    common = [site for site in sites[0] if all(any(site[1] is other for _, other in more) for more in sites[1:])]
+    return common[0] if len(common) == 1 else None
+
+
+def _declare_at(carrier: nn.Module, connection: HyperConnection) -> bool:
     declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
     if not any(known is connection for known in declared):
         carrier.__dict__[DECLARED] = (*declared, connection)
         if HOOK not in carrier.__dict__:
             carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
-        changed = True
-    return changed
+        return True
+    return False
 
 
-def attach_like(root: nn.Module, site: Site, options: Options, *, index: int) -> None:
-    """Gives `root` a hyper-connection where `site`, found in a block like it, is. Does nothing where the blocks differ after all."""
+def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, *, index: int) -> None:
+    """Gives `root` a hyper-connection where `site`, found in the block `like`, is. Does nothing where the blocks differ after all."""
     try:
         owner, carrier = root.get_submodule(site.owner.path), root.get_submodule(site.carrier.path)
     except AttributeError:
         return
     connection = find_connection(owner, site)
-    if connection is None or connection.width == site.width:
-        attach_site(owner, carrier, site, options, index=index)
+    if connection is not None and connection.width != site.width:
+        return
+    attach_site(owner, carrier, replace(site, heads=()), options, index=index)
+    connection = find_connection(owner, site)
+    assert connection is not None
+    if site.tail:
+        paths = {id(module): path for path, module in like.named_modules()}
+        modules = [module for head in site.heads for module in head.alive()]
+        begin_branch([root.get_submodule(paths[id(module)]) for module in modules], connection, site.name)
 
 
 def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
@@ -180,6 +217,7 @@ def detach(model: nn.Module) -> int:
         if isinstance(module._modules.get(CONTAINER), HyperConnections):
             del module._modules[CONTAINER]
         module.__dict__.pop(DECLARED, None)
+        module.__dict__.pop(BEGUN, None)
         hook = module.__dict__.pop(HOOK, None)
         if hook is not None:
             hook.remove()

@@ -14,9 +14,18 @@ from mhc_compile.boundary import Crossing
 from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
-from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, crossings, expand_plan, run_passes
+from mhc_compile.passes import (
+    FuseSteps,
+    Pass,
+    Reason,
+    RecomputeSteps,
+    close_regions,
+    crossings,
+    expand_plan,
+    run_passes,
+)
 from mhc_compile.passes.roles import is_contraction, tensor_value
-from mhc_compile.study import Study, complain, study
+from mhc_compile.study import Study, complain, report_broken, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,6 +87,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         _plain.clear()
         _torch.restart_trace()
     bindings = result.bind()
+    openings = result.openings()
     for chain in result.plan.chains:
         log.info(
             "chain of %d sites, width %d: %s",
@@ -87,23 +97,26 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         )
     for refusal in result.plan.refusals:
         log.debug("refused %s: %s", refusal.add, refusal)
-    if not bindings:
+        if refusal.reason is Reason.BROKEN_BRANCH:
+            report_broken(refusal, result.provenance, options)
+    if not bindings and not openings:
         _plain.add(_torch.frame_code())
         if _should_have_sites(result):
             complain(result.plan.refusals, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
-        return _inner(_with_graph(graph_module, close_regions(result.graph)), inputs, options, mode)
-    graph = expand_plan(result.graph, result.plan, bindings)
-    arrivals, departures = crossings(graph)
-    if not arrivals and not departures:
-        return _inner(_with_graph(graph_module, graph), inputs, options, mode)
-    return _crossing(graph_module, graph, inputs, options, mode)
+        return _connected(graph_module, close_regions(result.graph), result, inputs, options, mode)
+    graph = expand_plan(result.graph, result.plan, bindings, openings=openings)
+    return _connected(graph_module, graph, result, inputs, options, mode)
 
 
-def _crossing(
-    graph_module: fx.GraphModule, graph: fx.Graph, inputs: list[Any], options: Options, mode: str | None
+def _connected(
+    graph_module: fx.GraphModule, graph: fx.Graph, result: Study, inputs: list[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
+    """The compiled graph, in connection with the other graphs of its model."""
     arrivals, departures = crossings(graph)
+    notes = result.notes()
+    if not arrivals and not departures and not notes:
+        return _inner(_with_graph(graph_module, graph), inputs, options, mode)
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     positions = {target: position for position, target in enumerate(placeholders)}
     for arrival in arrivals:
@@ -111,9 +124,11 @@ def _crossing(
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
     return Crossing(
         _inner(_with_graph(graph_module, graph), [*inputs, *streams], options, mode),
-        [(positions[arrival.value], arrival) for arrival in arrivals],
+        arrivals,
         departures,
-        model=type(_torch.root_module()).__name__,
+        positions=positions,
+        notes=notes,
+        root=result.provenance.root,
         where=_torch.frame_location(),
         strict=options.strict,
     )
@@ -132,11 +147,14 @@ def _prepare_kernels(result: Study, options: Options) -> None:
 
 
 def _should_have_sites(result: Study) -> bool:
-    """A loss function or an embedding that Dynamo compiles by itself has no residual adds, and nobody expects any."""
+    """A loss function or an embedding that Dynamo compiles by itself has no residual adds, and nobody expects any.
+
+    Of a model in pieces, the last piece answers for all, and for the modules that Dynamo compiles by themselves because of a graph break.
+    """
     root = result.provenance.root
-    if root is not None and connections(root):
+    if root is None or connections(root) or not any(is_contraction(node) for node in result.graph.nodes):
         return False
-    return root is not None and any(is_contraction(node) for node in result.graph.nodes)
+    return not _torch.ends_at_break() and not _torch.runs_inside_another(root)
 
 
 def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

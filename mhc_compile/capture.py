@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CodeType
 
+    from mhc_compile.branches import Notes
+
 __all__ = ["capture", "probe"]
 
 log = logging.getLogger(__name__)
@@ -26,13 +28,20 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    on_graph: Callable[[torch.fx.GraphModule, list[Any]], None],
+    on_graph: Callable[[torch.fx.GraphModule, list[Any]], Notes],
 ) -> int:
     """Hands every graph that Dynamo makes of `model(*args, **kwargs)` to `on_graph`, with its example inputs, while it is being traced.
 
     No operation of the model runs inside a graph, but for those on integers alone: where a graph would be executed, tensors of the right shapes,
-    filled with zeros, are returned, so that a model that breaks into several graphs is seen to its end. Gradients are enabled, as in training.
+    filled with zeros, are returned, so that a model that breaks into several graphs is seen to its end. Gradients are enabled, as in training, and
+    the zeros have a history, by which a later graph can tell what they were computed from.
     The model's compiled versions, if it has any, stay as they are.
+
+    Args:
+        model: any module.
+        args: its inputs.
+        kwargs: its inputs by name.
+        on_graph: gets each graph, and returns what the graph would leave in the history of its results.
 
     Returns:
         The number of graphs.
@@ -46,8 +55,7 @@ def capture(
     def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        on_graph(graph_module, inputs)
-        return _stub(graph_module)
+        return _stub(graph_module, on_graph(graph_module, inputs))
 
     try:
         with torch.enable_grad():
@@ -102,12 +110,14 @@ class _SingleUse:
             _torch.forget_compiled(code, all_entries=True)
 
 
-def _stub(graph_module: torch.fx.GraphModule) -> Callable[..., Any]:
+def _stub(graph_module: torch.fx.GraphModule, notes: Notes | None) -> Callable[..., Any]:
     nodes = list(graph_module.graph.nodes)
     positions = {node: position for position, node in enumerate(n for n in nodes if n.op == "placeholder")}
 
     def recipe(node: torch.fx.Node) -> Any:
-        return _Input(positions[node]) if node in positions else _Fake(node, node.meta.get("example_value"))
+        if node in positions:
+            return _Input(positions[node])
+        return _Fake(node, node.meta.get("example_value"), _sources(node, positions))
 
     recipes: Any = torch.fx.map_arg(nodes[-1].args[0], recipe)
 
@@ -118,12 +128,44 @@ def _stub(graph_module: torch.fx.GraphModule) -> Callable[..., Any]:
             if isinstance(entry, _Input):
                 return inputs[entry.position]
             if isinstance(entry, _Fake):
-                return known[entry.node] if entry.node in known else _concrete(entry.value)
+                return (
+                    known[entry.node]
+                    if entry.node in known
+                    else _connect(_concrete(entry.value), entry.sources, inputs)
+                )
             return entry
 
-        return tuple(map(make, recipes)) if isinstance(recipes, (tuple, list)) else make(recipes)
+        if not isinstance(recipes, (tuple, list)):
+            return make(recipes)
+        results = tuple(map(make, recipes))
+        if notes:
+            notes.write(inputs, results)
+        return results
 
     return run
+
+
+class _Zeros(torch.autograd.Function):
+    """Zeros that are said to be computed from other tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, zeros: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004 - the sources are there for their history
+        """The zeros themselves."""
+        return zeros.view_as(zeros)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004
+        """Never called: nothing is trained on zeros."""
+        raise AssertionError("the backward of a capture")
+
+
+def _connect(value: Any, positions: tuple[int, ...], inputs: tuple[Any, ...]) -> Any:
+    sources = [
+        source for position in positions if isinstance(source := inputs[position], Tensor) and source.requires_grad
+    ]
+    if not isinstance(value, Tensor) or not value.requires_grad or not sources:
+        return value
+    return _Zeros.apply(value.detach(), *sources)
 
 
 class _Input:
@@ -132,8 +174,20 @@ class _Input:
 
 
 class _Fake:
-    def __init__(self, node: torch.fx.Node, value: Any) -> None:
-        self.node, self.value = node, value
+    def __init__(self, node: torch.fx.Node, value: Any, sources: tuple[int, ...]) -> None:
+        self.node, self.value, self.sources = node, value, sources
+
+
+def _sources(node: torch.fx.Node, positions: dict[torch.fx.Node, int]) -> tuple[int, ...]:
+    """The inputs of the graph that `node` is computed from."""
+    seen: set[torch.fx.Node] = set()
+    stack = [node]
+    while stack:
+        one = stack.pop()
+        if one not in seen:
+            seen.add(one)
+            stack.extend(one.all_input_nodes)
+    return tuple(position for placeholder, position in positions.items() if placeholder in seen)
 
 
 def _integers(nodes: list[torch.fx.Node], inputs: dict[torch.fx.Node, Any]) -> dict[torch.fx.Node, Any]:

@@ -30,18 +30,18 @@ class DynamoProvenance(Provenance):
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
-        self.root = _torch.root_module()
+        self.root: nn.Module | None = None
         self._paths: dict[int, str] = {}
         self._names: dict[str, str] = {}
-        if self.root is not None:
-            for path, module in self.root.named_modules():
-                self._paths.setdefault(id(module), path)
-        names = (
+        root = _torch.root_module()
+        if root is not None:
+            self.adopt_root(root)
+        names: dict[int, str] = (
             {id(parameter): path for path, parameter in self.root.named_parameters(remove_duplicate=False)}
             if self.root
             else {}
         )
-        buffers = {id(buffer) for buffer in self.root.buffers()} if self.root else set()
+        buffers: set[int] = {id(buffer) for buffer in self.root.buffers()} if self.root else set()
         self._buffers: set[str] = set()
         # Placeholders keep their target through every copy of the graph, and it is unique.
         self._targets: dict[int, str] = {}
@@ -52,6 +52,12 @@ class DynamoProvenance(Provenance):
             if isinstance(value, nn.Parameter):
                 self._targets.setdefault(id(value), str(node.target))
                 self._names[str(node.target)] = names.get(id(value), "")
+
+    def adopt_root(self, root: nn.Module) -> None:
+        """Names the module whose method the frame is, where the frame has lost it: behind a graph break it keeps what it still needs, and no more."""
+        self.root = root
+        for path, module in root.named_modules():
+            self._paths.setdefault(id(module), path)
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The root, then the modules whose calls surround `node`."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import nn
 
+    from mhc_compile.branches import Notes
     from mhc_compile.passes import Chain, Refusal, Site
 
 __all__ = ["ChainReport", "Explanation", "GraphReport", "RefusalReport", "SiteReport", "explain"]
@@ -185,13 +186,14 @@ def explain(
     graphs: list[GraphReport] = []
     costs: dict[str, list[Cost]] = {}
 
-    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, parsed)
         graphs.append(_graph(graph_module, result))
         for site in result.plan.sites:
             value = tensor_value(site.add)
             assert value is not None
             costs.setdefault(site.path, []).append(site_cost(site.width, value.element_size(), parsed))
+        return result.notes()
 
     capture(target, args, kwargs, on_graph)
     # A site that is met twice (a shared layer) pays twice and has one set of parameters.

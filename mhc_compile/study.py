@@ -5,15 +5,28 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
 from mhc_compile._warn import warn
-from mhc_compile.attachment import attach_like, attach_site, find_connection
-from mhc_compile.boundary import carried_axis
+from mhc_compile.attachment import attach_like, attach_site, begun_by, find_connection
+from mhc_compile.branches import Notes, find_tail
+from mhc_compile.carried import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
-from mhc_compile.errors import NothingRewrittenError
-from mhc_compile.passes import Binding, Edges, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
+from mhc_compile.errors import NothingRewrittenError, StreamsLostError
+from mhc_compile.passes import (
+    Binding,
+    Edges,
+    Plan,
+    Reason,
+    Refusal,
+    Site,
+    normalize,
+    plan_chains,
+    refuse_site,
+    source_line,
+)
 from mhc_compile.passes.roles import is_fused_layer, is_region, op_name, tensor_value
 from mhc_compile.siblings import Siblings, siblings
 
@@ -26,8 +39,9 @@ if TYPE_CHECKING:
 
     from mhc_compile.connection import HyperConnection
     from mhc_compile.options import Options
+    from mhc_compile.passes import Head
 
-__all__ = ["Study", "complain", "study", "width_conflict"]
+__all__ = ["Study", "complain", "report_broken", "study", "width_conflict"]
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +81,19 @@ class Study:
         for number, sibling in family.others.items():
             for chain in self.plan.chains:
                 for index, site in enumerate(chain.sites):
-                    attach_like(sibling, site, options, index=number * len(chain.sites) + index)
+                    assert self.provenance.root is not None
+                    attach_like(sibling, self.provenance.root, site, options, index=number * len(chain.sites) + index)
+        if changed:
+            self._forget_heads()
         return changed
+
+    def _forget_heads(self) -> None:
+        """Lets the graphs be traced again in which branches of this graph's sites began: they do not know of it yet."""
+        for site in self.plan.sites:
+            for head in site.heads:
+                code = head.code()
+                if code is not None and code is not _torch.frame_code():
+                    _torch.forget_compiled(code, all_entries=False)
 
     def _family(self) -> Siblings:
         """The blocks that will run with the graph of this one, if this graph is about to get hyper-connections."""
@@ -86,7 +111,9 @@ class Study:
             for site in self.plan.sites:
                 owner, _ = self._modules(site)
                 connection = find_connection(owner, site)
-                binding = self._binding(connection, inputs) if connection is not None else None
+                binding = None
+                if connection is not None:
+                    binding = self._without_parameters(connection) if site.tail else self._binding(connection, inputs)
                 if binding is None:
                     vetoes[site.add] = _not_declared(site)
                 else:
@@ -94,6 +121,27 @@ class Study:
             if len(vetoes) == len(self._vetoes):
                 return bindings
             self._replan(vetoes)
+
+    def openings(self) -> dict[Head, tuple[str, Binding]]:
+        """The heads of the plan whose branches are known to end in other graphs, with the names of their sites and the parameters."""
+        inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
+        found: dict[Head, tuple[str, Binding]] = {}
+        for head in self.plan.heads:
+            begun = begun_by([self.provenance.module(ref) for ref in head.modules])
+            binding = self._binding(begun[1], inputs) if begun is not None else None
+            if begun is not None and binding is not None:
+                found[head] = begun[0], binding
+        return found
+
+    def notes(self) -> Notes:
+        """What the compiled graph writes into the history of its results, so that a later graph finds the heads of its branches."""
+        placeholders = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
+        positions = {target: position for position, target in enumerate(placeholders)}
+        results: Any = self.graph.output_node().args[0]
+        return Notes(self.plan.heads, self.provenance, positions, results)
+
+    def _without_parameters(self, connection: HyperConnection) -> Binding:
+        return Binding("", "", "", connection.streams, connection.mapping, connection.iterations, connection.eps)
 
     def _binding(self, connection: HyperConnection, inputs: dict[str, Node]) -> Binding | None:
         targets = [
@@ -141,7 +189,7 @@ def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> Edg
         return owner is not None and find_connection(owner, site) is not None
 
     arriving = {node: axis for node, value in values.items() if (axis := carried_axis(value)) is not None}
-    return Edges(_torch.graph_is_part(), frozenset(values), arriving, attached)
+    return Edges(_torch.graph_is_part(), frozenset(values), arriving, attached, partial(find_tail, provenance, values))
 
 
 def _is_activation(node: Node) -> bool:
@@ -182,6 +230,22 @@ def _hint(graphs: Iterable[Graph]) -> str:
             " or mhc_compile.attach(model, ...), and it will take the path that can be rewritten."
         )
     return ""
+
+
+def report_broken(refusal: Refusal, provenance: DynamoProvenance, options: Options) -> None:
+    """Says that a residual add stays plain, and ends the streams of its trunk, because of where its branch ran.
+
+    Raises:
+        StreamsLostError: `options.strict`.
+    """
+    owner = refusal.where or (type(provenance.root).__name__ if provenance.root is not None else "a function")
+    message = (
+        f"a residual add of {owner} ({source_line(refusal.add)}) stays as it is, and the streams of its trunk end there: {refusal.sentence}."
+        " Let a module that is compiled be the first to read the trunk in the branch (a norm, a projection)"
+    )
+    if options.strict:
+        raise StreamsLostError(message)
+    warn(message)
 
 
 def width_conflict(site: Site, connection: HyperConnection) -> Refusal:

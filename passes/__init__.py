@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
-from mhc_compile.passes.edges import Arrival, Departure, Edges, crossings
+from mhc_compile.passes.edges import Arrival, Closing, Departure, Edges, Opening, Tail, crossings
 from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
 from mhc_compile.passes.fuse import FuseSteps
+from mhc_compile.passes.heads import Head
 from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
 from mhc_compile.passes.normalize import NormalizeAdds
 from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
@@ -38,16 +39,19 @@ __all__ = [
     "Arrival",
     "Binding",
     "Chain",
+    "Closing",
     "Departure",
     "Edges",
     "ExpandChains",
     "FunctionalizeWrites",
     "FuseSteps",
+    "Head",
     "Hook",
     "InlineRegions",
     "LowerOperators",
     "ModuleRef",
     "NormalizeAdds",
+    "Opening",
     "OutlineRegions",
     "Pass",
     "Plan",
@@ -59,6 +63,7 @@ __all__ = [
     "RemoveDeclarations",
     "Site",
     "SpellAten",
+    "Tail",
     "adopt",
     "close_regions",
     "copy_graph",
@@ -80,9 +85,19 @@ def normalize(graph: Graph, hook: Hook | None = None) -> Graph:
     return run_passes(graph, NORMALIZE, hook)
 
 
-def expand_plan(graph: Graph, plan: Plan, bindings: Mapping[Site, Binding], hook: Hook | None = None) -> Graph:
-    """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites."""
-    return run_passes(graph, (ExpandChains(plan, bindings), OutlineRegions()), hook)
+def expand_plan(
+    graph: Graph,
+    plan: Plan,
+    bindings: Mapping[Site, Binding],
+    hook: Hook | None = None,
+    *,
+    openings: Mapping[Head, tuple[str, Binding]] | None = None,
+) -> Graph:
+    """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites.
+
+    `openings` gives names and parameters to those heads of the plan whose tails lie in other graphs.
+    """
+    return run_passes(graph, (ExpandChains(plan, bindings, openings or {}), OutlineRegions()), hook)
 
 
 def close_regions(graph: Graph, hook: Hook | None = None) -> Graph:

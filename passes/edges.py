@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping  # noqa: TC003 - fields of a dataclass
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, Node  # noqa: TC002 - fields of a dataclass
 
@@ -18,8 +18,9 @@ from mhc_compile.passes.verdict import Site  # noqa: TC001 - fields of a datacla
 
 if TYPE_CHECKING:
     from mhc_compile.passes.aliases import Aliases
+    from mhc_compile.passes.provenance import ModuleRef
 
-__all__ = ["Arrival", "Departure", "Edges", "crossings", "departures"]
+__all__ = ["Arrival", "Closing", "Departure", "Edges", "Opening", "Tail", "crossings", "departures"]
 
 #: The key of `Node.meta` of a graph input that receives streams, and of the output of a graph that hands streams on.
 ARRIVAL = "mhc_arrival"
@@ -28,6 +29,21 @@ DEPARTURES = "mhc_departures"
 
 def _never(site: Site) -> bool:  # noqa: ARG001 - stands for a question about sites
     return False
+
+
+def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...]) -> None:  # noqa: ARG001 - stands for a question about sums
+    return None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A residual add whose branch began in another graph: who owns it, its name below the owner, and the feature axis (< 0) of its trunk."""
+
+    owner: ModuleRef
+    name: str
+    axis: int
+    #: See `Site.heads`.
+    heads: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,9 @@ class Edges:
     arriving: Mapping[Node, int] = field(default_factory=dict)
     #: Whether a site has hyper-connections from an earlier trace or from `attach`.
     attached: Callable[[Site], bool] = _never
+    #: What is known of the sum `add` of the input `skip` and terms that come from the inputs `foreign`, those of each term: the tail of a branch, or
+    #: why its branch is lost (a sentence), or None where it is none.
+    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...]], Tail | str | None] = _no_tail
 
     def axis(self, node: Node) -> int | None:
         """The feature axis of the streams that arrive at `node`, None where none do."""
@@ -61,6 +80,19 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Closing:
+    """A coefficient of a branch that ends in this graph and began in another: the input `target`, post [..., n] or res [..., n, n]."""
+
+    target: str
+    value: str
+    axis: int
+    streams: int
+    #: Name of the site below its owner.
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Departure:
     """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0)."""
 
@@ -68,6 +100,22 @@ class Departure:
     streams: int
     axis: int
     path: str
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A branch that begins in this graph and ends in another: results number `post` and `res` are its coefficients.
+
+    They belong to the trunk value: result number `result`, or else the input `value`, beside whose streams, the input `arrival`, they go on.
+    """
+
+    value: str | None
+    result: int | None
+    arrival: str | None
+    post: int
+    res: int
+    axis: int
+    name: str
 
 
 def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[Stretch, ...]:
@@ -88,7 +136,7 @@ def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tupl
     return tuple(stretch for stretch in found if stretch is not None)
 
 
-def crossings(graph: Graph) -> tuple[tuple[Arrival, ...], tuple[Departure, ...]]:
-    """The streams that enter and leave an expanded graph, in the order of its last inputs and of its last results."""
+def crossings(graph: Graph) -> tuple[tuple[Arrival | Closing, ...], tuple[Departure | Opening, ...]]:
+    """What enters and leaves an expanded graph beside Dynamo's inputs and results, in the order of its last inputs and of its last results."""
     arrivals = tuple(node.meta[ARRIVAL] for node in graph.find_nodes(op="placeholder") if ARRIVAL in node.meta)
     return arrivals, graph.output_node().meta.get(DEPARTURES, ())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Departure
+from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
 from mhc_compile.passes.lift import lift, lifted_axis
 from mhc_compile.passes.roles import is_random, op_name, tensor_value
 from mhc_compile.passes.splice import inherit
@@ -20,6 +23,7 @@ from mhc_compile.passes.splice import inherit
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mhc_compile.passes.heads import Head
     from mhc_compile.passes.plan import Chain, Plan
     from mhc_compile.passes.stretch import Stretch
     from mhc_compile.passes.verdict import Site
@@ -66,14 +70,17 @@ class ExpandChains(Pass):
     plan: Plan
     #: Parameters for every site of the plan.
     bindings: Mapping[Site, Binding]
+    #: Names and parameters of the branches that begin here and end in other graphs.
+    openings: Mapping[Head, tuple[str, Binding]] = field(default_factory=dict)
 
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
-        expansion = _Expansion(copy, nodes, self.bindings)
+        expansion = _Expansion(copy, nodes, self.bindings, self.openings)
         # Outer chains first: what lies in the branch of an outer site then starts from the streams collapsed for that branch.
         for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
             expansion.run(chain)
+        expansion.open_alone()
         expansion.sweep()
         expansion.depart()
         return copy
@@ -103,10 +110,18 @@ class RemoveDeclarations(Pass):
 class _Expansion:
     """Expands chains in place, in a copy of the graph. `cursor` is the node after which the next one is written."""
 
-    def __init__(self, graph: Graph, nodes: dict[Node, Node], bindings: Mapping[Site, Binding]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        nodes: dict[Node, Node],
+        bindings: Mapping[Site, Binding],
+        openings: Mapping[Head, tuple[str, Binding]],
+    ) -> None:
         self.graph = graph
         self.nodes = nodes
         self.bindings = bindings
+        #: Heads of branches, by their trunk value, as long as they are not expanded.
+        self.openings = {head.value: (head, *opening) for head, opening in openings.items()}
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
         #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
@@ -119,8 +134,8 @@ class _Expansion:
         self.lifted: list[Node] = []
         #: The place of each result of the graph of the plan.
         self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
-        #: Streams that leave the graph: the value that they stand for, in the graph of the plan, its feature axis and the site behind it.
-        self.leaving: list[tuple[Node, Node, int, Site]] = []
+        #: Results to be added, and what makes of their numbers the note that says what they are.
+        self.leaving: list[tuple[tuple[Node, ...], Callable[..., Departure | Opening]]] = []
         self.cursor: Node = graph._root
         self.like: Node = graph._root
 
@@ -129,7 +144,14 @@ class _Expansion:
         start = self._start(first)
         ready = start if first.ready is first.trunk else max(start, self.nodes[first.ready])
         self._follow(ready, like=self.nodes[first.add])
-        streams = self._arrive(chain) if chain.arrives else self._spread(start, first)
+        if chain.arrives:
+            streams = self._arrive(
+                chain.start, chain.links[0].axes[chain.start], self.bindings[first].streams, first.path
+            )
+        else:
+            streams = self._spread(start, first)
+        if chain.arrives:
+            self._open(chain.start, streams)
         stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
         self.known = {}
         for site, link in zip(chain.sites, chain.links, strict=True):
@@ -143,6 +165,7 @@ class _Expansion:
             stages.append((site, link, lifted, streams))
         for departure in chain.departures:
             self._leave(chain.sites[-1], departure, streams)
+        self._open(chain.sites[-1].add, streams)
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, link, lifted, after in reversed(stages):
             self._read_out(self.nodes[site.add], after, site.axis)
@@ -164,11 +187,49 @@ class _Expansion:
         if not self.leaving:
             return
         output = self.graph.output_node()
-        results, streams = list(output.args[0]), [node for _, node, _, _ in self.leaving]  # type: ignore[arg-type]
-        output.args = ((*results, *streams),)
-        output.meta[DEPARTURES] = tuple(
-            Departure(self.results[value], len(results) + number, axis, site.path)
-            for number, (value, _, axis, site) in enumerate(self.leaving)
+        results = list(output.args[0])  # type: ignore[arg-type]
+        notes = []
+        for nodes, note in self.leaving:
+            notes.append(note(*range(len(results), len(results) + len(nodes))))
+            results.extend(nodes)
+        output.args = (tuple(results),)
+        output.meta[DEPARTURES] = tuple(notes)
+
+    def open_alone(self) -> None:
+        """Expands the heads whose trunk value belongs to no chain of this graph."""
+        for value, (head, name, binding) in list(self.openings.items()):
+            self._open(value, self._arrive(value, head.axis, binding.streams, name))
+
+    def _open(self, value: Node, streams: Node) -> None:
+        """Lets the head of a branch at `value`, if there is one, read the streams, and hands on what its tail needs.
+
+        before: h = norm2(x1)                              after: pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
+                output (x1, h)                                    h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
+        """
+        if value not in self.openings:
+            return
+        head, name, binding = self.openings.pop(value)
+        trunk, readers = self.nodes[value], [self.nodes[reader] for reader in head.readers]
+        self._follow(max(min(readers).prev, streams), like=min(readers))
+        pre, post, res = self._coefficients(binding, streams)
+        collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
+        collapsed = self._features_back(collapsed, head.axis, trunk)
+        for reader in readers:
+            reader.replace_input_with(trunk, collapsed)
+        example = tensor_value(value)
+        assert example is not None
+        self.leaving.append(
+            (
+                (post, res),
+                partial(
+                    Opening,
+                    str(value.target) if value.op == "placeholder" else None,
+                    self.results.get(value),
+                    str(streams.target) if streams.op == "placeholder" else None,
+                    axis=head.axis - example.dim(),
+                    name=name,
+                ),
+            )
         )
 
     def _leave(self, site: Site, departure: Stretch, streams: Node) -> None:
@@ -180,24 +241,47 @@ class _Expansion:
         old = self.nodes[target]
         if departure.nodes and (is_random(old) or op_name(old) == "batch_norm"):  # once, not twice
             self._read_out(old, lifted[target], departure.axes[target])
-        self.leaving.append((target, lifted[target], departure.axes[target] - value.dim(), site))
+        note = partial(Departure, self.results[target], axis=departure.axes[target] - value.dim(), path=site.path)
+        self.leaving.append(((lifted[target],), note))
 
-    def _arrive(self, chain: Chain) -> Node:
-        """The graph input that brings streams beside the one that brings their mean."""
-        site, start = chain.sites[0], self.nodes[chain.start]
-        value, n = tensor_value(start), self.bindings[chain.sites[0]].streams
+    def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:
+        """The graph input that brings streams beside the input `start`, which brings their mean."""
+        value = tensor_value(start)
         assert value is not None
-        axis = chain.links[0].axes[chain.start]
-        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
-        with self.graph.inserting_after(last):
-            streams = self.graph.placeholder(f"mhc_arriving_{last.name}")
         with torch.no_grad():
             wide = value.movedim(axis, -1).unsqueeze(-2)
             copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
-        streams.meta["example_value"] = copies.requires_grad_(value.requires_grad)
-        inherit(streams, start)
-        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, site.path)
+        streams = self._input("streams", start, copies.requires_grad_(value.requires_grad))
+        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, path)
         return streams
+
+    def _input(self, name: str, like: Node, value: Tensor) -> Node:
+        """One more graph input, behind all others."""
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        names = {node.target for node in self.graph.find_nodes(op="placeholder")}
+        number = next(number for number in count() if f"mhc_arriving_{name}_{number}" not in names)
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"mhc_arriving_{name}_{number}")
+        node.meta["example_value"] = value
+        inherit(node, self.nodes[like])
+        return node
+
+    def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
+        """The graph inputs that bring post and res of a branch that began in another graph."""
+        wide, branch = tensor_value(streams), tensor_value(site.terms[0])
+        assert wide is not None
+        assert branch is not None
+        tokens, n = wide.shape[:-2], wide.shape[-2]
+        dtype = torch.promote_types(wide.dtype, torch.float32)
+        found = []
+        for kind, sizes in (("post", (n,)), ("res", (n, n))):
+            with torch.no_grad():
+                value = wide.new_empty((*tokens, *sizes), dtype=dtype).requires_grad_(branch.requires_grad)
+            node = self._input(kind, site.trunk, value)
+            axis = site.axis - (wide.dim() - 1)
+            node.meta[ARRIVAL] = Closing(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
+            found.append(node)
+        return found[0], found[1]
 
     def _spread(self, start: Node, first: Site) -> Node:
         value, n = tensor_value(start), self.bindings[first].streams
@@ -317,9 +401,12 @@ class _Expansion:
         if readers:
             # Directly before their first reader: there the mode of the branch holds, which may be another than that of the trunk (no_grad).
             self._follow(min(readers).prev, like=add)
-        pre, post, res = self._coefficients(site, streams)
-        mhc = torch.ops.mhc
-        collapsed = self._features_back(self._call("collapsed", mhc.collapse.default, streams, pre), axis, trunk)
+        if site.tail:
+            post, res = self._close(site, streams)
+        else:
+            pre, post, res = self._coefficients(self.bindings[site], streams)
+            collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
+            collapsed = self._features_back(collapsed, axis, trunk)
         if site.shortcut.nodes:  # before the branch loses the trunk: it may read an operation of the shortcut
             lifted.update(self._lift(site.shortcut, streams))
         for reader in readers:
@@ -328,14 +415,13 @@ class _Expansion:
         carried = lifted[site.skip]
         if _tokens(carried) != _tokens(streams):
             # The shortcut has other tokens than the branch reads: they get their own weights.
-            _, post, res = self._coefficients(site, carried)
+            _, post, res = self._coefficients(self.bindings[site], carried)
         total = self._now(site.terms[0])
         for term in site.terms[1:]:
             total = self._call("branches", torch.add, total, self._now(term))
         return self._update(site, carried, total, post, res)
 
-    def _coefficients(self, site: Site, streams: Node) -> list[Node]:
-        binding = self.bindings[site]
+    def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
         settings = (binding.mapping, binding.iterations, binding.eps)
         packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)

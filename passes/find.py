@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
+from mhc_compile.passes.edges import Edges, Tail
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.reach import Reach, contracts, weights_of
 from mhc_compile.passes.roles import INPLACE_ADDS, is_contraction, is_update, op_name, tensor_value
@@ -57,14 +58,15 @@ class _Split:
     others: tuple[Node, ...]
 
 
-def find(graph: Graph, provenance: Provenance) -> Findings:
+def find(graph: Graph, provenance: Provenance, edges: Edges = Edges()) -> Findings:  # noqa: B008 - frozen
     """One verdict for every addition of two floating-point tensors in `graph`, which must carry example values."""
-    return _Finder(graph, provenance).run()
+    return _Finder(graph, provenance, edges).run()
 
 
 class _Finder:
-    def __init__(self, graph: Graph, provenance: Provenance) -> None:
+    def __init__(self, graph: Graph, provenance: Provenance, edges: Edges) -> None:
         self.graph = graph
+        self.edges = edges
         self.provenance = provenance
         self.weights = weights_of(graph, provenance)
         self.aliases = Aliases(graph)
@@ -114,7 +116,8 @@ class _Finder:
             )
         split = self._split(add, terms)
         if isinstance(split, Refusal):
-            return split
+            tail = self._tail(add, adds, terms) if split.reason is Reason.INDEPENDENT and self.edges.inputs else None
+            return split if tail is None else tail
         problem = self._shape_problem(add, terms, split)
         if problem is not None:  # a refusal is falsy
             return problem
@@ -150,6 +153,66 @@ class _Finder:
             if node is term or len(node.users) > 1:  # a trunk is read by its branch as well
                 yield node
             node = carried(node)
+
+    def _tail(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Refusal | None:
+        """The verdict on a sum whose branch began in another graph; None if it is none."""
+        for skip in terms:
+            others = tuple(term for term in terms if term is not skip)
+            if skip not in self.edges.inputs:
+                continue
+            foreign = tuple(self._inputs(term) for term in others)
+            tail = self.edges.tail(add, skip, foreign) if all(foreign) else None
+            if tail is None:
+                continue
+            if isinstance(tail, str):
+                return self._refuse(add, Reason.BROKEN_BRANCH, lambda tail=tail: tail)  # type: ignore[misc]
+            return self._tail_site(add, adds, _Split(skip, skip, others), tail)
+        return None
+
+    def _tail_site(self, add: Node, adds: tuple[Node, ...], split: _Split, tail: Tail) -> Site | Refusal:
+        problem = self._shape_problem(add, (split.skip, *split.others), split)
+        if problem is None:
+            problem = self._written(add, split, ())
+        if problem is not None:
+            return problem
+        total = tensor_value(add)
+        assert total is not None
+        axis = tail.axis + total.dim()
+        width: object = total.shape[axis]
+        if not isinstance(width, int):
+            return self._refuse(
+                add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(total)} has no fixed size"
+            )
+        return Site(
+            add=add,
+            adds=adds,
+            trunk=split.trunk,
+            ready=split.trunk,
+            skip=split.skip,
+            shortcut=Stretch.empty(split.skip, axis),
+            terms=split.others,
+            branch=frozenset(),
+            anchor=add,
+            width=width,
+            axis=axis,
+            owner=tail.owner,
+            name=tail.name,
+            carrier=tail.owner,
+            tail=True,
+            heads=tail.heads,
+        )
+
+    def _inputs(self, term: Node) -> tuple[Node, ...]:
+        """The inputs of the graph that `term` is computed from and that are no weights."""
+        found: list[Node] = []
+        seen, stack = {term}, [term]
+        while stack:
+            node = stack.pop()
+            if node in self.edges.inputs:
+                found.append(node)
+            stack.extend(operand for operand in node.all_input_nodes if operand not in seen)
+            seen.update(node.all_input_nodes)
+        return tuple(found)
 
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
         """Whether one of the terms is computed from another one, or from what the other comes from by cheap operations.

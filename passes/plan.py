@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.edges import Edges, departures
 from mhc_compile.passes.find import Findings, find
+from mhc_compile.passes.heads import Head, find_heads
 from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
@@ -52,6 +53,8 @@ class Plan:
 
     chains: tuple[Chain, ...]
     refusals: tuple[Refusal, ...]
+    #: Heads of branches whose tails may lie in other graphs.
+    heads: tuple[Head, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -75,7 +78,7 @@ def plan_chains(
     reasons outside the graph (see `refuse_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
     judged by its length here.
     """
-    findings = find(graph, provenance)
+    findings = find(graph, provenance, edges)
     vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
     kept = [site for site in findings.sites if site not in vetoed]
     aliases = findings.aliases
@@ -90,7 +93,8 @@ def plan_chains(
         if not refused:
             refused = _short([chain for chain in chains if not _goes_on(chain, edges)], min_sites)
         if not refused:
-            return Plan(tuple(chains), _in_order(findings, vetoed.values()))
+            heads = find_heads(graph, provenance, chains, edges, aliases)
+            return Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
         vetoed |= refused  # what is left may run through the adds that stay
 
 
@@ -203,6 +207,8 @@ def _at_edges(chain: Chain, graph: Graph, edges: Edges, aliases: Aliases) -> Cha
 
 def _goes_on(chain: Chain, edges: Edges) -> bool:
     """Whether there is reason to believe that other graphs carry the chain on."""
+    if any(site.tail for site in chain.sites):
+        return True
     if chain.arrives and (chain.start in edges.arriving or all(map(edges.attached, chain.sites))):
         return True
     if not chain.departures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ class Reason(Enum):
     | rewritten | any of these, in a graph that was rewritten before | nothing: the earlier run decided |
     | feature-axis | a branch that tears the features apart | normalise or project the features before they are torn apart |
     | mutated-operand | `x[:, 0] = 0` on a trunk value | write `x = torch.cat(...)` or `torch.where(...)` instead |
+    | broken-branch | a branch that Python reads the trunk for, outside of any graph | let a compiled module read it first |
     | no-owner | an add in a function that is compiled by itself | put it into a module's `forward` |
     | no-carrier | `x + x @ self.weight` in the compiled module | put the weight into a module of its own (`nn.Linear`) |
     | not-declared | hooks of the branch's module were removed | `mhc_compile.detach(model)`, and compile again |
@@ -67,6 +68,7 @@ class Reason(Enum):
     #: The skip is mixed by a product whose factors both depend on the data: the model has residual streams of its own.
     MULTI_STREAM = "multi-stream"
     #: A residual add of its own inside the branch of another one, whose sum goes no further on that trunk: a D-skip, a bias computed from the input.
+    #: Also one whose skip runs through trunk operations that another chain carries.
     SIDE_ADD = "side-add"
     #: A trunk value is added to the same trunk some sites later (a U-net, the sum of all hidden states). It stays an addition, and the chain runs
     #: through it: every stream gets the old value.
@@ -77,6 +79,8 @@ class Reason(Enum):
     FEATURE_AXIS = "feature-axis"
     #: The skip or the sum is written in place, and the old or the new value may be read under another name.
     MUTATED_OPERAND = "mutated-operand"
+    #: The branch ran outside this graph, and what it read of the trunk was not the beginning of a branch in any other: streams cannot be read there.
+    BROKEN_BRANCH = "broken-branch"
     #: The add is performed outside every module, so there is nobody to own the parameters.
     NO_OWNER = "no-owner"
     #: No module call inside this graph can declare the parameters: the branch is written with parameters of the compiled function's own module.
@@ -125,6 +129,10 @@ class Site:
     name: str
     #: The module called in the graph, whose pre-hook declares the parameters to the tracer.
     carrier: ModuleRef
+    #: Whether the branch began in another graph (see `passes.heads`). Then `branch` is empty, and the coefficients arrive as inputs.
+    tail: bool = False
+    #: What the caller of the planner knows of the modules that begin the branch; nothing to the passes.
+    heads: tuple[Any, ...] = ()
 
     @property
     def path(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
-from mhc_compile import boundary
+from mhc_compile import boundary, carried
 
 EAGER = {"inner": "eager"}
 LAYERS = 3
@@ -69,6 +70,25 @@ class InBlock(Block):
         x = x + self.attn(self.norm1(x))
         torch._dynamo.graph_break()
         return x + self.mlp(self.norm2(x))
+
+
+class BrokenAttention(Attention):
+    """A graph break in the middle of a branch."""
+
+    def forward(self, x):
+        qkv = self.qkv(x)
+        torch._dynamo.graph_break()
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Opaque(nn.Sequential):
+    """A branch that Dynamo does not see, as routing in Python may be."""
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
 
 
 class Stack(nn.Module):
@@ -182,10 +202,69 @@ def test_a_graph_break_inside_a_block():
     assert_same(run(model, torch.compile(model, backend="mhc", options=EAGER), x), expected)
 
 
+def cut(model, *, attention=True, mlp=True):
+    """The same model with graph breaks inside its branches."""
+    for block in model.blocks:
+        if attention:
+            block.attn.__class__ = BrokenAttention
+        if mlp:
+            block.mlp.__class__ = Opaque
+    return model
+
+
+@pytest.mark.parametrize(
+    ("block", "where"), [(Block, "attention"), (Block, "mlp"), (Block, "both"), (PostNorm, "attention")]
+)
+def test_a_graph_break_inside_a_branch(block, where):
+    """The branch begins in one graph and ends in another. `attach` sees both."""
+    model, x = attached(block)
+    expected = whole(model, x)
+    parameters = copy.deepcopy(model.state_dict())
+    mhc_compile.detach(model)
+    cut(model, attention=where != "mlp", mlp=where != "attention")
+    mhc_compile.attach(model, x, options={"min_sites": 1})
+    model.load_state_dict(parameters)
+    compiled = torch.compile(model, backend="mhc", options=EAGER)
+    assert_same(run(model, compiled, x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected[0])
+
+
+def test_a_graph_break_inside_a_branch_without_attach():
+    """The first call finds the two halves, by the history of what it computes; from the second on they work together."""
+    model, x = attached()
+    expected = whole(model, x)
+    parameters = copy.deepcopy(model.state_dict())
+    mhc_compile.detach(model)
+    plain = cut(copy.deepcopy(model))(x)
+    compiled = torch.compile(cut(model), backend="mhc", options=EAGER)
+    torch.testing.assert_close(compiled(x), plain)
+    assert model.state_dict().keys() == parameters.keys()
+    model.load_state_dict(parameters)
+    assert_same(run(model, compiled, x), expected)
+
+
+def test_a_branch_that_python_begins_is_refused_and_said():
+    """Nothing of ours can give Python another value to read than the tensor that it has in its hands."""
+    model, x = attached(PostNorm)
+    mhc_compile.detach(model)
+    compiled = torch.compile(cut(model, attention=False), backend="mhc", options=EAGER)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", mhc_compile.MhcWarning)
+        compiled(x)
+    told = r"a residual add of a function \(.*test_boundary.py:\d+\) .* ran outside of this graph"
+    assert re.match(told, str(said[0].message))
+    assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
+    torch._dynamo.reset()
+    strict = torch.compile(copy.deepcopy(model), backend="mhc", options={**EAGER, "strict": True})
+    with pytest.raises(mhc_compile.StreamsLostError, match="outside of this graph"):
+        strict(x)
+
+
 def test_without_the_crossing_the_streams_are_lost(monkeypatch):
     model, x = attached()
     expected = whole(model, x)
-    monkeypatch.setattr(boundary, "_carry", lambda *_: None)
+    monkeypatch.setattr(boundary, "carry", lambda *_: None)
     output, _ = run(model, per_block(model), x)
     assert (output - expected[0]).abs().max() > 1e-2
 
@@ -359,13 +438,13 @@ def test_streams_die_with_their_tensor():
     model, x = attached()
     per_block(model)
     value = model.blocks[0](model.embed(x))
-    found = boundary._find(value)
+    found = carried.find_carried(value)
     assert found is not None
     streams = weakref.ref(found[1].streams)
     del found, value
     gc.collect()
     assert streams() is None
-    assert not len(boundary._carried)
+    assert not len(carried._carried)
 
 
 def test_another_number_of_streams_is_another_model():

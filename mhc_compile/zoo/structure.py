@@ -13,6 +13,7 @@ from mhc_compile.study import study
 if TYPE_CHECKING:
     import torch
 
+    from mhc_compile.branches import Notes
     from mhc_compile.passes import Site
     from mhc_compile.zoo.family import Family, Mode
 
@@ -72,10 +73,12 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
     chains: list[tuple[str, ...]] = []
     refused: list[tuple[str, str]] = []
 
-    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> None:
-        plan = study(graph_module, inputs, chosen).plan
+    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
+        result = study(graph_module, inputs, chosen)
+        plan = result.plan
         chains.extend(tuple(map(_line, chain.sites)) for chain in plan.chains)
         refused.extend((refusal.where, refusal.reason.value) for refusal in plan.refusals)
+        return result.notes()
 
     graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)
     return Structure(graphs, tuple(chains), tuple(refused), layers, mode)

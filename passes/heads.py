@@ -1,0 +1,98 @@
+"""Branches that a graph break cuts in two.
+
+A break inside a branch puts its beginning, the head, into one graph and its end, with the residual add, into a later one:
+
+    x1 = x + attn(norm1(x)); h = norm2(x1)     results x1 and h: norm2 is the head of a branch
+    (the routing of experts, outside of any graph)
+    out = x1 + expert_sum                      inputs x1 and expert_sum: the tail
+
+The head reads the streams as the branch of a site does, and hands on the coefficients that the tail needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.axes import entry_axis
+from mhc_compile.passes.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
+from mhc_compile.passes.roles import passes_value, tensor_value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mhc_compile.passes.aliases import Aliases
+    from mhc_compile.passes.edges import Edges
+    from mhc_compile.passes.plan import Chain
+    from mhc_compile.passes.provenance import Provenance
+
+__all__ = ["Head", "find_heads"]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A value that lives on behind the graph, and what modules compute from it for other results. Perhaps the head of a branch."""
+
+    #: The trunk value: a graph input, or the last sum of a chain.
+    value: Node
+    #: The operations that read it.
+    readers: tuple[Node, ...]
+    #: The modules that hold the readers, in order. Their calls can declare parameters.
+    modules: tuple[ModuleRef, ...]
+    #: The numbers of the results that are computed from the readers.
+    results: tuple[int, ...]
+    #: The feature axis of the value.
+    axis: int
+
+
+def find_heads(
+    graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: Edges, aliases: Aliases
+) -> tuple[Head, ...]:
+    """The heads of branches whose tails may lie in other graphs."""
+    chains = tuple(chains)
+    if not edges.inputs and not edges.part:
+        return ()
+    results = graph.output_node().args[0]
+    if not isinstance(results, (tuple, list)):
+        return ()
+    places = {node: number for number, node in reversed(list(enumerate(results))) if isinstance(node, Node)}
+    taken = {
+        node for chain in chains for site in chain.sites for node in (*site.branch, *site.adds, *site.shortcut.nodes)
+    }
+    last = {chain.sites[-1].add for chain in chains}
+    values = [node for node in graph.nodes if node in edges.inputs or (node in places and node in last)]
+    found = (_head(value, provenance, places, taken, aliases) for value in values)
+    return tuple(head for head in found if head is not None)
+
+
+def _head(
+    value: Node, provenance: Provenance, places: dict[Node, int], taken: set[Node], aliases: Aliases
+) -> Head | None:
+    if aliases.writers(value):
+        return None
+    readers = [user for user in value.users if user.op != "output" and user not in taken and passes_value(user)]
+    reached = _forward(readers, aliases)
+    numbers = tuple(sorted(places[node] for node in reached if node in places))
+    readers = [reader for reader in readers if any(node in places for node in _forward([reader], aliases))]
+    if not numbers or taken & reached:
+        return None
+    modules = [next((ref for ref in provenance.stack(reader)[1:] if ref.called), None) for reader in readers]
+    axis = entry_axis(value, tuple(node for node in sorted(reached, key=aliases.order.__getitem__)))
+    example = tensor_value(value)
+    if None in modules or axis is None or example is None or not 0 <= axis < example.dim():
+        return None
+    return Head(value, tuple(readers), tuple(dict.fromkeys(ref for ref in modules if ref is not None)), numbers, axis)
+
+
+def _forward(starts: Iterable[Node], aliases: Aliases) -> set[Node]:
+    """Everything that is computed from `starts`, and they themselves."""
+    reached: set[Node] = set()
+    stack = list(starts)
+    while stack:
+        node = stack.pop()
+        if node.op != "output" and node not in reached and passes_value(node):
+            reached.add(node)
+            stack.extend(node.users)
+    return {node for node in reached if node in aliases.order}
