@@ -6,16 +6,19 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
 from mhc_compile.capture import capture
 from mhc_compile.cost import Cost, plain_flops, site_cost
 from mhc_compile.options import Options
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
+from mhc_compile.siblings import siblings
 from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import CodeType
 
     import torch
     from rich.console import RenderableType
@@ -54,11 +57,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """Sites that share one set of streams; `lifted` are the trunk operations that run on all streams."""
+    """Sites that share one set of streams in one graph; `lifted` are the trunk operations that run on all streams.
+
+    Streams that arrive come from another graph of the model, or start as copies of a graph input; streams that depart may go on in another graph.
+    """
 
     sites: tuple[SiteReport, ...]
     width: int
     lifted: tuple[str, ...]
+    arrives: bool
+    departs: bool
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,10 @@ class RefusalReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph that Dynamo made of the model.
+    """One graph that Dynamo made of the model, as one module runs it: blocks that look the same share a graph, and each has a report.
 
     Attributes:
+        module: path of the module whose method the graph is, or a part of it; "" is the model itself.
         nodes: its size.
         chains: what will be rewritten.
         refusals: every other addition of two floating-point tensors.
@@ -86,6 +95,7 @@ class GraphReport:
         flops: of one forward pass of the plain graph, None if they could not be counted.
     """
 
+    module: str
     nodes: int
     chains: tuple[ChainReport, ...]
     refusals: tuple[RefusalReport, ...]
@@ -101,7 +111,7 @@ class Explanation:
     Attributes:
         model: class name.
         options: the options it was made for.
-        graphs: one report per graph; a graph break gives several.
+        graphs: one report per graph, and per block where blocks share one; a graph break gives several.
         cost: what the sites add, per token and forward pass, all graphs together.
         parameters: parameters of the plain model.
     """
@@ -185,14 +195,17 @@ def explain(
     target = unwrap(model)
     graphs: list[GraphReport] = []
     costs: dict[str, list[Cost]] = {}
+    foreseen: set[tuple[CodeType, str]] = set()
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, parsed)
-        graphs.append(_graph(graph_module, result))
-        for site in result.plan.sites:
-            value = tensor_value(site.add)
-            assert value is not None
-            costs.setdefault(site.path, []).append(site_cost(site.width, value.element_size(), parsed))
+        for module in _modules(target, result, foreseen):
+            graphs.append(_graph(graph_module, result, module))
+            for site in result.plan.sites:
+                value = tensor_value(site.add)
+                assert value is not None
+                path = _below(module, site.path)
+                costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), parsed))
         return result.notes()
 
     capture(target, args, kwargs, on_graph)
@@ -202,32 +215,57 @@ def explain(
     return Explanation(type(target).__name__, parsed, tuple(graphs), total, own)
 
 
-def _graph(graph_module: torch.fx.GraphModule, result: Study) -> GraphReport:
-    chains = tuple(_chain(chain) for chain in result.plan.chains)
+def _modules(target: nn.Module, result: Study, foreseen: set[tuple[CodeType, str]]) -> list[str]:
+    """The paths of the modules that run a graph: the one that it was traced for, and those like it, which Dynamo does not trace again."""
+    root, code = result.provenance.root, _torch.frame_code()
+    if root is None or root is target:
+        return [""]
+    known = {id(module): path for path, module in target.named_modules()}
+    paths = [known.get(id(module), "") for module in (root, *siblings(root).others.values())]
+    if (code, paths[0]) in foreseen:  # it was not so like its sibling that it could use the graph
+        foreseen.discard((code, paths[0]))
+        return []
+    fresh = [paths[0], *(path for path in paths[1:] if (code, path) not in foreseen)]
+    foreseen.update((code, path) for path in fresh[1:])
+    return fresh
+
+
+def _below(module: str, path: str) -> str:
+    return ".".join(part for part in (module, path) if part)
+
+
+def _graph(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
+    chains = tuple(_chain(chain, module) for chain in result.plan.chains)
     tokens = 0
     if result.plan.chains:
         value = tensor_value(result.plan.chains[0].start)
         assert value is not None
         tokens = int(value[..., 0].numel())
     return GraphReport(
+        module=module,
         nodes=len(graph_module.graph.nodes),
         chains=chains,
-        refusals=tuple(_refusal(refusal) for refusal in result.plan.refusals),
+        refusals=tuple(_refusal(refusal, module) for refusal in result.plan.refusals),
         regions=tuple(op_name(node) for node in result.graph.nodes if is_region(node)),
         tokens=tokens,
         flops=plain_flops(graph_module) if chains else None,
     )
 
 
-def _chain(chain: Chain) -> ChainReport:
-    sites = tuple(_site(site, index) for index, site in enumerate(chain.sites))
-    return ChainReport(sites, chain.width, tuple(op_name(node) for region in chain.links for node in region.nodes))
+def _chain(chain: Chain, module: str) -> ChainReport:
+    return ChainReport(
+        sites=tuple(_site(site, index, module) for index, site in enumerate(chain.sites)),
+        width=chain.width,
+        lifted=tuple(op_name(node) for region in chain.links for node in region.nodes),
+        arrives=chain.arrives,
+        departs=bool(chain.departures),
+    )
 
 
-def _site(site: Site, index: int) -> SiteReport:
+def _site(site: Site, index: int, module: str) -> SiteReport:
     return SiteReport(
-        path=site.path,
-        owner=site.owner.path,
+        path=_below(module, site.path),
+        owner=_below(module, site.owner.path),
         owner_kind=site.owner.kind,
         branch=site.name,
         index=index,
@@ -237,10 +275,10 @@ def _site(site: Site, index: int) -> SiteReport:
     )
 
 
-def _refusal(refusal: Refusal) -> RefusalReport:
+def _refusal(refusal: Refusal, module: str) -> RefusalReport:
     return RefusalReport(
         add=refusal.add.name,
-        module=refusal.where,
+        module=_below(module, refusal.where),
         reason=refusal.reason.value,
         sentence=refusal.sentence,
         source=source_line(refusal.add),

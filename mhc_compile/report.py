@@ -23,7 +23,8 @@ __all__ = ["render"]
 def render(explanation: Explanation, *, every: bool = False) -> RenderableType:
     """The whole report: chains as a tree, refusals as a table (one row per reason, or `every` one), the cost as three lines."""
     parts: list[RenderableType] = [_headline(explanation)]
-    parts += [_chain(chain, number) for number, chain in enumerate(explanation.chains, start=1)]
+    pieces = len(explanation.graphs) > 1
+    parts += [_chain(chain, number, pieces) for number, chain in enumerate(explanation.chains, start=1)]
     if explanation.refusals:
         parts += [Text(), _refusals(explanation.refusals, every)]
     if explanation.sites:
@@ -49,11 +50,13 @@ def _headline(explanation: Explanation) -> Text:
     return text
 
 
-def _chain(chain: ChainReport, number: int) -> Tree:
+def _chain(chain: ChainReport, number: int, pieces: bool) -> Tree:
+    """`pieces`: the model has several graphs, and chains may run through them."""
     lifted = f", runs on streams: {', '.join(sorted(set(chain.lifted)))}" if chain.lifted else ""
-    tree = Tree(
-        Text.assemble((f"chain {number}", "cyan"), f"  {_count(len(chain.sites), 'site')}, width {chain.width}{lifted}")
-    )
+    arrives = ", streams from another graph" if pieces and chain.arrives else ""
+    departs = ", on in another graph" if pieces and chain.departs else ""
+    about = f"  {_count(len(chain.sites), 'site')}, width {chain.width}{lifted}{arrives}{departs}"
+    tree = Tree(Text.assemble((f"chain {number}", "cyan"), about))
     for owners in _layers(chain.sites):
         first, last = owners[0][0], owners[-1][0]
         label = Text(first.owner or "(the model itself)", style="bold")
