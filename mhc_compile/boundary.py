@@ -76,7 +76,7 @@ class Crossing:
             self.notes.write(inputs, results)
         for departure in self.departures:
             path = f"{self.model}.{departure.path}"
-            carry(results[departure.value], results[departure.streams], departure.axis, path)
+            carry(results[departure.value], results[departure.streams], departure.axis, path, mean=departure.mean)
         for opening in self.openings:
             self._begin(opening, inputs, received, results)
         return results[: -self.extra] if self.extra else results
@@ -120,7 +120,7 @@ class Crossing:
                 return _copies(value, arrival)
             assert found is not None
             origin.taken = True
-            return found[1].streams if value.requires_grad else found[1].streams.detach()
+            return _take(value, *found)
         assert origin is not None
         self._report(origin, arrival, why)
         return _copies(value, arrival)
@@ -135,6 +135,40 @@ class Crossing:
         if why not in self._said:
             self._said.add(why)
             warn(message)
+
+
+def _take(value: Tensor, other: Tensor, entry: Carried) -> Tensor:
+    """The streams, connected in autograd with whoever waits for the gradient of the tensor that they are taken for."""
+    if not value.requires_grad:
+        return entry.streams.detach()
+    waits = value is not other or bool(value._backward_hooks) or value.retains_grad
+    streams: Tensor = _Through.apply(value, entry.streams, entry) if waits else entry.streams
+    return streams
+
+
+class _Through(torch.autograd.Function):
+    """Streams S as a function of their mean y as well: S = y + (S - mean(S)).
+
+    Hooks on a block's inputs and outputs (of FSDP2, of a user) wait for the gradient of the tensor that they see. They get the sum of the gradients
+    of the streams, which is what arrives at a residual trunk, and the streams get the rest. Where y is not their mean, it gets zeros, so that the
+    hooks run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, streams: Tensor, entry: Carried) -> Tensor:
+        """The streams."""
+        ctx.entry = entry.mean, entry.axis
+        ctx.like = value.shape
+        return streams.view_as(streams)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Splits the gradient of the streams."""
+        (gradient,) = gradients
+        mean, axis = ctx.entry
+        if not mean:
+            return gradient.new_zeros(ctx.like), gradient, None
+        return gradient.sum(-2).movedim(-1, axis), gradient - gradient.mean(-2, keepdim=True), None
 
 
 def _unfit(value: Tensor, other: Tensor, entry: Carried, arrival: Arrival) -> str | None:

@@ -6,6 +6,7 @@ for the sake of wrappers that pass a module's inputs through an operation of the
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable  # noqa: TC003 - a field of a dataclass
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Carried:
     version: int | None
     axis: int
     left: Left
+    #: Whether the tensor is the mean of the streams.
+    mean: bool
     #: The branches that began at the tensor, by the names of their sites.
     open: dict[str, Begun] = field(default_factory=dict)
 
@@ -69,11 +72,15 @@ class Left:
 
 #: The tensors that have streams. Neither they nor their streams are kept alive by this.
 _carried: Any = WeakTensorKeyDictionary()
+#: Held where the table grows or is walked through: models may run in several threads.
+_lock = threading.Lock()
 
 
-def carry(value: Tensor, streams: Tensor, axis: int, path: str) -> Carried:
+def carry(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = True) -> Carried:
     """Puts streams [..., n, C] beside `value`, whose features lie on `axis` (< 0). `path` names the site that they come from."""
-    entry = _carried[value] = Carried(streams, _version(value), axis, Left(path))
+    entry = Carried(streams, _version(value), axis, Left(path), mean)
+    with _lock:
+        _carried[value] = entry
     if value.grad_fn is not None:
         metadata: Any = value.grad_fn.metadata
         metadata.setdefault(_LEFT, {})[value.output_nr] = entry.left
@@ -107,7 +114,8 @@ def find_carried(value: Tensor) -> tuple[Tensor, Carried] | None:
 
 def _alive() -> list[tuple[Tensor, Carried]]:
     """All tensors with streams, the latest first."""
-    return list(_carried.items())[::-1]
+    with _lock:
+        return list(_carried.items())[::-1]
 
 
 def _is_alias(value: Tensor, other: Tensor) -> bool:

@@ -94,12 +94,16 @@ class Closing:
 
 @dataclass(frozen=True)
 class Departure:
-    """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0)."""
+    """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0).
+
+    `mean` says that the value is their mean. A trunk operation at the end of a graph makes one of the mean and another of each stream.
+    """
 
     value: int
     streams: int
     axis: int
     path: str
+    mean: bool
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,11 @@ class _Expansion:
         self._follow(max(streams, self.nodes[site.add]), like=self.nodes[site.add])
         lifted = self._lift(departure, streams)
         old = self.nodes[target]
-        if departure.nodes and (is_random(old) or op_name(old) == "batch_norm"):  # once, not twice
+        once = bool(departure.nodes) and (is_random(old) or op_name(old) == "batch_norm")
+        if once:
             self._read_out(old, lifted[target], departure.axes[target])
-        note = partial(Departure, self.results[target], axis=departure.axes[target] - value.dim(), path=site.path)
+        axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
+        note = partial(Departure, self.results[target], axis=axis, path=site.path, mean=mean)
         self.leaving.append(((lifted[target],), note))
 
     def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:

@@ -406,6 +406,50 @@ def test_a_value_that_is_only_read_is_no_loss():
     assert len(kept) == LAYERS
 
 
+def test_wrappers_that_pass_tensors_through_keep_the_streams():
+    """Module hooks on the backward give a block other tensors than the caller has: the same memory, behind an operation that changes nothing."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return self.block(x)
+
+    model, x = attached()
+    expected = whole(model, x)
+    per_block(model)
+    seen = []
+    wrappers = [Wrapper(block) for block in model.blocks]
+    for wrapper in wrappers:
+        wrapper.register_full_backward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0].abs().sum()))
+
+    def forward(x):
+        x = model.embed(x)
+        for wrapper in wrappers:
+            x = wrapper(x)
+        return model.head(x)
+
+    assert_same(run(model, forward, x), expected)
+    assert len(seen) == LAYERS
+    assert all(seen)
+
+
+def test_the_gradient_of_a_hidden_state_is_what_arrives_at_the_trunk():
+    """At the default start it is the gradient in the plain model."""
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Stack()
+        if compiled:
+            per_block(model)
+        hidden = model.blocks[0](model.embed(tokens()))
+        hidden.register_hook(gradients.append)
+        model.head(model.blocks[2](model.blocks[1](hidden))).square().mean().backward()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):
     model, x = attached()
