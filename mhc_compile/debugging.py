@@ -1,0 +1,83 @@
+"""`mhc_compile.eager`: a model with its hyper-connections, run operation by operation."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile import _torch
+from mhc_compile.attachment import unwrap
+from mhc_compile.backend import mhc
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["eager"]
+
+#: Compiled versions of one model. The usual 8 are for programs that must be fast; beyond them the model would run without streams.
+_VERSIONS = 1_000_000
+
+
+def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = None) -> nn.Module:
+    """The model with its hyper-connections, without a compiler: for debugging, and for code whose shapes keep changing.
+
+    What comes back is a second face of the same object: it has the same class and the same attributes, parameters, buffers, hooks and training
+    mode (not copies of them), and only a call differs: `eager(model)(x)` runs the residual streams, where `model(x)` would compute plain adds.
+    So methods that call the model themselves, such as `generate` of transformers, run the streams too. Versions of the model that
+    `torch.compile` made are left alone, and so is their recompile limit; there is none here.
+
+    Dynamo still finds the residual adds, but what runs is its graph, one operation after the other: autograd's anomaly mode names the operation
+    that made a nan, hooks on tensors fire, and `print` of a tensor inside a block prints when the graph has run. Other code that breaks the graph
+    ends a chain of streams, as it does in the compiled model.
+
+    Args:
+        model: any module, or one that `torch.compile` returned. If it has no hyper-connections yet, the first call attaches them, as the first
+            compiled call would.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner` is "eager".
+
+    Raises:
+        OptionError: the options are wrong.
+    """
+    target, parsed = unwrap(model), replace(Options.parse(options), inner="eager")
+    face = _face(type(target))
+    other = face.__new__(face)
+    object.__setattr__(other, "__dict__", target.__dict__)
+    object.__setattr__(other, "_mhc_behind", target)
+    object.__setattr__(other, "_mhc_options", parsed)
+    object.__setattr__(
+        other,
+        "_mhc_run",
+        # `_call_impl`, so that a model that was compiled in place is traced itself and not what it was compiled to.
+        _torch.isolated_compile(target._call_impl, functools.partial(mhc, options=parsed), recompile_limit=_VERSIONS),
+    )
+    return other  # type: ignore[no-any-return]
+
+
+class _Face:
+    """What the second face of a model does otherwise. Its own state is in slots: `__dict__` is the model's."""
+
+    __slots__ = ("_mhc_behind", "_mhc_options", "_mhc_run")
+
+    _mhc_behind: Any
+    _mhc_options: Any
+    _mhc_run: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _torch.keep_prints():
+            return self._mhc_run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return eager(copy.deepcopy(self._mhc_behind, memo), options=self._mhc_options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return functools.partial(eager, options=self._mhc_options), (self._mhc_behind,)
+
+
+def _face(kind: type[nn.Module]) -> Any:
+    names = {"__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_Face, kind), names)

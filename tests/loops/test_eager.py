@@ -1,0 +1,241 @@
+"""A model with hyper-connections outside a compiled graph: the warning, and `mhc_compile.eager`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from builders import LAYERS, Block, Decoder, build, tokens, twin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mhc_compile
+
+EAGER = {"inner": "eager"}
+
+
+def scatter(model: nn.Module) -> nn.Module:
+    """Hyper-connections far from their start, so that streams differ and the model is not the plain one."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def attached(**sizes: int) -> tuple[nn.Module, nn.Module]:
+    """A model with hyper-connections, and the plain one."""
+    model = Decoder(**sizes)
+    plain = twin(model)
+    mhc_compile.attach(model, tokens())
+    return scatter(model), plain
+
+
+def told(*calls) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for call in calls:
+            call()
+    return [str(w.message) for w in caught if issubclass(w.category, mhc_compile.MhcWarning)]
+
+
+def test_an_eager_run_is_told_once_for_each_model():
+    (one, plain), (two, _) = attached(), attached()
+    said = told(*[lambda model=model: model(tokens()) for model in (one, one, two, one, two)])
+    assert len(said) == 2
+    assert all(s.startswith("Decoder has hyper-connections and ran outside a graph compiled by backend='mhc'") for s in said)
+    assert torch.equal(one(tokens()), plain(tokens()))  # what it is told about
+    assert len(told(lambda: copy.deepcopy(one)(tokens()))) == 1  # another model
+
+
+def test_a_part_that_runs_alone_speaks_for_itself_and_a_wrapper_for_all():
+    model, _ = attached()
+    wrapper = nn.Sequential(model, nn.Identity())
+    assert [s.split()[0] for s in told(lambda: wrapper(tokens()), lambda: model(tokens()))] == ["Sequential"]
+    model, _ = attached()
+    assert [s.split()[0] for s in told(lambda: model.blocks[0](torch.randn(1, 3, 8)))] == ["Block"]
+
+
+def test_compiled_calls_and_recomputation_are_not_told():
+    class Checkpointed(Decoder):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    def step(compiled):
+        compiled(tokens()).sum().backward()
+
+    def outside():
+        block = Block(8)
+        checkpoint(torch.compile(block, backend="mhc", options=EAGER), x, use_reentrant=False).sum().backward()
+
+    x = torch.randn(1, 3, 8, requires_grad=True)
+    inside = torch.compile(Checkpointed(), backend="mhc", options=EAGER)
+    assert told(lambda: step(inside), lambda: step(inside), outside) == []
+    assert len(told(lambda: inside._orig_mod(tokens()))) == 1  # it was able to
+
+
+def test_eager_computes_what_the_compiled_model_computes():
+    model, plain = attached()
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    want = compiled(tokens())
+    want.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    debug = mhc_compile.eager(compiled)
+    got = debug(tokens())
+    got.sum().backward()
+    assert not torch.allclose(got, plain(tokens()), atol=1e-3)
+    torch.testing.assert_close(got, want)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], msg=name)
+
+
+def test_eager_is_the_model_itself_but_for_the_call():
+    model, plain = attached()
+    debug = mhc_compile.eager(model)
+    assert isinstance(debug, Decoder)
+    assert debug.state_dict().keys() == model.state_dict().keys()
+    assert debug.blocks is model.blocks
+    debug.eval()
+    assert not model.training
+    model.note = "x"
+    assert debug.note == "x"
+    debug.extra = nn.Linear(1, 1)
+    assert model.extra is debug.extra
+    assert mhc_compile.connections(debug).keys() == mhc_compile.connections(model).keys()
+    want = debug(tokens())
+    for other in (copy.deepcopy(debug), pickle.loads(pickle.dumps(debug))):
+        assert torch.equal(other(tokens()), want)
+        assert other.blocks is not model.blocks
+        assert told(lambda other=other: other(tokens())) == []
+    assert mhc_compile.detach(debug) == 2 * LAYERS
+    assert torch.equal(model(tokens()), plain(tokens()))
+
+
+def test_eager_attaches_like_the_first_compiled_call():
+    model = Decoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    debug = mhc_compile.eager(model, options={"streams": 2})
+    debug(tokens()).sum().backward()
+    optimizer.step()
+    assert {c.streams for c in mhc_compile.connections(model).values()} == {2}
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in model.parameters()} == listed
+    with pytest.raises(mhc_compile.OptionError, match="did you mean 'streams'"):
+        mhc_compile.eager(model, options={"stream": 2})
+    with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
+        mhc_compile.eager(nn.Linear(2, 2))(torch.randn(1, 2))
+
+
+def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
+    model, plain = attached()
+    graphs = []
+
+    def count(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    compiled = torch.compile(model, backend="mhc", options={"inner": count})
+    want = compiled(tokens())
+    debug = mhc_compile.eager(model)
+    torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for length in range(1, 13):  # every length another version; the limit is 8
+            assert not torch.allclose(debug(tokens(length=length)), plain(tokens(length=length)), atol=1e-3)
+    assert torch.equal(compiled(tokens()), want)
+    assert len(graphs) == 1
+
+
+def test_eager_of_a_model_compiled_in_place():
+    model, plain = attached()
+    model.compile(backend="mhc", options={"inner": "aot_eager"})
+    want = model(tokens())
+    runs = []
+    model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    torch.testing.assert_close(mhc_compile.eager(model)(tokens()), want)
+    assert not torch.allclose(want, plain(tokens()), atol=1e-3)
+
+
+class Chatty(Block):
+    def forward(self, x):
+        y = self.attn(self.norm1(x))
+        print("branch", y.mean())
+        return (x := x + y) + self.mlp(self.norm2(x))
+
+
+def test_print_in_a_block_keeps_the_chain(capsys):
+    model, _ = attached(layers=1)
+    want = mhc_compile.eager(model)(tokens())
+    capsys.readouterr()
+    model.blocks[0].__class__ = Chatty
+    torch._dynamo.reset()
+    got = mhc_compile.eager(model)(tokens())
+    assert torch.equal(got, want)
+    assert capsys.readouterr().out.startswith("branch tensor(")
+
+
+class Rooted(nn.Module):
+    """A branch with an infinite gradient where its input is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x).relu().sub(1e9).relu().sqrt()
+
+
+def test_anomaly_mode_finds_the_operation():
+    model, _ = attached()
+    model.blocks[0].mlp = Rooted()
+    debug = mhc_compile.eager(model)
+    debug(tokens())
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.warns(UserWarning, match="Anomaly|sqrt|Error detected"):
+        loss = debug(tokens()).sum()
+        with pytest.raises(RuntimeError, match="SqrtBackward0' returned nan|Function '.*Backward0' returned nan"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generate(name):
+    case = build(name)
+    model = case.model.eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(std=0.3)
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
+    ids = case.inputs["input_ids"][:, :4]
+    plain = model.generate(ids, **options)
+    mhc_compile.attach(model, **case.inputs)
+    scatter(model)
+    debug = mhc_compile.eager(model)
+    full = debug.generate(ids, **options)
+    assert not torch.equal(full, plain)
+    # Written out, without a cache: the whole sequence again for every token.
+    sequence = ids
+    for _ in range(options["max_new_tokens"]):
+        sequence = torch.cat([sequence, debug(sequence).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(full, sequence)
+    model.compile(backend="mhc", options={"inner": "aot_eager"})
+    assert torch.equal(model.generate(ids, **options), full)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), full)
+    assert told(lambda: model.generate(ids, **options)) == []
+
+
+def test_generate_of_an_optimized_module_runs_the_model_and_is_told():
+    case = build("gpt2")
+    compiled = torch.compile(case.model, backend="mhc", options=EAGER)
+    mhc_compile.attach(compiled, **case.inputs)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 30}
+    said = told(lambda: compiled.generate(case.inputs["input_ids"], **options))
+    assert len(said) == 1
+    assert "model.compile(backend='mhc') where a method such as generate calls the model itself" in said[0]
