@@ -48,7 +48,6 @@ __all__ = [
     "in_trace",
     "inner_backend",
     "isolated_compile",
-    "keep_prints",
     "load_cpp",
     "module_by_id",
     "raise_through_dynamo",
@@ -112,13 +111,6 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
     known = inspect.signature(torch.compile).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
     return torch.compile(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})
-
-
-def keep_prints() -> Any:
-    """A context in which `print` of a tensor does not break a graph: Dynamo prints when the graph has run."""
-    from torch._dynamo import config
-
-    return config.patch(reorderable_logging_functions={*config.reorderable_logging_functions, print})
 
 
 def root_module() -> nn.Module | None:

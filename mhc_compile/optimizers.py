@@ -79,9 +79,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
 def _insert(name: str, parameter: nn.Parameter, owner: nn.Module, place: dict[int, tuple[dict[str, Any], int]]) -> None:
     # In an old group, and in the same list object, so that schedulers drive it. Behind the owner's last parameter there: where
     # `model.parameters()` has it, so that an optimizer built after attaching has the same order and can load this one's state.
-    neighbours = [p for p in owner.parameters() if id(p) in place]
+    known = {path: p for path, p in owner.named_parameters() if id(p) in place}
+    neighbours = list(known.values())
     flat = parameter.dim() < 2 and not (name == "scale" and _grouped_by_name(owner))
-    alike = [p for p in neighbours if (p.dim() < 2) == flat]
+    alike = [p for path, p in known.items() if (p.dim() < 2) == flat and "mhc" not in path.split(".")]
     group, _ = place[id((alike or neighbours)[-1])]
     last = max(place[id(p)][1] for p in neighbours if place[id(p)][0] is group)
     group["params"].insert(last + 1, parameter)

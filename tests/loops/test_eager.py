@@ -47,7 +47,9 @@ def test_an_eager_run_is_told_once_for_each_model():
     (one, plain), (two, _) = attached(), attached()
     said = told(*[lambda model=model: model(tokens()) for model in (one, one, two, one, two)])
     assert len(said) == 2
-    assert all(s.startswith("Decoder has hyper-connections and ran outside a graph compiled by backend='mhc'") for s in said)
+    assert all(
+        s.startswith("Decoder has hyper-connections and ran outside a graph compiled by backend='mhc'") for s in said
+    )
     assert torch.equal(one(tokens()), plain(tokens()))  # what it is told about
     assert len(told(lambda: copy.deepcopy(one)(tokens()))) == 1  # another model
 
@@ -135,7 +137,7 @@ def test_eager_attaches_like_the_first_compiled_call():
 
 
 def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
-    model, plain = attached()
+    model, plain = attached(layers=1)
     graphs = []
 
     def count(graph_module, inputs):
@@ -145,9 +147,8 @@ def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
     compiled = torch.compile(model, backend="mhc", options={"inner": count})
     want = compiled(tokens())
     debug = mhc_compile.eager(model)
-    torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False)
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        for length in range(1, 13):  # every length another version; the limit is 8
+        for length in range(2, 12):  # every length another version; the limit is 8
             assert not torch.allclose(debug(tokens(length=length)), plain(tokens(length=length)), atol=1e-3)
     assert torch.equal(compiled(tokens()), want)
     assert len(graphs) == 1
@@ -157,54 +158,73 @@ def test_eager_of_a_model_compiled_in_place():
     model, plain = attached()
     model.compile(backend="mhc", options={"inner": "aot_eager"})
     want = model(tokens())
-    runs = []
-    model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
     torch.testing.assert_close(mhc_compile.eager(model)(tokens()), want)
     assert not torch.allclose(want, plain(tokens()), atol=1e-3)
 
 
-class Chatty(Block):
+class Printing(Block):
+    """Prints the output of its first branch in a way that torch.compile keeps in the graph."""
+
     def forward(self, x):
         y = self.attn(self.norm1(x))
-        print("branch", y.mean())
-        return (x := x + y) + self.mlp(self.norm2(x))
+        torch._higher_order_ops.print("branch {}", y.sum())
+        x = x + y
+        return x + self.mlp(self.norm2(x))
 
 
-def test_print_in_a_block_keeps_the_chain(capsys):
-    model, _ = attached(layers=1)
+class Breaking(Printing):
+    def forward(self, x):
+        y = self.attn(self.norm1(x))
+        print("branch", y.sum())
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+def test_print_in_a_branch(capsys):
+    model, plain = attached(layers=1)
     want = mhc_compile.eager(model)(tokens())
-    capsys.readouterr()
-    model.blocks[0].__class__ = Chatty
-    torch._dynamo.reset()
-    got = mhc_compile.eager(model)(tokens())
-    assert torch.equal(got, want)
-    assert capsys.readouterr().out.startswith("branch tensor(")
+    assert not torch.allclose(want, plain(tokens()), atol=1e-3)
+    model.blocks[0].__class__ = Printing
+    debug = mhc_compile.eager(model)
+    for _ in range(2):
+        capsys.readouterr()
+        assert torch.equal(debug(tokens()), want)
+        assert len(capsys.readouterr().out.split("branch ")) == 2
 
 
-class Rooted(nn.Module):
-    """A branch with an infinite gradient where its input is zero."""
+def test_a_broken_chain_is_told():
+    model, _ = attached()
+    model.blocks[1].__class__ = Breaking
+    debug = mhc_compile.eager(model)
+    said = told(lambda: debug(tokens()), lambda: debug(tokens()), lambda: debug(tokens(length=6)))
+    assert len(said) == 1
+    assert "2 of the 4 hyper-connections of Decoder had no part in this call (blocks.1.mhc.attn, ...)" in said[0]
+
+
+class Singular(nn.Module):
+    """A branch whose gradient is infinity times zero."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.linear(x).relu().sub(1e9).relu().sqrt()
+        return (self.linear(x) * 0.0).sqrt()
 
 
 def test_anomaly_mode_finds_the_operation():
     model, _ = attached()
-    model.blocks[0].mlp = Rooted()
+    model.blocks[0].mlp = Singular()
     debug = mhc_compile.eager(model)
-    debug(tokens())
-    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.warns(UserWarning, match="Anomaly|sqrt|Error detected"):
+    with torch.autograd.set_detect_anomaly(True):
         loss = debug(tokens()).sum()
-        with pytest.raises(RuntimeError, match="SqrtBackward0' returned nan|Function '.*Backward0' returned nan"):
-            loss.backward()
+        with pytest.warns(UserWarning, match="Error detected in MulBackward0"):
+            pytest.raises(RuntimeError, loss.backward).match("Function 'MulBackward0' returned nan")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_generate(name):
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "inner"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")])
+def test_generate(name, inner):
     case = build(name)
     model = case.model.eval()
     torch.manual_seed(5)
@@ -221,14 +241,29 @@ def test_generate(name):
     full = debug.generate(ids, **options)
     assert not torch.equal(full, plain)
     # Written out, without a cache: the whole sequence again for every token.
-    sequence = ids
+    sequences, sequence = [], ids
     for _ in range(options["max_new_tokens"]):
         sequence = torch.cat([sequence, debug(sequence).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(full, sequence)
-    model.compile(backend="mhc", options={"inner": "aot_eager"})
-    assert torch.equal(model.generate(ids, **options), full)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), full)
-    assert told(lambda: model.generate(ids, **options)) == []
+    sequences.append(sequence)
+    model.compile(backend="mhc", options={"inner": inner})
+    assert told(lambda: sequences.append(model.generate(ids, **options))) == []
+    sequences.append(model.generate(ids, cache_implementation="static", **options))
+    assert all(torch.equal(other, full) for other in sequences)
+
+
+def test_generate_compiled_in_place():
+    """The fast one: greedy tokens of the compiled model are those of the model in eager, and not the plain model's."""
+    case = build("llama")
+    model = case.model.eval()
+    options = {"max_new_tokens": 3, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
+    ids = case.inputs["input_ids"][:, :4]
+    plain = model.generate(ids, **options)
+    mhc_compile.attach(model, **case.inputs)
+    scatter(model)
+    want = mhc_compile.eager(model).generate(ids, **options)
+    assert not torch.equal(want, plain)
+    model.compile(backend="mhc", options=EAGER)
+    assert torch.equal(model.generate(ids, **options), want)
 
 
 def test_generate_of_an_optimized_module_runs_the_model_and_is_told():
