@@ -158,7 +158,7 @@ def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
 
 def _fitting(place: str, phi: Tensor, options: Options, fixed: set[str]) -> Options:
     """The options with the number of streams and the mapping that `phi [n C, K]` was made for."""
-    rows, columns = phi.shape
+    rows, columns = phi.shape if phi.dim() == 2 else (0, 0)
     streams = (options.streams,) if "streams" in fixed else range(1, MAX_STREAMS + 1)
     mappings = (options.mapping,) if "mapping" in fixed else tuple(MAPPINGS)
     for mapping in mappings:
