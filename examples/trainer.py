@@ -65,5 +65,7 @@ print(
     f"{len(connections)} hyper-connections, of which {sum(bool(c.phi.any()) for c in connections.values())} have learnt"
 )
 start = windows[:1, :8]
-text = model.eval().generate(start, max_new_tokens=16, do_sample=False, pad_token_id=0)  # on streams as well
+text = model.eval().generate(
+    start, max_new_tokens=min(32, given.context - 8), do_sample=False, pad_token_id=0
+)  # on streams as well
 print(repr(bytes(text[0].tolist()).decode("latin-1")))
