@@ -258,6 +258,7 @@ def test_generate(name, inner):
     assert all(torch.equal(other, full) for other in sequences)
 
 
+@pytest.mark.slow
 def test_generate_compiled_in_place():
     """Greedy tokens of the compiled model are those of the model in eager, and not the plain model's."""
     case = build("llama")
