@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
     from mhc_compile.connection import HyperConnection
+    from mhc_compile.debugging import eager
     from mhc_compile.explanation import Explanation, explain
+    from mhc_compile.huggingface import register_with_accelerate
+    from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.stability import Gain, gain
 
@@ -47,9 +50,12 @@ __all__ = [
     "attach",
     "connections",
     "detach",
+    "eager",
     "explain",
     "gain",
     "mhc",
+    "register_with_accelerate",
+    "restore",
     "rewrite",
 ]
 
@@ -60,9 +66,12 @@ _HOMES = {
     "attach": "ahead",
     "connections": "attachment",
     "detach": "attachment",
+    "eager": "debugging",
     "explain": "explanation",
     "gain": "stability",
     "mhc": "backend",
+    "register_with_accelerate": "huggingface",
+    "restore": "restoring",
     "rewrite": "rewriting",
 }
 

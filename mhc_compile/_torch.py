@@ -152,12 +152,14 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
             manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("mhc_compile attached hyper-connections"))
 
 
-def isolated_compile(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13)."""
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        settings: dict[str, Any] = {"isolate_recompiles": True}
-        return torch.compile(model, backend=backend, **settings)
-    return torch.compile(model, backend=backend)
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13).
+
+    `settings` that this torch does not know are left out.
+    """
+    known = inspect.signature(torch.compile).parameters
+    wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
+    return torch.compile(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})
 
 
 def root_module() -> nn.Module | None:

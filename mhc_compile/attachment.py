@@ -10,6 +10,8 @@ graph even where the block itself is the compiled function, whose own hooks run 
 
 from __future__ import annotations
 
+import sys
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,19 @@ if TYPE_CHECKING:
     from mhc_compile.options import Options
     from mhc_compile.passes import Site
 
-__all__ = ["HyperConnections", "attach_like", "attach_site", "connections", "detach", "find_connection", "unwrap"]
+__all__ = [
+    "HyperConnections",
+    "attach_like",
+    "attach_site",
+    "begin_branch",
+    "begun_by",
+    "connections",
+    "declare_on",
+    "detach",
+    "find_connection",
+    "put_connection",
+    "unwrap",
+]
 
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
@@ -38,6 +52,11 @@ DECLARED = "_mhc_declared"
 BEGUN = "_mhc_begun"
 #: The handle of the carrier's hook.
 HOOK = "_mhc_hook"
+#: Where the second face of a model, made by `mhc_compile.eager`, has the model itself.
+BEHIND = "_mhc_behind"
+
+#: Carriers of models that ran without streams and were warned about.
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class HyperConnections(nn.Module):
@@ -67,12 +86,35 @@ def _declare(carrier: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signa
     if torch.compiler.is_compiling():
         for connection in carrier._mhc_declared:  # type: ignore[union-attr]
             torch.ops.mhc.declare(connection.phi, connection.bias, connection.scale)
-    else:
-        warn(
-            "a model with hyper-connections ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
-            " Call the compiled model, with options={'inner': 'eager'} to debug it, or take the hyper-connections off with"
-            " mhc_compile.detach(model)"
-        )
+    elif carrier not in _told:
+        _tell(carrier)
+
+
+def _tell(carrier: nn.Module) -> None:
+    """Warns that the running model drops its streams, once for the whole model."""
+    model = _running(carrier)
+    _told.update(module for module in model.modules() if HOOK in module.__dict__)
+    warn(
+        f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
+        " Call what torch.compile returned, or model.compile(backend='mhc') where a method such as generate calls the model itself."
+        " mhc_compile.eager(model) runs the hyper-connections without compiling, mhc_compile.detach(model) takes them off",
+        repeat=True,
+    )
+
+
+def _running(carrier: nn.Module) -> nn.Module:
+    """The outermost module whose call is under way and that has `carrier` in it."""
+    model, frame = carrier, sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if (
+            isinstance(caller, nn.Module)
+            and caller is not model
+            and any(module is model for module in caller.modules())
+        ):
+            model = caller
+    return model
 
 
 def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
@@ -114,7 +156,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
         return begin_branch(modules, connection, site.name) or changed
-    return _declare_at(carrier, connection) or changed
+    return declare_on(carrier, connection) or changed
 
 
 def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
@@ -125,7 +167,7 @@ def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name
         if not any(known is connection for _, known in begun):
             module.__dict__[BEGUN] = (*begun, (name, connection))
             changed = True
-    return (bool(modules) and _declare_at(modules[0], connection)) or changed
+    return (bool(modules) and declare_on(modules[0], connection)) or changed
 
 
 def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection] | None:
@@ -133,16 +175,6 @@ def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection]
     sites = [module.__dict__.get(BEGUN, ()) if module is not None else () for module in modules]
     common = [site for site in sites[0] if all(any(site[1] is other for _, other in more) for more in sites[1:])]
     return common[0] if len(common) == 1 else None
-
-
-def _declare_at(carrier: nn.Module, connection: HyperConnection) -> bool:
-    declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
-    if not any(known is connection for known in declared):
-        carrier.__dict__[DECLARED] = (*declared, connection)
-        if HOOK not in carrier.__dict__:
-            carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
-        return True
-    return False
 
 
 def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, *, index: int) -> None:
@@ -163,6 +195,17 @@ def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, 
         begin_branch([root.get_submodule(paths[id(module)]) for module in modules], connection, site.name)
 
 
+def declare_on(carrier: nn.Module, connection: HyperConnection) -> bool:
+    """From now on calls of `carrier` declare `connection` to a tracer. Returns whether they did not before."""
+    declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
+    if any(known is connection for known in declared):
+        return False
+    carrier.__dict__[DECLARED] = (*declared, connection)
+    if HOOK not in carrier.__dict__:
+        carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
+    return True
+
+
 def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     device = next((parameter.device for parameter in owner.parameters()), value.device)
@@ -173,14 +216,19 @@ def _create(owner: nn.Module, site: Site, options: Options, index: int) -> Hyper
         device=device,
         dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
     )
+    put_connection(owner, site.name, connection, options)
+    return connection
+
+
+def put_connection(owner: nn.Module, name: str, connection: HyperConnection, options: Options) -> None:
+    """Makes `connection` a submodule of its owner, and has optimizers that were built before told of it."""
     container = getattr(owner, CONTAINER, None)
     if container is None:
         container = HyperConnections()
         owner.add_module(CONTAINER, container)
-    container.put(site.name, connection)
+    container.put(name, connection)
     container.train(owner.training)
     expect(connection, owner, options.optimizer)
-    return connection
 
 
 def _check(connection: HyperConnection, site: Site, options: Options) -> None:
@@ -194,8 +242,10 @@ def _check(connection: HyperConnection, site: Site, options: Options) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile(model)`; any other model as it is."""
-    return model._orig_mod if isinstance(model, OptimizedModule) else model
+    """The model inside `torch.compile(model)` and behind `mhc_compile.eager(model)`; any other model as it is."""
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return getattr(model, BEHIND, model)
 
 
 def connections(model: nn.Module) -> dict[str, HyperConnection]:
@@ -221,4 +271,5 @@ def detach(model: nn.Module) -> int:
         hook = module.__dict__.pop(HOOK, None)
         if hook is not None:
             hook.remove()
+            _told.discard(module)
     return count

@@ -11,7 +11,7 @@ from torch import fx
 from mhc_compile import _torch, ops
 from mhc_compile.attachment import connections
 from mhc_compile.boundary import Crossing
-from mhc_compile.eager import run_eagerly
+from mhc_compile.eager_graphs import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.options import Options
 from mhc_compile.passes import (

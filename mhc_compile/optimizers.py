@@ -6,6 +6,7 @@ would train the model around them, silently. A hook before every optimizer step 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
         mine = list(connection.parameters())
         if all(id(parameter) in place for parameter in mine):
             continue
-        neighbours = [place[id(p)] for p in owner.parameters() if id(p) in place]
-        if not neighbours:
+        if not any(id(p) in place for p in owner.parameters()):
             still.append(entry)  # this optimizer trains another part of the model
         elif entry.policy == "warn":
             left_out.append(connection.extra_repr())
         else:
-            group, last = max(neighbours, key=lambda found: found[1])
-            _insert(group, last, [parameter for parameter in mine if id(parameter) not in place])
-            place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
+            for name, parameter in connection.named_parameters():
+                if id(parameter) not in place:
+                    _insert(name, parameter, owner, place)
     _waiting[:] = still
     if left_out:
         warn(
@@ -76,7 +76,24 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
         )
 
 
-def _insert(group: dict[str, Any], last: int, parameters: list[nn.Parameter]) -> None:
-    # Behind the owner's last parameter: where `model.parameters()` has them, so that an optimizer built after attaching has the same order and
-    # can load this one's state. In the same list object, and in an old group, so that schedulers drive them.
-    group["params"][last + 1 : last + 1] = parameters
+def _insert(name: str, parameter: nn.Parameter, owner: nn.Module, place: dict[int, tuple[dict[str, Any], int]]) -> None:
+    # In an old group, and in the same list object, so that schedulers drive it. Behind the owner's last parameter there: where
+    # `model.parameters()` has it, so that an optimizer built after attaching has the same order and can load this one's state.
+    known = {path: p for path, p in owner.named_parameters() if id(p) in place}
+    neighbours = list(known.values())
+    flat = parameter.dim() < 2 and not (name == "scale" and _grouped_by_name(owner))
+    alike = [p for path, p in known.items() if (p.dim() < 2) == flat and "mhc" not in path.split(".")]
+    group, _ = place[id((alike or neighbours)[-1])]
+    last = max(place[id(p)][1] for p in neighbours if place[id(p)][0] is group)
+    group["params"].insert(last + 1, parameter)
+    for position in range(last + 1, len(group["params"])):
+        place[id(group["params"][position])] = group, position
+
+
+def _grouped_by_name(owner: nn.Module) -> bool:
+    """Whether weight decay is decided by the names of parameters.
+
+    Most loops decay matrices and leave vectors alone. The Trainer of transformers leaves biases and norms alone, and so decays `scale`: with an
+    optimizer that it builds after attaching, this one must agree, or the one cannot load the other's state.
+    """
+    return "transformers.trainer" in sys.modules and type(owner).__module__.startswith("transformers.")

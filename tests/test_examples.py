@@ -68,3 +68,32 @@ def test_export_program_and_the_output_that_its_readme_shows() -> None:
 @pytest.mark.slow
 def test_train_with_both_backends_under_inductor() -> None:
     compare(train("--backend", "inductor"), train("--backend", "mhc"), 4)
+
+
+@pytest.mark.slow
+def test_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    def run(folder: Path, steps: int) -> list[str]:
+        command = [sys.executable, str(EXAMPLES / "trainer.py"), "--output", str(folder), "--steps", str(steps)]
+        tiny = ["--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--save-every", "2"]
+        done = subprocess.run(
+            [*command, *tiny, "--options", '{"inner": "eager"}'],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "unexpected keys" not in done.stderr
+        assert "2 hyper-connections, of which 2 have learnt" in done.stdout
+        return [
+            line for line in done.stdout.splitlines() if not line.startswith("{")
+        ]  # the Trainer's own lines have times
+
+    whole = run(tmp_path / "whole", 4)
+    # A schedule depends on how long the run is to be, so the interrupted one is the longer one's first half.
+    (tmp_path / "half").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
+    assert run(tmp_path / "half", 4) == whole
+    assert [line.split()[:2] for line in whole[:4]] == [["step", str(step)] for step in range(1, 5)]

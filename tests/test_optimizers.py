@@ -82,6 +82,30 @@ def test_parameters_join_the_group_of_their_block_and_its_schedule():
     assert groups[id(model.blocks[1].mhc.attn.phi)] == 0.125
 
 
+def test_matrices_join_matrices_and_vectors_join_vectors():
+    """As weight decay is usually set up; an optimizer built after attaching by the same rule has the same groups in the same order."""
+
+    def split(model):
+        parameters = list(model.parameters())
+        return torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            ]
+        )
+
+    def names(model, optimizer):
+        known = {id(p): name for name, p in model.named_parameters()}
+        return [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+    model = Decoder()
+    optimizer = split(model)
+    step(torch.compile(model, backend="mhc", options=EAGER), optimizer)
+    assert names(model, optimizer) == names(model, split(model))
+    assert names(model, optimizer)[0].count("blocks.1.mhc.mlp.phi") == 1
+    assert names(model, optimizer)[1].count("blocks.1.mhc.mlp.scale") == 1
+
+
 def test_an_optimizer_built_afterwards_is_left_alone():
     model = Decoder()
     compiled = torch.compile(model, backend="mhc", options=EAGER)

@@ -1,0 +1,221 @@
+"""`mhc_compile.restore`: the hyper-connections of a checkpoint, put on a model that has none yet.
+
+Nothing is traced: the names in a checkpoint say where the parameters belong, and their shapes say how many streams there are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile._torch import OptimizedModule
+from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
+from mhc_compile.connection import HyperConnection
+from mhc_compile.errors import AttachError
+from mhc_compile.mappings import MAPPINGS, get_mapping
+from mhc_compile.options import MAX_STREAMS, Options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["restore"]
+
+_PARTS = ("phi", "bias", "scale")
+#: What checkpoints of `save_pretrained` and of the Trainer are called, in the order in which transformers looks for them.
+_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+#: What `torch.compile` puts before the names of parameters.
+_COMPILED = "_orig_mod"
+
+
+def restore(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+) -> dict[str, HyperConnection]:
+    """Attaches the hyper-connections that a checkpoint has, with their values. Nothing is traced, and no example inputs are needed.
+
+    A model that was just built, or that `from_pretrained` gave, has no hyper-connections, and whoever loads a checkpoint of a model that had
+    some leaves theirs out (with a remark about unexpected keys, or an error). Restore them before that, or afterwards; and before an optimizer
+    is built. The other parameters of the checkpoint are not touched.
+
+    Args:
+        model: the plain model, or one that `torch.compile` returned. Hyper-connections that it has already get the values of the checkpoint.
+        checkpoint: a state dict, a directory that `save_pretrained` or the Trainer wrote, or a file (safetensors, or torch.save of a state dict
+            or of a dict with a "state_dict", as Lightning writes it). Names may be those of the compiled model (`_orig_mod.`) or not.
+        options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and `mapping` are read off the checkpoint where they are
+            not given; two streams under "sinkhorn" and four under "identity" look alike and are taken for the former.
+
+    Returns:
+        All hyper-connections of the model by path.
+
+    Raises:
+        OptionError: the options are wrong.
+        AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one in the checkpoint, or shapes contradict
+            the options or each other.
+        FileNotFoundError: there is no such file, or no checkpoint in the directory.
+    """
+    parsed = Options.parse(options)
+    fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
+    saved = _connections_of(_read(checkpoint))
+    if not saved:
+        raise AttachError(
+            f"{_shown(checkpoint)} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
+            " Load it as it is; hyper-connections attach at the first compiled call or with mhc_compile.attach(model, ...)"
+        )
+    target = unwrap(model)
+    # Everything is checked before anything is attached.
+    plans = [_Plan(target, place, tensors, parsed, fixed) for place, tensors in saved.items()]
+    order = {id(module): position for position, module in enumerate(target.modules())}
+    plans.sort(key=lambda plan: order[id(plan.carrier or plan.owner)])  # files sort by name: h.10 before h.2
+    for index, plan in enumerate(plans):
+        plan.carry_out(index)
+    return connections(target)
+
+
+class _Plan:
+    """One hyper-connection of the checkpoint: whose it is on the model, its options and its values."""
+
+    def __init__(
+        self, model: nn.Module, place: str, values: dict[str, Tensor], options: Options, fixed: set[str]
+    ) -> None:
+        missing = [part for part in _PARTS if part not in values]
+        if missing:
+            raise AttachError(f"{place}: the checkpoint lacks its {' and '.join(missing)}; it is incomplete")
+        path = [part for part in place.split(".") if part != _COMPILED]
+        cut = path.index(CONTAINER)
+        self.place, self.values = place, values
+        self.owner = _module(model, path[:cut], place)
+        self.name = ".".join(path[cut + 1 :])
+        self.carrier = _carrier(self.owner, self.name)
+        self.options = _fitting(place, values["phi"], options, fixed)
+        self.width = values["phi"].shape[0] // self.options.streams
+        container = getattr(self.owner, CONTAINER, None)
+        if container is not None and not isinstance(container, HyperConnections):
+            raise AttachError(
+                f"{place}: module {'.'.join(path[:cut]) or type(self.owner).__name__!r} already has an attribute {CONTAINER!r}"
+                f" ({type(container).__name__}); hyper-connections need that name. Rename the attribute"
+            )
+        self.existing = container.get(self.name) if container is not None else None
+        if self.existing is not None and self.existing.phi.shape != values["phi"].shape:
+            raise AttachError(
+                f"{place}: phi is {list(values['phi'].shape)} in the checkpoint and {list(self.existing.phi.shape)} on the model, which has"
+                f" {self.existing.streams} streams. Call mhc_compile.detach(model) first"
+            )
+
+    def carry_out(self, index: int) -> None:
+        """Attaches it, unless it is there, and writes its values. `index`: its position in the model."""
+        connection = self.existing
+        if connection is None:
+            near = next(self.owner.parameters(), None)
+            phi = self.values["phi"]
+            connection = HyperConnection(
+                self.width,
+                self.options,
+                index=index,
+                device=phi.device if near is None else near.device,
+                dtype=phi.dtype,
+            )
+            put_connection(self.owner, self.name, connection, self.options)
+            if self.carrier is not None:
+                declare_on(self.carrier, connection)
+        with torch.no_grad():
+            for part in _PARTS:
+                if not getattr(connection, part).is_meta:
+                    getattr(connection, part).copy_(self.values[part])
+
+
+def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
+    """The module whose call ends the branch, as far as the name tells; the first compiled call finds it for certain."""
+    try:
+        return owner.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
+    module = model
+    for step in path:
+        child = module._modules.get(step)
+        if child is None:
+            raise AttachError(
+                f"{place}: the checkpoint has a hyper-connection there, but {type(model).__name__} has no module {'.'.join(path)!r}."
+                " Build the model that was saved"
+            )
+        module = child._orig_mod if isinstance(child, OptimizedModule) else child
+    return module
+
+
+def _fitting(place: str, phi: Tensor, options: Options, fixed: set[str]) -> Options:
+    """The options with the number of streams and the mapping that `phi [n C, K]` was made for."""
+    rows, columns = phi.shape if phi.dim() == 2 else (0, 0)
+    streams = (options.streams,) if "streams" in fixed else range(1, MAX_STREAMS + 1)
+    mappings = (options.mapping,) if "mapping" in fixed else tuple(MAPPINGS)
+    for mapping in mappings:
+        for n in streams:
+            if rows % n == 0 and 2 * n + get_mapping(mapping).logits(n) == columns:
+                return replace(options, streams=n, mapping=mapping)
+    said = ", ".join(f"{name}={getattr(options, name)!r}" for name in ("streams", "mapping") if name in fixed)
+    raise AttachError(
+        f"{place}: phi is {list(phi.shape)} in the checkpoint, which does not fit {said or 'any number of streams'}."
+        " Give the options that the saved model was compiled with"
+    )
+
+
+def _connections_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """{"blocks.0.mhc.attn": {"phi": ..., "bias": ..., "scale": ...}, ...}, in the order of the checkpoint."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        place, _, part = name.rpartition(".")
+        if part in _PARTS and _ours(place) and isinstance(value, Tensor):
+            found.setdefault(place, {})[part] = value
+    return found
+
+
+def _ours(name: str) -> bool:
+    return CONTAINER in name.split(".")[:-1]
+
+
+def _read(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        return checkpoint
+    path = os.fspath(checkpoint)
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in _FILES if os.path.isfile(os.path.join(path, name))]
+        if not files:
+            raise FileNotFoundError(f"directory {path!r} has no checkpoint: none of {', '.join(_FILES)}")
+        path = files[0]
+    return dict(_entries(path))
+
+
+def _entries(path: str) -> Iterator[tuple[str, Any]]:
+    """The tensors of a file; of safetensors, and of the parts that an index lists, only those of hyper-connections are read."""
+    if path.endswith(".index.json"):
+        with open(path, encoding="utf-8") as file:
+            places: dict[str, str] = json.load(file)["weight_map"]
+        for part in sorted({part for name, part in places.items() if _ours(name.rpartition(".")[0])}):
+            yield from _entries(os.path.join(os.path.dirname(path), part))
+    elif path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if _ours(name.rpartition(".")[0]):
+                    yield name, file.get_tensor(name)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        yield from content.get("state_dict", content).items()
+
+
+def _shown(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> str:
+    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else "the state dict"

@@ -1,0 +1,284 @@
+"""A model with hyper-connections outside a compiled graph: the warning, and `mhc_compile.eager`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from builders import LAYERS, Block, Decoder, build, tokens, twin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mhc_compile
+
+EAGER = {"inner": "eager"}
+
+
+def scatter(model: nn.Module) -> nn.Module:
+    """Hyper-connections far from their start, so that streams differ and the model is not the plain one."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def restless(model: nn.Module) -> nn.Module:
+    """With weights so large that its tokens depend on what came before."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(std=0.3)
+    return model.eval()
+
+
+def attached(layers: int = 1) -> tuple[nn.Module, nn.Module]:
+    """A model with hyper-connections, and the plain one."""
+    model = Decoder(layers=layers)
+    plain = twin(model)
+    mhc_compile.attach(model, tokens())
+    return scatter(model), plain
+
+
+def told(*calls) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for call in calls:
+            call()
+    return [str(w.message) for w in caught if issubclass(w.category, mhc_compile.MhcWarning)]
+
+
+def test_an_eager_run_is_told_once_for_each_model():
+    (one, plain), (two, _) = attached(), attached()
+    said = told(*[lambda model=model: model(tokens()) for model in (one, one, two, one, two)])
+    assert len(said) == 2
+    assert all(
+        s.startswith("Decoder has hyper-connections and ran outside a graph compiled by backend='mhc'") for s in said
+    )
+    assert torch.equal(one(tokens()), plain(tokens()))  # what it is told about
+    assert len(told(lambda: copy.deepcopy(one)(tokens()))) == 1  # another model
+
+
+def test_a_part_that_runs_alone_speaks_for_itself_and_a_wrapper_for_all():
+    model, _ = attached()
+    wrapper = nn.Sequential(model, nn.Identity())
+    assert [s.split()[0] for s in told(lambda: wrapper(tokens()), lambda: model(tokens()))] == ["Sequential"]
+    model, _ = attached()
+    assert [s.split()[0] for s in told(lambda: model.blocks[0](torch.randn(1, 3, 8)))] == ["Block"]
+
+
+def test_compiled_calls_and_recomputation_are_not_told():
+    class Checkpointed(Decoder):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    def step(compiled):
+        compiled(tokens()).sum().backward()
+
+    def outside():
+        block = torch.compile(Block(8), backend="mhc", options=EAGER)
+        checkpoint(block, torch.randn(1, 3, 8, requires_grad=True), use_reentrant=False).sum().backward()
+
+    inside = torch.compile(Checkpointed(layers=1), backend="mhc", options=EAGER)
+    assert told(lambda: step(inside), lambda: step(inside), outside) == []
+    assert len(told(lambda: inside._orig_mod(tokens()))) == 1  # it was able to
+
+
+def test_eager_computes_what_the_compiled_model_computes():
+    model, plain = attached()
+    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    want = compiled(tokens())
+    want.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    debug = mhc_compile.eager(compiled)
+    got = debug(tokens())
+    got.sum().backward()
+    assert not torch.allclose(got, plain(tokens()), atol=1e-3)
+    torch.testing.assert_close(got, want)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], msg=name)
+
+
+def test_eager_is_the_model_itself_but_for_the_call():
+    model, plain = attached()
+    debug = mhc_compile.eager(model)
+    assert isinstance(debug, Decoder)
+    assert debug.state_dict().keys() == model.state_dict().keys()
+    assert debug.blocks is model.blocks
+    debug.eval()
+    assert not model.training
+    model.note = "x"
+    assert debug.note == "x"
+    debug.extra = nn.Linear(1, 1)
+    assert model.extra is debug.extra
+    assert mhc_compile.connections(debug).keys() == mhc_compile.connections(model).keys()
+    want = debug(tokens())
+    for other in (copy.deepcopy(debug), pickle.loads(pickle.dumps(debug))):
+        assert torch.equal(other(tokens()), want)
+        assert other.blocks is not model.blocks
+        assert told(lambda other=other: other(tokens())) == []
+    assert mhc_compile.detach(debug) == 2
+    assert torch.equal(model(tokens()), plain(tokens()))
+
+
+def test_eager_attaches_like_the_first_compiled_call():
+    model = Decoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    debug = mhc_compile.eager(model, options={"streams": 2})
+    debug(tokens()).sum().backward()
+    optimizer.step()
+    assert {c.streams for c in mhc_compile.connections(model).values()} == {2}
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in model.parameters()} == listed
+    with pytest.raises(mhc_compile.OptionError, match="did you mean 'streams'"):
+        mhc_compile.eager(model, options={"stream": 2})
+    with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
+        mhc_compile.eager(nn.Linear(2, 2))(torch.randn(1, 2))
+
+
+def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
+    model, plain = attached()
+    graphs = []
+
+    def count(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    compiled = torch.compile(model, backend="mhc", options={"inner": count})
+    want = compiled(tokens())
+    debug = mhc_compile.eager(model)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2):
+        for length in range(2, 6):  # every length another version
+            assert not torch.allclose(debug(tokens(length=length)), plain(tokens(length=length)), atol=1e-3)
+    assert torch.equal(compiled(tokens()), want)
+    assert len(graphs) == 1
+
+
+def test_eager_of_a_model_compiled_in_place():
+    model, plain = attached()
+    model.compile(backend="mhc", options={"inner": "aot_eager"})
+    want = model(tokens())
+    torch.testing.assert_close(mhc_compile.eager(model)(tokens()), want)
+    assert not torch.allclose(want, plain(tokens()), atol=1e-3)
+
+
+class Printing(Block):
+    """Prints the output of its first branch in a way that torch.compile keeps in the graph."""
+
+    def forward(self, x):
+        y = self.attn(self.norm1(x))
+        torch._higher_order_ops.print("branch {}", y.sum())
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class Breaking(Printing):
+    def forward(self, x):
+        y = self.attn(self.norm1(x))
+        print("branch", y.sum())
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+def test_print_in_a_branch(capsys):
+    model, plain = attached()
+    want = mhc_compile.eager(model)(tokens())
+    assert not torch.allclose(want, plain(tokens()), atol=1e-3)
+    model.blocks[0].__class__ = Printing
+    debug = mhc_compile.eager(model)
+    for _ in range(2):
+        capsys.readouterr()
+        assert torch.equal(debug(tokens()), want)
+        assert len(capsys.readouterr().out.split("branch ")) == 2
+
+
+def test_a_broken_chain_is_told():
+    model, _ = attached(LAYERS)
+    model.blocks[1].__class__ = Breaking
+    debug = mhc_compile.eager(model)
+    said = told(lambda: debug(tokens()), lambda: debug(tokens()), lambda: debug(tokens(length=6)))
+    assert len(said) == 1
+    assert "2 of the 4 hyper-connections of Decoder had no part in this call (blocks.1.mhc.attn, ...)" in said[0]
+
+
+class Singular(nn.Module):
+    """A branch whose gradient is infinity times zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return (self.linear(x) * 0.0).sqrt()
+
+
+def test_anomaly_mode_finds_the_operation():
+    model, _ = attached()
+    model.blocks[0].mlp = Singular()
+    debug = mhc_compile.eager(model)
+    with torch.autograd.set_detect_anomaly(True):
+        loss = debug(tokens()).sum()
+        with (
+            pytest.warns(UserWarning, match="Error detected in MulBackward0"),
+            pytest.raises(RuntimeError, match="Function 'MulBackward0' returned nan"),
+        ):
+            loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "inner"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")])
+def test_generate(name, inner):
+    case = build(name)
+    model = restless(case.model)
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
+    ids = case.inputs["input_ids"][:, :4]
+    plain = model.generate(ids, **options)
+    mhc_compile.attach(model, **case.inputs)
+    scatter(model)
+    debug = mhc_compile.eager(model)
+    full = debug.generate(ids, **options)
+    assert not torch.equal(full, plain)
+    # Written out, without a cache: the whole sequence again for every token.
+    sequences, sequence = [], ids
+    for _ in range(options["max_new_tokens"]):
+        sequence = torch.cat([sequence, debug(sequence).logits[:, -1:].argmax(-1)], dim=1)
+    sequences.append(sequence)
+    model.compile(backend="mhc", options={"inner": inner})
+    assert told(lambda: sequences.append(model.generate(ids, **options))) == []
+    sequences.append(model.generate(ids, cache_implementation="static", **options))
+    assert all(torch.equal(other, full) for other in sequences)
+
+
+@pytest.mark.slow
+def test_generate_compiled_in_place():
+    """Greedy tokens of the compiled model are those of the model in eager, and not the plain model's."""
+    case = build("llama")
+    model = restless(case.model)
+    options = {"max_new_tokens": 2, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
+    ids = case.inputs["input_ids"][:, :4]
+    plain = model.generate(ids, **options)
+    mhc_compile.attach(model, **case.inputs)
+    scatter(model)
+    want = mhc_compile.eager(model).generate(ids, **options)
+    assert not torch.equal(want, plain)
+    model.compile(backend="mhc", options=EAGER)
+    assert torch.equal(model.generate(ids, **options), want)
+
+
+def test_generate_of_an_optimized_module_runs_the_model_and_is_told():
+    case = build("gpt2")
+    compiled = torch.compile(case.model, backend="mhc", options=EAGER)
+    mhc_compile.attach(compiled, **case.inputs)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 30}
+    said = told(lambda: compiled.generate(case.inputs["input_ids"], **options))
+    assert len(said) == 1
+    assert "model.compile(backend='mhc') where a method such as generate calls the model itself" in said[0]

@@ -1,0 +1,162 @@
+"""`mhc_compile.restore`: the hyper-connections of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from builders import LAYERS, Decoder, tokens, twin
+from safetensors.torch import save_file
+from torch import nn
+
+import mhc_compile
+
+EAGER = {"inner": "eager"}
+
+
+def saved(layers: int = LAYERS, **options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The plain model, and the state of the same with hyper-connections that are not as they started."""
+    model = Decoder(layers=layers)
+    plain = twin(model)
+    mhc_compile.attach(model, tokens(), options=options)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    return plain, model.state_dict()
+
+
+def ours(state) -> set[str]:
+    return {name for name in state if ".mhc." in name}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"streams": 2}, {"streams": 3, "mapping": "identity"}, {"streams": 1}, {"streams": 8}]
+)
+def test_state_dict(options):
+    plain, state = saved(**options)
+    found = mhc_compile.restore(plain, state)
+    assert list(found) == [f"blocks.{i}.mhc.{branch}" for i in range(LAYERS) for branch in ("attn", "mlp")]
+    assert {(c.streams, c.mapping) for c in found.values()} == {
+        (options.get("streams", 4), options.get("mapping", "sinkhorn"))
+    }
+    assert [c.index for c in found.values()] == list(range(2 * LAYERS))
+    assert plain.state_dict().keys() == state.keys()
+    for name in ours(state):
+        assert torch.equal(plain.state_dict()[name], state[name]), name
+    plain.load_state_dict(state)
+
+
+def test_the_restored_model_computes_and_trains_what_the_saved_one_did():
+    plain, state = saved()
+    other = twin(plain)
+    mhc_compile.attach(other, tokens())
+    other.load_state_dict(state)
+    want = torch.compile(other, backend="mhc", options=EAGER)(tokens())
+    mhc_compile.restore(plain, state)
+    with pytest.warns(mhc_compile.MhcWarning, match="Decoder has hyper-connections and ran outside"):
+        assert not torch.allclose(plain(tokens()), want)
+    got = torch.compile(plain, backend="mhc", options=EAGER)(tokens())
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert all(c.phi.grad.any() for c in mhc_compile.connections(plain).values())
+
+
+def test_no_second_trace_is_needed():
+    """The names in the checkpoint give the modules that declare: the first compiled call finds everything in its place."""
+    plain, state = saved()
+    mhc_compile.restore(plain, state)
+    hooks = {path: len(module._forward_pre_hooks) for path, module in plain.named_modules()}
+    mhc_compile.attach(plain, tokens())
+    assert hooks == {path: len(module._forward_pre_hooks) for path, module in plain.named_modules()}
+    assert sum(hooks.values()) == 2 * LAYERS
+
+
+def test_layers_are_in_order_although_their_names_are_not():
+    plain, state = saved(layers=11)
+    state = dict(sorted(state.items()))
+    found = mhc_compile.restore(plain, state)
+    assert [found[f"blocks.{i}.mhc.{branch}"].index for i in range(11) for branch in ("attn", "mlp")] == list(range(22))
+
+
+def test_files(tmp_path):
+    plain, state = saved()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    torch.save({"state_dict": {f"net._orig_mod.{name}": value for name, value in state.items()}}, tmp_path / "a.ckpt")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    parts = {"one.safetensors": sorted(state)[::2], "two.safetensors": sorted(state)[1::2]}
+    for part, names in parts.items():
+        save_file({name: state[name] for name in names}, sharded / part)
+    index = {"weight_map": {name: part for part, names in parts.items() for name in names}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "state.pt", sharded):
+        model = twin(plain)
+        mhc_compile.restore(model, source)
+        assert all(torch.equal(model.state_dict()[name], state[name]) for name in ours(state))
+    learner = nn.ModuleDict({"net": torch.compile(twin(plain), backend="mhc")})
+    mhc_compile.restore(learner, tmp_path / "a.ckpt")
+    assert ours(learner.state_dict()) == {f"net._orig_mod.{name}" for name in ours(state)}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no checkpoint: none of model"):
+        mhc_compile.restore(plain, tmp_path / "empty")
+
+
+def test_values_go_into_hyper_connections_that_exist_and_an_optimizer_gets_new_ones():
+    plain, state = saved()
+    there = twin(plain)
+    before = mhc_compile.attach(there, tokens())
+    assert mhc_compile.restore(there, state) == before
+    assert all(torch.equal(there.state_dict()[name], state[name]) for name in ours(state))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    mhc_compile.restore(plain, state)
+    torch.compile(plain, backend="mhc", options=EAGER)(tokens()).sum().backward()
+    optimizer.step()
+    assert len(optimizer.param_groups[0]["params"]) == len(list(plain.parameters()))
+
+
+def test_dtype_and_meta_device():
+    plain, state = saved()
+    half = {name: value.to(torch.bfloat16) for name, value in state.items()}
+    assert {p.dtype for c in mhc_compile.restore(plain, half).values() for p in c.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        model = Decoder()
+    mhc_compile.restore(model, state)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model.blocks[1].mhc.mlp.phi, state["blocks.1.mhc.mlp.phi"])
+
+
+def test_errors_leave_the_model_as_it_was():
+    plain, state = saved()
+    lacking = {name: value for name, value in state.items() if name != "blocks.1.mhc.mlp.bias"}
+    cases = [
+        (plain.state_dict(), None, "the state dict has no hyper-connections"),
+        (lacking, None, "blocks.1.mhc.mlp: the checkpoint lacks its bias"),
+        ({"x.mhc.attn." + p: torch.zeros(3) for p in ("phi", "bias", "scale")}, None, "Decoder has no module 'x'"),
+        (
+            {**state, "blocks.0.mhc.attn.phi": torch.zeros(3)},
+            None,
+            r"phi is \[3\] .* does not fit any number of streams",
+        ),
+        (state, {"streams": 2}, r"phi is \[32, 24\] in the checkpoint, which does not fit streams=2"),
+        (state, {"mapping": "identity"}, "does not fit mapping='identity'"),
+        (state, mhc_compile.Options(streams=8), "does not fit streams=8, mapping='sinkhorn'"),
+    ]
+    for source, options, words in cases:
+        with pytest.raises(mhc_compile.AttachError, match=words):
+            mhc_compile.restore(plain, source, options=options)
+        assert not mhc_compile.connections(plain)
+    mhc_compile.attach(plain, tokens(), options={"streams": 2})
+    with pytest.raises(mhc_compile.AttachError, match=r"on the model, which has 2 streams. Call mhc_compile.detach"):
+        mhc_compile.restore(plain, state)
+    taken = Decoder()
+    taken.blocks[0].mhc = nn.Linear(1, 1)
+    with pytest.raises(mhc_compile.AttachError, match="already has an attribute 'mhc'"):
+        mhc_compile.restore(taken, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken(tokens())
