@@ -13,6 +13,7 @@ from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment import connections, unwrap
 from mhc_compile.backend import mhc
+from mhc_compile.boundary import Crossing
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = Non
 
     Dynamo still finds the residual adds, but what runs is its graph, one operation after the other: autograd's anomaly mode names the operation
     that made a nan, and `torch._higher_order_ops.print("{}", x)` in a block prints. The builtin `print` of a tensor, a breakpoint, and whatever
-    else breaks the graph end a chain of streams, as in the compiled model; a warning says so when hyper-connections are left out.
+    else breaks the graph work too: streams go on behind a graph break. A warning says so when hyper-connections are left out.
 
     Args:
         model: any module, or one that `torch.compile` returned. If it has no hyper-connections yet, the first call attaches them, as the first
@@ -74,10 +75,16 @@ class _Run:
     def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
         compiled = mhc(graph_module, inputs, options=self.options)
         self._traced = True
-        assert isinstance(compiled, fx.GraphModule)
-        placeholders = compiled.graph.find_nodes(op="placeholder")
-        self._used |= {id(value) for node, value in zip(placeholders, inputs, strict=True) if node.users}
-        return compiled
+        rewritten = compiled.compiled if isinstance(compiled, Crossing) else compiled
+        assert isinstance(rewritten, fx.GraphModule)
+        placeholders = rewritten.graph.find_nodes(op="placeholder")
+        read = [number for number, _ in enumerate(inputs) if placeholders[number].users]
+
+        def run(*values: Any) -> Any:  # blocks that look the same share a graph: what takes part is known when it runs
+            self._used.update(id(values[number]) for number in read)
+            return compiled(*values)
+
+        return run
 
     def _tell(self) -> None:
         every = connections(self.model)
