@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mhc_compile import _torch, ops
+from mhc_compile._observe import observers
 from mhc_compile.attachment import connections
 from mhc_compile.eager import run_eagerly
 from mhc_compile.errors import MhcError
@@ -86,6 +87,8 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         )
     for refusal in result.plan.refusals:
         log.debug("refused %s: %s", refusal.add, refusal)
+    for observe in observers:
+        observe(result)
     if not bindings:
         _plain.add(_torch.frame_code())
         if _should_have_sites(result):
