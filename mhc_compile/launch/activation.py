@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._observe import observers
-from mhc_compile.launch import _torch
+from mhc_compile.launch import _torch, messages
 from mhc_compile.launch.default import DefaultBackend
 from mhc_compile.launch.order import Order
 from mhc_compile.launch.tally import Tally
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-__all__ = ["activate", "tally"]
+__all__ = ["activate", "say_last"]
 
-#: What this process has compiled.
-tally: Tally | None = None
+_tally: Tally | None = None
 
 
 def activate(torch: ModuleType, order: str, after: Callable[[str, Callable[[ModuleType], None]], Any]) -> None:
@@ -28,12 +27,18 @@ def activate(torch: ModuleType, order: str, after: Callable[[str, Callable[[Modu
         order: the value of the environment variable.
         after: `after(name, then)` calls `then(module)` once the module `name` has been imported.
     """
-    global tally
+    global _tally
     parsed = Order.load(order)
-    tally = Tally(parsed)
-    observers.append(tally.note)
+    _tally = Tally(parsed)
+    observers.append(_tally.note)
     backend = DefaultBackend(parsed.options)
     if _torch.has_default_backend(torch):
         after(_torch.REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
     else:
         _torch.give_compile_a_default(torch, backend)
+
+
+def say_last() -> None:
+    """For the end of the process: see `messages.say_last`."""
+    if _tally is not None:
+        messages.say_last(_tally)

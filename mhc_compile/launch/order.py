@@ -10,7 +10,8 @@ from mhc_compile.errors import OptionError
 
 __all__ = ["VARIABLE", "Order"]
 
-#: JSON of the `Order`. `site/sitecustomize.py` knows the name as well.
+#: Its name. The value is four lines: `pid`, `prefix`, what to say where torch was never imported, and the `Order` as JSON. The first three are all
+#: that `site/sitecustomize.py` reads where it cannot know whether the standard library is the real one.
 VARIABLE = "MHC_RUN"
 
 
@@ -34,6 +35,14 @@ class Order:
     prefix: str
     reports: str
 
+    @property
+    def never_compiled(self) -> str:
+        """What to say of a script that had no use for a backend."""
+        return (
+            f"mhc run: nothing was rewritten: {self.script} ran no model that torch.compile made."
+            " Write model = torch.compile(model), without a backend, in front of the training loop"
+        )
+
     def dump(self) -> str:
         """The value of the variable.
 
@@ -41,13 +50,14 @@ class Order:
             OptionError: a setting for Inductor is no number, string, truth value or list of those.
         """
         try:
-            return json.dumps(asdict(self))
+            lines = [str(self.pid), self.prefix, "" if self.quiet else self.never_compiled, json.dumps(asdict(self))]
         except TypeError as error:
             raise OptionError(
                 f"option 'inductor' is {self.options.get('inductor')!r}; mhc run can pass on numbers, strings, truth values and lists: {error}"
             ) from None
+        return "\n".join(line.replace("\n", " ") for line in lines)
 
     @classmethod
     def load(cls, value: str) -> Order:
         """The order in the value of the variable."""
-        return cls(**json.loads(value))
+        return cls(**json.loads(value.rpartition("\n")[2]))

@@ -33,6 +33,7 @@ class Graph:
         kind: see `model`.
         connections: how many hyper-connections were first seen in this graph.
         left_alone: how many additions more than before were left alone in this code of this model.
+        form: streams and mapping of the hyper-connections, in words.
     """
 
     pid: int
@@ -40,6 +41,7 @@ class Graph:
     kind: str
     connections: int
     left_alone: int
+    form: str
 
 
 @dataclass
@@ -93,13 +95,14 @@ class Tally:
         code = _torch.frame_code()
         root = study.provenance.root
         model: nn.Module | CodeType = code if root is None else root
-        new = 0
+        new, form = 0, ""
         for site in study.plan.sites:
             owner = study.provenance.module(site.owner)
             connection = find_connection(owner, site) if owner is not None else None
             if connection is not None and connection not in self._connections:
                 self._connections.add(connection)
                 new += 1
+                form = f"streams {connection.streams}, mapping {connection.mapping}"
         # A graph that is compiled again, for other shapes, has the same additions.
         left = self._left.setdefault(model, Counter())
         more = max(0, len(study.plan.refusals) - left[code])
@@ -111,6 +114,7 @@ class Tally:
                 f"{code.co_name}()" if root is None else type(root).__name__,
                 new,
                 more,
+                form,
             )
         )
 

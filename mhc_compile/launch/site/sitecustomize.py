@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_ORDER = os.environ.get("MHC_RUN")
+_ORDER = os.environ.get("MHC_RUN", "")
+_PID, _PREFIX, _IDLE = [*_ORDER.split("\n"), "", "", ""][:3]
 
 
 class After:
@@ -48,14 +49,10 @@ class After:
         loader.exec_module = exec_module
 
 
-def _launch(part: str) -> Any:
-    """A module of `mhc_compile.launch`, of this very copy of the package, wherever the script would find another. None in other environments."""
-    import importlib
+def _with_torch(torch: ModuleType) -> None:
+    """Hands over to this very copy of the package, wherever the script would find another."""
     import importlib.util
-    import json
 
-    if json.loads(_ORDER or "{}")["prefix"] != sys.prefix:
-        return None
     if "mhc_compile" not in sys.modules:
         root = os.path.dirname(os.path.dirname(_HERE))
         spec = importlib.util.spec_from_file_location(
@@ -65,19 +62,24 @@ def _launch(part: str) -> Any:
         assert spec.loader is not None
         package = sys.modules["mhc_compile"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-    return importlib.import_module("mhc_compile.launch." + part)
+    from mhc_compile.launch.activation import activate
 
-
-def _with_torch(torch: ModuleType) -> None:
-    activation = _launch("activation")
-    if activation is not None:
-        activation.activate(torch, _ORDER, After)
+    activate(torch, _ORDER, After)
 
 
 def _at_exit() -> None:
-    messages = _launch("messages")
-    if messages is not None:
-        messages.at_exit(_ORDER)
+    # Nothing is imported here: that a KeyboardInterrupt ended the script, and is to end the process by its signal, is forgotten by Python when it
+    # runs code from a string, as the modules of dataclasses do.
+    activation = sys.modules.get("mhc_compile.launch.activation")
+    if activation is not None:
+        activation.say_last()
+    elif _IDLE and str(os.getpid()) == _PID and os.environ.get("RANK", "0") == "0" and not hasattr(sys, "last_type"):
+        stderr: Any = sys.__stderr__
+        try:
+            stderr.write(_IDLE + "\n")
+            stderr.flush()
+        except (AttributeError, OSError, ValueError):  # there is none, or the script closed it
+            pass
 
 
 def _load_hidden() -> None:
@@ -92,7 +94,7 @@ def _load_hidden() -> None:
 
 
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _HERE]
-if _ORDER:
+if _ORDER and sys.prefix == _PREFIX:  # Pythons of other environments may have no mhc_compile, or another torch
     import atexit
 
     atexit.register(_at_exit)  # the first to be registered is the last to run
