@@ -56,6 +56,7 @@ __all__ = [
     "graph_is_part",
     "has_compiled",
     "in_trace",
+    "inductor_settings",
     "inner_backend",
     "isolated_compile",
     "load_cpp",
@@ -201,6 +202,13 @@ def module_by_id(identity: int) -> nn.Module | None:
 def inner_backend(name: str) -> Callable[..., Any]:
     """A `torch.compile` backend by name."""
     return lookup_backend(name)
+
+
+def inductor_settings() -> list[str]:
+    """The names of Inductor's settings: what `torch.compile(options=...)` takes with that backend."""
+    from torch._inductor import list_options
+
+    return list_options()
 
 
 def compile_with_inductor(

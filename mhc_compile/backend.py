@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mhc_compile import _torch, ops
+from mhc_compile._observe import observers
 from mhc_compile.attachment import connections
 from mhc_compile.boundary import Crossing
 from mhc_compile.eager_graphs import run_eagerly
@@ -99,6 +100,8 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         log.debug("refused %s: %s", refusal.add, refusal)
         if refusal.reason is Reason.BROKEN_BRANCH:
             report_broken(refusal, result.provenance, options)
+    for observe in observers:
+        observe(result)
     if not bindings and not openings:
         _plain.add(_torch.frame_code())
         if _should_have_sites(result):

@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.edges import Edges, Tail
@@ -355,7 +358,8 @@ class _Finder:
         trunk = tensor_value(split.trunk)
         assert trunk is not None
         width: object = trunk.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
-        if not isinstance(width, int):
+        # Where an input is marked dynamic, its first layer has proven by now that this axis is a constant.
+        if not isinstance(width, (int, torch.SymInt)) or not is_concrete_int(width):
             return self._refuse(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size"
             )
@@ -382,7 +386,7 @@ class _Finder:
             terms=split.others,
             branch=frozenset(branch),
             anchor=anchor,
-            width=width,
+            width=int(width),
             axis=shortcut.axes[split.skip],
             owner=owner,
             name=name,

@@ -46,6 +46,26 @@ def test_train_with_both_backends() -> None:
     compare(plain, train("--backend", "mhc", "--options", '{"inner": "eager", "streams": 2}'), 2)
 
 
+def test_plain_training_and_the_output_that_its_readme_shows() -> None:
+    script = str(EXAMPLES / "plain_training.py")
+    assert "mhc" not in Path(script).read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "mhc_compile", "run", "--inner", "eager", script, "--steps", "6", "--layers", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    readme = (EXAMPLES / "README.md").read_text().split("$ mhc run examples/plain_training.py\n")[1].split("```")[0]
+
+    def words(text: str) -> str:
+        return re.sub(r"\s+", " ", re.sub(r"[\d,]*\d(\.\d+)?", "#", text))
+
+    assert "2 hyper-connections" in done.stderr
+    assert words(done.stderr + done.stdout) == words(readme)
+
+
 def test_export_program_and_the_output_that_its_readme_shows() -> None:
     command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "export_program.py")]
     tiny = ["--layers", "1", "--width", "16", "--steps", "2"]

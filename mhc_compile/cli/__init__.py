@@ -17,6 +17,7 @@ _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
+    "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",
 }
 

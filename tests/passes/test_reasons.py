@@ -78,6 +78,21 @@ def test_dynamic_width():
     assert reasons == {R.DYNAMIC_WIDTH.value: 1}
 
 
+def test_a_width_that_a_layer_has_proven_is_fixed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.linear(self.norm(x))
+
+    x = torch.randn(2, 4, 6)
+    torch._dynamo.maybe_mark_dynamic(x, [0, 1, 2])
+    explanation = mhc_compile.explain(Net(), x, options={"min_sites": 1})
+    assert (len(explanation.sites), explanation.reasons) == (1, {})
+
+
 def test_no_owner():
     class Nowhere(Provenance):
         def stack(self, node) -> tuple[ModuleRef, ...]:

@@ -1,0 +1,68 @@
+"""The backend of a `torch.compile` that names none."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile._warn import warn
+from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import fx
+
+__all__ = ["DefaultBackend"]
+
+
+class DefaultBackend:
+    """The backend mhc with options of its own. Those that the script gives to `torch.compile` are settings for Inductor, as without it.
+
+    Args:
+        options: of the backend mhc. Its settings for Inductor override those of the script.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+        self.__name__ = "mhc"  # what Dynamo calls it
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: list[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """See `mhc_compile.mhc`.
+
+        Raises:
+            OptionError: `options` has something that is no setting of Inductor.
+        """
+        from mhc_compile import _torch
+        from mhc_compile.backend import mhc
+
+        try:
+            merged = self._merge(options or {}, mode, _torch.inductor_settings)
+        except MhcError as error:
+            _torch.raise_through_dynamo(error)
+            raise
+        return mhc(graph_module, inputs, options=merged, mode=mode)
+
+    def _merge(self, settings: Mapping[str, Any], mode: str | None, known: Callable[[], list[str]]) -> Options:
+        options = Options.parse(self.options)
+        given = {name.replace("-", "_"): value for name, value in settings.items()}  # Inductor takes both spellings
+        for name in set(given) - set(known()) if given else ():
+            near = difflib.get_close_matches(name, known(), n=1)
+            ours = f" mhc run takes it as a flag: --{name.replace('_', '-')}." if name in Options.names() else ""
+            raise OptionError(
+                f"torch.compile(..., options={dict(settings)!r}) names no backend, so its options are settings for Inductor, and"
+                f" {name!r} is none.{f' Did you mean {near[0]!r}?' if near else ''}{ours}"
+            )
+        if options.inner != "inductor" and (given or mode):
+            unused = [f"mode={mode!r}"] if mode else [f"options={dict(settings)!r}"]
+            warn(f"torch.compile(..., {unused[0]}) is for Inductor; with inner={options.inner!r} it has no effect")
+        return replace(options, inductor={**given, **options.inductor})
