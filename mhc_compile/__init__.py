@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mhc_compile.backend import mhc
     from mhc_compile.connection import HyperConnection
     from mhc_compile.explanation import Explanation, explain
+    from mhc_compile.grouping import parameter_groups
     from mhc_compile.rewriting import rewrite
     from mhc_compile.stability import Gain, gain
 
@@ -48,6 +49,7 @@ __all__ = [
     "explain",
     "gain",
     "mhc",
+    "parameter_groups",
     "rewrite",
 ]
 
@@ -61,6 +63,7 @@ _HOMES = {
     "explain": "explanation",
     "gain": "stability",
     "mhc": "backend",
+    "parameter_groups": "grouping",
     "rewrite": "rewriting",
 }
 

@@ -19,7 +19,7 @@ from mhc_compile._torch import OptimizedModule
 from mhc_compile._warn import warn
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.optimizers import expect
+from mhc_compile.optimizers import expect, leave
 
 if TYPE_CHECKING:
     from mhc_compile.options import Options
@@ -87,7 +87,9 @@ def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
     return container.get(site.name)
 
 
-def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int) -> bool:
+def attach_site(
+    owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int, root: nn.Module | None = None
+) -> bool:
     """Gives `site` its parameters and its declaration. Returns whether anything was missing.
 
     Args:
@@ -96,6 +98,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
         site: the site.
         options: number of streams, mapping, start; checked against a hyper-connection that exists already.
         index: position of the site in its chain.
+        root: the module that is traced, if it is one.
 
     Raises:
         AttachError: the owner has a hyper-connection for the site that contradicts the options.
@@ -103,7 +106,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
     connection = find_connection(owner, site)
     changed = False
     if connection is None:
-        connection = _create(owner, site, options, index)
+        connection = _create(owner, site, options, index, root)
         changed = True
     _check(connection, site, options)
     declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
@@ -115,7 +118,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
     return changed
 
 
-def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
+def _create(owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     connection = HyperConnection(
         site.width,
@@ -130,7 +133,7 @@ def _create(owner: nn.Module, site: Site, options: Options, index: int) -> Hyper
         owner.add_module(CONTAINER, container)
     container.put(site.name, connection)
     container.train(owner.training)
-    expect(connection, owner, options.optimizer)
+    expect(connection, owner, options.optimizer, root=root, path=site.owner.path)
     return connection
 
 
@@ -157,13 +160,15 @@ def connections(model: nn.Module) -> dict[str, HyperConnection]:
 def detach(model: nn.Module) -> int:
     """Takes every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
 
+    Optimizers that trained the parameters forget them, and their state.
+
     Compiled versions of the model must be made anew: they look for parameters that are gone, so call `torch.compile` again.
 
     Returns:
         How many hyper-connections were taken off.
     """
     target = unwrap(model)
-    count = len(connections(target))
+    gone = connections(target)
     for module in list(target.modules()):
         if isinstance(module._modules.get(CONTAINER), HyperConnections):
             del module._modules[CONTAINER]
@@ -171,4 +176,6 @@ def detach(model: nn.Module) -> int:
         hook = module.__dict__.pop(HOOK, None)
         if hook is not None:
             hook.remove()
-    return count
+    if gone:
+        leave(parameter for connection in gone.values() for parameter in connection.parameters())
+    return len(gone)

@@ -11,6 +11,7 @@ from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_site, find_connection
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
+from mhc_compile.optimizers import settle
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
 from mhc_compile.passes.roles import is_fused_layer, is_region, op_name
 
@@ -45,6 +46,7 @@ class Study:
         Sites that cannot share the parameters of their module are refused, and the plan is made anew.
         """
         changed = False
+        root = self.provenance.root
         while True:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
@@ -54,8 +56,10 @@ class Study:
                     if connection is not None and connection.width != site.width:
                         vetoes[site.add] = width_conflict(site, connection)
                         continue
-                    changed |= attach_site(owner, carrier, site, options, index=index)
+                    changed |= attach_site(owner, carrier, site, options, index=index, root=root)
             if len(vetoes) == len(self._vetoes):
+                if changed:
+                    settle()
                 return changed
             self._replan(vetoes)
 
