@@ -274,7 +274,9 @@ class _Arrivals:
                 group["params"].insert(index, parameter)
                 if prefix is not None:
                     group["param_names"].insert(index, prefix + self._paths[id(parameter)])
-            if isinstance(optimizer, Adagrad):  # the only one that makes its state when it is built
+            if isinstance(
+                optimizer, Adagrad
+            ):  # has its state from the beginning, and counts on it in some versions of torch
                 fresh = Adagrad(newcomers, **{name: group[name] for name in optimizer.defaults})
                 optimizer.state.update(fresh.state)
             log.info("%d parameters joined %s", len(newcomers), type(optimizer).__name__)
