@@ -274,9 +274,8 @@ class _Arrivals:
                 group["params"].insert(index, parameter)
                 if prefix is not None:
                     group["param_names"].insert(index, prefix + self._paths[id(parameter)])
-            if isinstance(
-                optimizer, Adagrad
-            ):  # has its state from the beginning, and counts on it in some versions of torch
+            if isinstance(optimizer, Adagrad):
+                # Has its state from the beginning, and counts on it in some versions of torch.
                 fresh = Adagrad(newcomers, **{name: group[name] for name in optimizer.defaults})
                 optimizer.state.update(fresh.state)
             log.info("%d parameters joined %s", len(newcomers), type(optimizer).__name__)

@@ -593,6 +593,21 @@ def test_a_compiled_step(stepped_before):
     assert model.blocks[0].mhc.attn.phi.any()
 
 
+def test_the_hook_breaks_no_graph_of_a_compiled_step():
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    model = Decoder(layers=1)
+    mhc_compile.attach(model, tokens())  # waits for an optimizer
+    hooks = torch.optim.optimizer._global_optimizer_pre_hooks.values()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def call(x):
+        for hook in hooks:
+            hook(optimizer, (), {})
+        return x + 1
+
+    assert call(torch.zeros(())) == 1
+
+
 def test_optimizers_that_the_collector_does_not_show():
     model = Decoder(layers=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
