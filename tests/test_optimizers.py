@@ -597,12 +597,11 @@ def test_the_hook_breaks_no_graph_of_a_compiled_step():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     model = Decoder(layers=1)
     mhc_compile.attach(model, tokens())  # waits for an optimizer
-    hooks = torch.optim.optimizer._global_optimizer_pre_hooks.values()
+    hook = mhc_compile.optimizers._before_step
 
     @torch.compile(backend="eager", fullgraph=True)
     def call(x):
-        for hook in hooks:
-            hook(optimizer, (), {})
+        hook(optimizer, (), {})
         return x + 1
 
     assert call(torch.zeros(())) == 1
