@@ -55,7 +55,7 @@ def parameter_groups(
     """
     for option, value in {"weight_decay": weight_decay, "lr": lr, "mhc_lr": mhc_lr}.items():
         if value is not None and not 0.0 <= value < math.inf:
-            raise OptionError(f"parameter_groups: {option} is {value!r}; expected a number from 0")
+            raise OptionError(f"parameter_groups: {option} is {value!r}; expected a finite number, 0 or more")
     target = unwrap(model)
     hyper = {id(p) for connection in connections(target).values() for p in connection.parameters()}
     if not hyper:

@@ -55,7 +55,8 @@ class _Waiting:
     def __init__(
         self, connection: HyperConnection, owner: nn.Module, root: nn.Module | None, path: str, policy: OptimizerPolicy
     ) -> None:
-        self._references = [weakref.ref(module) for module in (connection, owner, root or owner)]
+        root = owner if root is None else root
+        self._references = [weakref.ref(module) for module in (connection, owner, root)]
         self.path = path
         self.policy = policy
 
