@@ -74,22 +74,27 @@ class Careful(nn.Module):
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
         self.branch = Careful()
 
     def forward(self, x):
-        return x + self.branch(x)
+        return x + self.branch(self.norm(x))
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_autocast_touches_no_coefficient_and_no_stream(inner):
-    """With branches that keep out of autocast, all that is left is exact to float32: coefficients, read-outs, updates and their gradients."""
+    """With branches that keep out of autocast, all that is left is exact to float32: coefficients, read-outs and updates.
+
+    AOTAutograd runs the backward of the whole graph, branches included, under the autocast of the forward.
+    """
     x = torch.randn(3, 5, WIDTH)
     model = attached(nn.Sequential(*(Residual() for _ in range(3))), x)
     want = exact(model, x)
     compiled = compile_with(model, inner)
     got = values(compiled, model, x, autocast=True)
     assert got["output"].dtype == torch.float32
-    assert_near(got, want, SINGLE)
+    assert_near(got, want, SINGLE if inner == "eager" else BFLOAT)
+    assert distance(got["output"], want["output"]) < SINGLE
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -148,6 +153,31 @@ def test_coefficients_are_those_of_float64(streams_dtype, dtype, autocast):
     for got in (apart, fused[1:4]):
         assert {value.dtype for value in got} == {torch.float32}
         assert all(distance(value, right) < 2e-6 for value, right in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("streams_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_under_autocast_are_those_of_float64(streams_dtype, fused):
+    """As AOTAutograd runs them, inside the autocast of the forward; against autograd through the equations."""
+    streams, *site = operands(streams_dtype, torch.float32)
+    weights = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
+
+    def gradients(site, streams, coefficients):
+        site = [p.detach().requires_grad_() for p in site]
+        _, post, res, *_ = coefficients(streams, *site)
+        loss = (post * weights[0].to(post.dtype)).sum() + (res * weights[1].to(res.dtype)).sum()
+        return torch.autograd.grad(loss, site)
+
+    wide = [p.double() for p in site]
+    want = gradients(wide, streams.double(), lambda *operands: reference.coefficients(*operands, *HOW))
+    with torch.autocast("cpu", torch.bfloat16):
+        if fused:
+            got = gradients(site, streams, lambda *operands: torch.ops.mhc.read(*operands, 4, *HOW)[1:])
+        else:
+            got = gradients(site, streams, lambda *operands: torch.ops.mhc.coefficients(*operands, *HOW))
+    for value, right in zip(got, want, strict=True):
+        assert value.dtype == torch.float32
+        assert distance(value, right) < SINGLE
 
 
 @pytest.mark.parametrize("autocast", [False, True])
