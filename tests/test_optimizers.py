@@ -152,8 +152,7 @@ def test_clipping_over_the_groups_sees_the_first_gradients():
     assert torch.cat([g.flatten() for g in fresh]).norm() > 0
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("name", ["sgd", "adamw-fused"])
+@pytest.mark.parametrize(("name", "unscale"), [("sgd", False), ("adamw-fused", True)])
 def test_a_gradient_scaler_unscales_the_first_gradients(name, unscale):
     """`scaler.step` divides the gradients in the groups before the optimizer steps: who joined during the step would be 1024 times too large."""
     models = {}
@@ -209,7 +208,7 @@ def test_a_closure_that_makes_the_first_call():
     assert model.blocks[0].mhc.attn.phi.any()
 
 
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("search", [None, pytest.param("strong_wolfe", marks=pytest.mark.slow)])
 def test_lbfgs_in_its_first_step(search):
     model = Decoder(layers=1)
     ahead = twin(model)
@@ -572,7 +571,7 @@ def test_wrapped_optimizers(wrap):
     assert model.blocks[0].mhc.attn.phi.any()
 
 
-@pytest.mark.parametrize("stepped_before", [False, True])
+@pytest.mark.parametrize("stepped_before", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_step(stepped_before):
     model = Decoder(layers=1)
     ahead = twin(model)
