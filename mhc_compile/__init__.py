@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
     from mhc_compile.explanation import Explanation, explain
+    from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
@@ -54,6 +55,7 @@ __all__ = [
     "explain",
     "gain",
     "mhc",
+    "parameter_groups",
     "register_with_accelerate",
     "restore",
     "rewrite",
@@ -70,6 +72,7 @@ _HOMES = {
     "explain": "explanation",
     "gain": "stability",
     "mhc": "backend",
+    "parameter_groups": "grouping",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",

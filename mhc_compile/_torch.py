@@ -59,10 +59,12 @@ __all__ = [
     "inductor_settings",
     "inner_backend",
     "isolated_compile",
+    "lbfgs_has_memory",
     "load_cpp",
     "module_by_id",
     "name_input",
     "raise_through_dynamo",
+    "restart_lbfgs",
     "restart_trace",
     "root_module",
     "runs_inside_another",
@@ -249,6 +251,18 @@ def load_cpp(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+def lbfgs_has_memory(optimizer: torch.optim.LBFGS) -> bool:
+    """Whether it holds flat vectors (directions, gradients) as long as all its parameters together."""
+    return any(state.get("n_iter") for state in optimizer.state.values())
+
+
+def restart_lbfgs(optimizer: torch.optim.LBFGS) -> None:
+    """Makes it forget its vectors and their length, because it is about to have other parameters. Not in the middle of a step."""
+    if lbfgs_has_memory(optimizer):
+        optimizer.state.clear()
+    optimizer._numel_cache = None
 
 
 def raise_through_dynamo(error: MhcError) -> None:

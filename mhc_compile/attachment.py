@@ -22,7 +22,7 @@ from mhc_compile._torch import OptimizedModule
 from mhc_compile._warn import warn
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.optimizers import expect
+from mhc_compile.optimizers import expect, leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,7 +134,9 @@ def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
     return container.get(site.name)
 
 
-def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int) -> bool:
+def attach_site(
+    owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int, root: nn.Module | None = None
+) -> bool:
     """Gives `site` its parameters and its declaration. Returns whether anything was missing.
 
     Args:
@@ -143,6 +145,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
         site: the site.
         options: number of streams, mapping, start; checked against a hyper-connection that exists already.
         index: position of the site in its chain.
+        root: the module that is traced, if it is one.
 
     Raises:
         AttachError: the owner has a hyper-connection for the site that contradicts the options.
@@ -150,7 +153,7 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
     connection = find_connection(owner, site)
     changed = False
     if connection is None:
-        connection = _create(owner, site, options, index)
+        connection = _create(owner, site, options, index, root)
         changed = True
     _check(connection, site, options)
     if site.tail:
@@ -186,7 +189,7 @@ def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, 
     connection = find_connection(owner, site)
     if connection is not None and connection.width != site.width:
         return
-    attach_site(owner, carrier, replace(site, heads=()), options, index=index)
+    attach_site(owner, carrier, replace(site, heads=()), options, index=index, root=root)
     connection = find_connection(owner, site)
     assert connection is not None
     if site.tail:
@@ -206,7 +209,7 @@ def declare_on(carrier: nn.Module, connection: HyperConnection) -> bool:
     return True
 
 
-def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
+def _create(owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     device = next((parameter.device for parameter in owner.parameters()), value.device)
     connection = HyperConnection(
@@ -216,19 +219,27 @@ def _create(owner: nn.Module, site: Site, options: Options, index: int) -> Hyper
         device=device,
         dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
     )
-    put_connection(owner, site.name, connection, options)
+    put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
     return connection
 
 
-def put_connection(owner: nn.Module, name: str, connection: HyperConnection, options: Options) -> None:
-    """Makes `connection` a submodule of its owner, and has optimizers that were built before told of it."""
+def put_connection(
+    owner: nn.Module,
+    name: str,
+    connection: HyperConnection,
+    options: Options,
+    *,
+    root: nn.Module | None,
+    path: str,
+) -> None:
+    """Makes `connection` a submodule of its owner, the module `path` of `root`, and has optimizers that were built before told of it."""
     container = getattr(owner, CONTAINER, None)
     if container is None:
         container = HyperConnections()
         owner.add_module(CONTAINER, container)
     container.put(name, connection)
     container.train(owner.training)
-    expect(connection, owner, options.optimizer)
+    expect(connection, owner, options.optimizer, root=root, path=path)
 
 
 def _check(connection: HyperConnection, site: Site, options: Options) -> None:
@@ -256,13 +267,15 @@ def connections(model: nn.Module) -> dict[str, HyperConnection]:
 def detach(model: nn.Module) -> int:
     """Takes every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
 
+    Optimizers that trained the parameters forget them, and their state.
+
     Compiled versions of the model must be made anew: they look for parameters that are gone, so call `torch.compile` again.
 
     Returns:
         How many hyper-connections were taken off.
     """
     target = unwrap(model)
-    count = len(connections(target))
+    gone = connections(target)
     for module in list(target.modules()):
         if isinstance(module._modules.get(CONTAINER), HyperConnections):
             del module._modules[CONTAINER]
@@ -272,4 +285,6 @@ def detach(model: nn.Module) -> int:
         if hook is not None:
             hook.remove()
             _told.discard(module)
-    return count
+    if gone:
+        leave(parameter for connection in gone.values() for parameter in connection.parameters())
+    return len(gone)

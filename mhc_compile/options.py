@@ -69,7 +69,7 @@ class Options:
         inner: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
             `torch.compile` backend.
         optimizer: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
-            "join" adds them to the group of the block that they belong to, "warn" only says so, "off" does nothing.
+            "join" adds them to the groups of the block that they belong to, "warn" only says so, "off" does nothing.
         inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g. {"max_autotune": True}).
     """
 

@@ -18,6 +18,7 @@ from mhc_compile.attachment import CONTAINER, HyperConnections, connections, dec
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS, get_mapping
+from mhc_compile.optimizers import settle
 from mhc_compile.options import MAX_STREAMS, Options
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def restore(
     plans.sort(key=lambda plan: order[id(plan.carrier or plan.owner)])  # files sort by name: h.10 before h.2
     for index, plan in enumerate(plans):
         plan.carry_out(index)
+    settle()
     return connections(target)
 
 
@@ -95,6 +97,7 @@ class _Plan:
         path = [part for part in place.split(".") if part != _COMPILED]
         cut = path.index(CONTAINER)
         self.place, self.values = place, values
+        self.root, self.path = model, ".".join(path[:cut])
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
         self.carrier = _carrier(self.owner, self.name)
@@ -126,7 +129,7 @@ class _Plan:
                 device=phi.device if near is None else near.device,
                 dtype=phi.dtype,
             )
-            put_connection(self.owner, self.name, connection, self.options)
+            put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
             if self.carrier is not None:
                 declare_on(self.carrier, connection)
         with torch.no_grad():

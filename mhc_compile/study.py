@@ -15,6 +15,7 @@ from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError, StreamsLostError
+from mhc_compile.optimizers import settle
 from mhc_compile.passes import (
     Binding,
     Edges,
@@ -64,6 +65,7 @@ class Study:
         """
         changed = False
         family = self._family()
+        root = self.provenance.root
         while True:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
@@ -74,16 +76,17 @@ class Study:
                         vetoes[site.add] = width_conflict(site, connection)
                         continue
                     first = family.number * len(chain.sites)
-                    changed |= attach_site(owner, carrier, site, options, index=first + index)
+                    changed |= attach_site(owner, carrier, site, options, index=first + index, root=root)
             if len(vetoes) == len(self._vetoes):
                 break
             self._replan(vetoes)
         for number, sibling in family.others.items():
             for chain in self.plan.chains:
                 for index, site in enumerate(chain.sites):
-                    assert self.provenance.root is not None
-                    attach_like(sibling, self.provenance.root, site, options, index=number * len(chain.sites) + index)
+                    assert root is not None
+                    attach_like(sibling, root, site, options, index=number * len(chain.sites) + index)
         if changed:
+            settle()
             self._forget_heads()
         return changed
 
