@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mhc_compile.ahead import attach
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
+    from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.explanation import Explanation, explain
     from mhc_compile.rewriting import rewrite
@@ -47,6 +48,7 @@ __all__ = [
     "detach",
     "explain",
     "gain",
+    "load_state_dict",
     "mhc",
     "rewrite",
 ]
@@ -60,6 +62,7 @@ _HOMES = {
     "detach": "attachment",
     "explain": "explanation",
     "gain": "stability",
+    "load_state_dict": "checkpoints",
     "mhc": "backend",
     "rewrite": "rewriting",
 }

@@ -106,13 +106,28 @@ def attach_site(owner: nn.Module, carrier: nn.Module, site: Site, options: Optio
         connection = _create(owner, site, options, index)
         changed = True
     _check(connection, site, options)
+    return declare(carrier, connection) or changed
+
+
+def declare(carrier: nn.Module, connection: HyperConnection) -> bool:
+    """Makes every call of `carrier` show the parameters of `connection` to the tracer. Returns whether it did not yet."""
     declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
-    if not any(known is connection for known in declared):
-        carrier.__dict__[DECLARED] = (*declared, connection)
-        if HOOK not in carrier.__dict__:
-            carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
-        changed = True
-    return changed
+    if any(known is connection for known in declared):
+        return False
+    carrier.__dict__[DECLARED] = (*declared, connection)
+    if HOOK not in carrier.__dict__:
+        carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
+    return True
+
+
+def container_of(owner: nn.Module) -> HyperConnections:
+    """The container of a module's hyper-connections, made if there is none. What else may be called `mhc`, `find_connection` has refused."""
+    container = owner._modules.get(CONTAINER)
+    if container is None:
+        container = HyperConnections()
+        owner.add_module(CONTAINER, container)
+    assert isinstance(container, HyperConnections)
+    return container
 
 
 def _create(owner: nn.Module, site: Site, options: Options, index: int) -> HyperConnection:
@@ -124,10 +139,7 @@ def _create(owner: nn.Module, site: Site, options: Options, index: int) -> Hyper
         device=value.device,
         dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
     )
-    container = getattr(owner, CONTAINER, None)
-    if container is None:
-        container = HyperConnections()
-        owner.add_module(CONTAINER, container)
+    container = container_of(owner)
     container.put(site.name, connection)
     container.train(owner.training)
     expect(connection, owner, options.optimizer)
@@ -157,7 +169,8 @@ def connections(model: nn.Module) -> dict[str, HyperConnection]:
 def detach(model: nn.Module) -> int:
     """Takes every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
 
-    Compiled versions of the model must be made anew: they look for parameters that are gone, so call `torch.compile` again.
+    A compiled version of it that is called again attaches new ones, as its first call did: they start afresh, and nothing of the old ones is used.
+    An optimizer keeps the parameters that it has; build another one.
 
     Returns:
         How many hyper-connections were taken off.

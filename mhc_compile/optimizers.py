@@ -7,7 +7,7 @@ would train the model around them, silently. A hook before every optimizer step 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -22,16 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["expect"]
 
 
-class _Waiting:
-    """A hyper-connection that no optimizer trains yet. Nothing here keeps a model alive."""
-
-    def __init__(self, connection: HyperConnection, owner: nn.Module, policy: OptimizerPolicy) -> None:
-        self.connection = weakref.ref(connection)
-        self.owner = weakref.ref(owner)
-        self.policy = policy
+class _Waiting(NamedTuple):
+    owner: weakref.ref[nn.Module]
+    policy: OptimizerPolicy
 
 
-_waiting: list[_Waiting] = []
+#: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every access is one atomic step: one thread may compile a
+#: model while another one trains.
+_waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
 _hooked = False
 
 
@@ -43,32 +41,31 @@ def expect(connection: HyperConnection, owner: nn.Module, policy: OptimizerPolic
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
         _hooked = True
-    _waiting.append(_Waiting(connection, owner, policy))
+    _waiting[connection] = _Waiting(weakref.ref(owner), policy)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - the signature of a step hook
     if not _waiting:
         return
     place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
-    still: list[_Waiting] = []
     left_out: list[str] = []
-    for entry in _waiting:
-        connection, owner = entry.connection(), entry.owner()
-        if connection is None or owner is None:
+    for reference in _waiting.keyrefs():
+        connection = reference()
+        entry = _waiting.get(connection) if connection is not None else None
+        owner = entry.owner() if entry is not None else None
+        if connection is None or entry is None or owner is None:
             continue
-        mine = list(connection.parameters())
-        if all(id(parameter) in place for parameter in mine):
-            continue
+        missing = [parameter for parameter in connection.parameters() if id(parameter) not in place]
         neighbours = [place[id(p)] for p in owner.parameters() if id(p) in place]
-        if not neighbours:
-            still.append(entry)  # this optimizer trains another part of the model
-        elif entry.policy == "warn":
+        if missing and not neighbours:
+            continue  # this optimizer trains another part of the model
+        _waiting.pop(connection, None)
+        if missing and entry.policy == "warn":
             left_out.append(connection.extra_repr())
-        else:
+        elif missing:
             group, last = max(neighbours, key=lambda found: found[1])
-            _insert(group, last, [parameter for parameter in mine if id(parameter) not in place])
+            _insert(group, last, missing)
             place = {id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])}
-    _waiting[:] = still
     if left_out:
         warn(
             f"{type(optimizer).__name__} was built before hyper-connections were attached and does not train {len(left_out)} of them."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_site, find_connection
+from mhc_compile.averages import follow_averages
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
@@ -56,6 +57,8 @@ class Study:
                         continue
                     changed |= attach_site(owner, carrier, site, options, index=index)
             if len(vetoes) == len(self._vetoes):
+                if changed:
+                    follow_averages()
                 return changed
             self._replan(vetoes)
 
