@@ -6,8 +6,6 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.errors import AttachError
 from mhc_compile.loading import NAMES, guess_options
@@ -79,7 +77,7 @@ def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:
     if not present:
         raise AttachError(
             f"the checkpoint has {_list(saved, 'hyper-connection')} and {kind} has none. Attach them before loading:"
-            f" mhc_compile.attach(model, *example_inputs{_options(saved.values())})"
+            f" mhc_compile.attach(model, *example_inputs{_options(model, saved)})"
         )
     more, fewer = [path for path in saved if path not in present], [path for path in present if path not in saved]
     if more or fewer:
@@ -98,21 +96,27 @@ def _saved(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     entries: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, value in state.items():
         match = _ENTRY.fullmatch(name)
-        if match and isinstance(value, Tensor):
-            entries.setdefault(match[1], {})[match[2]] = tuple(value.shape)
+        if match:
+            entries.setdefault(match[1], {})[match[2]] = tuple(getattr(value, "shape", ()))
     # A module of the model's own that is called `mhc` does not have these three.
     return {path: shapes["phi"] for path, shapes in entries.items() if shapes.keys() == set(NAMES)}
 
 
-def _options(shapes: Iterable[tuple[int, ...]]) -> str:
-    """The options that all shapes of phi allow, as an argument, if they are unambiguous and not the default."""
-    guesses = [{(n, mapping) for n, mapping, _ in guess_options(shape)} for shape in shapes]
-    common = set.intersection(*guesses)
+def _options(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> str:
+    """The options that the shapes of phi tell, as an argument; nothing if they are the default ones, or could be several."""
+    found = set.intersection(*({(n, mapping) for n, mapping, _ in _guess(model, path, saved[path])} for path in saved))
     default = Options()
-    if len(common) != 1 or common == {(default.streams, default.mapping)}:
+    if len(found) != 1 or found == {(default.streams, default.mapping)}:
         return ""
-    streams, mapping = common.pop()
+    streams, mapping = found.pop()
     return f", options={ ({'streams': streams} | ({'mapping': mapping} if mapping != default.mapping else {}))!r}"
+
+
+def _guess(model: nn.Module, path: str, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
+    """What gives phi its shape; the width C of the streams is a size of some parameter of the block."""
+    owner = dict(model.named_modules()).get(path.split(f".{CONTAINER}.")[0])
+    sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
+    return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
 
 
 def _list(paths: Iterable[str], noun: str) -> str:
