@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from builders import Decoder as Decoders
-from builders import tokens, twin
+from builders import Small, points, twin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -18,14 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import mhc_compile
 
 EAGER = {"inner": "eager"}
-SITES = ["blocks.0.mhc.attn", "blocks.0.mhc.mlp"]
-
-
-class Decoder(Decoders):
-    """One block: there is something before it and behind it, and it compiles quickly."""
-
-    def __init__(self):
-        super().__init__(layers=1)
+SITES = list(Small.SITES)
 
 
 def compile_(model, **options):
@@ -33,8 +25,8 @@ def compile_(model, **options):
 
 
 def attached(**options):
-    model = Decoder()
-    mhc_compile.attach(model, tokens(), options=options)
+    model = Small()
+    mhc_compile.attach(model, points(), options=options)
     return model
 
 
@@ -54,7 +46,7 @@ def same(one, other):
 
 def outputs(model):
     with torch.no_grad():
-        return compile_(model)(tokens())
+        return compile_(model)(points())
 
 
 def train(model, optimizer, steps=2, compiled=None):
@@ -62,7 +54,7 @@ def train(model, optimizer, steps=2, compiled=None):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = compiled(tokens()).square().mean()
+        loss = compiled(points()).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -116,12 +108,12 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 def test_state_goes_from_a_model_that_ran_to_one_that_did_not(way, tmp_path):
-    model, other = Decoder(), attached()
+    model, other = Small(), attached()
     compiled = compile_(model)
     with torch.no_grad():
-        start = compiled(tokens())
+        start = compiled(points())
         disturb(model)
-        want = compiled(tokens())
+        want = compiled(points())
     assert not torch.allclose(want, start)
     assert not same(model, other)
     way(model, other, tmp_path)
@@ -132,21 +124,21 @@ def test_state_goes_from_a_model_that_ran_to_one_that_did_not(way, tmp_path):
 def test_a_compiled_model_follows_what_is_loaded_into_it():
     model, other = disturb(attached()), attached()
     compiled = compile_(other)
-    compiled(tokens())
+    compiled(points())
     want = outputs(model)
     for assign in (False, True):
         disturb(other, seed=5)
         other.load_state_dict(twin(model).state_dict(), assign=assign)
-        assert torch.equal(compiled(tokens()), want)
-    compiled(tokens()).sum().backward()
+        assert torch.equal(compiled(points()), want)
+    compiled(points()).sum().backward()
     assert all(other.get_submodule(site).phi.grad is not None for site in SITES)
 
 
 def test_before_the_first_call_the_state_is_the_plain_one():
-    model, plain = Decoder(), Decoder()
+    model, plain = Small(), Small()
     compiled = compile_(model)
     model.load_state_dict(plain.state_dict())
-    assert torch.allclose(compiled(tokens()), plain(tokens()), atol=1e-6)
+    assert torch.allclose(compiled(points()), plain(points()), atol=1e-6)
     assert set(model.state_dict()) - set(plain.state_dict()) == {
         f"{site}.{name}" for site in SITES for name in ("phi", "bias", "scale")
     }
@@ -154,7 +146,7 @@ def test_before_the_first_call_the_state_is_the_plain_one():
 
 def test_distributed_checkpoint_of_model_and_optimizer(tmp_path):
     """The optimizer was built before the first call; the one that resumes, after attaching. The losses go on as if nothing had happened."""
-    model = Decoder()
+    model = Small()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     compiled = compile_(model)
     train(model, optimizer, compiled=compiled)
@@ -194,16 +186,15 @@ def save_and_load(model):
 @pytest.mark.parametrize("ran", [False, True], ids=["before the first call", "after it"])
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in copies()])
 def test_a_copy_is_a_model_of_its_own(make, ran):
-    model = Decoder()
+    model = Small()
     if ran:
-        compile_(model)(tokens())
+        compile_(model)(points())
         disturb(model)
     other = make(model)
     assert list(mhc_compile.connections(other)) == (SITES if ran else [])
     assert torch.equal(outputs(other), outputs(model))
-    for block in other.blocks:
-        assert block.attn._mhc_declared == (block.mhc.attn,)
-        assert block.mlp._mhc_declared == (block.mhc.mlp,)
+    assert other.pair.first._mhc_declared == (other.pair.mhc.first,)
+    assert other.pair.second._mhc_declared == (other.pair.mhc.second,)
     before = twin(model)
     train(other, torch.optim.SGD(other.parameters(), lr=0.1))
     assert same(model, before)
@@ -225,14 +216,14 @@ def test_a_copy_is_a_model_of_its_own(make, ran):
 )
 def test_an_average_made_before_the_first_call_receives_hyper_connections(decay, wrap):
     average = get_ema_multi_avg_fn(decay) if decay else None
-    model, reference = Decoder(), Decoder()
+    model, reference = Small(), Small()
     reference.load_state_dict(model.state_dict())
     compiled = compile_(model)
     early = AveragedModel(compiled if wrap else model, multi_avg_fn=average)
     assert not mhc_compile.connections(early)
-    mhc_compile.attach(reference, tokens())
+    mhc_compile.attach(reference, points())
     late = AveragedModel(reference, multi_avg_fn=average)
-    compiled(tokens())
+    compiled(points())
     for seed in range(3):
         disturb(model, seed)
         disturb(reference, seed)
@@ -252,14 +243,14 @@ def inside_as_plain(model):
     plain = twin(model)
     mhc_compile.detach(plain)
     with torch.no_grad():
-        return plain(tokens())
+        return plain(points())
 
 
 def test_an_average_that_has_run_on_takes_hyper_connections_when_they_come():
-    model = Decoder()
+    model = Small()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     ema.update_parameters(model)
-    mhc_compile.attach(model, tokens())
+    mhc_compile.attach(model, points())
     disturb(model)
     before = twin(ema.module)
     ema.update_parameters(model)
@@ -281,15 +272,15 @@ def test_an_average_computes_on_streams_through_its_own_wrapper():
 
 
 def test_averages_that_cannot_follow():
-    model = Decoder()
+    model = Small()
     stranger = AveragedModel(nn.Sequential(nn.Linear(3, 3)))
-    mhc_compile.attach(model, tokens())
+    mhc_compile.attach(model, points())
     with pytest.raises(mhc_compile.AttachError, match=r"Make the AveragedModel after mhc_compile\.attach"):
         stranger.update_parameters(model)
     average = AveragedModel(model)
     mhc_compile.detach(model)
     with pytest.raises(
-        mhc_compile.AttachError, match=r"2 hyper-connections and Decoder has 0.*detach\(averaged\.module\)"
+        mhc_compile.AttachError, match=r"2 hyper-connections and Small has 0.*detach\(averaged\.module\)"
     ):
         average.update_parameters(model)
     mhc_compile.detach(average.module)
@@ -302,15 +293,15 @@ def test_averages_that_cannot_follow():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_that_ran_is_cast_and_runs_on(dtype):
-    model = Decoder()
+    model = Small()
     compiled = compile_(model)
-    compiled(tokens())
+    compiled(points())
     disturb(model)
     with torch.no_grad():
-        want = compiled(tokens())
+        want = compiled(points())
     model.to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    out = compiled(tokens())
+    out = compiled(points().to(dtype))
     assert out.dtype == dtype
     assert torch.allclose(out.float(), want, atol=1e-5 if dtype == torch.float64 else 0.1)
     out.sum().backward()
@@ -329,8 +320,8 @@ def test_to_the_meta_device_and_back_with_a_checkpoint():
 def test_built_on_the_meta_device_and_reset_everywhere():
     """`to_empty` leaves garbage; what has `reset_parameters` is the whole model, hyper-connections included."""
     with torch.device("meta"):
-        model = Decoder()
-    mhc_compile.attach(model, tokens().to("meta"))
+        model = Small()
+    mhc_compile.attach(model, points().to("meta"))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -340,7 +331,7 @@ def test_built_on_the_meta_device_and_reset_everywhere():
             module.reset_parameters()
     plain = twin(model)
     mhc_compile.detach(plain)
-    assert torch.allclose(outputs(model), plain(tokens()), atol=1e-6)
+    assert torch.allclose(outputs(model), plain(points()), atol=1e-6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer)
     assert all(model.get_submodule(site).phi.any() for site in SITES)
