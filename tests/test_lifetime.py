@@ -120,22 +120,26 @@ def test_models_of_a_class_share_what_was_compiled():
     assert len(graphs) == 3  # and none for the others
 
 
-def test_a_plain_compiled_version_of_the_class_survives():
-    """Only versions of the same backend make room."""
+def test_versions_of_other_backends_survive():
+    """Only those of the same backend, with the same options, make room for one another."""
     graphs = []
 
-    def plain_backend(graph_module, inputs):
+    def inner(graph_module, inputs):
         graphs.append(graph_module)
         return graph_module.forward
 
     model, other = Small(), Small()
-    plain = torch.compile(model, backend=plain_backend)
-    plain(points())
-    two, four = compile_(other, streams=2), compile_(Small())
-    two(points())
-    four(points())
-    plain(points())
-    assert len(graphs) == 1
+    mhc_compile.attach(model, points())
+    stranger = torch.compile(model, backend=inner)
+    stranger(points())
+    ours = compile_(model, inner)
+    ours(points())
+    assert len(graphs) == 2
+    compile_(other)(points())
+    compile_(Small(), iterations=5)(points())
+    stranger(points())
+    ours(points())
+    assert len(graphs) == 2
 
 
 def test_reset_in_between():
