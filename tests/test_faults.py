@@ -73,6 +73,7 @@ def test_no_memory_while_running():
     assert failing.calls == 2
 
 
+@pytest.mark.slow
 def test_an_attachment_that_stops_half_way_is_continued():
     """The second hyper-connection finds no memory. The limit is the process's own: torch itself refuses the allocation."""
     script = textwrap.dedent("""
@@ -144,8 +145,15 @@ def train(model, inner, losses, barrier):
         barrier.abort()
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kinds", [(Small, Other), (Small, Small)], ids=["two classes", "one class"])
+@pytest.mark.parametrize(
+    ("kinds", "inner"),
+    [
+        pytest.param((Small, Other), "eager", id="two classes, eager"),
+        pytest.param((Small, Small), "aot_eager", id="one class, aot_eager"),
+        pytest.param((Small, Small), "eager", id="one class, eager", marks=pytest.mark.slow),
+        pytest.param((Small, Other), "aot_eager", id="two classes, aot_eager", marks=pytest.mark.slow),
+    ],
+)
 def test_threads_compile_and_train_at_once(kinds, inner):
     """Each as if it were alone; the optimizers exist before the first call, so that parameters join them while another thread attaches."""
     models = [kind() for kind in kinds]

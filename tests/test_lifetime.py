@@ -74,16 +74,16 @@ def test_graphs_do_not_pile_up(inner):
     torch._dynamo.reset()
     before = graph_modules()
     counts = []
-    for _ in range(3):
+    for _ in range(2):
         live_and_die(inner)
         counts.append(graph_modules() - before)
     assert counts[0] > 0
     assert counts[1] <= counts[0]
-    assert counts[2] <= counts[0]
     torch._dynamo.reset()
     assert graph_modules() <= before
 
 
+@torch._dynamo.config.patch(recompile_limit=3)
 def test_more_models_of_a_class_than_dynamo_compiles_versions():
     models = [Small() for _ in range(torch._dynamo.config.recompile_limit + 2)]
     calls = [compile_(model, strict=True) for model in models]
@@ -189,7 +189,7 @@ def test_detach_leaves_what_a_model_that_never_had_any_is(ran):
     assert torch.equal(torch.compile(model, backend="aot_eager")(points()), plain(points()))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_version_compiled_before_detach_starts_afresh(inner):
     model = Small()
     compiled = compile_(model, inner)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "resume.py"
-STEPS = 30
+STEPS = 12
 
 #: Reads a command line and runs it in a fork of itself, which has loaded torch already; says its process id and, later, how it ended.
 NURSERY = """
@@ -182,6 +182,7 @@ def test_killed_at_random_moments(nursery, whole, tmp_path):
     assert kills >= 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(nursery, whole, three_steps):
     checkpoint, temporary = three_steps / "resume.pt", three_steps / "resume.pt.tmp"
     good = checkpoint.read_bytes()
