@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mhc_compile.ahead import attach
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
+    from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
     from mhc_compile.explanation import Explanation, explain
@@ -54,6 +55,7 @@ __all__ = [
     "eager",
     "explain",
     "gain",
+    "load_state_dict",
     "mhc",
     "parameter_groups",
     "register_with_accelerate",
@@ -71,6 +73,7 @@ _HOMES = {
     "eager": "debugging",
     "explain": "explanation",
     "gain": "stability",
+    "load_state_dict": "checkpoints",
     "mhc": "backend",
     "parameter_groups": "grouping",
     "register_with_accelerate": "huggingface",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 try:
     from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
     from torch._dynamo.exc import (
         BackendCompilerFailed,
         ShortenTraceback,
@@ -61,6 +62,7 @@ __all__ = [
     "isolated_compile",
     "lbfgs_has_memory",
     "load_cpp",
+    "make_room",
     "module_by_id",
     "name_input",
     "raise_through_dynamo",
@@ -70,6 +72,10 @@ __all__ = [
     "runs_inside_another",
     "same_function",
 ]
+
+
+#: Stands for an object that is in no frame.
+_NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 
 
 def _tracer() -> Any:
@@ -149,10 +155,30 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
         reset_code(code)
         return
     for entry in _debug_get_cache_entry_list(code):
+        if not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+            _invalidate(entry, "mhc_compile attached hyper-connections")
+
+
+def make_room() -> None:
+    """Makes room for one more compiled version of the frame that is being traced, whose guards will hold for what they did not hold for before.
+
+    Versions of the same backend whose guards hold now would be its duplicates: they are dropped, and whoever used them will use the new one. The
+    others stay valid and no longer count towards the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
+    and a name that no frame has makes them such.
+    """
+    output = _tracer().output
+    backend, scope = innermost_backend(output.compiler_fn), output.local_scope
+    for entry in _debug_get_cache_entry_list(frame_code()):
         manager = entry.guard_manager
-        if not isinstance(manager, DeletedGuardManagerWrapper):
-            assert manager.extra_state is not None
-            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("mhc_compile attached hyper-connections"))
+        if not isinstance(manager, DeletedGuardManagerWrapper) and entry.backend == backend and manager.check(scope):
+            _invalidate(entry, "mhc_compile attached hyper-connections to another model like it")
+        entry.guard_manager.id_matched_objs = {"": _NOBODY}
+
+
+def _invalidate(entry: Any, reason: str) -> None:
+    state = entry.guard_manager.extra_state
+    assert state is not None
+    state.invalidate(entry, DeletedGuardManagerWrapper(reason))
 
 
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

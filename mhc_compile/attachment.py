@@ -209,6 +209,16 @@ def declare_on(carrier: nn.Module, connection: HyperConnection) -> bool:
     return True
 
 
+def container_of(owner: nn.Module) -> HyperConnections:
+    """The container of a module's hyper-connections, made if there is none. What else may be called `mhc`, `find_connection` has refused."""
+    container = owner._modules.get(CONTAINER)
+    if container is None:
+        container = HyperConnections()
+        owner.add_module(CONTAINER, container)
+    assert isinstance(container, HyperConnections)
+    return container
+
+
 def _create(owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     device = next((parameter.device for parameter in owner.parameters()), value.device)
@@ -233,10 +243,7 @@ def put_connection(
     path: str,
 ) -> None:
     """Makes `connection` a submodule of its owner, the module `path` of `root`, and has optimizers that were built before told of it."""
-    container = getattr(owner, CONTAINER, None)
-    if container is None:
-        container = HyperConnections()
-        owner.add_module(CONTAINER, container)
+    container = container_of(owner)
     container.put(name, connection)
     container.train(owner.training)
     expect(connection, owner, options.optimizer, root=root, path=path)
@@ -267,9 +274,8 @@ def connections(model: nn.Module) -> dict[str, HyperConnection]:
 def detach(model: nn.Module) -> int:
     """Takes every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
 
-    Optimizers that trained the parameters forget them, and their state.
-
-    Compiled versions of the model must be made anew: they look for parameters that are gone, so call `torch.compile` again.
+    Optimizers that trained the parameters forget them, and their state. A compiled version of the model that is called again attaches new ones, as
+    its first call did: they start afresh, and nothing of the old ones is used.
 
     Returns:
         How many hyper-connections were taken off.

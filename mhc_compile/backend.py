@@ -86,6 +86,9 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         for code in _plain:
             _torch.forget_compiled(code, all_entries=False)
         _plain.clear()
+        # A model that got its hyper-connections just now fits no compiled version of its class, and needs one of its own. (Once it has them, it
+        # shares those of other models like it.) Otherwise the ninth model of a process would meet Dynamo's limit and run without streams.
+        _torch.make_room()
         _torch.restart_trace()
     bindings = result.bind()
     openings = result.openings()

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.errors import OptionError
+from mhc_compile.loading import NAMES, SETTINGS, after_loading, settle_missing
 from mhc_compile.mappings import get_mapping
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["HyperConnection"]
 
@@ -39,6 +40,9 @@ class HyperConnection(nn.Module):
         index: position of the site in its chain. With start="preserve" the branch leans to stream `index mod n`.
         device: where the parameters live.
         dtype: dtype of the parameters.
+
+    A state dict without hyper-connections, that of a plain model, is loaded with a warning, and the parameters here stay as they are; one that
+    has only some of them is an error, as one with other shapes is (see `mhc_compile.load_state_dict`).
 
     Raises:
         OptionError: `width` is not a positive integer.
@@ -121,6 +125,30 @@ class HyperConnection(nn.Module):
         pre, post, res = self.coefficients(streams)
         out = branch(torch.ops.mhc.collapse(streams, pre))
         return torch.ops.mhc.update(streams, out, post, res)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if settle_missing(self, prefix, missing_keys) and all(
+            isinstance(state_dict.get(prefix + name), Tensor) for name in NAMES
+        ):
+            after_loading(self, state_dict, prefix, local_metadata, error_msgs)
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""

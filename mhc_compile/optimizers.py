@@ -28,7 +28,7 @@ import gc
 import logging
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,26 +51,16 @@ __all__ = ["expect", "leave", "settle"]
 log = logging.getLogger(__name__)
 
 
-class _Waiting:
-    """A hyper-connection that no optimizer trains yet. Nothing here keeps a model alive."""
-
-    def __init__(
-        self, connection: HyperConnection, owner: nn.Module, root: nn.Module | None, path: str, policy: OptimizerPolicy
-    ) -> None:
-        root = owner if root is None else root
-        self._references = [weakref.ref(module) for module in (connection, owner, root)]
-        self.path = path
-        self.policy = policy
-
-    def modules(self) -> tuple[HyperConnection, nn.Module, nn.Module] | None:
-        """The hyper-connection, its owner and the root; None if any of them is gone."""
-        connection, owner, root = (reference() for reference in self._references)
-        if owner is None or root is None or not isinstance(connection, HyperConnection):
-            return None
-        return connection, owner, root
+class _Waiting(NamedTuple):
+    owner: weakref.ref[nn.Module]
+    root: weakref.ref[nn.Module]
+    path: str
+    policy: OptimizerPolicy
 
 
-_waiting: list[_Waiting] = []
+#: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every access is one atomic step: one thread may compile a
+#: model while another one trains.
+_waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
 #: Optimizers that were looked at already: how much was expected then, and how many parameters they had.
 _seen: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _expected = 0
@@ -101,7 +91,7 @@ def expect(
         register_optimizer_step_pre_hook(_before_step)
         _hooked = True
     _expected += 1
-    _waiting.append(_Waiting(connection, owner, root, path, policy))
+    _waiting[connection] = _Waiting(weakref.ref(owner), weakref.ref(owner if root is None else root), path, policy)
 
 
 def settle() -> None:
@@ -156,15 +146,16 @@ def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
             for parameter in group["params"]:
                 places.setdefault(id(parameter), []).append((optimizer, group))
     arrivals: dict[int, _Arrivals] = {}
-    still: list[_Waiting] = []
     left_out = 0
-    for entry in _waiting:
-        modules = entry.modules()
-        if modules is None:
+    for reference in _waiting.keyrefs():
+        connection = reference()
+        entry = _waiting.get(connection) if connection is not None else None
+        owner, root = (entry.owner(), entry.root()) if entry is not None else (None, None)
+        if connection is None or entry is None or owner is None or root is None:
             continue
-        connection, owner, root = modules
         missing = [parameter for parameter in connection.parameters() if id(parameter) not in places]
         if not missing:
+            _waiting.pop(connection, None)
             continue
         scopes = list(_scopes(owner, root, entry.path))
         like_matrix = {parameter for parameter in missing if parameter.dim() >= 2}
@@ -177,15 +168,13 @@ def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
         if entry.policy == "warn":
             if any(optimizer is stepping for found in targets.values() for optimizer, _ in found):
                 left_out += 1
-            else:
-                still.append(entry)
+                _waiting.pop(connection, None)
             continue
         for parameter, found in targets.items():
             for optimizer, group in found:
                 arrivals.setdefault(id(root), _Arrivals(root)).add(parameter, optimizer, group)
-        if not all(targets.values()):
-            still.append(entry)
-    _waiting[:] = still
+        if all(targets.values()):
+            _waiting.pop(connection, None)
     for arrival in arrivals.values():
         arrival.insert()
     if left_out:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_like, attach_site, begun_by, find_connection
+from mhc_compile.averages import follow_averages
 from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
@@ -87,6 +88,7 @@ class Study:
                     attach_like(sibling, root, site, options, index=number * len(chain.sites) + index)
         if changed:
             settle()
+            follow_averages()
             self._forget_heads()
         return changed
 

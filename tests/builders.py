@@ -61,6 +61,38 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+class Pair(nn.Module):
+    """The least that is a chain: two residual adds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(torch.tanh(x))
+        return x + self.second(torch.sin(x))
+
+
+class Small(nn.Module):
+    """A pair with something before it and behind it; traced in a moment."""
+
+    SITES = ("pair.mhc.first", "pair.mhc.second")
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.inwards = nn.Linear(3, width)
+        self.pair = Pair(width)
+        self.outwards = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outwards(self.pair(self.inwards(x)))
+
+
+def points(count: int = 5) -> Tensor:
+    return torch.linspace(-1.0, 1.0, 3 * count).reshape(count, 3)
+
+
 def tokens(batch: int = 2, length: int = 5, vocabulary: int = 11) -> Tensor:
     return torch.arange(batch * length).reshape(batch, length) * 7 % vocabulary
 

@@ -1,0 +1,101 @@
+"""Averaged copies of a model that were made before its first compiled call.
+
+`torch.optim.swa_utils.AveragedModel` pairs the parameters of the model with those of its copy by position and does not compare how many there are. A
+copy that was made before hyper-connections were attached would be paired wrongly, or left without them. There is no hook before an update, so the
+method is wrapped; a model without hyper-connections passes through.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.swa_utils import AveragedModel
+
+from mhc_compile.attachment import CONTAINER, DECLARED, HyperConnections, connections, container_of, declare_on, unwrap
+from mhc_compile.connection import HyperConnection
+from mhc_compile.errors import AttachError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["follow_averages", "share_connections"]
+
+_following = False
+
+
+def follow_averages() -> None:
+    """From now on, averaged copies receive hyper-connections at the update that finds them without: their average begins there."""
+    global _following
+    if _following:
+        return
+    _following = True
+    update = AveragedModel.update_parameters
+
+    @functools.wraps(update)
+    def update_parameters(self: AveragedModel, model: nn.Module) -> Any:
+        has, wants = connections(self.module), connections(model)
+        if len(has) < len(wants):
+            share_connections(model, self.module)
+        elif len(has) > len(wants):
+            raise AttachError(
+                f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they were taken off"
+                " after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
+            )
+        return update(self, model)
+
+    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
+
+
+def share_connections(model: nn.Module, twin: nn.Module) -> None:
+    """Gives `twin`, a copy of `model` from before hyper-connections were attached, copies of those that it lacks.
+
+    Raises:
+        AttachError: `twin` does not have the modules of `model`.
+    """
+    pairs = _pairs(model, twin)
+    copies: dict[HyperConnection, HyperConnection] = {}
+    for owner, other in pairs:
+        container = owner._modules.get(CONTAINER)
+        if not isinstance(container, HyperConnections):
+            continue
+        theirs = container_of(other)
+        for name, connection in container.named_modules():
+            if isinstance(connection, HyperConnection):
+                if theirs.get(name) is None:
+                    theirs.put(name, _copy(connection, other))
+                mine = theirs.get(name)
+                assert mine is not None
+                copies[connection] = mine
+        theirs.train(other.training)
+    for carrier, other in pairs:
+        for connection in carrier.__dict__.get(DECLARED, ()):
+            declare_on(other, copies[connection])
+
+
+def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    mine, theirs = _modules(model), _modules(twin)
+    # Wrappers (DDP, torch.compile) stand before what they wrap, and only one of the two may have one.
+    length = min(len(mine), len(theirs))
+    pairs = list(zip(mine[-length:], theirs[-length:], strict=True))
+    if not all(type(one) is type(other) for one, other in pairs):
+        raise AttachError(
+            f"{type(unwrap(twin)).__name__} was averaged before hyper-connections were attached to {type(unwrap(model)).__name__}, and has other"
+            " modules: they cannot be given to it. Make the AveragedModel after mhc_compile.attach(model, ...)"
+        )
+    return pairs
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not isinstance(module, (HyperConnection, HyperConnections))]
+
+
+def _copy(connection: HyperConnection, owner: nn.Module) -> HyperConnection:
+    new = copy.deepcopy(connection)
+    neighbour = next(owner.parameters(), None)
+    if neighbour is not None:
+        new.to(neighbour.device)
+    for parameter in new.parameters():
+        parameter.grad = None
+    return new
