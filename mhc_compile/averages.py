@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.swa_utils import AveragedModel
 
-from mhc_compile.attachment import CONTAINER, DECLARED, HyperConnections, connections, container_of, declare_on, unwrap
+from mhc_compile.attachment import (
+    BEGUN,
+    CONTAINER,
+    DECLARED,
+    HyperConnections,
+    begin_branch,
+    connections,
+    container_of,
+    declare_on,
+    unwrap,
+)
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
 
@@ -72,6 +82,8 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
     for carrier, other in pairs:
         for connection in carrier.__dict__.get(DECLARED, ()):
             declare_on(other, copies[connection])
+        for name, connection in carrier.__dict__.get(BEGUN, ()):
+            begin_branch([other], copies[connection], name)
 
 
 def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
