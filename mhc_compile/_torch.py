@@ -5,7 +5,9 @@ Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, 
 
 from __future__ import annotations
 
+import functools
 import inspect
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 try:
     from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.backends.distributed import DDPOptimizer
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
     from torch._dynamo.exc import (
@@ -52,7 +55,9 @@ __all__ = [
     "module_by_id",
     "raise_through_dynamo",
     "restart_trace",
+    "rewrite_before_ddp_splits",
     "root_module",
+    "split_as_ddp_would",
 ]
 
 
@@ -168,6 +173,56 @@ def compile_with_inductor(
     with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
         compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
+
+
+#: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works on the whole one.
+_ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
+_split: Callable[..., Any] = DDPOptimizer.compile_fn
+
+
+def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
+    """Makes Dynamo hand `backend` the whole graph of a model in DDP; every other backend gets its pieces as ever.
+
+    Under `DistributedDataParallel` Dynamo cuts a graph into a piece for each bucket of gradients and calls the backend for each piece, so that
+    buckets are reduced while the backward is still running. `backend` is called once instead, with the inputs that Dynamo traced, and cuts its own
+    result by `split_as_ddp_would`.
+    """
+
+    @functools.wraps(_split)
+    def compile_fn(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
+        if _innermost(self.backend_compile_fn) is not backend:
+            return _split(self, graph_module, inputs, **settings)
+        token = _ddp_optimizer.set(self)
+        try:
+            return self.backend_compile_fn(graph_module, inputs, **settings)
+        finally:
+            _ddp_optimizer.reset(token)
+
+    DDPOptimizer.compile_fn = compile_fn
+
+
+def _innermost(backend: Any) -> Any:
+    """The function behind the objects that `torch.compile` and its users wrap around a backend."""
+    while True:
+        if isinstance(backend, functools.partial):
+            backend = backend.func
+        elif "_torchdynamo_orig_backend" in getattr(backend, "__dict__", {}):
+            backend = backend._torchdynamo_orig_backend
+        elif isinstance(backend, torch._TorchCompileWrapper):
+            backend = backend.compiler_fn
+        else:
+            return backend
+
+
+def split_as_ddp_would(
+    graph_module: torch.fx.GraphModule, inputs: list[Any], compiler: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Compiles a graph: in pieces where the model is in DDP and Dynamo is told to overlap its reductions, else as one."""
+    optimizer = _ddp_optimizer.get()
+    if optimizer is None:
+        return compiler(graph_module, inputs)  # type: ignore[no-any-return]
+    pieces = DDPOptimizer(optimizer.bucket_bytes_cap, compiler, optimizer.first_bucket_cap)
+    return _split(pieces, graph_module, inputs)  # type: ignore[no-any-return]
 
 
 def load_cpp(source: str) -> Any:

@@ -136,6 +136,15 @@ def _fused(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphMo
 
 
 def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return _inner_of_piece(graph_module, inputs, options, mode)
+
+    return _torch.split_as_ddp_would(graph_module, inputs, compiler)
+
+
+def _inner_of_piece(
+    graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
     if callable(options.inner):
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "eager":
@@ -151,3 +160,6 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
             f"mhc-{ops.fingerprint()}-{options.recompute}",
         )
     return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]
+
+
+_torch.rewrite_before_ddp_splits(mhc)
