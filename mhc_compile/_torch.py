@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType
+    from contextlib import AbstractContextManager
+    from types import CodeType, FrameType
 
     from mhc_compile.errors import MhcError
 
@@ -44,12 +47,16 @@ __all__ = [
     "BackendCompilerFailed",
     "OptimizedModule",
     "TorchDynamoException",
+    "caller",
     "compile_with_inductor",
+    "ddp_parameters",
     "forget_compiled",
     "frame_code",
+    "fsdp_hooks",
     "has_compiled",
     "in_trace",
     "inner_backend",
+    "is_sharded",
     "isolated_compile",
     "load_cpp",
     "module_by_id",
@@ -58,7 +65,11 @@ __all__ = [
     "rewrite_before_ddp_splits",
     "root_module",
     "split_as_ddp_would",
+    "whole_graphs",
 ]
+
+
+T = TypeVar("T")
 
 
 def _tracer() -> Any:
@@ -223,6 +234,38 @@ def split_as_ddp_would(
         return compiler(graph_module, inputs)  # type: ignore[no-any-return]
     pieces = DDPOptimizer(optimizer.bucket_bytes_cap, compiler, optimizer.first_bucket_cap)
     return _split(pieces, graph_module, inputs)  # type: ignore[no-any-return]
+
+
+def whole_graphs() -> AbstractContextManager[None]:
+    """In this context Dynamo does not cut the graphs of models in DDP."""
+    return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[attr-defined, no-any-return]
+
+
+def caller(kind: type[T]) -> T | None:
+    """The nearest object of class `kind` whose method is running, Python's stack and the frame that Dynamo traces taken together."""
+    me = _tracer().output.local_scope.get("self") if in_trace() else None
+    frame: FrameType | None = sys._getframe(1)
+    while not isinstance(me, kind) and frame is not None:
+        me, frame = frame.f_locals.get("self"), frame.f_back
+    return me if isinstance(me, kind) else None
+
+
+def ddp_parameters(ddp: DistributedDataParallel) -> set[int]:
+    """`id` of every parameter that `ddp` found in its module when it was built."""
+    return {id(parameter) for parameter in ddp._module_parameters} | {
+        id(parameter) for parameter in ddp.parameters() if getattr(parameter, "_ddp_ignored", False)
+    }
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP manages the parameters of this module, in whichever group."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def fsdp_hooks(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What FSDP does before and after the forward of `module`, one to which `fully_shard` was applied."""
+    state = module._get_fsdp_state()
+    return state._pre_forward, state._post_forward
 
 
 def load_cpp(source: str) -> Any:

@@ -13,6 +13,7 @@ from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Binding, Plan, Reason, Refusal, Site, normalize, plan_chains, refuse_site
 from mhc_compile.passes.roles import is_fused_layer, is_region, op_name
+from mhc_compile.wrapped import check_site, known_to_ddp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,6 +46,7 @@ class Study:
         Sites that cannot share the parameters of their module are refused, and the plan is made anew.
         """
         changed = False
+        known = known_to_ddp()
         while True:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
@@ -54,6 +56,7 @@ class Study:
                     if connection is not None and connection.width != site.width:
                         vetoes[site.add] = width_conflict(site, connection)
                         continue
+                    check_site(site, owner, connection, known)
                     changed |= attach_site(owner, carrier, site, options, index=index)
             if len(vetoes) == len(self._vetoes):
                 return changed

@@ -11,21 +11,51 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from builders import Decoder, tokens
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 
 STEPS, BATCH = 10, 4
 
 
-def build(width: int = 16, layers: int = 3, wrap: Callable[[nn.Module], None] | None = None) -> Decoder:
-    """A decoder with hyper-connections attached, the same in every process. `wrap` changes it before that."""
+class Recomputing(Decoder):
+    """A decoder that writes activation checkpointing into its forward."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+class Wrapped(Decoder):
+    """A decoder whose blocks are wrapped for activation checkpointing."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__(width, layers)
+        for i, block in enumerate(self.blocks):
+            self.blocks[i] = checkpoint_wrapper(block)
+
+
+def build(width: int = 16, layers: int = 3, kind: type[Decoder] = Decoder) -> Decoder:
+    """A decoder with hyper-connections attached, the same in every process."""
     torch.manual_seed(1)
-    model = Decoder(width, layers)
-    if wrap is not None:
-        wrap(model)
+    model = kind(width, layers)
     mhc_compile.attach(model, tokens(BATCH))
     shake(model)
     return model
+
+
+class Spy:
+    """An inner compiler that compiles nothing and keeps the graphs that it gets."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs.append(graph_module)
+        return graph_module.forward
 
 
 def shake(model: nn.Module) -> None:
@@ -79,9 +109,8 @@ def train(call: Callable[..., Any], model: nn.Module, part: int = 0, parts: int 
 
 def plain_name(name: str) -> str:
     """Without what wrappers put in."""
-    for inserted in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(inserted, "")
-    return name
+    wrappers = ("module", "_orig_mod", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def whole(parameter: Tensor) -> Tensor:
