@@ -60,6 +60,8 @@ __all__ = [
     "isolated_compile",
     "load_cpp",
     "module_by_id",
+    "pipeline_stage",
+    "placements",
     "raise_through_dynamo",
     "restart_trace",
     "rewrite_before_ddp_splits",
@@ -262,10 +264,23 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
+def placements(value: Any) -> tuple[Any, ...] | None:
+    """How a DTensor is laid out over ranks; None for any other value."""
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has DTensors has loaded it
+    return value.placements if module is not None and isinstance(value, module.DTensor) else None
+
+
 def fsdp_hooks(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What FSDP does before and after the forward of `module`, one to which `fully_shard` was applied."""
     state = module._get_fsdp_state()
     return state._pre_forward, state._post_forward
+
+
+def pipeline_stage() -> tuple[int, int] | None:
+    """Number of the pipeline stage whose submodule is being traced, and how many there are; None outside pipelines of several stages."""
+    module = sys.modules.get("torch.distributed.pipelining.stage")
+    stage = caller(module.PipelineStage) if module is not None else None
+    return (stage.stage_index, stage.num_stages) if stage is not None and stage.num_stages > 1 else None
 
 
 def load_cpp(source: str) -> Any:

@@ -16,6 +16,7 @@ from mhc_compile.options import Options
 from mhc_compile.passes import FuseSteps, Pass, RecomputeSteps, close_regions, expand_plan, run_passes
 from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.study import Study, complain, study
+from mhc_compile.wrapped import warn_of_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -92,6 +93,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
             complain(result.plan.refusals, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
         return _inner(_with_graph(graph_module, close_regions(result.graph)), inputs, options, mode)
+    warn_of_pipeline()
     graph = expand_plan(result.graph, result.plan, bindings)
     return _inner(_with_graph(graph_module, graph), inputs, options, mode)
 
