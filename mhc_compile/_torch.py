@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import CodeType, FrameType
+
+    from torch.nn.parallel import DistributedDataParallel
 
     from mhc_compile.errors import MhcError
 
@@ -211,7 +212,7 @@ def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
         finally:
             _ddp_optimizer.reset(token)
 
-    DDPOptimizer.compile_fn = compile_fn
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[assignment, method-assign]
 
 
 def _innermost(backend: Any) -> Any:
@@ -240,7 +241,7 @@ def split_as_ddp_would(
 
 def whole_graphs() -> AbstractContextManager[None]:
     """In this context Dynamo does not cut the graphs of models in DDP."""
-    return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[attr-defined, no-any-return]
+    return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
 
 
 def caller(kind: type[T]) -> T | None:

@@ -37,7 +37,9 @@ def fully_shard(module: nn.Module, *, mp_policy: MixedPrecisionPolicy | None = N
         `module`, which is an `FSDPModule` from now on.
     """
     policy = mp_policy or MixedPrecisionPolicy()
-    containers = [m for m in module.modules() if isinstance(m, HyperConnections) and not _torch.is_sharded(m)]
+    containers: list[nn.Module] = [
+        m for m in module.modules() if isinstance(m, HyperConnections) and not _torch.is_sharded(m)
+    ]
     if containers and (policy.param_dtype is not None or policy.reduce_dtype is not None):
         _shard(containers, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **settings)
         before, after = _torch.fsdp_hooks(containers[0])

@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.axes import entry_axis, exit_axis
 from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
@@ -292,6 +295,8 @@ class _Finder:
         trunk = tensor_value(split.trunk)
         assert trunk is not None
         width: object = trunk.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
+        if isinstance(width, torch.SymInt) and is_concrete_int(width):
+            width = int(width)  # a symbol that a norm's weights have pinned down since
         if not isinstance(width, int):
             return self._refuse(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size"

@@ -9,16 +9,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import mhc_compile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 #: Seconds that a rank waits for another one, and seconds that a task may take.
 PATIENCE, LIMIT = 60, 240

@@ -133,7 +133,7 @@ def fused(rank, inner):
 @pytest.mark.parametrize(
     ("settings", "cut"),
     [
-        ({"static_graph": True}, True),
+        ({"static_graph": True, "places": ("inside",)}, True),
         ({"find_unused_parameters": True}, True),
         ({"gradient_as_bucket_view": True}, True),
         ({"optimize": False}, False),
