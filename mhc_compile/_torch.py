@@ -247,9 +247,12 @@ def whole_graphs() -> AbstractContextManager[None]:
 def caller(kind: type[T]) -> T | None:
     """The nearest object of class `kind` whose method is running, Python's stack and the frame that Dynamo traces taken together."""
     me = _tracer().output.local_scope.get("self") if in_trace() else None
+    source = sys.modules[kind.__module__].__file__
     frame: FrameType | None = sys._getframe(1)
     while not isinstance(me, kind) and frame is not None:
-        me, frame = frame.f_locals.get("self"), frame.f_back
+        if frame.f_code.co_filename == source:  # looking at the locals of any other frame would keep them alive
+            me = frame.f_locals.get("self")
+        frame = frame.f_back
     return me if isinstance(me, kind) else None
 
 
