@@ -8,6 +8,7 @@ from mhc_compile.attachment import connections, unwrap
 from mhc_compile.capture import capture
 from mhc_compile.options import Options
 from mhc_compile.study import complain, study
+from mhc_compile.wrapped import check_unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,10 +44,11 @@ def attach(
         OptionError: the options are wrong.
         CaptureError: the model cannot be traced with these inputs.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a hyper-connection that exists contradicts the options.
+        AttachError: a hyper-connection that exists contradicts the options, or the model is wrapped in DDP or sharded by FSDP already.
     """
     parsed = Options.parse(options)
     target = unwrap(model)
+    check_unwrapped(target)
     studies = []
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:

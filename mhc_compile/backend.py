@@ -27,6 +27,7 @@ from mhc_compile.passes import (
 )
 from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.study import Study, complain, report_broken, study
+from mhc_compile.wrapped import warn_of_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -111,6 +112,7 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
             complain(result.plan.refusals, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
         return _connected(graph_module, close_regions(result.graph), result, inputs, options, mode)
+    warn_of_pipeline()
     graph = expand_plan(result.graph, result.plan, bindings, openings=openings)
     return _connected(graph_module, graph, result, inputs, options, mode)
 
@@ -183,6 +185,15 @@ def _fused(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphMo
 
 
 def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return _inner_of_piece(graph_module, inputs, options, mode)
+
+    return _torch.split_as_ddp_would(graph_module, inputs, compiler)
+
+
+def _inner_of_piece(
+    graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
     if callable(options.inner):
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "eager":
@@ -198,3 +209,6 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
             f"mhc-{ops.fingerprint()}-{options.recompute}",
         )
     return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]
+
+
+_torch.rewrite_before_ddp_splits(mhc)

@@ -80,7 +80,8 @@ def probe(
     """Calls `torch.compile(model, backend=backend)` once and leaves Dynamo's caches as they were: the model's compiled versions stay."""
     single = _SingleUse(backend)
     try:
-        return _torch.isolated_compile(model, single)(*args, **kwargs)
+        with _torch.whole_graphs():
+            return _torch.isolated_compile(model, single)(*args, **kwargs)
     except _torch.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, MhcError):
             raise error.inner_exception from None

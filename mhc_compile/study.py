@@ -31,6 +31,7 @@ from mhc_compile.passes import (
 )
 from mhc_compile.passes.roles import is_fused_layer, is_region, op_name, tensor_value
 from mhc_compile.siblings import Siblings, siblings
+from mhc_compile.wrapped import check_site, known_to_ddp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,6 +68,7 @@ class Study:
         changed = False
         family = self._family()
         root = self.provenance.root
+        known = known_to_ddp()
         while True:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
@@ -76,6 +78,7 @@ class Study:
                     if connection is not None and connection.width != site.width:
                         vetoes[site.add] = width_conflict(site, connection)
                         continue
+                    check_site(site, owner, connection, known)
                     first = family.number * len(chain.sites)
                     changed |= attach_site(owner, carrier, site, options, index=first + index, root=root)
             if len(vetoes) == len(self._vetoes):

@@ -181,8 +181,8 @@ class _Finder:
         total = tensor_value(add)
         assert total is not None
         axis = tail.axis + total.dim()
-        width: object = total.shape[axis]
-        if not isinstance(width, int):
+        width = _fixed(total.shape[axis])
+        if width is None:
             return self._refuse(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(total)} has no fixed size"
             )
@@ -357,9 +357,8 @@ class _Finder:
         axis = shortcut.axes[split.trunk]
         trunk = tensor_value(split.trunk)
         assert trunk is not None
-        width: object = trunk.shape[axis]  # torch's stubs promise an int; under dynamic shapes it may be a SymInt
-        # Where an input is marked dynamic, its first layer has proven by now that this axis is a constant.
-        if not isinstance(width, (int, torch.SymInt)) or not is_concrete_int(width):
+        width = _fixed(trunk.shape[axis])
+        if width is None:
             return self._refuse(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size"
             )
@@ -386,7 +385,7 @@ class _Finder:
             terms=split.others,
             branch=frozenset(branch),
             anchor=anchor,
-            width=int(width),
+            width=width,
             axis=shortcut.axes[split.skip],
             owner=owner,
             name=name,
@@ -421,6 +420,11 @@ class _Finder:
         paths = [_below(owner.path, path) for path in parameters if path is not None]
         name = next((path for path in paths if path), "branch")
         return name, owner if owner.called else None
+
+
+def _fixed(size: object) -> int | None:
+    """A size that is a number. Under dynamic shapes it may be a symbol, which a norm's weights have perhaps pinned down since."""
+    return int(size) if isinstance(size, int) or (isinstance(size, torch.SymInt) and is_concrete_int(size)) else None
 
 
 def _below(owner: str, path: str) -> str:

@@ -87,6 +87,13 @@ def test_train_eval_and_shapes_reuse_the_parameters_and_recompile_as_the_plain_m
     assert ours[1] == ours[2] == ours[3]  # dynamic from the second shape on
 
 
+def test_a_width_that_a_norm_pins_down_is_no_dynamic_width():
+    model = Decoder().blocks
+    block = nn.Sequential(*model)
+    torch.compile(block, backend="mhc", options={"inner": "eager"}, dynamic=True)(torch.randn(2, 5, 8))
+    assert len(mhc_compile.connections(block)) == 2 * len(model)
+
+
 def test_dynamic_shapes_preserve_the_function():
     model = Decoder()
     plain = twin(model)

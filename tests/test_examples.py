@@ -117,3 +117,37 @@ def test_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
     assert run(tmp_path / "half", 4) == whole
     assert [line.split()[:2] for line in whole[:4]] == [["step", str(step)] for step in range(1, 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_distributed_training_and_the_output_that_its_readme_shows(parallel: str) -> None:
+    script = EXAMPLES / "distributed" / "train.py"
+    tiny = [
+        "--inner",
+        "eager",
+        "--steps",
+        "2",
+        "--layers",
+        "2",
+        "--width",
+        "16",
+        "--length",
+        "8",
+        "--parallel",
+        parallel,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *tiny],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MhcWarning" not in done.stderr
+    first, second, end = done.stdout.splitlines()
+    assert float(first.split()[-1]) > float(second.split()[-1])
+    shown = (EXAMPLES / "distributed" / "README.md").read_text()
+    assert re.sub(r"\d[\d,.]*", "#", end) in re.sub(r"\d[\d,.]*", "#", shown)

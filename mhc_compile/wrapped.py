@@ -1,0 +1,115 @@
+"""Models that are distributed in a way that hyper-connections would not follow: how that is noticed, and how it is said.
+
+DDP and FSDP find the parameters of a model when they wrap it. Parameters that are attached afterwards would be trained on every rank by that rank's
+own gradients, and the ranks would drift apart without a word. So would those of a trunk that is cut along its tokens (sequence parallel), where each
+rank has the gradient of its own tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from mhc_compile import _torch
+from mhc_compile._warn import warn
+from mhc_compile.errors import AttachError
+from mhc_compile.passes.roles import tensor_value
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mhc_compile.connection import HyperConnection
+    from mhc_compile.passes import Site
+
+__all__ = ["check_site", "check_unwrapped", "known_to_ddp", "warn_of_pipeline"]
+
+_WAY_OUT = (
+    "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled call finds the"
+    " hyper-connections"
+)
+
+
+def known_to_ddp() -> set[int] | None:
+    """`id` of every parameter that the `DistributedDataParallel` round the model being traced takes care of; None if there is none."""
+    ddp = _torch.caller(DistributedDataParallel)
+    return None if ddp is None else _torch.ddp_parameters(ddp)
+
+
+def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, known: set[int] | None) -> None:
+    """Refuses parameters that the wrapper round the model being traced does not know, before any are made.
+
+    Args:
+        site: the site.
+        owner: the module that performs it.
+        connection: its hyper-connection, None where it has none yet.
+        known: what `known_to_ddp` says.
+
+    Raises:
+        AttachError: the model runs inside DDP, and DDP was built before `connection`; FSDP manages `owner`, and there is no `connection`; or the
+            trunk is a DTensor or one rank's share of one.
+    """
+    placements = _share(site)
+    if placements is not None:
+        raise AttachError(
+            f"{site}: the sum is distributed over ranks with placements {placements}; expected a plain tensor that is whole on every rank,"
+            " because the gradients of a hyper-connection are not added up over shares of the tokens. Leave sequence parallelism off (tensor"
+            " parallelism that ends every branch in RowwiseParallel() works), or compile this model with another backend"
+        )
+    if known is not None:
+        if connection is None or any(id(parameter) not in known for parameter in connection.parameters()):
+            raise AttachError(
+                f"{site}: DistributedDataParallel wrapped the model before its hyper-connections were attached, and would not average"
+                f" their gradients. {_WAY_OUT}"
+            )
+    elif connection is None and _torch.is_sharded(owner):
+        raise AttachError(
+            f"{site}: FSDP sharded the {type(owner).__name__} before its hyper-connections were attached, and would neither shard"
+            f" them nor reduce their gradients. {_WAY_OUT}"
+        )
+
+
+def _share(site: Site) -> tuple[Any, ...] | None:
+    """The placements of the sum: those of a DTensor, or of one whose local part a term is. None where every rank has all of it."""
+    todo = [site.add, *site.terms]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        placements = _torch.placements(tensor_value(node))
+        if placements is not None:
+            if node in (site.add, *site.terms) or not all(placement.is_replicate() for placement in placements):
+                return placements
+            continue  # what is whole on every rank may be computed in shares
+        news = [operand for operand in node.all_input_nodes if operand in site.branch and operand not in seen]
+        seen.update(news)
+        todo += news
+    return None
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuses to attach to a model that DDP or FSDP has wrapped.
+
+    Raises:
+        AttachError: with the path of the wrapped module.
+    """
+    for path, module in model.named_modules():
+        ddp = isinstance(module, DistributedDataParallel)
+        if ddp or _torch.is_sharded(module):
+            where = f"its module {path!r}" if path else "it"
+            wrapper = "wrapped in DistributedDataParallel" if ddp else "sharded by FSDP"
+            raise AttachError(
+                f"mhc_compile.attach cannot attach to {type(model).__name__}: {where} is {wrapper} already, which knows only the parameters"
+                f" that it found then. {_WAY_OUT}"
+            )
+
+
+def warn_of_pipeline() -> None:
+    """Says that streams end where a pipeline stage ends, if the model being traced is one of several stages."""
+    stage = _torch.pipeline_stage()
+    if stage is not None:
+        index, count = stage
+        warn(
+            f"pipeline stage {index} of {count}: the next stage receives one tensor, so the streams are averaged where this stage ends and begin"
+            " anew in the next one. That is another model than the unpipelined one as soon as the streams differ; train and evaluate it with the"
+            " same stages"
+        )

@@ -1,0 +1,157 @@
+"""DistributedDataParallel: two processes with half of the batch each train as one does with all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import Decoder, tokens
+from torch.nn.parallel import DistributedDataParallel
+from training import Recomputing, Spy, Wrapped, build, train
+
+import mhc_compile
+
+EAGER = {"inner": "eager"}
+#: Three megabytes of parameters: Dynamo cuts the graph into several pieces at DDP's smallest buckets.
+SIZES = {"width": 128, "layers": 4}
+
+
+def wrap(model, place, backend="mhc", options=None, **settings):
+    """The model in DDP, compiled as a whole (`outside`) or in there (`inside`)."""
+    settings = {"bucket_cap_mb": 1, **settings}
+    if place == "outside":
+        return torch.compile(DistributedDataParallel(model, **settings), backend=backend, options=options)
+    return DistributedDataParallel(torch.compile(model, backend=backend, options=options), **settings)
+
+
+def compare(rank, places=("outside", "inside"), inner=None, optimize=True, kind=Decoder, **settings):
+    """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner` compiles them."""
+    model = build(**SIZES)
+    want = train(torch.compile(model, backend="mhc", options={"inner": inner or "eager"}), model)
+    pieces = []
+    for place in places:
+        torch._dynamo.reset()
+        spy = Spy()
+        model = build(**SIZES, kind=kind)
+        with torch._dynamo.config.patch(optimize_ddp=optimize):
+            got = train(wrap(model, place, options={"inner": inner or spy}, **settings), model, rank, 2)
+        got.assert_close(want)
+        pieces.append(len(spy.graphs))
+    return pieces
+
+
+def test_training(ranks):
+    for outside, inside in ranks.run(compare):
+        assert outside >= 3
+        assert inside >= 3
+
+
+def late(rank):
+    """Errors of models that were wrapped before they were attached, and what is left of the models."""
+    said = []
+    for case in ("outside", "inside", "attached in DDP", "attach", "python_reducer"):
+        torch._dynamo.reset()
+        model = Decoder()
+        with torch._dynamo.config.patch(optimize_ddp="python_reducer" if case == "python_reducer" else True):
+            call = ddp = wrap(model, "outside" if case == "attached in DDP" else case, options=EAGER)
+        if case == "attached in DDP":
+            mhc_compile.attach(model, tokens())
+        if case == "attach":
+            ddp, call = DistributedDataParallel(model), lambda x, ddp=ddp: mhc_compile.attach(ddp, x)
+        with pytest.raises(mhc_compile.AttachError) as caught:
+            call(tokens())
+        said.append(str(caught.value))
+        if case == "attached in DDP":
+            mhc_compile.detach(model)
+        assert not mhc_compile.connections(model)
+        DistributedDataParallel(model)(tokens()).sum().backward()
+        assert model.blocks[0].norm1.weight.grad.any()
+        # The same model, in the right order.
+        mhc_compile.attach(model, tokens())
+        wrap(model, "inside", options=EAGER)(tokens()).sum().backward()
+        assert model.blocks[0].mhc.mlp.phi.grad.any()
+    return said
+
+
+def test_attaching_too_late(ranks):
+    for said in ranks.run(late):
+        assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
+        assert all("DistributedDataParallel" in message for message in said)
+
+
+def explained(rank):
+    model = DistributedDataParallel(Decoder(**SIZES), bucket_cap_mb=1)
+    graphs = mhc_compile.explain(model, tokens()).graphs
+    return [[len(chain.sites) for chain in graph.chains] for graph in graphs]
+
+
+def test_explain_looks_through_ddp(ranks):
+    assert ranks.run(explained) == [[[2 * SIZES["layers"]]]] * 2
+
+
+def pieces_of_another_backend(rank):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model = Decoder(**SIZES)
+    torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend=counter)(tokens())
+    return counter.frame_count
+
+
+def test_other_backends_get_their_pieces(ranks):
+    assert min(ranks.run(pieces_of_another_backend)) >= 3
+
+
+def agreed(rank):
+    model = build()
+    return [(name, whole.sum().item()) for name, whole in model.named_parameters()]
+
+
+def test_ranks_attach_the_same(ranks):
+    first, second = ranks.run(agreed)
+    assert first == second
+    assert sum(".mhc." in name for name, _ in first) == 3 * 2 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_fused_kernels_in_every_piece(ranks, inner):
+    for kernels in ranks.run(fused, inner):
+        assert kernels >= {"mhc::read", "mhc::step", "mhc::close"}
+
+
+def fused(rank, inner):
+    compare(rank, inner=inner)
+    model = build(**SIZES)
+    call = wrap(model, "inside", options={"inner": inner})
+    call(tokens())
+    with torch.profiler.profile() as profile:
+        call(tokens())
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "cut"),
+    [
+        ({"static_graph": True, "places": ("inside",)}, True),
+        ({"find_unused_parameters": True}, True),
+        ({"gradient_as_bucket_view": True}, True),
+        ({"optimize": False}, False),
+        ({"optimize": "python_reducer"}, False),
+    ],
+)
+def test_settings_of_ddp(ranks, settings, cut):
+    for pieces in ranks.run(compare_with, settings):
+        assert all(count >= 3 if cut else count == 1 for count in pieces)
+
+
+def compare_with(rank, settings):
+    return compare(rank, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Wrapped, Recomputing])
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+def test_activation_checkpointing(ranks, kind, inner):
+    for pieces in ranks.run(compare, ("outside", "inside"), inner, True, kind):
+        assert inner or min(pieces) >= 3

@@ -1,0 +1,177 @@
+"""FSDP2: two processes that each hold half of the parameters and see half of the batch train as one process does with all of both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import Decoder, tokens
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import DTensor
+from training import Recomputing, Spy, Wrapped, build, train
+
+import mhc_compile
+from mhc_compile.distributed import fully_shard
+
+#: Ways to compile: every block in place, every block as a module of its own, the sharded model as a whole.
+WAYS = ("method", "module", "whole")
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+#: Casts nothing, and yet hyper-connections get groups of their own.
+APART = MixedPrecisionPolicy(param_dtype=torch.float32)
+
+
+def compile_blocks(model, way, options):
+    for i, block in enumerate(model.blocks):
+        if way == "method":
+            block.compile(backend="mhc", options=options)
+        elif way == "module":
+            model.blocks[i] = torch.compile(block, backend="mhc", options=options)
+
+
+def shard(model, way, options, policy=None, apply=fully_shard):
+    """Compiled as `way` says, sharded block by block, and ready to be called."""
+    mesh = init_device_mesh("cpu", (2,))
+    settings = {"mesh": mesh} if policy is None else {"mesh": mesh, "mp_policy": policy}
+    compile_blocks(model, way, options)
+    for block in model.blocks:
+        apply(block, **settings)
+    apply(model, **settings)
+    return torch.compile(model, backend="mhc", options=options) if way == "whole" else model
+
+
+def alone(inner, kind=Decoder):
+    model = build(kind=kind)
+    compile_blocks(model, "method", {"inner": inner})
+    return train(model, model)
+
+
+def compare(rank, cases, inner=None, kind=Decoder):
+    """Trains alone and sharded, in every case (way, policy, function that shards)."""
+    want = alone(inner or "eager")
+    for way, policy, apply in cases:
+        torch._dynamo.reset()
+        spy = Spy()
+        model = build(kind=kind)
+        got = train(shard(model, way, {"inner": inner or spy}, policy, apply), model, rank, 2)
+        got.assert_close(want)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        bodies = [m for graph in spy.graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        operators = [str(node.target) for body in bodies for node in body.graph.nodes]
+        assert inner or operators.count("mhc.update.default") >= 2
+
+
+def test_training(ranks):
+    ranks.run(compare, [("method", APART, fully_shard), ("whole", None, torch_fully_shard)])
+
+
+def dtypes(rank, way, apply):
+    """dtypes with which parameters enter the compiled graphs: of hyper-connections, and of everything else."""
+    spy = Spy()
+    model = build()
+    call = shard(model, way, {"inner": spy}, BF16, apply)
+    call(tokens()).sum().backward()
+    seen = {True: set(), False: set()}
+    for graph in spy.graphs:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if isinstance(node.meta["example_value"], torch.nn.Parameter):
+                seen["mhc" in str(node.target)].add(node.meta["example_value"].dtype)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(connection.phi.grad.full_tensor().any() for connection in mhc_compile.connections(model).values())
+    return seen[True], seen[False]
+
+
+def test_coefficients_stay_in_float32(ranks):
+    for own, rest in ranks.run(dtypes, "method", fully_shard):
+        assert own == {torch.float32}
+        assert rest == {torch.bfloat16}
+    for own, _ in ranks.run(dtypes, "method", torch_fully_shard):
+        assert own == {torch.bfloat16}  # this is what the other function is for
+
+
+def late(rank):
+    """Errors of models that were sharded before they were attached, and what is left of the models."""
+    said = []
+    for way in (*WAYS, "attach"):
+        torch._dynamo.reset()
+        model = Decoder()
+        call = shard(model, way, {"inner": "eager"})
+        if way == "attach":
+            call = lambda x, model=model: mhc_compile.attach(model, x)  # noqa: E731
+        with pytest.raises(mhc_compile.AttachError) as caught:
+            call(tokens())
+        said.append(str(caught.value))
+        assert not mhc_compile.connections(model)
+        if way in {"whole", "attach"}:
+            if way == "whole":
+                model.reset_iter_state()  # what torch asks for after an error in a forward
+            model(tokens()).sum().backward()
+            assert model.blocks[0].norm1.weight.grad.full_tensor().any()
+    return said
+
+
+def test_attaching_too_late(ranks):
+    for said in ranks.run(late):
+        assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
+        assert all("FSDP" in message for message in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("inner", [None, "aot_eager"])
+def test_ways_to_compile_and_to_shard(ranks, way, inner):
+    cases = [(way, APART, fully_shard), (way, None, fully_shard), (way, None, torch_fully_shard)]
+    ranks.run(compare, cases if inner is None else cases[:1], inner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [("method", Wrapped), ("module", Wrapped), ("whole", Wrapped), ("method", Recomputing), ("module", Recomputing)],
+)
+def test_activation_checkpointing(ranks, way, kind):
+    ranks.run(compare, [(way, APART, fully_shard)], None, kind)
+
+
+def uncompiled(rank):
+    """Dynamo does not trace `checkpoint` round a module with FSDP's hooks: its blocks run in eager mode, and that is said."""
+    call = shard(build(kind=Recomputing), "whole", {"inner": "eager"})
+    with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
+        call(tokens())
+
+
+@pytest.mark.slow
+def test_blocks_that_dynamo_leaves_to_eager_mode_are_reported(ranks):
+    ranks.run(uncompiled)
+
+
+def save(rank, folder):
+    """Trains a sharded model, saves its checkpoint, and returns the whole state of rank 0."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    model = build()
+    train(shard(model, "method", {"inner": "eager"}, BF16), model, rank, 2)
+    checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_is_loaded_by_one(ranks, tmp_path):
+    import torch.distributed.checkpoint as checkpoint
+
+    whole, _ = ranks.run(save, tmp_path / "saved")
+    model = build()
+    assert whole.keys() == model.state_dict().keys()
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {"model": model.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+        assert value.dtype == torch.float32
+    assert not torch.equal(model.blocks[1].mhc.mlp.phi, fresh["blocks.1.mhc.mlp.phi"])
+    other = build()
+    other.load_state_dict(whole)
+    results = [torch.compile(m, backend="mhc", options={"inner": "eager"})(tokens()) for m in (model, other)]
+    assert torch.equal(*results)
