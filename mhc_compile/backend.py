@@ -26,7 +26,7 @@ from mhc_compile.passes import (
     run_passes,
 )
 from mhc_compile.passes.roles import is_contraction, tensor_value
-from mhc_compile.study import Study, complain, report_broken, study
+from mhc_compile.study import Study, complain, report_broken, report_idle, study
 from mhc_compile.wrapped import warn_of_pipeline
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
         log.debug("refused %s: %s", refusal.add, refusal)
         if refusal.reason is Reason.BROKEN_BRANCH:
             report_broken(refusal, result.provenance, options)
+    idle = result.idle(graph_module.graph, [*bindings.values(), *(binding for _, binding in openings.values())])
+    if (
+        idle and not _torch.graph_is_part()
+    ):  # of a branch in two halves, the graph that is traced first knows nothing yet
+        report_idle(idle, result.plan.refusals, options)
     for observe in observers:
         observe(result)
     if not bindings and not openings:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.fx import Node
+
 from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_like, attach_site, begun_by, find_connection
@@ -36,15 +39,14 @@ from mhc_compile.wrapped import check_site, known_to_ddp
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch import nn
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
 
     from mhc_compile.connection import HyperConnection
     from mhc_compile.options import Options
     from mhc_compile.passes import Head
 
-__all__ = ["Study", "complain", "report_broken", "study", "width_conflict"]
+__all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +142,14 @@ class Study:
             if begun is not None and binding is not None:
                 found[head] = begun[0], binding
         return found
+
+    def idle(self, declared: Graph, bindings: Iterable[Binding]) -> list[str]:
+        """The paths of hyper-connections that are declared in the graph as Dynamo made it, and of whose sites it makes nothing."""
+        used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
+        shown = [node.args[0] for node in declared.nodes if node.target is torch.ops.mhc.declare]
+        names = {node.target: self.provenance.parameter_name(node) for node in declared.find_nodes(op="placeholder")}
+        idle = [names.get(phi.target) for phi in shown if isinstance(phi, Node) and str(phi.target) not in used]
+        return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name))
 
     def notes(self) -> Notes:
         """What the compiled graph writes into the history of its results, so that a later graph finds the heads of its branches."""
@@ -238,6 +248,24 @@ def _hint(graphs: Iterable[Graph]) -> str:
             " or mhc_compile.attach(model, ...), and it will take the path that can be rewritten."
         )
     return ""
+
+
+def report_idle(idle: list[str], refusals: Iterable[Refusal], options: Options) -> None:
+    """Says that hyper-connections of modules that run in a graph have no part in it, so that their residual adds are plain ones.
+
+    Raises:
+        NothingRewrittenError: `options.strict`.
+    """
+    reasons = Counter(refusal.reason.value for refusal in refusals)
+    listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+    left = f"additions left alone: {listed}" if reasons else "there is no other addition of floating-point tensors"
+    message = (
+        f"{len(idle)} hyper-connections have no part in a graph in which their modules run ({idle[0]}{', ...' if len(idle) > 1 else ''}):"
+        f" their residual adds run as plain adds ({left}). mhc_compile.explain(model, ...) shows each addition with its reason"
+    )
+    if options.strict:
+        raise NothingRewrittenError(message)
+    warn(message)
 
 
 def report_broken(refusal: Refusal, provenance: DynamoProvenance, options: Options) -> None:
