@@ -52,8 +52,11 @@ class Beginning:
 
 @dataclass(frozen=True, eq=False)
 class _Note:
+    """Something was computed from `tensor` (a weak reference), in a branch whose last product with weights so far was that of `anchor`."""
+
     tensor: Any
     beginning: Beginning
+    anchor: weakref.ref[nn.Module] | None
 
 
 class Notes:
@@ -70,7 +73,7 @@ class Notes:
         self, heads: Iterable[Head], provenance: DynamoProvenance, positions: Mapping[str, int], results: Sequence[Any]
     ) -> None:
         code = weakref.ref(_torch.frame_code())
-        self._entries: list[tuple[int | None, int | None, tuple[int, ...], Beginning]] = []
+        self._entries: list[tuple[int | None, int | None, dict[int, weakref.ref[nn.Module] | None], Beginning]] = []
         for head in heads:
             modules = [provenance.module(ref) for ref in head.modules]
             example = head.value.meta["example_value"]
@@ -82,7 +85,11 @@ class Notes:
             )
             number = None if head.value.op == "placeholder" else list(results).index(head.value)
             position = positions[str(head.value.target)] if number is None else None
-            self._entries.append((position, number, head.results, beginning))
+            anchors = {
+                index: provenance.module(ref) if ref is not None else None for index, ref in head.results.items()
+            }
+            reached = {index: weakref.ref(module) if module is not None else None for index, module in anchors.items()}
+            self._entries.append((position, number, reached, beginning))
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -91,12 +98,14 @@ class Notes:
         """Leaves the notes. Where autograd does not record there is no history, and nothing to find."""
         for position, number, reached, beginning in self._entries:
             value = inputs[position] if position is not None else results[number]  # type: ignore[index]
-            note = _Note(_torch.TensorWeakRef(value), beginning)
-            for index in reached:
+            reference = _torch.TensorWeakRef(value)
+            for index, anchor in reached.items():
                 result = results[index]
                 if isinstance(result, Tensor) and result.grad_fn is not None:
                     metadata: Any = result.grad_fn.metadata
-                    metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(note)
+                    metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(
+                        _Note(reference, beginning, anchor)
+                    )
 
 
 def find_tail(
@@ -105,6 +114,7 @@ def find_tail(
     add: Node,
     skip: Node,
     foreign: tuple[tuple[Node, ...], ...],
+    contracted: bool,
 ) -> Tail | str | None:
     """See `Edges.tail`."""
     trunk = values[skip]
@@ -113,24 +123,68 @@ def find_tail(
     terms = [[values[node] for node in group if isinstance(values[node], Tensor)] for group in foreign]
     if not any(value.requires_grad for group in terms for value in group):
         return _known(provenance, add, trunk)
-    found = [_beginnings(trunk, group) for group in terms]
-    if not all(found):
-        if any(beginnings is None for beginnings in found):
-            return None
+    paths = [_Path(trunk, group) for group in terms]
+    if not all(path.notes or path.related for path in paths):
+        return None
+    if not all(path.notes for path in paths):
         return f"the branch of '{skip}' ran outside of this graph, and began where no module of a compiled graph read the trunk"
-    beginnings = [beginning for group in found for beginning in group or ()]
+    beginnings = [note.beginning for path in paths for note in path.notes]
     _find_root(provenance, beginnings)
     ref, owner = _owner(provenance, add)
     if ref is None or owner is None:
         return f"the branch of '{skip}' ran outside of this graph, and nothing tells whose sum this is"
     modules = tuple(dict.fromkeys(module for beginning in beginnings for module in beginning.alive()))
     inside = {id(module): path for path, module in owner.named_modules()}
-    name = next((name for group in terms for value in group if (name := _name(owner, value)) is not None), None)
-    if name is None or not modules or any(id(module) not in inside for module in modules):
+    if not modules or any(id(module) not in inside for module in modules):
         return (
             f"the branch of '{skip}' ran outside of this graph, in modules that {ref.path or ref.kind!r} does not have"
         )
+    name = next((name for path in paths if (name := path.name(owner)) is not None), None)
+    if name is None and not contracted:  # a norm alone, say
+        return None
     return Tail(ref, name, beginnings[0].axis, tuple(beginnings))
+
+
+class _Path:
+    """What lies between a trunk value and tensors that one term of a sum is computed from.
+
+    Attributes:
+        notes: those about the trunk value.
+        related: whether the tensors come from it in any way.
+    """
+
+    def __init__(self, trunk: Tensor, values: Sequence[Tensor]) -> None:
+        self.notes: list[_Note] = []
+        self.related = False
+        self._weights: list[Any] = []
+        start = (trunk.grad_fn, trunk.output_nr) if trunk.grad_fn is not None else None
+
+        def arrived(step: tuple[Any, int]) -> bool:
+            node, output = step
+            about = [note for note in node.metadata.get(_NOTES, {}).get(output, ()) if note.tensor() is trunk]
+            self.notes += about
+            self.related = self.related or step == start
+            return bool(about) or step == start
+
+        for value in values:
+            for node, _ in history(value, _LONGEST, arrived):
+                weight = getattr(node, "variable", None)
+                if weight is not None:
+                    self._weights.append(weight)
+
+    def name(self, owner: nn.Module) -> str | None:
+        """Path below `owner` of the module that the last matrix on the way belongs to: the module that ends the branch. None without a matrix."""
+        paths = {
+            id(parameter): path
+            for path, parameter in owner.named_parameters()
+            if parameter.dim() >= 2 and CONTAINER not in path.split(".")
+        }
+        path = next((paths[id(weight)] for weight in self._weights if id(weight) in paths), None)
+        if path is not None:
+            return _called(owner, path)
+        anchors = [module for note in self.notes if note.anchor is not None and (module := note.anchor()) is not None]
+        inside = {id(module): path for path, module in owner.named_modules()}
+        return next((_called(owner, f"{inside[id(module)]}.") for module in anchors if id(module) in inside), None)
 
 
 def _owner(provenance: DynamoProvenance, add: Node) -> tuple[ModuleRef | None, nn.Module | None]:
@@ -163,34 +217,6 @@ def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> Tail | Non
         return None
     names = [name for name in entry.open if container.get(name) is not None]
     return Tail(ref, names[0], entry.axis) if len(names) == 1 else None
-
-
-def _beginnings(trunk: Tensor, values: Sequence[Tensor]) -> list[Beginning] | None:
-    """The notes in the history of `values` about `trunk`; an empty list if they come from it in another way, None if they do not."""
-    found: list[Beginning] = []
-    related = False
-    for value in values:
-        for node, output in history(value, _LONGEST, until=trunk):
-            if trunk.grad_fn is not None and (node, output) == (trunk.grad_fn, trunk.output_nr):
-                related = True
-            for note in node.metadata.get(_NOTES, {}).get(output, ()):
-                if note.tensor() is trunk:
-                    found.append(note.beginning)
-    return found if found or related else None
-
-
-def _name(owner: nn.Module, value: Tensor) -> str | None:
-    """Path below `owner` of the module that the last weights in the history of `value` belong to: the module that ends the branch."""
-    paths = {
-        id(parameter): path
-        for path, parameter in owner.named_parameters()
-        if not path.startswith(f"{CONTAINER}.") and f".{CONTAINER}." not in path
-    }
-    for node, _ in history(value, _LONGEST):
-        path = paths.get(id(getattr(node, "variable", None)))
-        if path is not None:
-            return _called(owner, path)
-    return None
 
 
 def _called(owner: nn.Module, path: str) -> str:

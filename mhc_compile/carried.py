@@ -124,8 +124,7 @@ def _is_alias(value: Tensor, other: Tensor) -> bool:
         and value.dtype == other.dtype
         and value.shape == other.shape
         and value.stride() == other.stride()
-        and value.numel() > 0
-        and value.data_ptr() == other.data_ptr()
+        and value.data_ptr() == other.data_ptr() != 0  # 0: empty, or a wrapper round other tensors
     )
 
 
@@ -153,20 +152,21 @@ def _is_connected(value: Tensor, other: Tensor) -> bool:
     )
 
 
-def history(value: Tensor, limit: int, until: Tensor | None = None) -> Iterator[tuple[Any, int]]:
+def history(
+    value: Tensor, limit: int, stop: Callable[[tuple[Any, int]], bool] = lambda _: False
+) -> Iterator[tuple[Any, int]]:
     """The operations that `value` was made by, each with the number of its result, the nearest first, at most `limit` of them.
 
-    What made `until` is the last on its path.
+    Behind one that `stop` says yes to, it is not followed.
     """
     queue: deque[tuple[Any, int]] = deque([(value.grad_fn, value.output_nr)] if value.grad_fn is not None else ())
     seen = set(queue)
-    end = (until.grad_fn, until.output_nr) if until is not None else None
     for _ in range(limit):
         if not queue:
             return
         step = queue.popleft()
         yield step
-        if step == end:
+        if stop(step):
             continue
         for before in step[0].next_functions:
             if before[0] is not None and before not in seen:

@@ -31,16 +31,19 @@ def _never(site: Site) -> bool:  # noqa: ARG001 - stands for a question about si
     return False
 
 
-def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...]) -> None:  # noqa: ARG001 - stands for a question about sums
+def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contracted: bool) -> None:  # noqa: ARG001 - stands for a question
     return None
 
 
 @dataclass(frozen=True)
 class Tail:
-    """A residual add whose branch began in another graph: who owns it, its name below the owner, and the feature axis (< 0) of its trunk."""
+    """A residual add whose branch began in another graph: who owns it, its name below the owner, and the feature axis (< 0) of its trunk.
+
+    The name is that of the module in which the other graphs had the last product with weights; None where they had none.
+    """
 
     owner: ModuleRef
-    name: str
+    name: str | None
     axis: int
     #: See `Site.heads`.
     heads: tuple[Any, ...] = ()
@@ -59,8 +62,8 @@ class Edges:
     #: Whether a site has hyper-connections from an earlier trace or from `attach`.
     attached: Callable[[Site], bool] = _never
     #: What is known of the sum `add` of the input `skip` and terms that come from the inputs `foreign`, those of each term: the tail of a branch, or
-    #: why its branch is lost (a sentence), or None where it is none.
-    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...]], Tail | str | None] = _no_tail
+    #: why its branch is lost (a sentence), or None where it is none. The last argument says whether this graph has a product with weights on the way.
+    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], Tail | str | None] = _no_tail
 
     def axis(self, node: Node) -> int | None:
         """The feature axis of the streams that arrive at `node`, None where none do."""

@@ -163,16 +163,20 @@ class _Finder:
             others = tuple(term for term in terms if term is not skip)
             if skip not in self.edges.inputs:
                 continue
-            foreign = tuple(self._inputs(term) for term in others)
-            tail = self.edges.tail(add, skip, foreign) if all(foreign) else None
+            behind = [self._behind_term(term) for term in others]
+            foreign = tuple(tuple(node for node in nodes if node in self.edges.inputs) for nodes in behind)
+            products = sorted(node for nodes in behind for node in nodes if contracts(node, self.weights))
+            tail = self.edges.tail(add, skip, foreign, bool(products)) if all(foreign) else None
             if tail is None:
                 continue
             if isinstance(tail, str):
                 return self._refuse(add, Reason.BROKEN_BRANCH, lambda tail=tail: tail)  # type: ignore[misc]
-            return self._tail_site(add, adds, _Split(skip, skip, others), tail)
+            return self._tail_site(add, adds, _Split(skip, skip, others), tail, products)
         return None
 
-    def _tail_site(self, add: Node, adds: tuple[Node, ...], split: _Split, tail: Tail) -> Site | Refusal:
+    def _tail_site(
+        self, add: Node, adds: tuple[Node, ...], split: _Split, tail: Tail, products: list[Node]
+    ) -> Site | Refusal:
         problem = self._shape_problem(add, (split.skip, *split.others), split)
         if problem is None:
             problem = self._written(add, split, ())
@@ -186,6 +190,12 @@ class _Finder:
             return self._refuse(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(total)} has no fixed size"
             )
+        owner, name = tail.owner, tail.name
+        if products:  # the branch ends in this graph
+            above, child = common_owner(self.provenance.stack(add), self.provenance.stack(products[-1]))
+            owner = above or owner
+            name, _ = self._name(owner, child, products[-1])
+        assert name is not None
         return Site(
             add=add,
             adds=adds,
@@ -198,24 +208,21 @@ class _Finder:
             anchor=add,
             width=width,
             axis=axis,
-            owner=tail.owner,
-            name=tail.name,
+            owner=owner,
+            name=name,
             carrier=tail.owner,
             tail=True,
             heads=tail.heads,
         )
 
-    def _inputs(self, term: Node) -> tuple[Node, ...]:
-        """The inputs of the graph that `term` is computed from and that are no weights."""
-        found: list[Node] = []
-        seen, stack = {term}, [term]
+    def _behind_term(self, term: Node) -> list[Node]:
+        """`term` and everything that it is computed from."""
+        found, stack = {term: None}, [term]
         while stack:
-            node = stack.pop()
-            if node in self.edges.inputs:
-                found.append(node)
-            stack.extend(operand for operand in node.all_input_nodes if operand not in seen)
-            seen.update(node.all_input_nodes)
-        return tuple(found)
+            fresh = [operand for operand in stack.pop().all_input_nodes if operand not in found]
+            found.update(dict.fromkeys(fresh))
+            stack.extend(fresh)
+        return list(found)
 
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
         """Whether one of the terms is computed from another one, or from what the other comes from by cheap operations.

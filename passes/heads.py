@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.axes import entry_axis
 from mhc_compile.passes.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
+from mhc_compile.passes.reach import contracts, weights_of
 from mhc_compile.passes.roles import passes_value, tensor_value
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Head:
     readers: tuple[Node, ...]
     #: The modules that hold the readers, in order. Their calls can declare parameters.
     modules: tuple[ModuleRef, ...]
-    #: The numbers of the results that are computed from the readers.
-    results: tuple[int, ...]
+    #: The numbers of the results that are computed from the readers, each with the module of the last product with weights on the way, if any.
+    results: dict[int, ModuleRef | None]
     #: The feature axis of the value.
     axis: int
 
@@ -63,18 +64,24 @@ def find_heads(
     }
     last = {chain.sites[-1].add for chain in chains}
     values = [node for node in graph.nodes if node in edges.inputs or (node in places and node in last)]
-    found = (_head(value, provenance, places, taken, aliases) for value in values)
+    weights = weights_of(graph, provenance)
+    found = (_head(value, provenance, places, taken, aliases, weights) for value in values)
     return tuple(head for head in found if head is not None)
 
 
 def _head(
-    value: Node, provenance: Provenance, places: dict[Node, int], taken: set[Node], aliases: Aliases
+    value: Node,
+    provenance: Provenance,
+    places: dict[Node, int],
+    taken: set[Node],
+    aliases: Aliases,
+    weights: frozenset[Node],
 ) -> Head | None:
     if aliases.writers(value):
         return None
     readers = [user for user in value.users if user.op != "output" and user not in taken and passes_value(user)]
     reached = _forward(readers, aliases)
-    numbers = tuple(sorted(places[node] for node in reached if node in places))
+    numbers = {places[node]: _anchor(node, reached, provenance, weights) for node in sorted(reached & places.keys())}
     readers = [reader for reader in readers if any(node in places for node in _forward([reader], aliases))]
     if not numbers or taken & reached:
         return None
@@ -84,6 +91,19 @@ def _head(
     if None in modules or axis is None or example is None or not 0 <= axis < example.dim():
         return None
     return Head(value, tuple(readers), tuple(dict.fromkeys(ref for ref in modules if ref is not None)), numbers, axis)
+
+
+def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]) -> ModuleRef | None:
+    """The module, directly below the root, of the last product with weights among the nodes `reached` that lead to `result`."""
+    behind: set[Node] = set()
+    stack = [result]
+    while stack:
+        node = stack.pop()
+        if node in reached and node not in behind:
+            behind.add(node)
+            stack.extend(node.all_input_nodes)
+    products = sorted(node for node in behind if contracts(node, weights))
+    return next((ref for ref in provenance.stack(products[-1])[1:] if ref.called), None) if products else None
 
 
 def _forward(starts: Iterable[Node], aliases: Aliases) -> set[Node]:

@@ -244,6 +244,64 @@ def test_a_graph_break_inside_a_branch_without_attach():
     assert_same(run(model, compiled, x), expected)
 
 
+@pytest.mark.parametrize("where", [0, 1, 2, 3, 4])
+def test_sites_have_the_same_names_and_numbers_wherever_the_break_is(where):
+    """before the norm, before the first layer, between the two, behind the second, behind the add"""
+
+    class Feed(nn.Module):
+        broken = True
+
+        def __init__(self, width):
+            super().__init__()
+            self.norm, self.wide, self.narrow = nn.LayerNorm(width), nn.Linear(width, 16), nn.Linear(16, width)
+
+        def forward(self, x):
+            self.stop(0)
+            h = self.norm(x)
+            self.stop(1)
+            h = self.wide(h).relu()
+            self.stop(2)
+            h = self.narrow(h)
+            self.stop(3)
+            x = x + h
+            self.stop(4)
+            return x
+
+        def stop(self, here):
+            if self.broken and here == where:
+                torch._dynamo.graph_break()
+
+    torch.manual_seed(0)
+    model, plain = Stack(Feed), Stack(Feed)
+    plain.load_state_dict(model.state_dict())
+    for block in plain.blocks:
+        block.broken = False
+    mhc_compile.attach(model, tokens())
+    mhc_compile.attach(plain, tokens())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+    randomise(model)
+    randomise(plain)
+    got = run(model, torch.compile(model, backend="mhc", options=EAGER), tokens())
+    assert_same(got, run(plain, torch.compile(plain, backend="mhc", options=EAGER), tokens()))
+
+
+def test_a_branch_without_weights_is_no_branch_in_two_halves_either():
+    class Normed(Block):
+        def forward(self, x):
+            x = x + self.attn(self.norm1(x))
+            h = self.norm2(x)
+            torch._dynamo.graph_break()
+            return x + h
+
+    torch.manual_seed(0)
+    model = Stack(Normed)
+    mhc_compile.attach(model, tokens(), options={"min_sites": 1})
+    assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
+    (reason,) = mhc_compile.explain(model, tokens()).reasons
+    assert reason == "independent"
+
+
 def test_a_branch_that_python_begins_is_refused_and_said():
     """Nothing of ours can give Python another value to read than the tensor that it has in its hands."""
     model, x = attached(PostNorm)
@@ -458,15 +516,49 @@ def test_without_gradients(mode):
         torch.testing.assert_close(per_block(model)(x), expected)
 
 
+def test_a_graph_has_one_input_and_one_result_more_where_streams_cross_and_none_elsewhere():
+    def sizes(compile_it):
+        torch._dynamo.reset()
+        model, x = attached()
+        seen = []
+
+        def inner(graph_module, example_inputs):
+            graph = graph_module.graph
+            arriving = [node for node in graph.find_nodes(op="placeholder") if "mhc_arriving" in str(node.target)]
+            seen.append((len(arriving), len(graph.output_node().args[0])))
+            assert len(example_inputs) == len(graph.find_nodes(op="placeholder"))
+            return graph_module
+
+        compile_it(model, inner)(x)
+        return seen
+
+    def blocks(model, inner):
+        return per_block(model, inner=inner)
+
+    def everything(model, inner):
+        return torch.compile(model, backend="mhc", options={"inner": inner})
+
+    assert sizes(blocks) == [(1, 2)]
+    assert sizes(everything) == [(0, 1)]
+
+
 def test_growing_shapes():
+    """Two graphs serve all blocks and all lengths: one for the first, one for any other."""
     model, _ = attached()
-    per_block(model)
+    graphs = []
+
+    def inner(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    per_block(model, inner=inner)
     for length in (4, 5, 7, 9):
         x = tokens(length=length)
         twin = copy.deepcopy(model)
         for block in twin.blocks:
             block._compiled_call_impl = None
         assert_same(run(model, model, x), whole(twin, x))
+    assert len(graphs) == 2
 
 
 def test_autocast_keeps_the_streams():
