@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
 from mhc_compile.passes.edges import Arrival, Closing, Departure, Edges, Opening, Tail, crossings
-from mhc_compile.passes.expand import Binding, ExpandChains, RemoveDeclarations
+from mhc_compile.passes.expand import ExpandChains, RemoveDeclarations
 from mhc_compile.passes.functionalize import FunctionalizeWrites
 from mhc_compile.passes.fuse import FuseSteps
 from mhc_compile.passes.heads import Head
@@ -28,6 +28,7 @@ from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
 from mhc_compile.passes.recompute import RecomputeSteps
 from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
 from mhc_compile.passes.verdict import Reason, Refusal, Site
+from mhc_compile.passes.writer import Binding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
+from mhc_compile.passes.edge_writer import EdgeWriter
+from mhc_compile.passes.edges import Departure
 from mhc_compile.passes.lift import lift, lifted_axis
 from mhc_compile.passes.roles import is_random, op_name, tensor_value
-from mhc_compile.passes.splice import inherit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from mhc_compile.passes.heads import Head
     from mhc_compile.passes.plan import Chain, Plan
     from mhc_compile.passes.stretch import Stretch
     from mhc_compile.passes.verdict import Site
+    from mhc_compile.passes.writer import Binding
 
-__all__ = ["Binding", "ExpandChains", "RemoveDeclarations"]
-
-
-@dataclass(frozen=True)
-class Binding:
-    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes."""
-
-    phi: Node | str
-    bias: Node | str
-    scale: Node | str
-    streams: int
-    mapping: str
-    iterations: int
-    eps: float
+__all__ = ["ExpandChains", "RemoveDeclarations"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +91,8 @@ class RemoveDeclarations(Pass):
         return copy
 
 
-class _Expansion:
-    """Expands chains in place, in a copy of the graph. `cursor` is the node after which the next one is written."""
+class _Expansion(EdgeWriter):
+    """Expands chains in place, in a copy of the graph."""
 
     def __init__(
         self,
@@ -117,27 +101,16 @@ class _Expansion:
         bindings: Mapping[Site, Binding],
         openings: Mapping[Head, tuple[str, Binding]],
     ) -> None:
-        self.graph = graph
-        self.nodes = nodes
+        super().__init__(graph, nodes, openings)
         self.bindings = bindings
-        #: Heads of branches, by their trunk value, as long as they are not expanded.
-        self.openings = {head.value: (head, *opening) for head, opening in openings.items()}
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
         #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
         self.known: dict[Node, tuple[Node, int]] = {}
-        #: Example values of coefficients, by the shapes that they come from.
-        self._coefficients_like: dict[tuple[Any, ...], Any] = {}
         #: The residual adds of all chains.
         self.sums = {add for site in bindings for add in site.adds}
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
-        #: The place of each result of the graph of the plan.
-        self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
-        #: Results to be added, and what makes of their numbers the note that says what they are.
-        self.leaving: list[tuple[tuple[Node, ...], Callable[..., Departure | Opening]]] = []
-        self.cursor: Node = graph._root
-        self.like: Node = graph._root
 
     def run(self, chain: Chain) -> None:
         first = chain.sites[0]
@@ -182,56 +155,6 @@ class _Expansion:
             if node not in self.replaced and not node.users:
                 self.graph.erase_node(node)
 
-    def depart(self) -> None:
-        """Adds the streams that leave to the results of the graph."""
-        if not self.leaving:
-            return
-        output = self.graph.output_node()
-        results = list(output.args[0])  # type: ignore[arg-type]
-        notes = []
-        for nodes, note in self.leaving:
-            notes.append(note(*range(len(results), len(results) + len(nodes))))
-            results.extend(nodes)
-        output.args = (tuple(results),)
-        output.meta[DEPARTURES] = tuple(notes)
-
-    def open_alone(self) -> None:
-        """Expands the heads whose trunk value belongs to no chain of this graph."""
-        for value, (head, name, binding) in list(self.openings.items()):
-            self._open(value, self._arrive(value, head.axis, binding.streams, name))
-
-    def _open(self, value: Node, streams: Node) -> None:
-        """Lets the head of a branch at `value`, if there is one, read the streams, and hands on what its tail needs.
-
-        before: h = norm2(x1)                              after: pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
-                output (x1, h)                                    h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
-        """
-        if value not in self.openings:
-            return
-        head, name, binding = self.openings.pop(value)
-        trunk, readers = self.nodes[value], [self.nodes[reader] for reader in head.readers]
-        self._follow(max(min(readers).prev, streams), like=min(readers))
-        pre, post, res = self._coefficients(binding, streams)
-        collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
-        collapsed = self._features_back(collapsed, head.axis, trunk)
-        for reader in readers:
-            reader.replace_input_with(trunk, collapsed)
-        example = tensor_value(value)
-        assert example is not None
-        self.leaving.append(
-            (
-                (post, res),
-                partial(
-                    Opening,
-                    str(value.target) if value.op == "placeholder" else None,
-                    self.results.get(value),
-                    str(streams.target) if streams.op == "placeholder" else None,
-                    axis=head.axis - example.dim(),
-                    name=name,
-                ),
-            )
-        )
-
     def _leave(self, site: Site, departure: Stretch, streams: Node) -> None:
         target = list(departure.axes)[-1]
         value = tensor_value(target)
@@ -245,45 +168,6 @@ class _Expansion:
         axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
         note = partial(Departure, self.results[target], axis=axis, path=site.path, mean=mean)
         self.leaving.append(((lifted[target],), note))
-
-    def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:
-        """The graph input that brings streams beside the input `start`, which brings their mean."""
-        value = tensor_value(start)
-        assert value is not None
-        with torch.no_grad():
-            wide = value.movedim(axis, -1).unsqueeze(-2)
-            copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
-        streams = self._input("streams", start, copies.requires_grad_(value.requires_grad))
-        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, path)
-        return streams
-
-    def _input(self, name: str, like: Node, value: Tensor) -> Node:
-        """One more graph input, behind all others."""
-        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
-        names = {node.target for node in self.graph.find_nodes(op="placeholder")}
-        number = next(number for number in count() if f"mhc_arriving_{name}_{number}" not in names)
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(f"mhc_arriving_{name}_{number}")
-        node.meta["example_value"] = value
-        inherit(node, self.nodes[like])
-        return node
-
-    def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
-        """The graph inputs that bring post and res of a branch that began in another graph."""
-        wide, branch = tensor_value(streams), tensor_value(site.terms[0])
-        assert wide is not None
-        assert branch is not None
-        tokens, n = wide.shape[:-2], wide.shape[-2]
-        dtype = torch.promote_types(wide.dtype, torch.float32)
-        found = []
-        for kind, sizes in (("post", (n,)), ("res", (n, n))):
-            with torch.no_grad():
-                value = wide.new_empty((*tokens, *sizes), dtype=dtype).requires_grad_(branch.requires_grad)
-            node = self._input(kind, site.trunk, value)
-            axis = site.axis - (wide.dim() - 1)
-            node.meta[ARRIVAL] = Closing(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
-            found.append(node)
-        return found[0], found[1]
 
     def _spread(self, start: Node, first: Site) -> Node:
         value, n = tensor_value(start), self.bindings[first].streams
@@ -366,27 +250,6 @@ class _Expansion:
             if is_random(old) or op_name(old) == "batch_norm":
                 self._read_out(old, lifted[node], stretch.axes[node])
 
-    def _features_last(self, value: Node, axis: int) -> Node:
-        """[..., C, ...] to [..., C]. A view."""
-        example = tensor_value(value)
-        if example is None or axis == example.dim() - 1:
-            return value
-        return self._emit("features_last", "call_method", "movedim", (value, axis, -1))
-
-    def _features_back(self, value: Node, axis: int, like: Node) -> Node:
-        """[..., C] to the layout of `like`, in memory as well: a later `view` in the model counts on its strides."""
-        example = tensor_value(like)
-        if example is None or axis == example.dim() - 1:
-            return value
-        moved = self._emit("features_back", "call_method", "movedim", (value, -1, axis))
-        if (
-            example.dim() == 4
-            and not example.is_contiguous()
-            and example.is_contiguous(memory_format=torch.channels_last)
-        ):
-            return self._call("features_back", torch.clone, moved, memory_format=torch.channels_last)
-        return self._emit("features_back", "call_method", "contiguous", (moved,))
-
     def _start(self, site: Site) -> Node:
         """The trunk value that a chain starts from, as the first operation behind it reads it now."""
         readers = (*site.shortcut.nodes[:1], *site.adds)
@@ -423,19 +286,6 @@ class _Expansion:
             total = self._call("branches", torch.add, total, self._now(term))
         return self._update(site, carried, total, post, res)
 
-    def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
-        parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
-        settings = (binding.mapping, binding.iterations, binding.eps)
-        packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
-        parts = [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
-        self._coefficients_like.setdefault(self._shapes(packed), packed.meta.get("example_value"))
-        return parts
-
-    def _shapes(self, packed: Node) -> tuple[Any, ...]:
-        """What the example values of coefficients depend on. Sites of one shape, most of a model, share them: they are never written in place."""
-        operands = [tensor_value(operand) for operand in packed.all_input_nodes]
-        return tuple((str(value.shape), value.dtype, value.device) if value is not None else None for value in operands)
-
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
         """The new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
         total, value, wide = tensor_value(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
@@ -459,83 +309,13 @@ class _Expansion:
             self.replaced[value] = mean
         self.graph.erase_node(value)
 
-    def _parameter(self, name: Node | str) -> Node:
-        return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
-
     def _now(self, node: Node) -> Node:
         """What stands for a node of the plan's graph at this moment."""
         copy = self.nodes[node]
         return self.replaced.get(copy, copy)
-
-    def _follow(self, node: Node, like: Node) -> None:
-        """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""
-        while node.op == "placeholder" and node.next.op == "placeholder":
-            node = node.next
-        self.cursor, self.like = node, like
-
-    def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        return self._emit(name, "call_function", target, args, kwargs)
-
-    def _emit(
-        self, name: str, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> Node:
-        with self.graph.inserting_after(self.cursor):
-            return self._finish(self.graph.create_node(op, target, args, kwargs or {}, f"mhc_{name}"))
-
-    def _finish(self, node: Node) -> Node:
-        inherit(node, self.like)
-        if "example_value" in node.meta:
-            self.cursor = node
-            return node
-        value = None
-        if node.target is torch.ops.mhc.coefficients.default:
-            value = self._coefficients_like.get(self._shapes(node))
-        if value is None:
-            value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
-        if value is not None:
-            node.meta["example_value"] = value
-        self.cursor = node
-        return node
-
-    def _attribute(self, path: str) -> Any:
-        """Example value of a parameter that is an attribute: like the example values of the graph, without memory."""
-        mode = next(
-            (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
-            None,
-        )
-        if mode is None or self.graph.owning_module is None:
-            return None
-        owner, _, name = path.rpartition(".")
-        return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
-
-
-def _results(nodes: dict[Node, Node]) -> tuple[Any, ...]:
-    """What the graph of the plan returns, where it returns a tuple."""
-    output = next(node for node in reversed(nodes) if node.op == "output")
-    results = output.args[0]
-    return tuple(results) if isinstance(results, (tuple, list)) else ()
 
 
 def _tokens(streams: Node) -> list[str]:
     """The token axes of streams [..., n, C], as they can be compared: sizes may be symbolic."""
     value = tensor_value(streams)
     return [] if value is None else [str(size) for size in value.shape[:-2]]
-
-
-def _example(node: Node) -> Any:
-    """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
-
-    def value(operand: Node) -> Any:
-        return operand.meta.get("example_value", operand.meta.get("val"))
-
-    operands = [value(operand) for operand in node.all_input_nodes]
-    if node.op == "call_module":  # of the leaf modules, only those are lifted that keep the shape
-        return operands[0]
-    if any(operand is None for operand in operands):
-        return None
-    args = torch.fx.map_arg(node.args, value)
-    kwargs = torch.fx.map_arg(node.kwargs, value)
-    with torch.no_grad():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,126 @@
+"""Streams at the edges of a graph: what is written where they come in, and where they leave."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
+from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.writer import Binding, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.fx import Graph, Node
+
+    from mhc_compile.passes.heads import Head
+    from mhc_compile.passes.verdict import Site
+
+__all__ = ["EdgeWriter"]
+
+
+class EdgeWriter(Writer):
+    """Writes graph inputs that bring streams, and results that hand them on.
+
+    Args:
+        graph: see `Writer`.
+        nodes: see `Writer`.
+        openings: the heads of branches that end in other graphs, with the names and parameters of their sites.
+    """
+
+    def __init__(self, graph: Graph, nodes: dict[Node, Node], openings: Mapping[Head, tuple[str, Binding]]) -> None:
+        super().__init__(graph, nodes)
+        #: Heads of branches, by their trunk value, as long as they are not expanded.
+        self.openings = {head.value: (head, *opening) for head, opening in openings.items()}
+        #: Results to be added, and what makes of their numbers the note that says what they are.
+        self.leaving: list[tuple[tuple[Node, ...], Callable[..., Departure | Opening]]] = []
+        #: The place of each result of the original graph.
+        self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
+
+    def depart(self) -> None:
+        """Adds the streams that leave to the results of the graph."""
+        if not self.leaving:
+            return
+        output = self.graph.output_node()
+        results = list(output.args[0])  # type: ignore[arg-type]
+        notes = []
+        for nodes, note in self.leaving:
+            notes.append(note(*range(len(results), len(results) + len(nodes))))
+            results.extend(nodes)
+        output.args = (tuple(results),)
+        output.meta[DEPARTURES] = tuple(notes)
+
+    def open_alone(self) -> None:
+        """Expands the heads whose trunk value belongs to no chain of this graph."""
+        for value, (head, name, binding) in list(self.openings.items()):
+            self._open(value, self._arrive(value, head.axis, binding.streams, name))
+
+    def _open(self, value: Node, streams: Node) -> None:
+        """Lets the head of a branch at `value`, if there is one, read the streams, and hands on what its tail needs.
+
+        before: h = norm2(x1)                              after: pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
+                output (x1, h)                                    h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
+        """
+        if value not in self.openings:
+            return
+        head, name, binding = self.openings.pop(value)
+        trunk, readers = self.nodes[value], [self.nodes[reader] for reader in head.readers]
+        self._follow(max(min(readers).prev, streams), like=min(readers))
+        pre, post, res = self._coefficients(binding, streams)
+        collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
+        collapsed = self._features_back(collapsed, head.axis, trunk)
+        for reader in readers:
+            reader.replace_input_with(trunk, collapsed)
+        example = tensor_value(value)
+        assert example is not None
+        self.leaving.append(
+            (
+                (post, res),
+                partial(
+                    Opening,
+                    str(value.target) if value.op == "placeholder" else None,
+                    self.results.get(value),
+                    str(streams.target) if streams.op == "placeholder" else None,
+                    axis=head.axis - example.dim(),
+                    name=name,
+                ),
+            )
+        )
+
+    def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:
+        """The graph input that brings streams beside the input `start`, which brings their mean."""
+        value = tensor_value(start)
+        assert value is not None
+        with torch.no_grad():
+            wide = value.movedim(axis, -1).unsqueeze(-2)
+            copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
+        streams = self._input("streams", start, copies.requires_grad_(value.requires_grad))
+        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, path)
+        return streams
+
+    def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
+        """The graph inputs that bring post and res of a branch that began in another graph."""
+        wide, branch = tensor_value(streams), tensor_value(site.terms[0])
+        assert wide is not None
+        assert branch is not None
+        tokens, n = wide.shape[:-2], wide.shape[-2]
+        dtype = torch.promote_types(wide.dtype, torch.float32)
+        found = []
+        for kind, sizes in (("post", (n,)), ("res", (n, n))):
+            with torch.no_grad():
+                value = wide.new_empty((*tokens, *sizes), dtype=dtype).requires_grad_(branch.requires_grad)
+            node = self._input(kind, site.trunk, value)
+            axis = site.axis - (wide.dim() - 1)
+            node.meta[ARRIVAL] = Closing(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
+            found.append(node)
+        return found[0], found[1]
+
+
+def _results(nodes: dict[Node, Node]) -> tuple[Any, ...]:
+    """What the graph of the plan returns, where it returns a tuple."""
+    output = next(node for node in reversed(nodes) if node.op == "output")
+    results = output.args[0]
+    return tuple(results) if isinstance(results, (tuple, list)) else ()

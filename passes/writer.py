@@ -1,0 +1,159 @@
+"""Writes operations on streams into a graph, one behind the other, each with its example value and its provenance."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.splice import inherit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Binding", "Writer"]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes."""
+
+    phi: Node | str
+    bias: Node | str
+    scale: Node | str
+    streams: int
+    mapping: str
+    iterations: int
+    eps: float
+
+
+class Writer:
+    """Writes into a copy of a graph. `cursor` is the node after which the next one is written, `like` the one whose provenance it gets.
+
+    Args:
+        graph: the copy.
+        nodes: its nodes, by those of the original.
+    """
+
+    def __init__(self, graph: Graph, nodes: dict[Node, Node]) -> None:
+        self.graph = graph
+        self.nodes = nodes
+        self.cursor: Node = graph._root
+        self.like: Node = graph._root
+        #: Example values of coefficients, by the shapes that they come from.
+        self._coefficients_like: dict[tuple[Any, ...], Any] = {}
+
+    def _follow(self, node: Node, like: Node) -> None:
+        """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""
+        while node.op == "placeholder" and node.next.op == "placeholder":
+            node = node.next
+        self.cursor, self.like = node, like
+
+    def _call(self, name: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self._emit(name, "call_function", target, args, kwargs)
+
+    def _emit(
+        self, name: str, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Node:
+        with self.graph.inserting_after(self.cursor):
+            return self._finish(self.graph.create_node(op, target, args, kwargs or {}, f"mhc_{name}"))
+
+    def _finish(self, node: Node) -> Node:
+        inherit(node, self.like)
+        if "example_value" in node.meta:
+            self.cursor = node
+            return node
+        value = None
+        if node.target is torch.ops.mhc.coefficients.default:
+            value = self._coefficients_like.get(self._shapes(node))
+        if value is None:
+            value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
+        if value is not None:
+            node.meta["example_value"] = value
+        self.cursor = node
+        return node
+
+    def _attribute(self, path: str) -> Any:
+        """Example value of a parameter that is an attribute: like the example values of the graph, without memory."""
+        mode = next(
+            (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
+            None,
+        )
+        if mode is None or self.graph.owning_module is None:
+            return None
+        owner, _, name = path.rpartition(".")
+        return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
+
+    def _features_last(self, value: Node, axis: int) -> Node:
+        """[..., C, ...] to [..., C]. A view."""
+        example = tensor_value(value)
+        if example is None or axis == example.dim() - 1:
+            return value
+        return self._emit("features_last", "call_method", "movedim", (value, axis, -1))
+
+    def _features_back(self, value: Node, axis: int, like: Node) -> Node:
+        """[..., C] to the layout of `like`, in memory as well: a later `view` in the model counts on its strides."""
+        example = tensor_value(like)
+        if example is None or axis == example.dim() - 1:
+            return value
+        moved = self._emit("features_back", "call_method", "movedim", (value, -1, axis))
+        if (
+            example.dim() == 4
+            and not example.is_contiguous()
+            and example.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return self._call("features_back", torch.clone, moved, memory_format=torch.channels_last)
+        return self._emit("features_back", "call_method", "contiguous", (moved,))
+
+    def _input(self, name: str, like: Node, value: Tensor) -> Node:
+        """One more graph input, behind all others."""
+        last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+        names = {node.target for node in self.graph.find_nodes(op="placeholder")}
+        number = next(number for number in count() if f"mhc_arriving_{name}_{number}" not in names)
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"mhc_arriving_{name}_{number}")
+        node.meta["example_value"] = value
+        inherit(node, self.nodes[like])
+        return node
+
+    def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
+        parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
+        settings = (binding.mapping, binding.iterations, binding.eps)
+        packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
+        parts = [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
+        self._coefficients_like.setdefault(self._shapes(packed), packed.meta.get("example_value"))
+        return parts
+
+    def _shapes(self, packed: Node) -> tuple[Any, ...]:
+        """What the example values of coefficients depend on. Sites of one shape, most of a model, share them: they are never written in place."""
+        operands = [tensor_value(operand) for operand in packed.all_input_nodes]
+        return tuple((str(value.shape), value.dtype, value.device) if value is not None else None for value in operands)
+
+    def _parameter(self, name: Node | str) -> Node:
+        return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
+
+
+def _example(node: Node) -> Any:
+    """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
+
+    def value(operand: Node) -> Any:
+        return operand.meta.get("example_value", operand.meta.get("val"))
+
+    operands = [value(operand) for operand in node.all_input_nodes]
+    if node.op == "call_module":  # of the leaf modules, only those are lifted that keep the shape
+        return operands[0]
+    if any(operand is None for operand in operands):
+        return None
+    args = torch.fx.map_arg(node.args, value)
+    kwargs = torch.fx.map_arg(node.kwargs, value)
+    with torch.no_grad():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
