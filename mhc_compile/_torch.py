@@ -202,9 +202,11 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 
     `settings` that this torch does not know are left out.
     """
-    known = inspect.signature(torch.compile).parameters
+    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them, on the model, which then cannot be pickled.
+    plain: Any = inspect.unwrap(torch.compile)
+    known = inspect.signature(plain).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
-    return torch.compile(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})
+    return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 
 def root_module() -> nn.Module | None:

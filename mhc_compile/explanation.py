@@ -6,19 +6,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
 from mhc_compile.capture import capture
 from mhc_compile.cost import Cost, plain_flops, site_cost
 from mhc_compile.options import Options
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
-from mhc_compile.siblings import siblings
+from mhc_compile.sharing import Sharing, below
 from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import CodeType
 
     import torch
     from rich.console import RenderableType
@@ -195,16 +193,16 @@ def explain(
     target = unwrap(model)
     graphs: list[GraphReport] = []
     costs: dict[str, list[Cost]] = {}
-    foreseen: set[tuple[CodeType, str]] = set()
+    sharing = Sharing(target)
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, parsed)
-        for module in _modules(target, result, foreseen):
+        for module in sharing.modules(result.provenance.root):
             graphs.append(_graph(graph_module, result, module))
             for site in result.plan.sites:
                 value = tensor_value(site.add)
                 assert value is not None
-                path = _below(module, site.path)
+                path = below(module, site.path)
                 costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), parsed))
         return result.notes()
 
@@ -213,25 +211,6 @@ def explain(
     total = sum((met[0].times(len(met)) for met in costs.values()), Cost())
     own = sum(p.numel() for name, p in target.named_parameters() if ".mhc." not in f".{name}")
     return Explanation(type(target).__name__, parsed, tuple(graphs), total, own)
-
-
-def _modules(target: nn.Module, result: Study, foreseen: set[tuple[CodeType, str]]) -> list[str]:
-    """The paths of the modules that run a graph: the one that it was traced for, and those like it, which Dynamo does not trace again."""
-    root, code = result.provenance.root, _torch.frame_code()
-    if root is None or root is target:
-        return [""]
-    known = {id(module): path for path, module in target.named_modules()}
-    paths = [known.get(id(module), "") for module in (root, *siblings(root).others.values())]
-    if (code, paths[0]) in foreseen:  # it was not so like its sibling that it could use the graph
-        foreseen.discard((code, paths[0]))
-        return []
-    fresh = [paths[0], *(path for path in paths[1:] if (code, path) not in foreseen)]
-    foreseen.update((code, path) for path in fresh[1:])
-    return fresh
-
-
-def _below(module: str, path: str) -> str:
-    return ".".join(part for part in (module, path) if part)
 
 
 def _graph(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
@@ -264,8 +243,8 @@ def _chain(chain: Chain, module: str) -> ChainReport:
 
 def _site(site: Site, index: int, module: str) -> SiteReport:
     return SiteReport(
-        path=_below(module, site.path),
-        owner=_below(module, site.owner.path),
+        path=below(module, site.path),
+        owner=below(module, site.owner.path),
         owner_kind=site.owner.kind,
         branch=site.name,
         index=index,
@@ -278,7 +257,7 @@ def _site(site: Site, index: int, module: str) -> SiteReport:
 def _refusal(refusal: Refusal, module: str) -> RefusalReport:
     return RefusalReport(
         add=refusal.add.name,
-        module=_below(module, refusal.where),
+        module=below(module, refusal.where),
         reason=refusal.reason.value,
         sentence=refusal.sentence,
         source=source_line(refusal.add),

@@ -86,7 +86,8 @@ def _head(
     if not numbers or taken & reached:
         return None
     modules = [next((ref for ref in provenance.stack(reader)[1:] if ref.called), None) for reader in readers]
-    axis = entry_axis(value, tuple(node for node in sorted(reached, key=aliases.order.__getitem__)))
+    tensors = [node for node in reached if (found := tensor_value(node)) is not None and found.dim() > 0]
+    axis = entry_axis(value, sorted(tensors, key=aliases.order.__getitem__))
     example = tensor_value(value)
     if None in modules or axis is None or example is None or not 0 <= axis < example.dim():
         return None

@@ -165,6 +165,7 @@ def fingerprint(model):
         name: {
             key: sorted(map(str, value)) if isinstance(value, dict) else type(value)
             for key, value in vars(module).items()
+            if key != "_compile_kwargs"  # where Lightning was imported, it notes there what `torch.compile` was given
         }
         for name, module in model.named_modules()
     }, list(model.state_dict())

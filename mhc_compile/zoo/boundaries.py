@@ -16,7 +16,7 @@ __all__ = ["FAMILIES"]
 
 
 class BreakInBranch(nn.Module):
-    """A graph break between the two halves of the branch: the add is one of two graph inputs."""
+    """A graph break in the middle of the branch: the add is one of two graph inputs, one of which the branch began at."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,11 +154,7 @@ class SkippedLayers(nn.Module):
 
 
 def _alone(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
-    return Expected((1,), note="Dynamo skips the outer frame and compiles one block, whose graph serves all")
-
-
-def _split(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
-    return Expected(note="the skip and the half-finished branch are two inputs of the second graph")
+    return Expected(pieces=(1,) * layers, note="a graph for each block; streams go on from one to the next")
 
 
 def _skipped(layers: int, mode: Mode) -> Expected:
@@ -172,7 +168,7 @@ def _network(network: nn.Module) -> Case:
 _ONE, _TWO = chains(lambda n: (n,)), chains(lambda n: (2 * n,))
 _GROUP = "boundaries"
 FAMILIES: tuple[Family, ...] = (
-    Family("break-in-branch", _GROUP, vectors(BreakInBranch), _split),
+    Family("break-in-branch", _GROUP, vectors(BreakInBranch), _alone),
     Family("break-between", _GROUP, vectors(BreakBetween), _alone),
     Family("break-in-middle", _GROUP, lambda n: _network(BreakInMiddle(n)), chains(lambda n: (n, n))),
     Family("checkpointed", _GROUP, vectors(Checkpointed), _TWO),

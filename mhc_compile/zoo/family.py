@@ -31,21 +31,24 @@ class Expected:
         projected: merges whose skip passes through a convolution or a matrix product. They end a chain and are not rewritten.
         reasons: for traps, the codes that every addition which is left alone must have one of. None where they are not the point.
         note: what a reader of a deviation should know.
+        pieces: lengths of what the graphs of a model in pieces have of chains that run through several graphs; none is too short.
     """
 
     chains: tuple[int, ...] = ()
     projected: int = 0
     reasons: frozenset[Reason] | None = None
     note: str = ""
+    pieces: tuple[int, ...] = ()
 
     @property
     def sites(self) -> int:
         """Residual adds with an identity skip, in chains of any length."""
-        return sum(self.chains)
+        return sum(self.chains) + sum(self.pieces)
 
     def rewritten(self, min_sites: int) -> tuple[int, ...]:
         """The chains that are long enough to be rewritten, the longest first."""
-        return tuple(sorted((length for length in self.chains if length >= min_sites), reverse=True))
+        long = [length for length in self.chains if length >= min_sites]
+        return tuple(sorted((*long, *self.pieces), reverse=True))
 
     def too_short(self, min_sites: int) -> int:
         """The sites that are left alone because their chain is short."""

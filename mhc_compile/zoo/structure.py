@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture import capture
 from mhc_compile.options import Options
+from mhc_compile.sharing import Sharing, below
 from mhc_compile.study import study
 
 if TYPE_CHECKING:
@@ -72,18 +73,20 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
     model, args, kwargs = family.build(layers)
     chains: list[tuple[str, ...]] = []
     refused: list[tuple[str, str]] = []
+    sharing = Sharing(model)
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, chosen)
         plan = result.plan
-        chains.extend(tuple(map(_line, chain.sites)) for chain in plan.chains)
-        refused.extend((refusal.where, refusal.reason.value) for refusal in plan.refusals)
+        for module in sharing.modules(result.provenance.root):
+            chains.extend(tuple(_line(site, module) for site in chain.sites) for chain in plan.chains)
+            refused.extend((below(module, refusal.where), refusal.reason.value) for refusal in plan.refusals)
         return result.notes()
 
     graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)
     return Structure(graphs, tuple(chains), tuple(refused), layers, mode)
 
 
-def _line(site: Site) -> str:
+def _line(site: Site, module: str) -> str:
     adds = f"  {len(site.adds)} adds" if len(site.adds) > 1 else ""
-    return f"{site.path}  C={site.width} axis={site.axis}{adds}"
+    return f"{below(module, site.path)}  C={site.width} axis={site.axis}{adds}"

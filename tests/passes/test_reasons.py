@@ -93,6 +93,24 @@ def test_a_width_that_a_layer_has_proven_is_fixed():
     assert (len(explanation.sites), explanation.reasons) == (1, {})
 
 
+def test_broken_branch():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.expert = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x):
+            x = x + self.f(x)
+            return x + self.route(x)
+
+        @torch.compiler.disable
+        def route(self, x):
+            return self.expert(x)
+
+    reasons = mhc_compile.explain(Routed(), torch.randn(2, 4, C), options={"min_sites": 1}).reasons
+    assert reasons == {R.BROKEN_BRANCH.value: 1}
+
+
 def test_no_owner():
     class Nowhere(Provenance):
         def stack(self, node) -> tuple[ModuleRef, ...]:
