@@ -62,14 +62,16 @@ class _Run:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
         self._used: set[int] = set()
-        self._traced = self._told = False
+        self._traced = self._again = self._told = False
         self._call = _torch.isolated_compile(model, self._backend, recompile_limit=_VERSIONS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._traced = False
         result = self._call(*args, **kwargs)
-        if self._traced and not self._told:
+        # The two halves of a branch that a graph break cuts find each other in one call, and work together from the next one on.
+        if self._again and not self._told:
             self._tell()
+        self._again = self._traced
         return result
 
     def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Any:

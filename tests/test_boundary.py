@@ -322,7 +322,7 @@ def test_a_branch_that_python_begins_is_refused_and_said():
 def test_without_the_crossing_the_streams_are_lost(monkeypatch):
     model, x = attached()
     expected = whole(model, x)
-    monkeypatch.setattr(boundary, "carry", lambda *_: None)
+    monkeypatch.setattr(boundary, "carry", lambda *_, **__: None)
     output, _ = run(model, per_block(model), x)
     assert (output - expected[0]).abs().max() > 1e-2
 

@@ -20,6 +20,7 @@ from mhc_compile.launch.command import interpreter_flags
 from mhc_compile.launch.default import DefaultBackend
 from mhc_compile.launch.table import find_table
 
+ROOT = Path(mhc_compile.__file__).parents[1]
 PYTHON = [sys.executable]
 MHC = [sys.executable, "-m", "mhc_compile", "run"]
 #: What a script sees of how it was started.
@@ -498,7 +499,7 @@ def test_wrong_usage_is_exit_code_2(folder, arguments, words):
 @pytest.mark.parametrize("flag", ["-E", "-I", "-S"])
 def test_below_a_python_without_an_environment(folder, flag):
     code = "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); from mhc_compile.cli import main; main()"
-    done = execute(*PYTHON, flag, "-c", code, ":".join(sys.path), "run", "model.py")
+    done = execute(*PYTHON, flag, "-c", code, ":".join([str(ROOT), *sys.path]), "run", "model.py")
     assert done.returncode == 1
     assert "mhc run cannot set a default backend below python -I, -E or -S" in done.stderr
 

@@ -201,11 +201,27 @@ def test_print_in_a_branch(capsys):
         assert len(capsys.readouterr().out.split("branch ")) == 2
 
 
-def test_a_broken_chain_is_told():
+def test_a_chain_goes_on_behind_a_print():
     model, _ = attached(LAYERS)
+    want = mhc_compile.eager(model)(tokens())
     model.blocks[1].__class__ = Breaking
     debug = mhc_compile.eager(model)
+    assert told(lambda: debug(tokens()), lambda: debug(tokens()), lambda: debug(tokens(length=6))) == []
+    torch.testing.assert_close(debug(tokens()), want)
+
+
+class Opaque(Block):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_hyper_connections_without_a_part_are_told():
+    model, _ = attached(LAYERS)
+    model.blocks[1].__class__ = Opaque
+    debug = mhc_compile.eager(model)
     said = told(lambda: debug(tokens()), lambda: debug(tokens()), lambda: debug(tokens(length=6)))
+    said = [message for message in said if "had no part" in message]
     assert len(said) == 1
     assert "2 of the 4 hyper-connections of Decoder had no part in this call (blocks.1.mhc.attn, ...)" in said[0]
 
