@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ import mhc_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
 
 #: Seconds that a rank waits for another one, and seconds that a task may take.
 PATIENCE, LIMIT = 60, 240
@@ -97,6 +98,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # tasks have the module names that pytest gives them
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=mhc_compile.MhcWarning)
     if sys.platform == "linux":

@@ -158,8 +158,10 @@ def test_width_conflict(caplog):
 
     model = Net()
     mhc_compile.attach(model, torch.randn(2, 4, 6), options={"min_sites": 1})
-    with caplog.at_level("DEBUG", "mhc_compile.backend"):
-        torch.compile(model, backend="mhc", options={"min_sites": 1, "inner": "eager"})(torch.randn(2, 4, 8))
+    compiled = torch.compile(model, backend="mhc", options={"min_sites": 1, "inner": "eager"})
+    told = pytest.warns(mhc_compile.MhcWarning, match=r"no part in a graph .*\(mhc\.f\).* 1 × width-conflict")
+    with told, caplog.at_level("DEBUG", "mhc_compile.backend"):
+        compiled(torch.randn(2, 4, 8))
     assert "width-conflict" in caplog.text
 
 
