@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import CodeType, FrameType
 
@@ -74,6 +74,7 @@ __all__ = [
     "load_cpp",
     "make_room",
     "module_by_id",
+    "modules_in_use",
     "name_input",
     "pipeline_stage",
     "placements",
@@ -227,15 +228,33 @@ def root_module() -> nn.Module | None:
     return None
 
 
+def modules_in_use() -> list[nn.Module]:
+    """The modules whose calls surround this one in Python, the innermost first."""
+    return [module for _, module in _calls()]
+
+
 def runs_inside_another(module: nn.Module) -> bool:
     """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered."""
+    return any(
+        within and owner is not module and any(one is module for one in owner.modules()) for within, owner in _calls()
+    )
+
+
+def _calls() -> Iterator[tuple[bool, nn.Module]]:
+    """Calls of modules round this frame, the innermost first, each with whether it came after `torch.compile` was entered.
+
+    Only local variables of torch's own frames are read: those of a user's frame would be kept alive by that until the frame is left.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner is not module and any(one is module for one in owner.modules()):
-            return True
+    within = True
+    while frame is not None:
+        code = frame.f_code
+        within = within and code.co_name != "compile_wrapper"
+        if code.co_filename == nn.Module.__call__.__code__.co_filename:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                yield within, owner
         frame = frame.f_back
-    return False
 
 
 def module_by_id(identity: int) -> nn.Module | None:

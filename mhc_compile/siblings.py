@@ -7,18 +7,15 @@ Dynamo gives up at its limit of recompiles and runs the rest without. Whoever at
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import OptimizedModule
 
 __all__ = ["Siblings", "siblings"]
-
-#: How far above a module the list of blocks is looked for.
-_HEIGHT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,46 +30,30 @@ class Siblings:
 def siblings(module: nn.Module) -> Siblings:
     """What stands in the place of `module` in the other blocks of its `nn.ModuleList` or `nn.Sequential`.
 
-    A block counts if it has the same class and parameters of the same shapes, and is compiled by itself exactly if `module` is.
+    A block counts if it has the same class and parameters of the same shapes, and is compiled by itself exactly if `module` is. Modules do not know
+    their parents: the list is found below the modules whose calls surround this one. Where a function runs the blocks, there are none, and each block
+    is traced for itself.
     """
-    path: list[str] = []
-    child = module
-    for _ in range(_HEIGHT):
-        found = _holder(child)
-        if found is None:
-            break
-        holder, name = found
-        if isinstance(holder, (nn.ModuleList, nn.Sequential)):
-            return _in_list(holder, name, ".".join(reversed(path)), module)
-        path.append(name)
-        child = holder
+    for whole in _torch.modules_in_use():
+        if whole is module or isinstance(whole, OptimizedModule):
+            continue
+        path = next((path for path, one in whole.named_modules() if one is module), None)
+        found = _in_list(whole, path.split("."), module) if path else None
+        if found is not None:
+            return found
     return Siblings(0, {})
 
 
-def _holder(module: nn.Module) -> tuple[nn.Module, str] | None:
-    """The one module that has `module` as a submodule, and its name there. Modules do not know their parents; the collector does."""
-    found: list[tuple[nn.Module, str]] = []
-    for table in gc.get_referrers(module):
-        if not isinstance(table, dict):
-            continue
-        name = next((key for key, value in table.items() if value is module), None)
-        if not isinstance(name, str):
-            continue
-        for owner in gc.get_referrers(table):
-            # The table of submodules belongs to the module, or to the module's attributes where those are a dict of their own.
-            candidates = [owner] if isinstance(owner, nn.Module) else _owners(owner, table)
-            found += [(one, name) for one in candidates if one._modules is table]
-    distinct = {id(owner): (owner, name) for owner, name in found}
-    return next(iter(distinct.values())) if len(distinct) == 1 else None
+def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> Siblings | None:
+    """The siblings of `whole.path`, which is `module`; None where it is in no list."""
+    for length in range(len(path) - 1, -1, -1):
+        holder = whole.get_submodule(".".join(path[:length]))
+        if isinstance(holder, (nn.ModuleList, nn.Sequential)):
+            return _others(holder, path[length], ".".join(path[length + 1 :]), module)
+    return None
 
 
-def _owners(attributes: Any, table: dict[str, Any]) -> list[nn.Module]:
-    if not isinstance(attributes, dict) or attributes.get("_modules") is not table:
-        return []
-    return [owner for owner in gc.get_referrers(attributes) if isinstance(owner, nn.Module)]
-
-
-def _in_list(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Siblings:
+def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Siblings:
     shape = _shape(module)
     others: dict[int, nn.Module] = {}
     number = 0
