@@ -181,6 +181,7 @@ def test_nothing_keeps_a_model_alive():
     assert gone() is None
 
 
+@pytest.mark.slow
 def test_explain_and_attach_leave_compiled_versions_and_the_recompile_limit_alone():
     model = Decoder()
     calls = []

@@ -144,6 +144,7 @@ def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_los
     assert gain.amax_backward < 1.6
 
 
+@pytest.mark.slow
 def test_state_dict_goes_to_a_new_process_and_back(tmp_path):
     model = Decoder()
     compiled = torch.compile(model, backend="mhc", options=EAGER)
@@ -357,6 +358,7 @@ def test_a_graph_break_around_the_loss_does_no_harm():
     assert torch.allclose(got, plain(tokens()), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_compiled_graphs_in_inductor_s_cache(tmp_path):
     script = f"""
 import sys
@@ -381,6 +383,7 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["inductor"]["fxgrap
     assert int(seen[1][1]) > 0
 
 
+@pytest.mark.slow
 def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
     from mhc_compile import _torch, ops
 

@@ -244,6 +244,7 @@ def test_step_seconds_leave_compilation_out(data: corpus.Corpus) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama", "vit"])
+@pytest.mark.slow
 def test_other_models(model: str, tmp_path: Path) -> None:
     tiny = [value if value != "16" else "4" for value in TINY] if model == "vit" else TINY
     result = demo("--model", model, "--steps", 2, "--out", tmp_path, "--json", tiny=tiny)
@@ -290,6 +291,7 @@ def test_resume_is_bit_for_bit_under_inductor(tmp_path: Path) -> None:
     same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(whole: tuple[Path, Result], tmp_path: Path) -> None:
     process = start(tmp_path, "--steps", "100000", "--save-every", "0")
     wait_for_steps(tmp_path, process, 2)
@@ -303,6 +305,7 @@ def test_killed_run_resumes_bit_for_bit(whole: tuple[Path, Result], tmp_path: Pa
     same_run(whole[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     process = start(tmp_path, "--steps", "100000")
     wait_for_steps(tmp_path, process, 1)

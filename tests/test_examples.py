@@ -41,6 +41,7 @@ def compare(plain: tuple[list[float], int], mhc: tuple[list[float], int], stream
     assert mhc[1] - plain[1] == 2 * (streams * 32 * columns + columns + 3)
 
 
+@pytest.mark.slow
 def test_train_with_both_backends() -> None:
     plain = train("--backend", "eager")
     compare(plain, train("--backend", "mhc", "--options", '{"inner": "eager", "streams": 2}'), 2)

@@ -315,6 +315,7 @@ def operations(program: ExportedProgram) -> set[str]:
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
+@pytest.mark.slow
 def test_a_process_that_has_never_heard_of_us_loads_and_trains_it(tmp_path):
     ids = tokens()
     result = mhc_compile.rewrite(export(Decoder(), (ids,), dynamic_shapes=({0: Dim.DYNAMIC},)))

@@ -154,6 +154,7 @@ def train(model, inner, losses, barrier):
         pytest.param((Small, Other), "aot_eager", id="two classes, aot_eager", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_threads_compile_and_train_at_once(kinds, inner):
     """Each as if it were alone; the optimizers exist before the first call, so that parameters join them while another thread attaches."""
     models = [kind() for kind in kinds]

@@ -69,6 +69,7 @@ def test_a_model_that_never_met_an_optimizer_is_forgotten():
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_graphs_do_not_pile_up(inner):
     """Without a reset torch keeps the graphs of a class; of many models no more than of one, and after a reset none."""
     torch._dynamo.reset()
@@ -84,6 +85,7 @@ def test_graphs_do_not_pile_up(inner):
 
 
 @torch._dynamo.config.patch(recompile_limit=3)
+@pytest.mark.slow
 def test_more_models_of_a_class_than_dynamo_compiles_versions():
     models = [Small() for _ in range(torch._dynamo.config.recompile_limit + 2)]
     calls = [compile_(model, strict=True) for model in models]
@@ -93,6 +95,7 @@ def test_more_models_of_a_class_than_dynamo_compiles_versions():
         assert len(mhc_compile.connections(model)) == 2
 
 
+@pytest.mark.slow
 def test_models_of_a_class_share_what_was_compiled():
     graphs = []
 
@@ -120,6 +123,7 @@ def test_models_of_a_class_share_what_was_compiled():
     assert len(graphs) == 3  # and none for the others
 
 
+@pytest.mark.slow
 def test_versions_of_other_backends_survive():
     """Only those of the same backend, with the same options, make room for one another."""
     graphs = []

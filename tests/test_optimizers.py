@@ -89,6 +89,7 @@ def give_gradients(model, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.slow
 def test_every_optimizer_built_before_trains_as_one_built_after():
     """It has stepped on the plain model already, so it has state, and what makes its state when it is built is given some for the new parameters."""
     model = Decoder(layers=1)
@@ -276,6 +277,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
 def test_schedulers_drive_the_groups_that_were_joined():
     """Each was built before, with values by group; none may see a group that it does not know."""
     model = Decoder(layers=1)

@@ -390,6 +390,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_children_have_the_backend_and_the_script_counts_them(folder):
     done = run(SPAWN)
     assert done.stdout == "[3, True]\n", done.stderr

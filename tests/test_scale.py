@@ -21,6 +21,7 @@ def test_the_benchmark_of_the_passes_measures_what_it_says():
     assert one.peak < two.peak
 
 
+@pytest.mark.slow
 def test_memory_of_the_passes_is_linear():
     small, large = measure(1_000, runs=1), measure(4_000, runs=1)
     assert large.peak / large.nodes < 1.5 * small.peak / small.nodes

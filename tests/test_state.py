@@ -214,6 +214,7 @@ def test_a_copy_is_a_model_of_its_own(make, ran):
 @pytest.mark.parametrize(
     ("decay", "wrap"), [(None, False), (0.5, True)], ids=["mean of the model", "exponential of the compiled model"]
 )
+@pytest.mark.slow
 def test_an_average_made_before_the_first_call_receives_hyper_connections(decay, wrap):
     average = get_ema_multi_avg_fn(decay) if decay else None
     model, reference = Small(), Small()

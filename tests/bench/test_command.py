@@ -40,6 +40,7 @@ def test_an_unknown_name_is_wrong_usage():
     assert "did you mean 'hyper-connections'" in done.stderr
 
 
+@pytest.mark.slow
 def test_plain_and_limit_from_end_to_end(tmp_path):
     data, chart = tmp_path / "out" / "bench.json", tmp_path / "out" / "bench.png"
     sizes = ("--width", "16", "--tokens", "16", "--vocabulary", "32", "--rounds", "2")

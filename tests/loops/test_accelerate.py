@@ -99,6 +99,7 @@ def test_state_is_saved_and_loaded(tmp_path):
         assert_equal(half, whole)
 
 
+@pytest.mark.slow
 def test_backends_by_name():
     """accelerate has a list of its own; registered, torch's list counts."""
     for refused in (lambda: Accelerator(cpu=True, dynamo_backend="mhc"), lambda: TorchDynamoPlugin(backend="mhc")):

@@ -105,6 +105,7 @@ def test_files(tmp_path):
         mhc_compile.restore(plain, tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_values_go_into_hyper_connections_that_exist_and_an_optimizer_gets_new_ones():
     plain, state = saved()
     there = twin(plain)

@@ -60,6 +60,7 @@ def test_iterations_do_not_change_the_code():
     assert codes[0] == codes[1]
 
 
+@pytest.mark.slow
 def test_apart_without_kernels():
     counts, _ = calls(Deep(2), torch.randn(2, 8, 16), recompute="none")
     assert not counts["step"]

@@ -214,13 +214,13 @@ def test_thousands_of_random_programs(start):
     assert sum(number > 0 for number in fired) > len(fired) // 3
 
 
-@settings(max_examples=150, **common)
+@settings(max_examples=100, **common)
 @given(programs)
 def test_random_programs_are_preserved(program):
     check(program)
 
 
-@settings(max_examples=150, **common)
+@settings(max_examples=100, **common)
 @given(programs)
 def test_every_addition_of_a_random_program_has_one_verdict(program):
     seen, candidates = verdicts(program)

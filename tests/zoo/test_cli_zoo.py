@@ -33,6 +33,7 @@ def test_the_table_at_80_columns():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_table_at_140_columns_has_both_errors_and_both_modes(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     done = CliRunner().invoke(_group, ["zoo", "stochastic-depth", "--mode", "both"])
