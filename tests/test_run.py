@@ -181,7 +181,11 @@ def test_a_signal_reaches_the_script_itself(folder, number):
     Path("script.py").write_text("import os, time\nprint(os.getpid(), flush=True); time.sleep(60)\n")
 
     def interrupted(command):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        def heed() -> None:  # a shell's background jobs ignore SIGINT, and so would what they start
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
             assert int(process.stdout.readline()) == process.pid  # nobody stands between
             process.send_signal(number)
             _, said = process.communicate(timeout=30)
