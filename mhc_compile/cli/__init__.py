@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
 from mhc_compile import __version__
-from mhc_compile.errors import MhcError
+from mhc_compile.cli.trouble import debug_option, report
 
 __all__ = ["main"]
 
@@ -49,10 +50,13 @@ def _group() -> None:
     """
 
 
+_group.params.append(debug_option())
+
+
 def main() -> None:
-    """Console entry point. Errors that this package raises on purpose are one paragraph, not a trace."""
+    """Console entry point."""
+    settings: dict[str, Any] = {}
     try:
-        _group()
-    except MhcError as error:
-        click.echo(f"mhc: {error}", err=True)
-        sys.exit(1)
+        _group(obj=settings)
+    except Exception as error:
+        sys.exit(report(error, settings))

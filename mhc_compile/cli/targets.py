@@ -12,21 +12,43 @@ import importlib
 import importlib.util
 import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.errors import MhcError
+from mhc_compile.cli.trouble import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
     from torch import nn
+    from torch.export import ExportedProgram
 
-__all__ = ["TargetError", "load_target", "parse_settings"]
+__all__ = ["Target", "TargetError", "load_target", "parse_settings"]
 
 
-class TargetError(MhcError):
-    """The command line names a model that cannot be had."""
+@dataclass(frozen=True)
+class Target:
+    """A model that a command line named, with example inputs: `model(*args, **kwargs)` is how it is called.
+
+    Attributes:
+        name: as it was written.
+        model: a module, or an exported program.
+        args: example inputs; those of a program are what it was exported with.
+        kwargs: example inputs by name.
+    """
+
+    name: str
+    model: nn.Module | ExportedProgram
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def set_mode(self, train: bool) -> None:
+        """Puts a module into training or eval mode. A program was exported in one of them and keeps it."""
+        from torch import nn
+
+        if isinstance(self.model, nn.Module):
+            self.model.train(train)
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -47,17 +69,22 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def load_target(target: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = False) -> Target:  # noqa: ARG001
     """The model that `target` names, with example inputs.
+
+    Args:
+        target: see the module's docstring.
+        settings: fields of the config of an `hf:` target, `layers` of a `zoo:` target.
+        full_size: build an `hf:` target from its default config on the meta device instead of a tiny one with weights.
 
     Raises:
         TargetError: no such target; the message says what was tried and lists near names.
     """
     kind, colon, name = target.partition(":")
     if kind == "hf" and colon:
-        return _transformers(name, settings)
+        return Target(target, *_transformers(name, settings))
     if kind == "zoo" and colon:
-        return _zoo(name, settings)
+        return Target(target, *_zoo(name, settings))
     if settings:
         raise TargetError(f"--set is for hf: targets; {target!r} builds its model itself")
     file, _, factory = target.rpartition(":")
@@ -66,7 +93,7 @@ def load_target(target: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tu
             f"{target!r} is no target; expected package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE (hf:gpt2)"
             " or zoo:FAMILY (zoo:resnet)"
         )
-    return _call(_module(file), factory, target)
+    return Target(target, *_call(_module(file), factory, target))
 
 
 def _module(name: str) -> ModuleType:

@@ -1,0 +1,45 @@
+"""How a command fails: one paragraph on stderr and an exit code; with `--debug` the trace above it."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import click
+
+from mhc_compile.errors import MhcError, OptionError
+
+__all__ = ["TargetError", "debug_option", "report"]
+
+_FLAG = "mhc_compile.debug"
+
+
+class TargetError(MhcError):
+    """The command line names a model that cannot be had."""
+
+
+def debug_option() -> click.Option:
+    """`--debug`, for the group and for every command."""
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set, help="Show the trace of an error."
+    )
+
+
+def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.find_root().ensure_object(dict)[_FLAG] = value or ctx.find_root().obj.get(_FLAG, False)
+
+
+def report(error: Exception, settings: dict[str, Any]) -> int:
+    """Writes `error` on stderr and returns the exit code: 2 for a target or an option that does not exist, 1 for any other trouble.
+
+    Args:
+        error: what was raised.
+        settings: the object of the click group, in which `--debug` left its mark.
+    """
+    if settings.get(_FLAG):
+        traceback.print_exception(error)
+    expected = isinstance(error, MhcError)
+    text = str(error) if expected else f"{type(error).__name__}: {error}"
+    hint = "" if expected or settings.get(_FLAG) else " (not an error that mhc foresaw; --debug shows the trace)"
+    click.echo(f"mhc: {text}{hint}", err=True)
+    return 2 if isinstance(error, OptionError | TargetError) else 1
