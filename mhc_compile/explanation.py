@@ -155,12 +155,9 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the fields, and `reasons` and `plain_flops_per_token` beside them."""
-        options = {name: getattr(self.options, name) for name in Options.names()}
-        if callable(options["inner"]):
-            options["inner"] = getattr(options["inner"], "__name__", "callable")
         return {
             "model": self.model,
-            "options": {**options, "inductor": dict(self.options.inductor)},
+            "options": self.options.to_dict(),
             "parameters": self.parameters,
             "cost": asdict(self.cost),
             "plain_flops_per_token": self.plain_flops_per_token,

@@ -121,6 +121,13 @@ class Options:
         """The known option names."""
         return [f.name for f in fields(cls)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON. An `inner` that is a function is given by its name."""
+        values = {name: getattr(self, name) for name in self.names()}
+        if callable(self.inner):
+            values["inner"] = getattr(self.inner, "__name__", "callable")
+        return {**values, "inductor": dict(self.inductor)}
+
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
         """Validates the `options` of `torch.compile`.
