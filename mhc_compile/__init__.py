@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
+    from mhc_compile.diffing.compare import diff
+    from mhc_compile.diffing.model_diff import ModelDiff
     from mhc_compile.explanation import Explanation, explain
     from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
@@ -44,6 +46,7 @@ __all__ = [
     "HyperConnection",
     "MhcError",
     "MhcWarning",
+    "ModelDiff",
     "NothingRewrittenError",
     "OptionError",
     "Options",
@@ -52,6 +55,7 @@ __all__ = [
     "attach",
     "connections",
     "detach",
+    "diff",
     "eager",
     "explain",
     "gain",
@@ -67,9 +71,11 @@ _HOMES = {
     "Explanation": "explanation",
     "Gain": "stability",
     "HyperConnection": "connection",
+    "ModelDiff": "diffing.model_diff",
     "attach": "ahead",
     "connections": "attachment",
     "detach": "attachment",
+    "diff": "diffing.compare",
     "eager": "debugging",
     "explain": "explanation",
     "gain": "stability",

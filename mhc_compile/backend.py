@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import CodeType
 
-__all__ = ["mhc"]
+__all__ = ["joined", "joining", "mhc", "with_graph"]
 
 log = logging.getLogger(__name__)
 
@@ -129,14 +129,14 @@ def _connected(
     arrivals, departures = crossings(graph)
     notes = result.notes()
     if not arrivals and not departures and not notes:
-        return _inner(_with_graph(graph_module, graph), inputs, options, mode)
+        return _inner(with_graph(graph_module, graph), inputs, options, mode)
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     positions = {target: position for position, target in enumerate(placeholders)}
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
     return Crossing(
-        _inner(_with_graph(graph_module, graph), [*inputs, *streams], options, mode),
+        _inner(with_graph(graph_module, graph), [*inputs, *streams], options, mode),
         arrivals,
         departures,
         positions=positions,
@@ -170,7 +170,12 @@ def _should_have_sites(result: Study) -> bool:
     return not _torch.ends_at_break() and not _torch.runs_inside_another(root)
 
 
-def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+def joining(options: Options) -> tuple[Pass, ...]:
+    """The passes that run on the rewritten graph before the inner compiler gets it."""
+    return () if callable(options.inner) or options.inner == "eager" else _FUSION[options.recompute]
+
+
+def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module like `graph_module` with another graph, and with whatever Dynamo hung on the old one."""
     root = graph.owning_module or graph_module  # where the bodies of regions are
     new = fx.GraphModule(root, graph, type(graph_module).__name__)
@@ -180,12 +185,12 @@ def _with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
     return new
 
 
-def _fused(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
+def joined(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
     """With the operators of neighbouring sites joined, in the graph and in the bodies of its regions, which are computed again as a whole."""
-    fused = _with_graph(graph_module, run_passes(graph_module.graph, passes))
+    fused = with_graph(graph_module, run_passes(graph_module.graph, passes))
     for name, body in graph_module.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(fused, name, _fused(body, passes[:1]))
+            setattr(fused, name, joined(body, passes[:1]))
     return fused
 
 
@@ -203,7 +208,7 @@ def _inner_of_piece(
         return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
     if options.inner == "eager":
         return run_eagerly(graph_module)
-    graph_module = _fused(graph_module, _FUSION[options.recompute])
+    graph_module = joined(graph_module, joining(options))
     if options.inner == "inductor":
         return _torch.compile_with_inductor(
             graph_module,

@@ -77,6 +77,10 @@ class DynamoProvenance(Provenance):
         """Path of the parameter behind a graph input."""
         return self._names.get(str(node.target)) if node.op == "placeholder" else None
 
+    def name_parameter(self, node: Node, path: str) -> None:
+        """Says that `node`, a graph input, stands for the parameter that will be at `path`."""
+        self._names[str(node.target)] = path
+
     def holds_weights(self, node: Node) -> bool:
         """Whether `node` is the graph input of a parameter or a buffer."""
         return super().holds_weights(node) or (node.op == "placeholder" and str(node.target) in self._buffers)

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment import unwrap
-from mhc_compile.capture import capture
 from mhc_compile.cost import Cost, plain_flops, site_cost
+from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.options import Options
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
-from mhc_compile.sharing import Sharing, below
-from mhc_compile.study import Study, study
+from mhc_compile.sharing import below
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,10 +21,19 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import nn
 
-    from mhc_compile.branches import Notes
-    from mhc_compile.passes import Chain, Refusal, Site
+    from mhc_compile.passes import Chain, Plan, Refusal, Site
+    from mhc_compile.study import Study
 
-__all__ = ["ChainReport", "Explanation", "GraphReport", "RefusalReport", "SiteReport", "explain"]
+__all__ = [
+    "ChainReport",
+    "Explanation",
+    "GraphReport",
+    "RefusalReport",
+    "SiteReport",
+    "explain",
+    "graph_report",
+    "plan_reports",
+]
 
 
 @dataclass(frozen=True)
@@ -190,28 +198,26 @@ def explain(
     target = unwrap(model)
     graphs: list[GraphReport] = []
     costs: dict[str, list[Cost]] = {}
-    sharing = Sharing(target)
 
-    def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
-        result = study(graph_module, inputs, parsed)
-        for module in sharing.modules(result.provenance.root):
-            graphs.append(_graph(graph_module, result, module))
-            for site in result.plan.sites:
+    def on_graph(dry: DryGraph) -> None:
+        for module in dry.modules:
+            graphs.append(graph_report(dry.captured, dry.study, module))
+            for site in dry.study.plan.sites:
                 value = tensor_value(site.add)
                 assert value is not None
                 path = below(module, site.path)
                 costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), parsed))
-        return result.notes()
 
-    capture(target, args, kwargs, on_graph)
+    dry_run(target, args, kwargs, parsed, on_graph)
     # A site that is met twice (a shared layer) pays twice and has one set of parameters.
     total = sum((met[0].times(len(met)) for met in costs.values()), Cost())
     own = sum(p.numel() for name, p in target.named_parameters() if ".mhc." not in f".{name}")
     return Explanation(type(target).__name__, parsed, tuple(graphs), total, own)
 
 
-def _graph(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
-    chains = tuple(_chain(chain, module) for chain in result.plan.chains)
+def graph_report(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
+    """What explain says about one graph, as `module` runs it."""
+    chains, refusals = plan_reports(result.plan, module)
     tokens = 0
     if result.plan.chains:
         value = tensor_value(result.plan.chains[0].start)
@@ -221,11 +227,17 @@ def _graph(graph_module: torch.fx.GraphModule, result: Study, module: str) -> Gr
         module=module,
         nodes=len(graph_module.graph.nodes),
         chains=chains,
-        refusals=tuple(_refusal(refusal, module) for refusal in result.plan.refusals),
+        refusals=refusals,
         regions=tuple(op_name(node) for node in result.graph.nodes if is_region(node)),
         tokens=tokens,
         flops=plain_flops(graph_module) if chains else None,
     )
+
+
+def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tuple[RefusalReport, ...]]:
+    """What a plan rewrites and what it leaves alone, with paths below the model; `module` is the path of the graph's root."""
+    chains = tuple(_chain(chain, module) for chain in plan.chains)
+    return chains, tuple(_refusal(refusal, module) for refusal in plan.refusals)
 
 
 def _chain(chain: Chain, module: str) -> ChainReport:

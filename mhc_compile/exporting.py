@@ -25,6 +25,7 @@ from mhc_compile.errors import CaptureError
 from mhc_compile.passes import (
     NORMALIZE,
     LowerOperators,
+    Pass,
     Plan,
     RaiseLayerNorms,
     RemoveDeclarations,
@@ -40,8 +41,12 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.options import Options
+    from mhc_compile.passes import Hook
 
-__all__ = ["plan_program", "rewrite_program"]
+__all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]
+
+#: What runs on the graph of a program before its sites are looked for.
+PREPARE: tuple[Pass, ...] = (RaiseLayerNorms(), *NORMALIZE)
 
 
 def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgram:
@@ -55,12 +60,19 @@ def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgr
     bindings, specs = parameters.bind(plan)
     graph = expand_plan(graph, plan, bindings)
     kept = {node.name for node in graph.nodes}
-    table = {} if program.dialect == "TRAINING" else dict(default_decompositions())
-    graph = run_passes(graph, (LowerOperators({**table, **LowerOperators().decompositions}), SpellAten(table)))
+    graph = run_passes(graph, lowering(program))
     return _assemble(program, graph, specs, parameters.tensors, kept)
 
 
-def plan_program(program: ExportedProgram, options: Options) -> tuple[Graph, ProgramParameters, Plan]:
+def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
+    """The passes that write the rewritten graph of `program` in ATen."""
+    table = {} if program.dialect == "TRAINING" else dict(default_decompositions())
+    return LowerOperators({**table, **LowerOperators().decompositions}), SpellAten(table)
+
+
+def plan_program(
+    program: ExportedProgram, options: Options, hook: Hook | None = None
+) -> tuple[Graph, ProgramParameters, Plan]:
     """The normalised graph of a program, the parameters that its sites have or will have, and the plan for it.
 
     Raises:
@@ -73,8 +85,8 @@ def plan_program(program: ExportedProgram, options: Options) -> tuple[Graph, Pro
             "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program first, then make the"
             " joint graph"
         )
-    graph = run_passes(program.graph, (RaiseLayerNorms(), *NORMALIZE))
-    provenance = ProgramProvenance(graph, program)
+    graph = run_passes(program.graph, PREPARE, hook)
+    provenance = ProgramProvenance(graph, program.graph_signature.input_specs)
     parameters = ProgramParameters(graph, program, options)
     while True:
         plan = plan_chains(

@@ -16,21 +16,31 @@ from mhc_compile.passes.roles import tensor_value
 from mhc_compile.study import width_conflict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
     from mhc_compile.options import Options
 
-__all__ = ["ProgramParameters", "ProgramProvenance"]
+__all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 
 
 class ProgramProvenance(Provenance):
-    """Provenance of the graph of an exported program: module paths from `nn_module_stack`, parameters from the signature."""
+    """Provenance of the graph of an exported program: module paths from `nn_module_stack`, parameters from the signature.
 
-    def __init__(self, graph: Graph, program: ExportedProgram) -> None:
-        inputs = _inputs(graph, program)
-        self._targets = {node: spec.target for node, spec in inputs if spec.kind is InputKind.PARAMETER}
-        self._held = {node for node, spec in inputs if spec.kind is not InputKind.USER_INPUT}
+    Args:
+        graph: of the program, or a copy.
+        inputs: specs of the graph's placeholders, in order.
+    """
+
+    def __init__(self, graph: Graph, inputs: Iterable[InputSpec]) -> None:
+        # Placeholders keep their target through every copy of the graph.
+        named = [
+            (str(node.target), spec) for node, spec in zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
+        ]
+        self._targets = {name: spec.target for name, spec in named if spec.kind is InputKind.PARAMETER}
+        self._held = {name for name, spec in named if spec.kind is not InputKind.USER_INPUT}
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """The root, then the modules whose calls surround `node`."""
@@ -39,11 +49,11 @@ class ProgramProvenance(Provenance):
 
     def parameter_name(self, node: Node) -> str | None:
         """Path of the parameter behind a graph input."""
-        return self._targets.get(node)
+        return self._targets.get(str(node.target)) if node.op == "placeholder" else None
 
     def holds_weights(self, node: Node) -> bool:
         """Whether `node` is a graph input that the program brings along: a parameter, a buffer or a constant."""
-        return node in self._held
+        return node.op == "placeholder" and str(node.target) in self._held
 
 
 class ProgramParameters:
@@ -185,3 +195,11 @@ def _aliases(program: ExportedProgram) -> list[list[str]]:
     for path, tensors in contents.items():
         groups.setdefault(tuple(sorted(tensors)), []).append(path)
     return list(groups.values())
+
+
+def root_kind(program: ExportedProgram) -> str:
+    """Class of the module that the program was exported from."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in program.graph.nodes)
+    roots = (kind for stack in stacks for path, kind in stack.values() if not path)
+    kind = next(roots, "ExportedProgram")
+    return getattr(kind, "__name__", str(kind).rpartition(".")[2])

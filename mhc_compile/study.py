@@ -17,6 +17,7 @@ from mhc_compile.attachment import attach_like, attach_site, begun_by, find_conn
 from mhc_compile.averages import follow_averages
 from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
+from mhc_compile.connection import HyperConnection
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import NothingRewrittenError, StreamsLostError
 from mhc_compile.optimizers import settle
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.connection import HyperConnection
     from mhc_compile.options import Options
     from mhc_compile.passes import Head
 
@@ -131,6 +131,48 @@ class Study:
             if len(vetoes) == len(self._vetoes):
                 return bindings
             self._replan(vetoes)
+
+    def foresee(self, options: Options) -> tuple[dict[Site, Binding], frozenset[str]]:
+        """What `bind` will find once the sites are attached, and the paths of the parameters for which graph inputs were added.
+
+        Sites that cannot share the parameters of their module are refused, as `attach` refuses them. The modules stay as they are.
+        """
+        inputs = {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
+        new: dict[str, Node] = {}
+        while True:
+            vetoes = dict(self._vetoes)
+            bindings: dict[Site, Binding] = {}
+            widths: dict[str, HyperConnection] = {}
+            for site in self.plan.sites:
+                connection = find_connection(self._modules(site)[0], site)
+                if connection is None:
+                    connection = widths.setdefault(site.path, HyperConnection(site.width, options, device="meta"))
+                if connection.width != site.width:
+                    vetoes[site.add] = width_conflict(site, connection)
+                    continue
+                binding = self._without_parameters(connection) if site.tail else self._binding(connection, inputs)
+                bindings[site] = binding or self._stand_in(site, connection, new)
+            if len(vetoes) == len(self._vetoes):
+                return bindings, frozenset(new)
+            self._replan(vetoes)
+
+    def _stand_in(self, site: Site, connection: HyperConnection, new: dict[str, Node]) -> Binding:
+        value = tensor_value(site.add)
+        assert value is not None
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        nodes = []
+        for part, parameter in connection.named_parameters():
+            path = f"{site.path}.{part}"
+            if path not in new:
+                last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+                with self.graph.inserting_after(last):
+                    node = new[path] = self.graph.placeholder(path.replace(".", "_"))
+                with value.fake_mode:  # type: ignore[attr-defined]
+                    node.meta["example_value"] = torch.empty(parameter.shape, dtype=dtype, device=value.device)
+                self.provenance.name_parameter(node, path)
+            nodes.append(new[path])
+        phi, bias, scale = nodes
+        return Binding(phi, bias, scale, connection.streams, connection.mapping, connection.iterations, connection.eps)
 
     def openings(self) -> dict[Head, tuple[str, Binding]]:
         """The heads of the plan whose branches are known to end in other graphs, with the names of their sites and the parameters."""

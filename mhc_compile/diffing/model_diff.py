@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.diffing.rows import Change, Row
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mhc_compile.explanation import ChainReport, RefusalReport
+    from mhc_compile.options import Options
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
 
@@ -80,6 +82,11 @@ class ModelDiff:
             "changes": _words(self.changes),
             "graphs": [_graph(graph) for graph in self.graphs],
         }
+
+    def __rich__(self) -> RenderableType:
+        from mhc_compile.diffing.text import render
+
+        return render(self)
 
 
 def _words(changes: Counter[Change]) -> dict[str, int]:

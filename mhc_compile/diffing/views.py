@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import fx
 
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import leaf_module
@@ -84,11 +85,10 @@ def view(graph: Graph, provenance: Provenance, plan: Plan | None = None, prefix:
     Args:
         graph: with example values, as every stage of the rewrite leaves it.
         provenance: of the graph, or of the one that it was made from.
-        plan: made on this very graph; gives the roles of its adds.
+        plan: made on this very graph, or on one that it is a copy of; gives the roles of its adds.
         prefix: path of the module that the graph belongs to, below the model.
     """
-    viewer = _Viewer(provenance, plan, prefix)
-    return tuple(viewer.node(node) for node in graph.nodes)
+    return tuple(_Viewer(provenance, plan, prefix).graph(graph))
 
 
 class _Viewer:
@@ -99,18 +99,28 @@ class _Viewer:
         self.taken: set[str] = set()
         #: The hyper-connection that a node of ours belongs to.
         self.sites: dict[Node, str] = {}
-        self.verdicts: dict[Node, tuple[Role, str, str]] = {}
+        #: By name: passes copy graphs, and keep names.
+        self.verdicts: dict[str, tuple[Role, str, str]] = {}
         if plan is not None:
-            for site in plan.sites:
-                self.verdicts.update(dict.fromkeys(site.adds, ("site", self._below(site.path), "")))
             for refusal in plan.refusals:
-                self.verdicts.setdefault(refusal.add, ("left-alone", "", refusal.reason.value))
+                self.verdicts[refusal.add.name] = ("left-alone", "", refusal.reason.value)
+            for site in plan.sites:
+                self.verdicts.update({add.name: ("site", self._below(site.path), "") for add in site.adds})
 
-    def node(self, node: Node) -> NodeView:
-        name = self.names[node] = self._unique(self._name(node))
+    def graph(self, graph: Graph, inside: str = "") -> Iterator[NodeView]:
+        """The nodes of `graph`; the body of a region stands in front of its call, `inside` its name."""
+        for node in graph.nodes:
+            body = _attribute(node)
+            if isinstance(body, torch.fx.GraphModule):
+                yield from self.graph(body.graph, f"{node.target}.")
+            yield self.node(node, inside)
+
+    def node(self, node: Node, inside: str) -> NodeView:
+        """One node, behind all that it reads."""
+        name = self.names[node] = self._unique(inside + self._name(node))
         template, reads = _template(node)
         stack = [ref for ref in self.provenance.stack(node) if ref.path] if node.op != "placeholder" else []
-        role, site, reason = self.verdicts.get(node, self._ours(node))
+        role, site, reason = self.verdicts.get(node.name, self._ours(node))
         return NodeView(
             name=name,
             op=self._operation(node),
@@ -141,10 +151,15 @@ class _Viewer:
             return "stream", self.sites[node], ""
         if not node.name.startswith(_OURS):
             return "", "", ""
-        read = [operand for operand in node.all_input_nodes if operand in self.sites]
-        narrow = [operand for operand in read if operand.op != "call_function" or _is_coefficient(operand)]
-        if narrow:
-            self.sites[node] = self.sites[narrow[-1]]
+        given = [
+            *node.all_input_nodes,
+            *(user.args[2] for user in node.users if user.target is torch.ops.mhc.update.default),
+        ]
+        sites = [
+            self.sites[one] for one in given if isinstance(one, fx.Node) and one in self.sites and not _ends_site(one)
+        ]
+        if sites:
+            self.sites[node] = sites[-1]
         return "stream", self.sites.get(node, ""), ""
 
     def _parameter(self, node: Node) -> str:
@@ -152,8 +167,7 @@ class _Viewer:
             return str(node.target)
         if node.op != "placeholder":
             return ""
-        known = self.provenance.parameter_name(node)
-        return known or (str(node.target) if ".mhc." in f".{node.target}" else "")
+        return self.provenance.parameter_name(node) or ""
 
     def _name(self, node: Node) -> str:
         path = self._parameter(node)
@@ -175,11 +189,9 @@ class _Viewer:
         return ".".join(part for part in (self.prefix, path) if part)
 
 
-def _is_coefficient(node: Node) -> bool:
-    """Whether a node of ours is one of pre, post and res, or all of them: what reads it works for the same site."""
-    return "coefficients" in str(node.target) or (
-        bool(node.all_input_nodes) and "coefficients" in str(node.all_input_nodes[0].target)
-    )
+def _ends_site(node: Any) -> bool:
+    """Whether what reads `node` belongs to the next site: it is the streams behind this one."""
+    return bool(node.target is torch.ops.mhc.update.default)
 
 
 def _target(node: Node) -> str:
@@ -234,3 +246,12 @@ def _value(value: Any) -> str:
     if isinstance(value, tuple | list) and any(isinstance(part, torch.Tensor) for part in value):
         return f"({', '.join(map(_value, value))})"
     return ""
+
+
+def _attribute(node: Node) -> Any:
+    """What a `get_attr` node reads, None for every other node."""
+    owner = node.graph.owning_module
+    if node.op != "get_attr" or owner is None:
+        return None
+    parent, _, name = str(node.target).rpartition(".")
+    return getattr(owner.get_submodule(parent), name, None)

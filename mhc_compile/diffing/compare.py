@@ -1,0 +1,126 @@
+"""`mhc_compile.diff`: runs the passes on what the dry run planned, and compares two of their graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.export import ExportedProgram
+
+from mhc_compile.attachment import unwrap
+from mhc_compile.backend import joined, joining, with_graph
+from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
+from mhc_compile.diffing.rows import align
+from mhc_compile.diffing.stages import Stages, choose
+from mhc_compile.dry_run import DryGraph, dry_run
+from mhc_compile.explanation import graph_report, plan_reports
+from mhc_compile.exporting import PREPARE, lowering, plan_program
+from mhc_compile.options import Options
+from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
+from mhc_compile.program import ProgramProvenance, root_kind
+from mhc_compile.sharing import below
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from torch.fx import Graph
+
+    from mhc_compile.passes import Binding, Pass, Plan, Site
+
+__all__ = ["diff"]
+
+
+def diff(
+    model: nn.Module | ExportedProgram,
+    *args: Any,
+    options: Mapping[str, Any] | Options | None = None,
+    stage: str | None = None,
+    **kwargs: Any,
+) -> ModelDiff:
+    """The graphs of `model` before and after the rewrite. Nothing is run, and the model stays as it is.
+
+    Args:
+        model: any module, or one that `torch.compile` returned, or a program from `torch.export.export`.
+        *args: example inputs, as for `model(*args, **kwargs)`; none for a program.
+        options: as for `torch.compile(model, backend="mhc", options=options)`.
+        stage: a stage or a pass ("normalize", "plan", "expand", "lower", "fuse-steps", ...), compared with what comes before it, or two of them
+            ("capture..lower"). By default the captured graph is compared with the expanded one.
+        **kwargs: example inputs by name.
+
+    Raises:
+        OptionError: the options are wrong, or there is no such stage; the message lists those that there are.
+        CaptureError: the model cannot be traced with these inputs.
+    """
+    parsed = Options.parse(options)
+    if isinstance(model, ExportedProgram):
+        return _program(model, parsed, stage)
+    target = unwrap(model)
+    names = _names(NORMALIZE, joining(parsed))
+    before, after = choose(stage, names)
+    graphs: list[GraphDiff] = []
+
+    def on_graph(dry: DryGraph) -> None:
+        stages = _stages(dry, parsed)
+        assert stages.names == names
+        report = graph_report(dry.captured, dry.study, dry.modules[0])
+        graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.refusals))
+
+    dry_run(target, args, kwargs, parsed, on_graph)
+    return ModelDiff(type(target).__name__, parsed, before, after, tuple(graphs))
+
+
+def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:
+    """All stages of a model, or of a program, in order."""
+    opening = next(place for place, step in enumerate(first) if step.name == "inline-regions") + 1
+    opened, rest = [step.name for step in first[:opening]], [step.name for step in first[opening:]]
+    expanded = ["expand-chains", "expand", "outline-regions"]
+    return ("trace", *opened, "capture", *rest, "normalize", "plan", *expanded, *(step.name for step in last), "lower")
+
+
+def _stages(dry: DryGraph, options: Options) -> Stages:
+    """All stages of one graph that Dynamo made."""
+    study, module = dry.study, dry.modules[0]
+    stages = Stages(study.provenance, module, study.plan, frozenset(below(module, path) for path in dry.foreseen))
+    stages.put("trace", dry.captured.graph)
+    _normalize(stages, dry.captured.graph, NORMALIZE)
+    graph = _expand(stages, study.graph, study.plan, dry.bindings)
+    whole = with_graph(dry.captured, graph)
+    passes = joining(options)
+    for count, step in enumerate(passes, start=1):
+        stages.put(step.name, joined(whole, passes[:count]).graph)
+    stages.alias("lower")
+    return stages
+
+
+def _normalize(stages: Stages, graph: Graph, passes: tuple[Pass, ...]) -> None:
+    def see(step: Pass, before: Graph, after: Graph) -> None:
+        stages.see(step, before, after)
+        if step.name == "inline-regions":
+            stages.alias("capture")
+
+    run_passes(graph, passes, see)
+    stages.alias("normalize")
+    stages.alias("plan")
+
+
+def _expand(stages: Stages, graph: Graph, plan: Plan, bindings: Mapping[Site, Binding]) -> Graph:
+    def see(step: Pass, before: Graph, after: Graph) -> None:
+        stages.see(step, before, after)
+        if step.name == "expand-chains":
+            stages.alias("expand")
+
+    return expand_plan(graph, plan, bindings, see)
+
+
+def _program(program: ExportedProgram, options: Options, stage: str | None) -> ModelDiff:
+    passes = lowering(program)
+    before, after = choose(stage, _names(PREPARE, passes))
+    graph, parameters, plan = plan_program(program, options)
+    bindings, inputs = parameters.bind(plan)
+    stages = Stages(ProgramProvenance(graph, inputs), "", plan, frozenset(parameters.tensors))
+    stages.put("trace", program.graph)
+    _normalize(stages, program.graph, PREPARE)
+    run_passes(_expand(stages, graph, plan, bindings), passes, stages.see)
+    stages.alias("lower")
+    graphs = [GraphDiff(("",), align(*stages.pair(before, after)), *plan_reports(plan, ""))]
+    return ModelDiff(root_kind(program), options, before, after, tuple(graphs))

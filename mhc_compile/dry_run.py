@@ -1,0 +1,77 @@
+"""The plan for every graph of a model, and what the rewrite would bind to it, while nothing is run and nothing changed.
+
+`explain` reports it, `diff` expands it, and the backend makes it again from the same `study` when the model is compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.capture import capture
+from mhc_compile.sharing import Sharing
+from mhc_compile.study import Study, study
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import nn
+
+    from mhc_compile.branches import Notes
+    from mhc_compile.options import Options
+    from mhc_compile.passes import Binding, Site
+
+__all__ = ["DryGraph", "dry_run"]
+
+
+@dataclass(frozen=True, eq=False)
+class DryGraph:
+    """One graph that Dynamo makes of a model. Valid while Dynamo traces the frame.
+
+    Attributes:
+        modules: paths of the modules that run it: the one that was traced, and blocks that are alike; ("",) is the model itself.
+        captured: the graph as Dynamo handed it over.
+        study: the normalised graph and the plan for it.
+        bindings: parameters for every site of the plan, as graph inputs: those that the model has, and inputs that stand for those it will get.
+        foreseen: the paths of the parameters that it will get, below the traced module.
+    """
+
+    modules: tuple[str, ...]
+    captured: torch.fx.GraphModule
+    study: Study
+    bindings: dict[Site, Binding]
+    foreseen: frozenset[str]
+
+
+def dry_run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    on_graph: Callable[[DryGraph], None],
+) -> None:
+    """Traces `model(*args, **kwargs)` as the compiled call would, and hands over what the backend would do with each graph.
+
+    Args:
+        model: any module.
+        args: example inputs.
+        kwargs: example inputs by name.
+        options: of the backend.
+        on_graph: is called with every graph, in the order in which they run.
+
+    Raises:
+        CaptureError: the model cannot be traced with these inputs.
+    """
+    sharing = Sharing(model)
+
+    def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
+        result = study(graph_module, inputs, options)
+        notes = result.notes()
+        bindings, foreseen = result.foresee(options)
+        modules = tuple(sharing.modules(result.provenance.root))
+        if modules:
+            on_graph(DryGraph(modules, graph_module, result, bindings, foreseen))
+        return notes
+
+    capture(model, args, kwargs, look)
