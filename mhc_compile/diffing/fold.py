@@ -87,8 +87,8 @@ def _sections(rows: Sequence[Row], depth: int) -> Iterator[Section]:
             yield Section(layer, members, like=first[signature])
             continue
         first[signature] = layer
-        inner = {_layer(row, depth + 1) for row in members} - {""}
-        if len({pattern(path) for path in inner}) < len(inner):  # it has layers of its own
+        changed = {_layer(row, depth + 1) for row in members if row.change is not Change.SAME} - {""}
+        if len({pattern(path) for path in changed}) < len(changed):  # it has layers of its own
             yield from _sections(members, depth + 1)
         else:
             yield Section(layer, members)
@@ -100,11 +100,18 @@ def _merged(found: Iterator[Section]) -> Iterator[Section]:
         if waiting is not None and waiting.like and section.like == waiting.like:
             waiting = Section(waiting.path, waiting.rows, waiting.like, (*waiting.others, section.path))
             continue
+        if waiting is not None and _unchanged(waiting) and _unchanged(section):
+            waiting = Section(_common([waiting.path, section.path]), (*waiting.rows, *section.rows))
+            continue
         if waiting is not None:
             yield waiting
         waiting = section
     if waiting is not None:
         yield waiting
+
+
+def _unchanged(section: Section) -> bool:
+    return not section.like and all(row.change is Change.SAME for row in section.rows)
 
 
 def _layer(row: Row, depth: int) -> str:

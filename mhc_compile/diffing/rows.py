@@ -118,9 +118,9 @@ def _ordered(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _change(before: NodeView, after: NodeView) -> Change:
     if before.target.rpartition(".")[2] != after.target.rpartition(".")[2]:
         return Change.REPLACED
-    if before.value != after.value:
-        return Change.LIFTED if after.role == "stream" or after.name != before.name else Change.REWIRED
-    if (before.template, before.reads) != (after.template, after.reads):
+    if before.value != after.value and before.role != "stream":
+        return Change.LIFTED
+    if (before.template, before.reads, before.value) != (after.template, after.reads, after.value):
         return Change.REWIRED
     return (
         Change.MARKED

@@ -137,6 +137,9 @@ def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:
+    if all(row.node.role == "stream" and not row.node.site for row in rows):
+        begins = any(row.node.target == ".expand" for row in rows)
+        return Text("where streams begin" if begins else "where streams end", style="bold")
     kinds = {row.node.kind for row in rows if row.node.module == path}
     kind = f"  {kinds.pop()}" if len(kinds) == 1 and path else ""
     return Text.assemble((path or "(the model itself)", "bold"), (kind, "dim"))
