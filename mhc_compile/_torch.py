@@ -9,7 +9,9 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 import weakref
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -274,6 +276,23 @@ def inductor_settings() -> list[str]:
     from torch._inductor import list_options
 
     return list_options()
+
+
+@contextmanager
+def inductor_code() -> Iterator[list[str]]:
+    """Collects the modules of Python that Inductor writes, in order. Its caches are passed by, so that it writes what it would otherwise find."""
+    import torch._inductor.config as config
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+    saved = vars(GraphLowering)["save_output_code"]
+    GraphLowering.save_output_code = staticmethod(codes.append)  # type: ignore[assignment]
+    try:
+        with config.patch(force_disable_caches=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*force disabled.*")
+            yield codes
+    finally:
+        GraphLowering.save_output_code = saved
 
 
 def compile_with_inductor(
