@@ -286,7 +286,7 @@ def inductor_code() -> Iterator[list[str]]:
 
     codes: list[str] = []
     saved = vars(GraphLowering)["save_output_code"]
-    GraphLowering.save_output_code = staticmethod(codes.append)  # type: ignore[assignment]
+    GraphLowering.save_output_code = staticmethod(codes.append)
     try:
         with config.patch(force_disable_caches=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*force disabled.*")
