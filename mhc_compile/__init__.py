@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mhc_compile.ahead import attach
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
+    from mhc_compile.checking.check import check
+    from mhc_compile.checking.result import CheckResult
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttachError",
     "CaptureError",
+    "CheckResult",
     "Explanation",
     "Gain",
     "HyperConnection",
@@ -50,6 +53,7 @@ __all__ = [
     "ShapeError",
     "StreamsLostError",
     "attach",
+    "check",
     "connections",
     "detach",
     "eager",
@@ -64,10 +68,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckResult": "checking.result",
     "Explanation": "explanation",
     "Gain": "stability",
     "HyperConnection": "connection",
     "attach": "ahead",
+    "check": "checking.check",
     "connections": "attachment",
     "detach": "attachment",
     "eager": "debugging",

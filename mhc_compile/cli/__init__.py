@@ -16,6 +16,7 @@ __all__ = ["main"]
 #: Command, its module below this package, and the line that `mhc --help` prints.
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
+    "check": "Prove on this machine that a rewritten model computes what the plain one does.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
