@@ -62,7 +62,8 @@ def check(
             `mhc_compile.rewrite` is checked.
         *args: example inputs. Those of a program, if none are given, are what it was exported with.
         options: as for `torch.compile(model, backend="mhc", options=options)`. `start` has no say: the first proof is about
-            "preserve", and the second one about random parameters. Hyper-connections that the model has already are left out of the first proof, and have the values that they came with in the second.
+            "preserve", and the second one about random parameters. Hyper-connections that the model has already are left out of the first
+            proof, and have the values that they came with in the second one.
         dtype: cast the model and its inputs first; "float64" and so on, or torch's. A program keeps its own.
         seed: of dropout and all other random numbers.
         tolerance: instead of the default.
@@ -190,18 +191,18 @@ class _Proof:
         side = self.subject.plain()
         try:
             want = self._observe(side)
-        except Exception as first:
+        except Exception:
             self.differentiable = False  # a model that writes into its inputs cannot be asked for their gradients
             try:
                 side = self.subject.plain()
                 want = self._observe(side)
-            except Exception:
+            except Exception as error:
                 shown = ", ".join(
                     f"{name} {list(value.shape)}" for name, value in tensors((self.args, self.kwargs), "input")
                 )
                 raise CaptureError(
-                    f"{self.subject.name} itself does not run with the example inputs ({shown or 'none'}): {_line(first)}"
-                ) from first
+                    f"{self.subject.name} itself does not run with the example inputs ({shown or 'none'}): {_line(error)}"
+                ) from error
         nan = [
             name for values in (want.outputs, want.gradients) for name, value in values.items() if value.isnan().any()
         ]

@@ -147,9 +147,7 @@ class CheckResult:
 
 def _sentence(group: GroupSummary) -> str:
     worst, bad = group.worst, group.count - group.ok
-    error = (
-        f"{worst.relative:.1e}"
-        if worst.relative != float("inf")
-        else "missing, or of another shape, dtype or not finite"
-    )
-    return f"{group.group}: {bad} of {group.count} deviate, worst {worst.name} ({error}, allowed {worst.allowed:.0e})"
+    error = f"{worst.relative:.1e}, allowed {worst.allowed:.0e}"
+    if worst.relative == float("inf"):
+        error = "missing, not finite, or of another shape or dtype"
+    return f"{group.group}: {bad} of {group.count} deviate, worst {worst.name} ({error})"

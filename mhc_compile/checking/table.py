@@ -52,7 +52,7 @@ def _groups(result: CheckResult) -> Table:
 
 def _tensors(shown: list[Difference], title: str) -> Table:
     table = _table(title)
-    table.add_column("tensor", overflow="fold", ratio=1)
+    table.add_column("tensor", overflow="fold")
     table.add_column("shape", no_wrap=True)
     table.add_column("magnitude", justify="right", no_wrap=True)
     table.add_column("absolute", justify="right", no_wrap=True)
@@ -64,7 +64,7 @@ def _tensors(shown: list[Difference], title: str) -> Table:
             f"{prefix}: {one.name}" if prefix else one.name,
             "×".join(map(str, one.shape)) or "scalar",
             f"{one.magnitude:.1e}",
-            f"{one.absolute:.1e}",
+            f"{one.absolute:.1e}" if one.absolute != float("inf") else "",
             _number(one),
             _mark(one),
             style=_style(one),

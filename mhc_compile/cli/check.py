@@ -64,9 +64,12 @@ def command(
             "--full-size models have no memory without --weights FILE, and check runs the model: leave it out, or --set sizes"
         )
     options = backend_options(flags)
+    import torch
+
     from mhc_compile.checking.check import check
     from mhc_compile.checking.table import render
 
+    torch.manual_seed(seed)  # a factory may draw its weights and inputs
     loaded = open_target(target, settings, full_size=full_size, train=train)
     with progress(f"checking {target}", quiet=quiet):
         result = check(
