@@ -66,7 +66,7 @@ def check(
             proof, and have the values that they came with in the second one.
         dtype: cast the model and its inputs first; "float64" and so on, or torch's. A program keeps its own.
         seed: of dropout and all other random numbers.
-        tolerance: instead of the default.
+        tolerance: instead of the default one; then nothing is excused.
         **kwargs: example inputs by name.
 
     Returns:
@@ -138,6 +138,7 @@ class _Proof:
         self.subject: Subject = subject_of(model, options)
         self.mode = ("train" if model.training else "eval") if isinstance(model, nn.Module) else "exported"
         self.args, self.kwargs, self.options, self.seed = args, kwargs, options, seed
+        self.strict = tolerance is not None
         self.tolerance = tolerance_of(self.subject.dtype) if tolerance is None else tolerance
         self.differentiable = True
         self.wider = ""
@@ -235,7 +236,7 @@ class _Proof:
     def _differences(self, got: Observation, want: Observation, exactly: Any, prefix: str = "") -> list[Difference]:
         """Every tensor; where one deviates, the plain model is run in a wider dtype, which may excuse it."""
         found = list(differences(got, want, self.tolerance, prefix=prefix))
-        if all(one.ok for one in found):
+        if self.strict or all(one.ok for one in found):
             return found
         exact = exactly()
         if exact is None:

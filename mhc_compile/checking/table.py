@@ -54,8 +54,8 @@ def _tensors(shown: list[Difference], title: str) -> Table:
     table = _table(title)
     table.add_column("tensor", overflow="fold")
     table.add_column("shape", no_wrap=True)
-    table.add_column("magnitude", justify="right", no_wrap=True)
-    table.add_column("absolute", justify="right", no_wrap=True)
+    table.add_column("largest", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
     table.add_column("relative", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for one in shown:

@@ -31,7 +31,7 @@ __all__ = ["command"]
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    help="Largest relative error.  [default: float64 1e-10, float32 1e-5, bfloat16 1e-2, float16 2e-3]",
+    help="Largest relative error, without excuses.  [default: float64 1e-10, float32 1e-5, bfloat16 1e-2, float16 2e-3]",
 )
 @click.option("--all", "every", is_flag=True, help="List every tensor, not only the worst.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the report.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +58,14 @@ def _read(path: str) -> Mapping[str, Tensor]:
 
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"--weights {path}: the file holds Python objects that are no tensors, which could run code when they are loaded; it was not read."
-            " Save the tensors alone: torch.save(model.state_dict(), path), or as safetensors"
-        ) from error
     except Exception as error:
-        raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
+        raise WeightsError(
+            f"--weights {path}: the file holds Python objects that are no tensors ({refused[1]}), which could run code when they are loaded; it was"
+            " not read. Save the tensors alone: torch.save(model.state_dict(), path), or as safetensors"
+        ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
     if (
