@@ -109,8 +109,8 @@ class Drifting(nn.Module):
     ("what", "group", "name"),
     [
         ("gradient", "gradients", "small.pair.first.bias"),
-        ("buffer", "buffers", "seen"),
-        ("input", "input gradients", "input.0.0"),
+        pytest.param("buffer", "buffers", "seen", marks=pytest.mark.slow),
+        pytest.param("input", "input gradients", "input.0.0", marks=pytest.mark.slow),
     ],
 )
 def test_the_tensor_that_deviates_is_named(what, group, name):
@@ -162,6 +162,7 @@ def test_rounding_in_half_precision_is_excused_by_the_plain_model_and_an_error_i
     assert "outputs" in {one.group for one in check(Small(), points(), options=EAGER, dtype=torch.bfloat16).deviating}
 
 
+@pytest.mark.slow
 def test_float64_is_held_to_its_own_tolerance():
     result = check(Small(), points(), options=EAGER, dtype="float64")
     assert result.ok, result.findings
@@ -169,6 +170,7 @@ def test_float64_is_held_to_its_own_tolerance():
     assert max(one.relative for one in result.tensors) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_tolerance_that_nothing_meets_fails():
     """What the user asks for is not excused by rounding."""
     result = check(Small(), points(), options=EAGER, tolerance=1e-30)
@@ -176,6 +178,7 @@ def test_a_tolerance_that_nothing_meets_fails():
     assert not any(one.excused for one in result.tensors)
 
 
+@pytest.mark.slow
 def test_hyper_connections_that_a_model_has_keep_their_values_in_the_live_proof():
     model = Small()
     mhc_compile.attach(model, points())
@@ -188,6 +191,7 @@ def test_hyper_connections_that_a_model_has_keep_their_values_in_the_live_proof(
     assert (result.sites, result.live) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_written_input_is_compared_and_asked_for_no_gradient():
     class Writing(Small):
         def forward(self, x):

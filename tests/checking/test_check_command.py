@@ -36,6 +36,7 @@ def test_what_is_the_same_is_exit_code_0_and_ends_with_the_verdict(check):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_all_lists_every_tensor(check):
     done = check("checked_models.py:small", "--all", "--eval", "--dtype", "float64")
     assert done.exit_code == 0, done.output
