@@ -257,6 +257,12 @@ def _patch_mask(sizes: _Sizes) -> list[Tensor]:
     return [torch.ones(_BATCH, 16, dtype=torch.long), torch.ones(_BATCH, *sizes.image, dtype=torch.long)]
 
 
+def _flattened(sizes: _Sizes) -> list[Tensor]:
+    """Patches behind their row and column, as Pix2Struct takes them."""
+    places = torch.stack([1 + torch.arange(16) // 4, 1 + torch.arange(16) % 4], -1).expand(_BATCH, -1, -1)
+    return [torch.cat([places, torch.randn(_BATCH, 16, sizes.channels * sizes.patch**2)], -1)]
+
+
 def _states(sizes: _Sizes) -> list[Tensor]:
     return [torch.randn(_BATCH, _LENGTH, int(sizes.find("state_dim", default=17)))]
 
@@ -281,6 +287,11 @@ _MAKERS: dict[str, Callable[[_Sizes], list[Tensor]]] = {
     "pixel_values": _pixels,
     "pixel_values_videos": _pixels,
     "images": _pixels,
+    "flattened_patches": _flattened,
+    "qformer_input_ids": _ids,
+    "inputs": _ids,
+    "input_token_ids": _ids,
+    "labels": _ids,
     "input_features": _features,
     "audio_features": _features,
     "input_values": _waves,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 __all__ = ["model_classes"]
 
@@ -50,23 +52,33 @@ def model_classes(config: Any) -> Iterator[type]:
 
 
 def _own(config: Any) -> Iterator[type]:
-    """The models in the module beside the config's that are made of it; parts of larger models are found in this way."""
+    """The models in the modules beside the config's that are made of it; parts of larger models are found in this way."""
     from transformers import PreTrainedModel
 
-    home = type(config).__module__.replace(".configuration_", ".modeling_")
-    try:
-        module = importlib.import_module(home)
-    except ImportError:
-        return
-    for name, kind in vars(module).items():
-        if (
-            inspect.isclass(kind)
-            and issubclass(kind, PreTrainedModel)
-            and kind.__module__ == home
-            and not name.endswith("PreTrainedModel")
-            and _made_of(kind, config)
-        ):
-            yield kind
+    for module in _modules(type(config).__module__):
+        for name, kind in vars(module).items():
+            if (
+                inspect.isclass(kind)
+                and issubclass(kind, PreTrainedModel)
+                and kind.__module__ == module.__name__
+                and not name.endswith("PreTrainedModel")
+                and "forward" in vars(kind)
+                and _made_of(kind, config)
+            ):
+                yield kind
+
+
+def _modules(configuration: str) -> Iterator[ModuleType]:
+    """The modeling files of the package of a configuration file, the one of the same name first."""
+    package, _, name = configuration.rpartition(".")
+    first = name.replace("configuration_", "modeling_")
+    places = getattr(importlib.import_module(package), "__path__", [])
+    others = sorted(entry.name for entry in pkgutil.iter_modules(places) if entry.name.startswith("modeling_"))
+    for found in dict.fromkeys([first, *others]):
+        try:
+            yield importlib.import_module(f"{package}.{found}")
+        except ImportError:
+            continue
 
 
 def _made_of(kind: Any, config: Any) -> bool:

@@ -147,6 +147,8 @@ class _Shrinker:
                 result[name] = list(dict.fromkeys(min(entry, layers - 1) for entry in value))
             else:
                 result[name] = self._scaled(name, value)
+        if self.scale != Scale():
+            _complete_heads(result)
         return result | {name: value for name, value in pinned.items() if name not in config}
 
     def _layers(self, config: Mapping[str, Any], pinned: Mapping[str, Any]) -> int:
@@ -199,6 +201,15 @@ class _Shrinker:
         if most is None or value < most - _FEWEST_TOKENS:
             return value
         return self._ids.setdefault(value, most - 1 - len(self._ids))
+
+
+def _complete_heads(config: dict[str, Any]) -> None:
+    """Some models ask for what their configs leave open."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is int and "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = heads
+    if type(heads) is int and type(width) is int and "head_dim" in config and config["head_dim"] is None:
+        config["head_dim"] = max(width // heads, 2)
 
 
 def _is_config(name: str) -> bool:
