@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mhc_compile import _torch
+from mhc_compile._warn import warn
 from mhc_compile.checking.comparison import Difference, differences, tolerance_of
 from mhc_compile.checking.liveness import live_sites, randomize
 from mhc_compile.checking.observation import Observation, observe, seeded
@@ -87,7 +89,7 @@ def check(
             )
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-    with seeded(seed), warnings.catch_warnings(record=True) as caught:
+    with seeded(seed), _torch.numpy_draws_as_in_eager(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         proof = _Proof(
             _cast(model, wanted), *_inputs(args, kwargs, wanted), _repeatable(Options.parse(options)), seed, tolerance
@@ -145,7 +147,11 @@ class _Proof:
 
     def run(self) -> CheckResult:
         want, plain_seconds = self._plain()
-        planned = self.subject.plan(self.args, self.kwargs)
+        try:
+            planned = self.subject.plan(self.args, self.kwargs)
+        except CaptureError as error:  # a dry run has no values: what it cannot trace may compile all the same
+            planned = None
+            warn(f"no dry run, so that the number of sites is not known: {error}")
         side = self.subject.rewritten(replace(self.options, start="preserve"))
         buffers = _Buffers(side.module)
         started = time.perf_counter()

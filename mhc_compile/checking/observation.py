@@ -61,7 +61,7 @@ def observe(
         args: inputs.
         kwargs: inputs by name.
         differentiable_inputs: ask for the gradients of floating-point inputs. Not for models that write into them.
-        seed: of torch's random numbers.
+        seed: of the random numbers of torch, Python and NumPy, all of which models draw from.
     """
     model.zero_grad(set_to_none=True)
     args, kwargs = map_tensors(args, fresh), map_tensors(kwargs, fresh)
@@ -70,7 +70,7 @@ def observe(
     if differentiable_inputs:
         for value in inputs.values():
             value.requires_grad_()
-    torch.manual_seed(seed)
+    _seed(seed)
     outputs = dict(tensors(call(*args, **kwargs), "output"))
     loss = sum((_weigh(value) for value in outputs.values() if value.requires_grad), torch.zeros(()))
     if loss.requires_grad:
@@ -93,15 +93,20 @@ def seeded(seed: int) -> Iterator[None]:
     python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
     with torch.random.fork_rng():
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            if numpy is not None:
-                numpy.random.seed(seed)
+            _seed(seed)
             yield
         finally:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(arrays)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
 
 
 def _weigh(value: Tensor) -> Tensor:
