@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from builders import Decoder, Small, points, tokens
@@ -24,20 +25,20 @@ def groups(result):
     return {group.group: group for group in result.groups}
 
 
-def test_every_tensor_of_a_decoder_is_the_same_and_every_site_is_live():
-    result = check(Decoder(), tokens(), options=EAGER)
+def test_every_tensor_is_the_same_and_every_site_is_live():
+    result = check(Small(), points(), options=EAGER)
     assert result.ok, result.findings
-    assert (result.planned, result.sites, result.live, result.graphs, result.recompiles) == (4, 4, 4, 1, 0)
-    assert result.other_batch.size == 4
+    assert (result.planned, result.sites, result.live, result.graphs, result.recompiles) == (2, 2, 2, 1, 0)
+    assert result.other_batch.size == 10
     found = groups(result)
-    original = len(list(Decoder().parameters()))
+    original = len(list(Small().parameters()))
     assert found["outputs"].count == 1
     assert found["gradients"].count == original
     assert found["live: gradients"].count == original + 3 * result.sites
-    assert found["batch 4: gradients"].count == original
+    assert found["batch 10: gradients"].count == original
     assert 0 < found["live: gradients"].worst.relative < 1e-5
     names = {one.name for one in result.tensors if one.group == "gradients"}
-    assert names == {name for name, _ in Decoder().named_parameters()}
+    assert names == {name for name, _ in Small().named_parameters()}
 
 
 def test_the_model_and_the_random_numbers_of_the_caller_stay_as_they_are():
@@ -83,6 +84,16 @@ def test_a_perturbed_bias_is_no_preserving_start(monkeypatch):
     assert not result.ok
     assert result.deviating[0].relative > 1e-4
     assert any(finding.startswith("outputs: 1 of 1 deviate, worst output") for finding in result.findings)
+
+
+@pytest.mark.slow
+def test_a_model_may_draw_from_numpy_and_python():
+    class Drawing(Small):
+        def forward(self, x):
+            return super().forward(x) * float(np.random.rand(1)[0]) * (1 + random.random())
+
+    result = check(Drawing(), points(), options=EAGER)
+    assert result.ok, result.findings
 
 
 class Drifting(nn.Module):

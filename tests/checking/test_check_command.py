@@ -58,6 +58,7 @@ def test_nothing_rewritten_is_exit_code_1(check):
     assert "not ok: nothing was rewritten" in done.stdout
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_before_the_model_is_checked(check, tmp_path):
     import torch
     from builders import Small, points

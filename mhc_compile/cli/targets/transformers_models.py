@@ -21,7 +21,7 @@ _MOST_PARAMETERS = 60_000_000
 #: Narrower than this a model is divided no further.
 _LEAST_WIDTH = 24
 #: Seconds for which sizes are tried.
-_PATIENCE = 10.0
+_PATIENCE = 20.0
 
 
 def load(
