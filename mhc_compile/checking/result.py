@@ -144,6 +144,20 @@ class CheckResult:
 
         return render(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return _html(self)
+
+
+def _html(result: CheckResult) -> str:
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=110)
+    console.print(result)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
 
 def _sentence(group: GroupSummary) -> str:
     worst, bad = group.worst, group.count - group.ok

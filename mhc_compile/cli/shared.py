@@ -36,7 +36,7 @@ __all__ = [
 _WEIGHTS = "mhc_compile.weights"
 _TARGET_HELP = (
     "TARGET: package.module:factory or path/to/file.py:factory (returns (model, args) or (model, args, kwargs)),"
-    " hf:MODEL_TYPE (tiny, random; any transformers architecture), file.pt2 (an exported program), or zoo:FAMILY."
+    " hf:MODEL_TYPE (tiny, random; most transformers architectures), file.pt2 (an exported program), or zoo:FAMILY."
     " Targets are trusted input: their code is run."
 )
 

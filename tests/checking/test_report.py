@@ -100,3 +100,10 @@ def test_the_worst_of_a_group_is_one_that_deviates():
     (group,) = result(tensors=(excused, wrong)).groups
     assert (group.ok, group.worst.name) == (1, "b")
     assert result(tensors=(excused, wrong)).deviating == (wrong,)
+
+
+def test_a_notebook_shows_the_report():
+    html = result(tensors=WRONG)._repr_html_()
+    assert html.startswith("<pre>")
+    assert "transformer.h.3.mlp.c_proj.weight" in html
+    assert "DIFFERS" in html
