@@ -78,6 +78,7 @@ __all__ = [
     "module_by_id",
     "modules_in_use",
     "name_input",
+    "numpy_draws_as_in_eager",
     "pipeline_stage",
     "placements",
     "raise_through_dynamo",
@@ -157,6 +158,11 @@ def graph_is_part() -> bool:
 def name_input(node: torch.fx.Node) -> None:
     """Gives a graph input that Dynamo does not know a source: AOTAutograd asks every input of a Dynamo graph for one."""
     node._dynamo_source = SyntheticLocalSource(str(node.target))
+
+
+def numpy_draws_as_in_eager() -> AbstractContextManager[None]:
+    """A context in which compiled code draws `numpy.random` from NumPy's stream, as eager code does; Dynamo's default is torch's."""
+    return torch._dynamo.config.patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]
 
 
 def has_compiled(code: CodeType) -> bool:

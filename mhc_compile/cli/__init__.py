@@ -17,6 +17,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
+    "check": "Prove on this machine that a rewritten model computes what the plain one does.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
