@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,3 +155,49 @@ def test_a_factory_that_fails_is_exit_code_1_with_its_line(factory):
 def test_wrong_usage_is_exit_code_2():
     assert mhc("explain").returncode == 2
     assert mhc("explane", "hf:gpt2").returncode == 2
+
+
+def test_a_command_that_does_not_exist_has_near_names():
+    done = mhc("explane", "zoo:gpt2")
+    assert done.returncode == 2
+    assert "there is no command 'explane'; near names: explain" in done.stderr
+    assert "known commands: bench, check, demo" in mhc("frobnicate").stderr
+
+
+def test_an_interrupted_command_says_so_and_exits_with_130():
+    command = [sys.executable, "-m", "mhc_compile", "explain", "zoo:gpt2"]
+    # A shell may have told its background jobs to ignore SIGINT, and children inherit that.
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore)
+    time.sleep(1.5)
+    running.send_signal(signal.SIGINT)
+    _, trouble = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert trouble.strip().endswith("mhc: interrupted")
+    assert "Traceback" not in trouble
+
+
+def test_a_reader_that_has_seen_enough_is_no_trouble():
+    command = f"{sys.executable} -m mhc_compile zoo --list | head -1"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("family")
+    assert done.stderr == ""
+
+
+def test_debug_shows_the_trace(factory):
+    quiet, loud = mhc("explain", "nomodule:x", cwd=factory), mhc("explain", "nomodule:x", "--debug", cwd=factory)
+    assert quiet.returncode == loud.returncode == 2
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert loud.stderr.splitlines()[-1] == quiet.stderr.splitlines()[-1]
+
+
+def test_shell_completion_knows_commands_and_kinds_of_targets():
+    def complete(words, index):
+        environment = {**os.environ, "_MHC_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        command = [sys.executable, "-c", "import sys; sys.argv = ['mhc']; from mhc_compile.cli import main; main()"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout.split()
+
+    assert complete("mhc ex", 1) == ["plain,explain"]
+    assert complete("mhc explain z", 2) == ["plain,zoo:", "file,z"]
+    assert "plain,--streams" in complete("mhc diff --str", 2)

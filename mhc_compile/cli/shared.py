@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mhc_compile.cli.option_flags import given_options, option_flags
 from mhc_compile.cli.trouble import debug_option
@@ -69,6 +70,12 @@ class Command(click.Command):
         super().format_epilog(ctx, formatter)
 
 
+def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
+    """Files, and the beginnings of the other kinds. Names behind them are not completed: shells take the colon for the end of a word."""
+    kinds = [CompletionItem(kind) for kind in ("hf:", "zoo:") if kind.startswith(incomplete)]
+    return [*kinds, CompletionItem(incomplete, type="file")]
+
+
 def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--weights`, `--train/--eval`), and the options of the backend.
 
@@ -96,7 +103,7 @@ def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME=VALUE",
             help="A field of the config of an hf: target, or layers of a zoo: target; repeatable.",
         ),
-        click.argument("target"),
+        click.argument("target", shell_complete=_complete),
     ):
         command = option(command)
     return command
