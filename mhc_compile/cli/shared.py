@@ -26,6 +26,7 @@ __all__ = [
     "Command",
     "backend_options",
     "open_target",
+    "optional_target",
     "print_json",
     "progress",
     "result_console",
@@ -82,6 +83,15 @@ def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`, and one keyword for each option of the
     backend, None or () where it was not given: hand all but those four to `backend_options`. `--weights` is for `open_target` alone.
     """
+    return _target_arguments(command, required=True)
+
+
+def optional_target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Like `target_arguments`; `target` is None where none was given."""
+    return _target_arguments(command, required=False)
+
+
+def _target_arguments(command: Callable[..., Any], *, required: bool) -> Callable[..., Any]:
     command = option_flags(command)
     for option in (
         click.option("--train/--eval", "train", default=True, help="Mode of the model.  [default: train]"),
@@ -103,7 +113,7 @@ def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME=VALUE",
             help="A field of the config of an hf: target, or layers of a zoo: target; repeatable.",
         ),
-        click.argument("target", shell_complete=_complete),
+        click.argument("target", required=required, shell_complete=_complete),
     ):
         command = option(command)
     return command
