@@ -29,6 +29,9 @@ def plain():
 
 def forgot_inputs():
     return nn.Linear(8, 8)
+
+def fails():
+    raise RuntimeError("no such data")
 """
 
 
@@ -115,9 +118,12 @@ def test_nothing_to_rewrite_is_exit_code_1(factory):
         (("models.py:residul",), "has no 'residul'; near names: residual"),
         (("nofile.py:residual",), "there is no file 'nofile.py' (looked in"),
         (("nomodule:residual",), "module 'nomodule' could not be imported"),
-        (("models.py",), "is no target; expected package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE"),
-        (("models.py:forgot_inputs",), "returned Linear; expected (model, args) or (model, args, kwargs)"),
-        (("models.py:residual", "--set", "x=1"), "--set is for hf: targets"),
+        (("models.py",), "is no target; expected package.module:factory, path/to/file.py:factory, hf:MODEL_TYPE"),
+        (
+            ("models.py:forgot_inputs",),
+            "is a model alone (Linear), and nothing says how it is called; expected a function",
+        ),
+        (("models.py:residual", "--set", "x=1"), "--set is for hf: and zoo: targets"),
         (("models.py:residual", "--streams", "nine"), "option 'streams' is 'nine'"),
         (("hf:llamo",), "knows no model type 'llamo'; near names: llama"),
     ],
@@ -128,6 +134,21 @@ def test_a_wrong_target_is_one_readable_paragraph(factory, arguments, words):
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_check_proves_a_model_for_a_script_that_reads_json(factory):
+    done = mhc("check", "models.py:residual", "--inner", "eager", "--dtype", "float64", "--json", cwd=factory)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert (data["ok"], data["sites"], data["live"], data["dtype"], data["mode"]) == (True, 3, 3, "float64", "train")
+    assert {one["name"] for one in data["tensors"] if one["group"] == "outputs"} == {"output"}
+    assert done.stderr == ""
+
+
+def test_a_factory_that_fails_is_exit_code_1_with_its_line(factory):
+    done = mhc("check", "models.py:fails", cwd=factory)
+    assert done.returncode == 1
+    assert done.stderr == "mhc: models.py:fails raised RuntimeError: no such data (models.py:22)\n"
 
 
 def test_wrong_usage_is_exit_code_2():

@@ -16,8 +16,10 @@ __all__ = ["main"]
 #: Command, its module below this package, and the line that `mhc --help` prints.
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
-    "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
+    "check": "Prove on this machine that a rewritten model computes what the plain one does.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
+    "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
+    "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",

@@ -29,12 +29,14 @@ __all__ = [
     "progress",
     "result_console",
     "target_arguments",
+    "weights_given",
     "write",
 ]
 
+_WEIGHTS = "mhc_compile.weights"
 _TARGET_HELP = (
-    "TARGET: package.module:factory or path/to/file.py:factory (returns a model, (model, args) or (model, args, kwargs)),"
-    " hf:MODEL_TYPE (tiny, random; any transformers architecture), file.pt2 (an exported program), or zoo:FAMILY."
+    "TARGET: package.module:factory or path/to/file.py:factory (returns (model, args) or (model, args, kwargs)),"
+    " hf:MODEL_TYPE (tiny, random; most transformers architectures), file.pt2 (an exported program), or zoo:FAMILY."
     " Targets are trusted input: their code is run."
 )
 
@@ -68,14 +70,22 @@ class Command(click.Command):
 
 
 def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--train/--eval`), and the options of the backend.
+    """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--weights`, `--train/--eval`), and the options of the backend.
 
     The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`, and one keyword for each option of the
-    backend, None or () where it was not given: hand all but those four to `backend_options`.
+    backend, None or () where it was not given: hand all but those four to `backend_options`. `--weights` is for `open_target` alone.
     """
     command = option_flags(command)
     for option in (
         click.option("--train/--eval", "train", default=True, help="Mode of the model.  [default: train]"),
+        click.option(
+            "--weights",
+            type=click.Path(),
+            metavar="FILE",
+            expose_value=False,
+            callback=_remember_weights,
+            help="A checkpoint for the model: .safetensors, or what torch.save wrote of a state dict.",
+        ),
         click.option(
             "--full-size", is_flag=True, help="hf: targets: the default config, on the meta device, without weights."
         ),
@@ -92,15 +102,32 @@ def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _remember_weights(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_WEIGHTS] = value
+
+
+def weights_given() -> str | None:
+    """The file that `--weights` names, in a command that has `target_arguments`."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(_WEIGHTS) if context is not None else None
+
+
 def open_target(target: str, settings: tuple[str, ...], *, full_size: bool, train: bool) -> Target:
-    """The target, loaded, its model in the mode asked for.
+    """The target, loaded, its model with what `--weights` names and in the mode asked for.
 
     Raises:
-        TargetError: no such target.
+        TargetError: no such target, or no such file of weights.
+        FactoryError: the code of the target failed.
+        WeightsError: the weights are not those of the model.
     """
     from mhc_compile.cli.targets import load_target, parse_settings
 
-    loaded = load_target(target, parse_settings(settings), full_size=full_size)
+    weights = weights_given()
+    loaded = load_target(target, parse_settings(settings), full_size=full_size, memory=weights is not None)
+    if weights is not None:
+        from mhc_compile.cli.targets.weights import load_weights
+
+        load_weights(loaded, weights)
     loaded.set_mode(train)
     return loaded
 

@@ -9,13 +9,21 @@ import click
 
 from mhc_compile.errors import MhcError, OptionError
 
-__all__ = ["TargetError", "debug_option", "report"]
+__all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "report"]
 
 _FLAG = "mhc_compile.debug"
 
 
 class TargetError(MhcError):
     """The command line names a model that cannot be had."""
+
+
+class FactoryError(MhcError):
+    """The target is there, and the code that makes the model failed."""
+
+
+class WeightsError(MhcError):
+    """A checkpoint cannot be loaded into the model of a target."""
 
 
 def debug_option() -> click.Option:

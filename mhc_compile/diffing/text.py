@@ -30,9 +30,9 @@ __all__ = ["LOOK", "render"]
 LOOK: dict[Change, tuple[str, str, str]] = {
     Change.ADDED: ("+", "green", "added"),
     Change.REMOVED: ("-", "red", "removed"),
-    Change.REPLACED: ("±", "cyan", "replaced by a hyper-connection"),
-    Change.LIFTED: ("≡", "magenta", "runs on all streams"),
-    Change.REWIRED: ("~", "yellow", "reads something else"),
+    Change.REPLACED: ("±", "cyan", "replaced"),
+    Change.LIFTED: ("≡", "magenta", "run on all streams"),
+    Change.REWIRED: ("~", "yellow", "read something else"),
     Change.MARKED: ("•", "blue", "verdict of the plan"),
     Change.SAME: (" ", "dim", "unchanged"),
 }
