@@ -56,10 +56,21 @@ function heading(title, facts) {
   return made;
 }
 
+const MARKS = [
+  ['', 'Select a node to see its operation, operands (solid arcs) and users (dashed arcs); a site to see its rows.'],
+  ['│', 'The line beside each graph is the residual trunk; where it has become streams there is one line for each.'],
+  ['◆', 'An addition that becomes a hyper-connection; on the line, a circle before and a bar after.'],
+  ['∅', 'An addition that is left alone; the list on the left says why.'],
+];
+
 function fillDetails(panel, model, row, side) {
   panel.replaceChildren();
   if (!row) {
-    panel.append(element('p', 'note', 'Select a node or a site.'));
+    for (const [mark, text] of MARKS) {
+      const line = element('p', 'note');
+      line.append(element('b', '', mark), ` ${text}`);
+      panel.append(line);
+    }
     return;
   }
   const chosen = row[side] || row[other(side)];
@@ -108,7 +119,8 @@ function fillLegend(box) {
     if (!count) continue;
     const button = element('button', `tag ${entry.change}`, '', {type: 'button', 'aria-pressed': 'true', 'data-change': entry.change});
     button.title = entry.text;
-    button.append(element('b', '', entry.sign), `${count} `, element('span', '', entry.change === 'same' ? 'unchanged' : entry.change));
+    if (entry.sign) button.append(element('b', '', entry.sign));
+    button.append(`${count} `, element('span', '', entry.change === 'same' ? 'unchanged' : entry.change));
     box.append(button);
   }
 }

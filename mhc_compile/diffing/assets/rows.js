@@ -6,7 +6,7 @@ const LONG = 3; // as many unchanged rows stay open
 class Group {
   /** `label`: elements that name it; `note`: what is said about it. */
   constructor(view, parent, depth, members, label, note) {
-    Object.assign(this, {view, parent, members, built: false, build: () => {}});
+    Object.assign(this, {view, parent, depth, members, built: false, build: () => {}});
     this.box = element('div', `group depth${depth}`, '', {role: 'rowgroup'});
     this.head = element('div', 'head', '', {role: 'row'});
     const cell = element('div', 'label', '', {role: 'gridcell'});
@@ -49,7 +49,7 @@ class RowsView {
 
   layer(layer) {
     const rows = layer.rows.map(place => this.model.rows[place]);
-    const changed = rows.filter(row => row.change !== 'same').length;
+    const changed = this.changes(layer.rows);
     const name = layer.inputs ? 'inputs and parameters' : layer.path || 'the model itself';
     const label = [element('b', '', name)];
     if (layer.kind) label.push(element('i', '', layer.kind));
@@ -67,49 +67,73 @@ class RowsView {
     return group;
   }
 
-  /** The modules of a layer one after the other, and the rows of the layer itself between them. */
+  /** The modules of a layer one after the other, and the rows of the layer itself between them; what is unchanged folded. */
   fill(group, layer) {
-    const prefix = layer.path ? `${layer.path}.` : '';
-    const child = place => {
-      const row = this.model.rows[place];
-      const module = (row.after || row.before).module;
-      return layer.inputs || !module.startsWith(prefix) ? '' : module.slice(prefix.length).split('.')[0];
-    };
-    for (const [name, places] of runs(layer.rows, child)) {
-      if (!name) {
-        this.stretch(group, places);
-        continue;
+    const parts = runs(layer.rows, place => this.child(layer, place));
+    if (!this.changes(layer.rows)) {
+      for (const part of parts) this.part(group, layer, part);
+      return;
+    }
+    for (const [changed, members] of runs(parts, ([, places]) => Boolean(this.changes(places)))) {
+      const places = members.flatMap(([, inner]) => inner);
+      if (changed || members.length === 1) {
+        for (const part of members) this.part(group, layer, part);
+      } else if (places.length <= LONG) {
+        group.body.append(...places.map(place => this.row(place)));
+      } else {
+        const names = [...new Set(members.map(([name]) => name).filter(Boolean))];
+        this.fold(group, places, names, fold => members.forEach(part => this.part(fold, layer, part)));
       }
-      const rows = places.map(place => this.model.rows[place]);
-      const changed = rows.filter(row => row.change !== 'same').length;
-      const path = prefix + name;
-      const own = rows.map(row => row.after || row.before).find(node => node.module === path);
-      const label = [element('span', 'path', `.${name}`)];
-      if (own) label.push(element('i', '', own.kind));
-      if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
-      const inner = this.group(group, 2, places, label, changed ? '' : operations(rows));
-      inner.build = () => this.stretch(inner, places);
-      group.body.append(inner.box);
-      if (changed || this.everything) inner.toggle(true);
     }
   }
 
-  /** Rows, the long unchanged stretches folded. */
-  stretch(group, places) {
-    const changed = places.some(place => this.model.rows[place].change !== 'same');
-    for (const [same, members] of runs(places, place => this.model.rows[place].change === 'same')) {
-      if (same && changed && members.length > LONG) {
-        const rows = members.map(place => this.model.rows[place]);
-        const fold = this.group(group, 3, members, [
-          element('span', 'note', `⋯ ${members.length} unchanged`),
-        ], operations(rows));
-        fold.build = () => fold.body.append(...members.map(place => this.row(place)));
-        group.body.append(fold.box);
-        if (this.everything) fold.toggle(true);
-      } else {
-        group.body.append(...members.map(place => this.row(place)));
-      }
+  /** The first part of a row's module below its layer. */
+  child(layer, place) {
+    const row = this.model.rows[place];
+    const {module, role, site} = row.after || row.before;
+    if (role === 'stream' && !site) return ''; // where streams begin and end
+    const prefix = layer.path ? `${layer.path}.` : '';
+    return layer.inputs || !module.startsWith(prefix) ? '' : module.slice(prefix.length).split('.')[0];
+  }
+
+  /** One module of a layer as a group; rows of the layer itself as they are. */
+  part(group, layer, [name, places]) {
+    if (!name) {
+      this.stretch(group, places);
+      return;
     }
+    const changed = this.changes(places);
+    const path = layer.path ? `${layer.path}.${name}` : name;
+    const rows = places.map(place => this.model.rows[place]);
+    const own = rows.map(row => row.after || row.before).find(node => node.module === path);
+    const label = [element('span', 'path', `.${name}`)];
+    if (own) label.push(element('i', '', own.kind));
+    if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
+    const inner = this.group(group, 2, places, label, changed ? '' : operations(rows));
+    inner.build = () => this.stretch(inner, places, Boolean(changed));
+    group.body.append(inner.box);
+    if (changed || this.everything) inner.toggle(true);
+  }
+
+  /** Rows, the long unchanged stretches folded. */
+  stretch(group, places, folded = group.depth < 3) {
+    for (const [same, members] of runs(places, place => this.model.rows[place].change === 'same')) {
+      const show = inner => inner.body.append(...members.map(place => this.row(place)));
+      if (same && folded && members.length > LONG) this.fold(group, members, [], show);
+      else show(group);
+    }
+  }
+
+  fold(group, places, names, build) {
+    const label = [element('span', 'note', `⋯ ${places.length} unchanged${names.length ? `, also in ${names.join(', ')}` : ''}`)];
+    const fold = this.group(group, 3, places, label, operations(places.map(place => this.model.rows[place])));
+    fold.build = () => build(fold);
+    group.body.append(fold.box);
+    if (this.everything) fold.toggle(true);
+  }
+
+  changes(places) {
+    return places.filter(place => this.model.rows[place].change !== 'same').length;
   }
 
   row(place) {
@@ -177,11 +201,11 @@ class RowsView {
     for (let place = 0; place < this.groups.length; place++) this.groups[place].toggle(this.everything || this.isOpen(place));
   }
 
+  /** Whether a group is open at first. */
   isOpen(place) {
     const group = this.groups[place];
-    const changed = group.members.some(member => this.model.rows[member].change !== 'same');
     const layer = this.model.layers.find(candidate => candidate.rows === group.members);
-    return changed && !(layer && (layer.like || layer.inputs));
+    return this.changes(group.members) > 0 && !(layer && (layer.like || layer.inputs));
   }
 
   visible() {
