@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.diffing.views import NodeView
 
-__all__ = ["NewParameters", "Section", "new_parameters", "pattern", "sections"]
+__all__ = ["NewParameters", "Section", "layers", "new_parameters", "pattern", "sections"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -59,7 +59,12 @@ def pattern(path: str) -> str:
 
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     """The rows, layer by layer. Of layers that are changed in the same way the first is given whole, the others by name and `like`."""
-    return tuple(_merged(_sections([row for row in rows if row.node.op in {"call", "output"}], 0)))
+    return tuple(_merged(iter(layers(rows))))
+
+
+def layers(rows: Sequence[Row]) -> tuple[Section, ...]:
+    """The rows, layer by layer, each layer whole: together they are all rows but inputs and parameters, in order."""
+    return tuple(_sections([row for row in rows if row.node.op in {"call", "output"}], 0))
 
 
 def new_parameters(rows: Sequence[Row]) -> tuple[NewParameters, ...]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
     from mhc_compile.diffing.views import NodeView
 
-__all__ = ["render"]
+__all__ = ["LOOK", "render"]
 
 #: Sign, style and legend of every kind of change.
-_LOOK: dict[Change, tuple[str, str, str]] = {
+LOOK: dict[Change, tuple[str, str, str]] = {
     Change.ADDED: ("+", "green", "added"),
     Change.REMOVED: ("-", "red", "removed"),
     Change.REPLACED: ("±", "cyan", "replaced"),
@@ -62,7 +62,7 @@ def _headline(diff: ModelDiff) -> Text:
     if not set(changes) - {Change.SAME}:
         text.append("\nNothing changes.", style="yellow")
         return text
-    for change, (sign, style, legend) in _LOOK.items():
+    for change, (sign, style, legend) in LOOK.items():
         if changes[change]:
             text.append(f"\n{sign} ", style=style)
             text.append(f"{changes[change]} {legend}", style="dim" if change is Change.SAME else "")
@@ -98,7 +98,7 @@ def _section(section: Section, side_by_side: bool, every: bool) -> Iterator[Rend
     grid.add_column(overflow="fold")
     for line in lines:
         if isinstance(line, Row):
-            sign, style, _ = _LOOK[line.change]
+            sign, style, _ = LOOK[line.change]
             grid.add_row(Text(sign, style=style), _unified(line, style))
         else:
             grid.add_row("", _folded(line))
@@ -194,7 +194,7 @@ def _folded(rows: Sequence[Row]) -> Text:
 
 
 def _parameters(parameters: NewParameters) -> Text:
-    sign, style, _ = _LOOK[Change.ADDED]
+    sign, style, _ = LOOK[Change.ADDED]
     shapes = ", ".join(f"{name} {value}" for name, value in parameters.parts)
     times = f"  × {parameters.count}" if parameters.count > 1 else ""
     return Text.assemble((f"  {sign} {parameters.path}{times}", style), (f"  {shapes}", "dim"))
@@ -207,7 +207,7 @@ def _columns(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
     table.add_column(ratio=1, overflow="fold")
     for line in lines:
         if isinstance(line, Row):
-            sign, style, _ = _LOOK[line.change]
+            sign, style, _ = LOOK[line.change]
             table.add_row(_side(line.before, style), Text(sign, style=style), _side(line.after, style))
         else:
             folded = _folded(line)
