@@ -178,6 +178,11 @@ class Explanation:
 
         return render(self)
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
 
 def explain(
     model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
