@@ -80,8 +80,12 @@ _ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
 
 
 def plain_flops(graph_module: GraphModule) -> int | None:
-    """FLOPs of one forward pass of a Dynamo graph, counted on its example values; None if an operation cannot run on them."""
-    inputs = [node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    """FLOPs of one forward pass of a traced graph, counted on its example values; None if an operation cannot run on them."""
+    inputs = [
+        node.meta.get("example_value", node.meta.get("val"))
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder"
+    ]
     mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
     try:

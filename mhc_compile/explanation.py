@@ -6,12 +6,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.export import ExportedProgram
+
 from mhc_compile.attachment import unwrap
 from mhc_compile.cost import Cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
+from mhc_compile.exporting import plan_program
 from mhc_compile.options import Options
+from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
+from mhc_compile.program import ProgramProvenance, root_kind
 from mhc_compile.sharing import below
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
     from torch import nn
+    from torch.fx import Graph
 
     from mhc_compile.passes import Chain, Plan, Refusal, Site
     from mhc_compile.study import Study
@@ -98,7 +104,7 @@ class GraphReport:
         regions: higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not looked into. Sites under activation checkpointing are
             among the chains.
         tokens: tokens in the example inputs, as the first chain counts them (batch × sequence); 0 without a chain.
-        flops: of one forward pass of the plain graph, None if they could not be counted.
+        flops: of one forward pass of the plain graph with the example inputs, None if they could not be counted.
     """
 
     module: str
@@ -120,6 +126,9 @@ class Explanation:
         graphs: one report per graph, and per block where blocks share one; a graph break gives several.
         cost: what the sites add, per token and forward pass, all graphs together.
         parameters: parameters of the plain model.
+        plain: what one forward pass of the plain model does with the example inputs; None if its FLOPs could not be counted.
+        added: what the sites do beyond their plain adds in such a pass, as they are lowered now.
+        floor: the same, if every site moved no more bytes than it must.
     """
 
     model: str
@@ -127,6 +136,9 @@ class Explanation:
     graphs: tuple[GraphReport, ...]
     cost: Cost
     parameters: int
+    plain: Work | None
+    added: Work
+    floor: Work
 
     @property
     def chains(self) -> tuple[ChainReport, ...]:
@@ -161,76 +173,135 @@ class Explanation:
             return None
         return sum(graph.flops / graph.tokens for graph in counted if graph.flops is not None)
 
+    @property
+    def overheads(self) -> tuple[Overhead, ...]:
+        """The expected overhead of a step on known machines: a roofline estimate (see `mhc_compile.overhead`). Empty if it cannot be made."""
+        return overheads(self.plain, self.added, self.floor) if self.plain is not None and self.sites else ()
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: the fields, and `reasons` and `plain_flops_per_token` beside them."""
+        """Plain data for JSON: the fields, and `reasons`, `plain_flops_per_token` and `overheads` beside them."""
         return {
             "model": self.model,
             "options": self.options.to_dict(),
             "parameters": self.parameters,
             "cost": asdict(self.cost),
             "plain_flops_per_token": self.plain_flops_per_token,
+            "work": {name: work and asdict(work) for name, work in self._work.items()},
+            "overheads": [_overhead(overhead) for overhead in self.overheads],
             "reasons": dict(self.reasons),
             "graphs": [asdict(graph) for graph in self.graphs],
         }
+
+    @property
+    def _work(self) -> dict[str, Work | None]:
+        return {"plain": self.plain, "added": self.added, "floor": self.floor}
 
     def __rich__(self) -> RenderableType:
         from mhc_compile.report import render
 
         return render(self)
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
 
 def explain(
-    model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+    model: nn.Module | ExportedProgram,
+    *args: Any,
+    options: Mapping[str, Any] | Options | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Says what would be rewritten in `model`, what not and why, and what it costs. Nothing is run and nothing is changed.
 
     Args:
-        model: any module, or one that `torch.compile` returned.
-        *args: example inputs, as for `model(*args, **kwargs)`.
+        model: any module, or one that `torch.compile` returned, or an exported program.
+        *args: example inputs, as for `model(*args, **kwargs)`. A program has its own, and needs none.
         options: as for `torch.compile(model, backend="mhc", options=options)`.
         **kwargs: example inputs by name.
 
     Raises:
         OptionError: the options are wrong.
-        CaptureError: the model cannot be traced with these inputs.
+        CaptureError: the model cannot be traced with these inputs, or the program is a joint graph of forward and backward.
     """
     parsed = Options.parse(options)
+    if isinstance(model, ExportedProgram):
+        return _explain_program(model, parsed)
     target = unwrap(model)
-    graphs: list[GraphReport] = []
-    costs: dict[str, list[Cost]] = {}
+    tally = _Tally(parsed)
 
     def on_graph(dry: DryGraph) -> None:
+        provenance = dry.study.provenance
+        moved = traffic(dry.study.graph, provenance.holds_weights)
         for module in dry.modules:
-            graphs.append(graph_report(dry.captured, dry.study, module))
-            for site in dry.study.plan.sites:
-                value = tensor_value(site.add)
-                assert value is not None
-                path = below(module, site.path)
-                costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), parsed))
+            tally.add(graph_report(dry.captured, dry.study, module), dry.study.plan, moved)
 
     dry_run(target, args, kwargs, parsed, on_graph)
-    # A site that is met twice (a shared layer) pays twice and has one set of parameters.
-    total = sum((met[0].times(len(met)) for met in costs.values()), Cost())
-    own = sum(p.numel() for name, p in target.named_parameters() if ".mhc." not in f".{name}")
-    return Explanation(type(target).__name__, parsed, tuple(graphs), total, own)
+    return tally.explanation(type(target).__name__, dict(target.named_parameters()))
+
+
+def _explain_program(program: ExportedProgram, options: Options) -> Explanation:
+    graph, _, plan = plan_program(program, options)
+    tally = _Tally(options)
+    provenance = ProgramProvenance(graph, program.graph_signature.input_specs)
+    tally.add(_graph_report(program.graph_module, graph, plan, ""), plan, traffic(graph, provenance.holds_weights))
+    return tally.explanation(root_kind(program), dict(program.named_parameters()))
+
+
+class _Tally:
+    """Adds up what the graphs of a model say."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.graphs: list[GraphReport] = []
+        self.costs: dict[str, list[Cost]] = {}
+        self.counted = True
+        self.plain, self.added, self.floor = Work(), Work(), Work()
+
+    def add(self, report: GraphReport, plan: Plan, moved: Work) -> None:
+        """One graph, as one module runs it."""
+        self.graphs.append(report)
+        self.counted &= report.flops is not None
+        self.plain += moved + Work(report.flops or 0)
+        for site in plan.sites:
+            value = tensor_value(site.add)
+            assert value is not None
+            path = below(report.module, site.path)
+            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), self.options))
+            added, floor = site_work(site, self.options)
+            self.added += added
+            self.floor += floor
+
+    def explanation(self, name: str, parameters: Mapping[str, torch.Tensor]) -> Explanation:
+        """The sums."""
+        # A site that is met twice (a shared layer) pays twice and has one set of parameters.
+        total = sum((met[0].times(len(met)) for met in self.costs.values()), Cost())
+        own = sum(p.numel() for path, p in parameters.items() if ".mhc." not in f".{path}")
+        plain = self.plain if self.counted else None
+        return Explanation(name, self.options, tuple(self.graphs), total, own, plain, self.added, self.floor)
 
 
 def graph_report(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
     """What explain says about one graph, as `module` runs it."""
-    chains, refusals = plan_reports(result.plan, module)
+    return _graph_report(graph_module, result.graph, result.plan, module)
+
+
+def _graph_report(graph_module: torch.fx.GraphModule, graph: Graph, plan: Plan, module: str) -> GraphReport:
+    chains, refusals = plan_reports(plan, module)
     tokens = 0
-    if result.plan.chains:
-        value = tensor_value(result.plan.chains[0].start)
+    if plan.chains:
+        value = tensor_value(plan.chains[0].start)
         assert value is not None
-        tokens = int(value[..., 0].numel())
+        tokens = int(value.numel()) // plan.chains[0].width
     return GraphReport(
         module=module,
         nodes=len(graph_module.graph.nodes),
         chains=chains,
         refusals=refusals,
-        regions=tuple(op_name(node) for node in result.graph.nodes if is_region(node)),
+        regions=tuple(op_name(node) for node in graph.nodes if is_region(node)),
         tokens=tokens,
-        flops=plain_flops(graph_module) if chains else None,
+        flops=plain_flops(graph_module),
     )
 
 
@@ -238,6 +309,12 @@ def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tupl
     """What a plan rewrites and what it leaves alone, with paths below the model; `module` is the path of the graph's root."""
     chains = tuple(_chain(chain, module) for chain in plan.chains)
     return chains, tuple(_refusal(refusal, module) for refusal in plan.refusals)
+
+
+def _overhead(overhead: Overhead) -> dict[str, Any]:
+    """Without the machines of which no time can be told: infinity is no JSON."""
+    machine = {name: value for name, value in asdict(overhead.machine).items() if value != float("inf")}
+    return {**asdict(overhead), "machine": machine}
 
 
 def _chain(chain: Chain, module: str) -> ChainReport:

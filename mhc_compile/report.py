@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -21,7 +22,7 @@ __all__ = ["render"]
 
 
 def render(explanation: Explanation, *, every: bool = False) -> RenderableType:
-    """The whole report: chains as a tree, refusals as a table (one row per reason, or `every` one), the cost as three lines."""
+    """The whole report: chains as trees of modules, refusals (one per reason, or `every` one), the cost and the expected overhead."""
     parts: list[RenderableType] = [_headline(explanation)]
     pieces = len(explanation.graphs) > 1
     parts += [_chain(chain, number, pieces) for number, chain in enumerate(explanation.chains, start=1)]
@@ -29,6 +30,8 @@ def render(explanation: Explanation, *, every: bool = False) -> RenderableType:
         parts += [Text(), _refusals(explanation.refusals, every)]
     if explanation.sites:
         parts += [Text(), _cost(explanation)]
+    if explanation.overheads:
+        parts += [Text(), _overheads(explanation)]
     return Group(*parts)
 
 
@@ -83,30 +86,30 @@ def _layers(sites: tuple[SiteReport, ...]) -> list[list[list[SiteReport]]]:
     return [list(group) for _, group in groupby(owners, key=shape)]
 
 
-def _refusals(refusals: tuple[RefusalReport, ...], every: bool) -> Table:
-    table = Table(
-        title="Additions left alone", title_justify="left", title_style="cyan", box=None, padding=(0, 1, 0, 0)
-    )
-    table.add_column("reason", style="yellow", no_wrap=True)
-    table.add_column("n", justify="right")
-    table.add_column("first seen", overflow="fold")
-    table.add_column("because", overflow="fold")
+def _refusals(refusals: tuple[RefusalReport, ...], every: bool) -> RenderableType:
+    """A line for each reason and its sentence below it: a table would leave too little room for either in a narrow terminal."""
     ordered = sorted(refusals, key=lambda refusal: refusal.reason)
     groups = (
         [[refusal] for refusal in ordered] if every else [list(g) for _, g in groupby(ordered, key=lambda r: r.reason)]
     )
+    lines: list[RenderableType] = [Text("Additions left alone", style="cyan")]
     for members in groups:
         first = members[0]
-        place = _short(first.source) or first.module or first.add
-        table.add_row(first.reason, str(len(members)), place, first.sentence)
-    return table
+        count = f" × {len(members)}" if len(members) > 1 else ""
+        where = "".join(f"  {place}" for place in (first.module, _short(first.source)) if place) or f"  {first.add}"
+        lines.append(Text.assemble((f"{first.reason}{count}", "yellow"), (where, "dim")))
+        lines.append(Padding(Text(first.sentence), (0, 0, 0, 4)))
+    return Group(*lines)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="cyan", box=None, padding=(0, 1, 0, 0))
 
 
 def _cost(explanation: Explanation) -> Table:
     cost, flops = explanation.cost, explanation.plain_flops_per_token
-    table = Table(
-        title="Cost", title_justify="left", title_style="cyan", box=None, show_header=False, padding=(0, 1, 0, 0)
-    )
+    table = _table("Cost")
+    table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     share = f" ({cost.parameters / explanation.parameters:+.2%})" if explanation.parameters else ""
@@ -119,6 +122,22 @@ def _cost(explanation: Explanation) -> Table:
         f" {_si(cost.bytes_plain)}B the plain adds",
     )
     return table
+
+
+def _overheads(explanation: Explanation) -> RenderableType:
+    table = _table("Expected overhead of a step")
+    table.add_column("", style="bold", no_wrap=True)
+    for heading in ("these inputs", "many tokens", "at the floor"):
+        table.add_column(heading, justify="right", header_style="dim")
+    overheads = explanation.overheads
+    for overhead in overheads:
+        shares = (overhead.here, overhead.many_tokens, overhead.floor)
+        table.add_row(overhead.machine.name, *(f"{share:+.1%}" for share in shares))
+    note = (
+        f"A roofline estimate in {overheads[0].machine.dtype}, forward and backward; nothing was measured. These inputs: their tokens share the"
+        " reading of the weights. Many tokens: that reading does not count. At the floor: everything of a site in one kernel."
+    )
+    return Group(table, Text(note, style="dim"))
 
 
 def _short(source: str) -> str:

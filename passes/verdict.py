@@ -20,77 +20,171 @@ __all__ = ["Reason", "Refusal", "Site"]
 class Reason(Enum):
     """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print.
 
-    | code | for example | what can be done |
-    | --- | --- | --- |
-    | broadcast | `scores + mask`, `linear(x) + bias`, `x + positions` | nothing: no residual add |
-    | dtype | rotary positions in complex numbers | nothing: no residual add |
-    | no-feature-axis | `loss + penalty` | nothing: no residual add |
-    | dynamic-width | features on a symbolic axis | give the axis a fixed size, or do not mark it as dynamic |
-    | same-value | `x + x` | nothing: no residual add |
-    | independent | token and position embeddings, `q·cos + rot(q)·sin`, experts, gates `t f(x) + (1 - t) x` | nothing: no residual add |
-    | not-differentiable | straight-through `x + (q - x).detach()`, `x + noise(x.shape)` | nothing: no gradient would reach the projections |
-    | no-contraction | tanh-GELU, GRN, the state of a linear recurrence | nothing: no residual add |
-    | projected-skip | `conv(x) + f(x)` where a ResNet stage begins, channels padded with zeros | nothing: streams end and begin anew here |
-    | multi-stream | DeepSeek-V4, `mix(x) @ streams + post · f(x)` | nothing: the model has hyper-connections of its own |
-    | side-add | Mamba's `y + D x`, `f(x + adapter(x))` | nothing: a lone site would mix nothing |
-    | long-skip | `x + skips.pop()` of a U-net, `x + 0.1 x0` | nothing: every stream gets the old value |
-    | rewritten | any of these, in a graph that was rewritten before | nothing: the earlier run decided |
-    | feature-axis | a branch that tears the features apart | normalise or project the features before they are torn apart |
-    | mutated-operand | `x[:, 0] = 0` on a trunk value | write `x = torch.cat(...)` or `torch.where(...)` instead |
-    | broken-branch | a branch that Python reads the trunk for, outside of any graph | let a compiled module read it first |
-    | no-owner | an add in a function that is compiled by itself | put it into a module's `forward` |
-    | no-carrier | `x + x @ self.weight` in the compiled module | put the weight into a module of its own (`nn.Linear`) |
-    | not-declared | hooks of the branch's module were removed | `mhc_compile.detach(model)`, and compile again |
-    | width-conflict | one module called with two widths | use a module for each width |
-    | chain-too-short | one residual add between two projections | `min_sites=1`, if streams that merge at once are wanted |
+    Attributes:
+        meaning: what the code says of the addition.
+        example: where it is met.
+        remedy: what can be done; "nothing" where the addition is no residual add, or is where streams must end.
     """
 
-    #: The terms have different shapes, and the one of full shape is no residual trunk of the others: a bias, a mask, a position table.
-    BROADCAST = "broadcast"
-    #: The sum is complex, or a term has no known shape.
-    DTYPE = "dtype"
-    #: The tensors have fewer than two axes: a loss, a bias, a norm.
-    NO_FEATURE_AXIS = "no-feature-axis"
-    #: The size of the feature axis is symbolic; phi needs a number.
-    DYNAMIC_WIDTH = "dynamic-width"
-    #: A value is added to itself.
-    SAME_VALUE = "same-value"
-    #: No term depends on another: embeddings that are summed, experts that are accumulated, two encoders that meet.
-    INDEPENDENT = "independent"
-    #: One term depends on the other, but only through shapes, integers or detached values.
-    NOT_DIFFERENTIABLE = "not-differentiable"
-    #: One term depends on the other by operations without weights alone: a polynomial such as tanh-GELU's, a gate, a rotation, the state of a
-    #: recurrence.
-    NO_CONTRACTION = "no-contraction"
-    #: The skip is a projection of what the branch reads (a convolution, a linear layer), or resizes its features: a chain ends before such a merge,
-    #: and the next one starts from its sum.
-    PROJECTED_SKIP = "projected-skip"
-    #: The skip is mixed by a product whose factors both depend on the data: the model has residual streams of its own.
-    MULTI_STREAM = "multi-stream"
-    #: A residual add of its own inside the branch of another one, whose sum goes no further on that trunk: a D-skip, a bias computed from the input.
-    #: Also one whose skip runs through trunk operations that another chain carries.
-    SIDE_ADD = "side-add"
-    #: A trunk value is added to the same trunk some sites later (a U-net, the sum of all hidden states). It stays an addition, and the chain runs
-    #: through it: every stream gets the old value.
-    LONG_SKIP = "long-skip"
-    #: The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.
-    REWRITTEN = "rewritten"
-    #: Neither the way in which the branch reads the trunk nor the way in which its last product leaves it tells which axis holds the features.
-    FEATURE_AXIS = "feature-axis"
-    #: The skip or the sum is written in place, and the old or the new value may be read under another name.
-    MUTATED_OPERAND = "mutated-operand"
-    #: The branch ran outside this graph, and what it read of the trunk was not the beginning of a branch in any other: streams cannot be read there.
-    BROKEN_BRANCH = "broken-branch"
-    #: The add is performed outside every module, so there is nobody to own the parameters.
-    NO_OWNER = "no-owner"
-    #: No module call inside this graph can declare the parameters: the branch is written with parameters of the compiled function's own module.
-    NO_CARRIER = "no-carrier"
-    #: The module was attached, but the tracer did not see the declaration of its parameters.
-    NOT_DECLARED = "not-declared"
-    #: The same module performs another site with another width; one set of parameters cannot serve both.
-    WIDTH_CONFLICT = "width-conflict"
-    #: The chain has fewer sites than `min_sites`. Streams that are merged after every block compute what the plain model does.
-    CHAIN_TOO_SHORT = "chain-too-short"
+    _value_: str
+    meaning: str
+    example: str
+    remedy: str
+
+    def __new__(cls, code: str, meaning: str, example: str, remedy: str) -> Reason:
+        """A member whose value is `code`."""
+        member = object.__new__(cls)
+        member._value_ = code
+        member.meaning, member.example, member.remedy = meaning, example, remedy
+        return member
+
+    BROADCAST = (
+        "broadcast",
+        "The terms have different shapes, and the one of full shape is no residual trunk of the others: a bias, a mask, a position table.",
+        "`scores + mask`, `linear(x) + bias`, `x + positions`",
+        "nothing: no residual add",
+    )
+    DTYPE = (
+        "dtype",
+        "The sum is complex, or a term has no known shape.",
+        "rotary positions in complex numbers",
+        "nothing: no residual add",
+    )
+    NO_FEATURE_AXIS = (
+        "no-feature-axis",
+        "The tensors have fewer than two axes: a loss, a bias, a norm.",
+        "`loss + penalty`",
+        "nothing: no residual add",
+    )
+    DYNAMIC_WIDTH = (
+        "dynamic-width",
+        "The size of the feature axis is symbolic; phi needs a number.",
+        "features on a symbolic axis",
+        "give the axis a fixed size, or do not mark it as dynamic",
+    )
+    SAME_VALUE = (
+        "same-value",
+        "A value is added to itself.",
+        "`x + x`",
+        "nothing: no residual add",
+    )
+    INDEPENDENT = (
+        "independent",
+        "No term depends on another: embeddings that are summed, experts that are accumulated, two encoders that meet.",
+        "token and position embeddings, `q·cos + rot(q)·sin`, experts, gates `t f(x) + (1 - t) x`",
+        "nothing: no residual add",
+    )
+    NOT_DIFFERENTIABLE = (
+        "not-differentiable",
+        "One term depends on the other, but only through shapes, integers or detached values.",
+        "straight-through `x + (q - x).detach()`, `x + noise(x.shape)`",
+        "nothing: no gradient would reach the projections",
+    )
+    NO_CONTRACTION = (
+        "no-contraction",
+        (
+            "One term depends on the other by operations without weights alone: a polynomial such as tanh-GELU's, a gate, a rotation, "
+            "the state of a recurrence."
+        ),
+        "tanh-GELU, GRN, the state of a linear recurrence",
+        "nothing: no residual add",
+    )
+    PROJECTED_SKIP = (
+        "projected-skip",
+        (
+            "The skip is a projection of what the branch reads (a convolution, a linear layer), or resizes its features: a chain ends "
+            "before such a merge, and the next one starts from its sum."
+        ),
+        "`conv(x) + f(x)` where a ResNet stage begins, channels padded with zeros",
+        "nothing: streams end and begin anew here",
+    )
+    MULTI_STREAM = (
+        "multi-stream",
+        "The skip is mixed by a product whose factors both depend on the data: the model has residual streams of its own.",
+        "DeepSeek-V4, `mix(x) @ streams + post · f(x)`",
+        "nothing: the model has hyper-connections of its own",
+    )
+    SIDE_ADD = (
+        "side-add",
+        (
+            "A residual add of its own inside the branch of another one, whose sum goes no further on that trunk: a D-skip, a bias "
+            "computed from the input. Also one whose skip runs through trunk operations that another chain carries."
+        ),
+        "Mamba's `y + D x`, `f(x + adapter(x))`",
+        "nothing: a lone site would mix nothing",
+    )
+    LONG_SKIP = (
+        "long-skip",
+        (
+            "A trunk value is added to the same trunk some sites later (a U-net, the sum of all hidden states). It stays an addition, "
+            "and the chain runs through it: every stream gets the old value."
+        ),
+        "`x + skips.pop()` of a U-net, `x + 0.1 x0`",
+        "nothing: every stream gets the old value",
+    )
+    REWRITTEN = (
+        "rewritten",
+        "The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.",
+        "any of these, in a graph that was rewritten before",
+        "nothing: the earlier run decided",
+    )
+    FEATURE_AXIS = (
+        "feature-axis",
+        (
+            "Neither the way in which the branch reads the trunk nor the way in which its last product leaves it tells which axis "
+            "holds the features."
+        ),
+        "a branch that tears the features apart",
+        "normalise or project the features before they are torn apart",
+    )
+    MUTATED_OPERAND = (
+        "mutated-operand",
+        "The skip or the sum is written in place, and the old or the new value may be read under another name.",
+        "`x[:, 0] = 0` on a trunk value",
+        "write `x = torch.cat(...)` or `torch.where(...)` instead",
+    )
+    BROKEN_BRANCH = (
+        "broken-branch",
+        (
+            "The branch ran outside this graph, and what it read of the trunk was not the beginning of a branch in any other: streams "
+            "cannot be read there."
+        ),
+        "a branch that Python reads the trunk for, outside of any graph",
+        "let a compiled module read it first",
+    )
+    NO_OWNER = (
+        "no-owner",
+        "The add is performed outside every module, so there is nobody to own the parameters.",
+        "an add in a function that is compiled by itself",
+        "put it into a module's `forward`",
+    )
+    NO_CARRIER = (
+        "no-carrier",
+        (
+            "No module call inside this graph can declare the parameters: the branch is written with parameters of the compiled "
+            "function's own module."
+        ),
+        "`x + x @ self.weight` in the compiled module",
+        "put the weight into a module of its own (`nn.Linear`)",
+    )
+    NOT_DECLARED = (
+        "not-declared",
+        "The module was attached, but the tracer did not see the declaration of its parameters.",
+        "hooks of the branch's module were removed",
+        "`mhc_compile.detach(model)`, and compile again",
+    )
+    WIDTH_CONFLICT = (
+        "width-conflict",
+        "The same module performs another site with another width; one set of parameters cannot serve both.",
+        "one module called with two widths",
+        "use a module for each width",
+    )
+    CHAIN_TOO_SHORT = (
+        "chain-too-short",
+        "The chain has fewer sites than `min_sites`. Streams that are merged after every block compute what the plain model does.",
+        "one residual add between two projections",
+        "`min_sites=1`, if streams that merge at once are wanted",
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ def command(
     options = backend_options(flags)
     loaded = open_target(target, settings, full_size=full_size, train=train)
     with progress(f"tracing {target}", quiet=quiet):
-        explanation = explain(loaded.model, *loaded.args, options=options, **loaded.kwargs)  # type: ignore[arg-type]
+        explanation = explain(loaded.model, *loaded.args, options=options, **loaded.kwargs)
     if as_json:
         print_json(explanation.to_dict())
     else:

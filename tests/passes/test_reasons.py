@@ -165,12 +165,11 @@ def test_width_conflict(caplog):
     assert "width-conflict" in caplog.text
 
 
-def test_every_reason_has_a_program_here_and_a_row_in_its_documentation():
+def test_every_reason_has_a_program_here_and_says_what_it_means():
     tested = {reason.value for reason in PROGRAMS} | {
         name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")
     }
     assert tested >= {reason.value for reason in Reason}
-    rows = [line.split("|") for line in (Reason.__doc__ or "").splitlines() if line.strip().startswith("|")]
-    codes = {row[1].strip() for row in rows}
-    assert {reason.value for reason in Reason} <= codes
-    assert all(len(row) == 5 and all(cell.strip() for cell in row[1:4]) for row in rows)
+    told = [(reason.meaning, reason.example, reason.remedy) for reason in Reason]
+    assert all(all(parts) for parts in told)
+    assert len({meaning for meaning, *_ in told}) == len(Reason)
