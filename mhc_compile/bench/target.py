@@ -120,6 +120,11 @@ class TargetResult:
         """Plain data for JSON: the fields, rows as `bench.result` documents them."""
         return {"schema": "mhc-compile/bench-target/1", **asdict(self)}
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
         yield self._view(options.max_width)
 

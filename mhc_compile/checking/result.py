@@ -146,17 +146,9 @@ class CheckResult:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return _html(self)
+        from mhc_compile.notebook import html_of
 
-
-def _html(result: CheckResult) -> str:
-    import io
-
-    from rich.console import Console
-
-    console = Console(record=True, file=io.StringIO(), width=110)
-    console.print(result)
-    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return html_of(self)
 
 
 def _sentence(group: GroupSummary) -> str:

@@ -45,10 +45,12 @@ def report(error: Exception, settings: dict[str, Any]) -> int:
         error: what was raised.
         settings: the object of the click group, in which `--debug` left its mark.
     """
+    from mhc_compile.zoo import UnknownFamilyError
+
     if settings.get(_FLAG):
         traceback.print_exception(error)
     expected = isinstance(error, MhcError)
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     hint = "" if expected or settings.get(_FLAG) else " (not an error that mhc foresaw; --debug shows the trace)"
     click.echo(f"mhc: {text}{hint}", err=True)
-    return 2 if isinstance(error, OptionError | TargetError) else 1
+    return 2 if isinstance(error, OptionError | TargetError | UnknownFamilyError) else 1

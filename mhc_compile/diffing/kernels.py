@@ -86,6 +86,11 @@ class KernelDiff:
             "after": [asdict(kernel) for kernel in self.after],
         }
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
     def __rich__(self) -> RenderableType:
         from mhc_compile.diffing.kernel_table import render
 

@@ -83,6 +83,11 @@ class ModelDiff:
             "graphs": [_graph(graph) for graph in self.graphs],
         }
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
     def __rich__(self) -> RenderableType:
         from mhc_compile.diffing.text import render
 

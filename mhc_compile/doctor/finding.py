@@ -48,6 +48,11 @@ class Report:
         findings = [asdict(finding) for finding in self.findings]
         return {"schema": "mhc-compile/doctor/1", "ok": self.ok, "findings": findings}
 
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
     def __rich__(self) -> RenderableType:
         from rich.console import Group
         from rich.table import Table
