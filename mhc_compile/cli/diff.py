@@ -11,7 +11,6 @@ from mhc_compile.cli.shared import Command, backend_options, open_target, print_
 
 if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
-    from mhc_compile.diffing.model_diff import ModelDiff
 
 __all__ = ["command"]
 
@@ -76,23 +75,16 @@ def command(
         return
     with progress(f"tracing {target}", quiet=quiet):
         found = diff(loaded.model, *loaded.args, options=options, stage=stage, **loaded.kwargs)
-    files = {"html": html, "svg": svg, "dot": dot, "mermaid": mermaid}
-    for kind, path in files.items():
+    files = ((html, found.to_html), (svg, found.to_svg), (dot, found.to_dot), (mermaid, found.to_mermaid))
+    for path, make in files:
         if path is not None:
-            _save(_written(found, kind), path, quiet=quiet)
+            _save(make(), path, quiet=quiet)
     if as_json:
         print_json(found.to_dict())
-    elif not any(files.values()):
+    elif not any(path for path, _ in files):
         write(render(found, side_by_side=side_by_side, every=every))
     if not any(graph.chains for graph in found.graphs):
         raise click.exceptions.Exit(1)
-
-
-def _written(found: ModelDiff, kind: str) -> str:
-    from mhc_compile.diffing import drawing, page
-
-    writers = {"html": page.render_page, "svg": drawing.to_svg, "dot": drawing.to_dot, "mermaid": drawing.to_mermaid}
-    return writers[kind](found)
 
 
 def _save(text: str, path: Path, *, quiet: bool) -> None:
