@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from builders import Pair, points
+from builders import Pair, points, relative
 from torch import nn
 
 import mhc_compile
@@ -34,3 +34,6 @@ def test_a_model_with_odd_names():
 def test_a_program_with_odd_names():
     program = torch.export.export(Odd().eval(), (points(),))
     assert sites(mhc_compile.diff(program)) == SITES
+    rewritten = mhc_compile.rewrite(program)
+    assert {f"{site}.phi" for site in SITES} <= set(rewritten.state_dict)
+    assert relative(rewritten.module()(points()), program.module()(points())) < 1e-5
