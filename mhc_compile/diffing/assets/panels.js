@@ -3,7 +3,7 @@
 function fillSites(nav, model) {
   nav.replaceChildren();
   model.graph.chains.forEach((chain, number) => {
-    const facts = `${chain.sites.length} site${chain.sites.length === 1 ? '' : 's'} · C = ${chain.width} · n = ${streams}`;
+    const facts = `${many(chain.sites.length, 'site')} · C = ${chain.width} · n = ${streams}`;
     nav.append(heading(`Chain ${number + 1}`, facts));
     const list = element('ul');
     for (const site of chain.sites) {
@@ -15,11 +15,11 @@ function fillSites(nav, model) {
       list.append(item);
     }
     nav.append(list);
-    if (chain.lifted.length) nav.append(element('p', 'note', `${chain.lifted.length} trunk operation(s) on all streams: ${[...new Set(chain.lifted)].join(', ')}`));
+    if (chain.lifted.length) nav.append(element('p', 'note', `${many(chain.lifted.length, 'trunk operation')} on all streams: ${[...new Set(chain.lifted)].join(', ')}`));
   });
   if (!model.graph.chains.length) nav.append(heading('No chain', 'nothing is rewritten in this graph'));
   if (!model.graph.refusals.length) return;
-  nav.append(heading('Left alone', `${model.graph.refusals.length} additions`));
+  nav.append(heading('Left alone', many(model.graph.refusals.length, 'addition')));
   const reasons = new Map();
   model.graph.refusals.forEach((refusal, place) => {
     if (!reasons.has(refusal.reason)) reasons.set(refusal.reason, []);
@@ -42,6 +42,8 @@ function fillSites(nav, model) {
     nav.append(list);
   }
 }
+
+const many = (count, thing) => `${count} ${thing}${count === 1 ? '' : 's'}`;
 
 /** A path that may break behind its dots. */
 function dotted(path) {
