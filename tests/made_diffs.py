@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from builders import Decoder, tokens
+import torch
+from builders import Decoder, Pair, Small, points, tokens
+from torch import nn
 
 import mhc_compile
 from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
@@ -21,6 +23,45 @@ COMMENT = "<!--<script>\u2028{{data}}"
 @cache
 def decoder(layers: int = 2) -> ModelDiff:
     return mhc_compile.diff(Decoder(layers=layers).eval(), tokens())
+
+
+class Nested(nn.Module):
+    """Two sites whose branches have residual adds of their own: the first is a chain of two, the second has none."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.deep = nn.Sequential(nn.Linear(width, 4), Pair(4), nn.Linear(4, width))
+        self.flat = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.deep(x)
+        return x + self.flat(x)
+
+
+@cache
+def nested() -> ModelDiff:
+    return mhc_compile.diff(nn.Sequential(nn.Linear(3, 8), Nested()).eval(), points())
+
+
+@cache
+def activated() -> ModelDiff:
+    """A ReLU between two sites, which runs on all streams."""
+    from mhc_compile import zoo
+
+    model, args, kwargs = zoo.get("resnet").build(2)
+    return mhc_compile.diff(model.eval(), *args, **kwargs)
+
+
+@cache
+def unchanged() -> ModelDiff:
+    """Nothing to rewrite, and nothing that was looked at."""
+    return mhc_compile.diff(nn.Linear(3, 2), points())
+
+
+@cache
+def alone() -> ModelDiff:
+    """An addition that is left alone."""
+    return mhc_compile.diff(Small().eval(), points(), options={"min_sites": 3})
 
 
 def node(name: str, target: str = "", *reads: str, **fields: str) -> NodeView:

@@ -21,7 +21,7 @@ _MARGIN = 20
 #: From the left of a column: the middle of the trunk, the branch's box, its width.
 _TRUNK, _BOX, _WIDE = 110, 190, 190
 #: As many letters fit into a box, and on a line of notes.
-_LETTERS, _LINE = 27, 105
+_LETTERS, _LINE = 24, 105
 _TALL = {"end": 40, "place": 104, "part": 52}
 
 _STYLE = """
@@ -52,7 +52,7 @@ _STYLE = """
 def to_svg(diff: ModelDiff) -> str:
     """The drawing. It refers to nothing outside of itself."""
     drawn = sketch(diff)
-    body: list[str] = [_text(_MARGIN, 30, drawn.title, "title")]
+    body: list[str] = [_text(_MARGIN, 30, drawn.title, "title", 80)]
     top = 46
     for picture in drawn.pictures:
         if len(drawn.pictures) > 1:
@@ -142,7 +142,7 @@ class _Side:
         yield f'<path class="head" d="M{middle - 4} {top + 20} h8 l-4 7z"/>'
         yield f'<rect class="box" x="{left}" y="{top + 27}" width="{_WIDE}" height="46" rx="6"/>'
         yield _text(middle, top + 46, lines[0], "path", _LETTERS)
-        yield _text(middle, top + 63, " · ".join(lines[1:]), "dim", _LETTERS + 5)
+        yield _text(middle, top + 63, " · ".join(lines[1:]), "dim", _LETTERS + 3)
         yield f'<path class="way" d="M{middle} {top + 73} V{top + 88} H{end + 7:g}"/>'
         yield f'<path class="head" d="M{end + 8:g} {top + 84} v8 l-8 -4z"/>'
         if self.many:
@@ -150,7 +150,7 @@ class _Side:
             yield f'<rect class="on" x="{self.x - 15}" y="{top + 40}" width="30" height="18" rx="4"/>'
             yield _text(self.x, top + 53, "res", "dim")
             yield _text(left - 14, top + 8, "pre", "dim")
-            yield _text(left - 14, top + 101, "post", "dim")
+            yield _text(left - 14, top + 83, "post", "dim")
             yield f'<rect class="update" x="{self.x - wide / 2:g}" y="{top + 83}" width="{wide:g}" height="10" rx="3"/>'
         else:
             yield f'<circle class="add" cx="{self.x}" cy="{top + 88}" r="8"/>'

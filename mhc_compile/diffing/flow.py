@@ -63,13 +63,13 @@ class Flow:
 
 
 def flow(sketch: Sketch) -> tuple[Flow, ...]:
-    """Two flows for each graph: before and after."""
+    """Two flows for each graph, before and after; where nothing is rewritten, one with what is left alone."""
     flows = []
     for number, picture in enumerate(sketch.pictures):
         where = f" ({picture.title})" if len(sketch.pictures) > 1 else ""
         flows.append(_side(picture, Flow(f"before{where}", f"b{number}"), 1))
         flows.append(_side(picture, Flow(f"after{where}", f"a{number}"), sketch.streams))
-    return tuple(flows)
+    return tuple(side for side in flows if side.boxes)
 
 
 def _side(picture: Picture, drawn: Flow, streams: int) -> Flow:

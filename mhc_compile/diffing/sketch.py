@@ -68,7 +68,7 @@ class Trunk:
         width: C.
         parts: in the order in which the trunk meets them.
         arrives: its streams come from another graph.
-        departs: its streams go on in another graph.
+        departs: they go on in another graph.
     """
 
     width: int
@@ -145,13 +145,14 @@ class Sketch:
 
 def sketch(diff: ModelDiff) -> Sketch:
     """What there is to draw."""
-    pictures = (_picture(graph) for graph in diff.graphs)
+    pieces = len(diff.graphs) > 1 or any(len(graph.modules) > 1 for graph in diff.graphs)
+    pictures = (_picture(graph, pieces) for graph in diff.graphs)
     return Sketch(
         diff.model, diff.options.streams, tuple(picture for picture in pictures if picture.trunks or picture.notes)
     )
 
 
-def _picture(graph: GraphDiff) -> Picture:
+def _picture(graph: GraphDiff, pieces: bool) -> Picture:
     rows = _rows(graph)
     holds: Counter[str] = Counter()
     outermost = []
@@ -161,7 +162,7 @@ def _picture(graph: GraphDiff) -> Picture:
         if not around:
             outermost.append(chain)
     trunks = tuple(
-        Trunk(chain.width, tuple(_folded(_parts(graph, chain, rows, holds))), chain.arrives, chain.departs)
+        Trunk(chain.width, tuple(_folded(_parts(graph, chain, rows, holds))), chain.arrives, chain.departs and pieces)
         for chain in outermost
     )
     reasons: dict[str, list[str]] = {}
