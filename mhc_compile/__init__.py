@@ -17,11 +17,13 @@ from mhc_compile.errors import (
     OptionError,
     ShapeError,
     StreamsLostError,
+    UnknownAddError,
 )
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from mhc_compile.ahead import attach
+    from mhc_compile.asking import why
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
     from mhc_compile.checkpoints import load_state_dict
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.stability import Gain, gain
+    from mhc_compile.story import Story
 
 __version__ = "0.1.0"
 
@@ -51,7 +54,9 @@ __all__ = [
     "OptionError",
     "Options",
     "ShapeError",
+    "Story",
     "StreamsLostError",
+    "UnknownAddError",
     "attach",
     "connections",
     "detach",
@@ -65,6 +70,7 @@ __all__ = [
     "register_with_accelerate",
     "restore",
     "rewrite",
+    "why",
 ]
 
 _HOMES = {
@@ -72,6 +78,7 @@ _HOMES = {
     "Gain": "stability",
     "HyperConnection": "connection",
     "ModelDiff": "diffing.model_diff",
+    "Story": "story",
     "attach": "ahead",
     "connections": "attachment",
     "detach": "attachment",
@@ -85,6 +92,7 @@ _HOMES = {
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",
+    "why": "asking",
 }
 
 
