@@ -26,7 +26,8 @@ def debug_option() -> click.Option:
 
 
 def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.find_root().ensure_object(dict)[_FLAG] = value or ctx.find_root().obj.get(_FLAG, False)
+    settings = ctx.find_root().ensure_object(dict)
+    settings[_FLAG] = value or settings.get(_FLAG, False)
 
 
 def report(error: Exception, settings: dict[str, Any]) -> int:
