@@ -95,7 +95,7 @@ def test_the_story_of_a_refusal():
     assert "without weights" in refusal.meaning
     assert refusal.remedy.startswith("nothing")
     assert len(refusal.terms) == 2
-    assert "is the site blocks.1.mhc." in refusal.nearest
+    assert refusal.nearest == ""  # the only add of that module
 
 
 def test_a_module_with_a_site_and_a_refusal_tells_both():
@@ -105,6 +105,8 @@ def test_a_module_with_a_site_and_a_refusal_tells_both():
     assert len(story.refusals) == 1
     (refusal,) = story.refusals
     assert (site.path, refusal.reason) == ("blocks.0.mhc.f", "side-add")
+    line = site.adds[-1].source.rpartition("/")[2]
+    assert refusal.nearest == f"'{site.adds[-1].node}' is the site blocks.0.mhc.f ({line})"
 
 
 def test_blocks_that_share_a_graph_have_stories_of_their_own():
