@@ -38,7 +38,8 @@ def why(
         model: as for `explain`.
         *args: example inputs, as for `model(*args, **kwargs)`. A program has its own, and needs none.
         node: the name of an operation in the graph ("add_3"; one that is no add stands for the site in whose branch it is), the path of a site
-            ("h.0.mhc.attn"), the path of a module ("h.0": all adds that it or a module below it performs), or "file.py:12".
+            ("h.0.mhc.attn"), the path of a module ("h.0": all adds that it or a module below it performs; "h.0.attn", which performs none and ends
+            a branch: the site of that branch), or "file.py:12".
         options: as for `torch.compile(model, backend="mhc", options=options)`.
         **kwargs: example inputs by name.
 
@@ -78,7 +79,7 @@ class _Search:
             self.names.update(dict.fromkeys((*told.names, told.owner, *_lines(told))))
             if self._means(told, told.owner):
                 self.sites.append(told)
-            elif self.asked in {node.name for node in site.branch}:
+            elif self.asked == told.carrier or self.asked in {node.name for node in site.branch}:
                 self.around.append(told)
         for _, refusal in teller.refusals():
             self.names.update(dict.fromkeys((*refusal.names, refusal.module, *_lines(refusal))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 from typing import TYPE_CHECKING
 
 from mhc_compile.connection import HyperConnection
@@ -131,7 +132,7 @@ class Teller:
         if not told:
             return ""
         nearest = min(told, key=lambda add: abs(self.order[add] - self.order[refusal.add]))
-        source = source_line(nearest)
+        source = os.path.basename(source_line(nearest))
         return told[nearest] + (f" ({source})" if source else "")
 
     def _operations(self, nodes: Iterable[Node]) -> tuple[Operation, ...]:

@@ -57,7 +57,9 @@ def insides(model):
     ]
 
 
-@pytest.mark.parametrize("name", ["decoder", "gpt2", "swin", "resnet"])
+@pytest.mark.parametrize(
+    "name", ["decoder", "resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "swin"))]
+)
 def test_the_expanded_graph_has_the_operations_of_the_compiled_one(name):
     model, args, kwargs = case(name)
     before = foreseen(copy.deepcopy(model), args, kwargs, streams=3)
@@ -66,7 +68,7 @@ def test_the_expanded_graph_has_the_operations_of_the_compiled_one(name):
     assert before == compiled(model, args, kwargs, streams=3)
 
 
-@pytest.mark.parametrize("name", ["decoder", "gpt2"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_nothing_of_the_model_changes(name):
     model, args, kwargs = case(name)
     state = {path: value.clone() for path, value in model.state_dict().items()}
