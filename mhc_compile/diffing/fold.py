@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.diffing.views import NodeView
 
-__all__ = ["NewParameters", "Section", "layers", "new_parameters", "pattern", "sections"]
+__all__ = ["NewParameters", "Section", "common", "layers", "new_parameters", "pattern", "sections"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -85,7 +85,7 @@ def _sections(rows: Sequence[Row], depth: int) -> Iterator[Section]:
     first: dict[Any, str] = {}
     for layer, members in runs:
         if not layer:
-            yield Section(_common([row.node.module for row in members]), members)
+            yield Section(common([row.node.module for row in members]), members)
             continue
         signature = _signature(layer, members)
         if signature in first:
@@ -106,7 +106,7 @@ def _merged(found: Iterator[Section]) -> Iterator[Section]:
             waiting = Section(waiting.path, waiting.rows, waiting.like, (*waiting.others, section.path))
             continue
         if waiting is not None and _unchanged(waiting) and _unchanged(section):
-            waiting = Section(_common([waiting.path, section.path]), (*waiting.rows, *section.rows))
+            waiting = Section(common([waiting.path, section.path]), (*waiting.rows, *section.rows))
             continue
         if waiting is not None:
             yield waiting
@@ -131,7 +131,8 @@ def _layer(row: Row, depth: int) -> str:
     return node.module[: numbers[depth].end()] if depth < len(numbers) else ""
 
 
-def _common(paths: list[str]) -> str:
+def common(paths: list[str]) -> str:
+    """The path of the innermost module that has all of them below it."""
     parts = [path.split(".") for path in paths]
     shared: list[str] = []
     for column in zip(*parts, strict=False):

@@ -13,7 +13,8 @@ import json
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.diffing.fold import layers
+from mhc_compile.diffing.fold import common, layers
+from mhc_compile.diffing.rows import Change
 from mhc_compile.diffing.text import LOOK
 from mhc_compile.options import Options
 
@@ -84,9 +85,16 @@ def _layers(graph: GraphDiff) -> list[dict[str, Any]]:
     others = [place for place, row in enumerate(graph.rows) if row.node.op not in {"call", "output"}]
     found = [{"path": "", "kind": "", "like": "", "inputs": True, "rows": others}] if others else []
     rest = iter(places)
+    quiet: dict[str, Any] | None = None  # the group before, if nothing changes in it: it takes in the next such
     for layer in layers(graph.rows):
         rows = [next(rest) for _ in layer.rows]
+        unchanged = not layer.like and all(row.change is Change.SAME for row in layer.rows)
+        if unchanged and quiet is not None:
+            path = common([quiet["path"], layer.path])
+            quiet.update(path=path, kind=kinds.get(path, ""), rows=quiet["rows"] + rows)
+            continue
         found.append(
             {"path": layer.path, "kind": kinds.get(layer.path, ""), "like": layer.like, "inputs": False, "rows": rows}
         )
+        quiet = found[-1] if unchanged else None
     return found

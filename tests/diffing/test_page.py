@@ -6,9 +6,10 @@ import base64
 import hashlib
 import json
 import re
+from itertools import pairwise
 
 import pytest
-from made_diffs import COMMENT, IMAGE, SCRIPT, decoder, hostile, pieces
+from made_diffs import COMMENT, IMAGE, SCRIPT, activated, decoder, hostile, pieces
 
 from mhc_compile.diffing.page import render_page
 from mhc_compile.diffing.rows import Change
@@ -68,3 +69,14 @@ def test_nothing_but_the_page_s_own_script_and_style_may_run_or_load():
 )
 def test_the_script_makes_no_markup_from_text(word):
     assert word not in DATA.sub("", render_page(decoder()))
+
+
+def test_neighbours_that_do_not_change_are_one_group():
+    [layers] = data(render_page(activated()))["layers"]
+    rows = activated().graphs[0].rows
+    quiet = [
+        not layer["like"] and all(rows[place].change is Change.SAME for place in layer["rows"]) for layer in layers
+    ]
+    assert layers[1]["path"] == "stem"
+    assert quiet[1]
+    assert not any(one and other for one, other in pairwise(quiet[1:]))

@@ -103,7 +103,9 @@ function followAddress() {
 function search(text, jump = true) {
   const query = text.trim().toLowerCase();
   for (const marked of $('rows').querySelectorAll('.hit')) marked.classList.remove('hit');
-  state.hits = query ? state.model.rows.filter(row => state.model.texts[row.place].includes(query)) : [];
+  // The graph's own nodes first: parameters bear the names of all modules.
+  const found = query ? state.model.rows.filter(row => state.model.texts[row.place].includes(query)) : [];
+  state.hits = [...found.filter(row => state.model.isCall(row)), ...found.filter(row => !state.model.isCall(row))];
   state.hit = -1;
   for (const row of state.hits) state.view.stand(row.place).classList.add('hit');
   for (const button of $('sites').querySelectorAll('li button')) {

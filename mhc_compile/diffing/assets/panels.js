@@ -87,12 +87,12 @@ function fillDetails(panel, model, row, side) {
     table.append(element('dt', '', name), cell);
   };
   const sides = SIDES.filter(name => row[name]);
-  for (const name of sides) {
-    if (sides.length === 2 && name === 'after' && row.before.text === row.after.text && row.before.value === row.after.value) continue;
+  const alike = sides.length === 2 && row.before.text === row.after.text && row.before.value === row.after.value;
+  for (const name of alike ? ['after'] : sides) {
     const node = row[name];
     const line = element('span', 'code');
     line.append(node.text, element('i', '', node.value && ` : ${node.value}`));
-    add(sides.length === 2 && row.change === 'same' ? 'both' : name, line);
+    add(alike ? 'both' : name, line);
   }
   add('module', chosen.module && `${chosen.module}  ${chosen.kind}`);
   add('site', chosen.site || (row.before && row.before.site) || '');

@@ -152,7 +152,7 @@ class RowsView {
     const cell = element('div', 'cell', '', {
       role: 'gridcell', 'data-side': side, id: `cell-${side}-${row.place}`, 'aria-selected': 'false',
     });
-    const mark = node.role === 'left-alone' ? '∅' : this.model.isSite(row) && !sign ? '◆' : sign;
+    const mark = node.role === 'left-alone' ? '∅' : node.role === 'site' && (!sign || row.change === 'marked') ? '◆' : sign;
     const rest = node.op === 'call' || node.op === 'output' ? node.text.slice(node.op === 'call' ? node.name.length : 0) : '';
     cell.append(
       element('span', 'sign', mark, {'aria-label': mark ? row.change : ''}),
