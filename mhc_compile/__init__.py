@@ -17,11 +17,13 @@ from mhc_compile.errors import (
     OptionError,
     ShapeError,
     StreamsLostError,
+    UnknownAddError,
 )
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from mhc_compile.ahead import attach
+    from mhc_compile.asking import why
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
     from mhc_compile.checking.check import check
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.stability import Gain, gain
+    from mhc_compile.story import Story
 
 __version__ = "0.1.0"
 
@@ -54,7 +57,9 @@ __all__ = [
     "OptionError",
     "Options",
     "ShapeError",
+    "Story",
     "StreamsLostError",
+    "UnknownAddError",
     "attach",
     "check",
     "connections",
@@ -69,6 +74,7 @@ __all__ = [
     "register_with_accelerate",
     "restore",
     "rewrite",
+    "why",
 ]
 
 _HOMES = {
@@ -77,6 +83,7 @@ _HOMES = {
     "Gain": "stability",
     "HyperConnection": "connection",
     "ModelDiff": "diffing.model_diff",
+    "Story": "story",
     "attach": "ahead",
     "check": "checking.check",
     "connections": "attachment",
@@ -91,6 +98,7 @@ _HOMES = {
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",
+    "why": "asking",
 }
 
 

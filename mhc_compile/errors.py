@@ -11,6 +11,7 @@ __all__ = [
     "OptionError",
     "ShapeError",
     "StreamsLostError",
+    "UnknownAddError",
 ]
 
 
@@ -32,6 +33,10 @@ class AttachError(MhcError, RuntimeError):
 
 class CaptureError(MhcError, RuntimeError):
     """The model could not be traced with the example inputs."""
+
+
+class UnknownAddError(MhcError, LookupError):
+    """`why` was asked for an addition that the model does not have."""
 
 
 class NothingRewrittenError(MhcError, RuntimeError):

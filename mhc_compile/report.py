@@ -107,15 +107,19 @@ def _table(title: str) -> Table:
 
 
 def _cost(explanation: Explanation) -> Table:
-    cost, flops = explanation.cost, explanation.plain_flops_per_token
+    cost, plain, added = explanation.cost, explanation.plain, explanation.added
     table = _table("Cost")
     table.show_header = False
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     share = f" ({cost.parameters / explanation.parameters:+.2%})" if explanation.parameters else ""
     table.add_row("parameters", f"{_si(cost.parameters)} beside {_si(explanation.parameters)}{share}")
-    part = f" beside {_si(flops)} ({cost.flops / flops:+.1%})" if flops else ""
-    table.add_row("FLOPs", f"{_si(cost.flops)} per token, forward{part}")
+    whole = (
+        f"; {_si(added.flops)} beside {_si(plain.flops)} a pass ({added.flops / plain.flops:+.1%})"
+        if plain is not None and plain.flops
+        else ""
+    )
+    table.add_row("FLOPs", f"{_si(cost.flops)} per token, forward{whole}")
     table.add_row(
         "traffic",
         f"{_si(cost.bytes_lowered)}B per token, forward, estimated; {_si(cost.bytes_floor)}B is the floor,"

@@ -161,8 +161,14 @@ def result_console() -> Console:
 
 
 def write(result: RenderableType) -> None:
-    """Prints a result."""
-    result_console().print(result)
+    """Prints a result; in a pipe, without the blanks with which tables fill their lines."""
+    console = result_console()
+    if console.is_terminal:
+        console.print(result)
+        return
+    with console.capture() as capture:
+        console.print(result)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def print_json(data: Mapping[str, Any]) -> None:

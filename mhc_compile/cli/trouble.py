@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.errors import MhcError, OptionError, UnknownAddError
 
 __all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "report"]
 
@@ -39,7 +39,7 @@ def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def report(error: Exception, settings: dict[str, Any]) -> int:
-    """Writes `error` on stderr and returns the exit code: 2 for a target or an option that does not exist, 1 for any other trouble.
+    """Writes `error` on stderr and returns the exit code: 2 for a target, an option or an add that does not exist, 1 for any other trouble.
 
     Args:
         error: what was raised.
@@ -53,4 +53,4 @@ def report(error: Exception, settings: dict[str, Any]) -> int:
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     hint = "" if expected or settings.get(_FLAG) else " (not an error that mhc foresaw; --debug shows the trace)"
     click.echo(f"mhc: {text}{hint}", err=True)
-    return 2 if isinstance(error, OptionError | TargetError | UnknownFamilyError) else 1
+    return 2 if isinstance(error, OptionError | TargetError | UnknownAddError | UnknownFamilyError) else 1

@@ -104,6 +104,6 @@ def test_the_worst_of_a_group_is_one_that_deviates():
 
 def test_a_notebook_shows_the_report():
     html = result(tensors=WRONG)._repr_html_()
-    assert html.startswith("<pre>")
+    assert html.startswith("<pre ")
     assert "transformer.h.3.mlp.c_proj.weight" in html
     assert "DIFFERS" in html

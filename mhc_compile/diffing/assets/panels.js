@@ -105,7 +105,7 @@ function fillDetails(panel, model, row, side) {
       break;
     }
   }
-  add('source', chosen.source);
+  add('source', chosen.source.split('/site-packages/').pop());
   for (const [label, names] of [['reads', chosen.reads], ['read by', model.users[row[side] ? side : other(side)].get(chosen.name) || []]]) {
     add(label, ...[...new Set(names)].map(name => {
       const link = element('button', 'link', name, {type: 'button', 'data-name': name, 'data-side': row[side] ? side : other(side)});

@@ -1,0 +1,92 @@
+"""What `mhc explain` prints, as it was reviewed, in a narrow and in a wide terminal. `pytest --regenerate` writes the snapshots anew."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mhc_compile.cli import _group, main
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def mhc(monkeypatch):
+    def run(*arguments, width=80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("NO_COLOR", "1")
+        return CliRunner().invoke(_group, ["explain", *arguments])
+
+    return run
+
+
+def shown(output):
+    """Without the spaces at the ends of lines, and without line numbers, which change with every edit above them."""
+    text = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
+    return re.sub(r"(\w+\.py):\d+", r"\1:N", text)
+
+
+def compare(text, name, request):
+    file = SNAPSHOTS / f"{name}.txt"
+    if request.config.getoption("regenerate"):
+        file.write_text(text)
+    assert file.exists(), f"no snapshot {name}; write it with pytest --regenerate"
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [
+        ("resnet", 80),
+        ("resnet", 140),
+        pytest.param("gpt2", 80, marks=SLOW),
+        pytest.param("gpt2", 140, marks=SLOW),
+        pytest.param("informer", 80, marks=SLOW),
+        pytest.param("informer", 140, marks=SLOW),
+    ],
+)
+def test_the_report_is_the_reviewed_one(mhc, family, width, request):
+    done = mhc(f"zoo:{family}", width=width)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= width
+    compare(shown(done.stdout), f"explain-{family}-{width}", request)
+
+
+@pytest.mark.parametrize("width", [80, pytest.param(140, marks=SLOW)])
+def test_the_stories_are_the_reviewed_ones(mhc, width, request):
+    site = mhc("zoo:resnet", "--why", "stages.1", width=width)
+    refusal = mhc("zoo:resnet", "--why", "stages.2", width=width)
+    assert (site.exit_code, refusal.exit_code) == (0, 0)
+    compare(shown(site.stdout + "\n" + refusal.stdout), f"why-resnet-{width}", request)
+
+
+@SLOW
+def test_a_source_line_is_never_cut(mhc):
+    for width in (40, 80, 140):
+        text = mhc("zoo:gpt2", "--all", width=width).stdout
+        assert len(re.findall(r"(?:modeling_gpt2|activations)\.py:\d+", text)) == 2 + 3  # sites of one block, refusals
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_json_of_a_story_and_of_the_overhead(mhc):
+    story = json.loads(mhc("zoo:resnet", "--why", "stages.2", "--json").stdout)
+    assert story["refusals"][0]["reason"] == "projected-skip"
+    overheads = json.loads(mhc("zoo:resnet", "--json").stdout)["overheads"]
+    assert {"NVIDIA H100 SXM"} < {overhead["machine"]["name"] for overhead in overheads}
+    assert all(overhead["here"] > 0 for overhead in overheads)
+
+
+def test_a_name_that_nothing_has_is_one_readable_paragraph(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mhc", "explain", "zoo:resnet", "--why", "stage.2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (2, "")
+    assert "no addition is called 'stage.2'" in told.err
+    assert "near names: stages.2" in told.err
