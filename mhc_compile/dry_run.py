@@ -13,14 +13,16 @@ from mhc_compile.sharing import Sharing
 from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from torch import nn
 
     from mhc_compile.branches import Notes
     from mhc_compile.options import Options
-    from mhc_compile.passes import Binding, Site
+    from mhc_compile.passes import Binding, Head, Site
+
+    Begun = Mapping[nn.Module, Sequence[Site]]
 
 __all__ = ["DryGraph", "dry_run"]
 
@@ -34,6 +36,7 @@ class DryGraph:
         captured: the graph as Dynamo handed it over.
         study: the normalised graph and the plan for it.
         bindings: parameters for every site of the plan, as graph inputs: those that the model has, and inputs that stand for those it will get.
+        openings: name and parameters of every branch that begins here and ends in another graph.
         foreseen: the paths of the parameters that it will get, below the traced module.
     """
 
@@ -41,6 +44,7 @@ class DryGraph:
     captured: torch.fx.GraphModule
     study: Study
     bindings: dict[Site, Binding]
+    openings: dict[Head, tuple[str, Binding]]
     foreseen: frozenset[str]
 
 
@@ -50,7 +54,8 @@ def dry_run(
     kwargs: dict[str, Any],
     options: Options,
     on_graph: Callable[[DryGraph], None],
-) -> None:
+    begun: Begun | None = None,
+) -> Begun:
     """Traces `model(*args, **kwargs)` as the compiled call would, and hands over what the backend would do with each graph.
 
     Args:
@@ -59,19 +64,30 @@ def dry_run(
         kwargs: example inputs by name.
         options: of the backend.
         on_graph: is called with every graph, in the order in which they run.
+        begun: what an earlier run returned. A branch that a graph break cuts begins in a graph that is traced before the one in which it ends:
+            only the second run knows what the first of the two graphs must open.
+
+    Returns:
+        The sites of branches that are cut, by the modules that begin them. Empty where no branch is.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs.
     """
     sharing = Sharing(model)
+    cut: dict[nn.Module, list[Site]] = {}
 
     def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         result = study(graph_module, inputs, options)
         notes = result.notes()
+        for site in result.plan.sites:
+            for module in (module for head in site.heads for module in head.alive()):
+                cut.setdefault(module, []).append(site)
         bindings, foreseen = result.foresee(options)
+        openings, more = result.foresee_openings(begun or {}, options)
         modules = tuple(sharing.modules(result.provenance.root))
         if modules:
-            on_graph(DryGraph(modules, graph_module, result, bindings, foreseen))
+            on_graph(DryGraph(modules, graph_module, result, bindings, openings, foreseen | more))
         return notes
 
     capture(model, args, kwargs, look)
+    return cut

@@ -38,7 +38,7 @@ from mhc_compile.siblings import Siblings, siblings
 from mhc_compile.wrapped import check_site, known_to_ddp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
     from torch.fx import Graph
@@ -151,25 +151,46 @@ class Study:
                     vetoes[site.add] = width_conflict(site, connection)
                     continue
                 binding = self._without_parameters(connection) if site.tail else self._binding(connection, inputs)
-                bindings[site] = binding or self._stand_in(site, connection, new)
+                value = tensor_value(site.add)
+                assert value is not None
+                bindings[site] = binding or self._stand_in(site.path, connection, value, new)
             if len(vetoes) == len(self._vetoes):
                 return bindings, frozenset(new)
             self._replan(vetoes)
 
-    def _stand_in(self, site: Site, connection: HyperConnection, new: dict[str, Node]) -> Binding:
-        value = tensor_value(site.add)
-        assert value is not None
-        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    def foresee_openings(
+        self, begun: Mapping[nn.Module, Sequence[Site]], options: Options
+    ) -> tuple[dict[Head, tuple[str, Binding]], frozenset[str]]:
+        """What `openings` will find once the sites are attached whose branches begin in this graph; see `foresee`.
+
+        `begun` says of modules which sites end the branches that they begin.
+        """
+        found = self.openings()
+        new: dict[str, Node] = {}
+        for head in self.plan.heads:
+            sites = [
+                begun.get(module, ()) for ref in head.modules if (module := self.provenance.module(ref)) is not None
+            ]
+            common = [site for site in sites[0] if all(site in more for more in sites)] if sites else []
+            value = tensor_value(head.value)
+            if head not in found and len(common) == 1 and value is not None:
+                connection = HyperConnection(common[0].width, options, device="meta")
+                found[head] = common[0].name, self._stand_in(common[0].path, connection, value, new)
+        return found, frozenset(new)
+
+    def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, new: dict[str, Node]) -> Binding:
+        """Graph inputs for the parameters at the path `site`, of the kind that a trunk value `like` asks for."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         nodes = []
         for part, parameter in connection.named_parameters():
-            path = f"{site.path}.{part}"
+            path = f"{site}.{part}"
             if path not in new:
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
                 with self.graph.inserting_after(last):
                     node = new[path] = self.graph.placeholder(path.replace(".", "_"))
                     node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
-                with value.fake_mode:  # type: ignore[attr-defined]
-                    node.meta["example_value"] = torch.empty(parameter.shape, dtype=dtype, device=value.device)
+                with like.fake_mode:  # type: ignore[attr-defined]
+                    node.meta["example_value"] = torch.empty(parameter.shape, dtype=dtype, device=like.device)
                 self.provenance.name_parameter(node, path)
             nodes.append(new[path])
         phi, bias, scale = nodes

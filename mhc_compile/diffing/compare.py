@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.passes import Binding, Pass, Plan, Site
+    from mhc_compile.passes import Binding, Head, Pass, Plan, Site
 
 __all__ = ["diff"]
 
@@ -65,7 +65,10 @@ def diff(
         report = graph_report(dry.captured, dry.study, dry.modules[0])
         graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.refusals))
 
-    dry_run(target, args, kwargs, parsed, on_graph)
+    cut = dry_run(target, args, kwargs, parsed, on_graph)
+    if cut:
+        graphs.clear()
+        dry_run(target, args, kwargs, parsed, on_graph, cut)
     return ModelDiff(type(target).__name__, parsed, before, after, tuple(graphs))
 
 
@@ -83,7 +86,7 @@ def _stages(dry: DryGraph, options: Options) -> Stages:
     stages = Stages(study.provenance, module, study.plan, frozenset(below(module, path) for path in dry.foreseen))
     stages.put("trace", dry.captured.graph)
     _normalize(stages, dry.captured.graph, NORMALIZE)
-    graph = _expand(stages, study.graph, study.plan, dry.bindings)
+    graph = _expand(stages, study.graph, study.plan, dry.bindings, dry.openings)
     whole = with_graph(dry.captured, graph)
     passes = joining(options)
     for count, step in enumerate(passes, start=1):
@@ -103,13 +106,19 @@ def _normalize(stages: Stages, graph: Graph, passes: tuple[Pass, ...]) -> None:
     stages.alias("plan")
 
 
-def _expand(stages: Stages, graph: Graph, plan: Plan, bindings: Mapping[Site, Binding]) -> Graph:
+def _expand(
+    stages: Stages,
+    graph: Graph,
+    plan: Plan,
+    bindings: Mapping[Site, Binding],
+    openings: Mapping[Head, tuple[str, Binding]] | None = None,
+) -> Graph:
     def see(step: Pass, before: Graph, after: Graph) -> None:
         stages.see(step, before, after)
         if step.name == "expand-chains":
             stages.alias("expand")
 
-    return expand_plan(graph, plan, bindings, see)
+    return expand_plan(graph, plan, bindings, see, openings=openings)
 
 
 def _program(program: ExportedProgram, options: Options, stage: str | None) -> ModelDiff:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from mhc_compile.passes import source_line
+from mhc_compile.passes import Closing, source_line
+from mhc_compile.passes.edges import ARRIVAL
 from mhc_compile.passes.roles import leaf_module
 
 if TYPE_CHECKING:
@@ -101,7 +103,12 @@ class _Viewer:
         self.sites: dict[Node, str] = {}
         #: By name: passes copy graphs, and keep names.
         self.verdicts: dict[str, tuple[Role, str, str]] = {}
+        #: The hyper-connections of branches that began in other graphs, by the name below their owner: their coefficients arrive.
+        self.tails: dict[str, set[str]] = defaultdict(set)
         if plan is not None:
+            for site in plan.sites:
+                if site.tail:
+                    self.tails[site.name].add(self._below(site.path))
             for refusal in plan.refusals:
                 self.verdicts[refusal.add.name] = ("left-alone", "", refusal.reason.value)
             for site in plan.sites:
@@ -149,6 +156,9 @@ class _Viewer:
         if ".mhc." in f".{path}.":
             self.sites[node] = self._below(path)
             return "stream", self.sites[node], ""
+        closing = node.meta.get(ARRIVAL)
+        if isinstance(closing, Closing) and len(self.tails[closing.name]) == 1:
+            (self.sites[node],) = self.tails[closing.name]
         if not node.name.startswith(_OURS):
             return "", "", ""
         given = [

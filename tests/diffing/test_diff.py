@@ -233,3 +233,27 @@ def test_families(name):
             range(len(graph["before"]))
         )
         assert [row["after"] for row in graph["rows"] if row["after"] is not None] == list(range(len(graph["after"])))
+
+
+class Cut(nn.Module):
+    """Its branch begins in one graph and ends in the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        h = self.up(x)
+        torch._dynamo.graph_break()
+        return x + self.down(h.relu())
+
+
+def test_both_halves_of_a_branch_that_a_graph_break_cuts():
+    diff = mhc_compile.diff(nn.Sequential(Cut(), Cut()), torch.randn(2, 8))
+    head, tail = diff.graphs
+    assert head.modules == tail.modules == ("0", "1")
+    opened = [row.after for row in head.rows if row.change is Change.ADDED and row.after.op == "call"]
+    assert [node.target for node in opened if node.target.startswith("mhc.")] == ["mhc.coefficients", "mhc.collapse"]
+    assert {node.site for node in opened} == {"0.mhc.down"}
+    (closed,) = [row for row in tail.rows if row.change is Change.REPLACED]
+    assert (closed.before.site, closed.after.site, closed.after.target) == ("0.mhc.down", "0.mhc.down", "mhc.update")
