@@ -58,6 +58,11 @@ def unchanged() -> ModelDiff:
     return mhc_compile.diff(nn.Linear(3, 2), points())
 
 
+def graphless() -> ModelDiff:
+    """Of a model that Dynamo makes no graph of."""
+    return ModelDiff("Empty", Options(), "capture", "expand", ())
+
+
 @cache
 def alone() -> ModelDiff:
     """An addition that is left alone."""

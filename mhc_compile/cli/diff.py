@@ -92,7 +92,7 @@ def _save(text: str, path: Path, *, quiet: bool) -> None:
         click.echo(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     if not quiet:
         click.echo(f"wrote {path} ({len(text) / 1024:.0f} kB)", err=True)
 

@@ -164,7 +164,7 @@ class _Side:
         shape = "on" if kind == "lifted" else "repeat"
         yield f'<g class="{kind}-part"><title>{_escaped(text)}</title>'
         yield f'<rect class="{shape}" x="{self.x - wide / 2:g}" y="{top + 12}" width="{wide}" height="26" rx="4"/>'
-        yield _text(self.x, top + 29, text, "dim", 32)
+        yield _text(self.x, top + 29, text, "dim", 29)
         yield "</g>"
 
 

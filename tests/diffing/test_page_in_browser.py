@@ -6,7 +6,7 @@ import json
 from urllib.parse import quote
 
 import pytest
-from made_diffs import COMMENT, decoder, hostile, pieces
+from made_diffs import COMMENT, decoder, graphless, hostile, pieces, unchanged
 
 from mhc_compile.diffing.page import render_page
 
@@ -240,6 +240,20 @@ def test_the_graph_can_be_chosen(page):
     assert [text.partition(" = ")[0] for _, text in page.selected] == ["mhc_read_out"]
     page.one("#graph option[value='0']").click()
     assert len(page.all("#sites .site")) == 4
+
+
+def test_a_model_in_which_nothing_changes(page):
+    page.open(unchanged())
+    assert "No chain" in page.one("#sites").text
+    page.press("n", "j")
+    assert len(page.selected) == 2
+
+
+def test_a_model_without_a_graph(page):
+    page.open(graphless())
+    page.press("n", "j", "e", Keys.ESCAPE)
+    page.one("#query").send_keys("x", Keys.ENTER)
+    assert "no graph" in page.one("#details").text
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (900, 700)])

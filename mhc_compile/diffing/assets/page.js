@@ -101,6 +101,7 @@ function followAddress() {
 }
 
 function search(text, jump = true) {
+  if (!state.model) return;
   const query = text.trim().toLowerCase();
   for (const marked of $('rows').querySelectorAll('.hit')) marked.classList.remove('hit');
   // The graph's own nodes first: parameters bear the names of all modules.
@@ -177,6 +178,7 @@ function redraw() {
 }
 
 document.addEventListener('keydown', event => {
+  if (!state.model) return undefined;
   if (event.key === 'Escape') return clear();
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return undefined;
   const action = keys[event.key];
@@ -186,6 +188,7 @@ document.addEventListener('keydown', event => {
 });
 
 document.addEventListener('click', event => {
+  if (!state.model) return undefined;
   const button = event.target.closest('button');
   const head = event.target.closest('.head');
   if (head) {

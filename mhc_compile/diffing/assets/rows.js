@@ -58,7 +58,7 @@ class RowsView {
     const group = this.group(null, 1, layer.rows, label, note);
     group.build = () => this.fill(group, layer);
     this.root.append(group.box);
-    if (changed && !layer.like && !layer.inputs) group.toggle(true);
+    if (this.isOpen(group, layer)) group.toggle(true);
   }
 
   group(parent, depth, members, label, note = '') {
@@ -133,7 +133,7 @@ class RowsView {
   }
 
   changes(places) {
-    return places.filter(place => this.model.rows[place].change !== 'same').length;
+    return [...places].filter(place => this.model.rows[place].change !== 'same').length;
   }
 
   row(place) {
@@ -198,14 +198,13 @@ class RowsView {
   toggleAll() {
     this.everything = !this.everything;
     // Groups come into being while others are opened.
-    for (let place = 0; place < this.groups.length; place++) this.groups[place].toggle(this.everything || this.isOpen(place));
+    for (let place = 0; place < this.groups.length; place++) this.groups[place].toggle(this.everything || this.isOpen(this.groups[place]));
   }
 
-  /** Whether a group is open at first. */
-  isOpen(place) {
-    const group = this.groups[place];
-    const layer = this.model.layers.find(candidate => candidate.rows === group.members);
-    return this.changes(group.members) > 0 && !(layer && (layer.like || layer.inputs));
+  /** Whether a group is open at first: something changes in it, or nothing in the whole graph. */
+  isOpen(group, layer = this.model.layers.find(candidate => candidate.rows === group.members)) {
+    const changed = this.changes(group.members) || (layer && !this.changes(this.model.rows.keys()));
+    return Boolean(changed) && !(layer && (layer.like || layer.inputs));
   }
 
   visible() {
