@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mhc_compile.asking import why
     from mhc_compile.attachment import connections, detach
     from mhc_compile.backend import mhc
+    from mhc_compile.checking.check import check
+    from mhc_compile.checking.result import CheckResult
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttachError",
     "CaptureError",
+    "CheckResult",
     "Explanation",
     "Gain",
     "HyperConnection",
@@ -58,6 +61,7 @@ __all__ = [
     "StreamsLostError",
     "UnknownAddError",
     "attach",
+    "check",
     "connections",
     "detach",
     "diff",
@@ -74,12 +78,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckResult": "checking.result",
     "Explanation": "explanation",
     "Gain": "stability",
     "HyperConnection": "connection",
     "ModelDiff": "diffing.model_diff",
     "Story": "story",
     "attach": "ahead",
+    "check": "checking.check",
     "connections": "attachment",
     "detach": "attachment",
     "diff": "diffing.compare",

@@ -9,7 +9,9 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 import weakref
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,6 +80,7 @@ __all__ = [
     "module_by_id",
     "modules_in_use",
     "name_input",
+    "numpy_draws_as_in_eager",
     "pipeline_stage",
     "placements",
     "raise_through_dynamo",
@@ -157,6 +160,11 @@ def graph_is_part() -> bool:
 def name_input(node: torch.fx.Node) -> None:
     """Gives a graph input that Dynamo does not know a source: AOTAutograd asks every input of a Dynamo graph for one."""
     node._dynamo_source = SyntheticLocalSource(str(node.target))
+
+
+def numpy_draws_as_in_eager() -> AbstractContextManager[None]:
+    """A context in which compiled code draws `numpy.random` from NumPy's stream, as eager code does; Dynamo's default is torch's."""
+    return torch._dynamo.config.patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]
 
 
 def has_compiled(code: CodeType) -> bool:
@@ -285,6 +293,23 @@ def inductor_settings() -> list[str]:
     from torch._inductor import list_options
 
     return list_options()
+
+
+@contextmanager
+def inductor_code() -> Iterator[list[str]]:
+    """Collects the modules of Python that Inductor writes, in order. Its caches are passed by, so that it writes what it would otherwise find."""
+    import torch._inductor.config as config
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+    saved = vars(GraphLowering)["save_output_code"]
+    GraphLowering.save_output_code = staticmethod(codes.append)
+    try:
+        with config.patch(force_disable_caches=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*force disabled.*")
+            yield codes
+    finally:
+        GraphLowering.save_output_code = saved
 
 
 def compile_with_inductor(

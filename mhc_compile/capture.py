@@ -150,9 +150,9 @@ class _Zeros(torch.autograd.Function):
     """Zeros that are said to be computed from other tensors."""
 
     @staticmethod
-    def forward(ctx: Any, zeros: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004 - the sources are there for their history
-        """The zeros themselves."""
-        return zeros.view_as(zeros)
+    def forward(ctx: Any, like: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004 - the sources are there for their history
+        """New zeros: a view of others could not be written in place, as the model may want to."""
+        return torch.zeros_like(like)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004

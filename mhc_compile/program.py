@@ -168,6 +168,7 @@ class ProgramParameters:
             following = [node for node in self.graph.nodes if node.op == "placeholder"][place:]
             with self.graph.inserting_before(following[0] if following else next(iter(self.graph.nodes))):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
+                node.target = node.name  # an argument of the graph's code; a module's name may be anything without dots
             node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
             self._specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node

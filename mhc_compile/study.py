@@ -167,6 +167,7 @@ class Study:
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
                 with self.graph.inserting_after(last):
                     node = new[path] = self.graph.placeholder(path.replace(".", "_"))
+                    node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
                 with value.fake_mode:  # type: ignore[attr-defined]
                     node.meta["example_value"] = torch.empty(parameter.shape, dtype=dtype, device=value.device)
                 self.provenance.name_parameter(node, path)

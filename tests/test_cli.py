@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,9 @@ def plain():
 
 def forgot_inputs():
     return nn.Linear(8, 8)
+
+def fails():
+    raise RuntimeError("no such data")
 """
 
 
@@ -115,9 +119,12 @@ def test_nothing_to_rewrite_is_exit_code_1(factory):
         (("models.py:residul",), "has no 'residul'; near names: residual"),
         (("nofile.py:residual",), "there is no file 'nofile.py' (looked in"),
         (("nomodule:residual",), "module 'nomodule' could not be imported"),
-        (("models.py",), "is no target; expected package.module:factory, path/to/file.py:factory or hf:MODEL_TYPE"),
-        (("models.py:forgot_inputs",), "returned Linear; expected (model, args) or (model, args, kwargs)"),
-        (("models.py:residual", "--set", "x=1"), "--set is for hf: targets"),
+        (("models.py",), "is no target; expected package.module:factory, path/to/file.py:factory, hf:MODEL_TYPE"),
+        (
+            ("models.py:forgot_inputs",),
+            "is a model alone (Linear), and nothing says how it is called; expected a function",
+        ),
+        (("models.py:residual", "--set", "x=1"), "--set is for hf: and zoo: targets"),
         (("models.py:residual", "--streams", "nine"), "option 'streams' is 'nine'"),
         (("hf:llamo",), "knows no model type 'llamo'; near names: llama"),
     ],
@@ -130,6 +137,67 @@ def test_a_wrong_target_is_one_readable_paragraph(factory, arguments, words):
     assert done.stdout == ""
 
 
+def test_check_proves_a_model_for_a_script_that_reads_json(factory):
+    done = mhc("check", "models.py:residual", "--inner", "eager", "--dtype", "float64", "--json", cwd=factory)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert (data["ok"], data["sites"], data["live"], data["dtype"], data["mode"]) == (True, 3, 3, "float64", "train")
+    assert {one["name"] for one in data["tensors"] if one["group"] == "outputs"} == {"output"}
+    assert done.stderr == ""
+
+
+def test_a_factory_that_fails_is_exit_code_1_with_its_line(factory):
+    done = mhc("check", "models.py:fails", cwd=factory)
+    assert done.returncode == 1
+    assert done.stderr == "mhc: models.py:fails raised RuntimeError: no such data (models.py:22)\n"
+
+
 def test_wrong_usage_is_exit_code_2():
     assert mhc("explain").returncode == 2
     assert mhc("explane", "hf:gpt2").returncode == 2
+
+
+def test_a_command_that_does_not_exist_has_near_names():
+    done = mhc("explane", "zoo:gpt2")
+    assert done.returncode == 2
+    assert "there is no command 'explane'; near names: explain" in done.stderr
+    assert "known commands: bench, check, demo" in mhc("frobnicate").stderr
+
+
+def test_an_interrupted_command_says_so_and_exits_with_130():
+    command = [sys.executable, "-m", "mhc_compile", "explain", "zoo:gpt2"]
+    # A shell may have told its background jobs to ignore SIGINT, and children inherit that.
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore)
+    time.sleep(1.5)
+    running.send_signal(signal.SIGINT)
+    _, trouble = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert trouble.strip().endswith("mhc: interrupted")
+    assert "Traceback" not in trouble
+
+
+def test_a_reader_that_has_seen_enough_is_no_trouble():
+    command = f"{sys.executable} -m mhc_compile zoo --list | head -1"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("family")
+    assert done.stderr == ""
+
+
+def test_debug_shows_the_trace(factory):
+    quiet, loud = mhc("explain", "nomodule:x", cwd=factory), mhc("explain", "nomodule:x", "--debug", cwd=factory)
+    assert quiet.returncode == loud.returncode == 2
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert loud.stderr.splitlines()[-1] == quiet.stderr.splitlines()[-1]
+
+
+def test_shell_completion_knows_commands_and_kinds_of_targets():
+    def complete(words, index):
+        environment = {**os.environ, "_MHC_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        command = [sys.executable, "-c", "import sys; sys.argv = ['mhc']; from mhc_compile.cli import main; main()"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout.split()
+
+    assert complete("mhc ex", 1) == ["plain,explain"]
+    assert complete("mhc explain z", 2) == ["plain,zoo:", "file,z"]
+    assert "plain,--streams" in complete("mhc diff --str", 2)

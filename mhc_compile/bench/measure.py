@@ -20,14 +20,14 @@ from mhc_compile.bench.spread import paired_difference, paired_ratio, spread
 from mhc_compile.bench.workload import SITES, SiteWorkload, StepWorkload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mhc_compile.bench.contenders import Contender
     from mhc_compile.bench.progress import Silent
     from mhc_compile.bench.shape import Shape
     from mhc_compile.bench.workload import Times, Workload
 
-__all__ = ["measure"]
+__all__ = ["fill", "measure", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,11 @@ def measure(
     workloads: dict[str, Workload] = {}
     for index, contender in enumerate(mine):
         progress.phase(f"{kind}: compiling {contender.name} ({index + 1} of {len(mine)})")
-        rows[contender.name], workload = _prepare(kind, shape, contender, cold=cold)
+        row = Row(name=contender.name, title=contender.title, status="missing", message=contender.missing(shape) or "")
+        workload = None
+        if not row.message:
+            row, workload = prepare(row, lambda contender=contender: _workload(kind, shape, contender), cold=cold)  # type: ignore[misc]
+        rows[contender.name] = row
         if workload is not None:
             workloads[contender.name] = workload
         if rows[contender.name].status == "failed":
@@ -66,24 +70,28 @@ def measure(
         measured = interleave(workloads, rounds, _WARM_UP, progress.advance)
     for name, error in measured.failures.items():
         progress.note(f"{kind}: {name} failed: {_line(error)}")
-    filled = _fill(kind, shape, rows, workloads, measured)
+    filled = fill(rows, workloads, measured, sites=shape.sites if kind == "step" else 1, whole=kind == "step")
     return Benchmark(kind, measured.complete, filled), measured.interrupted
 
 
-def _prepare(kind: str, shape: Shape, contender: Contender, *, cold: bool) -> tuple[Row, Workload | None]:
-    """Its row without times, and what is timed; None where there is nothing to time."""
-    row = Row(name=contender.name, title=contender.title, status="missing")
-    reason = contender.missing(shape)
-    if reason is not None:
-        return replace(row, message=reason), None
+def prepare(
+    row: Row, build: Callable[[], tuple[torch.nn.Module, Workload]], *, cold: bool
+) -> tuple[Row, Workload | None]:
+    """A contender's row without times, and what is timed; None where there is nothing to time.
+
+    Args:
+        row: with name and title.
+        build: makes the model and the workload that runs it.
+        cold: compile from empty caches.
+    """
     try:
         torch.manual_seed(0)
-        module, workload = _workload(kind, shape, contender)
+        module, workload = build()
         first = first_run(workload, cold=cold)
         workload.timed()
         used = memory.measure(workload)
     except Exception as error:  # whatever a contender raises is its row, and the others go on
-        log.debug("%s of %s failed", kind, contender.name, exc_info=True)
+        log.debug("%s failed", row.name, exc_info=True)
         return replace(row, status="failed", message=_line(error)), None
     ready = replace(
         row,
@@ -113,12 +121,12 @@ def _counted(kind: str, shape: Shape) -> Counters | None:
     return Counters(bytes=sum(part.total for part in moved(shape)) * shape.tokens * shape.real.itemsize)
 
 
-def _fill(
-    kind: str, shape: Shape, rows: dict[str, Row], workloads: dict[str, Workload], measured: Rounds
+def fill(
+    rows: dict[str, Row], workloads: dict[str, Workload], measured: Rounds, *, sites: int, whole: bool
 ) -> tuple[Row, ...]:
-    sites = shape.sites if kind == "step" else 1
+    """The rows with their times. `whole`: of a step of `sites` sites, and not of a site alone."""
     times = dict(measured.times)
-    if kind == "step" and LIMIT in times:
+    if whole and LIMIT in times:
         if PLAIN in times:
             pairs = zip(times[PLAIN], times[LIMIT], strict=True)
             times[LIMIT] = [in_step(plain, site, sites) for plain, site in pairs]
@@ -154,7 +162,7 @@ def _timed(row: Row, times: dict[str, list[Times]], plain: Row | None, workload:
         extra=paired_difference(*extra) if compared else None,
         share=paired_ratio(floor, samples["total"]).median if floor else None,
         plus=_plus(row.counters, plain.counters if plain else None, sites),
-        loss=workload.loss if isinstance(workload, StepWorkload) else None,
+        loss=getattr(workload, "loss", None),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -16,7 +18,10 @@ __all__ = ["main"]
 #: Command, its module below this package, and the line that `mhc --help` prints.
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
+    "check": "Prove on this machine that a rewritten model computes what the plain one does.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
+    "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
+    "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",
@@ -35,6 +40,16 @@ class _Lazy(click.Group):
         command = importlib.import_module(f"mhc_compile.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begins with, or an error with names that are near."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], _COMMANDS, n=2)
+            hint = f"near names: {', '.join(near)}" if near else f"known commands: {', '.join(sorted(_COMMANDS))}"
+            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -57,6 +72,17 @@ def main() -> None:
     """Console entry point."""
     settings: dict[str, Any] = {}
     try:
-        _group(obj=settings)
+        code = _group(obj=settings, standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("mhc: interrupted", err=True)
+        code = 130
+    except BrokenPipeError:  # whoever read the result has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except Exception as error:
-        sys.exit(report(error, settings))
+        code = report(error, settings)
+    sys.exit(code if isinstance(code, int) else 0)

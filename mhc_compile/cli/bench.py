@@ -8,11 +8,17 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mhc_compile.bench.names import UnknownNameError, check_names
+from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, write
+from mhc_compile.options import Options
+
+if TYPE_CHECKING:
+    from mhc_compile.bench.target import TargetResult
+    from mhc_compile.cli.targets import Target
 
 __all__ = ["command"]
 
@@ -30,12 +36,12 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return value
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
+@optional_target
 @click.option("--width", type=click.IntRange(8), default=256, show_default=True, help="Width C; GPT-2 has 768.")
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Blocks of the training step.")
 @click.option("--tokens", type=click.IntRange(8), default=1024, show_default=True, help="Sequence length; batch is 1.")
 @click.option("--vocabulary", type=click.IntRange(2), default=50257, show_default=True, help="Of the tied head.")
-@click.option("--iterations", type=click.IntRange(1), default=20, show_default=True, help="Of Sinkhorn.")
 @click.option(
     "--benchmark",
     "kind",
@@ -75,9 +81,19 @@ def command(
     json_file: Path | None,
     png_file: Path | None,
     quiet: bool,
-    **sizes: Any,
+    target: str | None,
+    settings: tuple[str, ...],
+    full_size: bool,
+    train: bool,
+    width: int,
+    layers: int,
+    tokens: int,
+    vocabulary: int,
+    **flags: Any,
 ) -> None:
     """Measure what hyper-connections cost: ours, other implementations, the plain model and the physical limit, in the same rounds.
+
+    With TARGET, that model instead: a training step (with --eval a forward pass) plain and rewritten, under Inductor, and plain in eager.
 
     The step trains a GPT-2-shaped model; all contenders have the same blocks, and only the residual connection differs. The site is what lies
     between two branches: streams and a branch output in, new streams and the next branch input out.
@@ -88,15 +104,35 @@ def command(
 
     Exit codes: 0 fine, 1 a contender failed, 2 wrong usage, 130 interrupted (complete rounds are shown).
     """
-    given = {
-        name for name in (*sizes, "rounds") if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    }
+    options = backend_options(flags)
+    sizes = {"width": width, "layers": layers, "tokens": tokens, "vocabulary": vocabulary}
+    given = {name for name in (*sizes, "rounds", "kind") if _is_given(ctx, name)}
     if quick:
-        sizes |= {name: value for name, value in _QUICK.items() if name not in given}
         rounds = rounds if "rounds" in given else _QUICK_ROUNDS
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
+    if target is not None:
+        foreign = sorted({"only", *given} - {"rounds"}) if only else sorted(given - {"rounds"})
+        if foreign or png_file is not None:
+            names = ", ".join("--benchmark" if name == "kind" else f"--{name}" for name in foreign) or "--png"
+            raise click.UsageError(f"{names}: of the benchmark without TARGET; {target!r} has its own sizes")
+        loaded = open_target(target, settings, full_size=full_size, train=train)
+        timed = _time(loaded, options, rounds, threads, device, dtype, busy, quick, quiet)
+        _show(timed, json_file)
+        if timed.interrupted:
+            sys.exit(130)
+        if timed.failed:
+            raise click.exceptions.Exit(1)
+        return
+    foreign = sorted(set(options) - {"iterations"}) + [
+        name for name in ("settings", "full_size") if _is_given(ctx, name)
+    ]
+    if foreign:
+        raise click.UsageError(f"{', '.join(foreign)}: for a TARGET; the benchmark without one sets its own options")
+    sizes["iterations"] = options.get("iterations", 20)
+    if quick:
+        sizes |= {name: value for name, value in _QUICK.items() if not _is_given(ctx, name)}
     if png_file is not None and find_spec("matplotlib") is None:
         raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     result = _measure(kind, only, rounds, threads, device, dtype, busy, quick, quiet, sizes)
     if json_file is not None:
         _write_json(result.to_dict(), json_file)
@@ -115,6 +151,65 @@ def command(
         sys.exit(130)
     if result.failed:
         raise click.exceptions.Exit(1)
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _show(timed: TargetResult, json_file: Path | None) -> None:
+    if json_file is not None:
+        _write_json(timed.to_dict(), json_file)
+    if json_file is None or str(json_file) != "-":
+        write(timed)
+
+
+def _time(
+    loaded: Target,
+    options: dict[str, Any],
+    rounds: int,
+    threads: int | None,
+    device: str | None,
+    dtype: str | None,
+    busy: bool,
+    quick: bool,
+    quiet: bool,
+) -> TargetResult:
+    import torch
+    from rich.console import Console
+    from torch.utils import _pytree as pytree
+
+    from mhc_compile.bench.progress import choose_progress
+    from mhc_compile.bench.target import measure_target
+
+    if not isinstance(loaded.model, torch.nn.Module):
+        raise click.UsageError(
+            f"{loaded.name}: an exported program is one graph already; give the model that it was exported from"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, inputs = loaded.model, (loaded.args, loaded.kwargs)
+    if device is not None or dtype is not None:
+        real = getattr(torch, dtype) if dtype is not None else None
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, real if value.is_floating_point() else None)
+
+        model = model.to(device=device, dtype=real)
+        inputs = pytree.tree_map_only(torch.Tensor, move, inputs)
+    args, kwargs = inputs
+    with choose_progress(Console(stderr=True), quiet=quiet) as progress:
+        return measure_target(
+            loaded.name,
+            model,
+            args,
+            kwargs,
+            Options.parse(options),
+            rounds=rounds,
+            busy=busy,
+            cold=not quick,
+            progress=progress,
+        )
 
 
 def _measure(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mhc_compile.cli.shared import Command
 from mhc_compile.demo.settings import MODELS, STEPS, Settings
 
 __all__ = ["command"]
@@ -23,7 +24,7 @@ def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  
     return value
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @click.option(
     "--model", type=click.Choice(MODELS), default=_D.model, show_default=True, help="Architecture, from transformers."
 )

@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mhc_compile.cli.option_flags import given_options, option_flags
 from mhc_compile.cli.trouble import debug_option
@@ -25,16 +26,19 @@ __all__ = [
     "Command",
     "backend_options",
     "open_target",
+    "optional_target",
     "print_json",
     "progress",
     "result_console",
     "target_arguments",
+    "weights_given",
     "write",
 ]
 
+_WEIGHTS = "mhc_compile.weights"
 _TARGET_HELP = (
-    "TARGET: package.module:factory or path/to/file.py:factory (returns a model, (model, args) or (model, args, kwargs)),"
-    " hf:MODEL_TYPE (tiny, random; any transformers architecture), file.pt2 (an exported program), or zoo:FAMILY."
+    "TARGET: package.module:factory or path/to/file.py:factory (returns (model, args) or (model, args, kwargs)),"
+    " hf:MODEL_TYPE (tiny, random; most transformers architectures), file.pt2 (an exported program), or zoo:FAMILY."
     " Targets are trusted input: their code is run."
 )
 
@@ -67,15 +71,38 @@ class Command(click.Command):
         super().format_epilog(ctx, formatter)
 
 
+def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
+    """Files, and the beginnings of the other kinds. Names behind them are not completed: shells take the colon for the end of a word."""
+    kinds = [CompletionItem(kind) for kind in ("hf:", "zoo:") if kind.startswith(incomplete)]
+    return [*kinds, CompletionItem(incomplete, type="file")]
+
+
 def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--train/--eval`), and the options of the backend.
+    """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--weights`, `--train/--eval`), and the options of the backend.
 
     The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`, and one keyword for each option of the
-    backend, None or () where it was not given: hand all but those four to `backend_options`.
+    backend, None or () where it was not given: hand all but those four to `backend_options`. `--weights` is for `open_target` alone.
     """
+    return _target_arguments(command, required=True)
+
+
+def optional_target(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Like `target_arguments`; `target` is None where none was given."""
+    return _target_arguments(command, required=False)
+
+
+def _target_arguments(command: Callable[..., Any], *, required: bool) -> Callable[..., Any]:
     command = option_flags(command)
     for option in (
         click.option("--train/--eval", "train", default=True, help="Mode of the model.  [default: train]"),
+        click.option(
+            "--weights",
+            type=click.Path(),
+            metavar="FILE",
+            expose_value=False,
+            callback=_remember_weights,
+            help="A checkpoint for the model: .safetensors, or what torch.save wrote of a state dict.",
+        ),
         click.option(
             "--full-size", is_flag=True, help="hf: targets: the default config, on the meta device, without weights."
         ),
@@ -86,21 +113,38 @@ def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME=VALUE",
             help="A field of the config of an hf: target, or layers of a zoo: target; repeatable.",
         ),
-        click.argument("target"),
+        click.argument("target", required=required, shell_complete=_complete),
     ):
         command = option(command)
     return command
 
 
+def _remember_weights(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    ctx.meta[_WEIGHTS] = value
+
+
+def weights_given() -> str | None:
+    """The file that `--weights` names, in a command that has `target_arguments`."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(_WEIGHTS) if context is not None else None
+
+
 def open_target(target: str, settings: tuple[str, ...], *, full_size: bool, train: bool) -> Target:
-    """The target, loaded, its model in the mode asked for.
+    """The target, loaded, its model with what `--weights` names and in the mode asked for.
 
     Raises:
-        TargetError: no such target.
+        TargetError: no such target, or no such file of weights.
+        FactoryError: the code of the target failed.
+        WeightsError: the weights are not those of the model.
     """
     from mhc_compile.cli.targets import load_target, parse_settings
 
-    loaded = load_target(target, parse_settings(settings), full_size=full_size)
+    weights = weights_given()
+    loaded = load_target(target, parse_settings(settings), full_size=full_size, memory=weights is not None)
+    if weights is not None:
+        from mhc_compile.cli.targets.weights import load_weights
+
+        load_weights(loaded, weights)
     loaded.set_mode(train)
     return loaded
 
@@ -117,8 +161,14 @@ def result_console() -> Console:
 
 
 def write(result: RenderableType) -> None:
-    """Prints a result."""
-    result_console().print(result)
+    """Prints a result; in a pipe, without the blanks with which tables fill their lines."""
+    console = result_console()
+    if console.is_terminal:
+        console.print(result)
+        return
+    with console.capture() as capture:
+        console.print(result)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -9,13 +9,21 @@ import click
 
 from mhc_compile.errors import MhcError, OptionError, UnknownAddError
 
-__all__ = ["TargetError", "debug_option", "report"]
+__all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "report"]
 
 _FLAG = "mhc_compile.debug"
 
 
 class TargetError(MhcError):
     """The command line names a model that cannot be had."""
+
+
+class FactoryError(MhcError):
+    """The target is there, and the code that makes the model failed."""
+
+
+class WeightsError(MhcError):
+    """A checkpoint cannot be loaded into the model of a target."""
 
 
 def debug_option() -> click.Option:
@@ -37,10 +45,12 @@ def report(error: Exception, settings: dict[str, Any]) -> int:
         error: what was raised.
         settings: the object of the click group, in which `--debug` left its mark.
     """
+    from mhc_compile.zoo import UnknownFamilyError
+
     if settings.get(_FLAG):
         traceback.print_exception(error)
     expected = isinstance(error, MhcError)
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     hint = "" if expected or settings.get(_FLAG) else " (not an error that mhc foresaw; --debug shows the trace)"
     click.echo(f"mhc: {text}{hint}", err=True)
-    return 2 if isinstance(error, OptionError | TargetError | UnknownAddError) else 1
+    return 2 if isinstance(error, OptionError | TargetError | UnknownAddError | UnknownFamilyError) else 1

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mhc_compile.cli.option_flags import given_options, option_flags
+from mhc_compile.cli.shared import Command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,26 +22,26 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("zoo")
+@click.command("zoo", cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--group", help="All families of one theme.")
 @click.option("--layers", type=click.IntRange(2), default=2, show_default=True, help="Depth of the models.")
 @click.option("--mode", type=click.Choice(["train", "eval", "both"]), default="train", show_default=True)
-@click.option(
-    "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the backend (streams=2); repeatable."
-)
 @click.option("--structure", is_flag=True, help="Do not run the models: compare sites and chains alone.")
 @click.option("--list", "only_list", is_flag=True, help="List the families with their chains, and check nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@option_flags
 def command(
     names: tuple[str, ...],
     group: str | None,
     layers: int,
     mode: str,
-    options: tuple[str, ...],
     structure: bool,
     only_list: bool,
     as_json: bool,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Check families of models: every residual add is found, nothing else is touched, the numbers are those of the plain model.
 
@@ -53,21 +56,18 @@ def command(
     from rich.console import Console
 
     from mhc_compile import zoo
-    from mhc_compile.cli.targets import parse_settings
-    from mhc_compile.options import Options
     from mhc_compile.zoo.report import listing, summary, table, to_json
 
     chosen = tuple(zoo.get(name) for name in names) if names else zoo.families(group)
     if group is not None:
         chosen = tuple(family for family in chosen if family.group == group)
-    settings = parse_settings(options)
-    Options.parse(settings)  # a wrong option is an error before the first model is built
+    settings = given_options(flags)  # a wrong option is an error before the first model is built
     if only_list:
         _list(chosen, layers, as_json, listing)
         return
     modes: tuple[Mode, ...] = ("train", "eval") if mode == "both" else ("eval",) if mode == "eval" else ("train",)
     jobs = [(family, one) for family in chosen for one in modes]
-    outcomes = _check_all(jobs, layers, settings, not structure, Console(stderr=True))
+    outcomes = _check_all(jobs, layers, settings, not structure, Console(stderr=True, quiet=quiet))
     if as_json:
         click.echo(json.dumps(to_json(outcomes), indent=2))
     else:
@@ -79,7 +79,7 @@ def command(
 
 
 def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) -> None:
-    from rich.console import Console
+    from mhc_compile.cli.shared import write
 
     rows = [
         (
@@ -94,7 +94,7 @@ def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) ->
         keys = ("family", "group", "needs", "chains")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     else:
-        Console().print(listing(rows))
+        write(listing(rows))
 
 
 def _check_all(

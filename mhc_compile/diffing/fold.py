@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.diffing.views import NodeView
 
-__all__ = ["NewParameters", "Section", "new_parameters", "pattern", "sections"]
+__all__ = ["NewParameters", "Section", "common", "layers", "new_parameters", "pattern", "sections"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -59,7 +59,12 @@ def pattern(path: str) -> str:
 
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     """The rows, layer by layer. Of layers that are changed in the same way the first is given whole, the others by name and `like`."""
-    return tuple(_merged(_sections([row for row in rows if row.node.op in {"call", "output"}], 0)))
+    return tuple(_merged(iter(layers(rows))))
+
+
+def layers(rows: Sequence[Row]) -> tuple[Section, ...]:
+    """The rows, layer by layer, each layer whole: together they are all rows but inputs and parameters, in order."""
+    return tuple(_sections([row for row in rows if row.node.op in {"call", "output"}], 0))
 
 
 def new_parameters(rows: Sequence[Row]) -> tuple[NewParameters, ...]:
@@ -80,15 +85,15 @@ def _sections(rows: Sequence[Row], depth: int) -> Iterator[Section]:
     first: dict[Any, str] = {}
     for layer, members in runs:
         if not layer:
-            yield Section(_common([row.node.module for row in members]), members)
+            yield Section(common([row.node.module for row in members]), members)
             continue
         signature = _signature(layer, members)
         if signature in first:
             yield Section(layer, members, like=first[signature])
             continue
         first[signature] = layer
-        inner = {_layer(row, depth + 1) for row in members} - {""}
-        if len({pattern(path) for path in inner}) < len(inner):  # it has layers of its own
+        changed = {_layer(row, depth + 1) for row in members if row.change is not Change.SAME} - {""}
+        if len({pattern(path) for path in changed}) < len(changed):  # it has layers of its own
             yield from _sections(members, depth + 1)
         else:
             yield Section(layer, members)
@@ -100,11 +105,18 @@ def _merged(found: Iterator[Section]) -> Iterator[Section]:
         if waiting is not None and waiting.like and section.like == waiting.like:
             waiting = Section(waiting.path, waiting.rows, waiting.like, (*waiting.others, section.path))
             continue
+        if waiting is not None and _unchanged(waiting) and _unchanged(section):
+            waiting = Section(common([waiting.path, section.path]), (*waiting.rows, *section.rows))
+            continue
         if waiting is not None:
             yield waiting
         waiting = section
     if waiting is not None:
         yield waiting
+
+
+def _unchanged(section: Section) -> bool:
+    return not section.like and all(row.change is Change.SAME for row in section.rows)
 
 
 def _layer(row: Row, depth: int) -> str:
@@ -119,7 +131,8 @@ def _layer(row: Row, depth: int) -> str:
     return node.module[: numbers[depth].end()] if depth < len(numbers) else ""
 
 
-def _common(paths: list[str]) -> str:
+def common(paths: list[str]) -> str:
+    """The path of the innermost module that has all of them below it."""
     parts = [path.split(".") for path in paths]
     shared: list[str] = []
     for column in zip(*parts, strict=False):

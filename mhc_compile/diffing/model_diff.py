@@ -83,6 +83,35 @@ class ModelDiff:
             "graphs": [_graph(graph) for graph in self.graphs],
         }
 
+    def to_html(self) -> str:
+        """One self-contained page: both graphs side by side, with search and the list of sites. It needs no server and no network."""
+        from mhc_compile.diffing.page import render_page
+
+        return render_page(self)
+
+    def to_svg(self) -> str:
+        """A drawing of the residual trunk before, and of its streams after."""
+        from mhc_compile.diffing.drawing import to_svg
+
+        return to_svg(self)
+
+    def to_dot(self) -> str:
+        """The same drawing for Graphviz."""
+        from mhc_compile.diffing.drawing import to_dot
+
+        return to_dot(self)
+
+    def to_mermaid(self) -> str:
+        """The same drawing for Markdown."""
+        from mhc_compile.diffing.drawing import to_mermaid
+
+        return to_mermaid(self)
+
+    def _repr_html_(self) -> str:
+        from mhc_compile.notebook import html_of
+
+        return html_of(self)
+
     def __rich__(self) -> RenderableType:
         from mhc_compile.diffing.text import render
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["Change", "Row", "align"]
 
 
+#: Python's in-place operators, by what they compute.
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
+
+
 class Change(Enum):
     """What a stage did to a node. The value is the word that reports print."""
 
@@ -94,7 +98,8 @@ def _is_last_add(node: NodeView, following: Sequence[NodeView]) -> bool:
 
 
 def _trace(node: NodeView) -> tuple[str, str, str]:
-    return node.module, node.source, node.target.rpartition(".")[2]
+    name = node.target.rpartition(".")[2].rstrip("_")
+    return node.module, node.source, _IN_PLACE.get(name, name)
 
 
 def _ordered(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -118,9 +123,9 @@ def _ordered(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _change(before: NodeView, after: NodeView) -> Change:
     if before.target.rpartition(".")[2] != after.target.rpartition(".")[2]:
         return Change.REPLACED
-    if before.value != after.value:
-        return Change.LIFTED if after.role == "stream" or after.name != before.name else Change.REWIRED
-    if (before.template, before.reads) != (after.template, after.reads):
+    if before.value != after.value and before.role != "stream":
+        return Change.LIFTED
+    if (before.template, before.reads, before.value) != (after.template, after.reads, after.value):
         return Change.REWIRED
     return (
         Change.MARKED

@@ -18,6 +18,7 @@ import difflib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from mhc_compile.diffing.rows import align
 from mhc_compile.diffing.views import NodeView, view
 from mhc_compile.errors import OptionError
 
@@ -80,12 +81,25 @@ class Stages:
         if self.names.index(after) < plan:
             later = _without_verdicts(later)
         if self.names.index(after) <= plan:
-            earlier = _without_verdicts(earlier)
-        return earlier, later
+            return _without_verdicts(earlier), later
+        return (_with_verdicts(earlier, self._graphs["plan"]) if self.names.index(before) < plan else earlier), later
 
 
 def _without_verdicts(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
     return tuple(replace(node, role="", site="", reason="") if node.role != "stream" else node for node in nodes)
+
+
+def _with_verdicts(nodes: tuple[NodeView, ...], plan: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
+    """Nodes of an earlier stage, with the verdicts on what became of them: `y += x` is the site that `y = y + x` is."""
+    twins = {
+        row.before.name: row.after for row in align(nodes, plan) if row.before is not None and row.after is not None
+    }
+
+    def judged(node: NodeView) -> NodeView:
+        twin = twins.get(node.name, node)
+        return replace(node, role=twin.role, site=twin.site, reason=twin.reason) if not node.role else node
+
+    return tuple(map(judged, nodes))
 
 
 def choose(stage: str | None, known: tuple[str, ...]) -> tuple[str, str]:

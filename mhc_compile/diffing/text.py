@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
     from mhc_compile.diffing.views import NodeView
 
-__all__ = ["render"]
+__all__ = ["LOOK", "render"]
 
 #: Sign, style and legend of every kind of change.
-_LOOK: dict[Change, tuple[str, str, str]] = {
+LOOK: dict[Change, tuple[str, str, str]] = {
     Change.ADDED: ("+", "green", "added"),
     Change.REMOVED: ("-", "red", "removed"),
-    Change.REPLACED: ("±", "cyan", "replaced by a hyper-connection"),
-    Change.LIFTED: ("≡", "magenta", "runs on all streams"),
-    Change.REWIRED: ("~", "yellow", "reads something else"),
+    Change.REPLACED: ("±", "cyan", "replaced"),
+    Change.LIFTED: ("≡", "magenta", "run on all streams"),
+    Change.REWIRED: ("~", "yellow", "read something else"),
     Change.MARKED: ("•", "blue", "verdict of the plan"),
     Change.SAME: (" ", "dim", "unchanged"),
 }
@@ -62,7 +62,7 @@ def _headline(diff: ModelDiff) -> Text:
     if not set(changes) - {Change.SAME}:
         text.append("\nNothing changes.", style="yellow")
         return text
-    for change, (sign, style, legend) in _LOOK.items():
+    for change, (sign, style, legend) in LOOK.items():
         if changes[change]:
             text.append(f"\n{sign} ", style=style)
             text.append(f"{changes[change]} {legend}", style="dim" if change is Change.SAME else "")
@@ -98,7 +98,7 @@ def _section(section: Section, side_by_side: bool, every: bool) -> Iterator[Rend
     grid.add_column(overflow="fold")
     for line in lines:
         if isinstance(line, Row):
-            sign, style, _ = _LOOK[line.change]
+            sign, style, _ = LOOK[line.change]
             grid.add_row(Text(sign, style=style), _unified(line, style))
         else:
             grid.add_row("", _folded(line))
@@ -137,6 +137,9 @@ def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:
+    if all(row.node.role == "stream" and not row.node.site for row in rows):
+        begins = any(row.node.target == ".expand" for row in rows)
+        return Text("where streams begin" if begins else "where streams end", style="bold")
     kinds = {row.node.kind for row in rows if row.node.module == path}
     kind = f"  {kinds.pop()}" if len(kinds) == 1 and path else ""
     return Text.assemble((path or "(the model itself)", "bold"), (kind, "dim"))
@@ -191,7 +194,7 @@ def _folded(rows: Sequence[Row]) -> Text:
 
 
 def _parameters(parameters: NewParameters) -> Text:
-    sign, style, _ = _LOOK[Change.ADDED]
+    sign, style, _ = LOOK[Change.ADDED]
     shapes = ", ".join(f"{name} {value}" for name, value in parameters.parts)
     times = f"  × {parameters.count}" if parameters.count > 1 else ""
     return Text.assemble((f"  {sign} {parameters.path}{times}", style), (f"  {shapes}", "dim"))
@@ -204,7 +207,7 @@ def _columns(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
     table.add_column(ratio=1, overflow="fold")
     for line in lines:
         if isinstance(line, Row):
-            sign, style, _ = _LOOK[line.change]
+            sign, style, _ = LOOK[line.change]
             table.add_row(_side(line.before, style), Text(sign, style=style), _side(line.after, style))
         else:
             folded = _folded(line)

@@ -44,7 +44,7 @@ def test_the_table_at_140_columns_has_both_errors_and_both_modes(monkeypatch):
 
 
 def test_a_deviation_is_exit_code_1_and_says_what():
-    done = CliRunner().invoke(_group, ["zoo", "pre-norm", "--option", "start=scratch", "--json"])
+    done = CliRunner().invoke(_group, ["zoo", "pre-norm", "--start", "scratch", "--json"])
     assert done.exit_code == 1
     data = json.loads(done.stdout)
     assert data["counts"] == {"deviates": 1}
@@ -73,7 +73,6 @@ def test_list_shows_chains_of_one_group():
     [
         (("zoo", "resnett"), "the zoo has no family 'resnett'; near names: resnet"),
         (("zoo", "--group", "visoin"), "the zoo has no group 'visoin'; expected one of"),
-        (("zoo", "resnet", "--option", "steams=2"), "did you mean 'streams'"),
         (("explain", "zoo:resnett"), "the zoo has no family 'resnett'; near names: resnet"),
         (("explain", "zoo:resnet", "--set", "depth=3"), "zoo: targets have one setting, layers=N"),
     ],
@@ -83,6 +82,12 @@ def test_a_wrong_name_is_an_error_with_near_names(arguments, words):
     assert isinstance(done.exception, MhcError)  # which `main` prints as one paragraph
     assert words in str(done.exception)
     assert done.stdout == ""
+
+
+def test_a_wrong_option_is_told_before_the_first_model_is_built():
+    done = CliRunner().invoke(_group, ["zoo", "resnet", "--streams", "9"])
+    assert done.exit_code == 2
+    assert "option 'streams' is 9; expected an integer from 1 to 8" in done.stderr
 
 
 def test_a_family_is_a_target_of_explain(monkeypatch):

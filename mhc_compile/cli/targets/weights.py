@@ -1,0 +1,147 @@
+"""`--weights FILE`: a checkpoint, loaded into the model of a target. Nothing but tensors is read from it: a file of unknown origin is safe."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.cli.targets.near import near_files
+from mhc_compile.cli.trouble import TargetError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mhc_compile.cli.targets import Target
+
+__all__ = ["load_weights"]
+
+#: Under which keys trainers keep the state dict of the model, if the file has more in it.
+_KEYS = ("state_dict", "model", "model_state_dict", "module")
+_SHOWN = 3
+
+
+def load_weights(target: Target, path: str) -> None:
+    """Loads a checkpoint into the model of `target`, with the hyper-connections that it has (their number of streams is read off them).
+
+    Args:
+        target: whose model gets the values.
+        path: a `.safetensors` file, or what `torch.save` wrote of a state dict, or of a dict that has one under "state_dict" or "model".
+
+    Raises:
+        TargetError: there is no such file.
+        WeightsError: the file has more than tensors, the model is an exported program, or names or shapes are not those of the model.
+    """
+    from torch import nn
+
+    from mhc_compile.checkpoints import load_state_dict, plain_name
+    from mhc_compile.restoring import restore
+
+    if not isinstance(target.model, nn.Module):
+        raise WeightsError(
+            f"--weights {path}: {target.name} is an exported program, which has its weights in it; leave out --weights"
+        )
+    state = {plain_name(name): value for name, value in _read(path).items()}
+    if any(_is_connection(name) for name in state):
+        restore(target.model, state)
+    _compare(target.model, state, path, target.name)
+    load_state_dict(target.model, state, strict=False)
+
+
+def _read(path: str) -> Mapping[str, Tensor]:
+    if not os.path.isfile(path):
+        raise TargetError(f"--weights: there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
+    if path.endswith(".safetensors"):
+        return _safetensors(path)
+    import torch
+
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
+        raise WeightsError(
+            f"--weights {path}: the file holds Python objects that are no tensors ({refused[1]}), which could run code when they are loaded; it was"
+            " not read. Save the tensors alone: torch.save(model.state_dict(), path), or as safetensors"
+        ) from error
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        kind = type(content).__name__
+        keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, Mapping) else ""
+        raise WeightsError(
+            f"--weights {path}: found a {kind}{keys}; expected a state dict, or a dict with one under {' or '.join(_KEYS[:2])}"
+        )
+    return content
+
+
+def _safetensors(path: str) -> Mapping[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise WeightsError(f"--weights {path}: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise WeightsError(f"--weights {path}: no safetensors file ({_line(error)})") from error
+
+
+def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: str) -> None:
+    """Raises WeightsError unless the names and shapes are those of the model. Of tied parameters one name will do."""
+    from mhc_compile.checkpoints import plain_name
+
+    wanted = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    loaded = {id(value) for name, value in wanted.items() if name in state}
+    has_connections = any(_is_connection(name) for name in state)
+    missing = [
+        name
+        for name, value in wanted.items()
+        if name not in state and id(value) not in loaded and (has_connections or not _is_connection(name))
+    ]
+    unexpected = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name} is {list(state[name].shape)} in the file and {list(value.shape)} in the model"
+        for name, value in wanted.items()
+        if name in state and getattr(value, "shape", None) != state[name].shape
+    ]
+    parts = [
+        *_list("entries of the file are not in the model", unexpected),
+        *_list("of the model are not in the file", missing),
+    ]
+    parts += (
+        [f"{len(shapes)} with other shapes: {'; '.join(shapes[:_SHOWN])}{'; ...' if len(shapes) > _SHOWN else ''}"]
+        if shapes
+        else []
+    )
+    if parts:
+        hint = (
+            " An hf: target is tiny unless --full-size or --set gives it the sizes of the checkpoint"
+            if target.startswith("hf:")
+            else ""
+        )
+        raise WeightsError(
+            f"--weights {path} does not fit {target} ({type(model).__name__}): {', and '.join(parts)}.{hint}"
+        )
+
+
+def _list(what: str, names: list[str]) -> list[str]:
+    return (
+        [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"] if names else []
+    )
+
+
+def _is_connection(name: str) -> bool:
+    from mhc_compile.attachment import CONTAINER
+
+    return CONTAINER in name.split(".")[:-1] and name.rpartition(".")[2] in {"phi", "bias", "scale"}
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,243 @@
+// Selection, search, filter and keys.
+
+const $ = id => document.getElementById(id);
+const models = data.graphs.map((graph, number) => new Model(graph, data.layers[number], number));
+const state = {model: null, view: null, arcs: null, selected: null, hits: [], hit: -1};
+window.mhc = {timings: []};
+
+function openGraph(number) {
+  state.model = models[number];
+  state.selected = null;
+  state.view = new RowsView(state.model, $('rows'));
+  state.arcs = new Arcs(state.view);
+  $('graph').value = String(number);
+  fillSites($('sites'), state.model);
+  fillDetails($('details'), state.model, null);
+  search($('query').value, false);
+}
+
+/** Marks the row with its operands and users on both sides. `quiet` leaves the address as it is. */
+function select(row, side, quiet = false) {
+  const started = performance.now();
+  const root = $('rows');
+  for (const marked of root.querySelectorAll('.selected, .operand, .user')) marked.classList.remove('selected', 'operand', 'user');
+  for (const cell of root.querySelectorAll('[aria-selected=true]')) cell.setAttribute('aria-selected', 'false');
+  for (const button of $('sites').querySelectorAll('[aria-current]')) button.removeAttribute('aria-current');
+  if (row && !row[side]) side = other(side);
+  state.selected = row ? {row, side} : null;
+  const related = {before: [], after: []};
+  if (row) {
+    const shown = state.view.show(row.place);
+    shown.classList.add('selected');
+    for (const name of SIDES) {
+      const node = row[name];
+      if (!node) continue;
+      document.getElementById(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
+      const relate = (names, kind) => {
+        for (const place of new Set(names.map(other => state.model.places[name].get(other)))) {
+          related[name].push([place, kind]);
+          const cell = state.view.elements[place] && document.getElementById(`cell-${name}-${place}`);
+          if (cell) cell.classList.add(kind);
+        }
+      };
+      relate(node.reads, 'operand');
+      relate(state.model.users[name].get(node.name) || [], 'user');
+    }
+    root.setAttribute('aria-activedescendant', `cell-${side}-${row.place}`);
+    reveal(shown);
+    const site = (row.after && row.after.site) || (row.before && row.before.site);
+    markList(site ? `[data-site="${CSS.escape(site)}"]` : '');
+    const place = state.model.graph.refusals.findIndex(refusal => SIDES.some(name => row[name] && row[name].role === 'left-alone' && row[name].name === refusal.add));
+    if (place >= 0) markList(`[data-refusal="${place}"]`);
+  } else {
+    root.removeAttribute('aria-activedescendant');
+  }
+  fillDetails($('details'), state.model, row, side);
+  state.arcs.draw(row ? row.place : null, related);
+  if (!quiet) remember();
+  requestAnimationFrame(() => {
+    const channel = new MessageChannel(); // its message comes after the frame is painted
+    channel.port1.onmessage = () => window.mhc.timings.push(performance.now() - started);
+    channel.port2.postMessage(null);
+  });
+}
+
+function markList(selector) {
+  const button = selector && $('sites').querySelector(selector);
+  if (!button) return;
+  button.setAttribute('aria-current', 'true');
+  reveal(button, $('sites'));
+}
+
+function reveal(shown, root = $('rows')) {
+  const box = root.getBoundingClientRect();
+  const own = shown.getBoundingClientRect();
+  if (own.top < box.top + 30 || own.bottom > box.bottom - 30) root.scrollTop += own.top - box.top - box.height / 3;
+}
+
+function remember() {
+  const {selected, model} = state;
+  const node = selected && selected.row[selected.side];
+  const hash = node ? `#g${model.number}:${selected.side}:${encodeURIComponent(node.name)}` : '#';
+  try {
+    history.replaceState(null, '', hash);
+  } catch {
+    location.hash = hash;
+  }
+}
+
+function followAddress() {
+  const found = /^#g(\d+):(before|after):(.+)$/.exec(location.hash);
+  if (!found || !models[found[1]]) return;
+  if (state.model !== models[found[1]]) openGraph(Number(found[1]));
+  let name;
+  try {
+    name = decodeURIComponent(found[3]);
+  } catch {
+    return;
+  }
+  const row = state.model.row(found[2], name);
+  if (row) select(row, found[2], true);
+}
+
+function search(text, jump = true) {
+  const query = text.trim().toLowerCase();
+  for (const marked of $('rows').querySelectorAll('.hit')) marked.classList.remove('hit');
+  // The graph's own nodes first: parameters bear the names of all modules.
+  const found = query ? state.model.rows.filter(row => state.model.texts[row.place].includes(query)) : [];
+  state.hits = [...found.filter(row => state.model.isCall(row)), ...found.filter(row => !state.model.isCall(row))];
+  state.hit = -1;
+  for (const row of state.hits) state.view.stand(row.place).classList.add('hit');
+  for (const button of $('sites').querySelectorAll('li button')) {
+    button.parentElement.classList.toggle('hit', Boolean(query) && `${button.textContent}\n${button.title}`.toLowerCase().includes(query));
+  }
+  if (state.hits.length && jump) nextHit(1);
+  else countHits(query);
+}
+
+function nextHit(step) {
+  if (!state.hits.length) return;
+  state.hit = state.hit < 0 && step < 0 ? state.hits.length - 1 : (state.hit + step + state.hits.length) % state.hits.length;
+  const row = state.hits[state.hit];
+  select(row, row.after ? 'after' : 'before');
+  for (const hit of state.hits) if (state.view.elements[hit.place]) state.view.elements[hit.place].classList.add('hit');
+  countHits($('query').value.trim());
+}
+
+function countHits(query) {
+  $('hits').textContent = !query ? '' : state.hits.length ? `${Math.max(0, state.hit) + 1} of ${state.hits.length}` : 'no hit';
+}
+
+function move(step) {
+  const rows = state.view.visible();
+  const at = state.selected ? rows.indexOf(state.view.elements[state.selected.row.place]) : step > 0 ? -1 : rows.length;
+  const next = rows[Math.max(0, Math.min(rows.length - 1, at + step))];
+  if (next) select(state.model.rows[next.dataset.place], state.selected ? state.selected.side : 'after');
+}
+
+function moveToChange(step) {
+  const shown = $('rows').classList;
+  const order = state.model.layers.flatMap(layer => layer.rows).map(place => state.model.rows[place]);
+  let at = state.selected ? order.indexOf(state.selected.row) : step > 0 ? -1 : order.length;
+  for (at += step; at >= 0 && at < order.length; at += step) {
+    if (order[at].change !== 'same' && !shown.contains(`no-${order[at].change}`)) {
+      select(order[at], state.selected ? state.selected.side : 'after');
+      return;
+    }
+  }
+}
+
+function clear() {
+  $('query').value = '';
+  search('');
+  select(null, 'after');
+  $('rows').focus({preventScroll: true});
+}
+
+const keys = {
+  ArrowDown: () => move(1), j: () => move(1), ArrowUp: () => move(-1), k: () => move(-1),
+  ArrowLeft: () => turn('before'), h: () => turn('before'), ArrowRight: () => turn('after'), l: () => turn('after'),
+  n: () => moveToChange(1), p: () => moveToChange(-1),
+  e: () => { state.view.toggleAll(); redraw(); },
+  '/': () => { $('query').focus(); $('query').select(); },
+};
+
+function turn(side) {
+  if (state.selected && state.selected.row[side]) select(state.selected.row, side);
+}
+
+/** After a fold: the arcs end elsewhere, and rows that have come into being are hits or operands. */
+function redraw() {
+  search($('query').value, false);
+  if (state.selected) {
+    const {row, side} = state.selected;
+    if (state.view.stand(row.place) === state.view.elements[row.place]) select(row, side, true);
+    else state.arcs.draw(null);
+  }
+}
+
+document.addEventListener('keydown', event => {
+  if (event.key === 'Escape') return clear();
+  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return undefined;
+  const action = keys[event.key];
+  if (!action) return undefined;
+  event.preventDefault();
+  return action();
+});
+
+document.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  const head = event.target.closest('.head');
+  if (head) {
+    head.group.toggle(!head.group.open);
+    return redraw();
+  }
+  if (button && button.dataset.site !== undefined) {
+    const row = state.model.ofSite(button.dataset.site);
+    return row && select(row, 'after');
+  }
+  if (button && button.dataset.refusal !== undefined) {
+    const found = state.model.ofRefusal(state.model.graph.refusals[button.dataset.refusal]);
+    return found && select(found.row, found.side);
+  }
+  if (button && button.dataset.name !== undefined) {
+    const row = state.model.row(button.dataset.side, button.dataset.name);
+    return row && select(row, button.dataset.side);
+  }
+  if (button && button.dataset.change !== undefined) {
+    const hidden = $('rows').classList.toggle(`no-${button.dataset.change}`);
+    button.setAttribute('aria-pressed', String(!hidden));
+    return redraw();
+  }
+  const cell = event.target.closest('.cell[data-side]');
+  return cell && select(state.model.rows[cell.parentElement.dataset.place], cell.dataset.side);
+});
+
+$('search').addEventListener('submit', event => { event.preventDefault(); nextHit(1); });
+$('query').addEventListener('keydown', event => {
+  if (event.key !== 'Enter' || !event.shiftKey) return;
+  event.preventDefault();
+  nextHit(-1);
+});
+$('query').addEventListener('input', event => search(event.target.value));
+$('earlier').addEventListener('click', () => nextHit(-1));
+$('graph').addEventListener('change', event => { openGraph(Number(event.target.value)); select(null, 'after'); });
+window.addEventListener('hashchange', followAddress);
+window.addEventListener('resize', () => { if (state.selected) select(state.selected.row, state.selected.side, true); });
+
+fillHeader();
+fillLegend($('legend'));
+if (models.length > 1) {
+  $('graph').hidden = false;
+  $('graph').append(...models.map((model, number) => {
+    const modules = model.graph.modules.map(path => path || 'the model itself');
+    const more = modules.length > 1 ? ` and ${modules.length - 1} more` : '';
+    return element('option', '', `graph ${number}: ${modules[0]}${more}`, {value: number});
+  }));
+}
+if (models.length) {
+  openGraph(0);
+  followAddress();
+} else {
+  $('details').append(element('p', 'note', 'Dynamo made no graph of this model.'));
+}

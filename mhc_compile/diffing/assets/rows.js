@@ -1,0 +1,225 @@
+// The two graphs: groups, folds and rows. What is folded is not built before it is opened.
+
+const LONG = 3; // as many unchanged rows stay open
+
+/** A stretch of rows below a heading. `build` fills it when it is first opened. */
+class Group {
+  /** `label`: elements that name it; `note`: what is said about it. */
+  constructor(view, parent, depth, members, label, note) {
+    Object.assign(this, {view, parent, depth, members, built: false, build: () => {}});
+    this.box = element('div', `group depth${depth}`, '', {role: 'rowgroup'});
+    this.head = element('div', 'head', '', {role: 'row'});
+    const cell = element('div', 'label', '', {role: 'gridcell'});
+    this.button = element('button', '', '', {'aria-expanded': 'false', type: 'button'});
+    this.button.append(...label);
+    cell.append(this.button);
+    this.head.append(view.gutter('before', members), cell, view.gutter('after', members), element('div', 'note', note, {role: 'gridcell'}));
+    this.body = element('div', 'body');
+    this.body.hidden = true;
+    this.box.append(this.head, this.body);
+    this.head.group = this;
+    for (const place of members) view.owners[place] = this;
+  }
+
+  get open() {
+    return !this.body.hidden;
+  }
+
+  toggle(open) {
+    if (open && !this.built) {
+      this.built = true;
+      this.build();
+    }
+    this.body.hidden = !open;
+    this.button.setAttribute('aria-expanded', String(open));
+  }
+}
+
+class RowsView {
+  constructor(model, root) {
+    this.model = model;
+    this.root = root;
+    this.owners = []; // the innermost group of every row
+    this.elements = []; // the built rows
+    this.groups = [];
+    root.replaceChildren();
+    root.style.setProperty('--n', model.expanded ? streams : 1);
+    for (const layer of model.layers) this.layer(layer);
+  }
+
+  layer(layer) {
+    const rows = layer.rows.map(place => this.model.rows[place]);
+    const changed = this.changes(layer.rows);
+    const name = layer.inputs ? 'inputs and parameters' : layer.path || 'the model itself';
+    const label = [element('b', '', name)];
+    if (layer.kind) label.push(element('i', '', layer.kind));
+    if (layer.like) label.push(element('span', 'note', `as ${layer.like}`));
+    const note = changed ? `${changed} of ${rows.length} changed` : `${rows.length} unchanged`;
+    const group = this.group(null, 1, layer.rows, label, note);
+    group.build = () => this.fill(group, layer);
+    this.root.append(group.box);
+    if (changed && !layer.like && !layer.inputs) group.toggle(true);
+  }
+
+  group(parent, depth, members, label, note = '') {
+    const group = new Group(this, parent, depth, members, label, note);
+    this.groups.push(group);
+    return group;
+  }
+
+  /** The modules of a layer one after the other, and the rows of the layer itself between them; what is unchanged folded. */
+  fill(group, layer) {
+    const parts = runs(layer.rows, place => this.child(layer, place));
+    if (!this.changes(layer.rows)) {
+      for (const part of parts) this.part(group, layer, part);
+      return;
+    }
+    for (const [changed, members] of runs(parts, ([, places]) => Boolean(this.changes(places)))) {
+      const places = members.flatMap(([, inner]) => inner);
+      if (changed || members.length === 1) {
+        for (const part of members) this.part(group, layer, part);
+      } else if (places.length <= LONG) {
+        group.body.append(...places.map(place => this.row(place)));
+      } else {
+        const names = [...new Set(members.map(([name]) => name).filter(Boolean))];
+        this.fold(group, places, names, fold => members.forEach(part => this.part(fold, layer, part)));
+      }
+    }
+  }
+
+  /** The first part of a row's module below its layer. */
+  child(layer, place) {
+    const row = this.model.rows[place];
+    const {module, role, site} = row.after || row.before;
+    if (role === 'stream' && !site) return ''; // where streams begin and end
+    const prefix = layer.path ? `${layer.path}.` : '';
+    return layer.inputs || !module.startsWith(prefix) ? '' : module.slice(prefix.length).split('.')[0];
+  }
+
+  /** One module of a layer as a group; rows of the layer itself as they are. */
+  part(group, layer, [name, places]) {
+    if (!name) {
+      this.stretch(group, places);
+      return;
+    }
+    const changed = this.changes(places);
+    const path = layer.path ? `${layer.path}.${name}` : name;
+    const rows = places.map(place => this.model.rows[place]);
+    const own = rows.map(row => row.after || row.before).find(node => node.module === path);
+    const label = [element('span', 'path', `.${name}`)];
+    if (own) label.push(element('i', '', own.kind));
+    if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
+    const inner = this.group(group, 2, places, label, changed ? '' : operations(rows));
+    inner.build = () => this.stretch(inner, places, Boolean(changed));
+    group.body.append(inner.box);
+    if (changed || this.everything) inner.toggle(true);
+  }
+
+  /** Rows, the long unchanged stretches folded. */
+  stretch(group, places, folded = group.depth < 3) {
+    for (const [same, members] of runs(places, place => this.model.rows[place].change === 'same')) {
+      const show = inner => inner.body.append(...members.map(place => this.row(place)));
+      if (same && folded && members.length > LONG) this.fold(group, members, [], show);
+      else show(group);
+    }
+  }
+
+  fold(group, places, names, build) {
+    const label = [element('span', 'note', `⋯ ${places.length} unchanged${names.length ? `, also in ${names.join(', ')}` : ''}`)];
+    const fold = this.group(group, 3, places, label, operations(places.map(place => this.model.rows[place])));
+    fold.build = () => build(fold);
+    group.body.append(fold.box);
+    if (this.everything) fold.toggle(true);
+  }
+
+  changes(places) {
+    return places.filter(place => this.model.rows[place].change !== 'same').length;
+  }
+
+  row(place) {
+    const row = this.model.rows[place];
+    const made = element('div', 'row', '', {role: 'row', 'data-place': place, 'data-change': row.change});
+    const what = row.change === 'same' ? '' : `${signs.get(row.change)}`;
+    for (const side of SIDES) {
+      const node = row[side];
+      made.append(this.gutter(side, [place], true), node ? this.cell(row, side, node, what) : element('div', 'cell none', '', {role: 'gridcell'}));
+    }
+    this.elements[place] = made;
+    return made;
+  }
+
+  cell(row, side, node, sign) {
+    const cell = element('div', 'cell', '', {
+      role: 'gridcell', 'data-side': side, id: `cell-${side}-${row.place}`, 'aria-selected': 'false',
+    });
+    const mark = node.role === 'left-alone' ? '∅' : node.role === 'site' && (!sign || row.change === 'marked') ? '◆' : sign;
+    const rest = node.op === 'call' || node.op === 'output' ? node.text.slice(node.op === 'call' ? node.name.length : 0) : '';
+    cell.append(
+      element('span', 'sign', mark, {'aria-label': mark ? row.change : ''}),
+      element('span', 'text'),
+      element('span', 'value', node.value));
+    const text = cell.children[1];
+    if (node.op !== 'output') text.append(element('b', '', node.name));
+    text.append(rest);
+    return cell;
+  }
+
+  gutter(side, places, single = false) {
+    const gutter = element('div', 'gutter', '', {'aria-hidden': 'true'});
+    const lanes = places.map(place => this.model.lane(place)).filter(Boolean);
+    if (!lanes.length) return gutter;
+    // Of a heading: whether the trunk passes it, or begins below it.
+    const part = single ? lanes[0] : /middle|last/.test(this.model.lane(places[0])) ? 'middle' : 'below';
+    const lane = element('span', `lane ${side} ${part}`);
+    gutter.append(lane);
+    if (single && this.model.isSite(this.model.rows[places[0]])) lane.classList.add('site');
+    return gutter;
+  }
+
+  /** Opens whatever hides a row and gives its element. */
+  show(place) {
+    const closed = [];
+    for (;;) {
+      closed.length = 0;
+      for (let group = this.owners[place]; group; group = group.parent) closed.push(group);
+      const shut = closed.reverse().find(group => !group.open);
+      if (!shut) return this.elements[place];
+      shut.toggle(true);
+    }
+  }
+
+  /** The element that stands for a row now: itself, or the heading of the outermost group that hides it. */
+  stand(place) {
+    let found = this.elements[place];
+    for (let group = this.owners[place]; group; group = group.parent) if (!group.open) found = group.head;
+    return found;
+  }
+
+  toggleAll() {
+    this.everything = !this.everything;
+    // Groups come into being while others are opened.
+    for (let place = 0; place < this.groups.length; place++) this.groups[place].toggle(this.everything || this.isOpen(place));
+  }
+
+  /** Whether a group is open at first. */
+  isOpen(place) {
+    const group = this.groups[place];
+    const layer = this.model.layers.find(candidate => candidate.rows === group.members);
+    return this.changes(group.members) > 0 && !(layer && (layer.like || layer.inputs));
+  }
+
+  visible() {
+    return [...this.root.querySelectorAll('.row')].filter(row => row.offsetParent !== null);
+  }
+}
+
+/** Consecutive items with the same key together. */
+function runs(items, key) {
+  const found = [];
+  for (const item of items) {
+    const name = key(item);
+    if (found.length && found[found.length - 1][0] === name) found[found.length - 1][1].push(item);
+    else found.push([name, [item]]);
+  }
+  return found;
+}
