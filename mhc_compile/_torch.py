@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.fx.experimental import symbolic_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ __all__ = [
     "compile_with_inductor",
     "ddp_parameters",
     "ends_at_break",
+    "example_size",
     "forget_compiled",
     "frame_code",
     "frame_location",
@@ -239,6 +241,15 @@ def root_module() -> nn.Module | None:
 def modules_in_use() -> list[nn.Module]:
     """The modules whose calls surround this one in Python, the innermost first."""
     return [module for _, module in _calls()]
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """The number that a size is in the example inputs. Unlike `int(size)` this does not pin a dynamic size to it."""
+    if isinstance(size, int):
+        return size
+    # Older versions of torch call it `hint_int`.
+    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "hint_int"
+    return int(getattr(symbolic_shapes, name)(size, fallback=0))
 
 
 def runs_inside_another(module: nn.Module) -> bool:

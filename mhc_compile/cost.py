@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mhc_compile import _torch
 from mhc_compile.mappings import get_mapping
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def site_cost(width: int, itemsize: int, options: Options) -> Cost:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:  # noqa: ARG001
-    return int(sdpa_flop_count(query, key, value))
+    return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]
 
 
 #: torch's counter knows the attention kernels of CUDA only.
@@ -93,4 +94,4 @@ def plain_flops(graph_module: GraphModule) -> int | None:
             torch.fx.Interpreter(graph_module).run(*inputs)
     except Exception:  # an estimate must not make a report fail, whatever a model's operations raise
         return None
-    return int(counter.get_total_flops())
+    return _torch.example_size(counter.get_total_flops())

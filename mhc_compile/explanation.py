@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
+from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
 from mhc_compile.cost import Cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
@@ -293,7 +294,7 @@ def _graph_report(graph_module: torch.fx.GraphModule, graph: Graph, plan: Plan, 
     if plan.chains:
         value = tensor_value(plan.chains[0].start)
         assert value is not None
-        tokens = int(value.numel()) // plan.chains[0].width
+        tokens = _torch.example_size(value.numel()) // plan.chains[0].width
     return GraphReport(
         module=module,
         nodes=len(graph_module.graph.nodes),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils import _pytree as pytree
 
+from mhc_compile import _torch
 from mhc_compile.cost import site_cost
 from mhc_compile.passes.roles import is_contraction, is_region, is_view, op_name, tensor_value
 
@@ -130,7 +131,7 @@ def site_work(site: Site, options: Options) -> tuple[Work, Work]:
     """What one site does beyond its plain add, for all tokens of the example inputs: as lowered now, and at the floor."""
     value = tensor_value(site.add)
     assert value is not None
-    tokens = int(value.numel()) // site.width
+    tokens = _torch.example_size(value.numel()) // site.width
     cost = site_cost(site.width, 1, options)
     lowered, floor = (
         Work(cost.flops * tokens, (moved - cost.bytes_plain) * tokens, cost.parameters)
@@ -235,4 +236,4 @@ def _elements(node: Node) -> int:
     """Of all floating-point tensors that the node stands for."""
     value = node.meta.get("example_value", node.meta.get("val"))
     tensors = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return sum(int(tensor.numel()) for tensor in tensors if tensor.is_floating_point())
+    return sum(_torch.example_size(tensor.numel()) for tensor in tensors if tensor.is_floating_point())

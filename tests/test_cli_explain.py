@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from builders import LAYERS, Decoder, tokens
 from click.testing import CliRunner
 
 from mhc_compile.cli import _group, main
@@ -80,6 +82,17 @@ def test_json_of_a_story_and_of_the_overhead(mhc):
     overheads = json.loads(mhc("zoo:resnet", "--json").stdout)["overheads"]
     assert {"NVIDIA H100 SXM"} < {overhead["machine"]["name"] for overhead in overheads}
     assert all(overhead["here"] > 0 for overhead in overheads)
+
+
+def test_an_exported_program(mhc, tmp_path):
+    file = tmp_path / "decoder.pt2"
+    torch.export.save(torch.export.export(Decoder(), (tokens(),)), file)
+    report = mhc(str(file))
+    assert report.exit_code == 0, report.stderr
+    assert f"Decoder: {2 * LAYERS} sites in 1 chain, 0 additions left alone, 1 graph" in report.stdout
+    assert "x + attn(x)  builders.py:" in report.stdout
+    story = json.loads(mhc(str(file), "--why", "blocks.1.mhc.mlp", "--json").stdout)
+    assert [site["carrier"] for site in story["sites"]] == ["blocks.1.mlp"]
 
 
 def test_a_name_that_nothing_has_is_one_readable_paragraph(monkeypatch, capsys):

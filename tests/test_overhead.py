@@ -132,3 +132,18 @@ def test_tokens_of_a_convolution_are_its_pixels():
 
 def test_nothing_to_rewrite_has_no_overhead():
     assert mhc_compile.explain(nn.Linear(2, 2), torch.randn(3, 2)).overheads == ()
+
+
+def test_dynamic_sizes_stay_dynamic_and_count_as_they_are():
+    inputs = torch.randn(2, TOKENS // 2, C)
+    static = mhc_compile.explain(nn.Sequential(Block(), Block()), inputs)
+    for axis in (0, 1):
+        torch._dynamo.mark_dynamic(inputs, axis)  # an error, if explain made a number of it
+    dynamic = mhc_compile.explain(nn.Sequential(Block(), Block()), inputs)
+    assert (dynamic.plain, dynamic.added, dynamic.floor) == (static.plain, static.added, static.floor)
+    assert dynamic.graphs[0].tokens == TOKENS
+    tokens, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    program = torch.export.export(
+        nn.Sequential(Block(), Block()), (torch.randn(2, TOKENS // 2, C),), dynamic_shapes=[{0: tokens, 1: length}]
+    )
+    assert mhc_compile.explain(program).plain == static.plain
