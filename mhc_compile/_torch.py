@@ -295,6 +295,28 @@ def inductor_settings() -> list[str]:
     return list_options()
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor calls.
+
+    Raises:
+        Exception: there is none, in Inductor's words.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return str(get_cpp_compiler())
+
+
+def cache_folder() -> str:
+    """Where Inductor keeps what it compiled; made if it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
 @contextmanager
 def inductor_code() -> Iterator[list[str]]:
     """Collects the modules of Python that Inductor writes, in order. Its caches are passed by, so that it writes what it would otherwise find."""

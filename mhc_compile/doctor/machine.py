@@ -26,14 +26,14 @@ _ROOM = 1 << 30
 
 def compiler() -> Iterator[Finding]:
     """The C++ compiler that Inductor calls, and whether it compiles."""
+    from mhc_compile import _torch
+
     advice = (
         "Install one (apt install g++, or Xcode's command line tools), or set CXX to one that works."
         " Without it use options={'inner': 'aot_eager'}."
     )
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        path = get_cpp_compiler()
+        path = _torch.cpp_compiler()
     except Exception as error:
         yield Finding("C++ compiler", "failed", _line(error), advice)
         return
@@ -75,10 +75,10 @@ def accelerator() -> Iterator[Finding]:
 
 def caches() -> Iterator[Finding]:
     """Where compiled code is kept, and whether it can be."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from mhc_compile import _torch
 
     try:
-        folder = Path(cache_dir())
+        folder = Path(_torch.cache_folder())
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
