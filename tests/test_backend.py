@@ -329,7 +329,7 @@ def test_mode_and_inductor_settings_reach_inductor(monkeypatch):
         seen.update(config_patches)
         return module.forward
 
-    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    monkeypatch.setattr(_torch.inductor, "compile_fx", compile_fx)
     model = Decoder()
     torch.compile(model, backend="mhc", mode="max-autotune-no-cudagraphs", options=None)(tokens())
     assert seen["max_autotune"] is True
@@ -393,7 +393,7 @@ def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
         tags.append(torch.compiler.config.cache_key_tag)
         return module.forward
 
-    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    monkeypatch.setattr(_torch.inductor, "compile_fx", compile_fx)
     for print_of, recompute in (("one", "cheap"), ("other", "cheap"), ("other", "block")):
         monkeypatch.setattr(ops, "fingerprint", lambda print_of=print_of: print_of)
         torch._dynamo.reset()

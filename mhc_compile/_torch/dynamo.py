@@ -1,0 +1,251 @@
+"""Dynamo: the frame that is being traced, and what was compiled of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_backend
+from torch._dynamo.exc import (
+    ShortenTraceback,
+    TensorifyScalarRestartAnalysis,
+)
+from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
+from torch._dynamo.source import SyntheticLocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx.experimental import symbolic_shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from types import CodeType, FrameType
+
+    from mhc_compile.errors import MhcError
+
+__all__ = [
+    "ends_at_break",
+    "example_size",
+    "forget_compiled",
+    "frame_code",
+    "frame_location",
+    "graph_is_part",
+    "has_compiled",
+    "in_trace",
+    "isolated_compile",
+    "make_room",
+    "module_by_id",
+    "modules_in_use",
+    "name_input",
+    "numpy_draws_as_in_eager",
+    "raise_through_dynamo",
+    "restart_trace",
+    "root_module",
+    "runs_inside_another",
+    "same_function",
+]
+
+#: Stands for an object that is in no frame.
+_NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
+
+
+def _tracer() -> Any:
+    return InstructionTranslator.current_tx()
+
+
+def in_trace() -> bool:
+    """Whether Dynamo is tracing a frame at this moment, so that there is something to restart."""
+    try:
+        return _tracer() is not None
+    except AttributeError:  # torch stores the tracer in a thread-local that first exists when something was traced
+        return False
+
+
+def restart_trace() -> None:
+    """Asks Dynamo to trace the current frame again from its beginning. Raises; never returns.
+
+    The log of speculations must be empty, or the second trace would be held to the graph breaks of the first.
+    """
+    _tracer().speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason="mhc_compile attached hyper-connections")
+
+
+def frame_code() -> CodeType:
+    """The code object of the frame that is being traced."""
+    return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
+
+
+def frame_location() -> str:
+    """File and line of the frame that is being traced."""
+    code = frame_code()
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def same_function(one: CodeType, other: CodeType) -> bool:
+    """Whether two frames run the same function of the user, one perhaps from its beginning and the other from behind a graph break."""
+    return (one.co_filename, _written_name(one)) == (other.co_filename, _written_name(other))
+
+
+def _written_name(code: CodeType) -> str:
+    name = code.co_name
+    return re.sub(r"_at_\d+(_\d+)?$", "", name[len(TORCH_DYNAMO_RESUME_IN_PREFIX) + 1 :]) if _is_rest(code) else name
+
+
+def _is_rest(code: CodeType) -> bool:
+    return code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX)
+
+
+def ends_at_break() -> bool:
+    """Whether a graph break follows the graph that is being compiled."""
+    reason = _tracer().output.compile_subgraph_reason
+    return bool(reason is not None and reason.graph_break)
+
+
+def graph_is_part() -> bool:
+    """Whether the graph that is being compiled ends at a graph break, or begins behind one."""
+    return ends_at_break() or _is_rest(frame_code())
+
+
+def name_input(node: torch.fx.Node) -> None:
+    """Gives a graph input that Dynamo does not know a source: AOTAutograd asks every input of a Dynamo graph for one."""
+    node._dynamo_source = SyntheticLocalSource(str(node.target))
+
+
+def numpy_draws_as_in_eager() -> AbstractContextManager[None]:
+    """A context in which compiled code draws `numpy.random` from NumPy's stream, as eager code does; Dynamo's default is torch's."""
+    return torch._dynamo.config.patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]
+
+
+def has_compiled(code: CodeType) -> bool:
+    """Whether Dynamo keeps a compiled version of this code."""
+    return bool(_debug_get_cache_entry_list(code))
+
+
+def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
+    """Makes Dynamo trace `code` again at its next call.
+
+    `all_entries` drops everything that is known of the code, which must not happen while it is being traced. Otherwise the compiled versions
+    stay in their list with guards that always fail, as Dynamo itself does when a guarded object dies.
+    """
+    if all_entries:
+        reset_code(code)
+        return
+    for entry in _debug_get_cache_entry_list(code):
+        if not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+            _invalidate(entry, "mhc_compile attached hyper-connections")
+
+
+def make_room() -> None:
+    """Makes room for one more compiled version of the frame that is being traced, whose guards will hold for what they did not hold for before.
+
+    Versions of the same backend whose guards hold now would be its duplicates: they are dropped, and whoever used them will use the new one. The
+    others stay valid and no longer count towards the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
+    and a name that no frame has makes them such.
+    """
+    output = _tracer().output
+    backend, scope = innermost_backend(output.compiler_fn), output.local_scope
+    for entry in _debug_get_cache_entry_list(frame_code()):
+        manager = entry.guard_manager
+        if not isinstance(manager, DeletedGuardManagerWrapper) and entry.backend == backend and manager.check(scope):
+            _invalidate(entry, "mhc_compile attached hyper-connections to another model like it")
+        entry.guard_manager.id_matched_objs = {"": _NOBODY}
+
+
+def _invalidate(entry: Any, reason: str) -> None:
+    state = entry.guard_manager.extra_state
+    assert state is not None
+    state.invalidate(entry, DeletedGuardManagerWrapper(reason))
+
+
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13).
+
+    `settings` that this torch does not know are left out.
+    """
+    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them, on the model, which then cannot be pickled.
+    plain: Any = inspect.unwrap(torch.compile)
+    known = inspect.signature(plain).parameters
+    wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
+    return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
+
+
+def root_module() -> nn.Module | None:
+    """The module whose method Dynamo traces: `self` of the outermost frame, or else the first module among its arguments."""
+    scope: dict[str, Any] = _tracer().output.local_scope
+    me = scope.get("self")
+    if isinstance(me, nn.Module):
+        return me
+    for name, value in scope.items():
+        if name.startswith(
+            "___stack"
+        ):  # what a graph break left half evaluated: some module that is about to be called
+            continue
+        candidates = value if isinstance(value, tuple) else (value,)
+        for candidate in candidates:
+            if isinstance(candidate, nn.Module):
+                return candidate
+    return None
+
+
+def modules_in_use() -> list[nn.Module]:
+    """The modules whose calls surround this one in Python, the innermost first."""
+    return [module for _, module in _calls()]
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """The number that a size is in the example inputs. Unlike `int(size)` this does not pin a dynamic size to it."""
+    if isinstance(size, int):
+        return size
+    # Older versions of torch call it `hint_int`.
+    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "hint_int"
+    return int(getattr(symbolic_shapes, name)(size, fallback=0))
+
+
+def runs_inside_another(module: nn.Module) -> bool:
+    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered."""
+    return any(
+        within and owner is not module and any(one is module for one in owner.modules()) for within, owner in _calls()
+    )
+
+
+def _calls() -> Iterator[tuple[bool, nn.Module]]:
+    """Calls of modules round this frame, the innermost first, each with whether it came after `torch.compile` was entered.
+
+    Only local variables of torch's own frames are read: those of a user's frame would be kept alive by that until the frame is left.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    within = True
+    while frame is not None:
+        code = frame.f_code
+        within = within and code.co_name != "compile_wrapper"
+        if code.co_filename == nn.Module.__call__.__code__.co_filename:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                yield within, owner
+        frame = frame.f_back
+
+
+def module_by_id(identity: int) -> nn.Module | None:
+    """The module with this `id`, among those that the current trace has called."""
+    variable = _tracer().output.side_effects.id_to_variable.get(identity)
+    value = getattr(variable, "value", None)
+    return value if isinstance(value, nn.Module) and id(value) == identity else None
+
+
+def raise_through_dynamo(error: MhcError) -> None:
+    """Raises `error` so that it leaves `torch.compile` as itself, not wrapped in BackendCompilerFailed, and without Dynamo's frames."""
+    kind = type(error)
+    through = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__init__": _init_through})
+    raise through(error) from error.__cause__
+
+
+def _init_through(self: Any, error: MhcError) -> None:
+    Exception.__init__(self, *error.args)
+    self.first_useful_frame = None
+    self.frame_summary_stack = []
