@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,7 @@ def test_a_signal_reaches_the_script_itself(folder, number):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
             assert int(process.stdout.readline()) == process.pid  # nobody stands between
+            time.sleep(0.5)  # until it sleeps: the trace says where it was
             process.send_signal(number)
             _, said = process.communicate(timeout=30)
         return process.returncode, said

@@ -56,6 +56,7 @@ def test_a_model_is_timed_beside_itself(folder):
     assert "timing" in done.stderr
 
 
+@pytest.mark.slow
 def test_eval_is_a_forward_alone(folder):
     done = bench(folder, "models.py:make", "--quick", "--eval", "--quiet", "--inner", "eager")
     assert done.returncode == 0, done.stderr
