@@ -20,9 +20,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 COLUMNS = 100
 TERMINALS = {
-    "explain": ("explain", "hf:gpt2", "--full-size"),
     "diff": ("diff", "hf:llama", "--set", "num_hidden_layers=16"),
-    "check": ("check", "zoo:pre-norm"),
     "kernels": ("diff", "zoo:pre-norm", "--kernels"),
 }
 PAGE = ("diff", "hf:gpt2", "--set", "n_layer=12", "--html")
