@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,17 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 EAGER = {"inner": "eager"}
 
 
+def _forget():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps its settings for the process; and each test starts with a DynamoBackend that knows its own members alone."""
+def _fresh_accelerate(monkeypatch):
+    """accelerate keeps its settings for the process, as a Trainer does for it; and DynamoBackend knows its own members alone at the start."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    _forget()
     hook = DynamoBackend.__dict__.get("_missing_")
     known = {
         name: DynamoBackend._value2member_map_.pop(name)
@@ -30,8 +40,7 @@ def _fresh_accelerate():
     if hook is not None:
         del DynamoBackend._missing_
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    _forget()
     if hook is not None:
         DynamoBackend._missing_ = hook
     DynamoBackend._value2member_map_.update(known)
