@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mhc_compile.bench.names import UnknownNameError, check_names
-from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, write
+from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, weights_given, write
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 #: What --quick sets: everything runs, nothing means much.
 _QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
 _QUICK_ROUNDS = 3
+#: Parameters that say something of a TARGET alone.
+_OF_A_TARGET = ("settings", "full_size", "train")
 
 
 def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
@@ -110,6 +112,7 @@ def command(
     if quick:
         rounds = rounds if "rounds" in given else _QUICK_ROUNDS
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
+    _check_device(device)
     if target is not None:
         foreign = sorted({"only", *given} - {"rounds"}) if only else sorted(given - {"rounds"})
         if foreign or png_file is not None:
@@ -123,9 +126,9 @@ def command(
         if timed.failed:
             raise click.exceptions.Exit(1)
         return
-    foreign = sorted(set(options) - {"iterations"}) + [
-        name for name in ("settings", "full_size") if _is_given(ctx, name)
-    ]
+    foreign = sorted(set(options) - {"iterations"}) + [name for name in _OF_A_TARGET if _is_given(ctx, name)]
+    if weights_given() is not None:
+        foreign.append("weights")
     if foreign:
         raise click.UsageError(f"{', '.join(foreign)}: for a TARGET; the benchmark without one sets its own options")
     sizes["iterations"] = options.get("iterations", 20)
@@ -151,6 +154,14 @@ def command(
         sys.exit(130)
     if result.failed:
         raise click.exceptions.Exit(1)
+
+
+def _check_device(device: str | None) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("--device cuda: this torch sees no CUDA device")
 
 
 def _is_given(ctx: click.Context, name: str) -> bool:
@@ -231,8 +242,6 @@ def _measure(
     from mhc_compile.bench.run import Request, run
     from mhc_compile.bench.shape import Shape
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device cuda: this torch sees no CUDA device")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"))
     request = Request(

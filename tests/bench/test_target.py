@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 MODEL = """
 import torch
@@ -70,10 +71,15 @@ def test_eval_is_a_forward_alone(folder):
     [
         (("models.py:make", "--width", "64"), "--width: of the benchmark without TARGET"),
         (("models.py:make", "--only", "liger"), "--only: of the benchmark without TARGET"),
+        (("models.py:make", "--device", "cuda"), "--device cuda: this torch sees no CUDA device"),
         (("--streams", "2"), "streams: for a TARGET"),
+        (("--eval",), "train: for a TARGET"),
+        (("--weights", "w.safetensors"), "weights: for a TARGET"),
     ],
 )
 def test_flags_of_the_other_benchmark(folder, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
     done = bench(folder, *arguments)
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
