@@ -177,12 +177,19 @@ def test_a_command_that_does_not_exist_has_near_names():
     assert "known commands: bench, check, demo" in mhc("frobnicate").stderr
 
 
-def test_an_interrupted_command_says_so_and_exits_with_130():
-    command = [sys.executable, "-m", "mhc_compile", "explain", "zoo:gpt2"]
+def test_an_interrupted_command_says_so_and_exits_with_130(tmp_path):
+    # The factory says when it is waiting: a signal that comes while Python itself is still starting ends it without a word.
+    (tmp_path / "models.py").write_text(
+        "import time\n\ndef waits():\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "mhc_compile", "explain", "models:waits"]
     # A shell may have told its background jobs to ignore SIGINT, and children inherit that.
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore)
-    time.sleep(1.5)
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore, cwd=tmp_path
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "waiting\n"
     running.send_signal(signal.SIGINT)
     _, trouble = running.communicate(timeout=60)
     assert running.returncode == 130
