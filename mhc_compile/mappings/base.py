@@ -16,7 +16,10 @@ class Mapping(Protocol):
     Implementations are stateless; one instance serves every site. Values are float32 or float64.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `options={"mapping": ...}` takes."""
+        ...
 
     def logits(self, n: int) -> int:
         """How many logits H_res takes: columns of phi beside the 2 n of pre and post."""
