@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.errors import (
     AttachError,
     CaptureError,
+    CheckpointError,
     MhcError,
     MhcWarning,
     NothingRewrittenError,
@@ -47,6 +48,7 @@ __all__ = [
     "AttachError",
     "CaptureError",
     "CheckResult",
+    "CheckpointError",
     "Explanation",
     "Gain",
     "HyperConnection",
