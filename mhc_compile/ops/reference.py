@@ -44,6 +44,7 @@ __all__ = [
     "update_backward",
     "update_backward_fused",
     "update_fused",
+    "without_autocast",
 ]
 
 
@@ -52,8 +53,8 @@ def compute_dtype(streams: Tensor) -> torch.dtype:
     return torch.promote_types(streams.dtype, torch.float32)
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast. Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -103,7 +104,7 @@ def coefficients(
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
     convention = parse(mapping)
-    with _without_autocast(streams):
+    with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         z = _projection(flat, phi.to(dtype), eps)
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
@@ -141,7 +142,7 @@ def coefficients_backward(
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
     convention = parse(mapping)
-    with _without_autocast(streams):
+    with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
         res_logits = _logits(z, offset, gain, n)[2]
@@ -177,20 +178,20 @@ def coefficients_backward(
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     """Branch input: `h = Σ_j pre_j X_j`, [..., C] in the dtype of the streams, accumulated in `compute_dtype`."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         wide = streams.to(compute_dtype(streams))
         return (pre.unsqueeze(-2) @ wide).squeeze(-2).to(streams.dtype)
 
 
 def collapse_fused(streams: Tensor, pre: Tensor) -> Tensor:
     """`collapse` in broadcast form: the same numbers, spelled so that Inductor fuses it with its neighbours."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return (pre.unsqueeze(-1) * streams.to(compute_dtype(streams))).sum(-2).to(streams.dtype)
 
 
 def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `collapse` with respect to `(streams, pre)`: `pre_j dh` and `⟨dh, X_j⟩`."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype)
         d_streams = pre.unsqueeze(-1) * g.unsqueeze(-2)
@@ -200,7 +201,7 @@ def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tenso
 
 def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """`collapse_backward` in broadcast form."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype).unsqueeze(-2)
         return (pre.unsqueeze(-1) * g).to(streams.dtype), (streams.to(dtype) * g).sum(-1)
@@ -212,7 +213,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
     `branch` [..., C] is the output f of the branch, in any floating dtype. The coefficients may be narrower than the streams, where the trunk
     was cast between them.
     """
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         mixed = res.to(dtype) @ streams.to(dtype)
         return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
@@ -220,7 +221,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
 
 def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`update` in broadcast form. A batched matrix product would stay an extern kernel, and nothing would fuse round it."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         mixed = (res.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
         return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
@@ -233,7 +234,7 @@ def update_backward(
 
     dX = H_resᵀ dX',  df = Σ_i post_i dX'_i,  dpost_i = ⟨dX'_i, f⟩,  dres_ij = ⟨dX'_i, X_j⟩
     """
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
         d_streams = res.to(dtype).transpose(-1, -2) @ g
@@ -247,7 +248,7 @@ def update_backward_fused(
     grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`update_backward` in broadcast form."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
         d_streams = (res.to(dtype).transpose(-1, -2).unsqueeze(-1) * g.unsqueeze(-3)).sum(-2)
