@@ -2,7 +2,7 @@
 
 layout, layouts/     what a system's files look like, as values
 reading, writing     from names and shapes to a plan, in either direction
-entries, sizes       one site's parameters against a layout
+entries, sizes       one site's parameters against a layout, and shapes in letters
 tensors              one parameter in its other layout
 states               state dicts and models
 files, convert       safetensors files, tensor by tensor (`mhc convert`)
@@ -10,7 +10,7 @@ files, convert       safetensors files, tensor by tensor (`mhc convert`)
 
 from __future__ import annotations
 
-from mhc_compile.interop.layout import Entry, Layout, Spelling
+from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 from mhc_compile.interop.layouts import LAYOUTS, get_layout, register_layout
 from mhc_compile.interop.reading import fitting, plan_from_native
 from mhc_compile.interop.states import export_state_dict, from_native, import_state_dict, to_native
@@ -20,6 +20,7 @@ __all__ = [
     "LAYOUTS",
     "Entry",
     "Layout",
+    "Part",
     "Spelling",
     "export_state_dict",
     "fitting",

@@ -1,4 +1,4 @@
-"""The parameters of one site or read-out, checked against a layout: what both directions of a conversion have in common."""
+"""The parameters of one site or read-out against a layout: what both directions of a conversion have in common."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.errors import CheckpointError
 from mhc_compile.interop.plan import Change
-from mhc_compile.interop.sizes import formula, shape_of, streams_of
+from mhc_compile.interop.sizes import shape_of, show, solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.interop.layout import Layout
 
-__all__ = ["changes_of", "refuse_twice"]
+__all__ = ["changes_from_native", "changes_to_native"]
 
 
-def changes_of(
+def changes_from_native(
     members: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     layout: Layout,
@@ -24,64 +24,96 @@ def changes_of(
     where: str,
     target: str,
     read_out: bool,
-    native: bool,
 ) -> list[Change]:
-    """The changes of one site or read-out.
+    """The changes of one native site or read-out into ours.
 
     Args:
-        members: names in the state dict, by the name that the parameter has in our layout.
+        members: names in the state dict, by the name of the native parameter.
         shapes: of all entries of the state dict.
-        layout: of the other side.
+        layout: whose.
         where: what errors call it.
         target: template of the names in the result.
         read_out: whether it is a read-out.
-        native: whether the result is the native side.
 
     Raises:
         CheckpointError: parameters are missing, or have shapes that no number of streams gives.
     """
-    entries = layout.read_out if read_out else layout.entries
-    here, there = ("ours", "native") if native else ("native", "ours")
-    missing = [getattr(entry, here) for entry in entries if entry.ours not in members]
-    if missing:
-        raise CheckpointError(
-            f"preset {layout.preset!r}: {where} has no {', '.join(missing)}: it is damaged, or the hyper-connections of another kind of model"
+    entries = layout.read_out if read_out else layout.site
+    letters = {part.name: part.shape for entry in entries for part in entry.native}
+    sizes = _sizes(members, shapes, letters, layout, where)
+    return [
+        Change(
+            sources=tuple(members[part.name] for part in entry.native),
+            target=target.format(entry.ours),
+            kind=entry.kind,
+            before=tuple(shape_of(part.shape, sizes) for part in entry.native),
+            after=shape_of(entry.shape, sizes),
+            streams=sizes["n"],
+            across=_across(entry.shape, layout),
         )
-    leading = next(entry for entry in entries if entry.kind == "projection")
-    projection = tuple(shapes[members[leading.ours]])
-    n = streams_of(layout, projection, read_out=read_out, native=not native)
+        for entry in entries
+    ]
+
+
+def changes_to_native(
+    members: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout,
+    *,
+    where: str,
+    target: str,
+    read_out: bool,
+) -> list[Change]:
+    """The changes of one site or read-out of ours into the native ones; `members` are by our names. Otherwise as `changes_from_native`."""
+    entries = layout.read_out if read_out else layout.site
+    sizes = _sizes(members, shapes, {entry.ours: entry.shape for entry in entries}, layout, where)
     changes = []
     for entry in entries:
-        name = members[entry.ours]
-        before = tuple(shapes[name])
-        if n is None or before != shape_of(layout, entry.kind, n, projection, read_out=read_out, native=not native):
-            turned = streams_of(layout, projection[::-1], read_out=read_out, native=not native) is not None
-            raise CheckpointError(
-                f"preset {layout.preset!r}: {name} has shape {list(before)}; expected"
-                f" {formula(layout, entry.kind, read_out=read_out, native=not native)}"
-                + (f" with n = {n}" if n is not None else "")
-                + (", which it would have if it were transposed" if n is None and turned else "")
+        start = 0
+        for part in entry.native:
+            after = shape_of(part.shape, sizes)
+            changes.append(
+                Change(
+                    sources=(members[entry.ours],),
+                    target=target.format(part.name),
+                    kind=entry.kind,
+                    before=(shape_of(entry.shape, sizes),),
+                    after=after,
+                    streams=sizes["n"],
+                    part=(start, start + after[0]) if len(entry.native) > 1 else None,
+                    across=_across(part.shape, layout),
+                )
             )
-        changes.append(
-            Change(
-                source=name,
-                target=target.format(getattr(entry, there)),
-                kind=entry.kind,
-                before=before,
-                after=shape_of(layout, entry.kind, n, projection, read_out=read_out, native=native),
-                streams=n,
-                transposed=layout.transposed and not read_out,
-            )
-        )
+            start += after[0]
     return changes
 
 
-def refuse_twice(names: Mapping[str, str], layout: Layout) -> None:
-    """Raises CheckpointError if two entries would get the same name."""
-    seen: dict[str, str] = {}
-    for source, target in names.items():
-        if target in seen:
-            raise CheckpointError(
-                f"preset {layout.preset!r}: {seen[target]!r} and {source!r} would both become {target!r}"
-            )
-        seen[target] = source
+def _across(letters: str, layout: Layout) -> int | None:
+    axes = letters.split()
+    return axes.index("n(n+2)") if layout.transposed and "n(n+2)" in axes else None
+
+
+def _sizes(
+    members: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    letters: Mapping[str, str],
+    layout: Layout,
+    where: str,
+) -> dict[str, int]:
+    """The sizes of the letters; the parameters of a site are there, and their shapes fit, or an error is raised."""
+    wanted = ", ".join(f"{name} {show(letters[name])}" for name in letters)
+    missing = [name for name in letters if name not in members]
+    if missing:
+        raise CheckpointError(
+            f"preset {layout.preset!r}: {where} has {', '.join(members)} and no {', '.join(missing)}; expected {wanted}"
+        )
+    pairs = {name: (letters[name], tuple(shapes[members[name]])) for name in letters}
+    sizes = solve(pairs.values())
+    if sizes is None:
+        found = ", ".join(f"{name} {list(shape)}" for name, (_, shape) in pairs.items())
+        turned = solve((axes, shape[::-1]) for axes, shape in pairs.values()) is not None
+        raise CheckpointError(
+            f"preset {layout.preset!r}: {where} has {found}; expected {wanted}"
+            + (". They would fit if the projection were transposed" if turned else "")
+        )
+    return sizes

@@ -6,19 +6,17 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.interop.tensors import convert
+from mhc_compile.errors import CheckpointError
+from mhc_compile.interop.tensors import across, resized, turned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from mhc_compile.interop.layout import Kind
 
-__all__ = ["Change", "Plan", "Shapes"]
-
-#: The entries of a state dict and their shapes.
-Shapes = "Mapping[str, tuple[int, ...]]"
+__all__ = ["Change", "Plan", "plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,77 +24,81 @@ class Change:
     """One parameter of a hyper-connection in its other layout.
 
     Attributes:
-        source: the entry's name in the state dict that is converted.
+        sources: the names of the entries that it is made of.
         target: its name in the result.
         kind: what it is.
-        before: its shape.
+        before: shapes of the sources.
         after: its shape in the result.
         streams: n.
-        transposed: whether residual logits change places with those across the diagonal.
+        part: of a projection, the columns that it is made of; None for all.
+        across: the axis of the result on which residual logits change places with those across the diagonal, None if they do not.
     """
 
-    source: str
+    sources: tuple[str, ...]
     target: str
     kind: Kind
-    before: tuple[int, ...]
+    before: tuple[tuple[int, ...], ...]
     after: tuple[int, ...]
     streams: int
-    transposed: bool
+    part: tuple[int, int] | None = None
+    across: int | None = None
 
-    def apply(self, value: Tensor, *, native: bool) -> Tensor:
-        """`value` in the other layout."""
-        return convert(
-            value,
-            self.kind,
-            streams=self.streams,
-            transposed=self.transposed,
-            native=native,
-            scales=self.after[0] if self.after else 0,
-        )
+    def apply(self, values: Sequence[Tensor]) -> Tensor:
+        """The parameter in its other layout, of the same dtype, from the values of `sources`."""
+        value = values[0]
+        if self.kind == "projection":
+            value = turned(values, self.part)
+        elif self.kind == "scales" and self.before[0] != self.after:
+            value = resized(value, self.after[0])
+        return value if self.across is None else across(value, self.streams, self.across)
 
     @property
     def what(self) -> str:
         """What happens to it beyond the name, in words; "" if nothing."""
-        residual = self.transposed and self.kind in ("projection", "logits")
         parts = [
+            "" if self.part is None else f"columns {self.part[0]} to {self.part[1] - 1}",
+            "joined" if len(self.sources) > 1 else "",
             "transposed" if self.kind == "projection" else "",
-            "residual logits transposed" if residual else "",
-            "a_res left out, nothing reads it" if self.kind == "scales" and self.before > self.after else "",
-            "a_res added, nothing reads it" if self.kind == "scales" and self.before < self.after else "",
+            "" if self.across is None else "residual (i, j) to (j, i)",
+            "a_res left out, nothing reads it" if self.kind == "scales" and self.before[0] > self.after else "",
+            "a_res added, nothing reads it" if self.kind == "scales" and self.before[0] < self.after else "",
         ]
         return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion: every entry of `names` goes into the result, those of `changes` in their other layout, the others as they are.
+    """A conversion.
 
     Attributes:
         preset: the system on the native side.
         spelling: whose names the native side has.
         native: whether the result is the native side.
-        names: of all entries, as they are and as they will be.
-        changes: by the name of the entry that is converted.
+        entries: every entry of the result, in order, and the names of those that it is made of.
+        changes: by the name in the result, what does not stay as it is.
     """
 
     preset: str
     spelling: str
     native: bool
-    names: Mapping[str, str]
+    entries: Mapping[str, tuple[str, ...]]
     changes: Mapping[str, Change]
 
     def apply(self, state: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """A state dict in the other layout; entries that are not converted are the same tensors."""
-        result = OrderedDict((target, self.value(source, state[source])) for source, target in self.names.items())
+        result = OrderedDict(
+            (target, self.value(target, [state[source] for source in sources]))
+            for target, sources in self.entries.items()
+        )
         metadata = getattr(state, "_metadata", None)
         if metadata is not None:
             result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
         return result
 
-    def value(self, name: str, value: Tensor) -> Tensor:
-        """What becomes of the entry `name`."""
-        change = self.changes.get(name)
-        return value if change is None else change.apply(value, native=self.native)
+    def value(self, target: str, values: Sequence[Tensor]) -> Tensor:
+        """The entry `target` of the result, from the values that it is made of."""
+        change = self.changes.get(target)
+        return values[0] if change is None else change.apply(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -104,6 +106,41 @@ class Plan:
             "preset": self.preset,
             "spelling": self.spelling,
             "to": self.preset if self.native else "mhc",
-            "entries": len(self.names),
+            "entries": len(self.entries),
             "changes": [{**asdict(change), "what": change.what} for change in self.changes.values()],
         }
+
+
+def plan(names: Mapping[str, str], changes: Sequence[Change], *, preset: str, spelling: str, native: bool) -> Plan:
+    """The plan of `changes`, in the order of the state dict.
+
+    Args:
+        names: every entry, and what it is called in the result if nothing happens to it.
+        changes: what happens.
+        preset: the system on the native side.
+        spelling: whose names.
+        native: whether the result is the native side.
+
+    Raises:
+        CheckpointError: two entries would get the same name.
+    """
+    made: dict[str, list[Change]] = {}
+    for change in changes:
+        made.setdefault(change.sources[0], []).append(change)
+    used = {source for change in changes for source in change.sources}
+    entries: dict[str, tuple[str, ...]] = {}
+    for name, plain in names.items():
+        new = [(change.target, change.sources) for change in made.get(name, ())]
+        for target, sources in new if name in used else [(plain, (name,))]:
+            if target in entries:
+                raise CheckpointError(
+                    f"preset {preset!r}: {entries[target][0]!r} and {name!r} would both become {target!r}"
+                )
+            entries[target] = sources
+    return Plan(
+        preset=preset,
+        spelling=spelling,
+        native=native,
+        entries=entries,
+        changes={change.target: change for change in changes},
+    )

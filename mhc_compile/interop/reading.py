@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.checkpoints import plain_name
 from mhc_compile.errors import CheckpointError
-from mhc_compile.interop.entries import changes_of, refuse_twice
+from mhc_compile.interop.entries import changes_from_native
 from mhc_compile.interop.layout import READ_OUT
 from mhc_compile.interop.layouts import LAYOUTS, get_layout
 from mhc_compile.interop.paths import connection_path, join, last
-from mhc_compile.interop.plan import Change, Plan
+from mhc_compile.interop.plan import Change, Plan, plan
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -70,37 +70,33 @@ def _plan(
     for name, plain in names.items():
         found = layout.find(plain, spelling)
         if found is not None:
-            groups.setdefault((found.owner, found.site), {})[found.entry.ours] = name
+            groups.setdefault((found.owner, found.site), {})[found.part] = name
         else:
             _refuse_foreign(plain, layout, spelling)
     owners = list(dict.fromkeys(owner for owner, site in groups if site))
     heads = [owner for owner, site in groups if not site]
     if layout.read_out and not heads:
-        entry = spelling.read_out.format(layout.read_out[0].native)
+        entry = spelling.read_out.format(layout.read_out[0].native[0].name)
         raise CheckpointError(
             f"preset {layout.preset!r}: there is no read-out (an entry {entry!r}), with which this system ends its chain"
         )
     plain_names = set(names.values())
-    changes: dict[str, Change] = {}
+    changes: list[Change] = []
     for (owner, site), members in groups.items():
         path = (
             connection_path(owner, _branch(owner, site, spelling, branches, expected, plain_names))
             if site
-            else _read_out(owner, owners, heads, expected, layout)
+            else _read_out(owner, owners, heads, layout, spelling, branches, expected, plain_names)
         )
-        for change in changes_of(
+        changes += changes_from_native(
             members,
             shapes,
             layout,
             where=join(owner, (site or spelling.read_out).format("*")),
             target=f"{path}.{{}}",
             read_out=not site,
-            native=False,
-        ):
-            changes[change.source] = change
-    targets = {name: changes[name].target if name in changes else plain for name, plain in names.items()}
-    refuse_twice(targets, layout)
-    return Plan(preset=layout.preset, spelling=spelling.name, native=False, names=targets, changes=changes)
+        )
+    return plan(names, changes, preset=layout.preset, spelling=spelling.name, native=False)
 
 
 def _spelling(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Spelling:
@@ -114,7 +110,9 @@ def _spelling(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Spelling
                 counts[spelling.name][0 if found.site else 1] += 1
     best = max(layout.spellings, key=lambda spelling: sum(counts[spelling.name]))
     if not counts[best.name][0]:
-        wanted = [site.format(layout.entries[0].native) for spelling in layout.spellings for site in spelling.sites]
+        wanted = [
+            site.format(layout.site[0].native[0].name) for spelling in layout.spellings for site in spelling.sites
+        ]
         has_ours = any(".mhc." in f".{name}" for name in plain)
         raise CheckpointError(
             f"preset {layout.preset!r}: none of the {len(shapes)} entries has a name such as {', '.join(wanted)}"
@@ -148,7 +146,7 @@ def _branch(
     if len(candidates) == 1:
         return candidates[0]
     for present in (
-        [branch for branch in candidates if f"{connection_path(owner, branch)}.bias" in expected],
+        [branch for branch in candidates if f"{connection_path(owner, branch)}.phi" in expected],
         [branch for branch in candidates if any(name.startswith(f"{join(owner, branch)}.") for name in names)],
     ):
         if len(present) == 1:
@@ -159,10 +157,19 @@ def _branch(
     )
 
 
-def _read_out(head: str, owners: list[str], heads: list[str], expected: Collection[str], layout: Layout) -> str:
-    """Where the read-out of the chain below `head` is here: with the owner of the chain's last site."""
-    ending = f".{READ_OUT}.bias"
-    known = [name.removesuffix(".bias") for name in expected if name.endswith(ending) and name.startswith(head)]
+def _read_out(
+    head: str,
+    owners: list[str],
+    heads: list[str],
+    layout: Layout,
+    spelling: Spelling,
+    branches: Mapping[str, str],
+    expected: Collection[str],
+    names: Collection[str],
+) -> str:
+    """Where the read-out of the chain below `head` is here: with the chain's last hyper-connection."""
+    ending = f".{READ_OUT}.weight"
+    known = [name.removesuffix(".weight") for name in expected if name.endswith(ending) and name.startswith(head)]
     if len(known) == 1:
         return known[0]
     owner = last(head, owners, heads)
@@ -170,4 +177,5 @@ def _read_out(head: str, owners: list[str], heads: list[str], expected: Collecti
         raise CheckpointError(
             f"preset {layout.preset!r}: {head or 'the model'!r} has a read-out and no site below it, so there is no chain that it ends"
         )
-    return connection_path(owner, READ_OUT)
+    branch = _branch(owner, list(spelling.sites)[-1], spelling, branches, expected, names)
+    return join(connection_path(owner, branch), READ_OUT)

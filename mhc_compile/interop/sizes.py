@@ -1,4 +1,4 @@
-"""The shapes that parameters have in a layout, and the number of streams that shapes tell."""
+"""Shapes in letters, and the sizes that make them fit: "n(n+2) nC" and [24, 256] give n = 4, nC = 256."""
 
 from __future__ import annotations
 
@@ -7,54 +7,41 @@ from typing import TYPE_CHECKING
 from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
-    from mhc_compile.interop.layout import Kind, Layout
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["formula", "logits", "shape_of", "streams_of"]
-
-
-def logits(layout: Layout, streams: int, *, read_out: bool) -> int:
-    """K of a site, or of a read-out, of n streams."""
-    return streams if read_out else layout.columns(streams)
+__all__ = ["shape_of", "show", "solve"]
 
 
-def streams_of(layout: Layout, projection: tuple[int, ...], *, read_out: bool, native: bool) -> int | None:
-    """n, for fn [K, n C] if `native`, else for phi [n C, K]; None if no number of streams gives this shape."""
-    if len(projection) != 2:
-        return None
-    columns, rows = projection if native else projection[::-1]
+def solve(pairs: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int] | None:
+    """The sizes of all letters, with which every shape is the one in letters beside it; None if there are none."""
+    pairs = list(pairs)
     for n in range(1, MAX_STREAMS + 1):
-        if logits(layout, n, read_out=read_out) == columns:
-            return n if rows and rows % n == 0 else None
+        sizes = {"n": n, "n(n+2)": n * (n + 2), "2n": 2 * n}
+        if all(_fits(letters.split(), shape, sizes) for letters, shape in pairs) and sizes.get("nC", 0) % n == 0:
+            return sizes
     return None
 
 
-def shape_of(
-    layout: Layout, kind: Kind, streams: int, projection: tuple[int, ...], *, read_out: bool, native: bool
-) -> tuple[int, ...]:
-    """The shape of a parameter of this kind.
-
-    Args:
-        layout: whose.
-        kind: of the parameter.
-        streams: n.
-        projection: [K, n C] or [n C, K], in either layout.
-        read_out: whether it is one of a read-out.
-        native: whether in the native layout, else in ours.
-    """
-    k = logits(layout, streams, read_out=read_out)
-    rows = projection[0] if projection[1] == k else projection[1]
-    scales = 1 if read_out else 3 if layout.mixes or not native else 2
-    return {
-        "projection": (k, rows) if native else (rows, k),
-        "logits": (k,),
-        "scales": (scales,),
-        "same": projection,
-    }[kind]
+def _fits(axes: list[str], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether `shape` is that of `axes`; a letter that is met for the first time gets its size."""
+    if len(axes) != len(shape):
+        return False
+    for axis, size in zip(axes, shape, strict=True):
+        if axis == "r+n":
+            axis, size = "r", size - sizes["n"]
+        if size < 1 or (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) != size:
+            return False
+    return True
 
 
-def formula(layout: Layout, kind: Kind, *, read_out: bool, native: bool) -> str:
-    """That shape in letters, for messages."""
-    k = "n" if read_out else "n(n+2)" if layout.mixes else "2n"
-    scales = "1" if read_out else "3" if layout.mixes or not native else "2"
-    projection = f"[{k}, n C]" if native else f"[n C, {k}]"
-    return {"projection": projection, "logits": f"[{k}]", "scales": f"[{scales}]", "same": projection}[kind]
+def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of `letters` with these sizes."""
+    return tuple(
+        int(axis) if axis.isdigit() else sum(sizes[term] for term in axis.split("+")) if axis == "r+n" else sizes[axis]
+        for axis in letters.split()
+    )
+
+
+def show(letters: str) -> str:
+    """Letters as messages write them: [n(n+2), n C]."""
+    return f"[{', '.join('n C' if axis == 'nC' else axis for axis in letters.split())}]"

@@ -11,46 +11,32 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from mhc_compile.interop.layout import Kind
-
-__all__ = ["UNUSED_SCALE", "convert", "order"]
+__all__ = ["UNUSED_SCALE", "across", "resized", "turned"]
 
 #: a_res where H_res = I. Nothing reads it; this is what it starts from.
 UNUSED_SCALE = 0.01
 
 
-def order(streams: int, columns: int, *, transposed: bool) -> list[int]:
-    """For every native logit the number of ours: its own inverse. `columns` is K; n + 0 columns are those of a read-out."""
+def turned(values: Sequence[Tensor], part: tuple[int, int] | None) -> Tensor:
+    """Projections transposed, [a, b] to [b, a]: several side by side, or of one only the columns of `part`."""
+    if part is not None:
+        return values[0][:, part[0] : part[1]].t().contiguous()
+    return torch.cat([value.t() for value in values], dim=1) if len(values) > 1 else values[0].t().contiguous()
+
+
+def across(value: Tensor, streams: int, axis: int) -> Tensor:
+    """`value` with the n² residual logits on `axis`, which stand behind 2n others, in each other's place: (i, j) becomes (j, i)."""
     n = streams
-    straight = list(range(columns))
-    if not transposed or columns != 2 * n + n * n:
-        return straight
-    return straight[: 2 * n] + [2 * n + j * n + i for i in range(n) for j in range(n)]
+    order = [*range(2 * n), *(2 * n + j * n + i for i in range(n) for j in range(n))]
+    return value.index_select(axis, torch.tensor(order, device=value.device))
 
 
-def convert(value: Tensor, kind: Kind, *, streams: int, transposed: bool, native: bool, scales: int) -> Tensor:
-    """`value` in the other layout, contiguous, of the same dtype.
-
-    Args:
-        value: phi [n C, K] or fn [K, n C]; bias or base [K]; scale [2] or [3], [1] of a read-out.
-        kind: which of these.
-        streams: n.
-        transposed: whether the system applies its matrix transposed.
-        native: to the native layout, rather than to ours.
-        scales: how many scales the result has.
-    """
-    if kind == "same":
-        return value
-    if kind == "scales":
-        if len(value) > scales:
-            return value[:scales].contiguous()
-        return (
-            torch.cat([value, value.new_full((scales - len(value),), UNUSED_SCALE)]) if len(value) < scales else value
-        )
-    if kind == "logits":
-        return value[order(streams, len(value), transposed=transposed)]
-    if native:
-        return value.t()[order(streams, value.shape[1], transposed=transposed)].contiguous()
-    return value[order(streams, value.shape[0], transposed=transposed)].t().contiguous()
+def resized(value: Tensor, count: int) -> Tensor:
+    """The first `count` scales; what there are too few of has the value `UNUSED_SCALE`."""
+    if len(value) >= count:
+        return value[:count].clone()
+    return torch.cat([value, value.new_full((count - len(value),), UNUSED_SCALE)])

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.checkpoints import plain_name
 from mhc_compile.errors import CheckpointError, OptionError
-from mhc_compile.interop.entries import changes_of, refuse_twice
+from mhc_compile.interop.entries import changes_to_native
 from mhc_compile.interop.layout import READ_OUT, Layout, Spelling
 from mhc_compile.interop.layouts import LAYOUTS, get_layout
 from mhc_compile.interop.paths import head_of, join, split_connection
-from mhc_compile.interop.plan import Change, Plan
+from mhc_compile.interop.plan import Change, Plan, plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,38 +70,36 @@ def _plan(
             f"preset {layout.preset!r}: none of the {len(shapes)} entries is one of a hyper-connection (a name such as"
             " 'layers.0.mhc.self_attn.phi'): it is a checkpoint of the plain model, or in a native layout already"
         )
-    changes: dict[str, Change] = {}
+    changes: list[Change] = []
     for path, members in groups.items():
         owner, branch = split_connection(path) or ("", "")
-        read_out = branch == READ_OUT
+        read_out = branch.endswith(f".{READ_OUT}")
         target = (
             join(head_of(owner, spelling.alone), _read_out(path, layout, spelling))
             if read_out
             else join(owner, _site(path, branch, layout, spelling, branches))
         )
-        for change in changes_of(members, shapes, layout, where=path, target=target, read_out=read_out, native=True):
-            changes[change.source] = change
+        changes += changes_to_native(members, shapes, layout, where=path, target=target, read_out=read_out)
     if layout.read_out and not any(path.endswith(f".{READ_OUT}") for path in groups):
         raise CheckpointError(
-            f"preset {layout.preset!r}: there is no read-out (an entry '<last block>.mhc.{READ_OUT}.phi'), with which this system ends its chain:"
+            f"preset {layout.preset!r}: there is no read-out (an entry '<last site>.{READ_OUT}.weight'), with which this system ends its chain:"
             f" the model was attached without options={{'preset': {layout.preset!r}}} or read_out='learned'"
         )
-    targets = {name: changes[name].target if name in changes else plain for name, plain in names.items()}
-    refuse_twice(targets, layout)
-    return Plan(preset=layout.preset, spelling=spelling.name, native=True, names=targets, changes=changes)
+    return plan(names, changes, preset=layout.preset, spelling=spelling.name, native=True)
 
 
 def _groups(names: Mapping[str, str], layout: Layout) -> dict[str, dict[str, str]]:
     """The entries of every hyper-connection: {"layers.0.mhc.mlp": {"phi": name, ...}}."""
-    known = {entry.ours for entry in (*layout.entries, *layout.read_out)}
     groups: dict[str, dict[str, str]] = {}
     for name, plain in names.items():
         path, _, parameter = plain.rpartition(".")
         if split_connection(path) is None:
             continue
-        if parameter not in known:
+        entries = layout.read_out if path.endswith(f".{READ_OUT}") else layout.site
+        known = [entry.ours for entry in entries]
+        if parameter not in known and known:
             raise CheckpointError(
-                f"preset {layout.preset!r}: {plain!r} has no counterpart in its layout, which has {', '.join(sorted(known))}"
+                f"preset {layout.preset!r}: {plain!r} has no counterpart; of its hyper-connections there are {', '.join(known)}"
             )
         groups.setdefault(path, {})[parameter] = name
     return groups

@@ -8,6 +8,7 @@ from mhc_compile.errors import OptionError
 from mhc_compile.interop.layouts.deepseek_v4 import DEEPSEEK_V4
 from mhc_compile.interop.layouts.glm5_next import GLM5_NEXT
 from mhc_compile.interop.layouts.hy_v4 import HY_V4
+from mhc_compile.interop.layouts.qwen4_exp import QWEN4_EXP
 from mhc_compile.presets import get_preset
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYOUTS", "get_layout", "register_layout"]
 
 #: By the name of the preset.
-LAYOUTS: dict[str, Layout] = {layout.preset: layout for layout in (DEEPSEEK_V4, GLM5_NEXT, HY_V4)}
+LAYOUTS: dict[str, Layout] = {layout.preset: layout for layout in (DEEPSEEK_V4, GLM5_NEXT, HY_V4, QWEN4_EXP)}
 
 
 def get_layout(preset: str) -> Layout:

@@ -6,17 +6,26 @@ chain of its own.
 
 from __future__ import annotations
 
-from mhc_compile.interop.layout import Entry, Layout, Spelling
+from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
-__all__ = ["DEEPSEEK_V4", "ENTRIES"]
+__all__ = ["DEEPSEEK_V4", "READ_OUT", "SITE"]
 
-ENTRIES = (Entry("phi", "fn", "projection"), Entry("bias", "base", "logits"), Entry("scale", "scale", "scales"))
+SITE = (
+    Entry("phi", "nC n(n+2)", (Part("fn", "n(n+2) nC"),), "projection"),
+    Entry("bias", "n(n+2)", (Part("base", "n(n+2)"),), "logits"),
+    Entry("scale", "3", (Part("scale", "3"),), "scales"),
+)
+READ_OUT = (
+    Entry("weight", "nC n", (Part("fn", "n nC"),), "projection"),
+    Entry("bias", "n", (Part("base", "n"),), "logits"),
+    Entry("scale", "1", (Part("scale", "1"),), "scales"),
+)
 
 DEEPSEEK_V4 = Layout(
     preset="deepseek-v4",
     source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",
-    entries=ENTRIES,
-    read_out=ENTRIES,
+    site=SITE,
+    read_out=READ_OUT,
     spellings=(
         Spelling(
             name="transformers",

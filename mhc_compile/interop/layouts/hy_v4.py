@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from mhc_compile.interop.layout import Layout, Spelling
-from mhc_compile.interop.layouts.deepseek_v4 import ENTRIES
+from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
+from mhc_compile.interop.layouts.deepseek_v4 import READ_OUT
 
 __all__ = ["HY_V4"]
 
 HY_V4 = Layout(
     preset="hy-v4",
     source="transformers.models.hy_v4 (HYV4HyperConnection, HYV4HyperHead)",
-    entries=ENTRIES,
-    read_out=ENTRIES,
+    site=(
+        Entry("phi", "nC 2n", (Part("fn", "2n nC"),), "projection"),
+        Entry("bias", "2n", (Part("base", "2n"),), "logits"),
+        Entry("scale", "3", (Part("scale", "2"),), "scales"),
+    ),
+    read_out=READ_OUT,
     spellings=(
         Spelling(
             name="transformers",
@@ -24,5 +28,4 @@ HY_V4 = Layout(
             read_out="hc_pre.hc_head.hc_head_{}",
         ),
     ),
-    mixes=False,
 )
