@@ -34,7 +34,7 @@ class HyperConnection(nn.Module):
         scale  [3]        a_pre, a_post, a_res
         streams [..., n, C]
 
-    With dynamic=False phi is [0, K] and scale [0]: the coefficients are functions of bias alone.
+    With dynamic=False phi is [n C, 0] and scale [0]: the coefficients are functions of bias alone.
 
     Parameters are created in float32 (float64 on request); coefficients are computed in float32 or wider whatever the dtype of the streams.
 
@@ -100,7 +100,7 @@ class HyperConnection(nn.Module):
     def _create(self, **empty: Any) -> None:
         n = self.streams
         columns = 2 * n + get_mapping(self.mapping).logits(n)
-        self.phi = nn.Parameter(torch.empty(n * self.width if self.dynamic else 0, columns, **empty))
+        self.phi = nn.Parameter(torch.empty(n * self.width, columns if self.dynamic else 0, **empty))
         self.bias = nn.Parameter(torch.empty(columns, **empty))
         self.scale = nn.Parameter(torch.empty(3 if self.dynamic else 0, **empty))
 

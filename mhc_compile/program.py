@@ -148,7 +148,7 @@ class ProgramParameters:
             return None
         options = self.options.at(path)
         rows = self._state[f"{path}.phi"].shape[0]
-        connection = self._like(max(1, rows // options.streams) if options.dynamic else site.width, options)
+        connection = self._like(max(1, rows // options.streams), options)
         wants = {part: list(getattr(connection, part).shape) for part in connection.names}
         has = {part: list(self._state[f"{path}.{part}"].shape) for part in wants if f"{path}.{part}" in self._state}
         if has != wants:

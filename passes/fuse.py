@@ -100,7 +100,7 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
     collapse = readers[0]
     value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
     if (
-        projection is not None and projection.shape[0] == 0
+        projection is not None and projection.shape[1] == 0
     ):  # static coefficients: there is nothing to compute in the pass over the streams
         return
     if value is None or modes[collapse] != modes[coefficients]:

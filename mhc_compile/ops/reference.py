@@ -12,7 +12,7 @@ applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` an
     res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
 
 `mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.convention`): the epsilons of other systems.
-Static coefficients, the same for every token, have no projection: phi is then [0, K] and scale [0].
+Static coefficients, the same for every token, have no projection: phi is then [n C, 0] and scale [0].
 
 Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
 These functions serve three times: as the eager kernels, as the decompositions to ATen, and as what tests hold other kernels against.
@@ -79,9 +79,9 @@ def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Ten
     return pre, post, res
 
 
-def _projection(flat: Tensor, phi: Tensor, eps: float) -> Tensor:
-    if phi.shape[0] == 0:
-        return flat.new_zeros((*flat.shape[:-1], phi.shape[1]))
+def _projection(flat: Tensor, phi: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if phi.shape[1] == 0:
+        return flat.new_zeros((*flat.shape[:-1], bias.shape[0]))
     return (flat @ phi) * inverse_rms(flat, eps)
 
 
@@ -94,7 +94,7 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients of one site: `(pre, post, res, z)`.
 
-        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [0, K]
+        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [n C, 0]
         pre  = sigmoid(a_pre z_pre + b_pre)       + pre_eps of the convention, 0 in the paper
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
@@ -106,7 +106,7 @@ def coefficients(
     convention = parse(mapping)
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        z = _projection(flat, phi.to(dtype), eps)
+        z = _projection(flat, phi.to(dtype), bias, eps)
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
         return (
             _plus(torch.sigmoid(pre), convention.pre_eps),
@@ -152,7 +152,7 @@ def coefficients_backward(
         d_res = mapping_of(mapping).backward(grad_res, res_logits, n, iterations)
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
-        if not phi.shape[0]:
+        if not phi.shape[1]:
             return (
                 torch.zeros_like(streams),
                 torch.zeros_like(phi),
