@@ -12,7 +12,7 @@ import importlib.util
 import linecache
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ _INJECTED = """injection = hidden_states.unsqueeze(-2) * injection_weights.unsqu
 
 @dataclass(frozen=True)
 class Shipping:
-    """One model of transformers: its file, its classes, a tiny config, and what makes it plain."""
+    """One model of transformers: its file, its classes, a tiny config, what makes it plain, and what makes it the shipping one again."""
 
     name: str
     folder: str
@@ -55,6 +55,7 @@ class Shipping:
     model: str
     settings: dict[str, Any]
     replaced: list[tuple[str, str, int]]
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -202,34 +203,23 @@ _QWEN = Shipping(
     },
     [
         ("hidden_states = hidden_states.repeat(1, 1, self.config.hc_count)", "", 1),
-        ("hidden_states = self.hyper_connection_mixer(hidden_states)", "hidden_states = self.norm(hidden_states)", 1),
-        (
-            "self.hyper_connection_mixer = Qwen4ExpTextGatedResidual(config, use_combine=False)",
-            "self.norm = Qwen4ExpTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
-            1,
-        ),
-        (
-            "self.attn_hyper_connection = Qwen4ExpTextGatedResidual(config)",
-            "self.input_layernorm = Qwen4ExpTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
-            1,
-        ),
-        (
-            "self.mlp_hyper_connection = Qwen4ExpTextGatedResidual(config)",
-            "self.post_attention_layernorm = Qwen4ExpTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)",
-            1,
-        ),
+        ("hidden_states = self.hyper_connection_mixer(hidden_states)", "", 1),
+        ("self.hyper_connection_mixer = Qwen4ExpTextGatedResidual(config, use_combine=False)", "", 1),
+        ("self.attn_hyper_connection = Qwen4ExpTextGatedResidual(config)", "", 1),
+        ("self.mlp_hyper_connection = Qwen4ExpTextGatedResidual(config)", "", 1),
         (
             "hidden_states, hyper_input, injection_weights = self.attn_hyper_connection(hidden_states)",
-            "hyper_input, hidden_states = hidden_states, self.input_layernorm(hidden_states)",
+            "hyper_input = hidden_states",
             1,
         ),
         (
             "hidden_states, hyper_input, injection_weights = self.mlp_hyper_connection(hidden_states)",
-            "hyper_input, hidden_states = hidden_states, self.post_attention_layernorm(hidden_states)",
+            "hyper_input = hidden_states",
             1,
         ),
         (_INJECTED, "hidden_states = hyper_input + hidden_states", 2),
     ],
+    {"start": "scratch", "rank": 6},  # its blocks and its end have no norms of their own
 )
 
 SHIPPING = {shipping.name: shipping for shipping in (_DEEPSEEK, _GLM, _HY, _QWEN)}
@@ -240,44 +230,58 @@ def _shipped(shipping: Shipping) -> types.ModuleType:
 
 
 @functools.cache
-def _plain(shipping_name: str) -> types.ModuleType:
-    """The shipping file with its replacements, as a module beside it."""
+def _module(shipping_name: str, plain: bool, wide: bool) -> types.ModuleType:
+    """The shipping file with its replacements, as a module beside it. `wide`: with float64 where it goes to float32."""
     shipping = SHIPPING[shipping_name]
-    native = _shipped(shipping)
+    native = importlib.import_module(f"{shipping.path}.modeling_{shipping.folder}")
+    if not plain and not wide:
+        return native
     assert native.__file__ is not None
     with open(native.__file__) as file:
         source = file.read()
-    for old, new, count in shipping.replaced:
+    for old, new, count in shipping.replaced if plain else ():
         assert source.count(old) == count, (shipping_name, old, source.count(old))
         source = source.replace(old, new)
-    name = f"{native.__name__}_plain"
+    if wide:
+        for old, new in (
+            (".float()", ".double()"),
+            ("torch.float32", "torch.float64"),
+            ("dtype=torch.float,", "dtype=torch.double,"),
+        ):
+            source = source.replace(old, new)
+    suffix = f"{'_plain' * plain}{'_wide' * wide}"
+    name = native.__name__ + suffix
     module = types.ModuleType(name)
     module.__package__ = native.__package__
     module.__file__ = native.__file__
-    shown = native.__file__.replace(".py", "_plain.py")  # transformers reads the name of the model from the path
+    shown = native.__file__.replace(".py", f"{suffix}.py")  # transformers reads the name of the model from the path
     linecache.cache[shown] = (len(source), None, source.splitlines(keepends=True), shown)
     sys.modules[name] = module
     exec(compile(source, shown, "exec"), module.__dict__)
     return module
 
 
-def _build(module: types.ModuleType, shipping: Shipping) -> nn.Module:
+def _build(name: str, *, plain: bool, wide: bool) -> nn.Module:
+    shipping = SHIPPING[name]
     config = getattr(importlib.import_module(shipping.path), shipping.config)
-    return getattr(module, shipping.model)(config(**shipping.settings)).train()
-
-
-def native_model(name: str) -> nn.Module:
-    """The shipping model, tiny, with random parameters far from every start."""
-    model = _build(_shipped(SHIPPING[name]), SHIPPING[name])
-    scatter(model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if wide else before)
+    try:
+        model = getattr(_module(name, plain, wide), shipping.model)(config(**shipping.settings)).train()
+        scatter(model)
+    finally:
+        torch.set_default_dtype(before)
     return model
 
 
-def plain_model(name: str) -> nn.Module:
-    """The same model with ordinary residual adds, its own random parameters."""
-    model = _build(_plain(name), SHIPPING[name])
-    scatter(model)
-    return model
+def native_model(name: str, *, wide: bool = False) -> nn.Module:
+    """The shipping model, tiny, with random parameters far from every start; `wide` in float64 throughout."""
+    return _build(name, plain=False, wide=wide)
+
+
+def plain_model(name: str, *, wide: bool = False) -> nn.Module:
+    """The same model with ordinary residual adds, with random parameters of its own."""
+    return _build(name, plain=True, wide=wide)
 
 
 @torch.no_grad()
