@@ -130,4 +130,10 @@ def _attached(model: nn.Module, preset: str) -> nn.Module:
             f"{type(target).__name__} has no hyper-connections. Attach them first:"
             f" mhc_compile.attach(model, *example_inputs, options={{'preset': {preset!r}}})"
         )
+    others = {connection.preset for connection in connections(target).values()} - {preset}
+    if others:
+        raise AttachError(
+            f"the hyper-connections of {type(target).__name__} were attached with preset={others.pop()!r}, and the same numbers stand for another"
+            f" function with {preset!r}. Name their preset, or detach them and attach with options={{'preset': {preset!r}}}"
+        )
     return target
