@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mhc_compile.mappings.base import Mapping
+
 __all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
 
 
@@ -71,10 +73,11 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
     return _tokens_first(g, logits)
 
 
-class Sinkhorn:
+class Sinkhorn(Mapping):
     """The paper's mapping: n² logits, row-major, 20 iterations by default."""
 
     name = "sinkhorn"
+    iterative = True
 
     #: Logit of the diagonal at the start: H_ii = 0.95 at n = 4, H_ij = 0.017. From 8 on the off-diagonal hardly receives a gradient.
     diagonal = 4.0
@@ -94,3 +97,7 @@ class Sinkhorn:
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:
         """[..., n, n] to [..., n²]."""
         return torch.ops.mhc.sinkhorn_backward(grad, logits.unflatten(-1, (n, n)), iterations).flatten(-2)  # type: ignore[no-any-return]
+
+    def flops(self, n: int, iterations: int) -> int:
+        """An addition and a multiplication for every entry, of the columns and of the rows."""
+        return 4 * n * n * iterations
