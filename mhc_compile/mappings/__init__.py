@@ -6,7 +6,7 @@ from mhc_compile.mappings.base import Mapping
 from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker
 from mhc_compile.mappings.permutations import Permutations
-from mhc_compile.mappings.registry import MAPPINGS, columns, get_mapping, register_mapping
+from mhc_compile.mappings.registry import MAPPINGS, columns, get_mapping, mapping_of, register_mapping
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 from mhc_compile.mappings.unconstrained import Unconstrained
 
@@ -20,5 +20,6 @@ __all__ = [
     "Unconstrained",
     "columns",
     "get_mapping",
+    "mapping_of",
     "register_mapping",
 ]

@@ -21,7 +21,7 @@ class Mapping:
     """
 
     #: What `Options(mapping=...)` calls it.
-    name: str
+    name: ClassVar[str]
 
     #: Whether rows and columns of the matrices sum to one (the columns of sinkhorn nearly so).
     doubly_stochastic: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import pickle
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile.convention import MAPPING_NAMES, parse
 from mhc_compile.errors import OptionError
 from mhc_compile.mappings.base import Mapping
 from mhc_compile.mappings.identity import Identity
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["MAPPINGS", "code_of", "columns", "get_mapping", "register_mapping"]
+__all__ = ["MAPPINGS", "code_of", "columns", "get_mapping", "mapping_of", "register_mapping"]
 
 _OURS = (Sinkhorn(), Identity(), Permutations(), Kronecker(), Unconstrained())
 MAPPINGS: dict[str, Mapping] = {mapping.name: mapping for mapping in _OURS}
@@ -41,6 +43,23 @@ def get_mapping(name: str) -> Mapping:
         return MAPPINGS[name]
     except KeyError:
         raise OptionError(f"mapping {name!r} is unknown; known: {', '.join(sorted(MAPPINGS))}") from None
+
+
+@functools.cache
+def _sinkhorn(eps: float, last: str) -> Sinkhorn:
+    return Sinkhorn(eps, last)
+
+
+def mapping_of(spec: str) -> Mapping:
+    """The mapping of a convention that is given as a string, with the convention's settings (see `mhc_compile.convention`).
+
+    Raises:
+        OptionError: no such mapping, or no such setting.
+    """
+    convention = parse(spec)
+    if convention.mapping == "sinkhorn":
+        return _sinkhorn(convention.sinkhorn_eps, convention.last)
+    return get_mapping(convention.mapping)
 
 
 def columns(name: str, n: int) -> int | None:
@@ -84,6 +103,8 @@ def register_mapping(mapping: Mapping) -> None:
     for n in sizes:
         _try(mapping, n)
     MAPPINGS[name] = mapping
+    if name not in MAPPING_NAMES:
+        MAPPING_NAMES.append(name)
 
 
 def _place(mapping: Mapping) -> str:

@@ -11,6 +11,9 @@ applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` an
     post     [..., n]
     res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
 
+`mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.convention`): the epsilons of other systems.
+Static coefficients, the same for every token, have no projection: phi is then [0, K] and scale [0].
+
 Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
 These functions serve three times: as the eager kernels, as the decompositions to ATen, and as what tests hold other kernels against.
 """
@@ -22,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.mappings import get_mapping
+from mhc_compile.convention import parse
+from mhc_compile.mappings import mapping_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,10 +66,20 @@ def inverse_rms(flat: Tensor, eps: float) -> Tensor:
 
 
 def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    pre = scale[0] * z[..., :n] + bias[:n]
-    post = scale[1] * z[..., n : 2 * n] + bias[n : 2 * n]
-    res = scale[2] * z[..., 2 * n :] + bias[2 * n :]
+    parts = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
+    if scale.numel() == 0:  # static: z is zero
+        parts = tuple(
+            (part + offset) for part, offset in zip(parts, bias.split([n, n, len(bias) - 2 * n]), strict=True)
+        )
+        return parts[0], parts[1], parts[2]
+    pre = scale[0] * parts[0] + bias[:n]
+    post = scale[1] * parts[1] + bias[n : 2 * n]
+    res = scale[2] * parts[2] + bias[2 * n :]
     return pre, post, res
+
+
+def _plus(value: Tensor, eps: float) -> Tensor:
+    return value + eps if eps else value
 
 
 def coefficients(
@@ -73,20 +87,29 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients of one site: `(pre, post, res, z)`.
 
-        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after
-        pre  = sigmoid(a_pre z_pre + b_pre)
-        post = 2 sigmoid(a_post z_post + b_post)
+        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [0, K]
+        pre  = sigmoid(a_pre z_pre + b_pre)       + pre_eps of the convention, 0 in the paper
+        post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
 
     The projection `z` [..., K] is returned because the backward needs it, as `native_layer_norm` returns its statistics.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
+    convention = parse(mapping)
     with _without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        z = (flat @ phi.to(dtype)) * inverse_rms(flat, eps)
+        if phi.shape[0]:
+            z = (flat @ phi.to(dtype)) * inverse_rms(flat, eps)
+        else:
+            z = flat.new_zeros((*flat.shape[:-1], phi.shape[1]))
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
-        return torch.sigmoid(pre), 2.0 * torch.sigmoid(post), get_mapping(mapping).matrix(res, n, iterations), z
+        return (
+            _plus(torch.sigmoid(pre), convention.pre_eps),
+            _plus(convention.post_range * torch.sigmoid(post), convention.post_eps),
+            mapping_of(mapping).matrix(res, n, iterations),
+            z,
+        )
 
 
 def coefficients_backward(
@@ -114,15 +137,24 @@ def coefficients_backward(
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
+    convention = parse(mapping)
     with _without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
-        res_logits = gain[2] * z[..., 2 * n :] + offset[2 * n :]
-        d_pre = grad_pre * pre * (1.0 - pre)
-        d_post = grad_post * post * (1.0 - 0.5 * post)
-        d_res = get_mapping(mapping).backward(grad_res, res_logits, n, iterations)
+        res_logits = _logits(z, offset, gain, n)[2]
+        before, after = _plus(pre, -convention.pre_eps), _plus(post, -convention.post_eps)
+        d_pre = grad_pre * before * (1.0 - before)
+        d_post = grad_post * after * (1.0 - after / convention.post_range)
+        d_res = mapping_of(mapping).backward(grad_res, res_logits, n, iterations)
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
+        if not phi.shape[0]:
+            return (
+                torch.zeros_like(streams),
+                torch.zeros_like(phi),
+                d_bias.to(bias.dtype),
+                torch.zeros_like(scale),
+            )
         d_scale = torch.stack(
             [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
         )
