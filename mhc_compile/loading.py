@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._warn import warn
-from mhc_compile.mappings import MAPPINGS
+from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ __all__ = ["NAMES", "SETTINGS", "after_loading", "guess_options", "settle_missin
 NAMES = ("phi", "bias", "scale")
 #: What else decides on the function that they stand for. A state dict carries it as metadata, which torch.save keeps and safetensors does not.
 SETTINGS = ("mapping", "iterations", "eps")
+
+#: The number of streams of every system that ships mHC.
+_USUAL = 4
 
 
 class _Call(threading.local):
@@ -117,7 +120,7 @@ def after_loading(
             )
     for name in SETTINGS:
         has, wants = metadata.get(name, getattr(connection, name)), getattr(connection, name)
-        if has == wants or wrong or (name == "iterations" and connection.mapping == "identity"):
+        if has == wants or wrong or (name == "iterations" and not get_mapping(connection.mapping).iterative):
             continue
         sentence = (
             f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another function."
@@ -130,16 +133,20 @@ def after_loading(
 
 
 def guess_options(shape: tuple[int, ...], width: int | None = None) -> list[tuple[int, str, int]]:
-    """All `(streams, mapping, width)` that give phi this shape [n C, K]; with `width`, those of that width."""
+    """All `(streams, mapping, width)` that give phi this shape [n C, K], the likeliest first; with `width`, those of that width.
+
+    Shapes do not tell everything: "unconstrained" always looks like "sinkhorn". That comes first as what nearly everybody uses; of the others
+    those with four streams, then those that were there longest.
+    """
     if len(shape) != 2:
         return []
-    rows, columns = shape
     found = [
-        (n, name, rows // n)
-        for name, mapping in MAPPINGS.items()
+        (n, name, shape[0] // n)
+        for name in MAPPINGS
         for n in range(1, MAX_STREAMS + 1)
-        if columns == 2 * n + mapping.logits(n) and rows % n == 0
+        if columns(name, n) == shape[1] and shape[0] % n == 0
     ]
+    found.sort(key=lambda entry: (entry[1] != "sinkhorn", entry[0] != _USUAL))
     return [entry for entry in found if width is None or entry[2] == width]
 
 

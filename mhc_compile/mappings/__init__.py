@@ -6,7 +6,7 @@ from mhc_compile.mappings.base import Mapping
 from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker
 from mhc_compile.mappings.permutations import Permutations
-from mhc_compile.mappings.registry import MAPPINGS, columns, get_mapping, mapping_of, register_mapping
+from mhc_compile.mappings.registry import MAPPINGS, code_of, columns, get_mapping, mapping_of, register_mapping
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 from mhc_compile.mappings.unconstrained import Unconstrained
 
@@ -18,6 +18,7 @@ __all__ = [
     "Permutations",
     "Sinkhorn",
     "Unconstrained",
+    "code_of",
     "columns",
     "get_mapping",
     "mapping_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Mapping:
     #: Whether `iterations` changes the matrices.
     iterative: ClassVar[bool] = False
 
-    def check(self, n: int) -> None:  # noqa: B027 - nothing to refuse is the rule
+    def check(self, n: int) -> None:
         """Raises OptionError for a number of streams that the family does not have."""
 
     def logits(self, n: int) -> int:
@@ -53,7 +53,7 @@ class Mapping:
 
         Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it with a derivation by hand saves that.
         """
-        _, pull = torch.func.vjp(lambda values: self.matrix(values, n, iterations), logits)
+        pull: Any = torch.func.vjp(lambda values: self.matrix(values, n, iterations), logits)[1]
         return pull(grad)[0]  # type: ignore[no-any-return]
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002

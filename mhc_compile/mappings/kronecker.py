@@ -99,4 +99,4 @@ class Kronecker(Mapping):
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
         """A softmax of two for every factor, and products that grow to n²."""
         factors = self.factors(n)
-        return 8 * factors + sum(4**k for k in range(1, factors + 1))
+        return 8 * factors + sum(1 << 2 * k for k in range(1, factors + 1))

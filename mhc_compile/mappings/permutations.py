@@ -58,7 +58,7 @@ class Permutations(Mapping):
             raise self.refuse(n, f"1 to {LARGEST} (it takes n! logits)")
 
     def logits(self, n: int) -> int:
-        """n!."""
+        """The factorial of n."""
         self.check(n)
         return math.factorial(n)
 

@@ -133,9 +133,7 @@ def _try(mapping: Mapping, n: int) -> None:
             raise OptionError(f"{what}: {method}(n) is {shown}; expected a tensor [{logits}], as logits(n) is {logits}")
     matrix = mapping.matrix(mapping.start(n).double().expand(2, 3, logits), n, 20)
     if tuple(matrix.shape) != (2, 3, n, n):
-        raise OptionError(
-            f"{what}: matrix(logits [2, 3, {logits}]) is {list(matrix.shape)}; expected [2, 3, {n}, {n}]"
-        )
+        raise OptionError(f"{what}: matrix(logits [2, 3, {logits}]) is {list(matrix.shape)}; expected [2, 3, {n}, {n}]")
     sums = matrix.sum(-1)
     if not bool((sums - 1).abs().max() < 1e-4):
         raise OptionError(

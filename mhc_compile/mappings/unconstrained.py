@@ -34,7 +34,7 @@ class Unconstrained(Mapping):
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
         """[..., n²] to [..., n, n]."""
-        return logits.unflatten(-1, (n, n)).clone()
+        return logits.clone().unflatten(-1, (n, n))  # type: ignore[no-any-return]
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
         """[..., n, n] to [..., n²]."""
