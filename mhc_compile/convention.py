@@ -22,7 +22,7 @@ MAPPING_NAMES: list[str] = ["sinkhorn", "identity", "permutations", "kronecker",
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """The equations of the coefficients, with z the projection of the streams and σ the sigmoid:
+    """The equations of the coefficients, with z the projection of the streams and σ the sigmoid.
 
         pre  = σ(a_pre z_pre + b_pre) + pre_eps
         post = post_range σ(a_post z_post + b_post) + post_eps

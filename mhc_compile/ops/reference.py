@@ -78,6 +78,12 @@ def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Ten
     return pre, post, res
 
 
+def _projection(flat: Tensor, phi: Tensor, eps: float) -> Tensor:
+    if phi.shape[0] == 0:
+        return flat.new_zeros((*flat.shape[:-1], phi.shape[1]))
+    return (flat @ phi) * inverse_rms(flat, eps)
+
+
 def _plus(value: Tensor, eps: float) -> Tensor:
     return value + eps if eps else value
 
@@ -99,10 +105,7 @@ def coefficients(
     convention = parse(mapping)
     with _without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        if phi.shape[0]:
-            z = (flat @ phi.to(dtype)) * inverse_rms(flat, eps)
-        else:
-            z = flat.new_zeros((*flat.shape[:-1], phi.shape[1]))
+        z = _projection(flat, phi.to(dtype), eps)
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
         return (
             _plus(torch.sigmoid(pre), convention.pre_eps),

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mhc_compile.presets.base import Preset
 from mhc_compile.presets.deepseek_v4 import DEEPSEEK_V4
 
 __all__ = ["DEEPSEEK_V4_1"]
 
-DEEPSEEK_V4_1: Preset = replace(
+DEEPSEEK_V4_1 = replace(
     DEEPSEEK_V4,
     name="deepseek-v4.1",
     source="DeepSeek-V4.1, single pass; no module of transformers 5.23 has it",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mhc_compile.presets.base import Preset
 from mhc_compile.presets.deepseek_v4 import DEEPSEEK_V4
 
 __all__ = ["GLM5_NEXT"]
 
-GLM5_NEXT: Preset = replace(
+GLM5_NEXT = replace(
     DEEPSEEK_V4,
     name="glm5-next",
     source="transformers.models.glm5_next (Glm5NextTextHyperConnection, Glm5NextTextHyperHead)",
