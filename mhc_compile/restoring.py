@@ -17,7 +17,7 @@ from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.loading import guess_options
+from mhc_compile.loading import guess_for, guess_options
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.optimizers import settle
 from mhc_compile.options import Options
@@ -106,7 +106,7 @@ class _Plan:
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
         self.carrier = _carrier(self.owner, self.name)
-        self.options = _fitting(place, values["phi"], options, fixed)
+        self.options = _fitting(place, self.owner, values["phi"], options, fixed)
         self.width = values["phi"].shape[0] // self.options.streams
         container = getattr(self.owner, CONTAINER, None)
         if container is not None and not isinstance(container, HyperConnections):
@@ -170,9 +170,11 @@ def _noted(checkpoint: Mapping[str, Any], place: str, options: Options, fixed: s
     return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
 
 
-def _fitting(place: str, phi: Tensor, options: Options, fixed: set[str]) -> Options:
+def _fitting(place: str, owner: nn.Module, phi: Tensor, options: Options, fixed: set[str]) -> Options:
     """The options with the number of streams and the mapping that `phi [n C, K]` was made for."""
-    for n, mapping, _ in sorted(guess_options(tuple(phi.shape)), key=lambda guess: guess[1] != options.mapping):
+    shape = tuple(phi.shape)
+    guesses = guess_for(owner, shape) or guess_options(shape)
+    for n, mapping, _ in sorted(guesses, key=lambda guess: guess[1] != options.mapping):
         if (n == options.streams or "streams" not in fixed) and (mapping == options.mapping or "mapping" not in fixed):
             return replace(options, streams=n, mapping=mapping)
     said = ", ".join(f"{name}={getattr(options, name)!r}" for name in ("streams", "mapping") if name in fixed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,8 +53,14 @@ class Mapping:
 
         Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it with a derivation by hand saves that.
         """
-        pull: Any = torch.func.vjp(lambda values: self.matrix(values, n, iterations), logits)[1]
-        return pull(grad)[0]  # type: ignore[no-any-return]
+        from mhc_compile._torch.recording import autograd_inside_operators
+
+        with autograd_inside_operators():
+            leaf = logits.detach().requires_grad_()
+            matrix = self.matrix(leaf, n, iterations)
+            if not matrix.requires_grad:  # it does not depend on the logits
+                return torch.zeros_like(logits)
+            return torch.autograd.grad(matrix, leaf, grad)[0]
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
         """Floating-point operations of `matrix` for one token. Here: a guess, two for every pair of an entry and a logit."""

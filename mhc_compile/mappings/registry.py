@@ -160,10 +160,7 @@ def _try_backward(mapping: Mapping, n: int, logits: int) -> None:
     try:
         got = mapping.backward(grad, given.detach(), n, 3)
     except Exception as error:
-        raise OptionError(
-            f"{what}: backward failed: {error}. The one of mhc_compile.Mapping differentiates `matrix` with torch.func.vjp; where that cannot be,"
-            " the mapping needs a `backward` of its own"
-        ) from error
+        raise OptionError(f"{what}: backward failed: {error}") from error
     if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-6, atol=1e-9):
         raise OptionError(
             f"{what}: backward is not the gradient of matrix (they differ by up to {_difference(got, want)}); override `backward` where `matrix`"
