@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mhc_compile.explanation import Explanation, explain
     from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
+    from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.stability import Gain, gain
@@ -50,6 +51,7 @@ __all__ = [
     "Explanation",
     "Gain",
     "HyperConnection",
+    "Mapping",
     "MhcError",
     "MhcWarning",
     "ModelDiff",
@@ -71,6 +73,7 @@ __all__ = [
     "load_state_dict",
     "mhc",
     "parameter_groups",
+    "register_mapping",
     "register_with_accelerate",
     "restore",
     "rewrite",
@@ -82,6 +85,7 @@ _HOMES = {
     "Explanation": "explanation",
     "Gain": "stability",
     "HyperConnection": "connection",
+    "Mapping": "mappings",
     "ModelDiff": "diffing.model_diff",
     "Story": "story",
     "attach": "ahead",
@@ -95,6 +99,7 @@ _HOMES = {
     "load_state_dict": "checkpoints",
     "mhc": "backend",
     "parameter_groups": "grouping",
+    "register_mapping": "mappings",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",

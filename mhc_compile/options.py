@@ -60,8 +60,9 @@ class Options:
             `mhc_compile.presets`). It chooses mapping, iterations, eps, read_out, single_pass and rank where they are not given, and the epsilons
             in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
-        mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), or another one of
-            `mhc_compile.mappings.MAPPINGS`.
+        mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), "permutations" (mHC-lite, up
+            to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams), "unconstrained" (HC, for comparison), or one of your own
+            (`mhc_compile.register_mapping`).
         dynamic: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
         sites: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
             characters. A later pattern goes before an earlier one. It takes mapping, dynamic, iterations, start, scale, lean and eps.
@@ -148,6 +149,13 @@ class Options:
 
     def _check_together(self) -> None:
         """What every option allows, and all of them do not."""
+        if self.mapping not in (
+            "sinkhorn",
+            "identity",
+        ):  # which have any number; the others are asked, at the price of importing torch
+            from mhc_compile.mappings import get_mapping
+
+            get_mapping(self.mapping).check(self.streams)
         if self.start == "preserve":
             if self.rank or not get_preset(self.preset).preserves:
                 raise OptionError(

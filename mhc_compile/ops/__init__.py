@@ -49,14 +49,21 @@ _WITH_KERNELS: dict[Any, tuple[Any, ...]] = {
 
 
 @functools.cache
-def fingerprint() -> str:
-    """A hash of the code behind the operators. Compiled graphs that are cached under the operators' names depend on it."""
+def _files() -> bytes:
     digest = hashlib.sha256()
     code = [Path(convention.__file__)]
     for package in (Path(__file__).parent, Path(mappings.__file__).parent):
         code.extend(sorted((*package.rglob("*.py"), *package.rglob("*.h"))))
     for path in code:
         digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def fingerprint() -> str:
+    """A hash of the code behind the operators, with registered mappings. Compiled graphs that are cached under their names depend on it."""
+    digest = hashlib.sha256(_files())
+    for name, mapping in sorted(mappings.MAPPINGS.items()):
+        digest.update(f"{name} {mappings.code_of(mapping)}".encode())
     return digest.hexdigest()[:16]
 
 
