@@ -209,3 +209,19 @@ def test_what_is_given_goes_before_the_preset():
     assert (
         mhc_compile.Options(preset="glm5-next", mapping="identity").form == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
     )
+
+
+@pytest.mark.parametrize("case", ["deepseek-v4", "qwen4-exp", "static"])
+def test_restored_from_a_file(case, tmp_path):
+    """What the names and shapes in a file tell need not be said: the learned read-out, the rank, static coefficients."""
+    from safetensors.torch import save_file
+
+    model, ids = randomised(CASES[case])
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "m.safetensors")
+    fresh = Decoder(width=WIDTH).double()
+    preset = CASES[case].get("preset", "paper")
+    known = {"preset": preset, "start": "scratch"}
+    mhc_compile.restore(fresh, tmp_path / "m.safetensors", options=known)
+    fresh.load_state_dict(model.state_dict())
+    got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner": "eager", "strict": True})(ids)
+    assert (got - by_hand(model, ids)).abs().max() < 1e-11
