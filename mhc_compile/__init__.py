@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
+    from mhc_compile.diagnostics.gain import Gain, gain
+    from mhc_compile.diagnostics.measure import stability
+    from mhc_compile.diagnostics.result import Stability
     from mhc_compile.diffing.compare import diff
     from mhc_compile.diffing.model_diff import ModelDiff
     from mhc_compile.explanation import Explanation, explain
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
-    from mhc_compile.stability import Gain, gain
     from mhc_compile.story import Story
 
 __version__ = "0.1.0"
@@ -57,6 +59,7 @@ __all__ = [
     "OptionError",
     "Options",
     "ShapeError",
+    "Stability",
     "Story",
     "StreamsLostError",
     "UnknownAddError",
@@ -74,15 +77,17 @@ __all__ = [
     "register_with_accelerate",
     "restore",
     "rewrite",
+    "stability",
     "why",
 ]
 
 _HOMES = {
     "CheckResult": "checking.result",
     "Explanation": "explanation",
-    "Gain": "stability",
+    "Gain": "diagnostics.gain",
     "HyperConnection": "connection",
     "ModelDiff": "diffing.model_diff",
+    "Stability": "diagnostics.result",
     "Story": "story",
     "attach": "ahead",
     "check": "checking.check",
@@ -91,13 +96,14 @@ _HOMES = {
     "diff": "diffing.compare",
     "eager": "debugging",
     "explain": "explanation",
-    "gain": "stability",
+    "gain": "diagnostics.gain",
     "load_state_dict": "checkpoints",
     "mhc": "backend",
     "parameter_groups": "grouping",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",
+    "stability": "diagnostics.measure",
     "why": "asking",
 }
 
