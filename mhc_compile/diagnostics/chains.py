@@ -48,11 +48,8 @@ class Chain:
         n = res.shape[-1]
         kept = res.detach().reshape(-1, n, n).cpu()
         matrices = kept.double()
-        if self._product is None:
-            product = matrices
-        else:
-            # Token axes may be reshaped between sites, but their order and number stay.
-            product = matrices @ self._fit(self._product, len(matrices))
+        # Token axes may be reshaped between sites, but their order and number stay.
+        product = matrices if self._product is None else matrices @ self._fit(self._product, len(matrices))
         self._product = product
         self._matrices.append(kept)
         mean = matrices.mean(0)

@@ -11,20 +11,19 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from mhc_compile.diagnostics.result import ChainStability, Stability, Weights
+    from mhc_compile.diagnostics.result import ChainStability, SiteStability, Stability, Weights
 
 __all__ = ["render"]
 
-#: From this width on, the weights have columns of their own.
-_WIDE = 108
+#: From this width on, single sites and weights have columns of their own.
+_WIDE = 110
 #: Below it, only what a chain is judged by.
-_NARROW = 76
+_NARROW = 64
 
 _LEGEND = (
-    "Amax: largest absolute row sum (↑, of a signal) and column sum (↓, of a gradient), averaged over tokens; 1 is neither growth nor decay."
-    " site: of its H_res alone; so far: of the product from the chain's start; to the end: of the product from the site on."
-    " off: largest |row sum − 1| and |column sum − 1| of any token. cos: mean cosine of two streams; rank: effective rank of the streams, both at the"
-    " site's entry."
+    "Amax, averaged over tokens: ↑ largest absolute row sum, which a signal can grow by, ↓ column sum, which a gradient can grow by; 1 is neither"
+    " growth nor decay. So far: of the product of H_res from the chain's start; to the end: from the site on. Off: the largest deviation of a row or"
+    " column sum from 1. Of the streams at the site's entry: cos, the mean cosine of two; rank, their effective rank."
 )
 
 
@@ -74,29 +73,33 @@ def _chain_line(chain: ChainStability, number: int, count: int) -> Text:
 def _sites(chain: ChainStability, width: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("site", overflow="fold")
-    groups = [("so far", True), ("to the end", True), ("site", width >= _NARROW)]
-    for name, shown in groups:
-        if shown:
-            table.add_column(f"{name} ↑", justify="right", no_wrap=True)
-            table.add_column("↓", justify="right", no_wrap=True)
-    if width >= _NARROW:
-        table.add_column("off row", justify="right", no_wrap=True)
-        table.add_column("col", justify="right", no_wrap=True)
-    table.add_column("cos", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
-    if width >= _WIDE:
-        table.add_column("pre", no_wrap=True)
-        table.add_column("post", no_wrap=True)
+    for name, _ in _columns(chain.sites[0], width):
+        table.add_column(name, justify="right", no_wrap=True)
     for site in chain.sites:
-        gains = [site.composite_forward, site.composite_backward, site.remainder_forward, site.remainder_backward]
-        cells = [site.name, *map(_gain, gains)]
-        if width >= _NARROW:
-            cells += [_gain(site.forward), _gain(site.backward), _error(site.row_error), _error(site.column_error)]
-        cells += [f"{site.entering.similarity:.3f}", f"{site.entering.effective_rank:.2f}"]
-        if width >= _WIDE:
-            cells += [_means(site.pre), _means(site.post)]
-        table.add_row(*cells)
+        table.add_row(site.name, *(cell for _, cell in _columns(site, width)))
     return table
+
+
+def _columns(site: SiteStability, width: int) -> list[tuple[str, str]]:
+    """The cells of a site behind its name, each under its heading."""
+    so_far, behind = (
+        (site.composite_forward, site.composite_backward),
+        (site.remainder_forward, site.remainder_backward),
+    )
+    entering = site.entering
+    places = [("cos", f"{entering.similarity:.3f}"), ("rank", f"{entering.effective_rank:.2f}")]
+    if width < _NARROW:
+        return [("so far ↑", _gain(so_far[0])), ("to the end ↓", _gain(behind[1])), *places]
+    gains = [("so far ↑", so_far[0]), ("↓", so_far[1]), ("to the end ↑", behind[0]), ("↓", behind[1])]
+    if width < _WIDE:
+        return [*_gains(gains), ("off", _error(max(site.row_error, site.column_error))), *places]
+    gains += [("site ↑", site.forward), ("↓", site.backward)]
+    errors = [("off ↑", _error(site.row_error)), ("↓", _error(site.column_error))]
+    return [*_gains(gains), *errors, *places, ("pre", _means(site.pre)), ("post", _means(site.post))]
+
+
+def _gains(gains: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    return [(name, _gain(value)) for name, value in gains]
 
 
 def _gain(value: float) -> str:
