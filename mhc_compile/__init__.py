@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
+    from mhc_compile.diagnostics.callback import StabilityCallback
     from mhc_compile.diagnostics.gain import Gain, gain
     from mhc_compile.diagnostics.measure import stability
     from mhc_compile.diagnostics.result import Stability
@@ -60,6 +61,7 @@ __all__ = [
     "Options",
     "ShapeError",
     "Stability",
+    "StabilityCallback",
     "Story",
     "StreamsLostError",
     "UnknownAddError",
@@ -88,6 +90,7 @@ _HOMES = {
     "HyperConnection": "connection",
     "ModelDiff": "diffing.model_diff",
     "Stability": "diagnostics.result",
+    "StabilityCallback": "diagnostics.callback",
     "Story": "story",
     "attach": "ahead",
     "check": "checking.check",

@@ -81,21 +81,23 @@ def _chain(figure: Any, chain: ChainStability, title: str) -> None:
 def _curves(figure: Any, chain: ChainStability) -> None:
     gains, streams = figure.subplots(1, 2)
     depth = range(1, len(chain.sites) + 1)
+    above: Any = {"frameon": False, "fontsize": 8, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
     marker = {"marker": "o", "markersize": 3} if len(chain.sites) <= 40 else {}
     lines = (
-        ("forward, start to site", [site.composite_forward for site in chain.sites], _SIGNAL, "-"),
-        ("backward, end to site", [site.remainder_backward for site in chain.sites], _GRADIENT, "-"),
-        ("forward, site alone", [site.forward for site in chain.sites], _SIGNAL, ":"),
-        ("backward, site alone", [site.backward for site in chain.sites], _GRADIENT, ":"),
+        ("forward, start to site", [site.composite_forward for site in chain.sites], _SIGNAL, "-", 2.4),
+        ("backward, end to site", [site.remainder_backward for site in chain.sites], _GRADIENT, "--", 1.6),
+        ("forward, site alone", [site.forward for site in chain.sites], _SIGNAL, ":", 1.2),
+        ("backward, site alone", [site.backward for site in chain.sites], _GRADIENT, ":", 1.2),
     )
-    for label, values, colour, style in lines:
-        gains.plot(depth, values, style, color=colour, label=label, linewidth=1.4, **marker)
+    for label, values, colour, style, thickness in lines:
+        marks = marker if style != ":" else {}
+        gains.plot(depth, values, style, color=colour, label=label, linewidth=thickness, **marks)
     gains.axhline(1.0, color="0.6", linewidth=0.8)
     gains.set_yscale("log")
-    _scale(gains, [value for _, values, _, _ in lines for value in values])
+    _scale(gains, [value for _, values, *_ in lines for value in values])
     gains.set_xlabel("site l")
     gains.set_ylabel("Amax gain (log scale)")
-    gains.legend(frameon=False, fontsize=8)
+    gains.legend(**above)
     geometry = chain.geometry
     places = range(1, len(geometry) + 1)
     similarity = streams.plot(
@@ -116,7 +118,7 @@ def _curves(figure: Any, chain: ChainStability) -> None:
     )
     other.set_ylim(0.9, chain.streams + 0.1)
     other.set_ylabel(f"effective rank (of {chain.streams})")
-    streams.legend(handles=[*similarity, *rank], frameon=False, fontsize=8)
+    streams.legend(handles=[*similarity, *rank], **above)
     for axis in (gains, streams):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
@@ -128,7 +130,7 @@ def _curves(figure: Any, chain: ChainStability) -> None:
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
     """At least from 0.5 to 2: the eye takes the noise of a flat curve for a trend. Within one decade the ticks are written out."""
-    from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     known = [value for value in values if 0 < value < float("inf")]
     low, high = min([0.5, *(value / 1.2 for value in known)]), max([2.0, *(value * 1.2 for value in known)])
@@ -137,7 +139,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
         ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
         axis.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
         axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
