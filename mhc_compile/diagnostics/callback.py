@@ -13,7 +13,7 @@ from torch import nn
 
 from mhc_compile.attachment import connections, unwrap
 from mhc_compile.checking.values import fresh
-from mhc_compile.diagnostics.batches import on_device
+from mhc_compile.diagnostics.batches import inputs_of, on_device
 from mhc_compile.diagnostics.frameworks import dressed
 from mhc_compile.diagnostics.loaders import first_batch
 from mhc_compile.diagnostics.measure import Meter
@@ -30,7 +30,7 @@ __all__ = ["StabilityCallback"]
 
 
 class StabilityCallback:
-    """Measures `mhc_compile.stability` every so many steps of a training, in all three kinds of loops:
+    """Measures `mhc_compile.stability` every so many steps of a training, in any of three kinds of loops.
 
         Trainer(..., callbacks=[StabilityCallback(every=100)])                    transformers
         lightning.Trainer(callbacks=[StabilityCallback(every=100)])               Lightning
@@ -61,7 +61,7 @@ class StabilityCallback:
 
     history: list[tuple[int, Stability]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:  # noqa: ARG004 - for __init__
+    def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:  # noqa: ARG004, D102 - for __init__
         made: StabilityCallback = object.__new__(dressed(cls))
         return made
 
@@ -148,7 +148,7 @@ class StabilityCallback:
             self._meter = Meter(model, options=self.options)
         some = next(iter(connections(model).values()))
         with context:
-            result = self._meter.measure(on_device(batch, some.phi.device))
+            result = self._meter.measure(*inputs_of(model, (on_device(batch, some.phi.device),), {}))
         self._measured = step
         self.history.append((step, result))
         if _is_first():
@@ -177,7 +177,7 @@ def _restored(state: dict[str, Any]) -> StabilityCallback:
 def _inner(model: Any) -> nn.Module:
     """The model inside DDP and torch.compile, in whatever order."""
     while True:
-        inside = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+        inside: nn.Module = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
         if inside is model:
             return inside
         model = inside

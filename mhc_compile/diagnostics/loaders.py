@@ -21,7 +21,8 @@ def first_batch(loader: Any, size: int) -> Any:
     Raises:
         MhcError: the data set has no length or no items, or the loader no function that puts examples together.
     """
-    data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    data: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
     if collate is None or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise MhcError(
             f"StabilityCallback cannot take a batch out of {type(loader).__name__} over {type(data).__name__} without moving it on."

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 
-from mhc_compile.attachment import CONTAINER, connections, unwrap
+from mhc_compile.attachment import connections, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture import Probe
 from mhc_compile.diagnostics.batches import inputs_of
@@ -26,7 +25,7 @@ __all__ = ["Meter", "stability"]
 
 
 def stability(
-    model: nn.Module | ExportedProgram,
+    model: nn.Module,
     *inputs: Any,
     options: Mapping[str, Any] | Options | None = None,
     **kwargs: Any,
@@ -40,7 +39,8 @@ def stability(
     The model runs in the mode that it is in. Mode, parameters, gradients, buffers, random numbers and compiled versions stay as they are.
 
     Args:
-        model: a model with hyper-connections, compiled or not, or a program that `mhc_compile.rewrite` made.
+        model: a model with hyper-connections, compiled or not, or a graph module that `mhc_compile.rewrite` made. (An exported program has no
+            sites any more, only operations: measure the model that it was exported from.)
         *inputs: as for `model(*inputs)`; or one batch as loaders give it: a tuple, a list or a mapping of inputs, in which entries that `forward`
             does not take (labels) are left out.
         options: as the model was compiled with; without them, streams and mapping are those of its hyper-connections.
@@ -52,7 +52,7 @@ def stability(
     """
     meter = Meter(model, options=options)
     try:
-        return meter.measure(*inputs, **kwargs)
+        return meter.measure(*inputs_of(meter.model, inputs, kwargs))
     finally:
         meter.close()
 
@@ -69,38 +69,26 @@ class Meter:
         OptionError: the options are wrong.
     """
 
-    def __init__(
-        self, model: nn.Module | ExportedProgram, *, options: Mapping[str, Any] | Options | None = None
-    ) -> None:
-        exported = isinstance(model, ExportedProgram)
-        self.model: nn.Module = model.module() if isinstance(model, ExportedProgram) else unwrap(model)
-        self.name = "ExportedProgram" if exported else type(self.model).__name__
-        self.exported = exported
-        self._recording = Recording({})
-        self._written = isinstance(self.model, fx.GraphModule) and _has_sites(self.model)
-        if not self._paths():
+    def __init__(self, model: nn.Module, *, options: Mapping[str, Any] | Options | None = None) -> None:
+        self.model = unwrap(model)
+        if not connections(self.model):
             raise AttachError(
-                f"{self.name} has no hyper-connections to measure. "
-                + (
-                    "Export a rewritten program: mhc_compile.rewrite(program)"
-                    if exported
-                    else "Call the compiled model once, or mhc_compile.attach(model, ...)"
-                )
+                f"{type(self.model).__name__} has no hyper-connections to measure. Call the compiled model once, or mhc_compile.attach(model, ...)"
             )
+        self._recording = Recording({})
         self._options = replace(self._settings(options), inner=self._record)
-        self._probe = Probe(self.model, self._backend)
+        self._probe = Probe(self.model, self._record if _has_sites(self.model) else self._rewrite)
 
-    def measure(self, *inputs: Any, **kwargs: Any) -> Stability:
-        """One call; see `stability`."""
-        args, named = inputs_of(self.model, inputs, kwargs)
-        paths = self._paths()
+    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stability:
+        """One call, `model(*args, **kwargs)`; see `stability`."""
+        paths = {address(connection.phi): path for path, connection in connections(self.model).items()}
         self._recording = recording = Recording(paths)
         with undisturbed(self.model):
-            self._probe(*args, **named)
+            self._probe(*args, **kwargs)
         self._recording = Recording({})
         return Stability(
-            model=self.name,
-            mode="exported" if self.exported else "train" if self.model.training else "eval",
+            model=type(self.model).__name__,
+            mode="train" if self.model.training else "eval",
             dtype=recording.dtype,
             chains=tuple(chain.result() for chain in recording.chains),
             idle=tuple(path for path in paths.values() if path not in recording.seen),
@@ -116,21 +104,16 @@ class Meter:
         some = next(iter(connections(self.model).values()), None)
         return Options() if some is None else Options(streams=some.streams, mapping=some.mapping)
 
-    def _paths(self) -> dict[int, str]:
-        """The hyper-connections by the address of phi; in an exported program they are parameters without modules."""
-        found: dict[int, str] = {}
-        for name, value in self.model.named_parameters():
-            path, _, last = name.rpartition(".")
-            if last == "phi" and CONTAINER in path.split("."):
-                found.setdefault(address(value), path)
-        return found
-
-    def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return self._record(graph_module, inputs) if self._written else mhc(graph_module, inputs, options=self._options)
+    def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return mhc(graph_module, inputs, options=self._options)
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002 - a compiler's signature
         return recorder(graph_module, lambda: self._recording)
 
 
-def _has_sites(graph_module: fx.GraphModule) -> bool:
-    return any(node.target is torch.ops.mhc.coefficients.default for node in graph_module.graph.nodes)
+def _has_sites(model: nn.Module) -> bool:
+    """Whether `model` is a graph that was rewritten already."""
+    graph = getattr(model, "graph", None)
+    return isinstance(graph, fx.Graph) and any(
+        node.target is torch.ops.mhc.coefficients.default for node in graph.nodes
+    )

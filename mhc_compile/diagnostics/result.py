@@ -147,7 +147,7 @@ class Stability:
 
     Attributes:
         model: class name.
-        mode: "train", "eval" or "exported".
+        mode: "train" or "eval".
         dtype: of the streams, without "torch.".
         chains: in the order in which they begin.
         idle: paths of hyper-connections that had no part in the call.
