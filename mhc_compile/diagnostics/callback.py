@@ -174,10 +174,10 @@ def _restored(state: dict[str, Any]) -> StabilityCallback:
     return callback
 
 
-def _inner(model: Any) -> nn.Module:
+def _inner(model: nn.Module) -> nn.Module:
     """The model inside DDP and torch.compile, in whatever order."""
     while True:
-        inside: nn.Module = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+        inside = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
         if inside is model:
             return inside
         model = inside
