@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["render"]
 
-#: From this width on, single sites and weights have columns of their own.
-_WIDE = 110
-#: Below it, only what a chain is judged by.
-_NARROW = 64
+#: How much of a site is shown: all, without single sites and weights, only what a chain is judged by.
+_DETAILS = (2, 1, 0)
 
 _LEGEND = (
     "Amax, averaged over tokens: ↑ largest absolute row sum, which a signal can grow by, ↓ column sum, which a gradient can grow by; 1 is neither"
@@ -46,7 +45,9 @@ class _Sites:
         self._chain = chain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _sites(self._chain, options.max_width)
+        tables = [_sites(self._chain, detail) for detail in _DETAILS]
+        room, boundless = options.max_width, options.update_width(10_000)
+        yield next((one for one in tables if Measurement.get(console, boundless, one).maximum <= room), tables[-1])
 
 
 def _headline(result: Stability) -> Text:
@@ -70,17 +71,17 @@ def _chain_line(chain: ChainStability, number: int, count: int) -> Text:
     return text
 
 
-def _sites(chain: ChainStability, width: int) -> Table:
+def _sites(chain: ChainStability, detail: int) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("site", overflow="fold")
-    for name, _ in _columns(chain.sites[0], width):
+    for name, _ in _columns(chain.sites[0], detail):
         table.add_column(name, justify="right", no_wrap=True)
     for site in chain.sites:
-        table.add_row(site.name, *(cell for _, cell in _columns(site, width)))
+        table.add_row(site.name, *(cell for _, cell in _columns(site, detail)))
     return table
 
 
-def _columns(site: SiteStability, width: int) -> list[tuple[str, str]]:
+def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:
     """The cells of a site behind its name, each under its heading."""
     so_far, behind = (
         (site.composite_forward, site.composite_backward),
@@ -88,10 +89,10 @@ def _columns(site: SiteStability, width: int) -> list[tuple[str, str]]:
     )
     entering = site.entering
     places = [("cos", f"{entering.similarity:.3f}"), ("rank", f"{entering.effective_rank:.2f}")]
-    if width < _NARROW:
+    if detail == 0:
         return [("so far ↑", _gain(so_far[0])), ("to the end ↓", _gain(behind[1])), *places]
     gains = [("so far ↑", so_far[0]), ("↓", so_far[1]), ("to the end ↑", behind[0]), ("↓", behind[1])]
-    if width < _WIDE:
+    if detail == 1:
         return [*_gains(gains), ("off", _error(max(site.row_error, site.column_error))), *places]
     gains += [("site ↑", site.forward), ("↓", site.backward)]
     errors = [("off ↑", _error(site.row_error)), ("↓", _error(site.column_error))]
