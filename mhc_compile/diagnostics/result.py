@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from rich.console import RenderableType
@@ -123,12 +124,12 @@ class ChainStability:
     @property
     def amax_forward(self) -> float:
         """Largest gain of a signal over depth: of `composite_forward`."""
-        return max(site.composite_forward for site in self.sites)
+        return _largest(site.composite_forward for site in self.sites)
 
     @property
     def amax_backward(self) -> float:
         """Largest gain of a gradient over depth: of `remainder_backward`."""
-        return max(site.remainder_backward for site in self.sites)
+        return _largest(site.remainder_backward for site in self.sites)
 
     @property
     def geometry(self) -> tuple[Geometry, ...]:
@@ -167,12 +168,12 @@ class Stability:
     @property
     def amax_forward(self) -> float:
         """The largest of all chains; 1 is neither growth nor decay."""
-        return max((chain.amax_forward for chain in self.chains), default=1.0)
+        return _largest(chain.amax_forward for chain in self.chains)
 
     @property
     def amax_backward(self) -> float:
         """The largest of all chains; 1 is neither growth nor decay."""
-        return max((chain.amax_backward for chain in self.chains), default=1.0)
+        return _largest(chain.amax_backward for chain in self.chains)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -201,14 +202,14 @@ class Stability:
         return {
             "amax_forward": self.amax_forward,
             "amax_backward": self.amax_backward,
-            "site_amax_forward": max(site.forward for site in sites),
-            "site_amax_backward": max(site.backward for site in sites),
-            "row_error": max(site.row_error for site in sites),
-            "column_error": max(site.column_error for site in sites),
-            "lowest": min(site.lowest for site in sites),
+            "site_amax_forward": _largest(site.forward for site in sites),
+            "site_amax_backward": _largest(site.backward for site in sites),
+            "row_error": _largest(site.row_error for site in sites),
+            "column_error": _largest(site.column_error for site in sites),
+            "lowest": -_largest(-site.lowest for site in sites),
             "similarity": sum(end.similarity for end in ends) / len(ends),
             "effective_rank": sum(end.effective_rank for end in ends) / len(ends),
-            "distance": max(one.distance for chain in self.chains for one in chain.geometry),
+            "distance": _largest(one.distance for chain in self.chains for one in chain.geometry),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,6 +242,12 @@ class Stability:
         from mhc_compile.notebook import html_of
 
         return html_of(self)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, NaN if one of them is that, 1 if there is none."""
+    known = list(values)
+    return float("nan") if any(map(math.isnan, known)) else max(known, default=1.0)
 
 
 def _finite(value: Any) -> Any:
