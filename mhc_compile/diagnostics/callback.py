@@ -76,7 +76,8 @@ class StabilityCallback:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"StabilityCallback: every is {every!r}; expected a positive number of steps")
-        self.every, self.batch, self.log, self.options = every, batch, log, options
+        self.every, self.batch, self.options = every, batch, options
+        self._report = log  # Lightning puts a `log` of its own on callbacks
         self.file = Path(file) if file is not None else None
         self.history = []
         self._meter: Meter | None = None
@@ -160,8 +161,8 @@ class StabilityCallback:
             line = {"step": step, "time": time.time(), **result.to_dict()}
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
-        if self.log is not None:
-            self.log({"step": step, **{f"mhc/{name}": value for name, value in result.summary().items()}})
+        if self._report is not None:
+            self._report({"step": step, **{f"mhc/{name}": value for name, value in result.summary().items()}})
 
     def __reduce__(self) -> Any:
         """A copy in another process has the callback classes of what is imported there, and traces anew."""

@@ -8,9 +8,9 @@ from typing import Any
 
 __all__ = ["dressed"]
 
-#: Where the classes are, in modules that are there already if their Trainer is used.
+#: Where the classes are.
 _HOMES = (
-    ("transformers.trainer_callback", "TrainerCallback"),
+    ("transformers", "TrainerCallback"),  # loaded on first use: this asks for it
     ("lightning.pytorch.callbacks", "Callback"),
     ("pytorch_lightning.callbacks", "Callback"),
 )
