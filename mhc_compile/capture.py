@@ -88,13 +88,14 @@ class Probe:
     def __init__(
         self, model: nn.Module, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
     ) -> None:
+        self._model = model
         self._single = _SingleUse(backend)
         self._call = _torch.isolated_compile(model, self._single)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the compiled model; errors of this package come as themselves."""
         try:
-            with _torch.whole_graphs():
+            with _torch.whole_graphs(), _torch.uncompiled(self._model):
                 return self._call(*args, **kwargs)
         except _torch.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, MhcError):

@@ -9,12 +9,13 @@ import re
 
 import pytest
 import torch
-from builders import LAYERS, Block, Decoder, build, tokens
+from builders import LAYERS, Block, Decoder, Small, build, points, tokens
 from torch import nn
 
 import mhc_compile
 
 EAGER = {"inner": "eager"}
+MHC = {"backend": "mhc", "options": EAGER}
 
 
 @pytest.fixture(autouse=True)
@@ -403,6 +404,20 @@ def test_compiled_versions_stay():
         mhc_compile.stability(compiled, points[:batch])
     compiled(points)
     assert len(graphs) == count == 1
+
+
+@pytest.mark.parametrize(
+    "compile_", [lambda m: m.compile(**MHC), lambda m: setattr(m, "pair", torch.compile(m.pair, **MHC))]
+)
+def test_a_model_compiled_in_place_is_looked_at_and_not_run_as_it_was_compiled(compile_):
+    model = Small()
+    compile_(model)
+    assert len(mhc_compile.explain(model, points()).sites) == 2
+    assert len(mhc_compile.attach(model, points())) == 2
+    assert len(mhc_compile.stability(model, points()).sites) == 2
+    model(points())
+    model(points())
+    assert len(mhc_compile.stability(model, points()).sites) == 2
 
 
 # --- what it is called with ------------------------------------------------------------------------------------------------------------
