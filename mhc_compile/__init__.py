@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mhc_compile.explanation import Explanation, explain
     from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
+    from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.story import Story
@@ -53,6 +54,7 @@ __all__ = [
     "Explanation",
     "Gain",
     "HyperConnection",
+    "Mapping",
     "MhcError",
     "MhcWarning",
     "ModelDiff",
@@ -76,6 +78,7 @@ __all__ = [
     "load_state_dict",
     "mhc",
     "parameter_groups",
+    "register_mapping",
     "register_with_accelerate",
     "restore",
     "rewrite",
@@ -88,6 +91,7 @@ _HOMES = {
     "Explanation": "explanation",
     "Gain": "diagnostics.gain",
     "HyperConnection": "connection",
+    "Mapping": "mappings",
     "ModelDiff": "diffing.model_diff",
     "Stability": "diagnostics.result",
     "StabilityCallback": "diagnostics.callback",
@@ -103,6 +107,7 @@ _HOMES = {
     "load_state_dict": "checkpoints",
     "mhc": "backend",
     "parameter_groups": "grouping",
+    "register_mapping": "mappings",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",

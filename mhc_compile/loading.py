@@ -13,20 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._warn import warn
-from mhc_compile.mappings import MAPPINGS
+from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.connection import HyperConnection
+    from mhc_compile.read_out import ReadOut
 
-__all__ = ["NAMES", "SETTINGS", "after_loading", "guess_options", "settle_missing"]
+__all__ = ["NAMES", "SETTINGS", "after_loading", "guess_for", "guess_options", "settle_missing"]
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
 #: What else decides on the function that they stand for. A state dict carries it as metadata, which torch.save keeps and safetensors does not.
-SETTINGS = ("mapping", "iterations", "eps")
+SETTINGS = ("mapping", "iterations", "eps", "preset")
+
+#: The number of streams of every system that ships mHC.
+_USUAL = 4
 
 
 class _Call(threading.local):
@@ -53,7 +57,7 @@ class _Call(threading.local):
 _call = _Call()
 
 
-def settle_missing(connection: HyperConnection, prefix: str, missing: list[str]) -> bool:
+def settle_missing(connection: HyperConnection | ReadOut, prefix: str, missing: list[str]) -> bool:
     """Takes back the complaint that `connection` has no values in the state dict, as long as no other hyper-connection has any.
 
     Args:
@@ -65,7 +69,7 @@ def settle_missing(connection: HyperConnection, prefix: str, missing: list[str])
         Whether the state dict has values for `connection`.
     """
     _call.enter(missing)
-    keys = [prefix + name for name in NAMES]
+    keys = [prefix + name for name in connection.names]
     if not all(key in missing for key in keys):
         _call.found = True
         missing.extend(_call.kept)  # so some are there and some are not, which is no plain model's checkpoint
@@ -96,7 +100,8 @@ def after_loading(
         errors: what torch has complained of so far; changed in place.
     """
     path = prefix.removesuffix(".")
-    shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in NAMES}
+    names = connection.names
+    shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in names}
     wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if wrong:
         # torch has said so already, one sentence a tensor; this one says what can be done.
@@ -110,14 +115,14 @@ def after_loading(
             f"the state dict has {listed} (width {connection.width}, streams {connection.streams}, mapping"
             f" {connection.mapping!r}).{_call.once(_way_out(connection, shapes['phi'][0], set(wrong)))}"
         )
-    for name in NAMES:
+    for name in names:
         if not _is_finite(state[prefix + name]):
             warn(
                 f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged, or the file is damaged"
             )
     for name in SETTINGS:
         has, wants = metadata.get(name, getattr(connection, name)), getattr(connection, name)
-        if has == wants or wrong or (name == "iterations" and connection.mapping == "identity"):
+        if has == wants or wrong or (name == "iterations" and not get_mapping(connection.mapping).iterative):
             continue
         sentence = (
             f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another function."
@@ -129,30 +134,45 @@ def after_loading(
             warn(f"hyper-connection {path!r} (and perhaps others) {sentence}")
 
 
-def guess_options(shape: tuple[int, ...], width: int | None = None) -> list[tuple[int, str, int]]:
-    """All `(streams, mapping, width)` that give phi this shape [n C, K]; with `width`, those of that width."""
+def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
+    """All `(streams, mapping, width)` that give phi this shape [n C, K], the likeliest first.
+
+    Shapes do not tell everything: "unconstrained" always looks like "sinkhorn". That comes first as what nearly everybody uses; of the others
+    those with four streams, then those that were there longest.
+    """
     if len(shape) != 2:
         return []
-    rows, columns = shape
     found = [
-        (n, name, rows // n)
-        for name, mapping in MAPPINGS.items()
+        (n, name, shape[0] // n)
+        for name in MAPPINGS
         for n in range(1, MAX_STREAMS + 1)
-        if columns == 2 * n + mapping.logits(n) and rows % n == 0
+        if columns(name, n) == shape[1] and shape[0] % n == 0
     ]
-    return [entry for entry in found if width is None or entry[2] == width]
+    found.sort(key=lambda entry: (entry[1] != "sinkhorn", entry[0] != _USUAL))
+    return found
+
+
+def guess_for(owner: nn.Module | None, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
+    """As `guess_options`, for a hyper-connection of `owner`: the width C of its streams is a size of some parameter there."""
+    sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
+    return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
 
 
 def _way_out(connection: HyperConnection, phi: tuple[int, ...], wrong: set[str]) -> str:
     if "phi" in wrong:
-        for streams, mapping, _ in guess_options(phi, connection.width):
+        guesses = guess_options(phi)
+        guesses.sort(key=lambda guess: guess[1] != connection.mapping)
+        for streams, mapping, width in guesses:
+            if width != connection.width:
+                continue
             pairs = {"streams": (streams, connection.streams), "mapping": (mapping, connection.mapping)}
             differing = {name: has for name, (has, mine) in pairs.items() if has != mine}
             made = ", ".join(f"{name}={value!r}" for name, value in differing.items())
             return f"The checkpoint was made with {made}: attach and compile with options={differing!r}."
-        others = [
-            f"width {width} (streams={streams}, mapping={mapping!r})" for streams, mapping, width in guess_options(phi)
-        ]
+        likeliest: dict[tuple[int, int], str] = {}  # not every mapping that looks like another one
+        for streams, mapping, width in guesses:
+            likeliest.setdefault((width, streams), mapping)
+        others = [f"width {width} (streams={n}, mapping={mapping!r})" for (width, n), mapping in likeliest.items()]
         if others:
             return f"The checkpoint is of a model of {' or '.join(others)}, this one has width {connection.width}."
     return "No choice of options gives these shapes: the checkpoint is damaged, or of something else."

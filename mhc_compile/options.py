@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from mhc_compile.convention import MAPPING_NAMES
 from mhc_compile.errors import OptionError
+from mhc_compile.presets import ReadOut, get_preset
 
 __all__ = ["Inner", "OptimizerPolicy", "Options", "Recompute", "Start"]
 
@@ -18,6 +22,8 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 
 #: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
 MAX_STREAMS = 8
+#: What `sites` may set for some sites. The others hold for a whole chain, or for the whole compilation.
+PER_SITE = ("mapping", "dynamic", "iterations", "start", "scale", "lean", "eps")
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -50,9 +56,22 @@ class Options:
     """What `torch.compile(model, backend="mhc", options={...})` accepts.
 
     Attributes:
+        preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4", "liger", "qwen4-exp", or one of your own (see
+            `mhc_compile.presets`). It chooses mapping, iterations, eps, read_out, single_pass and rank where they are not given, and the epsilons
+            in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
-        mapping: the family of H_res: "sinkhorn" (the paper's) or "identity" (streams are not mixed).
-        iterations: Sinkhorn iterations, 1 to 1000 (20 in the paper). Ignored by "identity".
+        mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), "permutations" (mHC-lite, up
+            to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams), "unconstrained" (HC, for comparison), or one of your own
+            (`mhc_compile.register_mapping`).
+        dynamic: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
+        sites: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
+            characters. A later pattern goes before an earlier one. It takes mapping, dynamic, iterations, start, scale, lean and eps.
+        read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on the token. Other readers of a trunk value
+            get the sum with "sum", else the mean.
+        single_pass: the weights that a site computes collapse the streams for the next site, the first one reads the trunk itself, and the
+            weights of the last one end the chain (DeepSeek-V4.1).
+        rank: rank of the gate by which a branch reads every channel with a weight of its own (Qwen4-Exp), 0 for none.
+        iterations: Sinkhorn iterations, 1 to 1000 (20 in the paper). Ignored by other mappings.
         start: "preserve" starts as the same function as the model given: the streams are equal, every branch reads their weighted mean and
             writes to all of them. "scratch" starts from random projections and uniform mixing, for training from the first step; it changes
             what the model computes.
@@ -73,8 +92,14 @@ class Options:
         inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g. {"max_autotune": True}).
     """
 
+    preset: str = "paper"
     streams: int = 4
     mapping: str = "sinkhorn"
+    dynamic: bool = True
+    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    read_out: ReadOut = "mean"
+    single_pass: bool = False
+    rank: int = 0
     iterations: int = 20
     start: Start = "preserve"
     scale: float = 0.01
@@ -88,8 +113,11 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        get_preset(self.preset)
         _number("streams", self.streams, int, 1, MAX_STREAMS, f"an integer from 1 to {MAX_STREAMS}")
-        _one_of("mapping", self.mapping, ("sinkhorn", "identity"))
+        _one_of("mapping", self.mapping, tuple(MAPPING_NAMES))
+        _one_of("read_out", self.read_out, get_args(ReadOut))
+        _number("rank", self.rank, int, 0, 1_000_000, "an integer from 0, which means no gate")
         _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
         _one_of("start", self.start, get_args(Start))
         _number(
@@ -103,10 +131,10 @@ class Options:
         _number("lean", self.lean, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
         _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
         _number("min_sites", self.min_sites, int, 1, 1_000_000, "a positive integer")
-        if not isinstance(self.strict, bool):
-            raise OptionError(
-                f"option 'strict' is {self.strict!r} ({type(self.strict).__name__}); expected True or False"
-            )
+        for name in ("strict", "dynamic", "single_pass"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected True or False")
         _one_of("recompute", self.recompute, get_args(Recompute))
         if not callable(self.inner):
             _one_of("inner", self.inner, get_args(Inner))
@@ -115,6 +143,81 @@ class Options:
             raise OptionError(
                 f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings"
             )
+
+        self._check_together()
+        self._check_sites()
+
+    def _check_together(self) -> None:
+        """What every option allows, and all of them do not."""
+        if self.mapping not in (
+            "sinkhorn",
+            "identity",
+        ):  # which have any number; the others are asked, at the price of importing torch
+            from mhc_compile.mappings import get_mapping
+
+            get_mapping(self.mapping).check(self.streams)
+        if self.start == "preserve":
+            if self.rank or not get_preset(self.preset).preserves:
+                raise OptionError(
+                    f"preset {self.preset!r}: with rank={self.rank} a branch reads normalised streams, and no parameters make that the plain"
+                    " residual add. Add start='scratch' to train from a random start, or choose another preset"
+                )
+            if self.read_out == "sum" and self.streams > 1:
+                raise OptionError(
+                    f"read_out='sum' adds {self.streams} equal streams up at the start, {self.streams} times what the plain model computes. Use"
+                    " read_out='mean', or start='scratch'"
+                )
+        if self.rank and (self.mapping != "identity" or not self.dynamic):
+            raise OptionError(
+                f"rank={self.rank} reads every channel with a weight of its own, which goes with mapping='identity' and dynamic=True; got"
+                f" mapping={self.mapping!r} and dynamic={self.dynamic}"
+            )
+        if self.single_pass and self.rank:
+            raise OptionError(
+                "single_pass=True needs one weight a stream, and rank > 0 gives one a channel: choose one"
+            )
+
+    def _check_sites(self) -> None:
+        if not isinstance(self.sites, Mapping):
+            raise OptionError(
+                f"option 'sites' is {self.sites!r} ({type(self.sites).__name__}); expected a dict such as"
+                " {'layers.*.mlp': {'mapping': 'identity'}}"
+            )
+        for pattern, values in self.sites.items():
+            if not isinstance(pattern, str) or not isinstance(values, Mapping):
+                raise OptionError(f"option 'sites': {pattern!r}: {values!r}; expected a pattern and a dict of options")
+            for name in values:
+                if name not in PER_SITE:
+                    hint = _nearest(str(name), list(PER_SITE))
+                    raise OptionError(
+                        f"option 'sites': {pattern!r} sets {name!r}; {hint}for single sites there are: {', '.join(PER_SITE)}"
+                    )
+            try:
+                replace(self, sites={}, **values)
+            except OptionError as error:
+                raise OptionError(f"option 'sites': {pattern!r}: {error}") from None
+
+    def at(self, path: str) -> Options:
+        """The options for one site.
+
+        Args:
+            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection, "layers.0.mhc.mlp").
+        """
+        branch = path.replace(".mhc.", ".").removeprefix("mhc.")
+        values: dict[str, Any] = {}
+        for pattern in self.matching(branch):
+            values.update(self.sites[pattern])
+        return replace(self, sites={}, **values) if values else self
+
+    def matching(self, path: str) -> list[str]:
+        """The patterns of `sites` that fit the path of a branch."""
+        return [pattern for pattern in self.sites if fnmatch.fnmatchcase(path, pattern)]
+
+    @property
+    def form(self) -> str:
+        """The convention by which coefficients are computed, as the operators take it."""
+        convention = get_preset(self.preset).convention
+        return str(replace(convention, mapping=self.mapping, rank=self.rank))
 
     @classmethod
     def names(cls) -> list[str]:
@@ -126,7 +229,8 @@ class Options:
         values = {name: getattr(self, name) for name in self.names()}
         if callable(self.inner):
             values["inner"] = getattr(self.inner, "__name__", "callable")
-        return {**values, "inductor": dict(self.inductor)}
+        sites = {pattern: dict(options) for pattern, options in self.sites.items()}
+        return {**values, "inductor": dict(self.inductor), "sites": sites}
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
@@ -152,3 +256,16 @@ class Options:
                     " Settings for Inductor go under 'inductor': {...}"
                 )
         return cls(**options)
+
+
+_init = Options.__init__
+
+
+@functools.wraps(_init)
+def _with_preset(self: Options, **given: Any) -> None:
+    """What the preset says comes first, what is given goes before it."""
+    preset = get_preset(given["preset"]).defaults() if "preset" in given else {}
+    _init(self, **{**preset, **given})
+
+
+Options.__init__ = _with_preset  # type: ignore[method-assign]

@@ -21,7 +21,10 @@ def test_defaults_are_the_paper():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"steams": 4}, r"option 'steams' is unknown; did you mean 'streams'\? known options: streams, mapping"),
+        (
+            {"steams": 4},
+            r"option 'steams' is unknown; did you mean 'streams'\? known options: preset, streams, mapping",
+        ),
         ({"max_autotune": True}, r"option 'max_autotune' is unknown; .*Settings for Inductor go under 'inductor'"),
         ({"streams": 0}, "option 'streams' is 0; expected an integer from 1 to 8"),
         ({"streams": 9}, "option 'streams' is 9; expected an integer from 1 to 8"),

@@ -42,8 +42,8 @@ def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in values.items() if value not in (None, ())}
     try:
-        if "inductor" in given:
-            given["inductor"] = parse_settings(given["inductor"])
+        for name in {"inductor", "sites"} & given.keys():
+            given[name] = parse_settings(given[name])
         Options.parse(given)
     except (OptionError, TargetError) as error:
         raise click.UsageError(str(error)) from error

@@ -1,24 +1,26 @@
-"""Residual mappings: the families from which H_res is taken. A new one is one file and one line here."""
+"""Residual mappings: the families from which H_res is taken. A new one is one file and one line in `registry`."""
 
 from __future__ import annotations
 
-from mhc_compile.errors import OptionError
 from mhc_compile.mappings.base import Mapping
 from mhc_compile.mappings.identity import Identity
+from mhc_compile.mappings.kronecker import Kronecker
+from mhc_compile.mappings.permutations import Permutations
+from mhc_compile.mappings.registry import MAPPINGS, code_of, columns, get_mapping, mapping_of, register_mapping
 from mhc_compile.mappings.sinkhorn import Sinkhorn
+from mhc_compile.mappings.unconstrained import Unconstrained
 
-__all__ = ["MAPPINGS", "Identity", "Mapping", "Sinkhorn", "get_mapping"]
-
-MAPPINGS: dict[str, Mapping] = {mapping.name: mapping for mapping in (Sinkhorn(), Identity())}
-
-
-def get_mapping(name: str) -> Mapping:
-    """The mapping registered under `name`.
-
-    Raises:
-        OptionError: no such mapping.
-    """
-    try:
-        return MAPPINGS[name]
-    except KeyError:
-        raise OptionError(f"mapping {name!r} is unknown; known: {', '.join(sorted(MAPPINGS))}") from None
+__all__ = [
+    "MAPPINGS",
+    "Identity",
+    "Kronecker",
+    "Mapping",
+    "Permutations",
+    "Sinkhorn",
+    "Unconstrained",
+    "code_of",
+    "columns",
+    "get_mapping",
+    "mapping_of",
+    "register_mapping",
+]

@@ -12,12 +12,20 @@ Two facts shape the code.
 - The gradient is that of the iteration as it was run, not of its limit: with large logits 20 iterations do not converge, and the implicit
   gradient is then wrong. One normalisation `M' = M / s(M)` has the adjoint `G = (G' − ⟨G', M'⟩) / s`, so the backward needs only the
   sums s (n numbers a step), and recovers every earlier M by multiplying back. Nothing but the logits is kept between forward and backward.
+
+With `eps` > 0 the steps are DeepSeek-V4's (`transformers.models.deepseek_v4`, there on the transposed matrix): a softmax over columns, plus eps; then
+every division is by a sum plus eps. No sum can vanish, so logarithms are not needed; the adjoint of a step is as above with s + eps for s.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
+
+from mhc_compile.mappings.base import Mapping
 
 __all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
 
@@ -38,24 +46,41 @@ def _first_round(logits: Tensor) -> tuple[Tensor, Tensor]:
     return columns, columns - torch.logsumexp(columns, 1, keepdim=True)
 
 
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """Matrices [..., n, n] of logits [..., n, n]; rows sum to 1, columns nearly so. Float32 or float64."""
-    matrix = _first_round(_tokens_last(logits))[1].exp()
+def _sums(matrix: Tensor, axis: int, eps: float) -> Tensor:
+    total = matrix.sum(axis, keepdim=True)
+    return total + eps if eps else total
+
+
+def _first_round_with(logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A softmax over columns plus eps, then rows. Returns the softmax, the matrix, and the row sums, plus eps, by which it was divided."""
+    columns = torch.softmax(logits, 0)
+    matrix = columns + eps
+    row = _sums(matrix, 1, eps)
+    return columns, matrix / row, row
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Matrices [..., n, n] of logits [..., n, n]; rows sum to 1 (with eps, to 1 - eps), columns nearly so. Float32 or float64."""
+    tokens_last = _tokens_last(logits)
+    matrix = _first_round_with(tokens_last, eps)[1] if eps else _first_round(tokens_last)[1].exp()
     for _ in range(iterations - 1):
-        matrix = matrix / matrix.sum(0, keepdim=True)
-        matrix = matrix / matrix.sum(1, keepdim=True)
+        matrix = matrix / _sums(matrix, 0, eps)
+        matrix = matrix / _sums(matrix, 1, eps)
     return _tokens_first(matrix, logits)
 
 
-def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """Gradient [..., n, n] with respect to the logits of `sinkhorn`, exact for any number of iterations."""
-    log_columns, log_rows = _first_round(_tokens_last(logits))
-    matrix = log_rows.exp()
+    if eps:
+        columns, matrix, first = _first_round_with(_tokens_last(logits), eps)
+    else:
+        log_columns, log_rows = _first_round(_tokens_last(logits))
+        columns, matrix = log_columns.exp(), log_rows.exp()
     sums: list[tuple[Tensor, Tensor]] = []
     for _ in range(iterations - 1):
-        column = matrix.sum(0, keepdim=True)
+        column = _sums(matrix, 0, eps)
         matrix = matrix / column
-        row = matrix.sum(1, keepdim=True)
+        row = _sums(matrix, 1, eps)
         matrix = matrix / row
         sums.append((column, row))
     g = _tokens_last(grad)
@@ -64,20 +89,32 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
         matrix = matrix * row
         g = (g - (g * matrix).sum(0, keepdim=True)) / column
         matrix = matrix * column
-    # The first round is a row softmax of a column log-softmax.
-    g = g * matrix
-    g = g - matrix * g.sum(1, keepdim=True)
-    g = g - log_columns.exp() * g.sum(0, keepdim=True)
+    if eps:
+        g = columns * (g - (g * matrix).sum(1, keepdim=True)) / first
+    else:  # the first round is a row softmax of a column log-softmax
+        g = g * matrix
+        g = g - matrix * g.sum(1, keepdim=True)
+    g = g - columns * g.sum(0, keepdim=True)
     return _tokens_first(g, logits)
 
 
-class Sinkhorn:
-    """The paper's mapping: n² logits, row-major, 20 iterations by default."""
+@dataclass(frozen=True)
+class Sinkhorn(Mapping):
+    """The paper's mapping: n² logits, row-major, 20 iterations by default.
 
-    name = "sinkhorn"
+    Attributes:
+        eps: see the module; 0 in the paper.
+        last: the side that is normalised last. With "columns" the matrix is the transposed one of the transposed logits (Liger-Kernel).
+    """
+
+    eps: float = 0.0
+    last: str = "rows"
+
+    name: ClassVar[str] = "sinkhorn"
+    iterative: ClassVar[bool] = True
 
     #: Logit of the diagonal at the start: H_ii = 0.95 at n = 4, H_ij = 0.017. From 8 on the off-diagonal hardly receives a gradient.
-    diagonal = 4.0
+    diagonal: ClassVar[float] = 4.0
 
     def logits(self, n: int) -> int:
         """n²."""
@@ -89,8 +126,18 @@ class Sinkhorn:
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:
         """[..., n²] to [..., n, n], through the op, so that a compiler sees one node and can bring its own kernel."""
-        return torch.ops.mhc.sinkhorn(logits.unflatten(-1, (n, n)), iterations)  # type: ignore[no-any-return]
+        return self._turned(torch.ops.mhc.sinkhorn(self._turned(logits.unflatten(-1, (n, n))), iterations, self.eps))
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:
         """[..., n, n] to [..., n²]."""
-        return torch.ops.mhc.sinkhorn_backward(grad, logits.unflatten(-1, (n, n)), iterations).flatten(-2)  # type: ignore[no-any-return]
+        turned = self._turned(logits.unflatten(-1, (n, n)))
+        return self._turned(torch.ops.mhc.sinkhorn_backward(self._turned(grad), turned, iterations, self.eps)).flatten(
+            -2
+        )
+
+    def _turned(self, matrices: Tensor) -> Tensor:
+        return matrices.transpose(-1, -2) if self.last == "columns" else matrices
+
+    def flops(self, n: int, iterations: int) -> int:
+        """An addition and a multiplication for every entry, of the columns and of the rows."""
+        return 4 * n * n * iterations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile.errors import ShapeError
-from mhc_compile.mappings import get_mapping
+from mhc_compile.mappings import mapping_of
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, reference
 
@@ -32,8 +32,8 @@ LIBRARY = torch.library.Library("mhc", "DEF")
 
 _SCHEMAS = (
     "declare(Tensor phi, Tensor bias, Tensor scale) -> ()",
-    "sinkhorn(Tensor logits, int iterations) -> Tensor",
-    "sinkhorn_backward(Tensor grad, Tensor logits, int iterations) -> Tensor",
+    "sinkhorn(Tensor logits, int iterations, float eps=0.0) -> Tensor",
+    "sinkhorn_backward(Tensor grad, Tensor logits, int iterations, float eps=0.0) -> Tensor",
     "coefficients(Tensor streams, Tensor phi, Tensor bias, Tensor scale, str mapping, int iterations, float eps)"
     " -> (Tensor pre, Tensor post, Tensor res, Tensor z)",
     "coefficients_backward(Tensor grad_pre, Tensor grad_post, Tensor grad_res, Tensor grad_z, Tensor streams, Tensor phi,"
@@ -62,14 +62,17 @@ def _check_coefficients(
             f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {shown(streams)}"
         )
     n, width = streams.shape[-2:]
-    columns = 2 * n + get_mapping(mapping).logits(n)
-    if tuple(phi.shape) != (n * width, columns):
+    family = mapping_of(mapping)
+    family.check(n)
+    columns = 2 * n + family.logits(n)
+    static = phi.shape[-1] == 0
+    if tuple(phi.shape) != (n * width, 0 if static else columns):
         raise ShapeError(
             f"mhc::coefficients: phi is {shown(phi)}; streams {shown(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
         )
-    if tuple(bias.shape) != (columns,) or tuple(scale.shape) != (3,):
+    if tuple(bias.shape) != (columns,) or tuple(scale.shape) != (0 if static else 3,):
         raise ShapeError(
-            f"mhc::coefficients: bias must be [{columns}] and scale [3], got {shown(bias)} and {shown(scale)}"
+            f"mhc::coefficients: bias must be [{columns}] and scale [{0 if static else 3}], got {shown(bias)} and {shown(scale)}"
         )
     if iterations < 1:
         raise ShapeError(f"mhc::coefficients: iterations must be at least 1, got {iterations}")
@@ -159,7 +162,7 @@ def _fake_coefficients(
 ) -> tuple[Tensor, ...]:
     _check_coefficients(streams, phi, bias, scale, mapping, iterations)
     tokens, n, dtype = streams.shape[:-2], streams.shape[-2], reference.compute_dtype(streams)
-    shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, phi.shape[-1]))
+    shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, bias.shape[0]))
     return tuple(_empty(streams, shape, dtype) for shape in shapes)
 
 
@@ -189,8 +192,8 @@ def _fake_update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "declare": lambda phi, bias, scale: None,
-    "sinkhorn": lambda logits, iterations: _empty(logits),
-    "sinkhorn_backward": lambda grad, logits, iterations: _empty(logits),
+    "sinkhorn": lambda logits, iterations, eps=0.0: _empty(logits),
+    "sinkhorn_backward": lambda grad, logits, iterations, eps=0.0: _empty(logits),
     "coefficients": _fake_coefficients,
     "coefficients_backward": _fake_coefficients_backward,
     "collapse": _fake_collapse,
@@ -206,13 +209,13 @@ for _name, _fake in _FAKES.items():
 
 
 def _save_sinkhorn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, ctx.iterations = inputs
+    logits, ctx.iterations, ctx.eps = inputs
     ctx.save_for_backward(logits)
 
 
-def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
-    return torch.ops.mhc.sinkhorn_backward(grad, logits, ctx.iterations), None
+    return torch.ops.mhc.sinkhorn_backward(grad, logits, ctx.iterations, ctx.eps), None, None
 
 
 def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

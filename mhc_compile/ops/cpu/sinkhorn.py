@@ -39,20 +39,20 @@ def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int) -> None:
     call(kernel, tensors, (tokens, iterations, threads_for(tokens)))
 
 
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """As `mhc_compile.mappings.sinkhorn.sinkhorn`, for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
-        return eager.sinkhorn(logits, iterations).contiguous()
+    if eps or logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
+        return eager.sinkhorn(logits, iterations, eps).contiguous()
     dense = logits.contiguous()
     out = torch.empty_like(dense)
     _call("forward", (dense, out), iterations)
     return out
 
 
-def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """As `mhc_compile.mappings.sinkhorn.sinkhorn_backward`, for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
-        return eager.sinkhorn_backward(grad, logits, iterations).contiguous()
+    if eps or logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
+        return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous()
     dense = logits.contiguous()
     out = torch.empty_like(dense)
     _call("backward", (grad.to(dense.dtype).contiguous(), dense, out), iterations)

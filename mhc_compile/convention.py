@@ -1,0 +1,78 @@
+"""How a system computes its coefficients, as one value that fits into a string. Torch is not imported here.
+
+The operators take the convention in the place of the mapping's name (`str mapping`): "sinkhorn" is the paper's, and settings that differ from the
+paper's stand behind it: "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06". So a graph says what it computes, and a kernel is built for what it says.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from mhc_compile.errors import OptionError
+
+__all__ = ["MAPPING_NAMES", "Convention", "Last", "parse"]
+
+Last = Literal["rows", "columns"]
+
+#: The names of the residual mappings, in the order in which they are listed. `register_mapping` adds to it.
+MAPPING_NAMES: list[str] = ["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """The equations of the coefficients, with z the projection of the streams and σ the sigmoid.
+
+        pre  = σ(a_pre z_pre + b_pre) + pre_eps
+        post = post_range σ(a_post z_post + b_post) + post_eps
+        res  = mapping(a_res z_res + b_res)
+
+    The defaults are those of arXiv 2512.24880 v2, equations 7 and 8.
+
+    Attributes:
+        mapping: name of the residual mapping.
+        pre_eps: added to pre, so that no stream is ever cut off.
+        post_range: the largest post.
+        post_eps: added to post.
+        sinkhorn_eps: added to the entries after the first column step and to every sum that is divided by (DeepSeek-V4). With it rows sum to
+            1 - sinkhorn_eps rather than 1.
+        last: the side of H_res that Sinkhorn normalises last, and whose sums are therefore exact.
+        rank: rank of the gate of a read with a weight for every channel (Qwen4-Exp); 0 for a weight for every stream.
+    """
+
+    mapping: str = "sinkhorn"
+    pre_eps: float = 0.0
+    post_range: float = 2.0
+    post_eps: float = 0.0
+    sinkhorn_eps: float = 0.0
+    last: Last = "rows"
+    rank: int = 0
+
+    def __str__(self) -> str:
+        """What `parse` reads: the mapping's name, and the settings that are not the paper's."""
+        paper = Convention(mapping=self.mapping)
+        settings = [f.name for f in fields(self) if getattr(self, f.name) != getattr(paper, f.name)]
+        return ";".join([self.mapping, *(f"{name}={getattr(self, name)}" for name in settings)])
+
+
+@functools.cache
+def parse(spec: str) -> Convention:
+    """The convention that `str(convention)` gave.
+
+    Raises:
+        OptionError: a setting that there is not, or a value that cannot be read.
+    """
+    mapping, *settings = spec.split(";")
+    kinds: dict[str, type] = {f.name: type(getattr(Convention(), f.name)) for f in fields(Convention)}
+    values: dict[str, object] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = kinds[name](value)
+        except (KeyError, ValueError):
+            known = ", ".join(name for name in kinds if name != "mapping")
+            raise OptionError(
+                f"convention {spec!r}: {setting!r} is no setting; expected NAME=VALUE with one of {known}"
+            ) from None
+    return Convention(mapping=mapping, **values)  # type: ignore[arg-type]

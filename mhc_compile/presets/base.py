@@ -1,0 +1,54 @@
+"""What a preset is: everything that tells one system's hyper-connections from another's, as one value. Torch is not imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mhc_compile.convention import Convention
+
+__all__ = ["Preset", "ReadOut"]
+
+#: What ends a chain: the mean or the sum of the streams, or a weighted sum whose weights are learned.
+ReadOut = Literal["mean", "sum", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The convention of one system that ships hyper-connections.
+
+    A new one is one file like its neighbours, and a line in `mhc_compile.presets`; from outside it is `register_preset(Preset(...))`.
+
+    Attributes:
+        name: what `options={"preset": ...}` takes.
+        source: where the equations are to be found.
+        convention: how coefficients are computed.
+        iterations: of Sinkhorn.
+        eps: added to the mean square under the root mean square.
+        read_out: what ends a chain.
+        single_pass: the weights `pre` of a site collapse the streams for the next site; the first site reads the trunk itself.
+        options: further options of the backend that the system's way of starting asks for.
+        preserves: whether the plain model is among the functions that it can start as.
+    """
+
+    name: str
+    source: str
+    convention: Convention = field(default_factory=Convention)
+    iterations: int = 20
+    eps: float = 1e-6
+    read_out: ReadOut = "mean"
+    single_pass: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    preserves: bool = True
+
+    def defaults(self) -> dict[str, Any]:
+        """The options that this preset stands for; those that a user gives go before them."""
+        return {
+            "mapping": self.convention.mapping,
+            "iterations": self.iterations,
+            "eps": self.eps,
+            "read_out": self.read_out,
+            "single_pass": self.single_pass,
+            "rank": self.convention.rank,
+            **self.options,
+        }

@@ -1,0 +1,19 @@
+"""DeepSeek-V4: the paper's equations with an epsilon in Sinkhorn and in pre, and a learned read-out.
+
+The module computes `comb` with a row softmax and columns last, and applies it transposed, `combᵀ X`: H_res = combᵀ has its rows normalised last, as
+the paper's. What is left of the transpose is the order of the 16 residual columns in a checkpoint (`mhc_compile.interop`).
+"""
+
+from __future__ import annotations
+
+from mhc_compile.convention import Convention
+from mhc_compile.presets.base import Preset
+
+__all__ = ["DEEPSEEK_V4"]
+
+DEEPSEEK_V4 = Preset(
+    name="deepseek-v4",
+    source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",
+    convention=Convention(pre_eps=1e-6, sinkhorn_eps=1e-6),
+    read_out="learned",
+)

@@ -1,0 +1,16 @@
+"""HY-V4: streams are not mixed (H_res = I); pre and post have an epsilon; a learned read-out."""
+
+from __future__ import annotations
+
+from mhc_compile.convention import Convention
+from mhc_compile.presets.base import Preset
+
+__all__ = ["HY_V4"]
+
+HY_V4 = Preset(
+    name="hy-v4",
+    source="transformers.models.hy_v4 (HYV4HyperConnection, HYV4HyperHead)",
+    convention=Convention(mapping="identity", pre_eps=1e-6, post_eps=1e-6),
+    eps=1e-5,
+    read_out="learned",
+)

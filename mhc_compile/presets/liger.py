@@ -1,0 +1,14 @@
+"""Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn, applied without the transpose, so that columns are the side that is exact."""
+
+from __future__ import annotations
+
+from mhc_compile.convention import Convention
+from mhc_compile.presets.base import Preset
+
+__all__ = ["LIGER"]
+
+LIGER = Preset(
+    name="liger",
+    source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",
+    convention=Convention(sinkhorn_eps=1e-6, last="columns"),
+)

@@ -1,0 +1,9 @@
+"""The paper's own convention, and the default."""
+
+from __future__ import annotations
+
+from mhc_compile.presets.base import Preset
+
+__all__ = ["PAPER"]
+
+PAPER = Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9")
