@@ -115,8 +115,8 @@ def _measure(loaded: Target, options: dict[str, Any], random_logits: float | Non
         )
     if not attach(model, *loaded.args, options=options, **loaded.kwargs):
         return Stability(type(model).__name__, "train" if model.training else "eval", "", (), ())
-    if random_logits is not None:
-        fill_residual_logits(model, random_logits)
+    if random_logits is not None and not fill_residual_logits(model, random_logits):
+        raise click.UsageError("--random-logits: the mapping 'identity' has no logits; choose another --mapping")
     meter = Meter(model, options=options)
     try:
         return meter.measure(loaded.args, loaded.kwargs)

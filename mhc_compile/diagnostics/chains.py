@@ -33,12 +33,12 @@ class Chain:
     #: The streams that left the last site, as long as they live, and how they lie.
     _left: tuple[weakref.ref[Tensor], Geometry] | None = None
 
-    def add(self, path: str, pre: Weights, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
+    def add(self, path: str, pre: Weights | None, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
         """One more site.
 
         Args:
             path: of its hyper-connection.
-            pre: read weights, reduced.
+            pre: read weights, reduced, if there are any.
             post: [..., n].
             res: [..., n, n], as it multiplies the streams from the left.
             streams: [..., n, C], before the site.

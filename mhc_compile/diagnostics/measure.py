@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from glob import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from mhc_compile.attachment import connections, unwrap
+from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture import Probe
 from mhc_compile.diagnostics.batches import inputs_of
@@ -43,7 +44,7 @@ def stability(
             sites any more, only operations: measure the model that it was exported from.)
         *inputs: as for `model(*inputs)`; or one batch as loaders give it: a tuple, a list or a mapping of inputs, in which entries that `forward`
             does not take (labels) are left out.
-        options: as the model was compiled with; without them, streams and mapping are those of its hyper-connections.
+        options: as the model was compiled with; without them, those that fit its hyper-connections.
         **kwargs: inputs by name.
 
     Raises:
@@ -76,12 +77,17 @@ class Meter:
                 f"{type(self.model).__name__} has no hyper-connections to measure. Call the compiled model once, or mhc_compile.attach(model, ...)"
             )
         self._recording = Recording({})
-        self._options = replace(self._settings(options), inner=self._record)
+        self._options = replace(
+            _settings(self.model) if options is None else Options.parse(options), inner=self._record
+        )
         self._probe = Probe(self.model, self._record if _has_sites(self.model) else self._rewrite)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stability:
         """One call, `model(*args, **kwargs)`; see `stability`."""
-        paths = {address(connection.phi): path for path, connection in connections(self.model).items()}
+        paths = {
+            address(getattr(connection, connection.names[1])): path
+            for path, connection in connections(self.model).items()
+        }
         self._recording = recording = Recording(paths)
         with undisturbed(self.model):
             self._probe(*args, **kwargs)
@@ -98,12 +104,6 @@ class Meter:
         """Drops the traced graphs."""
         self._probe.close()
 
-    def _settings(self, options: Mapping[str, Any] | Options | None) -> Options:
-        if options is not None:
-            return Options.parse(options)
-        some = next(iter(connections(self.model).values()), None)
-        return Options() if some is None else Options(streams=some.streams, mapping=some.mapping)
-
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return mhc(graph_module, inputs, options=self._options)
 
@@ -111,9 +111,33 @@ class Meter:
         return recorder(graph_module, lambda: self._recording)
 
 
+def _settings(model: nn.Module) -> Options:
+    """The options that fit the hyper-connections of `model`."""
+    found = connections(model)
+    first = next(iter(found.values()))
+    own = {
+        escape(".".join(part for part in path.split(".") if part != CONTAINER)): {
+            "mapping": one.mapping,
+            "dynamic": one.dynamic,
+        }
+        for path, one in found.items()
+        if (one.mapping, one.dynamic) != (first.mapping, first.dynamic)
+    }
+    return Options(
+        preset=first.preset,
+        streams=first.streams,
+        mapping=first.mapping,
+        dynamic=first.dynamic,
+        read_out=first.end,
+        single_pass=first.single_pass,
+        rank=first.rank,
+        start=first.start,
+        sites=own,
+    )
+
+
 def _has_sites(model: nn.Module) -> bool:
     """Whether `model` is a graph that was rewritten already."""
     graph = getattr(model, "graph", None)
-    return isinstance(graph, fx.Graph) and any(
-        node.target is torch.ops.mhc.coefficients.default for node in graph.nodes
-    )
+    begins = (torch.ops.mhc.coefficients.default, torch.ops.mhc.gated_read.default)
+    return isinstance(graph, fx.Graph) and any(node.target in begins for node in graph.nodes)

@@ -1,7 +1,7 @@
 """Runs rewritten graphs operation by operation, and takes down what every site does.
 
 A chain is followed through the values of a graph, and from graph to graph by the memory of the streams, which leave one graph as a result and enter
-the next as an input. Which hyper-connection a site has, its phi tells: blocks that look alike share one graph.
+the next as an input. Which hyper-connection a site has, its parameters tell: blocks that look alike share one graph.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Pending(NamedTuple):
     """A branch that has begun: whose it is, what it reads, and its res, kept so that its memory is no other's meanwhile."""
 
     path: str
-    pre: Weights
+    pre: Weights | None
     res: Tensor
 
 
@@ -43,7 +43,7 @@ class Recording:
     """What is taken down in one call of a model.
 
     Args:
-        paths: of the hyper-connections, by the address of their phi (see `address`).
+        paths: of the hyper-connections, by the address of their second parameter, which is never empty (see `address`).
     """
 
     def __init__(self, paths: Mapping[int, str]) -> None:
@@ -54,10 +54,10 @@ class Recording:
         self._pending: dict[int, _Pending] = {}
         self._leaving: list[tuple[weakref.ref[Tensor], _At]] = []
 
-    def begin(self, phi: Tensor, name: str, pre: Tensor, res: Tensor) -> None:
-        """Coefficients were computed from `phi`, which the graph calls `name`."""
-        path = self.paths.get(address(phi), name)
-        self._pending[address(res)] = _Pending(path, weights(pre), res)
+    def begin(self, parameter: Tensor, name: str, pre: Tensor | None, res: Tensor) -> None:
+        """Coefficients were computed, with a second parameter that the graph calls `name`. A gated read has no pre."""
+        path = self.paths.get(address(parameter), name)
+        self._pending[address(res)] = _Pending(path, weights(pre) if pre is not None else None, res)
 
     def site(self, at: _At | None, streams: Tensor, post: Tensor, res: Tensor, after: Tensor) -> _At:
         """Streams were updated; returns the place of the new ones."""
@@ -119,8 +119,12 @@ class _Recorder(fx.Interpreter):
         if n.op == "placeholder":
             return recording.arrive(result)
         if n.target is torch.ops.mhc.coefficients.default:
-            (_, phi, *_), _ = self.fetch_args_kwargs_from_env(n)
-            recording.begin(phi, str(n.args[1]), result[0], result[2])
+            (_, _, bias, *_), _ = self.fetch_args_kwargs_from_env(n)
+            recording.begin(bias, str(n.args[2]), result[0], result[2])
+            return None
+        if n.target is torch.ops.mhc.gated_read.default:
+            (_, _, norm, *_), _ = self.fetch_args_kwargs_from_env(n)
+            recording.begin(norm, str(n.args[2]), None, result[2])
             return None
         if n.target is torch.ops.mhc.collapse.default:
             return None

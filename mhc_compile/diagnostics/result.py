@@ -73,7 +73,7 @@ class SiteStability:
         row_error: largest |row sum − 1| of any token's H.
         column_error: largest |column sum − 1| of any token's H.
         lowest: least entry of any token's H; below 0, H is not doubly stochastic.
-        pre: weights with which the branch reads the streams.
+        pre: weights with which the branch reads the streams; in a single pass, the next one. None where every channel has its own.
         post: weights with which the branch is written into the streams.
         entering: the streams that the site is given.
     """
@@ -93,7 +93,7 @@ class SiteStability:
     row_error: float
     column_error: float
     lowest: float
-    pre: Weights
+    pre: Weights | None
     post: Weights
     entering: Geometry
 

@@ -111,5 +111,7 @@ def _error(value: float) -> str:
     return f"{value:.0e}" if value else "0"
 
 
-def _means(weights: Weights) -> str:
+def _means(weights: Weights | None) -> str:
+    if weights is None:
+        return ""
     return " ".join(f"{value:.2f}".removeprefix("0") for value in weights.mean)

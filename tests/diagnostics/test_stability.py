@@ -545,3 +545,39 @@ def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(mhc_compile.MhcError, match=r'pip install "matplotlib'):
         measured.plot(tmp_path / "stability.png")
+
+
+# --- other conventions -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mapping": "permutations"},
+        {"mapping": "kronecker"},
+        {"mapping": "unconstrained"},
+        {"preset": "deepseek-v4", "start": "scratch"},
+        {"preset": "deepseek-v4.1"},
+        {"preset": "qwen4-exp", "start": "scratch"},
+        {"dynamic": False},
+        {"sites": {"1.parts.1": {"mapping": "identity"}}},
+        {"read_out": "sum", "start": "scratch"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_other_conventions_are_measured_without_being_told_of(options):
+    model, inputs = nn.Sequential(nn.Linear(4, 4), Deep(3), nn.Linear(4, 4)), torch.randn(2, 4, 4)
+    found = mhc_compile.attach(model, inputs, options=options)
+    with torch.no_grad():
+        for connection in found.values():
+            for parameter in connection.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    seen = mhc_compile.stability(model, inputs)
+    (chain,) = seen.chains
+    assert [site.path for site in chain.sites] == list(found)
+    assert seen.remarks == () or options == {"dynamic": False} or "qwen4-exp" in options.values()
+    identity = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    for site, connection in zip(chain.sites, found.values(), strict=True):
+        assert (site.pre is None) == (connection.rank > 0)
+        assert (site.mean == identity) == (connection.mapping == "identity")
+        assert (site.row_error < 1e-3) == (connection.mapping != "unconstrained")
