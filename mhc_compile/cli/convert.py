@@ -16,13 +16,13 @@ __all__ = ["command"]
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--from",
-    "source",
+    "origin",
     metavar="PRESET",
     help="The checkpoint is of this system: deepseek-v4, glm5-next, hy-v4, qwen4-exp.",
 )
 @click.option(
     "--to",
-    "target",
+    "into",
     metavar="PRESET",
     help="The checkpoint is of a model with our hyper-connections: write it for this system.",
 )

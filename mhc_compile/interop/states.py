@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.attachment import connections, unwrap
+from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.checkpoints import load_state_dict, plain_name
-from mhc_compile.errors import AttachError
+from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.reading import plan_from_native
 from mhc_compile.interop.writing import plan_to_native
@@ -43,7 +43,14 @@ def to_native(
         CheckpointError: the hyper-connections are not of the system's kind (the message says which preset fits), or have no counterpart there.
     """
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    return plan_to_native(shapes, preset, spelling=spelling, branches=branches).apply(state)
+    plan = plan_to_native(shapes, preset, spelling=spelling, branches=branches)
+    metadata = getattr(state, "_metadata", {})
+    for path, entry in metadata.items():
+        if CONTAINER in path.split(".") and entry.get("preset", preset) != preset:
+            raise CheckpointError(
+                f"preset {preset!r}: {path} was saved by a model with preset={entry['preset']!r}; the same numbers stand for another function there"
+            )
+    return plan.apply(state)
 
 
 def from_native(

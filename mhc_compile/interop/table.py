@@ -27,10 +27,13 @@ def render(conversion: Conversion, *, every: bool = False) -> RenderableType:
     head.append(f": {conversion.source} to {conversion.out}")
     changes = list(plan.changes.values())
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("entry", "becomes", "shape", ""):
+    # Names are long: what an entry becomes stands below it, so that neither is folded.
+    for column in ("entry", "shape", ""):
         table.add_column(column, overflow="fold")
     for change in changes if every else changes[:_SHOWN]:
-        table.add_row("\n".join(change.sources), change.target, str(list(change.after)), change.what)
+        for source, shape in zip(change.sources, change.before, strict=True):
+            table.add_row(source, str(list(shape)), "")
+        table.add_row(f"  {change.target}", str(list(change.after)), Text(change.what, style="dim"))
     kept = len(plan.entries) - len(changes)
     size = sum(conversion.files.values())
     lines = [

@@ -9,7 +9,11 @@ RANK = 3
 
 #: Shapes of a site and of a read-out, by preset, for n streams of width C.
 SITES = {
-    "deepseek-v4": {"fn": lambda n, c: (n * (n + 2), n * c), "base": lambda n, c: (n * (n + 2),), "scale": lambda n, c: (3,)},
+    "deepseek-v4": {
+        "fn": lambda n, c: (n * (n + 2), n * c),
+        "base": lambda n, c: (n * (n + 2),),
+        "scale": lambda n, c: (3,),
+    },
     "hy-v4": {"fn": lambda n, c: (2 * n, n * c), "base": lambda n, c: (2 * n,), "scale": lambda n, c: (2,)},
     "qwen4-exp": {
         "hc_norm.weight": lambda n, c: (n * c,),
@@ -51,7 +55,9 @@ NAMES = {
 }
 
 
-def native_state(preset: str, spelling: str = "transformers", *, layers: int = 12, n: int = 4) -> dict[str, torch.Tensor]:
+def native_state(
+    preset: str, spelling: str = "transformers", *, layers: int = 12, n: int = 4
+) -> dict[str, torch.Tensor]:
     """A model of `layers` blocks; more than ten, so that blocks are not to be sorted as words."""
     first, second, head, *branches = NAMES[preset, spelling]
     state = {"model.embed.weight": torch.randn(5, WIDTH)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import Small, points
+from interop.states import NAMES, WIDTH, native_state, same
 
 import mhc_compile
-from interop.states import NAMES, WIDTH, native_state, same
 from mhc_compile import AttachError, CheckpointError, OptionError, interop
 from mhc_compile.presets import get_preset
 
@@ -23,9 +23,8 @@ def test_there_and_back_is_the_same_to_the_bit(kind):
     ours = interop.from_native(state, preset)
     assert not same(ours, state)
     assert same(interop.to_native(ours, preset, spelling=spelling), state)
-    assert list(interop.to_native(ours, preset, spelling=spelling)) == sorted(
-        state, key=list(interop.to_native(ours, preset, spelling=spelling)).index
-    )
+    if preset != "qwen4-exp":  # whose norm stands between the two projections that phi is made of
+        assert list(interop.to_native(ours, preset, spelling=spelling)) == list(state)
 
 
 def test_names_are_those_of_the_hyper_connections_of_the_branches(kind):
@@ -35,7 +34,9 @@ def test_names_are_those_of_the_hyper_connections_of_the_branches(kind):
     paths = {name.rpartition(".")[0] for name in ours if ".mhc." in name}
     wanted = {f"model.layers.{layer}.mhc.{branch}" for layer in range(12) for branch in (first, second)}
     # The read-out belongs to the last site of the last block: number 11, not 9.
-    assert paths == wanted | ({f"model.layers.11.mhc.{second}.read_out"} if get_preset(preset).read_out == "learned" else set())
+    assert paths == wanted | (
+        {f"model.layers.11.mhc.{second}.read_out"} if get_preset(preset).read_out == "learned" else set()
+    )
 
 
 def test_entries_of_the_model_itself_are_the_same_tensors(kind):
@@ -84,7 +85,9 @@ def test_branches_with_other_names_are_translated():
     ours = interop.from_native(state, "glm5-next", branches=branches)
     assert "model.layers.0.mhc.feed_forward.phi" in ours
     assert same(interop.to_native(ours, "glm5-next", branches=branches), state)
-    with pytest.raises(CheckpointError, match=r"branch called 'attn'.*'self_attn' is attn_hc.*branches=\{'attn': 'self_attn'\}"):
+    with pytest.raises(
+        CheckpointError, match=r"branch called 'attn'.*'self_attn' is attn_hc.*branches=\{'attn': 'self_attn'\}"
+    ):
         interop.to_native(ours, "glm5-next")
 
 
@@ -100,6 +103,10 @@ def turned(value):
     return value.t()
 
 
+TWO = native_state("qwen4-exp") | {"model.layers.3.self_attn.q.weight": torch.ones(1)}
+LONG = changed(native_state("glm5-next", n=3), "attn_hc.fn", turned)
+
+
 @pytest.mark.parametrize(
     ("state", "preset", "words"),
     [
@@ -108,11 +115,11 @@ def turned(value):
         (native_state("deepseek-v4"), "glm5-next", r"hc_head\.hc_fn.*are those of 'deepseek-v4'"),
         (native_state("glm5-next"), "deepseek-v4", r"no read-out.*are those of 'glm5-next'"),
         (native_state("qwen4-exp"), "deepseek-v4", r"none of the .* has a name such as attn_hc\.fn.*are those of 'qwen4-exp'"),
-        (changed(native_state("glm5-next", n=3), "attn_hc.fn", turned), "glm5-next", r"attn_hc\.\* has fn \[18, 15\].*if the projection were transposed"),
+        (LONG, "glm5-next", r"attn_hc\.\* has fn \[18, 15\].*if the projection were transposed"),
         (without(native_state("glm5-next"), "layers.7.ffn_hc.base"), "glm5-next", r"layers\.7\.ffn_hc\.\* has fn, scale and no base"),
         (native_state("glm5-next") | native_state("glm5-next", "saved"), "glm5-next", r"is an entry of .* spell it"),
         (interop.from_native(native_state("glm5-next"), "glm5-next"), "glm5-next", r"in our layout already"),
-        (native_state("qwen4-exp") | {"model.layers.3.self_attn.q.weight": torch.ones(1)}, "qwen4-exp", r"may belong to any of the branches self_attn, linear_attn of 'model\.layers\.3'"),
+        (TWO, "qwen4-exp", r"may belong to any of the branches self_attn, linear_attn of 'model\.layers\.3'"),
     ],
 )  # fmt: skip
 def test_what_is_no_native_checkpoint_of_the_preset_is_refused(state, preset, words):
@@ -126,11 +133,12 @@ OURS = {preset: interop.from_native(native_state(preset), preset) for preset in 
 @pytest.mark.parametrize(
     ("state", "preset", "words"),
     [
-        (OURS["hy-v4"], "deepseek-v4", r"phi \[24, 8\].*expected phi \[n C, n\(n\+2\)\].*fit 'hy-v4'"),
+        (OURS["hy-v4"], "deepseek-v4", r"mlp\.read_out\.weight of 4; a model.*fit 'hy-v4'"),
         (OURS["deepseek-v4"], "glm5-next", r"is a learned read-out.*mean.*fit 'deepseek-v4'"),
         (OURS["glm5-next"], "deepseek-v4", r"there is no read-out.*fit 'glm5-next'"),
         (OURS["qwen4-exp"], "hy-v4", r"'model\.layers\.0\.mhc\.linear_attn\.norm' has no counterpart.*fit 'qwen4-exp'"),
-        (changed(native_state("glm5-next", n=3), "", lambda v: v), "glm5-next", r"none of the .* plain model, or in a native layout already"),
+        (OURS["hy-v4"], "glm5-next", r"is a learned read-out.*fit 'hy-v4'"),
+        (native_state("glm5-next"), "glm5-next", r"none of the .* plain model, or in a native layout already"),
         (changed(interop.from_native(native_state("glm5-next", n=3), "glm5-next"), "phi", turned), "glm5-next", r"if the projection were transposed"),
         (without(OURS["hy-v4"], "layers.2.mhc.mlp.scale"), "hy-v4", r"layers\.2\.mhc\.mlp has phi, bias and no scale"),
         (OURS["hy-v4"] | {"model.layers.0.ffn_hc.fn": torch.ones(1)}, "hy-v4", r"would both become 'model\.layers\.0\.ffn_hc\.fn'"),
@@ -161,9 +169,9 @@ def test_nothing_reads_the_third_scale_that_hy_v4_does_not_have():
 BRANCHES = {"first": "self_attn", "second": "mlp"}
 
 
-def attached(preset):
+def attached(preset, **options):
     model = Small(WIDTH)
-    mhc_compile.attach(model, points(), options={"preset": preset})
+    mhc_compile.attach(model, points(), options={"preset": preset, **options})
     return model
 
 
@@ -189,6 +197,8 @@ def test_a_model_without_hyper_connections_or_with_another_preset_s_is_refused()
     native = interop.export_state_dict(attached("deepseek-v4"), "deepseek-v4", branches=BRANCHES)
     with pytest.raises(AttachError, match=r"Small has no hyper-connections.*options=\{'preset': 'deepseek-v4'\}"):
         interop.import_state_dict(Small(WIDTH), native, "deepseek-v4", branches=BRANCHES)
+    with pytest.raises(CheckpointError, match=r"pair\.mhc\.first was saved by a model with preset='glm5-next'"):
+        interop.to_native(attached("glm5-next", read_out="learned").state_dict(), "deepseek-v4", branches=BRANCHES)
     for act in (
         lambda model: interop.import_state_dict(model, native, "deepseek-v4", branches=BRANCHES),
         lambda model: interop.export_state_dict(model, "deepseek-v4", branches=BRANCHES),
@@ -208,7 +218,11 @@ def test_a_layout_of_one_s_own():
         interop.register_layout(layout)
         with pytest.raises(OptionError, match="has another layout already"):
             interop.register_layout(interop.Layout(preset="paper", source="there", site=(), spellings=()))
-        state = {f"0.{site}.{name}": torch.randn(shape) for site in "af" for name, shape in (("fn", (8, 12)), ("base", (8,)), ("scale", (3,)))}
+        state = {
+            f"0.{site}.{name}": torch.randn(shape)
+            for site in "af"
+            for name, shape in (("fn", (8, 12)), ("base", (8,)), ("scale", (3,)))
+        }
         ours = interop.from_native(state, "paper")
         assert torch.equal(ours["0.mhc.attn.phi"], state["0.a.fn"].t())
         assert same(interop.to_native(ours, "paper", spelling="mine"), state)
