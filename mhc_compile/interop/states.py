@@ -10,6 +10,7 @@ from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.reading import plan_from_native
 from mhc_compile.interop.writing import plan_to_native
+from mhc_compile.presets import get_preset
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -44,12 +45,15 @@ def to_native(
     """
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     plan = plan_to_native(shapes, preset, spelling=spelling, branches=branches)
-    metadata = getattr(state, "_metadata", {})
-    for path, entry in metadata.items():
-        if CONTAINER in path.split(".") and entry.get("preset", preset) != preset:
-            raise CheckpointError(
-                f"preset {preset!r}: {path} was saved by a model with preset={entry['preset']!r}; the same numbers stand for another function there"
-            )
+    mapping = get_preset(preset).convention.mapping
+    for path, entry in getattr(state, "_metadata", {}).items():
+        if CONTAINER in path.split("."):
+            for name, wanted in (("preset", preset), ("mapping", mapping)):
+                if entry.get(name, wanted) != wanted:
+                    raise CheckpointError(
+                        f"preset {preset!r}: {path} was saved by a model with {name}={entry[name]!r}, not {wanted!r}; the same numbers stand for"
+                        " another function there"
+                    )
     return plan.apply(state)
 
 
@@ -78,6 +82,9 @@ def export_state_dict(
     model: nn.Module, preset: str, *, spelling: str = "transformers", branches: Mapping[str, str] | None = None
 ) -> OrderedDict[str, Tensor]:
     """The state dict of a model with hyper-connections, for the shipping model of the system that `preset` stands for.
+
+    A state dict has no numbers but the parameters: the shipping model's config must say the streams, the iterations and the epsilons that the
+    options said here. Those of the preset are the config's defaults.
 
     Args:
         model: one that was compiled and called, or attached; or what `torch.compile` returned for it.
@@ -137,10 +144,12 @@ def _attached(model: nn.Module, preset: str) -> nn.Module:
             f"{type(target).__name__} has no hyper-connections. Attach them first:"
             f" mhc_compile.attach(model, *example_inputs, options={{'preset': {preset!r}}})"
         )
-    others = {connection.preset for connection in connections(target).values()} - {preset}
-    if others:
-        raise AttachError(
-            f"the hyper-connections of {type(target).__name__} were attached with preset={others.pop()!r}, and the same numbers stand for another"
-            f" function with {preset!r}. Name their preset, or detach them and attach with options={{'preset': {preset!r}}}"
-        )
+    wanted = {"preset": preset, "mapping": get_preset(preset).convention.mapping}
+    for path, connection in connections(target).items():
+        for name, value in wanted.items():
+            if getattr(connection, name) != value:
+                raise AttachError(
+                    f"{path} was attached with {name}={getattr(connection, name)!r}, and the same numbers stand for another function with"
+                    f" {name}={value!r}. Attach the model with options={{'preset': {preset!r}}} (mhc_compile.detach(model) first)"
+                )
     return target

@@ -203,8 +203,16 @@ def test_a_model_without_hyper_connections_or_with_another_preset_s_is_refused()
         lambda model: interop.import_state_dict(model, native, "deepseek-v4", branches=BRANCHES),
         lambda model: interop.export_state_dict(model, "deepseek-v4", branches=BRANCHES),
     ):
-        with pytest.raises(AttachError, match=r"attached with preset='glm5-next'.*'deepseek-v4'"):
+        with pytest.raises(AttachError, match=r"pair\.mhc\.first was attached with preset='glm5-next'.*'deepseek-v4'"):
             act(attached("glm5-next"))
+
+
+def test_another_mapping_of_the_same_size_is_refused():
+    model = attached("glm5-next", mapping="unconstrained")
+    with pytest.raises(AttachError, match=r"mapping='unconstrained', and the same numbers stand for another function"):
+        interop.export_state_dict(model, "glm5-next", branches=BRANCHES)
+    with pytest.raises(CheckpointError, match=r"with mapping='unconstrained', not 'sinkhorn'"):
+        interop.to_native(model.state_dict(), "glm5-next", branches=BRANCHES)
 
 
 def test_a_layout_of_one_s_own():
