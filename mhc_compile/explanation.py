@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
-from mhc_compile.cost import Cost, plain_flops, site_cost
+from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.exporting import plan_program
 from mhc_compile.options import Options
@@ -269,10 +269,15 @@ class _Tally:
             value = tensor_value(site.add)
             assert value is not None
             path = below(report.module, site.path)
-            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), self.options))
-            added, floor = site_work(site, self.options)
+            options = self.options.at(path)
+            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), options))
+            added, floor = site_work(site, options)
             self.added += added
             self.floor += floor
+        for chain in plan.chains:
+            if not chain.departures:
+                end = below(report.module, f"{chain.sites[-1].path}.read_out")
+                self.costs.setdefault(end, []).append(end_cost(chain.width, self.options))
 
     def explanation(self, name: str, parameters: Mapping[str, torch.Tensor]) -> Explanation:
         """The sums."""
