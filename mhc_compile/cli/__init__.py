@@ -19,6 +19,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "check": "Prove on this machine that a rewritten model computes what the plain one does.",
+    "convert": "Rewrite a checkpoint from the layout of DeepSeek-V4, GLM-5-next, HY-V4 or Qwen4-Exp into ours, or back.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
     "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",

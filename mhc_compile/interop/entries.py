@@ -116,4 +116,5 @@ def _sizes(
             f"preset {layout.preset!r}: {where} has {found}; expected {wanted}"
             + (". They would fit if the projection were transposed" if turned else "")
         )
-    return sizes
+    told = any("n" in axis for axes in letters.values() for axis in axes.split() if axis != "nC")
+    return sizes if told else {**sizes, "n": 0}

@@ -29,7 +29,7 @@ class Change:
         kind: what it is.
         before: shapes of the sources.
         after: its shape in the result.
-        streams: n.
+        streams: n; 0 if its shape does not tell.
         part: of a projection, the columns that it is made of; None for all.
         across: the axis of the result on which residual logits change places with those across the diagonal, None if they do not.
     """
@@ -59,7 +59,7 @@ class Change:
             "" if self.part is None else f"columns {self.part[0]} to {self.part[1] - 1}",
             "joined" if len(self.sources) > 1 else "",
             "transposed" if self.kind == "projection" else "",
-            "" if self.across is None else "residual (i, j) to (j, i)",
+            "" if self.across is None else "residual i↔j",
             "a_res left out, nothing reads it" if self.kind == "scales" and self.before[0] > self.after else "",
             "a_res added, nothing reads it" if self.kind == "scales" and self.before[0] < self.after else "",
         ]
@@ -122,8 +122,15 @@ def plan(names: Mapping[str, str], changes: Sequence[Change], *, preset: str, sp
         native: whether the result is the native side.
 
     Raises:
-        CheckpointError: two entries would get the same name.
+        CheckpointError: two entries would get the same name, or the shapes of two tell different numbers of streams.
     """
+    telling = [change for change in changes if change.streams]
+    for change in telling:
+        if change.streams != telling[0].streams:
+            raise CheckpointError(
+                f"preset {preset!r}: by their shapes, {telling[0].sources[0]} is of {telling[0].streams} streams and {change.sources[0]} of"
+                f" {change.streams}; a model has as many everywhere"
+            )
     made: dict[str, list[Change]] = {}
     for change in changes:
         made.setdefault(change.sources[0], []).append(change)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.attachment import connections, unwrap
+from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.checkpoints import load_state_dict, plain_name
-from mhc_compile.errors import AttachError
+from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.reading import plan_from_native
 from mhc_compile.interop.writing import plan_to_native
+from mhc_compile.presets import get_preset
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -43,7 +44,17 @@ def to_native(
         CheckpointError: the hyper-connections are not of the system's kind (the message says which preset fits), or have no counterpart there.
     """
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    return plan_to_native(shapes, preset, spelling=spelling, branches=branches).apply(state)
+    plan = plan_to_native(shapes, preset, spelling=spelling, branches=branches)
+    mapping = get_preset(preset).convention.mapping
+    for path, entry in getattr(state, "_metadata", {}).items():
+        if CONTAINER in path.split("."):
+            for name, wanted in (("preset", preset), ("mapping", mapping)):
+                if entry.get(name, wanted) != wanted:
+                    raise CheckpointError(
+                        f"preset {preset!r}: {path} was saved by a model with {name}={entry[name]!r}, not {wanted!r}; the same numbers stand for"
+                        " another function there"
+                    )
+    return plan.apply(state)
 
 
 def from_native(
@@ -71,6 +82,9 @@ def export_state_dict(
     model: nn.Module, preset: str, *, spelling: str = "transformers", branches: Mapping[str, str] | None = None
 ) -> OrderedDict[str, Tensor]:
     """The state dict of a model with hyper-connections, for the shipping model of the system that `preset` stands for.
+
+    A state dict has no numbers but the parameters: the shipping model's config must say the streams, the iterations and the epsilons that the
+    options said here. Those of the preset are the config's defaults.
 
     Args:
         model: one that was compiled and called, or attached; or what `torch.compile` returned for it.
@@ -130,4 +144,12 @@ def _attached(model: nn.Module, preset: str) -> nn.Module:
             f"{type(target).__name__} has no hyper-connections. Attach them first:"
             f" mhc_compile.attach(model, *example_inputs, options={{'preset': {preset!r}}})"
         )
+    wanted = {"preset": preset, "mapping": get_preset(preset).convention.mapping}
+    for path, connection in connections(target).items():
+        for name, value in wanted.items():
+            if getattr(connection, name) != value:
+                raise AttachError(
+                    f"{path} was attached with {name}={getattr(connection, name)!r}, and the same numbers stand for another function with"
+                    f" {name}={value!r}. Attach the model with options={{'preset': {preset!r}}} (mhc_compile.detach(model) first)"
+                )
     return target
