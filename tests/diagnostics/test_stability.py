@@ -213,6 +213,7 @@ def test_streams_of_known_geometry():
         moments._CHUNK = before
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_in_double():
     points = torch.randn(3, 5, 4)
     model = trained(Deep(4), points, std=0.5)
@@ -256,7 +257,7 @@ def in_pieces(breaks):
     return nn.Sequential(nn.Linear(6, 6), *(TwoBranches(breaks) for _ in range(2)), nn.Linear(6, 6))
 
 
-@pytest.mark.parametrize("breaks", ["behind", "inside"])
+@pytest.mark.parametrize("breaks", [pytest.param("behind", marks=pytest.mark.slow), "inside"])
 def test_a_chain_that_goes_on_in_other_graphs_is_one_chain(breaks):
     model, whole, inputs = in_pieces(breaks), in_pieces(""), torch.randn(2, 5, 6)
     mhc_compile.attach(model, inputs)
@@ -528,7 +529,7 @@ def test_the_table_has_a_row_for_each_site_and_fits(width, measured):
     assert result.sites[0].name in result._repr_html_()
 
 
-def test_json_has_no_nan(measured):
+def test_what_is_not_finite_is_shown_and_no_nan_goes_into_json(measured, tmp_path):
     points = torch.randn(3, 4)
     model = trained(Deep(3), points)
     with torch.no_grad():
@@ -539,6 +540,8 @@ def test_json_has_no_nan(measured):
     assert data["chains"][0]["sites"][1]["composite_forward"] == result.sites[1].composite_forward
     assert data["summary"]["similarity"] is None
     assert math.isnan(result.amax_forward)
+    assert math.isnan(result.summary()["column_error"])
+    result.plot(tmp_path / "broken.png")
     assert measured.to_dict()["summary"] == measured.summary()
     assert len(measured.to_dict()["chains"][0]["sites"]) == 4
 
