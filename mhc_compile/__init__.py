@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.errors import (
     AttachError,
     CaptureError,
+    CheckpointError,
     MhcError,
     MhcWarning,
     NothingRewrittenError,
@@ -51,6 +52,7 @@ __all__ = [
     "AttachError",
     "CaptureError",
     "CheckResult",
+    "CheckpointError",
     "Explanation",
     "Gain",
     "HyperConnection",

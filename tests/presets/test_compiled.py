@@ -225,3 +225,30 @@ def test_restored_from_a_file(case, tmp_path):
     fresh.load_state_dict(model.state_dict())
     got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner": "eager", "strict": True})(ids)
     assert (got - by_hand(model, ids)).abs().max() < 1e-11
+
+
+def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
+    model, ids = Decoder(width=WIDTH), tokens()
+    options = {"inner": "eager", "sites": {"layers.*.mlp": {"dynamic": False}}}
+    with pytest.warns(mhc_compile.MhcWarning, match=r"'layers\.\*\.mlp' fits no site .* 'blocks\.\d\.mlp'"):
+        torch.compile(model, backend="mhc", options=options)(ids)
+
+
+def test_patterns_fit_the_end_of_a_path():
+    options = mhc_compile.Options(sites={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"dynamic": False}})
+    assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
+    assert not options.at("model.layers.3.mlp").dynamic
+    assert options.at("model.layers.2.mlp").dynamic
+    assert options.at("model.players.3.attn") is options
+
+
+@pytest.mark.parametrize(
+    "case", ["deepseek-v4", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "deepseek-v4")]
+)
+def test_an_exported_program_and_the_eager_model_compute_the_same(case):
+    model, ids = randomised(CASES[case])
+    want = by_hand(model, ids)
+    program = mhc_compile.rewrite(torch.export.export(model, (ids,)), options=CASES[case])
+    assert not any("mhc" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert (program.module()(ids) - want).abs().max() < 1e-11
+    assert (mhc_compile.eager(model, options=CASES[case])(ids) - want).abs().max() < 1e-11
