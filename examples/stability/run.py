@@ -20,12 +20,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: beside this file)")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report on what is there")
-    parser.add_argument("--again", metavar="RUN", help="train a finished run, e.g. mHC-calm-0, again and compare bit for bit")
+    parser.add_argument(
+        "--again", metavar="RUN", help="train a finished run, e.g. mHC-calm-0, again and compare bit for bit"
+    )
     for field in fields(Plan):
         many = field.name in ("variants", "rates")
         kind = str if many or field.name == "inner" else int
         default = " ".join(field.default) if many else field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", nargs="+" if many else None, type=kind, help=f"default: {default}")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", nargs="+" if many else None, type=kind, help=f"default: {default}"
+        )
     parser.add_argument("--plan", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cost", action="store_true", help=argparse.SUPPRESS)
@@ -65,12 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def everything(plan: Plan, given: argparse.Namespace, console: Console) -> None:
-    from experiment.cost import FILE
+    from experiment.cost_file import read_cost
     from experiment.report import report
 
     if not given.report:
         conduct(plan, given.out, given.processes, console)
-        if not (given.out / FILE).exists():
+        if read_cost(plan, given.out) is None:
             with console.status("measuring what a step costs, all variants in turn"):
                 command = [sys.executable, str(script), "--out", str(given.out), "--plan", plan.to_json(), "--cost"]
                 if subprocess.run(command, env=surroundings(), check=False).returncode:

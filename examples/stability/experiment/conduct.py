@@ -12,12 +12,14 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from experiment.plan import VARIANTS, ExperimentError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiment.plan import VARIANTS, ExperimentError
+
 if TYPE_CHECKING:
-    from experiment.plan import Plan
     from rich.console import Console
+
+    from experiment.plan import Plan
 
 __all__ = ["conduct", "script", "surroundings"]
 
@@ -38,7 +40,9 @@ def conduct(plan: Plan, folder: Path, processes: int, console: Console) -> None:
     runs = list(plan.runs())
     done = [run for run in runs if plan.finished(folder, run) is not None]
     waiting = [
-        name for name in VARIANTS if name in plan.variants and any(run.variant == name and run not in done for run in runs)
+        name
+        for name in VARIANTS
+        if name in plan.variants and any(run.variant == name and run not in done for run in runs)
     ]
     if not waiting:
         return
@@ -81,7 +85,9 @@ class _Worker:
         """Raises if the process has failed."""
         if self.process.returncode:
             lines = self.log.read_text().strip().splitlines() or ["it left no message"]
-            raise ExperimentError(f"the process of {self.variant} ended with {self.process.returncode}: {lines[-1]}\nAll of it: {self.log}")
+            raise ExperimentError(
+                f"the process of {self.variant} ended with {self.process.returncode}: {lines[-1]}\nAll of it: {self.log}"
+            )
         self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> _Worker:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from experiment.cost_file import FILE
 from experiment.data import Batches
 from experiment.plan import write_json
 from experiment.training import Subject
-
 from mhc_compile.bench import memory
 from mhc_compile.bench.conditions import load
 from mhc_compile.bench.rounds import interleave
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
     from experiment.plan import Plan
 
-__all__ = ["FILE", "measure"]
+__all__ = ["measure"]
 
-FILE = "cost.json"
 #: Rounds that do not count: the first one compiles.
 WARM_UP = 3
+
+
+def _silent(_: str) -> None:
+    """Nothing is shown of a round: it takes a second or so."""
 
 
 def measure(plan: Plan, folder: Path) -> dict[str, Any]:
@@ -36,10 +40,11 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     batches = Batches(plan)
     subjects = {name: Subject(plan, name, batches) for name in plan.variants}
     workloads = {
-        name: StepWorkload("cpu", subject.loss, subject.model, batches.held_out[0]) for name, subject in subjects.items()
+        name: StepWorkload("cpu", subject.loss, subject.model, batches.held_out[0])
+        for name, subject in subjects.items()
     }
     before = load()
-    rounds = interleave(workloads, plan.rounds, WARM_UP, lambda name: None)
+    rounds = interleave(workloads, plan.rounds, WARM_UP, _silent)
     for error in rounds.failures.values():
         raise error
     if rounds.interrupted:

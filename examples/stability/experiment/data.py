@@ -11,9 +11,9 @@ from mhc_compile.demo.corpus import load_corpus
 from mhc_compile.demo.tasks import stable_seed
 
 if TYPE_CHECKING:
-    from experiment.plan import Plan
     from torch import Tensor
 
+    from experiment.plan import Plan
     from mhc_compile.demo.corpus import Split
 
 __all__ = ["Batches"]

@@ -112,11 +112,21 @@ class Plan:
         if not path.exists():
             return None
         content = read_json(path)
-        then = content["settings"]
-        wrong = [f"{name}={then.get(name)!r}" for name, value in self.deciding().items() if then.get(name) != value]
-        if wrong:
-            raise ExperimentError(f"{path} was made with {'; '.join(wrong)}. Name another folder with --out, or remove it")
+        self.compare(path, content["settings"])
         return content
+
+    def compare(self, path: Path, then: dict[str, Any]) -> None:
+        """Holds the settings of a file against these.
+
+        Raises:
+            ExperimentError: they differ.
+        """
+        now = self.deciding()
+        wrong = [f"{name} {then.get(name)!r}, not {value!r}" for name, value in now.items() if then.get(name) != value]
+        if wrong:
+            raise ExperimentError(
+                f"{path} was made with {'; '.join(wrong)}. Name another folder with --out, or remove what is there"
+            )
 
     def to_json(self) -> str:
         """For the command line of a worker."""

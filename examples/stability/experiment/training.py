@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from experiment.model import Decoder
-from experiment.plan import RATES, VARIANTS, ExperimentError, Run
 
 import mhc_compile
+from experiment.model import Decoder
+from experiment.plan import RATES, VARIANTS, ExperimentError, Run
 from mhc_compile.demo.tasks import stable_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor, nn
+
     from experiment.data import Batches
     from experiment.plan import Plan
-    from torch import Tensor, nn
 
 __all__ = ["Subject", "build", "groups", "options", "schedule"]
 
@@ -85,12 +86,12 @@ class Subject:
         """Mean loss over the first `count` validation batches. With gradients, for the sake of one compiled graph instead of two."""
         return statistics.fmean(self.loss(*batch).item() for batch in self.batches.held_out[:count])
 
-    def train(self, run: Run, advance: Callable[[int, float], None]) -> dict[str, Any]:
+    def train(self, run: Run, advance: Callable[[int, float], None] | None = None) -> dict[str, Any]:
         """Trains from the initial weights of the run's seed. A loss or gradient that is not finite ends it.
 
         Args:
             run: of this variant.
-            advance: is told the number of steps that are done, and the loss.
+            advance: is told the number of steps that are done, and the last loss.
 
         Returns:
             The content of the run's file: `loss` and `norm` (global gradient norm; nothing is clipped) of every step, `validation` and `gain` as
@@ -118,12 +119,15 @@ class Subject:
             losses.append(loss.item())
             norms.append(norm.item())
             if step == 0 and not abs(losses[0] - plain) <= SAME:
-                raise ExperimentError(f"{run.name}: the first loss is {losses[0]}, the plain model's is {plain}: the start is another function")
+                raise ExperimentError(
+                    f"{run.name}: the first loss is {losses[0]}, the plain model's is {plain}: the start is another function"
+                )
             if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
                 break
             optimizer.step()
             optimizer.zero_grad()
-            advance(step + 1, losses[-1])
+            if advance is not None:
+                advance(step + 1, losses[-1])
             if step + 1 in self.plan.stops():
                 last = step + 1 == self.plan.steps
                 count = self.plan.held_out if last else max(1, self.plan.held_out // 8)
@@ -139,7 +143,7 @@ class Subject:
             "seed": run.seed,
             "settings": self.plan.deciding(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "plain_first_loss": plain,
+            "start": _short(abs(losses[0] - plain)),
             "loss": [_short(value) for value in losses],
             "norm": [_short(value) for value in norms],
             "validation": [[step, _short(value)] for step, value in validation],

@@ -7,10 +7,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from experiment.data import Batches
 from experiment.plan import ExperimentError, Run, write_json
 from experiment.training import Subject
-
 from mhc_compile.demo.determinism import deterministic
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def again(plan: Plan, run: Run, folder: Path) -> bool:
     if before is None:
         raise ExperimentError(f"{folder / 'runs' / run.name}.json is not there: nothing to compare with")
     with deterministic():
-        content = Subject(plan, run.variant, Batches(plan)).train(run, lambda step, loss: None)
+        content = Subject(plan, run.variant, Batches(plan)).train(run)
     if content["data"] != before["data"]:
-        print("the standard library here is another one than the file's: its losses cannot be the same", file=sys.stderr)
+        print(
+            "the standard library here is another one than the file's: its losses cannot be the same", file=sys.stderr
+        )
     return bool(content["digest"] == before["digest"])
