@@ -66,7 +66,7 @@ class Plan:
     variants: tuple[str, ...] = ("plain", "HC", "mHC", "identity", "permutations", "kronecker")
     rates: tuple[str, ...] = ("calm", "aggressive")
     seeds: int = 5
-    steps: int = 300
+    steps: int = 400
     layers: int = 24
     width: int = 64
     heads: int = 2
