@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,18 +74,28 @@ def _label_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def _lines(ax: Any, entries: dict[str, Any], key: str, *, band: bool) -> None:
+def _lines(
+    ax: Any,
+    curves: dict[str, list[list[Any]]],
+    *,
+    band: bool,
+    marker: str = "",
+    least: tuple[float, float] | None = None,
+) -> None:
+    """Steps, values and ends of intervals, by variant. `least` is what the axis shows at any rate."""
     ends = []
-    for variant, figures in entries.items():
-        points = figures[key]
+    for variant, points in curves.items():
         if not points:
             continue
         colour, dashes = STYLES[variant]
         steps, values, lows, highs = zip(*points, strict=True)
-        ax.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4)
+        ax.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4)
         if band and None not in lows:
             ax.fill_between(steps, lows, highs, color=colour, alpha=0.12, linewidth=0)
         ends.append((values[-1], variant, colour))
+    if least is not None:
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, least[0]), max(high, least[1]))
     _label_ends(ax, ends)
 
 
@@ -93,10 +104,10 @@ def _losses(summary: dict[str, Any]) -> Any:
     figure, axes = _figure(2, len(rates), 6.2, sharex=True, height_ratios=[3, 2])
     for column, (rate, entries) in enumerate(rates.items()):
         above, below = axes[0][column], axes[1][column]
-        _lines(above, entries, "curve", band=False)
+        _lines(above, _curves(entries, "curve"), band=False)
         above.set_title(_title(rate), fontsize=10)
         below.axhline(0.0, color="0.4", linewidth=0.8)
-        _lines(below, entries, "gap", band=True)
+        _lines(below, _curves(entries, "gap"), band=True)
         below.set_xlabel("step")
     axes[0][0].set_ylabel("training loss, nats a byte\n(mean of 20 steps and all seeds)")
     axes[1][0].set_ylabel("minus plain, seed by seed\n(mean, 95 % band)")
@@ -136,33 +147,46 @@ def _norms(summary: dict[str, Any]) -> Any:
     rates = summary["rates"]
     figure, axes = _figure(1, len(rates), 3.2, sharey=True)
     for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
-        _lines(ax, entries, "norm", band=False)
-        low, high = ax.get_ylim()
-        ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3, 4) if low <= t <= high]
-        ax.set_yticks(ticks, [f"{10.0**t:g}" for t in ticks])
+        _lines(ax, _curves(entries, "norm"), band=False)
         ax.set_title(_title(rate), fontsize=10)
         ax.set_xlabel("step")
+    _powers(axes[0][0])
     axes[0][0].set_ylabel("global gradient norm\n(geometric mean of the seeds)")
     return figure
 
 
 def _gains(summary: dict[str, Any]) -> Any:
     rates = summary["rates"]
-    figure, axes = _figure(1, len(rates), 3.1, sharey=True)
-    for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
-        shown = [(variant, figures) for variant, figures in entries.items() if variant != "plain"]
-        ax.axvline(1.0, color="0.4", linewidth=0.8)
-        for name, offset, hollow in (("forward", -0.14, False), ("backward", 0.14, True)):
-            rows = [(v, _last(figures["gain"][name])) for v, figures in shown]
-            _forest(ax, rows, offset=offset, hollow=hollow)
-        ax.set_title(_title(rate), fontsize=10)
-        ax.set_xlabel("Amax of the composite $H_{res}$")
-    figure.suptitle("At the last step. Filled: forward, open: backward; 1 is neither growth nor decay", fontsize=9)
+    figure, axes = _figure(2, len(rates), 5.4, sharex=True, sharey=True)
+    for column, (rate, entries) in enumerate(rates.items()):
+        for ax, name in zip(axes[:, column], ("forward", "backward"), strict=True):
+            ax.axhline(0.0, color="0.4", linewidth=0.8)
+            shown = {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if v != "plain"}
+            _lines(ax, shown, band=True, marker="o", least=(-0.05, 0.35))
+        axes[0][column].set_title(_title(rate), fontsize=10)
+        axes[1][column].set_xlabel("step")
+    _powers(axes[0][0])
+    axes[0][0].set_ylabel("Amax, forward")
+    axes[1][0].set_ylabel("Amax, backward")
+    figure.suptitle("Composite H_res over depth, mean and 95 % band; 1 is neither growth nor decay", fontsize=9)
     return figure
 
 
-def _last(points: list[list[Any]]) -> dict[str, Any] | None:
-    return {"value": points[-1][1], "low": points[-1][2], "high": points[-1][3]} if points else None
+def _curves(entries: dict[str, Any], key: str) -> dict[str, list[list[Any]]]:
+    return {variant: figures[key] for variant, figures in entries.items()}
+
+
+def _logs(point: list[Any]) -> list[Any]:
+    step, *values = point
+    return [step, *(None if value is None else math.log10(max(value, 1e-3)) for value in values)]
+
+
+def _powers(ax: Any) -> None:
+    """Ticks of an axis that shows logarithms to the base 10, named by the numbers themselves."""
+    low, high = ax.get_ylim()
+    marks = [m * 10.0**e for e in range(-3, 6) for m in ((1, 2, 5) if high - low < 2 else (1,))]
+    marks = [mark for mark in marks if low <= math.log10(mark) <= high]
+    ax.set_yticks([math.log10(mark) for mark in marks], [f"{mark:g}" for mark in marks])
 
 
 def _cost(summary: dict[str, Any]) -> Any:
