@@ -22,6 +22,7 @@ from mhc_compile._torch import OptimizedModule
 from mhc_compile._warn import warn
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
+from mhc_compile.gated import create_connection
 from mhc_compile.optimizers import expect, leave
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class HyperConnections(nn.Module):
 def _declare(carrier: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
     if torch.compiler.is_compiling():
         for connection in carrier._mhc_declared:  # type: ignore[union-attr]
-            torch.ops.mhc.declare(connection.phi, connection.bias, connection.scale)
+            for module in (connection, connection.read_out):
+                if module is not None:
+                    torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
     elif carrier not in _told:
         _tell(carrier)
 
@@ -135,7 +138,14 @@ def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
 
 
 def attach_site(
-    owner: nn.Module, carrier: nn.Module, site: Site, options: Options, *, index: int, root: nn.Module | None = None
+    owner: nn.Module,
+    carrier: nn.Module,
+    site: Site,
+    options: Options,
+    *,
+    index: int,
+    last: bool = False,
+    root: nn.Module | None = None,
 ) -> bool:
     """Gives `site` its parameters and its declaration. Returns whether anything was missing.
 
@@ -145,6 +155,7 @@ def attach_site(
         site: the site.
         options: number of streams, mapping, start; checked against a hyper-connection that exists already.
         index: position of the site in its chain.
+        last: whether it is the last one there, and may have a learned read-out.
         root: the module that is traced, if it is one.
 
     Raises:
@@ -153,9 +164,12 @@ def attach_site(
     connection = find_connection(owner, site)
     changed = False
     if connection is None:
-        connection = _create(owner, site, options, index, root)
+        connection = _create(owner, site, options.at(site.path), index, root, last=last)
         changed = True
-    _check(connection, site, options)
+    _check(connection, site, options.at(site.path))
+    if last and connection.end_chain():
+        expect(connection, owner, options.optimizer, root=root, path=site.owner.path)
+        changed = True
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
         return begin_branch(modules, connection, site.name) or changed
@@ -219,13 +233,16 @@ def container_of(owner: nn.Module) -> HyperConnections:
     return container
 
 
-def _create(owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None) -> HyperConnection:
+def _create(
+    owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None, *, last: bool
+) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     device = next((parameter.device for parameter in owner.parameters()), value.device)
-    connection = HyperConnection(
+    connection = create_connection(
         site.width,
         options,
         index=index,
+        last=last,
         device=device,
         dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
     )
@@ -250,7 +267,7 @@ def put_connection(
 
 
 def _check(connection: HyperConnection, site: Site, options: Options) -> None:
-    for name in ("streams", "mapping"):
+    for name in ("streams", "preset", "mapping", "dynamic", "rank", "single_pass"):
         has, wants = getattr(connection, name), getattr(options, name)
         if has != wants:
             raise AttachError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile.convention import parse
 from mhc_compile.errors import OptionError
 from mhc_compile.loading import NAMES, SETTINGS, after_loading, settle_missing
 from mhc_compile.mappings import get_mapping
 from mhc_compile.options import Options
+from mhc_compile.read_out import ReadOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,12 +27,14 @@ _SATURATED = 16.0
 class HyperConnection(nn.Module):
     """One residual add as a manifold-constrained hyper-connection: `X' = H_res X + H_postᵀ f(H_pre X)`.
 
-    Source: arXiv 2512.24880 v2, equations 5 to 9. Convention: the paper's. Shapes, with `K = 2 n + n²` for Sinkhorn:
+    Source: arXiv 2512.24880 v2, equations 5 to 9. Convention: the paper's, or that of the preset. Shapes, with `K = 2 n + n²` for Sinkhorn:
 
         phi    [n C, K]   projection of the flattened, rms-normalised streams; columns pre (n), post (n), residual (n², row-major)
         bias   [K]        static logits
         scale  [3]        a_pre, a_post, a_res
         streams [..., n, C]
+
+    With dynamic=False phi is [n C, 0] and scale [0]: the coefficients are functions of bias alone.
 
     Parameters are created in float32 (float64 on request); coefficients are computed in float32 or wider whatever the dtype of the streams.
 
@@ -38,6 +42,7 @@ class HyperConnection(nn.Module):
         width: C, the width of the residual stream.
         options: number of streams, mapping, start and so on; defaults to `Options()`.
         index: position of the site in its chain. With start="preserve" the branch leans to stream `index mod n`.
+        last: whether the site ends its chain. With read_out="learned" it then has a submodule `read_out`, a `ReadOut`.
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -47,6 +52,9 @@ class HyperConnection(nn.Module):
     Raises:
         OptionError: `width` is not a positive integer.
     """
+
+    #: The parameters, in the order in which a tracer is told of them.
+    names: ClassVar[tuple[str, str, str]] = NAMES
 
     phi: nn.Parameter
     bias: nn.Parameter
@@ -58,6 +66,7 @@ class HyperConnection(nn.Module):
         options: Options | None = None,
         *,
         index: int = 0,
+        last: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -70,19 +79,51 @@ class HyperConnection(nn.Module):
         self.width = width
         self.streams = options.streams
         self.index = index
+        self.preset = options.preset
+        self.form = options.form
         self.mapping = options.mapping
         self.iterations = options.iterations
         self.eps = options.eps
+        self.dynamic = options.dynamic
+        self.rank = options.rank
+        self.single_pass = options.single_pass
+        self.end = options.read_out
         self.start = options.start
         self._initial_scale = options.scale
         self._lean = options.lean
+        self._create(device=device, dtype=dtype)
+        self.read_out: ReadOut | None = None
+        if last:
+            self.end_chain()
+        self.reset_parameters()
+
+    def _create(self, **empty: Any) -> None:
         n = self.streams
         columns = 2 * n + get_mapping(self.mapping).logits(n)
-        empty: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.phi = nn.Parameter(torch.empty(n * width, columns, **empty))
+        self.phi = nn.Parameter(torch.empty(n * self.width, columns if self.dynamic else 0, **empty))
         self.bias = nn.Parameter(torch.empty(columns, **empty))
-        self.scale = nn.Parameter(torch.empty(3, **empty))
-        self.reset_parameters()
+        self.scale = nn.Parameter(torch.empty(3 if self.dynamic else 0, **empty))
+
+    @property
+    def lacks_end(self) -> bool:
+        """Whether the options ask for a learned read-out that is not there. Only the last site of a chain needs one."""
+        return self.end == "learned" and not self.single_pass and self.read_out is None
+
+    def end_chain(self) -> bool:
+        """Gives the site the learned read-out of its chain, if its options ask for one. Returns whether it was missing."""
+        if not self.lacks_end:
+            return False
+        self.read_out = ReadOut(
+            self.width,
+            self.streams,
+            form=self.form,
+            eps=self.eps,
+            start=self.start,
+            scale=self._initial_scale,
+            device=self.phi.device,
+            dtype=self.phi.dtype,
+        )
+        return True
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -92,7 +133,7 @@ class HyperConnection(nn.Module):
         plain residual add, in value and in every gradient of the original parameters, and phi receives a gradient from the first step.
         "scratch": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing.
         """
-        n = self.streams
+        n, convention = self.streams, parse(self.form)
         self.scale.fill_(self._initial_scale)
         self.bias.zero_()
         if self.start == "scratch":
@@ -104,7 +145,9 @@ class HyperConnection(nn.Module):
         else:
             weights = torch.full((n,), (1.0 - self._lean) / (n - 1), dtype=torch.float64)
             weights[self.index % n] = self._lean
-            self.bias[:n] = torch.logit(weights).to(self.bias)
+            self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
+        post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
+        self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
         start = get_mapping(self.mapping).start(n)
         if start.numel():
             self.bias[2 * n :] = start.to(self.bias)
@@ -116,7 +159,7 @@ class HyperConnection(nn.Module):
             ShapeError: the streams do not fit n and C.
         """
         pre, post, res, _ = torch.ops.mhc.coefficients(
-            streams, self.phi, self.bias, self.scale, self.mapping, self.iterations, self.eps
+            streams, self.phi, self.bias, self.scale, self.form, self.iterations, self.eps
         )
         return pre, post, res
 
@@ -146,10 +189,11 @@ class HyperConnection(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if settle_missing(self, prefix, missing_keys) and all(
-            isinstance(state_dict.get(prefix + name), Tensor) for name in NAMES
+            isinstance(state_dict.get(prefix + name), Tensor) for name in self.names
         ):
             after_loading(self, state_dict, prefix, local_metadata, error_msgs)
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""
-        return f"width={self.width}, streams={self.streams}, mapping={self.mapping}, iterations={self.iterations}"
+        static = "" if self.dynamic else ", static"
+        return f"width={self.width}, streams={self.streams}, mapping={self.form}, iterations={self.iterations}{static}"

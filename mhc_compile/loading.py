@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.connection import HyperConnection
+    from mhc_compile.read_out import ReadOut
 
 __all__ = ["NAMES", "SETTINGS", "after_loading", "guess_options", "settle_missing"]
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
 #: What else decides on the function that they stand for. A state dict carries it as metadata, which torch.save keeps and safetensors does not.
-SETTINGS = ("mapping", "iterations", "eps")
+SETTINGS = ("mapping", "iterations", "eps", "preset")
 
 
 class _Call(threading.local):
@@ -53,7 +54,7 @@ class _Call(threading.local):
 _call = _Call()
 
 
-def settle_missing(connection: HyperConnection, prefix: str, missing: list[str]) -> bool:
+def settle_missing(connection: HyperConnection | ReadOut, prefix: str, missing: list[str]) -> bool:
     """Takes back the complaint that `connection` has no values in the state dict, as long as no other hyper-connection has any.
 
     Args:
@@ -65,7 +66,7 @@ def settle_missing(connection: HyperConnection, prefix: str, missing: list[str])
         Whether the state dict has values for `connection`.
     """
     _call.enter(missing)
-    keys = [prefix + name for name in NAMES]
+    keys = [prefix + name for name in connection.names]
     if not all(key in missing for key in keys):
         _call.found = True
         missing.extend(_call.kept)  # so some are there and some are not, which is no plain model's checkpoint
@@ -96,7 +97,8 @@ def after_loading(
         errors: what torch has complained of so far; changed in place.
     """
     path = prefix.removesuffix(".")
-    shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in NAMES}
+    names = connection.names
+    shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in names}
     wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if wrong:
         # torch has said so already, one sentence a tensor; this one says what can be done.
@@ -110,7 +112,7 @@ def after_loading(
             f"the state dict has {listed} (width {connection.width}, streams {connection.streams}, mapping"
             f" {connection.mapping!r}).{_call.once(_way_out(connection, shapes['phi'][0], set(wrong)))}"
         )
-    for name in NAMES:
+    for name in names:
         if not _is_finite(state[prefix + name]):
             warn(
                 f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged, or the file is damaged"

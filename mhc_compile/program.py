@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from mhc_compile.binding import bind_connection, bound_names
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
+from mhc_compile.gated import GatedConnection, create_connection
 from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Refusal, Site
 from mhc_compile.passes.roles import tensor_value
+from mhc_compile.read_out import ReadOut
 from mhc_compile.study import width_conflict
 
 if TYPE_CHECKING:
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
     from mhc_compile.options import Options
 
 __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
+
+#: The parameters of each kind of hyper-connection.
+_KINDS = (HyperConnection.names, GatedConnection.names)
+#: What parameters of ours are called.
+_PARTS = frozenset(name for names in (*_KINDS, *ReadOut.NAMES.values()) for name in names)
 
 
 class ProgramProvenance(Provenance):
@@ -84,7 +92,7 @@ class ProgramParameters:
         """Whether the program reads parameters of hyper-connections already: it has been rewritten."""
         for name, node in self._nodes.items():
             path, _, part = str(name).rpartition(".")
-            siblings = all(f"{path}.{other}" in self._nodes for other in ("bias", "scale"))
+            siblings = any(all(f"{path}.{other}" in self._nodes for other in names[1:]) for names in _KINDS)
             if part == "phi" and "mhc" in path.split(".") and siblings and node.users:
                 return True
         return False
@@ -99,7 +107,9 @@ class ProgramParameters:
         claimed: dict[str, HyperConnection] = {}
         for site in plan.sites:
             path = self._path(site)
-            connection = claimed.setdefault(path, self._existing(site, path) or self._like(site.width))
+            connection = claimed.setdefault(
+                path, self._existing(site, path) or self._like(site.width, self.options.at(path))
+            )
             if connection.width != site.width:
                 self.vetoes[site.add] = width_conflict(site, connection)
         return len(self.vetoes) > before
@@ -110,11 +120,14 @@ class ProgramParameters:
         for chain in plan.chains:
             for index, site in enumerate(chain.sites):
                 path = self._path(site)
-                if f"{path}.phi" not in self._state and f"{path}.phi" not in self.tensors:
-                    self._create(site, path, index)
-                phi, bias, scale = (self._input(f"{path}.{part}") for part in ("phi", "bias", "scale"))
-                o = self.options
-                bindings[site] = Binding(phi, bias, scale, o.streams, o.mapping, o.iterations, o.eps)
+                options, last = self.options.at(path), site is chain.sites[-1]
+                like = create_connection(site.width, options, last=last, device="meta")
+                names = [f"{path}.{part}" for part in bound_names(like)]
+                if any(name not in self._state and name not in self.tensors for name in names):
+                    self._create(site, path, index, last=last)
+                binding = bind_connection(like, lambda part, path=path: self._input(f"{path}.{part}"))  # type: ignore[misc]
+                assert binding is not None  # inputs are made for parameters that have none
+                bindings[site] = binding
         return bindings, self._specs
 
     def _path(self, site: Site) -> str:
@@ -125,7 +138,7 @@ class ProgramParameters:
     def _existing(self, site: Site, path: str) -> HyperConnection | None:
         container = path.removesuffix(f".{site.name}")
         inside = [name for name in self._state if name == container or name.startswith(f"{container}.")]
-        foreign = [name for name in inside if name.rpartition(".")[2] not in {"phi", "bias", "scale"}]
+        foreign = [name for name in inside if name.rpartition(".")[2] not in _PARTS]
         if foreign:
             raise AttachError(
                 f"{site}: the program has an entry {foreign[0]!r} of its own; hyper-connections need the name {container!r}."
@@ -133,31 +146,35 @@ class ProgramParameters:
             )
         if f"{path}.phi" not in self._state:
             return None
-        has = {part: list(self._state[f"{path}.{part}"].shape) for part in ("phi", "bias", "scale")}
-        connection = self._like(max(1, has["phi"][0] // self.options.streams))
-        wants = {part: list(parameter.shape) for part, parameter in connection.named_parameters()}
+        options = self.options.at(path)
+        rows = self._state[f"{path}.phi"].shape[0]
+        connection = self._like(max(1, rows // options.streams), options)
+        wants = {part: list(getattr(connection, part).shape) for part in connection.names}
+        has = {part: list(self._state[f"{path}.{part}"].shape) for part in wants if f"{path}.{part}" in self._state}
         if has != wants:
             raise AttachError(
-                f"{site}: its hyper-connection has phi {has['phi']} and bias {has['bias']}; streams={self.options.streams} and"
-                f" mapping={self.options.mapping!r} need [{self.options.streams} C, {wants['bias'][0]}] and {wants['bias']}."
+                f"{site}: its hyper-connection has {_shown(has)}; streams={options.streams} and mapping={options.mapping!r} need {_shown(wants)}."
                 " Rewrite with the options that the model was attached with"
             )
         return connection
 
-    def _like(self, width: int) -> HyperConnection:
+    def _like(self, width: int, options: Options) -> HyperConnection:
         """The shapes of a hyper-connection, without memory."""
-        return HyperConnection(width, self.options, device="meta")
+        return create_connection(width, options, device="meta")
 
-    def _create(self, site: Site, path: str, index: int) -> None:
+    def _create(self, site: Site, path: str, index: int, *, last: bool) -> None:
         value = tensor_value(site.add)
         assert value is not None
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-        connection = HyperConnection(site.width, self.options, index=index, device=value.device, dtype=dtype)
+        connection = create_connection(
+            site.width, self.options.at(path), index=index, last=last, device=value.device, dtype=dtype
+        )
+        new = [(part, p) for part, p in connection.named_parameters() if f"{path}.{part}" not in self._state]
         _, *others = self._aliases.get(site.owner.path, [site.owner.path])
         for owner in others:  # a state dict has shared tensors under every name
-            for part, parameter in connection.named_parameters():
+            for part, parameter in new:
                 self.tensors[f"{owner}.mhc.{site.name}.{part}"] = parameter
-        for part, parameter in connection.named_parameters():
+        for part, parameter in new:
             self.tensors[f"{path}.{part}"] = parameter
 
     def _input(self, target: str) -> Node:
@@ -204,3 +221,7 @@ def root_kind(program: ExportedProgram) -> str:
     roots = (kind for stack in stacks for path, kind in stack.values() if not path)
     kind = next(roots, "ExportedProgram")
     return getattr(kind, "__name__", str(kind).rpartition(".")[2])
+
+
+def _shown(shapes: dict[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

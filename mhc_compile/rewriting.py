@@ -14,12 +14,15 @@ from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mhc_compile.attachment import HyperConnections
+from mhc_compile.binding import bind_connection
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError, CaptureError
 from mhc_compile.exporting import rewrite_program
+from mhc_compile.gated import create_connection
 from mhc_compile.options import Options
 from mhc_compile.passes import (
     Binding,
+    Chain,
     Provenance,
     Refusal,
     Site,
@@ -105,7 +108,7 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
 
     while True:
         plan = plan_chains(source.graph, Provenance(), min_sites=parsed.min_sites, refuse=veto)
-        sites = [(site, index) for chain in plan.chains for index, site in enumerate(chain.sites)]
+        sites = [(site, index, chain) for chain in plan.chains for index, site in enumerate(chain.sites)]
         conflicts = _attach(source, sites, parsed)
         if not conflicts:
             break
@@ -153,19 +156,24 @@ def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _attach(root: fx.GraphModule, sites: list[tuple[Site, int]], options: Options) -> dict[fx.Node, Refusal]:
+def _attach(root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: Options) -> dict[fx.Node, Refusal]:
     vetoes: dict[fx.Node, Refusal] = {}
-    for site, index in sites:
+    for site, index, chain in sites:
+        last = site is chain.sites[-1]
         container = _container(root, site)
         connection = container.get(site.name)
         if connection is None:
             value = tensor_value(site.add)
             assert value is not None
             dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-            connection = HyperConnection(site.width, options, index=index, device=value.device, dtype=dtype)
+            connection = create_connection(
+                site.width, options.at(site.path), index=index, last=last, device=value.device, dtype=dtype
+            )
             container.put(site.name, connection)
         elif connection.width != site.width:
             vetoes[site.add] = width_conflict(site, connection)
+        elif last:
+            connection.end_chain()
     return vetoes
 
 
@@ -185,5 +193,6 @@ def _container(root: fx.GraphModule, site: Site) -> HyperConnections:
 def _binding(root: fx.GraphModule, site: Site) -> Binding:
     connection = root.get_submodule(site.path)
     assert isinstance(connection, HyperConnection)
-    phi, bias, scale = (f"{site.path}.{name}" for name in ("phi", "bias", "scale"))
-    return Binding(phi, bias, scale, connection.streams, connection.mapping, connection.iterations, connection.eps)
+    binding = bind_connection(connection, lambda name: f"{site.path}.{name}")
+    assert binding is not None  # every name is a path
+    return binding

@@ -6,7 +6,7 @@ import linecache
 import os
 from typing import TYPE_CHECKING
 
-from mhc_compile.connection import HyperConnection
+from mhc_compile.gated import create_connection
 from mhc_compile.passes import source_line
 from mhc_compile.passes.axes import entry_axis
 from mhc_compile.passes.roles import is_contraction, op_name, tensor_value
@@ -61,7 +61,7 @@ class Teller:
         site, options = chain.sites[index], self.options
         position = self.number * len(chain.sites) + index
         branch = sorted(site.branch, key=self.order.__getitem__)
-        connection = HyperConnection(site.width, options, device="meta")
+        connection = create_connection(site.width, options.at(site.path), device="meta")
         path = below(self.module, site.path)
         return SiteStory(
             path=path,

@@ -15,11 +15,12 @@ from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment import attach_like, attach_site, begun_by, find_connection
 from mhc_compile.averages import follow_averages
+from mhc_compile.binding import bind_connection
 from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
-from mhc_compile.connection import HyperConnection
 from mhc_compile.dynamo import DynamoProvenance
-from mhc_compile.errors import NothingRewrittenError, StreamsLostError
+from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
+from mhc_compile.gated import create_connection
 from mhc_compile.optimizers import settle
 from mhc_compile.passes import (
     Binding,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
+    from mhc_compile.connection import HyperConnection
     from mhc_compile.options import Options
     from mhc_compile.passes import Head
 
@@ -82,7 +84,8 @@ class Study:
                         continue
                     check_site(site, owner, connection, known)
                     first = family.number * len(chain.sites)
-                    changed |= attach_site(owner, carrier, site, options, index=first + index, root=root)
+                    last = site is chain.sites[-1]
+                    changed |= attach_site(owner, carrier, site, options, index=first + index, last=last, root=root)
             if len(vetoes) == len(self._vetoes):
                 break
             self._replan(vetoes)
@@ -143,10 +146,14 @@ class Study:
             vetoes = dict(self._vetoes)
             bindings: dict[Site, Binding] = {}
             widths: dict[str, HyperConnection] = {}
+            ends = {chain.sites[-1] for chain in self.plan.chains}
             for site in self.plan.sites:
-                connection = find_connection(self._modules(site)[0], site)
-                if connection is None:
-                    connection = widths.setdefault(site.path, HyperConnection(site.width, options, device="meta"))
+                connection, last = find_connection(self._modules(site)[0], site), site in ends
+                if connection is None or (last and connection.lacks_end):
+                    connection = widths.get(site.path)
+                    if connection is None:
+                        connection = create_connection(site.width, options.at(site.path), last=last, device="meta")
+                        widths[site.path] = connection
                 if connection.width != site.width:
                     vetoes[site.add] = width_conflict(site, connection)
                     continue
@@ -174,15 +181,15 @@ class Study:
             common = [site for site in sites[0] if all(site in more for more in sites)] if sites else []
             value = tensor_value(head.value)
             if head not in found and len(common) == 1 and value is not None:
-                connection = HyperConnection(common[0].width, options, device="meta")
+                connection = create_connection(common[0].width, options.at(common[0].path), device="meta")
                 found[head] = common[0].name, self._stand_in(common[0].path, connection, value, new)
         return found, frozenset(new)
 
     def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, new: dict[str, Node]) -> Binding:
         """Graph inputs for the parameters at the path `site`, of the kind that a trunk value `like` asks for."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        nodes = []
-        for part, parameter in connection.named_parameters():
+
+        def stand_in(part: str) -> Node:
             path = f"{site}.{part}"
             if path not in new:
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
@@ -190,11 +197,14 @@ class Study:
                     node = new[path] = self.graph.placeholder(path.replace(".", "_"))
                     node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
                 with like.fake_mode:  # type: ignore[attr-defined]
-                    node.meta["example_value"] = torch.empty(parameter.shape, dtype=dtype, device=like.device)
+                    shape = connection.get_parameter(part).shape
+                    node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.device)
                 self.provenance.name_parameter(node, path)
-            nodes.append(new[path])
-        phi, bias, scale = nodes
-        return Binding(phi, bias, scale, connection.streams, connection.mapping, connection.iterations, connection.eps)
+            return new[path]
+
+        binding = bind_connection(connection, stand_in)
+        assert binding is not None
+        return binding
 
     def openings(self) -> dict[Head, tuple[str, Binding]]:
         """The heads of the plan whose branches are known to end in other graphs, with the names of their sites and the parameters."""
@@ -213,7 +223,8 @@ class Study:
         shown = [node.args[0] for node in declared.nodes if node.target is torch.ops.mhc.declare]
         names = {node.target: self.provenance.parameter_name(node) for node in declared.find_nodes(op="placeholder")}
         idle = [names.get(phi.target) for phi in shown if isinstance(phi, Node) and str(phi.target) not in used]
-        return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name))
+        # A read-out stays with its site where the chain has grown beyond it.
+        return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name and name.endswith(".phi")))
 
     def notes(self) -> Notes:
         """What the compiled graph writes into the history of its results, so that a later graph finds the heads of its branches."""
@@ -223,16 +234,16 @@ class Study:
         return Notes(self.plan.heads, self.provenance, positions, results)
 
     def _without_parameters(self, connection: HyperConnection) -> Binding:
-        return Binding("", "", "", connection.streams, connection.mapping, connection.iterations, connection.eps)
+        binding = bind_connection(connection, lambda name: "")  # noqa: ARG005 - they are in the graph where the branch begins
+        assert binding is not None
+        return binding
 
     def _binding(self, connection: HyperConnection, inputs: dict[str, Node]) -> Binding | None:
-        targets = [
-            self.provenance.target_of(parameter) for parameter in (connection.phi, connection.bias, connection.scale)
-        ]
-        if any(target is None for target in targets):
-            return None
-        phi, bias, scale = (inputs[str(target)] for target in targets)
-        return Binding(phi, bias, scale, connection.streams, connection.mapping, connection.iterations, connection.eps)
+        def find(name: str) -> Node | None:
+            target = self.provenance.target_of(connection.get_parameter(name))
+            return None if target is None else inputs[str(target)]
+
+        return bind_connection(connection, find)
 
     def _modules(self, site: Site) -> tuple[nn.Module, nn.Module]:
         owner, carrier = self.provenance.module(site.owner), self.provenance.module(site.carrier)
@@ -257,7 +268,29 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     provenance = DynamoProvenance(graph, inputs)
     edges = _edges(graph, provenance, inputs)
     plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+    if options.read_out != "mean" or options.single_pass:
+        _check_whole(plan, edges, options, provenance.root)
+        # A value that happens to be a result of the graph ends its chain as any other reader does.
+        edges = Edges(tail=edges.tail, attached=edges.attached)
+        plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
     return Study(graph, provenance, plan, options.min_sites, edges)
+
+
+def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | None) -> None:
+    """Streams that ride from graph to graph are read out as their mean where they end; other ends need the whole chain in one graph.
+
+    Raises:
+        AttachError: a chain comes from another graph, or may go on in one.
+    """
+    part = edges.part or (root is not None and _torch.runs_inside_another(root, compiled_alone=True))
+    for chain in plan.chains:
+        goes_on = part and (chain.departures or any(site.tail for site in chain.sites))
+        if chain.start in edges.arriving or goes_on:
+            asked = "single_pass=True" if options.single_pass else f"read_out={options.read_out!r}"
+            raise AttachError(
+                f"{chain.sites[0]}: its chain runs through several graphs, and {asked} needs it whole. Find the graph break (mhc explain shows the"
+                " pieces; torch.compile(fullgraph=True) names it) and compile the model as a whole, or use read_out='mean', single_pass=False"
+            )
 
 
 def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> Edges:

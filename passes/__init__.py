@@ -28,7 +28,7 @@ from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
 from mhc_compile.passes.recompute import RecomputeSteps
 from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
 from mhc_compile.passes.verdict import Reason, Refusal, Site
-from mhc_compile.passes.writer import Binding
+from mhc_compile.passes.writer import Binding, End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +43,7 @@ __all__ = [
     "Closing",
     "Departure",
     "Edges",
+    "End",
     "ExpandChains",
     "FunctionalizeWrites",
     "FuseSteps",

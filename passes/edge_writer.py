@@ -69,8 +69,7 @@ class EdgeWriter(Writer):
         head, name, binding = self.openings.pop(value)
         trunk, readers = self.nodes[value], [self.nodes[reader] for reader in head.readers]
         self._follow(max(min(readers).prev, streams), like=min(readers))
-        pre, post, res = self._coefficients(binding, streams)
-        collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
+        collapsed, _, post, res = self._read(binding, streams)
         collapsed = self._features_back(collapsed, head.axis, trunk)
         for reader in readers:
             reader.replace_input_with(trunk, collapsed)

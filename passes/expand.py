@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from mhc_compile.errors import AttachError
 from mhc_compile.passes.base import Pass, copy_graph
 from mhc_compile.passes.edge_writer import EdgeWriter
 from mhc_compile.passes.edges import Departure
@@ -43,6 +44,9 @@ class ExpandChains(Pass):
     Streams start as copies and end as their mean. A reader of a trunk value inside the branch of its site gets the collapsed streams; every other
     reader (a final norm, a hidden state that is returned) gets the mean of the streams at that point. Trunk operations between two sites run on
     the streams.
+
+    A chain may end otherwise than with the mean, with the sum or with a learned one (`Binding.end`); in a single pass (`Binding.single_pass`) the
+    weights of one site collapse the streams for the next, `mhc.collapse(S1, pre)`, and the first one reads x0.
 
     Where a chain comes from another graph, S0 is a new graph input; where it goes on in another one, S2 is one more result. `edges.crossings` says
     which.
@@ -109,6 +113,8 @@ class _Expansion(EdgeWriter):
         self.known: dict[Node, tuple[Node, int]] = {}
         #: The residual adds of all chains.
         self.sums = {add for site in bindings for add in site.adds}
+        #: The weights of the last site, where they collapse the streams for the next one.
+        self.passed: Node | None = None
         #: Trunk operations that were lifted and are read elsewhere as well.
         self.lifted: list[Node] = []
 
@@ -127,6 +133,7 @@ class _Expansion(EdgeWriter):
             self._open(chain.start, streams)
         stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
         self.known = {}
+        self.passed = None
         for site, link in zip(chain.sites, chain.links, strict=True):
             lifted = self._lift(link, streams)
             entry = lifted[site.trunk]
@@ -141,7 +148,9 @@ class _Expansion(EdgeWriter):
         self._open(chain.sites[-1].add, streams)
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, link, lifted, after in reversed(stages):
-            self._read_out(self.nodes[site.add], after, site.axis)
+            binding = self.bindings[site]
+            end = binding if site is chain.sites[-1] else replace(binding, end=binding.end.between)
+            self._read_out(self.nodes[site.add], after, site.axis, end)
             for inner in reversed(site.adds[:-1]):
                 self.graph.erase_node(self.nodes[inner])
             self._dispose(site.shortcut, lifted)
@@ -269,8 +278,7 @@ class _Expansion(EdgeWriter):
         if site.tail:
             post, res = self._close(site, streams)
         else:
-            pre, post, res = self._coefficients(self.bindings[site], streams)
-            collapsed = self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre)
+            collapsed, post, res = self._begin(site, streams)
             collapsed = self._features_back(collapsed, axis, trunk)
         if site.shortcut.nodes:  # before the branch loses the trunk: it may read an operation of the shortcut
             lifted.update(self._lift(site.shortcut, streams))
@@ -280,11 +288,28 @@ class _Expansion(EdgeWriter):
         carried = lifted[site.skip]
         if _tokens(carried) != _tokens(streams):
             # The shortcut has other tokens than the branch reads: they get their own weights.
-            _, post, res = self._coefficients(self.bindings[site], carried)
+            _, _, post, res = self._read(self.bindings[site], carried)
         total = self._now(site.terms[0])
         for term in site.terms[1:]:
             total = self._call("branches", torch.add, total, self._now(term))
         return self._update(site, carried, total, post, res)
+
+    def _begin(self, site: Site, streams: Node) -> tuple[Node, Node, Node]:
+        """What the branch of `site` reads, and the weights with which it writes."""
+        binding = self.bindings[site]
+        if not binding.single_pass:
+            collapsed, _, post, res = self._read(binding, streams)
+            return collapsed, post, res
+        passed = self.passed
+        self.passed, post, res = self._coefficients(binding, streams)
+        if passed is None:
+            return self._emit("collapsed", "call_method", "select", (streams, -2, 0)), post, res
+        if _tokens(streams) != _tokens(passed, 1):
+            raise AttachError(
+                f"{site}: single_pass=True reads with the weights of the site before, and on the way from there the tokens change (a pool, a"
+                " merge, a slice). Use single_pass=False for this model"
+            )
+        return self._call("collapsed", torch.ops.mhc.collapse.default, streams, passed), post, res
 
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
         """The new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
@@ -300,11 +325,15 @@ class _Expansion(EdgeWriter):
         features = self._features_last(branch, site.axis)
         return self._call("streams", torch.ops.mhc.update.default, streams, features, post, res)
 
-    def _read_out(self, value: Node, streams: Node, axis: int) -> None:
+    def _read_out(self, value: Node, streams: Node, axis: int, binding: Binding | None = None) -> None:
+        """Lets the readers of a trunk value read what its streams come to: their mean, or what the binding says."""
         self.replaced[value] = value
         if value.users:
             self._follow(streams, like=value)
-            mean = self._features_back(self._call("read_out", torch.mean, streams, -2), axis, value)
+            out = (
+                self._end(binding, streams, self.passed) if binding else self._call("read_out", torch.mean, streams, -2)
+            )
+            mean = self._features_back(out, axis, value)
             value.replace_all_uses_with(mean)
             self.replaced[value] = mean
         self.graph.erase_node(value)
@@ -315,7 +344,7 @@ class _Expansion(EdgeWriter):
         return self.replaced.get(copy, copy)
 
 
-def _tokens(streams: Node) -> list[str]:
-    """The token axes of streams [..., n, C], as they can be compared: sizes may be symbolic."""
+def _tokens(streams: Node, more: int = 2) -> list[str]:
+    """The token axes of streams [..., n, C], as they can be compared: sizes may be symbolic. `more`: how many axes follow."""
     value = tensor_value(streams)
-    return [] if value is None else [str(size) for size in value.shape[:-2]]
+    return [] if value is None else [str(size) for size in value.shape[:-more]]

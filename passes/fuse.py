@@ -98,7 +98,11 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
     if len(readers) != 1 or readers[0].target is not _COLLAPSE or readers[0].args != (streams, parts[0]):
         return
     collapse = readers[0]
-    value = tensor_value(streams)  # type: ignore[arg-type]
+    value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
+    if (
+        projection is not None and projection.shape[1] == 0
+    ):  # static coefficients: there is nothing to compute in the pass over the streams
+        return
     if value is None or modes[collapse] != modes[coefficients]:
         return
     how = (mapping, iterations, eps)

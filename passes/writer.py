@@ -18,20 +18,57 @@ from mhc_compile.passes.splice import inherit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Binding", "Writer"]
+__all__ = ["Binding", "End", "Writer"]
+
+
+@dataclass(frozen=True)
+class End:
+    """What ends a chain.
+
+    Attributes:
+        kind: "mean" or "sum" of the streams; "pre", their sum with the weights of the last site; "learned" or "gated", an operator with
+            parameters.
+        parameters: of that operator.
+        pre_eps: its epsilon.
+    """
+
+    kind: str = "mean"
+    parameters: tuple[Node | str, ...] = ()
+    pre_eps: float = 0.0
+
+    @property
+    def between(self) -> End:
+        """What a reader of a trunk value inside the chain gets."""
+        return End("sum" if self.kind == "sum" else "mean")
 
 
 @dataclass(frozen=True)
 class Binding:
-    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes."""
+    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes.
+
+    Attributes:
+        phi: its projection.
+        bias: its static logits; with `gated`, the weight of its norm.
+        scale: the factors of its logits; with `gated`, the projection to the gates.
+        streams: n.
+        form: the convention of its coefficients, as the operators take it.
+        iterations: of Sinkhorn.
+        eps: under the root mean square.
+        gated: whether it reads every channel with a weight of its own.
+        single_pass: whether its weights collapse the streams for the next site.
+        end: what ends the chain, if it is the last site.
+    """
 
     phi: Node | str
     bias: Node | str
     scale: Node | str
     streams: int
-    mapping: str
+    form: str
     iterations: int
     eps: float
+    gated: bool = False
+    single_pass: bool = False
+    end: End = End()
 
 
 class Writer:
@@ -123,9 +160,35 @@ class Writer:
         inherit(node, self.nodes[like])
         return node
 
+    def _read(self, binding: Binding, streams: Node) -> list[Node]:
+        """What a branch reads of its streams, [..., C], and the weights of its site: `[h, pre, post, res]`; a gated read has no pre."""
+        if binding.gated:
+            parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
+            packed = self._call("read", torch.ops.mhc.gated_read.default, streams, *parameters, binding.eps)
+            h, post, res = (
+                self._call(name, operator.getitem, packed, i) for i, name in enumerate(("collapsed", "post", "res"))
+            )
+            return [h, h, post, res]
+        pre, post, res = self._coefficients(binding, streams)
+        return [self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre), pre, post, res]
+
+    def _end(self, binding: Binding, streams: Node, pre: Node | None) -> Node:
+        """What a chain leaves behind, [..., C]. `pre` are the weights of its last site."""
+        end = binding.end
+        if end.kind == "pre":
+            assert pre is not None
+            return self._call("read_out", torch.ops.mhc.collapse.default, streams, pre)
+        if end.kind in ("mean", "sum"):
+            return self._call("read_out", getattr(torch, end.kind), streams, -2)
+        parameters = [self._parameter(name) for name in end.parameters]
+        if end.kind == "gated":
+            return self._call("read_out", torch.ops.mhc.gated_read_out.default, streams, *parameters, binding.eps)
+        settings = (end.pre_eps, binding.eps)
+        return self._call("read_out", torch.ops.mhc.read_out.default, streams, *parameters, *settings)
+
     def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
-        settings = (binding.mapping, binding.iterations, binding.eps)
+        settings = (binding.form, binding.iterations, binding.eps)
         packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
         parts = [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
         self._coefficients_like.setdefault(self._shapes(packed), packed.meta.get("example_value"))

@@ -207,10 +207,14 @@ def example_size(size: int | torch.SymInt) -> int:
     return int(getattr(symbolic_shapes, name)(size, fallback=0))
 
 
-def runs_inside_another(module: nn.Module) -> bool:
-    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered."""
+def runs_inside_another(module: nn.Module, *, compiled_alone: bool = False) -> bool:
+    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered.
+
+    With `compiled_alone` also before that: `module` is then a part that was compiled by itself.
+    """
     return any(
-        within and owner is not module and any(one is module for one in owner.modules()) for within, owner in _calls()
+        (within or compiled_alone) and owner is not module and any(one is module for one in owner.modules())
+        for within, owner in _calls()
     )
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile import mappings
+from mhc_compile import convention, mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
-from mhc_compile.ops import cpu, fused, reference
+from mhc_compile.ops import cpu, fused, reads, reference
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops.steps import MAPPINGS as FUSED_MAPPINGS
 
@@ -52,9 +52,11 @@ _WITH_KERNELS: dict[Any, tuple[Any, ...]] = {
 def fingerprint() -> str:
     """A hash of the code behind the operators. Compiled graphs that are cached under the operators' names depend on it."""
     digest = hashlib.sha256()
+    code = [Path(convention.__file__)]
     for package in (Path(__file__).parent, Path(mappings.__file__).parent):
-        for path in sorted((*package.rglob("*.py"), *package.rglob("*.h"))):
-            digest.update(path.read_bytes())
+        code.extend(sorted((*package.rglob("*.py"), *package.rglob("*.h"))))
+    for path in code:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -96,4 +98,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
     table: dict[Any, Callable[..., Any]] = {**_SINGLE, **_BROADCAST}
     table |= {operator: form for operator, (form, *_) in _WITH_KERNELS.items()}
+    for form in (reads.gated_read, reads.gated_read_out, reads.read_out):
+        table[getattr(_mhc, form.__name__).default] = form
     return {**table, _mhc.sinkhorn.default: sinkhorn, _mhc.sinkhorn_backward.default: sinkhorn_backward}

@@ -63,8 +63,8 @@ def _check_coefficients(
         )
     n, width = streams.shape[-2:]
     columns = 2 * n + mapping_of(mapping).logits(n)
-    static = phi.shape[0] == 0
-    if tuple(phi.shape) != (0 if static else n * width, columns):
+    static = phi.shape[-1] == 0
+    if tuple(phi.shape) != (n * width, 0 if static else columns):
         raise ShapeError(
             f"mhc::coefficients: phi is {shown(phi)}; streams {shown(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
         )
@@ -160,7 +160,7 @@ def _fake_coefficients(
 ) -> tuple[Tensor, ...]:
     _check_coefficients(streams, phi, bias, scale, mapping, iterations)
     tokens, n, dtype = streams.shape[:-2], streams.shape[-2], reference.compute_dtype(streams)
-    shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, phi.shape[-1]))
+    shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, bias.shape[0]))
     return tuple(_empty(streams, shape, dtype) for shape in shapes)
 
 

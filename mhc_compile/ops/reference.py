@@ -12,7 +12,7 @@ applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` an
     res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
 
 `mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.convention`): the epsilons of other systems.
-Static coefficients, the same for every token, have no projection: phi is then [0, K] and scale [0].
+Static coefficients, the same for every token, have no projection: phi is then [n C, 0] and scale [0].
 
 Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
 These functions serve three times: as the eager kernels, as the decompositions to ATen, and as what tests hold other kernels against.
@@ -44,6 +44,7 @@ __all__ = [
     "update_backward",
     "update_backward_fused",
     "update_fused",
+    "without_autocast",
 ]
 
 
@@ -52,8 +53,8 @@ def compute_dtype(streams: Tensor) -> torch.dtype:
     return torch.promote_types(streams.dtype, torch.float32)
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast. Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -78,9 +79,9 @@ def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Ten
     return pre, post, res
 
 
-def _projection(flat: Tensor, phi: Tensor, eps: float) -> Tensor:
-    if phi.shape[0] == 0:
-        return flat.new_zeros((*flat.shape[:-1], phi.shape[1]))
+def _projection(flat: Tensor, phi: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if phi.shape[1] == 0:
+        return flat.new_zeros((*flat.shape[:-1], bias.shape[0]))
     return (flat @ phi) * inverse_rms(flat, eps)
 
 
@@ -93,7 +94,7 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients of one site: `(pre, post, res, z)`.
 
-        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [0, K]
+        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [n C, 0]
         pre  = sigmoid(a_pre z_pre + b_pre)       + pre_eps of the convention, 0 in the paper
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
@@ -103,9 +104,9 @@ def coefficients(
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
     convention = parse(mapping)
-    with _without_autocast(streams):
+    with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        z = _projection(flat, phi.to(dtype), eps)
+        z = _projection(flat, phi.to(dtype), bias, eps)
         pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
         return (
             _plus(torch.sigmoid(pre), convention.pre_eps),
@@ -141,7 +142,7 @@ def coefficients_backward(
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
     convention = parse(mapping)
-    with _without_autocast(streams):
+    with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
         res_logits = _logits(z, offset, gain, n)[2]
@@ -151,7 +152,7 @@ def coefficients_backward(
         d_res = mapping_of(mapping).backward(grad_res, res_logits, n, iterations)
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
-        if not phi.shape[0]:
+        if not phi.shape[1]:
             return (
                 torch.zeros_like(streams),
                 torch.zeros_like(phi),
@@ -177,20 +178,20 @@ def coefficients_backward(
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     """Branch input: `h = Σ_j pre_j X_j`, [..., C] in the dtype of the streams, accumulated in `compute_dtype`."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         wide = streams.to(compute_dtype(streams))
         return (pre.unsqueeze(-2) @ wide).squeeze(-2).to(streams.dtype)
 
 
 def collapse_fused(streams: Tensor, pre: Tensor) -> Tensor:
     """`collapse` in broadcast form: the same numbers, spelled so that Inductor fuses it with its neighbours."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         return (pre.unsqueeze(-1) * streams.to(compute_dtype(streams))).sum(-2).to(streams.dtype)
 
 
 def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `collapse` with respect to `(streams, pre)`: `pre_j dh` and `⟨dh, X_j⟩`."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype)
         d_streams = pre.unsqueeze(-1) * g.unsqueeze(-2)
@@ -200,7 +201,7 @@ def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tenso
 
 def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """`collapse_backward` in broadcast form."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype).unsqueeze(-2)
         return (pre.unsqueeze(-1) * g).to(streams.dtype), (streams.to(dtype) * g).sum(-1)
@@ -212,7 +213,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
     `branch` [..., C] is the output f of the branch, in any floating dtype. The coefficients may be narrower than the streams, where the trunk
     was cast between them.
     """
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         mixed = res.to(dtype) @ streams.to(dtype)
         return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
@@ -220,7 +221,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
 
 def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`update` in broadcast form. A batched matrix product would stay an extern kernel, and nothing would fuse round it."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         mixed = (res.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
         return (mixed + post.to(dtype).unsqueeze(-1) * branch.to(dtype).unsqueeze(-2)).to(streams.dtype)
@@ -233,7 +234,7 @@ def update_backward(
 
     dX = H_resᵀ dX',  df = Σ_i post_i dX'_i,  dpost_i = ⟨dX'_i, f⟩,  dres_ij = ⟨dX'_i, X_j⟩
     """
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
         d_streams = res.to(dtype).transpose(-1, -2) @ g
@@ -247,7 +248,7 @@ def update_backward_fused(
     grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`update_backward` in broadcast form."""
-    with _without_autocast(streams):
+    with without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)
         d_streams = (res.to(dtype).transpose(-1, -2).unsqueeze(-1) * g.unsqueeze(-3)).sum(-2)

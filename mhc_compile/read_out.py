@@ -1,0 +1,123 @@
+"""`ReadOut`: the parameters of a learned end of a chain, a sum of the streams with weights that depend on the token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile.convention import parse
+from mhc_compile.loading import settle_missing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ReadOut"]
+
+
+class ReadOut(nn.Module):
+    """The learned read-out: streams [..., n, C] to [..., C].
+
+    Two forms (see `mhc_compile.ops.reads`), by the rank of the convention:
+
+        rank 0   weight [n C, n], bias [n], scale [1]            one weight a stream: DeepSeek-V4, HY-V4
+        rank r   weight [n C, r], norm [n C], up [r, n C]        one weight a channel: Qwen4-Exp
+
+    It belongs to the last site of the chain: `layers.3.mhc.mlp.read_out`.
+
+    Args:
+        width: C.
+        streams: n.
+        form: the convention, as a string.
+        eps: added to the mean square under the root mean square.
+        start: "preserve" starts as the mean of the streams, whatever they are; "scratch" from a random projection. With a rank there is only
+            the latter.
+        scale: initial value of `scale`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+    """
+
+    #: The parameters of the two forms.
+    NAMES: ClassVar[dict[bool, tuple[str, str, str]]] = {
+        False: ("weight", "bias", "scale"),
+        True: ("weight", "norm", "up"),
+    }
+
+    def __init__(
+        self,
+        width: int,
+        streams: int,
+        *,
+        form: str,
+        eps: float,
+        start: str,
+        scale: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.width, self.streams, self.form, self.eps, self.start = width, streams, form, eps, start
+        self.rank = parse(form).rank
+        self.names = self.NAMES[self.rank > 0]
+        self._initial_scale = scale
+        empty: dict[str, Any] = {"device": device, "dtype": dtype}
+        features = streams * width
+        self.weight = nn.Parameter(torch.empty(features, self.rank or streams, **empty))
+        if self.rank:
+            self.norm = nn.Parameter(torch.empty(features, **empty))
+            self.up = nn.Parameter(torch.empty(self.rank, features, **empty))
+        else:
+            self.bias = nn.Parameter(torch.empty(streams, **empty))
+            self.scale = nn.Parameter(torch.empty(1, **empty))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Writes the start: the mean of the streams, or random projections of unit variance."""
+        features = self.streams * self.width
+        if self.rank:
+            nn.init.normal_(self.weight, std=features**-0.5)
+            nn.init.normal_(self.up, std=self.rank**-0.5)
+            self.norm.zero_()
+            return
+        self.scale.fill_(self._initial_scale)
+        if self.start == "scratch":
+            nn.init.normal_(self.weight, std=features**-0.5)
+            self.bias.zero_()
+            return
+        self.weight.zero_()
+        # One stream alone would need the logit of 1: the read-out of n = 1 starts next to it.
+        share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.form).pre_eps
+        self.bias.copy_(torch.logit(torch.full((self.streams,), share, dtype=torch.float64)))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """Streams [..., n, C] to [..., C], in their dtype.
+
+        Raises:
+            ShapeError: the streams do not fit n and C.
+        """
+        if self.rank:
+            return torch.ops.mhc.gated_read_out(streams, self.weight, self.norm, self.up, self.eps)  # type: ignore[no-any-return]
+        pre_eps = parse(self.form).pre_eps
+        return torch.ops.mhc.read_out(streams, self.weight, self.bias, self.scale, pre_eps, self.eps)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        settle_missing(self, prefix, missing_keys)
+
+    def extra_repr(self) -> str:
+        """Sizes, as other modules print them."""
+        return f"width={self.width}, streams={self.streams}, form={self.form}"
