@@ -19,12 +19,12 @@ from mhc_compile.options import Options
 from mhc_compile.overhead import Overhead, Work, overheads
 from mhc_compile.scaling.kept import kept_bytes
 from mhc_compile.scaling.model import Decoder
-from mhc_compile.scaling.shapes import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.explanation import Explanation
+    from mhc_compile.scaling.shapes import Shape
 
 __all__ = ["Estimate", "estimate"]
 
@@ -89,7 +89,8 @@ def estimate(shape: Shape, options: Options | None = None) -> Estimate:
     cost = site_cost(shape.width, ITEM, options)
     sites = 2 * shape.layers
     whole = cost.times(sites)
-    assert one.plain is not None and two.plain is not None
+    assert one.plain is not None
+    assert two.plain is not None
     return Estimate(
         shape=shape,
         sites=sites,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_compile.scaling.shapes import Shape
+if TYPE_CHECKING:
+    from mhc_compile.scaling.shapes import Shape
 
 __all__ = ["Decoder"]
 

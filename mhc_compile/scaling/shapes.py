@@ -58,7 +58,9 @@ class Shape:
             if getattr(self, name) < 1:
                 raise OptionError(f"shape {self.name!r}: {name} is {getattr(self, name)}; expected a positive integer")
         if self.groups and self.heads % self.groups:
-            raise OptionError(f"shape {self.name!r}: {self.heads} heads do not share {self.groups} heads of keys evenly")
+            raise OptionError(
+                f"shape {self.name!r}: {self.heads} heads do not share {self.groups} heads of keys evenly"
+            )
         if self.active > self.experts:
             raise OptionError(f"shape {self.name!r}: {self.active} active experts of {self.experts}")
 
@@ -76,7 +78,9 @@ class Shape:
         """A dense model of one's own: heads of 128 channels and `hidden` of 8/3 C, a multiple of 64, unless they are given."""
         heads = max(1, width // 128) if heads is None else heads
         if heads < 1 or width % heads:
-            raise OptionError(f"width {width} and {heads} heads: the heads do not divide the width. Name another number of heads")
+            raise OptionError(
+                f"width {width} and {heads} heads: the heads do not divide the width. Name another number of heads"
+            )
         return cls(
             name="yours",
             layers=layers,
