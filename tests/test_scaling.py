@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 import mhc_compile
 from mhc_compile.cli.scaling import command
@@ -18,6 +20,7 @@ from mhc_compile.scaling.estimate import estimate
 from mhc_compile.scaling.kept import kept_bytes
 from mhc_compile.scaling.model import Decoder
 from mhc_compile.scaling.shapes import SHAPES, Shape
+from mhc_compile.scaling.table import markdown, render
 
 SMALL = Shape(
     name="small", layers=3, width=32, heads=4, head=8, hidden=24, active=2, experts=6, dense=1, vocabulary=50, tokens=16
@@ -60,6 +63,11 @@ def test_the_estimate_is_that_of_the_whole_model() -> None:
     assert got.cost == want.cost
     assert got.cost.parameters == 10 * (4 * 32 * 24 + 24 + 3)
     assert [one.floor for one in got.overheads] == [one.floor for one in want.overheads]
+    text = markdown([got])
+    assert "| small | 5 | 32 | 16 |" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render([got]))
+    assert f"{got.added.flops / got.plain.flops:.2%}" in console.export_text()
 
 
 def test_what_is_kept_by_hand() -> None:
@@ -82,16 +90,12 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhc_compile.scaling.shapes.SHAPES", (SMALL,))
-    flags = ["--width", "64", "--layers", "2", "--vocabulary", "100", "--tokens", "8", "--quiet"]
+    monkeypatch.setattr("mhc_compile.scaling.shapes.SHAPES", ())
+    flags = ["--width", "64", "--layers", "2", "--vocabulary", "100", "--tokens", "8", "--quiet", "--streams", "2"]
     done = CliRunner().invoke(command, [*flags, "--json"], catch_exceptions=False)
-    yours, small = json.loads(done.stdout)["estimates"]
-    assert (yours["shape"]["name"], yours["sites"], small["sites"]) == ("yours", 4, 6)
-    assert yours["cost"]["parameters"] == 4 * (4 * 64 * 24 + 24 + 3)
-    halved = CliRunner().invoke(command, [*flags, "--json", "--streams", "2"], catch_exceptions=False)
-    assert json.loads(halved.stdout)["estimates"][0]["cost"]["parameters"] == 4 * (2 * 64 * 8 + 8 + 3)
-    assert "| yours | 2 | 64 | 8 |" in CliRunner().invoke(command, [*flags, "--markdown"]).stdout
-    assert "Expected overhead of a step" in CliRunner().invoke(command, ["--quiet"]).stdout
+    (yours,) = json.loads(done.stdout)["estimates"]
+    assert (yours["shape"]["name"], yours["sites"], yours["shape"]["hidden"]) == ("yours", 4, 192)
+    assert yours["cost"]["parameters"] == 4 * (2 * 64 * 8 + 8 + 3)
     for wrong in (["--width", "64"], ["--heads", "2"], ["--mapping", "sinkorn"]):
         done = CliRunner().invoke(command, wrong)
         assert done.exit_code == 2, wrong
