@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.errors import AttachError
-from mhc_compile.loading import NAMES, guess_options
+from mhc_compile.loading import NAMES, guess_for
 from mhc_compile.options import Options
 
 if TYPE_CHECKING:
@@ -103,20 +103,19 @@ def _saved(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _options(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> str:
-    """The options that the shapes of phi tell, as an argument; nothing if they are the default ones, or could be several."""
-    found = set.intersection(*({(n, mapping) for n, mapping, _ in _guess(model, path, saved[path])} for path in saved))
+    """The likeliest options that the shapes of phi tell, as an argument; nothing if they are the default ones, or there are none."""
+    guesses = [[(n, mapping) for n, mapping, _ in _guess(model, path, saved[path])] for path in saved]
+    found = [guess for guess in guesses[0] if all(guess in others for others in guesses)]
     default = Options()
-    if len(found) != 1 or found == {(default.streams, default.mapping)}:
+    if not found or found[0] == (default.streams, default.mapping):
         return ""
-    streams, mapping = found.pop()
+    streams, mapping = found[0]
     return f", options={ ({'streams': streams} | ({'mapping': mapping} if mapping != default.mapping else {}))!r}"
 
 
 def _guess(model: nn.Module, path: str, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
-    """What gives phi its shape; the width C of the streams is a size of some parameter of the block."""
-    owner = dict(model.named_modules()).get(path.split(f".{CONTAINER}.")[0])
-    sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
-    return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
+    """What gives phi its shape, as far as the block may have such streams."""
+    return guess_for(dict(model.named_modules()).get(path.split(f".{CONTAINER}.")[0]), shape)
 
 
 def _list(paths: Iterable[str], noun: str) -> str:

@@ -131,13 +131,15 @@ class HyperConnection(nn.Module):
 
         "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near the identity. With equal streams this is the
         plain residual add, in value and in every gradient of the original parameters, and phi receives a gradient from the first step.
-        "scratch": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing.
+        "scratch": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing
+        (under "unconstrained" the identity: 0 would be no mixing at all).
         """
         n, convention = self.streams, parse(self.form)
         self.scale.fill_(self._initial_scale)
         self.bias.zero_()
         if self.start == "scratch":
             nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
+            self._start_mixing(get_mapping(self.mapping).scratch(n))
             return
         self.phi.zero_()
         if n == 1:
@@ -148,9 +150,11 @@ class HyperConnection(nn.Module):
             self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
         post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
         self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
-        start = get_mapping(self.mapping).start(n)
-        if start.numel():
-            self.bias[2 * n :] = start.to(self.bias)
+        self._start_mixing(get_mapping(self.mapping).start(n))
+
+    def _start_mixing(self, logits: Tensor) -> None:
+        if logits.numel():
+            self.bias[2 * self.streams :] = logits.to(self.bias)
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C], float32 or wider.

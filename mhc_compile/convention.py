@@ -17,7 +17,7 @@ __all__ = ["MAPPING_NAMES", "Convention", "Last", "parse"]
 Last = Literal["rows", "columns"]
 
 #: The names of the residual mappings, in the order in which they are listed. `register_mapping` adds to it.
-MAPPING_NAMES: list[str] = ["sinkhorn", "identity"]
+MAPPING_NAMES: list[str] = ["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 With n streams of width C and K columns of phi, one site adds per token and forward pass
 
-    projection 2 n C K, its norm 2 n C, collapse 2 n C, update 2 n² C + 2 n C, Sinkhorn 4 n² per iteration      FLOPs (a backward costs twice that)
+    projection 2 n C K, its norm 2 n C, collapse 2 n C, update 2 n² C + 2 n C, the mapping's    FLOPs (a backward costs twice that)
     (2 n + 2) C elements at the floor: one pass reads the streams and f, and writes the streams and h            (plain add: 3 C)
     (5 n + 2) C elements as lowered now: projection, norm and collapse each read the streams, the update once more
 
@@ -62,10 +62,9 @@ def site_cost(width: int, itemsize: int, options: Options) -> Cost:
     mapping = get_mapping(options.mapping)
     residual = mapping.logits(n)
     k = 2 * n + residual
-    iterations = 4 * n * n * options.iterations if options.mapping == "sinkhorn" else 0
     return Cost(
         parameters=n * c * k + k + 3,
-        flops=2 * n * c * k + 2 * n * c + 2 * n * c + 2 * n * n * c + 2 * n * c + iterations,
+        flops=2 * n * c * k + 2 * n * c + 2 * n * c + 2 * n * n * c + 2 * n * c + mapping.flops(n, options.iterations),
         bytes_lowered=(5 * n + 2) * c * itemsize,
         bytes_floor=(2 * n + 2) * c * itemsize,
         bytes_plain=3 * c * itemsize,

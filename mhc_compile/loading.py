@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._warn import warn
-from mhc_compile.mappings import MAPPINGS
+from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from mhc_compile.connection import HyperConnection
     from mhc_compile.read_out import ReadOut
 
-__all__ = ["NAMES", "SETTINGS", "after_loading", "guess_options", "settle_missing"]
+__all__ = ["NAMES", "SETTINGS", "after_loading", "guess_for", "guess_options", "settle_missing"]
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
 #: What else decides on the function that they stand for. A state dict carries it as metadata, which torch.save keeps and safetensors does not.
 SETTINGS = ("mapping", "iterations", "eps", "preset")
+
+#: The number of streams of every system that ships mHC.
+_USUAL = 4
 
 
 class _Call(threading.local):
@@ -119,7 +122,7 @@ def after_loading(
             )
     for name in SETTINGS:
         has, wants = metadata.get(name, getattr(connection, name)), getattr(connection, name)
-        if has == wants or wrong or (name == "iterations" and connection.mapping == "identity"):
+        if has == wants or wrong or (name == "iterations" and not get_mapping(connection.mapping).iterative):
             continue
         sentence = (
             f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another function."
@@ -131,30 +134,45 @@ def after_loading(
             warn(f"hyper-connection {path!r} (and perhaps others) {sentence}")
 
 
-def guess_options(shape: tuple[int, ...], width: int | None = None) -> list[tuple[int, str, int]]:
-    """All `(streams, mapping, width)` that give phi this shape [n C, K]; with `width`, those of that width."""
+def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
+    """All `(streams, mapping, width)` that give phi this shape [n C, K], the likeliest first.
+
+    Shapes do not tell everything: "unconstrained" always looks like "sinkhorn". That comes first as what nearly everybody uses; of the others
+    those with four streams, then those that were there longest.
+    """
     if len(shape) != 2:
         return []
-    rows, columns = shape
     found = [
-        (n, name, rows // n)
-        for name, mapping in MAPPINGS.items()
+        (n, name, shape[0] // n)
+        for name in MAPPINGS
         for n in range(1, MAX_STREAMS + 1)
-        if columns == 2 * n + mapping.logits(n) and rows % n == 0
+        if columns(name, n) == shape[1] and shape[0] % n == 0
     ]
-    return [entry for entry in found if width is None or entry[2] == width]
+    found.sort(key=lambda entry: (entry[1] != "sinkhorn", entry[0] != _USUAL))
+    return found
+
+
+def guess_for(owner: nn.Module | None, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
+    """As `guess_options`, for a hyper-connection of `owner`: the width C of its streams is a size of some parameter there."""
+    sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
+    return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
 
 
 def _way_out(connection: HyperConnection, phi: tuple[int, ...], wrong: set[str]) -> str:
     if "phi" in wrong:
-        for streams, mapping, _ in guess_options(phi, connection.width):
+        guesses = guess_options(phi)
+        guesses.sort(key=lambda guess: guess[1] != connection.mapping)
+        for streams, mapping, width in guesses:
+            if width != connection.width:
+                continue
             pairs = {"streams": (streams, connection.streams), "mapping": (mapping, connection.mapping)}
             differing = {name: has for name, (has, mine) in pairs.items() if has != mine}
             made = ", ".join(f"{name}={value!r}" for name, value in differing.items())
             return f"The checkpoint was made with {made}: attach and compile with options={differing!r}."
-        others = [
-            f"width {width} (streams={streams}, mapping={mapping!r})" for streams, mapping, width in guess_options(phi)
-        ]
+        likeliest: dict[tuple[int, int], str] = {}  # not every mapping that looks like another one
+        for streams, mapping, width in guesses:
+            likeliest.setdefault((width, streams), mapping)
+        others = [f"width {width} (streams={n}, mapping={mapping!r})" for (width, n), mapping in likeliest.items()]
         if others:
             return f"The checkpoint is of a model of {' or '.join(others)}, this one has width {connection.width}."
     return "No choice of options gives these shapes: the checkpoint is damaged, or of something else."

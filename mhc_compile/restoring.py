@@ -15,18 +15,25 @@ from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
+from mhc_compile.binding import bound_names
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.mappings import MAPPINGS, get_mapping
+from mhc_compile.gated import GatedConnection, create_connection
+from mhc_compile.loading import guess_for, guess_options
+from mhc_compile.mappings import MAPPINGS
 from mhc_compile.optimizers import settle
-from mhc_compile.options import MAX_STREAMS, Options
+from mhc_compile.options import Options
+from mhc_compile.read_out import ReadOut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = ["restore"]
 
-_PARTS = ("phi", "bias", "scale")
+_PARTS = frozenset((*HyperConnection.names, *GatedConnection.names))
+_END_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
+#: The submodule of a hyper-connection that ends its chain.
+_END = "read_out"
 #: What checkpoints of `save_pretrained` and of the Trainer are called, in the order in which transformers looks for them.
 _FILES = (
     "model.safetensors",
@@ -55,7 +62,8 @@ def restore(
         checkpoint: a state dict, a directory that `save_pretrained` or the Trainer wrote, or a file (safetensors, or torch.save of a state dict
             or of a dict with a "state_dict", as Lightning writes it). Names may be those of the compiled model (`_orig_mod.`) or not.
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and `mapping` are read off the checkpoint where they are
-            not given; two streams under "sinkhorn" and four under "identity" look alike and are taken for the former.
+            not given. Shapes do not tell all mappings apart ("unconstrained" looks like "sinkhorn", four streams under "identity" like two
+            under "sinkhorn"; the likelier one is taken). A state dict that was not through a safetensors file says which it was.
 
     Returns:
         All hyper-connections of the model by path.
@@ -68,7 +76,8 @@ def restore(
     """
     parsed = Options.parse(options)
     fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
-    saved = _connections_of(_read(checkpoint))
+    read = _read(checkpoint)
+    saved = _connections_of(read)
     if not saved:
         raise AttachError(
             f"{_shown(checkpoint)} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
@@ -76,7 +85,9 @@ def restore(
         )
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    plans = [_Plan(target, place, tensors, parsed, fixed) for place, tensors in saved.items()]
+    plans = [
+        _Plan(target, place, tensors, _noted(read, place, parsed, fixed), fixed) for place, tensors in saved.items()
+    ]
     order = {id(module): position for position, module in enumerate(target.modules())}
     plans.sort(key=lambda plan: order[id(plan.carrier or plan.owner)])  # files sort by name: h.10 before h.2
     for index, plan in enumerate(plans):
@@ -91,9 +102,6 @@ class _Plan:
     def __init__(
         self, model: nn.Module, place: str, values: dict[str, Tensor], options: Options, fixed: set[str]
     ) -> None:
-        missing = [part for part in _PARTS if part not in values]
-        if missing:
-            raise AttachError(f"{place}: the checkpoint lacks its {' and '.join(missing)}; it is incomplete")
         path = [part for part in place.split(".") if part != _COMPILED]
         cut = path.index(CONTAINER)
         self.place, self.values = place, values
@@ -101,8 +109,20 @@ class _Plan:
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
         self.carrier = _carrier(self.owner, self.name)
-        self.options = _fitting(place, values["phi"], options, fixed)
+        self.options = _fitting(place, self.owner, values, options.at(".".join(path)), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
+        self.last = any(name.startswith(_END) for name in values)
+        like = create_connection(self.width, self.options, last=self.last, device="meta")
+        missing = [name for name in bound_names(like) if name not in values]
+        if missing:
+            raise AttachError(f"{place}: the checkpoint lacks its {' and '.join(missing)}; it is incomplete")
+        for name in bound_names(like):
+            if values[name].shape != like.get_parameter(name).shape:
+                raise AttachError(
+                    f"{place}: {name} is {list(values[name].shape)} in the checkpoint; with {self.options.streams} streams of width {self.width}"
+                    f" and mapping={self.options.mapping!r} it would be {list(like.get_parameter(name).shape)}. Give the options that the saved"
+                    " model was compiled with"
+                )
         container = getattr(self.owner, CONTAINER, None)
         if container is not None and not isinstance(container, HyperConnections):
             raise AttachError(
@@ -122,20 +142,23 @@ class _Plan:
         if connection is None:
             near = next(self.owner.parameters(), None)
             phi = self.values["phi"]
-            connection = HyperConnection(
+            connection = create_connection(
                 self.width,
                 self.options,
                 index=index,
+                last=self.last,
                 device=phi.device if near is None else near.device,
                 dtype=phi.dtype,
             )
             put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
             if self.carrier is not None:
                 declare_on(self.carrier, connection)
+        elif self.last:
+            connection.end_chain()
         with torch.no_grad():
-            for part in _PARTS:
-                if not getattr(connection, part).is_meta:
-                    getattr(connection, part).copy_(self.values[part])
+            for name in bound_names(connection):
+                if name in self.values and not connection.get_parameter(name).is_meta:
+                    connection.get_parameter(name).copy_(self.values[name])
 
 
 def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
@@ -159,15 +182,30 @@ def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
     return module
 
 
-def _fitting(place: str, phi: Tensor, options: Options, fixed: set[str]) -> Options:
-    """The options with the number of streams and the mapping that `phi [n C, K]` was made for."""
-    rows, columns = phi.shape if phi.dim() == 2 else (0, 0)
-    streams = (options.streams,) if "streams" in fixed else range(1, MAX_STREAMS + 1)
-    mappings = (options.mapping,) if "mapping" in fixed else tuple(MAPPINGS)
-    for mapping in mappings:
-        for n in streams:
-            if rows % n == 0 and 2 * n + get_mapping(mapping).logits(n) == columns:
-                return replace(options, streams=n, mapping=mapping)
+def _noted(checkpoint: Mapping[str, Any], place: str, options: Options, fixed: set[str]) -> Options:
+    """The options with the mapping that the hyper-connection at `place` had when it was saved, where the state dict still says it."""
+    noted = (getattr(checkpoint, "_metadata", None) or {}).get(place, {}).get("mapping", options.mapping)
+    return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
+
+
+def _fitting(place: str, owner: nn.Module, values: Mapping[str, Tensor], options: Options, fixed: set[str]) -> Options:
+    """The options with the number of streams and the mapping that `phi [n C, K]` was made for, and with what the names of the tensors tell."""
+    if "phi" not in values:
+        raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
+    phi = values["phi"]
+    if any(name.startswith(_END) for name in values):
+        options = replace(options, read_out="learned")
+    if "up" in values and phi.dim() == values["up"].dim() == 2:
+        rank = values["up"].shape[0]
+        return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", start="scratch")
+    static = phi.dim() == 2 and phi.shape[1] == 0 and "bias" in values
+    if static:
+        options = replace(options, dynamic=False)
+    shape = (phi.shape[0], values["bias"].shape[0]) if static else tuple(phi.shape)
+    guesses = guess_for(owner, shape) or guess_options(shape)
+    for n, mapping, _ in sorted(guesses, key=lambda guess: guess[1] != options.mapping):
+        if (n == options.streams or "streams" not in fixed) and (mapping == options.mapping or "mapping" not in fixed):
+            return replace(options, streams=n, mapping=mapping)
     said = ", ".join(f"{name}={getattr(options, name)!r}" for name in ("streams", "mapping") if name in fixed)
     raise AttachError(
         f"{place}: phi is {list(phi.shape)} in the checkpoint, which does not fit {said or 'any number of streams'}."
@@ -180,7 +218,11 @@ def _connections_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         place, _, part = name.rpartition(".")
-        if part in _PARTS and _ours(place) and isinstance(value, Tensor):
+        if not _ours(place) or not isinstance(value, Tensor):
+            continue
+        if place.endswith(f".{_END}") and part in _END_PARTS:
+            found.setdefault(place.removesuffix(f".{_END}"), {})[f"{_END}.{part}"] = value
+        elif part in _PARTS:
             found.setdefault(place, {})[part] = value
     return found
 
@@ -198,26 +240,26 @@ def _read(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str
         if not files:
             raise FileNotFoundError(f"directory {path!r} has no checkpoint: none of {', '.join(_FILES)}")
         path = files[0]
-    return dict(_entries(path))
+    if path.endswith((".safetensors", ".index.json")):
+        return dict(_entries(path))
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("state_dict", content)  # type: ignore[no-any-return]
 
 
 def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """The tensors of a file; of safetensors, and of the parts that an index lists, only those of hyper-connections are read."""
+    """The tensors of hyper-connections in a safetensors file, or in the parts that an index lists. The others are not read."""
     if path.endswith(".index.json"):
         with open(path, encoding="utf-8") as file:
             places: dict[str, str] = json.load(file)["weight_map"]
         for part in sorted({part for name, part in places.items() if _ours(name.rpartition(".")[0])}):
-            yield from _entries(os.path.join(os.path.dirname(path), part))
-    elif path.endswith(".safetensors"):
+            yield from _read(os.path.join(os.path.dirname(path), part)).items()
+    else:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if _ours(name.rpartition(".")[0]):
                     yield name, file.get_tensor(name)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        yield from content.get("state_dict", content).items()
 
 
 def _shown(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -273,7 +274,22 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
         # A value that happens to be a result of the graph ends its chain as any other reader does.
         edges = Edges(tail=edges.tail, attached=edges.attached)
         plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+    _check_patterns(plan, options)
     return Study(graph, provenance, plan, options.min_sites, edges)
+
+
+def _check_patterns(plan: Plan, options: Options) -> None:
+    """Warns of patterns of the option `sites` that fit no site. Of a model in pieces each graph knows its own sites only: nothing is said there."""
+    if not options.sites or not plan.sites or _torch.graph_is_part():
+        return
+    paths = [site.path.replace(".mhc.", ".") for site in plan.sites]
+    used = {pattern for path in paths for pattern in options.matching(path)}
+    for pattern in options.sites:
+        if pattern not in used:
+            near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
+            warn(
+                f"option 'sites': {pattern!r} fits no site of this graph, whose {len(paths)} sites are called like {near!r}"
+            )
 
 
 def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | None) -> None:

@@ -92,7 +92,7 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
     """Coefficients + collapse -> read; with the update before them -> step."""
     streams, phi, bias, scale, mapping, iterations, eps = coefficients.args
     parts = _parts(coefficients)
-    if mapping not in ops.FUSED_MAPPINGS or parts is None or 3 in parts or 0 not in parts:
+    if not ops.is_fused(str(mapping)) or parts is None or 3 in parts or 0 not in parts:
         return
     readers = list(parts[0].users)
     if len(readers) != 1 or readers[0].target is not _COLLAPSE or readers[0].args != (streams, parts[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
@@ -173,6 +174,28 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
     known = inspect.signature(plain).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """In this context the compiled versions that modules of `model` call themselves, after `module.compile()` or as results of `torch.compile`, rest.
+
+    Called inside another `torch.compile`, they would run as they were compiled, and whoever compiles the model would not see them.
+    """
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if getattr(module, "_compiled_call_impl", None) is not None and "_compiled_call_impl" in module.__dict__:
+            changed.append((module, "_compiled_call_impl", None))
+        if isinstance(module, OptimizedModule):
+            changed.append((module, "forward", module._orig_mod.__call__))
+    before = [(module, name, module.__dict__[name]) for module, name, _ in changed]
+    try:
+        for module, name, value in changed:
+            module.__dict__[name] = value
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
 
 
 def root_module() -> nn.Module | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mhc_compile.mappings.base import Mapping
+
 __all__ = ["Identity"]
 
 
-class Identity:
+class Identity(Mapping):
     """The identity mapping. It has no logits: phi has 2 n columns. (The choice of HY-V4, see its `transformers` module.)."""
 
     name = "identity"
@@ -29,3 +31,7 @@ class Identity:
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
         """An empty gradient, [..., 0]."""
         return logits.new_zeros(logits.shape)
+
+    def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
+        """None."""
+        return 0

@@ -25,6 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mhc_compile.mappings.base import Mapping
+
 __all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
 
 
@@ -97,7 +99,7 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float 
 
 
 @dataclass(frozen=True)
-class Sinkhorn:
+class Sinkhorn(Mapping):
     """The paper's mapping: n² logits, row-major, 20 iterations by default.
 
     Attributes:
@@ -109,6 +111,7 @@ class Sinkhorn:
     last: str = "rows"
 
     name: ClassVar[str] = "sinkhorn"
+    iterative: ClassVar[bool] = True
 
     #: Logit of the diagonal at the start: H_ii = 0.95 at n = 4, H_ij = 0.017. From 8 on the off-diagonal hardly receives a gradient.
     diagonal: ClassVar[float] = 4.0
@@ -134,3 +137,7 @@ class Sinkhorn:
 
     def _turned(self, matrices: Tensor) -> Tensor:
         return matrices.transpose(-1, -2) if self.last == "columns" else matrices
+
+    def flops(self, n: int, iterations: int) -> int:
+        """An addition and a multiplication for every entry, of the columns and of the rows."""
+        return 4 * n * n * iterations

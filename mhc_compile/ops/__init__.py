@@ -18,12 +18,12 @@ from mhc_compile import convention, mappings
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, fused, reads, reference
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
-from mhc_compile.ops.steps import MAPPINGS as FUSED_MAPPINGS
+from mhc_compile.ops.steps import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FUSED_MAPPINGS", "decompositions", "fingerprint", "fused_decompositions", "prepare"]
+__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "prepare"]
 
 _mhc = torch.ops.mhc
 _SINGLE: dict[Any, Callable[..., Any]] = {
@@ -36,33 +36,40 @@ _BROADCAST: dict[Any, Callable[..., Any]] = {
     _mhc.collapse_backward.default: reference.collapse_backward_fused,
     _mhc.update.default: reference.update_fused,
 }
-#: Operators that have kernels: their form in ATen, and where streams and branch stand among their arguments.
+#: Operators that have kernels: their form in ATen, and where among their arguments are streams, branch, and n or what has n as its last size.
 _WITH_KERNELS: dict[Any, tuple[Any, ...]] = {
-    _mhc.read.default: (fused.read, 0),
-    _mhc.read_backward.default: (fused.read_backward, 3),
-    _mhc.step.default: (fused.step, 0, 1),
-    _mhc.step_backward.default: (fused.step_backward, 4, 5),
-    _mhc.close.default: (fused.close, 0, 1),
-    _mhc.close_backward.default: (fused.close_backward, 1, 2),
-    _mhc.update_backward.default: (reference.update_backward_fused, 1, 2),
+    _mhc.read.default: (fused.read, 0, None, 4),
+    _mhc.read_backward.default: (fused.read_backward, 3, None, 7),
+    _mhc.step.default: (fused.step, 0, 1, 2),
+    _mhc.step_backward.default: (fused.step_backward, 4, 5, 6),
+    _mhc.close.default: (fused.close, 0, 1, 2),
+    _mhc.close_backward.default: (fused.close_backward, 1, 2, 3),
+    _mhc.update_backward.default: (reference.update_backward_fused, 1, 2, 3),
 }
 
 
 @functools.cache
-def fingerprint() -> str:
-    """A hash of the code behind the operators. Compiled graphs that are cached under the operators' names depend on it."""
+def _files() -> bytes:
     digest = hashlib.sha256()
     code = [Path(convention.__file__)]
     for package in (Path(__file__).parent, Path(mappings.__file__).parent):
         code.extend(sorted((*package.rglob("*.py"), *package.rglob("*.h"))))
     for path in code:
         digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def fingerprint() -> str:
+    """A hash of the code behind the operators, with registered mappings. Compiled graphs that are cached under their names depend on it."""
+    digest = hashlib.sha256(_files())
+    for name, mapping in sorted(mappings.MAPPINGS.items()):
+        digest.update(f"{name} {mappings.code_of(mapping)}".encode())
     return digest.hexdigest()[:16]
 
 
 def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
     """Begins to build the kernels that a graph with such tensors will call, where they have to be built."""
-    if streams.device.type == "cpu" and mapping in FUSED_MAPPINGS:
+    if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
 
 
@@ -76,18 +83,20 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def _unless_kernel(decomposition: Callable[..., Any], streams: int, branch: int | None = None) -> Callable[..., Any]:
+def _unless_kernel(decomposition: Callable[..., Any], streams: int, branch: int | None, n: int) -> Callable[..., Any]:
     """The decomposition, which steps back where a kernel takes the tensors at these positions."""
 
     def decompose(*args: Any) -> Any:
         other = None if branch is None else args[branch].dtype
         device, dtype = args[streams].device.type, args[streams].dtype
-        if device == "cpu" and cpu.takes(dtype, other):
+        mapping = next((argument for argument in args if isinstance(argument, str)), None)
+        number = args[n] if isinstance(args[n], int) else args[n].shape[-1]
+        if device == "cpu" and cpu.takes(dtype, other, int(number), mapping):
             return NotImplemented
         if device == "cuda":
             from mhc_compile.ops import triton
 
-            if triton.takes(dtype, other):
+            if triton.takes(dtype, other, mapping):
                 return NotImplemented
         return decomposition(*args)
 

@@ -62,7 +62,9 @@ def _check_coefficients(
             f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {shown(streams)}"
         )
     n, width = streams.shape[-2:]
-    columns = 2 * n + mapping_of(mapping).logits(n)
+    family = mapping_of(mapping)
+    family.check(n)
+    columns = 2 * n + family.logits(n)
     static = phi.shape[-1] == 0
     if tuple(phi.shape) != (n * width, 0 if static else columns):
         raise ShapeError(

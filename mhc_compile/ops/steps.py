@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile.convention import parse
 from mhc_compile.errors import ShapeError
+from mhc_compile.mappings import mapping_of
 from mhc_compile.ops import cpu, fused, reference
 from mhc_compile.ops.library import LIBRARY, dense, once_only, shown
 
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["MAPPINGS"]
+__all__ = ["is_fused"]
 
-#: Mappings that the kernels compute. The others keep the operators of `mhc_compile.ops.library`.
-MAPPINGS = ("sinkhorn", "identity")
+
+def is_fused(mapping: str) -> bool:
+    """Whether the fused operators compute this mapping or convention. The others keep the operators of `mhc_compile.ops.library`."""
+    convention = parse(mapping)
+    return convention.mapping in cpu.MAPPINGS and not convention.rank
+
 
 _SITE = "Tensor phi, Tensor bias, Tensor scale"
 _HOW = "str mapping, int iterations, float eps"
@@ -52,11 +58,13 @@ for _schema in _SCHEMAS:
 def _check_site(
     name: str, streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int
 ) -> None:
-    if mapping not in MAPPINGS:
+    if not is_fused(mapping):
         raise ShapeError(
-            f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(MAPPINGS)}"
+            f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(cpu.MAPPINGS)}"
         )
-    columns = 2 * n + (n * n if mapping == "sinkhorn" else 0)
+    family = mapping_of(mapping)
+    family.check(n)
+    columns = 2 * n + family.logits(n)
     if streams.dim() < 3 or not streams.is_floating_point() or streams.shape[-2] not in (1, n):
         raise ShapeError(
             f"mhc::{name}: streams must be floating point [..., {n} or 1, C] with a token axis, got {shown(streams)}"
@@ -127,7 +135,7 @@ for _name, _kernel in _checked(cpu).items():
 
 
 def on_cuda(name: str) -> Callable[..., Any]:
-    """The Triton kernel of an operator; the composition for dtypes that it does not take, and where Triton is not installed.
+    """The Triton kernel of an operator; the composition for dtypes and mappings that it does not take, and where Triton is not installed.
 
     Triton is imported when the first CUDA tensor comes. Not yet run on a GPU.
     """
@@ -136,8 +144,10 @@ def on_cuda(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from mhc_compile.ops import triton
 
-        tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
-        return (getattr(triton, name) if all(triton.takes(t.dtype) for t in tensors) else dense(composed))(*args)
+        dtypes = [argument.dtype for argument in args if isinstance(argument, torch.Tensor)]
+        mapping = next((argument for argument in args if isinstance(argument, str)), None)
+        there_is = all(triton.takes(dtype, mapping=mapping) for dtype in dtypes)
+        return (getattr(triton, name) if there_is else dense(composed))(*args)
 
     return call
 

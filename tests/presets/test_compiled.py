@@ -209,3 +209,46 @@ def test_what_is_given_goes_before_the_preset():
     assert (
         mhc_compile.Options(preset="glm5-next", mapping="identity").form == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
     )
+
+
+@pytest.mark.parametrize("case", ["deepseek-v4", "qwen4-exp", "static"])
+def test_restored_from_a_file(case, tmp_path):
+    """What the names and shapes in a file tell need not be said: the learned read-out, the rank, static coefficients."""
+    from safetensors.torch import save_file
+
+    model, ids = randomised(CASES[case])
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "m.safetensors")
+    fresh = Decoder(width=WIDTH).double()
+    preset = CASES[case].get("preset", "paper")
+    known = {"preset": preset, "start": "scratch"}
+    mhc_compile.restore(fresh, tmp_path / "m.safetensors", options=known)
+    fresh.load_state_dict(model.state_dict())
+    got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner": "eager", "strict": True})(ids)
+    assert (got - by_hand(model, ids)).abs().max() < 1e-11
+
+
+def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
+    model, ids = Decoder(width=WIDTH), tokens()
+    options = {"inner": "eager", "sites": {"layers.*.mlp": {"dynamic": False}}}
+    with pytest.warns(mhc_compile.MhcWarning, match=r"'layers\.\*\.mlp' fits no site .* 'blocks\.\d\.mlp'"):
+        torch.compile(model, backend="mhc", options=options)(ids)
+
+
+def test_patterns_fit_the_end_of_a_path():
+    options = mhc_compile.Options(sites={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"dynamic": False}})
+    assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
+    assert not options.at("model.layers.3.mlp").dynamic
+    assert options.at("model.layers.2.mlp").dynamic
+    assert options.at("model.players.3.attn") is options
+
+
+@pytest.mark.parametrize(
+    "case", ["deepseek-v4", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "deepseek-v4")]
+)
+def test_an_exported_program_and_the_eager_model_compute_the_same(case):
+    model, ids = randomised(CASES[case])
+    want = by_hand(model, ids)
+    program = mhc_compile.rewrite(torch.export.export(model, (ids,)), options=CASES[case])
+    assert not any("mhc" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert (program.module()(ids) - want).abs().max() < 1e-11
+    assert (mhc_compile.eager(model, options=CASES[case])(ids) - want).abs().max() < 1e-11

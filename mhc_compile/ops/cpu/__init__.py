@@ -1,12 +1,13 @@
 """Kernels for CPU, in C++ that Inductor's compiler builds: the headers of this folder.
 
 `sinkhorn` is the mapping alone; `steps` has the fused operators, which contain it. A library is built for a combination of dtypes, number of
-streams and mapping when it is first needed, and serves all sites, shapes and iteration counts; Inductor's cache of compiled code keeps it between
+streams and convention when it is first needed, and serves all sites, shapes and iteration counts; Inductor's cache of compiled code keeps it between
 processes.
 """
 
 from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
 from mhc_compile.ops.cpu.steps import (
+    MAPPINGS,
     close,
     close_backward,
     prepare,
@@ -20,6 +21,7 @@ from mhc_compile.ops.cpu.steps import (
 )
 
 __all__ = [
+    "MAPPINGS",
     "available",
     "close",
     "close_backward",

@@ -8,8 +8,8 @@
 namespace mhc {
 
 constexpr int N = STREAMS;
-constexpr bool MIXES = SINKHORN;                // mapping "sinkhorn"; otherwise "identity"
-constexpr int K = 2 * N + (MIXES ? N * N : 0);  // columns of phi
+using Mixing = Family<Real, N>;                 // the mapping, of which one header was included
+constexpr int K = 2 * N + Mixing::LOGITS;       // columns of phi
 constexpr int TILE = LANES;                     // tokens
 constexpr int VECTORS = 4;
 constexpr int CHUNK = VECTORS * WIDTH;          // features that are worked on together

@@ -20,40 +20,41 @@ _LARGEST = 8
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
-def _library(dtype: torch.dtype, streams: int) -> Any:
+def _library(dtype: torch.dtype, streams: int, eps: float = 0.0) -> Any:
     if dtype not in _REALS or not 1 <= streams <= _LARGEST:
         return None
-    return library(("sinkhorn.h",), COMPUTE=_REALS[dtype], STREAMS=streams, SINKHORN_ALONE=1)
+    definitions = {"COMPUTE": _REALS[dtype], "STREAMS": streams, "SINKHORN_EPS": repr(eps), "LAST_COLUMNS": 0}
+    return library(("lanes.h", "sinkhorn.h"), **definitions, SINKHORN_ALONE=1)
 
 
-def available(dtype: torch.dtype = torch.float32, streams: int = 4) -> bool:
+def available(dtype: torch.dtype = torch.float32, streams: int = 4, eps: float = 0.0) -> bool:
     """Whether there is a kernel for this dtype and number of streams, and a compiler that builds it here."""
-    return _library(dtype, streams) is not None
+    return _library(dtype, streams, eps) is not None
 
 
-def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int) -> None:
+def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int, eps: float) -> None:
     logits = tensors[-2]
     n = logits.shape[-1]
     tokens = logits.numel() // (n * n)
-    kernel = getattr(_library(logits.dtype, n), f"sinkhorn_{direction}")
+    kernel = getattr(_library(logits.dtype, n, eps), f"sinkhorn_{direction}")
     call(kernel, tensors, (tokens, iterations, threads_for(tokens)))
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """As `mhc_compile.mappings.sinkhorn.sinkhorn`, for CPU tensors [..., n, n]."""
-    if eps or logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
+    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
         return eager.sinkhorn(logits, iterations, eps).contiguous()
     dense = logits.contiguous()
     out = torch.empty_like(dense)
-    _call("forward", (dense, out), iterations)
+    _call("forward", (dense, out), iterations, eps)
     return out
 
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """As `mhc_compile.mappings.sinkhorn.sinkhorn_backward`, for CPU tensors [..., n, n]."""
-    if eps or logits.numel() == 0 or not available(logits.dtype, logits.shape[-1]):
+    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
         return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous()
     dense = logits.contiguous()
     out = torch.empty_like(dense)
-    _call("backward", (grad.to(dense.dtype).contiguous(), dense, out), iterations)
+    _call("backward", (grad.to(dense.dtype).contiguous(), dense, out), iterations, eps)
     return out

@@ -10,7 +10,12 @@
 
 namespace mhc {
 
-// exp is taken of negative numbers only, as sinkhorn.h has it.
+// What a convention adds to the paper's equations (mhc_compile/convention.py): 0, 2 and 0 in the paper.
+constexpr Real PRE_PLUS = PRE_EPS, POST_TIMES = POST_RANGE, POST_PLUS = POST_EPS;
+
+inline Real plus(Real value, Real eps) { return eps == 0 ? value : value + eps; }
+
+// exp is taken of negative numbers only, as lanes.h has it.
 inline Real sigmoid(Real x) {
     const Real e = exp_negative(-std::abs(x));
     return (x < 0 ? e : Real(1)) / (1 + e);
@@ -121,7 +126,7 @@ struct Forward {
 
     template <int P>
     void coefficients(int64_t first, int64_t count, const Vec* squares, const Vec (*products)[K]) const {
-        Block<Real, N> block;
+        Mixing mixing;
         Real logits[K][LANES] = {};
         for (int64_t t = 0; t < count; ++t) {
             const Real scaling = 1 / std::sqrt(sum(squares[t]) / (P * C) + site.eps);
@@ -136,20 +141,13 @@ struct Forward {
         for (int k = 0; k < 2 * N; ++k) EACH_LANE logits[k][l] = sigmoid(logits[k][l]);
         for (int64_t t = 0; t < count; ++t) {
             for (int i = 0; i < N; ++i) {
-                next_pre[(first + t) * N + i] = logits[i][t];
-                next_post[(first + t) * N + i] = 2 * logits[N + i][t];
+                next_pre[(first + t) * N + i] = plus(logits[i][t], PRE_PLUS);
+                next_post[(first + t) * N + i] = plus(POST_TIMES * logits[N + i][t], POST_PLUS);
             }
         }
-        if constexpr (MIXES) std::memcpy(block.m, logits[2 * N], sizeof block.m);
-        else std::memset(block.m, 0, sizeof block.m);
-        if constexpr (MIXES) {
-            block.first_round();
-            for (int64_t k = 1; k < site.iterations; ++k) block.round(nullptr);
-        } else {
-            for (int i = 0; i < N; ++i)
-                for (int l = 0; l < LANES; ++l) block.m[i][i][l] = 1;
-        }
-        block.store(block.m, next_res + first * N * N, count);
+        for (int k = 0; k < Mixing::LOGITS; ++k) std::memcpy(mixing.at(k), logits[2 * N + k], sizeof logits[0]);
+        mixing.forward(site.iterations);
+        store_matrices<Mixing::TURNED>(mixing.m, next_res + first * N * N, count);
     }
 
     template <int P>

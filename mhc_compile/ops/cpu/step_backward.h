@@ -1,5 +1,5 @@
 // The backward of step.h, in one pass over the streams: the new streams X' are computed again from the old ones. With g the gradient of X',
-// dh that of h, and dz that of the logits' projection (through sigmoid and Sinkhorn):
+// dh that of h, and dz that of the logits' projection (through sigmoid and mapping):
 //
 //     d_pre_j = <dh, X'_j>                     which is sum_l res_jl <dh, X_l> + post_j <dh, y>, so that X' is not needed before dz is known
 //     G_i     = g_i + pre_i dh + sum_k (dz_k inverse) phi_ik - X'_i inverse^2 (sum_k dz_k z_k) / (N C)        the whole gradient of X'
@@ -30,7 +30,8 @@ struct Backward {
         const int64_t all = chunks(C) * P * K * CHUNK, tiles = (T + TILE - 1) / TILE;
         const int64_t sums = READ ? all + K + 3 : 0;  // of phi, bias and scale, for one thread
         const Scratch packed(READ ? all : 0), partial(threads * sums);
-        const Scratch history(threads * site.iterations * 2 * N * LANES);
+        const int64_t scratch = Mixing::SCRATCH(site.iterations);
+        const Scratch history(threads * scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             if constexpr (READ) {
@@ -42,7 +43,7 @@ struct Backward {
                 Real* mine = partial.at(thread * sums);
                 std::memset(mine, 0, sums * sizeof(Real));
                 for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; ++tile)
-                    one<IN, MIX, READ>(tile * TILE, packed.at(0), mine, history.at(thread * site.iterations * 2 * N * LANES));
+                    one<IN, MIX, READ>(tile * TILE, packed.at(0), mine, history.at(thread * scratch));
             }
             if constexpr (READ) {
 #pragma omp for schedule(static)
@@ -107,32 +108,24 @@ struct Backward {
     void logits(int64_t first, int64_t count, Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* d_scale_sum, Real* history) const {
         constexpr int P = MIX ? N : IN;
         Real d_logits[TILE][K];
-        Block<Real, N> block;
-        Real g[N][N][LANES] = {};
-        if constexpr (MIXES) {
-            std::memset(&block.m, 0, sizeof block.m);
-            for (int64_t t = 0; t < count; ++t)
-                for (int k = 0; k < N * N; ++k)
-                    block.m[k / N][k % N][t] = site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k];
-            if (grad_next_res) {
-                block.load(grad_next_res + first * N * N, count, g);
-                block.first_round();
-                for (int64_t k = 1; k < site.iterations; ++k) block.round(history + (k - 1) * 2 * N * LANES);
-                for (int64_t k = site.iterations - 1; k > 0; --k) block.round_back(g, history + (k - 1) * 2 * N * LANES);
-                block.first_round_back(g);
-            }
+        Mixing mixing;
+        if (Mixing::LOGITS && grad_next_res) {
+            for (int k = 0; k < Mixing::LOGITS; ++k)
+                for (int64_t t = 0; t < TILE; ++t)
+                    mixing.at(k)[t] = t < count ? site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k] : 0;
+            load_matrices<Mixing::TURNED>(grad_next_res + first * N * N, count, mixing.g);
+            mixing.backward(site.iterations, history);
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
             Real d_pre[N];
             product<IN, MIX>(token, d_pre);
             for (int i = 0; i < N; ++i) {
-                const Real pre = next_pre[token * N + i], after = next_post[token * N + i];
+                const Real pre = plus(next_pre[token * N + i], -PRE_PLUS), after = plus(next_post[token * N + i], -POST_PLUS);
                 d_logits[t][i] = d_pre[i] * pre * (1 - pre);
-                d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / 2) : 0;
+                d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / POST_TIMES) : 0;
             }
-            if constexpr (MIXES)
-                for (int k = 0; k < N * N; ++k) d_logits[t][2 * N + k] = g[k / N][k % N][t];
+            for (int k = 0; k < Mixing::LOGITS; ++k) d_logits[t][2 * N + k] = grad_next_res ? mixing.gradient(k)[t] : 0;
             Real dot = 0;
             for (int k = 0; k < K; ++k) {
                 const int part = k < N ? 0 : k < 2 * N ? 1 : 2;

@@ -1,8 +1,8 @@
 """The fused operators on CPU: one C++ kernel each, forward and backward, that passes over the streams once.
 
 A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C
-elements forward and 15 C backward, the least that the formula allows; the projection is part of the pass, and so is Sinkhorn. Semantics, shapes, and
-the forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused`.
+elements forward and 15 C backward, the least that the formula allows; the projection and the mapping are part of the pass. Semantics, shapes, and the
+forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mhc_compile.convention import Convention, parse
+from mhc_compile.mappings import columns
 from mhc_compile.ops import fused, reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "MAPPINGS",
     "close",
     "close_backward",
     "prepare",
@@ -32,7 +35,9 @@ __all__ = [
     "update_backward",
 ]
 
-_HEADERS = ("vector.h", "sinkhorn.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
+_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
+#: Mappings that have a header of their name in this folder.
+MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
 #: C++ types of streams and branch, and of what is computed.
 _TYPES = {
     (torch.float32, torch.float32): ("float", "float", "float"),
@@ -44,16 +49,49 @@ _TYPES = {
 _LARGEST = 8
 
 
-def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> Any:
+#: A library that was built for dtypes and a number of streams, whatever its mapping.
+_BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
+
+
+def _definitions(convention: Convention) -> dict[str, str | int]:
+    """The macros that tell one convention's coefficients from another's."""
+    sinkhorn = (
+        convention if convention.mapping == "sinkhorn" else Convention()
+    )  # what others ignore makes no new library
+    return {
+        "PRE_EPS": repr(convention.pre_eps),
+        "POST_RANGE": repr(float(convention.post_range)),
+        "POST_EPS": repr(convention.post_eps),
+        "SINKHORN_EPS": repr(sinkhorn.sinkhorn_eps),
+        "LAST_COLUMNS": int(sinkhorn.last == "columns"),
+    }
+
+
+def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None) -> Any:
+    """The library for a mapping or convention; with None whichever there is, for what depends on none."""
     types = _TYPES.get((streams, branch))
     if types is None or not 1 <= n <= _LARGEST:
         return None
+    if mapping is None:
+        mapping = "sinkhorn"
+        if (streams, branch, n) in _BUILT:
+            return _BUILT[streams, branch, n]
+    convention = parse(mapping)
+    if convention.mapping not in MAPPINGS or columns(convention.mapping, n) is None:
+        return None
     store, other, compute = types
-    return library(_HEADERS, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, SINKHORN=int(mapping == "sinkhorn"))
+    headers = tuple(header.format(mapping=convention.mapping) for header in _HEADERS)
+    built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **_definitions(convention))
+    if built is not None:
+        _BUILT.setdefault((streams, branch, n), built)
+    return built
 
 
-def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str = "sinkhorn") -> bool:
-    """Whether there is a kernel for these dtypes and this number of streams, and a compiler that builds it here."""
+def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str | None = None) -> bool:
+    """Whether there is a kernel for these dtypes, this number of streams and this mapping or convention, and a compiler that builds it here.
+
+    Without a mapping: for what depends on none.
+    """
     return _library(streams, branch or streams, n, mapping) is not None
 
 
@@ -62,7 +100,7 @@ def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> 
 
     Returns the thread, None where there is nothing to build.
     """
-    if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST:
+    if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST or parse(mapping).mapping not in MAPPINGS:
         return None
     thread = threading.Thread(target=_library, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
     thread.start()
@@ -72,7 +110,7 @@ def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> 
 class _Call:
     """One call of a kernel: its library, its sizes, and its tensors made dense and of the dtype that is computed in."""
 
-    def __init__(self, streams: Tensor, branch: Tensor | None, n: int, mapping: str, iterations: int) -> None:
+    def __init__(self, streams: Tensor, branch: Tensor | None, n: int, mapping: str | None, iterations: int) -> None:
         self.library = _library(streams.dtype, streams.dtype if branch is None else branch.dtype, n, mapping)
         self.dtype = reference.compute_dtype(streams)
         self.tokens, self.width, self.given = streams.shape[:-2], streams.shape[-1], streams.shape[-2]
@@ -150,7 +188,7 @@ def step(
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """As `mhc_compile.ops.reference.update`."""
-    kernel = _Call(streams, branch, post.shape[-1], "sinkhorn", 1)  # of no account here, and one library less
+    kernel = _Call(streams, branch, post.shape[-1], None, 1)
     if not kernel.runs:
         return reference.update(streams, branch, post, res).contiguous()
     out = kernel.new(streams, kernel.n, kernel.width, real=False)
@@ -160,7 +198,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """As `mhc_compile.ops.fused.close`."""
-    kernel = _Call(streams, branch, post.shape[-1], "sinkhorn", 1)
+    kernel = _Call(streams, branch, post.shape[-1], None, 1)
     if not kernel.runs:
         return fused.close(streams, branch, post, res).contiguous()
     out = kernel.new(streams, kernel.width, real=False)
@@ -259,7 +297,7 @@ def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, 
 def _mixing_backward(
     name: str, composed: Any, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, ...]:
-    kernel = _Call(streams, branch, post.shape[-1], "sinkhorn", 1)
+    kernel = _Call(streams, branch, post.shape[-1], None, 1)
     if not kernel.runs:
         return tuple(map(Tensor.contiguous, composed(grad, streams, branch, post, res)))
     reals = tuple(map(kernel.real, (post, res)))

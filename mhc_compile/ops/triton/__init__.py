@@ -32,8 +32,10 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def takes(streams: torch.dtype, branch: torch.dtype | None = None) -> bool:
-    """Whether there are kernels for streams and a branch of these dtypes."""
+def takes(streams: torch.dtype, branch: torch.dtype | None = None, mapping: str | None = None) -> bool:
+    """Whether there are kernels for streams and a branch of these dtypes, and for this mapping in the paper's convention (None: any)."""
+    if mapping not in (None, "sinkhorn", "identity"):
+        return False
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return available() and streams in narrow and (branch is None or branch in narrow)
 

@@ -1,0 +1,32 @@
+"""Autograd inside of an operator, where torch has switched it off: in its kernels, and in its decompositions while a graph is traced."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["autograd_inside_operators"]
+
+_KEYS = (
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.AutogradNestedTensor,
+)
+
+
+@contextlib.contextmanager
+def autograd_inside_operators() -> Iterator[None]:
+    """What happens here is recorded, for `torch.autograd.grad` before the end.
+
+    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition, which does not know them.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _KEYS:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
