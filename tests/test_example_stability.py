@@ -95,7 +95,7 @@ def made_run(
     return {
         "variant": variant, "rate": rate, "seed": seed, "settings": plan.deciding(), "start": 0.0, "parameters": 1,
         "loss": [*(5 - 3 * i / steps for i in range(steps - 1)), end], "norm": [1.0] * (steps - 1) + [end],
-        "validation": [[steps, final]] if end else [], "gain": [[steps, 1.0, 1.0 + final, 0.1]],
+        "validation": [[steps, final]] if end else [], "gain": [[steps, 1.0, 1.0 + final, 0.1, 0.0]],
         "digest": "", "data": "d", "torch": "t", "seconds": 1.0,
     }  # fmt: skip
 

@@ -73,7 +73,7 @@ class Plan:
     batch: int = 4
     length: int = 64
     warm_up: int = 20
-    measured: int = 4
+    measured: int = 10
     held_out: int = 64
     rounds: int = 40
     inner: str = "inductor"

@@ -8,7 +8,7 @@
     .start                 largest distance of a first loss from the plain model's
     .spikes, .surges       how many a run: mean over seeds, t-interval, values
     .diverged              runs that did, of how many, Clopper-Pearson interval of the share
-    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, and the streams' distance
+    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum
     .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, of its difference to plain, and of log10 of the gradient norm
     pairs[r]               final validation loss of one mapping minus another's, seed by seed
     cost[v]                milliseconds a step, their ratio to plain in the same round, parameters, bytes at the peak
@@ -159,7 +159,7 @@ def _cost(plan: Plan, folder: Path) -> dict[str, Any] | None:
 
 def _gains(runs: list[dict[str, Any]]) -> dict[str, list[list[Any]]]:
     result = {}
-    for place, name in enumerate(("forward", "backward", "distance"), 1):
+    for place, name in enumerate(("forward", "backward", "distance", "error"), 1):
         steps = sorted({point[0] for run in runs for point in run["gain"]})
         values = {
             step: [p[place] for run in runs for p in run["gain"] if p[0] == step and p[place] is not None]

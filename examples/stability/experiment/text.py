@@ -22,6 +22,10 @@ _ALT = {
 }
 
 
+#: What of the gain is shown, in the order of the table.
+_GAINS = ("forward", "backward", "error", "distance")
+
+
 def results(summary: dict[str, Any], pictures: Sequence[str]) -> str:
     """The whole page."""
     parts = [
@@ -187,17 +191,13 @@ def _stability(entries: dict[str, Any]) -> str:
             "diverged",
             "Amax forward",
             "Amax backward",
+            "error of sums",
             "streams' distance",
         ]
     ]
     for variant, figures in entries.items():
         spikes, surges, gone = figures["spikes"], figures["surges"], figures["diverged"]
-        gains = [
-            f"{_number(points[-1][1])} {_ends(points[-1][2], points[-1][3], 3)}"
-            if points and variant != "plain"
-            else ""
-            for points in (figures["gain"][name] for name in ("forward", "backward", "distance"))
-        ]
+        gains = [_end_of(figures["gain"][name], name) if variant != "plain" else "" for name in _GAINS]
         rows.append([
             _name(variant),
             f"{spikes['value']:.1f} {_range(spikes, 1, floor=0.0)}",
@@ -206,6 +206,16 @@ def _stability(entries: dict[str, Any]) -> str:
             *gains,
         ])  # fmt: skip
     return _table(rows)
+
+
+def _end_of(points: Sequence[Sequence[Any]], name: str) -> str:
+    """At the last measurement; errors of sums are small and need an exponent."""
+    if not points:
+        return ""
+    _, value, low, high = points[-1]
+    if name != "error":
+        return f"{_number(value)} {_ends(low, high, 3)}"
+    return f"{value:.1e} " + ("[one seed]" if low is None else f"[{max(low, 0):.1e}, {high:.1e}]")
 
 
 def _pairs(summary: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import mhc_compile
 from experiment.model import Decoder
 from experiment.plan import RATES, VARIANTS, ExperimentError, Run
 from mhc_compile.demo.tasks import stable_seed
+from mhc_compile.diagnostics.measure import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,11 +71,13 @@ class Subject:
         self.plan, self.variant, self.batches = plan, variant, batches
         self.model = build(plan, 0)
         self.options = options(plan, variant)
+        self.meter: Meter | None = None
         if self.options is None:
             self.compiled: Callable[[Tensor], Tensor] = torch.compile(self.model, backend=plan.inner)
         else:
             mhc_compile.attach(self.model, batches.held_out[0][0], options=self.options)
             self.compiled = torch.compile(self.model, backend="mhc", options=self.options)
+            self.meter = Meter(self.model, options=self.options)
         plain = set(build(plan, 0).state_dict())
         self._start = {name: t.clone() for name, t in self.model.state_dict().items() if name not in plain}
 
@@ -159,15 +162,19 @@ class Subject:
         with torch.no_grad():
             return model(ids).flatten(0, 1), targets.flatten()
 
-    def gain(self) -> tuple[float, float, float]:
-        """Amax of the composite H_res over depth, forward and backward, and the largest distance of the streams from their mean, on one batch."""
-        if self.options is None:
-            return 1.0, 1.0, 0.0
-        chains = mhc_compile.gain(self.model, self.batches.held_out[0][0], options=self.options)
+    def gain(self) -> tuple[float, float, float, float]:
+        """Amax of the composite H_res over depth, forward and backward, the largest distance of the streams from their mean, and the largest error of
+        a row or column sum, on one batch.
+        """
+        if self.meter is None:
+            return 1.0, 1.0, 0.0, 0.0
+        seen = self.meter.measure((self.batches.held_out[0][0],), {})
+        distance = max(site.entering.distance for site in seen.sites)
         return (
-            max(chain.amax_forward for chain in chains),
-            max(chain.amax_backward for chain in chains),
-            max(max(chain.streams_distance) for chain in chains),
+            seen.amax_forward,
+            seen.amax_backward,
+            distance,
+            max(max(s.row_error, s.column_error) for s in seen.sites),
         )
 
 
