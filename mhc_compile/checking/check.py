@@ -291,7 +291,7 @@ class _Proof:
             buffers = _Buffers(side.module)
             self._compiled(side)
         else:
-            randomize(side.connections().values(), self.seed)
+            randomize([*side.connections().values(), *side.read_outs()], self.seed)
         buffers.restore()
         twin = self.subject.other(side, self.options)
         got = self._settled(side)

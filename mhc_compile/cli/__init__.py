@@ -25,6 +25,7 @@ _COMMANDS = {
     "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
+    "scaling": "Estimate what hyper-connections cost at 3B to 671B, and at a size of your own.",
     "stability": "Measure what the residual mixing does over depth: gains, products of H_res, streams.",
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",
 }

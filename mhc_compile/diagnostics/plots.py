@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ __all__ = ["draw", "require_matplotlib", "write_png"]
 
 #: Sites that get a heat map, spread over the chain.
 _MAPS = 5
+#: Chains that are drawn; models with more have them in branches, alike in every block.
+_CHAINS = 8
 _SIGNAL, _GRADIENT = "tab:blue", "tab:orange"
 
 
@@ -47,12 +50,14 @@ def draw(result: Stability) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(result.chains)
+    chains = result.chains[:_CHAINS]
+    count, left = len(chains), len(result.chains) - len(chains)
     figure = Figure(figsize=(10, 8.4 * count), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(count, 1, squeeze=False)[:, 0]
-    for number, (part, chain) in enumerate(zip(parts, result.chains, strict=True)):
-        _chain(part, chain, f"{result.model}" + (f", chain {number + 1}" if count > 1 else ""))
+    for number, (part, chain) in enumerate(zip(parts, chains, strict=True)):
+        name = f", chain {number + 1}" + (f" of {len(result.chains)}" if left else "") if count > 1 else ""
+        _chain(part, chain, f"{result.model}{name}")
     return figure
 
 
@@ -65,12 +70,12 @@ def _chain(figure: Any, chain: ChainStability, title: str) -> None:
     chosen = _spread(len(chain.sites), _MAPS)
     axes = maps.subplots(2, len(chosen), squeeze=False)
     matrices = [[site.mean for site in chain.sites], [site.composite for site in chain.sites]]
-    top = max(1.0, *(abs(value) for row in matrices for index in chosen for line in row[index] for value in line))
+    tops = [_largest(every, chosen) for every in matrices]
     signed = any(value < 0 for row in matrices for index in chosen for line in row[index] for value in line)
     for row, (kind, every) in enumerate(zip(("site", "composite"), matrices, strict=True)):
         for column, index in enumerate(chosen):
             name = chain.sites[index].name if kind == "site" else _product(index)
-            image = _heat(axes[row][column], every[index], top if row else _largest(every, chosen), signed=signed)
+            image = _heat(axes[row][column], every[index], tops[row], signed=signed)
             axes[row][column].set_title(_short(name), fontsize=8.5)
         bar = maps.colorbar(image, ax=list(axes[row]), fraction=0.02, pad=0.01)
         bar.ax.tick_params(labelsize=7)
@@ -103,7 +108,7 @@ def _curves(figure: Any, chain: ChainStability) -> None:
     similarity = streams.plot(
         places, [one.similarity for one in geometry], color="tab:green", label="mean cosine", linewidth=1.4, **marker
     )
-    streams.set_ylim(min(0.0, *(one.similarity for one in geometry)) - 0.05, 1.05)
+    streams.set_ylim(min([0.0, *(one.similarity for one in geometry if math.isfinite(one.similarity))]) - 0.05, 1.05)
     streams.set_xlabel("streams entering site l (last: leaving)")
     streams.set_ylabel("mean cosine of two streams")
     other = streams.twinx()
@@ -132,7 +137,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
     """At least from 0.5 to 2: the eye takes the noise of a flat curve for a trend. Within one decade the ticks are written out."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    known = [value for value in values if 0 < value < float("inf")]
+    known = [value for value in values if 0 < value < math.inf]
     low, high = min([0.5, *(value / 1.2 for value in known)]), max([2.0, *(value * 1.2 for value in known)])
     axis.set_ylim(low, high)
     if high / low < 20:
@@ -145,11 +150,12 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
     """A matrix with its entries written in it, its row sums at the right and its column sums below."""
     n = len(matrix)
-    image = axis.imshow(matrix, cmap="RdBu_r" if signed else "Blues", vmin=-top if signed else 0.0, vmax=top)
+    norm = _norm(top, signed=signed)
+    image = axis.imshow(matrix, cmap="RdBu_r" if signed else "Blues", norm=norm)
     size = 7.5 if n <= 4 else 5.5
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            dark = abs(value) > 0.6 * top
+            dark = abs(norm(value) - 0.5 * signed) > 0.6 - 0.25 * signed
             if n <= 8:
                 axis.text(j, i, _number(value), ha="center", va="center", fontsize=size, color="w" if dark else "k")
         axis.text(n - 0.4, i, _number(sum(row)), ha="left", va="center", fontsize=size, color=_SIGNAL)
@@ -161,8 +167,18 @@ def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
     return image
 
 
+def _norm(top: float, *, signed: bool) -> Any:
+    """Colours from 0, or −top, to top; linear, but logarithmic beyond 1 where products have grown."""
+    from matplotlib.colors import Normalize, SymLogNorm
+
+    low = -top if signed else 0.0
+    return SymLogNorm(1.0, vmin=low, vmax=top) if top > 10 else Normalize(low, top)
+
+
 def _largest(matrices: Sequence[Matrix], chosen: Sequence[int]) -> float:
-    return max(1.0, *(abs(value) for index in chosen for row in matrices[index] for value in row))
+    """The largest magnitude, at least 1, of those that are finite."""
+    every = (abs(value) for index in chosen for row in matrices[index] for value in row)
+    return max([1.0, *filter(math.isfinite, every)])
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -185,4 +201,8 @@ def _short(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 99.5 else f"{value:.0e}".replace("e+0", "e")
+    """Three digits."""
+    size = abs(value)
+    if size < 999.5:
+        return f"{value:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")

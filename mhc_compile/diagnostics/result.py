@@ -181,7 +181,7 @@ class Stability:
         found = []
         if self.chains and all(chain.copies for chain in self.chains):
             found.append(
-                "All streams are copies of each other: the model computes what the plain one does, whatever H_res is."
+                "All streams are copies of each other, and matrices whose rows sum to 1 keep them so: the model computes what the plain one does."
                 " That is the start; streams separate as they are trained"
             )
         if self.sites and all(site.spread < COPIES for site in self.sites):
@@ -213,13 +213,20 @@ class Stability:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; figures that are not finite are None."""
+        """Plain data for JSON: {schema, model, mode, dtype, chains: [{..., sites: [...]}], idle, summary, remarks}; the fields of the classes.
+
+        Figures that are not finite are None.
+        """
         data: dict[str, Any] = _finite(asdict(self))
         for chain, plain in zip(self.chains, data["chains"], strict=True):
             plain["amax_forward"], plain["amax_backward"] = _finite([chain.amax_forward, chain.amax_backward])
             for site, row in zip(chain.sites, plain["sites"], strict=True):
                 row["name"] = site.name
-        return data | {"summary": _finite(self.summary()), "remarks": list(self.remarks)}
+        return (
+            {"schema": "mhc-compile/stability/1"}
+            | data
+            | {"summary": _finite(self.summary()), "remarks": list(self.remarks)}
+        )
 
     def plot(self, path: str | Path) -> None:
         """Writes a PNG: H_res and composites as heat maps, and gains, similarity and rank over depth.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
+from dataclasses import replace
 
 import pytest
 import torch
-from builders import LAYERS, Block, Decoder, Small, build, points, tokens
+import torch.nn.functional as F
+from builders import LAYERS, Decoder, Small, build, points, tokens
 from torch import nn
 
 import mhc_compile
@@ -37,29 +38,45 @@ def trained(model, *inputs, std=1.0, phi=0.3, **kwargs):
 # --- the figures -----------------------------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, plain, ids, iterations=20):
+class Deep(nn.Module):
+    """`depth` residual adds."""
+
+    def __init__(self, depth, width=4):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x):
+        for part in self.parts:
+            x = x + torch.tanh(part(x))
+        return x
+
+
+def framed(depth, width=4):
+    """With something before it and behind it."""
+    return nn.Sequential(nn.Linear(width, width), Deep(depth, width), nn.Linear(width, width))
+
+
+def by_hand(model, inputs, iterations=20):
     """The streams [tokens, n, C] before every site and behind the last, and pre, post and H_res of every site, in plain float64."""
-    streams = model.embed(ids).unsqueeze(-2).expand(*ids.shape, 4, -1)
+    weights = dict(model.named_parameters())
+    streams = F.linear(inputs, weights["0.weight"], weights["0.bias"]).flatten(0, 1).unsqueeze(-2).expand(-1, 4, -1)
     entering, coefficients = [], []
-    for block, same in zip(model.blocks, plain.blocks, strict=True):
-        branches = {"attn": lambda x, b=same: b.attn(b.norm1(x)), "mlp": lambda x, b=same: b.mlp(b.norm2(x))}
-        for name, branch in branches.items():
-            connection = block.mhc.get(name)
-            flat = streams.flatten(-2)
-            rms = (flat.square().mean(-1, keepdim=True) + connection.eps).sqrt()
-            z = (flat @ connection.phi) / rms
-            scale = connection.scale[0], connection.scale[1], connection.scale[2]
-            pre = torch.sigmoid(scale[0] * z[..., :4] + connection.bias[:4])
-            post = 2 * torch.sigmoid(scale[1] * z[..., 4:8] + connection.bias[4:8])
-            matrix = (scale[2] * z[..., 8:] + connection.bias[8:]).unflatten(-1, (4, 4)).exp()
-            for _ in range(iterations):
-                matrix = matrix / matrix.sum(-2, keepdim=True)
-                matrix = matrix / matrix.sum(-1, keepdim=True)
-            entering.append(streams.flatten(0, 1))
-            coefficients.append((pre.flatten(0, 1), post.flatten(0, 1), matrix.flatten(0, 1)))
-            out = branch((pre.unsqueeze(-1) * streams).sum(-2))
-            streams = matrix @ streams + post.unsqueeze(-1) * out.unsqueeze(-2)
-    return [*entering, streams.flatten(0, 1)], coefficients
+    for number in range(len(model[1].parts)):
+        phi, bias, scale = (weights[f"1.mhc.parts.{number}.{part}"] for part in ("phi", "bias", "scale"))
+        flat = streams.flatten(-2)
+        z = (flat @ phi) / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        pre = torch.sigmoid(scale[0] * z[..., :4] + bias[:4])
+        post = 2 * torch.sigmoid(scale[1] * z[..., 4:8] + bias[4:8])
+        matrix = (scale[2] * z[..., 8:] + bias[8:]).unflatten(-1, (4, 4)).exp()
+        for _ in range(iterations):
+            matrix = matrix / matrix.sum(-2, keepdim=True)
+            matrix = matrix / matrix.sum(-1, keepdim=True)
+        entering.append(streams)
+        coefficients.append((pre, post, matrix))
+        read = (pre.unsqueeze(-1) * streams).sum(-2)
+        out = torch.tanh(F.linear(read, weights[f"1.parts.{number}.weight"], weights[f"1.parts.{number}.bias"]))
+        streams = matrix @ streams + post.unsqueeze(-1) * out.unsqueeze(-2)
+    return [*entering, streams], coefficients
 
 
 def rank_by_svd(streams):
@@ -69,14 +86,14 @@ def rank_by_svd(streams):
 
 
 def test_every_figure_is_that_of_a_computation_by_hand():
-    plain = Decoder().double()
-    model = trained(copy.deepcopy(plain), tokens(), std=0.5)
-    result = mhc_compile.stability(model, tokens())
+    inputs = torch.randn(2, 5, 8).double()
+    model = trained(framed(4, 8).double(), inputs, std=0.5)
+    result = mhc_compile.stability(model, inputs)
     with torch.no_grad():
-        entering, coefficients = by_hand(model, plain, tokens())
+        entering, coefficients = by_hand(model, inputs)
     (chain,) = result.chains
     assert [site.path for site in chain.sites] == list(mhc_compile.connections(model))
-    assert [site.name for site in chain.sites] == [f"blocks.{i}.{b}" for i in range(LAYERS) for b in ("attn", "mlp")]
+    assert [site.name for site in chain.sites] == [f"1.parts.{number}" for number in range(4)]
     assert (chain.streams, chain.width, chain.merged, result.idle) == (4, 8, False, ())
     near = lambda value: pytest.approx(value, rel=1e-9, abs=1e-9)  # noqa: E731
     count = len(chain.sites)
@@ -128,19 +145,6 @@ def test_every_figure_is_that_of_a_computation_by_hand():
     assert chain.amax_backward == max(site.remainder_backward for site in chain.sites) > 1.0
 
 
-class Deep(nn.Module):
-    """`depth` residual adds."""
-
-    def __init__(self, depth, width=4):
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-
-    def forward(self, x):
-        for part in self.parts:
-            x = x + part(x)
-        return x
-
-
 def test_over_64_sites_sinkhorn_bounds_what_unconstrained_mixing_multiplies():
     model = Deep(64)
     points = torch.randn(3, 5, 4)
@@ -164,6 +168,21 @@ def test_over_64_sites_sinkhorn_bounds_what_unconstrained_mixing_multiplies():
     assert result.amax_backward <= 2
     assert loose.abs().sum(1).max() > 1e6
     assert loose.abs().sum(0).max() > 1e6
+
+
+@pytest.mark.slow
+def test_over_64_sites_the_unconstrained_mapping_grows_without_bound():
+    model, inputs = Deep(64), torch.randn(3, 5, 4)
+    mhc_compile.attach(model, inputs, options={"mapping": "unconstrained"})
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.bias[8:].add_(torch.randn(16))
+    result = mhc_compile.stability(model, inputs)
+    assert result.amax_forward > 1e6
+    assert result.amax_backward > 1e6
+    assert min(site.lowest for site in result.sites) < -1
+    growth = [site.composite_forward for site in result.sites][::16]
+    assert growth == sorted(growth)
 
 
 def test_streams_of_known_geometry():
@@ -194,6 +213,7 @@ def test_streams_of_known_geometry():
         moments._CHUNK = before
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_in_double():
     points = torch.randn(3, 5, 4)
     model = trained(Deep(4), points, std=0.5)
@@ -209,43 +229,44 @@ def test_half_precision_is_measured_in_double():
 # --- chains ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Broken(Decoder):
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-            torch._dynamo.graph_break()
-        return self.head(self.norm(x))
+class TwoBranches(nn.Module):
+    """A block whose graph breaks behind it, inside its second branch, or nowhere."""
 
-
-class SplitBlock(Block):
-    """Its second branch begins in one graph and ends in another."""
+    def __init__(self, breaks):
+        super().__init__()
+        self.breaks = breaks
+        self.first, self.norm, self.second, self.out = (
+            nn.Linear(6, 6),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+        )
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        hidden = self.mlp[0](self.norm2(x))
-        torch._dynamo.graph_break()
-        return x + self.mlp[2](self.mlp[1](hidden))
+        x = x + torch.tanh(self.first(x))
+        hidden = self.second(self.norm(x))
+        if self.breaks == "inside":
+            torch._dynamo.graph_break()
+        x = x + self.out(torch.tanh(hidden))
+        if self.breaks == "behind":
+            torch._dynamo.graph_break()
+        return x
 
 
-def split(layers=2):
-    model = Decoder(layers=layers)
-    model.blocks = nn.ModuleList(SplitBlock(8) for _ in range(layers))
-    return model
+def in_pieces(breaks):
+    return nn.Sequential(nn.Linear(6, 6), *(TwoBranches(breaks) for _ in range(2)), nn.Linear(6, 6))
 
 
-@pytest.mark.parametrize("make", [lambda: Broken(layers=2), split], ids=["between blocks", "inside branches"])
-def test_a_chain_that_goes_on_in_other_graphs_is_one_chain(make):
-    model = make()
-    mhc_compile.attach(model, tokens())
-    torch.compile(model, backend="mhc", options=EAGER)(tokens())
-    trained(model, tokens(), std=0.5)
-    whole = Decoder(layers=2)
-    mhc_compile.attach(whole, tokens())
-    whole.load_state_dict({name.replace("mhc.mlp.2", "mhc.mlp"): value for name, value in model.state_dict().items()})
-    got, want = mhc_compile.stability(model, tokens()), mhc_compile.stability(whole, tokens())
+@pytest.mark.parametrize("breaks", [pytest.param("behind", marks=pytest.mark.slow), "inside"])
+def test_a_chain_that_goes_on_in_other_graphs_is_one_chain(breaks):
+    model, whole, inputs = in_pieces(breaks), in_pieces(""), torch.randn(2, 5, 6)
+    mhc_compile.attach(model, inputs)
+    trained(model, inputs, std=0.5)
+    mhc_compile.attach(whole, inputs)
+    whole.load_state_dict(model.state_dict())
+    got, want = mhc_compile.stability(model, inputs), mhc_compile.stability(whole, inputs)
     assert [len(chain.sites) for chain in got.chains] == [4]
-    assert [site.path.replace("mlp.2", "mlp") for site in got.sites] == [site.path for site in want.sites]
+    assert [site.path for site in got.sites] == [site.path for site in want.sites]
     for one, other in zip(got.sites, want.sites, strict=True):
         assert one.remainder_backward == pytest.approx(other.remainder_backward, abs=1e-6)
         assert one.entering.distance == pytest.approx(other.entering.distance, abs=1e-6)
@@ -253,11 +274,11 @@ def test_a_chain_that_goes_on_in_other_graphs_is_one_chain(make):
 
 
 def test_blocks_compiled_one_by_one_are_one_chain():
-    model = Decoder(layers=2)
-    for block in model.blocks:
-        block.compile(backend="mhc", options=EAGER)
-    model(tokens())
-    result = mhc_compile.stability(model, tokens())
+    model, inputs = in_pieces(""), torch.randn(2, 5, 6)
+    for block in model[1:3]:
+        block.compile(**MHC)
+    model(inputs)
+    result = mhc_compile.stability(model, inputs)
     assert [len(chain.sites) for chain in result.chains] == [4]
     assert [site.path for site in result.sites] == list(mhc_compile.connections(model))
 
@@ -485,8 +506,8 @@ def test_hyper_connections_without_a_part_are_named():
 @pytest.fixture(scope="module")
 def measured():
     torch.manual_seed(0)
-    model = trained(Decoder(), tokens())
-    return mhc_compile.stability(model, tokens())
+    inputs = torch.randn(2, 5, 4)
+    return mhc_compile.stability(trained(framed(4), inputs, std=2.0), inputs)
 
 
 @pytest.mark.parametrize("width", [50, 80, 140])
@@ -508,7 +529,7 @@ def test_the_table_has_a_row_for_each_site_and_fits(width, measured):
     assert result.sites[0].name in result._repr_html_()
 
 
-def test_json_has_no_nan(measured):
+def test_what_is_not_finite_is_shown_and_no_nan_goes_into_json(measured, tmp_path):
     points = torch.randn(3, 4)
     model = trained(Deep(3), points)
     with torch.no_grad():
@@ -519,24 +540,29 @@ def test_json_has_no_nan(measured):
     assert data["chains"][0]["sites"][1]["composite_forward"] == result.sites[1].composite_forward
     assert data["summary"]["similarity"] is None
     assert math.isnan(result.amax_forward)
+    assert math.isnan(result.summary()["column_error"])
+    result.plot(tmp_path / "broken.png")
     assert measured.to_dict()["summary"] == measured.summary()
-    assert len(measured.to_dict()["chains"][0]["sites"]) == 2 * LAYERS
+    assert len(measured.to_dict()["chains"][0]["sites"]) == 4
 
 
-def test_a_png_is_drawn_with_every_chain(tmp_path):
+def test_a_png_is_drawn_with_every_chain(tmp_path, measured):
     from mhc_compile.diagnostics.plots import draw
 
-    model = Nested()
-    points = torch.randn(2, 3, 8)
-    result = mhc_compile.stability(trained(model, points), points)
-    result.plot(tmp_path / "stability.png")
+    measured.plot(tmp_path / "stability.png")
     assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
-    figure = draw(result)
+    figure = draw(replace(measured, chains=measured.chains * 2))
     texts = [text.get_text() for axis in figure.findobj(lambda one: hasattr(one, "texts")) for text in axis.texts]
-    assert f"{result.chains[0].sites[0].mean[0][0]:.2f}" in texts
+    for site in measured.sites:
+        assert f"{site.mean[0][0]:.2f}" in texts
+        assert f"{sum(row[1] for row in site.composite):.2f}" in texts
     lines = [line for axis in figure.get_axes() for line in axis.get_lines()]
-    drawn = [list(line.get_ydata()) for line in lines if re.match("forward, start", str(line.get_label()))]
-    assert drawn == [[site.composite_forward for site in chain.sites] for chain in result.chains]
+    curves = {
+        "forward, start": [site.composite_forward for site in measured.sites],
+        "effective": [one.effective_rank for one in measured.chains[0].geometry],
+    }
+    for label, values in curves.items():
+        assert [list(line.get_ydata()) for line in lines if str(line.get_label()).startswith(label)] == [values] * 2
 
 
 def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured):
@@ -550,23 +576,28 @@ def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured
 # --- other conventions -----------------------------------------------------------------------------------------------------------------
 
 
+QUICK = (
+    {"preset": "deepseek-v4.1"},
+    {"preset": "qwen4-exp", "start": "scratch"},
+    {"sites": {"1.parts.1": {"mapping": "identity", "dynamic": False}}},
+)
+MORE = (
+    {"mapping": "permutations"},
+    {"mapping": "kronecker"},
+    {"mapping": "unconstrained"},
+    {"preset": "deepseek-v4", "start": "scratch"},
+    {"dynamic": False},
+    {"read_out": "sum", "start": "scratch"},
+)
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {"mapping": "permutations"},
-        {"mapping": "kronecker"},
-        {"mapping": "unconstrained"},
-        {"preset": "deepseek-v4", "start": "scratch"},
-        {"preset": "deepseek-v4.1"},
-        {"preset": "qwen4-exp", "start": "scratch"},
-        {"dynamic": False},
-        {"sites": {"1.parts.1": {"mapping": "identity"}}},
-        {"read_out": "sum", "start": "scratch"},
-    ],
+    [*QUICK, *(pytest.param(options, marks=pytest.mark.slow) for options in MORE)],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_other_conventions_are_measured_without_being_told_of(options):
-    model, inputs = nn.Sequential(nn.Linear(4, 4), Deep(3), nn.Linear(4, 4)), torch.randn(2, 4, 4)
+    model, inputs = framed(3), torch.randn(2, 4, 4)
     found = mhc_compile.attach(model, inputs, options=options)
     with torch.no_grad():
         for connection in found.values():

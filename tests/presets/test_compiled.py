@@ -252,3 +252,18 @@ def test_an_exported_program_and_the_eager_model_compute_the_same(case):
     assert not any("mhc" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
     assert (program.module()(ids) - want).abs().max() < 1e-11
     assert (mhc_compile.eager(model, options=CASES[case])(ids) - want).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "qwen4-exp",
+        "sites",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in ("qwen4-exp", "sites")),
+    ],
+)
+def test_explain_counts_the_parameters_that_are_attached(case):
+    model, _ = randomised(CASES[case])
+    attached = sum(p.numel() for name, p in model.named_parameters() if ".mhc." in name)
+    said = mhc_compile.explain(Decoder(width=WIDTH).double(), tokens(), options=CASES[case])
+    assert said.cost.parameters == attached

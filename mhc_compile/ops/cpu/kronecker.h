@@ -11,11 +11,11 @@ struct Family {
     static_assert((N & (N - 1)) == 0, "kronecker is for powers of two");
     static constexpr int FACTORS = log2(N), LOGITS = 2 * FACTORS;
     static constexpr bool TURNED = false;
-    T m[N][N][LANES], g[N][N][LANES], z[FACTORS + (N == 1)][2][LANES], u[FACTORS + (N == 1)][2][LANES];
+    T m[N][N][LANES], z[FACTORS + (N == 1)][2][LANES], u[FACTORS + (N == 1)][2][LANES];
 
     static int64_t SCRATCH(int64_t) { return 0; }
     T* at(int k) { return z[k / 2][k % 2]; }
-    const T* gradient(int k) const { return u[k / 2][k % 2]; }
+    const T* gradient(int k, const T (&)[N][N][LANES]) const { return u[k / 2][k % 2]; }
 
     void forward(int64_t) {
         for (int k = 0; k < FACTORS; ++k) softmax(z[k]);
@@ -26,7 +26,7 @@ struct Family {
         }
     }
 
-    void backward(int64_t, T*) {
+    void backward(T (&g)[N][N][LANES], int64_t, T*) {
         for (int k = 0; k < FACTORS; ++k) softmax(z[k]);
         std::memset(u, 0, sizeof u);
         for (int j = 0; j < N; ++j) {

@@ -3,10 +3,11 @@
 // A mapping is a header that defines Family<T, N>, which holds the matrices of LANES tokens:
 //
 //     LOGITS, SCRATCH(iterations)      how many logits it takes, and how many numbers of scratch memory its backward
-//     at(k), gradient(k)               [LANES]: the k-th logit, to be written before either direction; its gradient, to be read after backward
+//     at(k)                            [LANES], where the k-th logit is to be written before either direction
 //     forward(iterations)              m from the logits
-//     backward(iterations, scratch)    the gradients of the logits from g, which is that of m
-//     m, g                             [N][N][LANES]; TURNED if they hold the transposed matrices
+//     backward(g, iterations, scratch) the gradients of the logits from g, which is that of m; g may be overwritten
+//     gradient(k, g)                   [LANES], where backward left that of the k-th logit
+//     m                                [N][N][LANES]; both m and g hold the transposed matrices if TURNED
 //
 // Semantics: the mapping of the same name in mhc_compile/mappings. Lanes without a token must hold finite numbers.
 #pragma once

@@ -24,11 +24,11 @@ struct Family {
     static constexpr int LOGITS = factorial(N);
     static constexpr bool TURNED = false;
     static constexpr Table<N> SIGMA{};
-    T m[N][N][LANES], g[N][N][LANES], z[LOGITS][LANES], u[LOGITS][LANES];
+    T m[N][N][LANES], z[LOGITS][LANES], u[LOGITS][LANES];
 
     static int64_t SCRATCH(int64_t) { return 0; }
     T* at(int k) { return z[k]; }
-    const T* gradient(int k) const { return u[k]; }
+    const T* gradient(int k, const T (&)[N][N][LANES]) const { return u[k]; }
 
     void forward(int64_t) {
         softmax(z);
@@ -37,7 +37,7 @@ struct Family {
             for (int i = 0; i < N; ++i) EACH_LANE m[i][SIGMA.at[k][i]][l] += z[k][l];
     }
 
-    void backward(int64_t, T*) {
+    void backward(T (&g)[N][N][LANES], int64_t, T*) {
         softmax(z);
         for (int k = 0; k < LOGITS; ++k) {
             EACH_LANE u[k][l] = g[0][SIGMA.at[k][0]][l];

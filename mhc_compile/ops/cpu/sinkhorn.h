@@ -12,13 +12,13 @@ struct Family {
     static constexpr int LOGITS = N * N;
     static constexpr bool TURNED = LAST_COLUMNS;
     static constexpr T EPS = SINKHORN_EPS;
-    T m[N][N][LANES], g[N][N][LANES];
+    T m[N][N][LANES];
     T columns[N][N][LANES];  // after the first column step, without eps
     T rows[N][LANES];        // with eps, what the first row step divides by
 
     static int64_t SCRATCH(int64_t iterations) { return iterations * 2 * N * LANES; }
     T* at(int k) { return TURNED ? m[k % N][k / N] : m[k / N][k % N]; }
-    const T* gradient(int k) const { return TURNED ? g[k % N][k / N] : g[k / N][k % N]; }
+    const T* gradient(int k, const T (&g)[N][N][LANES]) const { return TURNED ? g[k % N][k / N] : g[k / N][k % N]; }
 
     void forward(int64_t iterations) {
         first_round();
@@ -26,11 +26,11 @@ struct Family {
     }
 
     // `history` receives the sums of every round but the first.
-    void backward(int64_t iterations, T* history) {
+    void backward(T (&g)[N][N][LANES], int64_t iterations, T* history) {
         first_round();
         for (int64_t k = 1; k < iterations; ++k) round(history + (k - 1) * 2 * N * LANES);
-        for (int64_t k = iterations - 1; k > 0; --k) round_back(history + (k - 1) * 2 * N * LANES);
-        first_round_back();
+        for (int64_t k = iterations - 1; k > 0; --k) round_back(g, history + (k - 1) * 2 * N * LANES);
+        first_round_back(g);
     }
 
   private:
@@ -90,7 +90,7 @@ struct Family {
     }
 
     // The adjoint of one round: g = (g' - <g', m'>) / sum, and m = m' sum, rows first, then columns.
-    void round_back(const T* sums) {
+    void round_back(T (&g)[N][N][LANES], const T* sums) {
         for (int i = 0; i < N; ++i) {
             T sum[LANES], inverse[LANES], dot[LANES] = {};
             std::memcpy(sum, sums + (N + i) * LANES, sizeof sum);
@@ -109,7 +109,7 @@ struct Family {
         }
     }
 
-    void first_round_back() {
+    void first_round_back(T (&g)[N][N][LANES]) {
         for (int i = 0; i < N; ++i) {
             T total[LANES] = {};
             if constexpr (EPS == 0) {
@@ -150,11 +150,12 @@ void sinkhorn_all_backward(const T* grad, const T* logits, T* out, int64_t token
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
             Family<T, N> family;
+            T g[N][N][LANES];
             const int64_t at = b * LANES, count = std::min(LANES, tokens - at);
             load_matrices<false>(logits + at * N * N, count, family.m);
-            load_matrices<false>(grad + at * N * N, count, family.g);
-            family.backward(iterations, history.data());
-            store_matrices<false>(family.g, out + at * N * N, count);
+            load_matrices<false>(grad + at * N * N, count, g);
+            family.backward(g, iterations, history.data());
+            store_matrices<false>(g, out + at * N * N, count);
         }
     }
 }

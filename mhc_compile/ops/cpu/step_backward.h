@@ -109,12 +109,13 @@ struct Backward {
         constexpr int P = MIX ? N : IN;
         Real d_logits[TILE][K];
         Mixing mixing;
+        Real g[N][N][LANES];
         if (Mixing::LOGITS && grad_next_res) {
             for (int k = 0; k < Mixing::LOGITS; ++k)
                 for (int64_t t = 0; t < TILE; ++t)
                     mixing.at(k)[t] = t < count ? site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k] : 0;
-            load_matrices<Mixing::TURNED>(grad_next_res + first * N * N, count, mixing.g);
-            mixing.backward(site.iterations, history);
+            load_matrices<Mixing::TURNED>(grad_next_res + first * N * N, count, g);
+            mixing.backward(g, site.iterations, history);
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
@@ -125,7 +126,7 @@ struct Backward {
                 d_logits[t][i] = d_pre[i] * pre * (1 - pre);
                 d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / POST_TIMES) : 0;
             }
-            for (int k = 0; k < Mixing::LOGITS; ++k) d_logits[t][2 * N + k] = grad_next_res ? mixing.gradient(k)[t] : 0;
+            for (int k = 0; k < Mixing::LOGITS; ++k) d_logits[t][2 * N + k] = grad_next_res ? mixing.gradient(k, g)[t] : 0;
             Real dot = 0;
             for (int k = 0; k < K; ++k) {
                 const int part = k < N ? 0 : k < 2 * N ? 1 : 2;
