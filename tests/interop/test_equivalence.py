@@ -101,5 +101,12 @@ def test_in_float64_they_are_to_the_last_digits(name):
 
 
 @pytest.mark.slow
+def test_sparse_attention_that_asks_for_nonzero(monkeypatch):
+    monkeypatch.setitem(SHIPPING["glm5-next"].settings, "layer_types", ["linear_attention", "indexed_attention"])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check("glm5-next", 1e-5, inner="eager")
+
+
+@pytest.mark.slow
 def test_in_compiled_kernels_too():
     check("deepseek-v4", 1e-5, inner="inductor")
