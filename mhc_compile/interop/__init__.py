@@ -1,11 +1,12 @@
 """Checkpoints of the systems that ship hyper-connections, exchanged with ours.
 
-layout, layouts/     what a system's files look like, as values
-reading, writing     from names and shapes to a plan, in either direction
-entries, sizes       one site's parameters against a layout, and shapes in letters
-tensors              one parameter in its other layout
-states               state dicts and models
-files, convert       safetensors files, tensor by tensor (`mhc convert`)
+layout, layouts/          what a system's files look like, as values
+reading, writing, paths   from names and shapes to a plan, in either direction
+entries, sizes            one site's parameters against a layout, and shapes in letters
+plan, tensors             what becomes of every entry, and one parameter in its other layout
+states                    state dicts and models
+files, checkpoint         safetensors files and folders, tensor by tensor
+convert, table            `mhc convert`
 """
 
 from __future__ import annotations
