@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.errors import (
     AttachError,
     CaptureError,
+    CheckpointError,
     MhcError,
     MhcWarning,
     NothingRewrittenError,
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints import load_state_dict
     from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
+    from mhc_compile.diagnostics.callback import StabilityCallback
+    from mhc_compile.diagnostics.gain import Gain, gain
+    from mhc_compile.diagnostics.measure import stability
+    from mhc_compile.diagnostics.result import Stability
     from mhc_compile.diffing.compare import diff
     from mhc_compile.diffing.model_diff import ModelDiff
     from mhc_compile.explanation import Explanation, explain
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
-    from mhc_compile.stability import Gain, gain
     from mhc_compile.story import Story
 
 __version__ = "0.1.0"
@@ -48,6 +52,7 @@ __all__ = [
     "AttachError",
     "CaptureError",
     "CheckResult",
+    "CheckpointError",
     "Explanation",
     "Gain",
     "HyperConnection",
@@ -59,6 +64,8 @@ __all__ = [
     "OptionError",
     "Options",
     "ShapeError",
+    "Stability",
+    "StabilityCallback",
     "Story",
     "StreamsLostError",
     "UnknownAddError",
@@ -77,16 +84,19 @@ __all__ = [
     "register_with_accelerate",
     "restore",
     "rewrite",
+    "stability",
     "why",
 ]
 
 _HOMES = {
     "CheckResult": "checking.result",
     "Explanation": "explanation",
-    "Gain": "stability",
+    "Gain": "diagnostics.gain",
     "HyperConnection": "connection",
     "Mapping": "mappings",
     "ModelDiff": "diffing.model_diff",
+    "Stability": "diagnostics.result",
+    "StabilityCallback": "diagnostics.callback",
     "Story": "story",
     "attach": "ahead",
     "check": "checking.check",
@@ -95,7 +105,7 @@ _HOMES = {
     "diff": "diffing.compare",
     "eager": "debugging",
     "explain": "explanation",
-    "gain": "stability",
+    "gain": "diagnostics.gain",
     "load_state_dict": "checkpoints",
     "mhc": "backend",
     "parameter_groups": "grouping",
@@ -103,6 +113,7 @@ _HOMES = {
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
     "rewrite": "rewriting",
+    "stability": "diagnostics.measure",
     "why": "asking",
 }
 

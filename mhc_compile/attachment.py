@@ -267,8 +267,8 @@ def put_connection(
 
 
 def _check(connection: HyperConnection, site: Site, options: Options) -> None:
-    for name in ("streams", "preset", "mapping", "dynamic", "rank", "single_pass"):
-        has, wants = getattr(connection, name), getattr(options, name)
+    for name in ("streams", "preset", "mapping", "dynamic", "rank", "single_pass", "read_out"):
+        has, wants = getattr(connection, "end" if name == "read_out" else name), getattr(options, name)
         if has != wants:
             raise AttachError(
                 f"{site}: its hyper-connection has {name}={has!r}, the options say {name}={wants!r}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.branches import Notes
 
-__all__ = ["capture", "probe"]
+__all__ = ["Probe", "capture", "probe"]
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +78,43 @@ def probe(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls `torch.compile(model, backend=backend)` once and leaves Dynamo's caches as they were: the model's compiled versions stay."""
-    single = _SingleUse(backend)
-    try:
-        with _torch.whole_graphs():
-            return _torch.isolated_compile(model, single)(*args, **kwargs)
-    except _torch.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, MhcError):
-            raise error.inner_exception from None
-        raise
-    finally:
-        single.close()
+    with Probe(model, backend) as call:
+        return call(*args, **kwargs)
+
+
+class Probe:
+    """`torch.compile(model, backend=backend)` beside the model's compiled versions, which stay, until it is closed; a context manager."""
+
+    def __init__(
+        self, model: nn.Module, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
+    ) -> None:
+        self._model = model
+        self._single = _SingleUse(backend)
+        self._call = _torch.isolated_compile(model, self._single)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the compiled model; errors of this package come as themselves."""
+        try:
+            with _torch.whole_graphs(), _torch.uncompiled(self._model):
+                return self._call(*args, **kwargs)
+        except _torch.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, MhcError):
+                raise error.inner_exception from None
+            raise
+
+    def close(self) -> None:
+        """Leaves Dynamo's caches as they were."""
+        self._single.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class _SingleUse:
-    """A backend for one call. Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it holds."""
+    """A backend for a while. Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it holds."""
 
     def __init__(self, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
         self.backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]] | None = backend

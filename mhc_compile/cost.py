@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.options import Options
 
-__all__ = ["Cost", "plain_flops", "site_cost"]
+__all__ = ["Cost", "end_cost", "plain_flops", "site_cost"]
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,41 @@ class Cost:
 
 
 def site_cost(width: int, itemsize: int, options: Options) -> Cost:
-    """Cost of one site of width C whose trunk has elements of `itemsize` bytes."""
+    """Cost of one site of width C whose trunk has elements of `itemsize` bytes. `options` are those of the site (`Options.at`)."""
     n, c = options.streams, width
-    mapping = get_mapping(options.mapping)
-    residual = mapping.logits(n)
-    k = 2 * n + residual
+    parameters, coefficients = (_gated if options.rank else _weights)(n, c, options)
     return Cost(
-        parameters=n * c * k + k + 3,
-        flops=2 * n * c * k + 2 * n * c + 2 * n * c + 2 * n * n * c + 2 * n * c + mapping.flops(n, options.iterations),
+        parameters=parameters,
+        flops=coefficients + 2 * n * c + 2 * n * n * c + 2 * n * c,
         bytes_lowered=(5 * n + 2) * c * itemsize,
         bytes_floor=(2 * n + 2) * c * itemsize,
         bytes_plain=3 * c * itemsize,
     )
+
+
+def _weights(n: int, c: int, options: Options) -> tuple[int, int]:
+    """Parameters of a site with a weight for every stream, and the FLOPs of its coefficients. Static ones are computed once for all tokens."""
+    mapping = get_mapping(options.mapping)
+    k = 2 * n + mapping.logits(n)
+    if not options.dynamic:
+        return k, 0
+    return n * c * k + k + 3, 2 * n * c * k + 2 * n * c + mapping.flops(n, options.iterations)
+
+
+def _gated(n: int, c: int, options: Options) -> tuple[int, int]:
+    """The same with a weight for every channel: a norm of the streams, down to the rank and up again, and the gates."""
+    rank = options.rank
+    return n * c * (rank + n) + n * c + rank * n * c, 2 * n * c * (rank + n) + 2 * rank * n * c + 5 * n * c
+
+
+def end_cost(width: int, options: Options) -> Cost:
+    """What the end of a chain costs beyond the mean of its streams, whose traffic is the same."""
+    n, c = options.streams, width
+    if options.read_out != "learned" or options.single_pass:
+        return Cost()
+    if options.rank:
+        return Cost(2 * options.rank * n * c + n * c, 4 * options.rank * n * c + 5 * n * c)
+    return Cost(n * c * n + n + 1, 2 * n * c * n + 2 * n * c)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:  # noqa: ARG001

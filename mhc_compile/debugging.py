@@ -67,7 +67,8 @@ class _Run:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._traced = False
-        result = self._call(*args, **kwargs)
+        with _torch.uncompiled(self.model):
+            result = self._call(*args, **kwargs)
         # The two halves of a branch that a graph break cuts find each other in one call, and work together from the next one on.
         if self._again and not self._told:
             self._tell()

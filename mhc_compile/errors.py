@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AttachError",
     "CaptureError",
+    "CheckpointError",
     "MhcError",
     "MhcWarning",
     "NothingRewrittenError",
@@ -33,6 +34,10 @@ class AttachError(MhcError, RuntimeError):
 
 class CaptureError(MhcError, RuntimeError):
     """The model could not be traced with the example inputs."""
+
+
+class CheckpointError(MhcError, ValueError):
+    """A checkpoint is not of the system that it was said to be of, or has entries without a counterpart in the other layout."""
 
 
 class UnknownAddError(MhcError, LookupError):

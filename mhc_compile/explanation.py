@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
-from mhc_compile.cost import Cost, plain_flops, site_cost
+from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.exporting import plan_program
 from mhc_compile.options import Options
@@ -104,7 +104,8 @@ class GraphReport:
         refusals: every other addition of two floating-point tensors.
         regions: higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not looked into. Sites under activation checkpointing are
             among the chains.
-        tokens: tokens in the example inputs, as the first chain counts them (batch × sequence); 0 without a chain.
+        tokens: tokens in the example inputs, as the chains count them (batch × sequence); 0 without a chain, and where chains have different
+            numbers of them (an encoder and a decoder).
         flops: of one forward pass of the plain graph with the example inputs, None if they could not be counted.
     """
 
@@ -168,9 +169,9 @@ class Explanation:
 
     @property
     def plain_flops_per_token(self) -> float | None:
-        """Forward FLOPs of the plain model per token, None if they could not be counted."""
-        counted = [graph for graph in self.graphs if graph.tokens]
-        if not counted or any(graph.flops is None for graph in counted):
+        """Forward FLOPs of the plain model per token; None if they could not be counted, or if chains of a graph have different numbers of tokens."""
+        counted = [graph for graph in self.graphs if graph.chains]
+        if not counted or any(graph.flops is None or not graph.tokens for graph in counted):
             return None
         return sum(graph.flops / graph.tokens for graph in counted if graph.flops is not None)
 
@@ -269,10 +270,15 @@ class _Tally:
             value = tensor_value(site.add)
             assert value is not None
             path = below(report.module, site.path)
-            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), self.options))
-            added, floor = site_work(site, self.options)
+            options = self.options.at(path)
+            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), options))
+            added, floor = site_work(site, options)
             self.added += added
             self.floor += floor
+        for chain in plan.chains:
+            if not chain.departures:
+                end = below(report.module, f"{chain.sites[-1].path}.read_out")
+                self.costs.setdefault(end, []).append(end_cost(chain.width, self.options))
 
     def explanation(self, name: str, parameters: Mapping[str, torch.Tensor]) -> Explanation:
         """The sums."""
@@ -290,20 +296,22 @@ def graph_report(graph_module: torch.fx.GraphModule, result: Study, module: str)
 
 def _graph_report(graph_module: torch.fx.GraphModule, graph: Graph, plan: Plan, module: str) -> GraphReport:
     chains, refusals = plan_reports(plan, module)
-    tokens = 0
-    if plan.chains:
-        value = tensor_value(plan.chains[0].start)
-        assert value is not None
-        tokens = _torch.example_size(value.numel()) // plan.chains[0].width
+    tokens = {_tokens(chain) for chain in plan.chains}
     return GraphReport(
         module=module,
         nodes=len(graph_module.graph.nodes),
         chains=chains,
         refusals=refusals,
         regions=tuple(op_name(node) for node in graph.nodes if is_region(node)),
-        tokens=tokens,
+        tokens=tokens.pop() if len(tokens) == 1 else 0,
         flops=plain_flops(graph_module),
     )
+
+
+def _tokens(chain: Chain) -> int:
+    value = tensor_value(chain.start)
+    assert value is not None
+    return _torch.example_size(value.numel()) // chain.width
 
 
 def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tuple[RefusalReport, ...]]:

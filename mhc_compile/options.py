@@ -65,7 +65,8 @@ class Options:
             (`mhc_compile.register_mapping`).
         dynamic: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
         sites: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
-            characters. A later pattern goes before an earlier one. It takes mapping, dynamic, iterations, start, scale, lean and eps.
+            characters, and anything may stand before the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
+            It takes mapping, dynamic, iterations, start, scale, lean and eps.
         read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on the token. Other readers of a trunk value
             get the sum with "sum", else the mean.
         single_pass: the weights that a site computes collapse the streams for the next site, the first one reads the trunk itself, and the
@@ -203,15 +204,19 @@ class Options:
         Args:
             path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection, "layers.0.mhc.mlp").
         """
-        branch = path.replace(".mhc.", ".").removeprefix("mhc.")
         values: dict[str, Any] = {}
-        for pattern in self.matching(branch):
+        for pattern in self.matching(path):
             values.update(self.sites[pattern])
         return replace(self, sites={}, **values) if values else self
 
     def matching(self, path: str) -> list[str]:
-        """The patterns of `sites` that fit the path of a branch."""
-        return [pattern for pattern in self.sites if fnmatch.fnmatchcase(path, pattern)]
+        """The patterns of `sites` that fit the path of a branch, or of its hyper-connection, or the end of it."""
+        branch = path.replace(".mhc.", ".").removeprefix("mhc.")
+        return [
+            pattern
+            for pattern in self.sites
+            if fnmatch.fnmatchcase(branch, pattern) or fnmatch.fnmatchcase(branch, f"*.{pattern}")
+        ]
 
     @property
     def form(self) -> str:

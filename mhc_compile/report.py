@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.explanation import ChainReport, Explanation, RefusalReport, SiteReport
+    from mhc_compile.options import Options
 
 __all__ = ["render"]
 
@@ -45,12 +46,28 @@ def _headline(explanation: Explanation) -> Text:
     text.append(
         f", {_count(len(explanation.refusals), 'addition')} left alone, {_count(len(explanation.graphs), 'graph')}"
     )
-    text.append(f"\nstreams {options.streams}, mapping {options.mapping}, start {options.start}", style="dim")
+    text.append(f"\n{_form(options)}", style="dim")
     for region, count in explanation.regions.items():
         text.append(f"\n{_count(count, 'region')} not looked into: {region}", style="yellow")
     if not explanation.sites:
         text.append("\nNothing would be rewritten.", style="yellow")
     return text
+
+
+def _form(options: Options) -> str:
+    """What the hyper-connections are like, in a line; what is as in the paper is not mentioned."""
+    parts = [
+        f"preset {options.preset}" if options.preset != "paper" else "",
+        f"streams {options.streams}",
+        f"mapping {options.mapping}"
+        + (f" on {_count(len(options.sites), 'pattern')} otherwise" if options.sites else ""),
+        "" if options.dynamic else "static",
+        f"gate of rank {options.rank}" if options.rank else "",
+        "single pass" if options.single_pass else "",
+        f"read-out {options.read_out}" if options.read_out != "mean" and not options.single_pass else "",
+        f"start {options.start}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _chain(chain: ChainReport, number: int, pieces: bool) -> Tree:

@@ -15,19 +15,25 @@ from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
+from mhc_compile.binding import bound_names
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
+from mhc_compile.gated import GatedConnection, create_connection
 from mhc_compile.loading import guess_for, guess_options
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.optimizers import settle
 from mhc_compile.options import Options
+from mhc_compile.read_out import ReadOut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = ["restore"]
 
-_PARTS = ("phi", "bias", "scale")
+_PARTS = frozenset((*HyperConnection.names, *GatedConnection.names))
+_END_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
+#: The submodule of a hyper-connection that ends its chain.
+_END = "read_out"
 #: What checkpoints of `save_pretrained` and of the Trainer are called, in the order in which transformers looks for them.
 _FILES = (
     "model.safetensors",
@@ -96,9 +102,6 @@ class _Plan:
     def __init__(
         self, model: nn.Module, place: str, values: dict[str, Tensor], options: Options, fixed: set[str]
     ) -> None:
-        missing = [part for part in _PARTS if part not in values]
-        if missing:
-            raise AttachError(f"{place}: the checkpoint lacks its {' and '.join(missing)}; it is incomplete")
         path = [part for part in place.split(".") if part != _COMPILED]
         cut = path.index(CONTAINER)
         self.place, self.values = place, values
@@ -106,8 +109,20 @@ class _Plan:
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
         self.carrier = _carrier(self.owner, self.name)
-        self.options = _fitting(place, self.owner, values["phi"], options, fixed)
+        self.options = _fitting(place, self.owner, values, options.at(".".join(path)), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
+        self.last = any(name.startswith(_END) for name in values)
+        like = create_connection(self.width, self.options, last=self.last, device="meta")
+        missing = [name for name in bound_names(like) if name not in values]
+        if missing:
+            raise AttachError(f"{place}: the checkpoint lacks its {' and '.join(missing)}; it is incomplete")
+        for name in bound_names(like):
+            if values[name].shape != like.get_parameter(name).shape:
+                raise AttachError(
+                    f"{place}: {name} is {list(values[name].shape)} in the checkpoint; with {self.options.streams} streams of width {self.width}"
+                    f" and mapping={self.options.mapping!r} it would be {list(like.get_parameter(name).shape)}. Give the options that the saved"
+                    " model was compiled with"
+                )
         container = getattr(self.owner, CONTAINER, None)
         if container is not None and not isinstance(container, HyperConnections):
             raise AttachError(
@@ -127,20 +142,23 @@ class _Plan:
         if connection is None:
             near = next(self.owner.parameters(), None)
             phi = self.values["phi"]
-            connection = HyperConnection(
+            connection = create_connection(
                 self.width,
                 self.options,
                 index=index,
+                last=self.last,
                 device=phi.device if near is None else near.device,
                 dtype=phi.dtype,
             )
             put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
             if self.carrier is not None:
                 declare_on(self.carrier, connection)
+        elif self.last:
+            connection.end_chain()
         with torch.no_grad():
-            for part in _PARTS:
-                if not getattr(connection, part).is_meta:
-                    getattr(connection, part).copy_(self.values[part])
+            for name in bound_names(connection):
+                if name in self.values and not connection.get_parameter(name).is_meta:
+                    connection.get_parameter(name).copy_(self.values[name])
 
 
 def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
@@ -170,9 +188,20 @@ def _noted(checkpoint: Mapping[str, Any], place: str, options: Options, fixed: s
     return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
 
 
-def _fitting(place: str, owner: nn.Module, phi: Tensor, options: Options, fixed: set[str]) -> Options:
-    """The options with the number of streams and the mapping that `phi [n C, K]` was made for."""
-    shape = tuple(phi.shape)
+def _fitting(place: str, owner: nn.Module, values: Mapping[str, Tensor], options: Options, fixed: set[str]) -> Options:
+    """The options with the number of streams and the mapping that `phi [n C, K]` was made for, and with what the names of the tensors tell."""
+    if "phi" not in values:
+        raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
+    phi = values["phi"]
+    if any(name.startswith(_END) for name in values):
+        options = replace(options, read_out="learned")
+    if "up" in values and phi.dim() == values["up"].dim() == 2:
+        rank = values["up"].shape[0]
+        return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", start="scratch")
+    static = phi.dim() == 2 and phi.shape[1] == 0 and "bias" in values
+    if static:
+        options = replace(options, dynamic=False)
+    shape = (phi.shape[0], values["bias"].shape[0]) if static else tuple(phi.shape)
     guesses = guess_for(owner, shape) or guess_options(shape)
     for n, mapping, _ in sorted(guesses, key=lambda guess: guess[1] != options.mapping):
         if (n == options.streams or "streams" not in fixed) and (mapping == options.mapping or "mapping" not in fixed):
@@ -189,7 +218,11 @@ def _connections_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         place, _, part = name.rpartition(".")
-        if part in _PARTS and _ours(place) and isinstance(value, Tensor):
+        if not _ours(place) or not isinstance(value, Tensor):
+            continue
+        if place.endswith(f".{_END}") and part in _END_PARTS:
+            found.setdefault(place.removesuffix(f".{_END}"), {})[f"{_END}.{part}"] = value
+        elif part in _PARTS:
             found.setdefault(place, {})[part] = value
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -269,21 +270,37 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     edges = _edges(graph, provenance, inputs)
     plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
     if options.read_out != "mean" or options.single_pass:
-        _check_whole(plan, edges, options)
+        _check_whole(plan, edges, options, provenance.root)
         # A value that happens to be a result of the graph ends its chain as any other reader does.
         edges = Edges(tail=edges.tail, attached=edges.attached)
         plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+    _check_patterns(plan, options)
     return Study(graph, provenance, plan, options.min_sites, edges)
 
 
-def _check_whole(plan: Plan, edges: Edges, options: Options) -> None:
+def _check_patterns(plan: Plan, options: Options) -> None:
+    """Warns of patterns of the option `sites` that fit no site. Of a model in pieces each graph knows its own sites only: nothing is said there."""
+    if not options.sites or not plan.sites or _torch.graph_is_part():
+        return
+    paths = [site.path.replace(".mhc.", ".") for site in plan.sites]
+    used = {pattern for path in paths for pattern in options.matching(path)}
+    for pattern in options.sites:
+        if pattern not in used:
+            near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
+            warn(
+                f"option 'sites': {pattern!r} fits no site of this graph, whose {len(paths)} sites are called like {near!r}"
+            )
+
+
+def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | None) -> None:
     """Streams that ride from graph to graph are read out as their mean where they end; other ends need the whole chain in one graph.
 
     Raises:
         AttachError: a chain comes from another graph, or may go on in one.
     """
+    part = edges.part or (root is not None and _torch.runs_inside_another(root, compiled_alone=True))
     for chain in plan.chains:
-        goes_on = edges.part and (chain.departures or any(site.tail for site in chain.sites))
+        goes_on = part and (chain.departures or any(site.tail for site in chain.sites))
         if chain.start in edges.arriving or goes_on:
             asked = "single_pass=True" if options.single_pass else f"read_out={options.read_out!r}"
             raise AttachError(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, build, tokens
+from builders import LAYERS, Decoder, Pair, build, tokens
 from rich.console import Console
 from torch import nn
 
@@ -54,6 +54,23 @@ def test_plain_flops_are_counted():
     linear = layers * 2 * (3 * width**2 + width**2 + 4 * width**2) + 2 * width * 11
     attention = layers * 2 * 2 * 5 * width
     assert explanation.plain_flops_per_token == pytest.approx(linear + attention)
+
+
+def test_flops_per_token_are_not_told_where_chains_have_different_numbers_of_tokens():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = Pair(8), Pair(8)
+
+        def forward(self, source, target):
+            return self.decoder(target) + self.encoder(source).mean(0)
+
+    same = mhc_compile.explain(Two(), torch.randn(6, 8), torch.randn(6, 8))
+    other = mhc_compile.explain(Two(), torch.randn(6, 8), torch.randn(3, 8))
+    assert [len(same.chains), len(other.chains)] == [2, 2]
+    assert same.plain_flops_per_token == 2 * 2 * 2 * 8 * 8
+    assert other.plain_flops_per_token is None
+    assert other.plain.flops == 9 * 2 * 2 * 8 * 8
 
 
 def test_json_is_plain_data():

@@ -43,6 +43,7 @@ try:
         root_module,
         runs_inside_another,
         same_function,
+        uncompiled,
     )
     from mhc_compile._torch.inductor import (
         cache_folder,
@@ -104,5 +105,6 @@ __all__ = [
     "runs_inside_another",
     "same_function",
     "split_as_ddp_would",
+    "uncompiled",
     "whole_graphs",
 ]

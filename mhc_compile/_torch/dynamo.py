@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
@@ -175,6 +176,28 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """In this context the compiled versions that modules of `model` call themselves, after `module.compile()` or as results of `torch.compile`, rest.
+
+    Called inside another `torch.compile`, they would run as they were compiled, and whoever compiles the model would not see them.
+    """
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if getattr(module, "_compiled_call_impl", None) is not None and "_compiled_call_impl" in module.__dict__:
+            changed.append((module, "_compiled_call_impl", None))
+        if isinstance(module, OptimizedModule):
+            changed.append((module, "forward", module._orig_mod.__call__))
+    before = [(module, name, module.__dict__[name]) for module, name, _ in changed]
+    try:
+        for module, name, value in changed:
+            module.__dict__[name] = value
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
 def root_module() -> nn.Module | None:
     """The module whose method Dynamo traces: `self` of the outermost frame, or else the first module among its arguments."""
     scope: dict[str, Any] = _tracer().output.local_scope
@@ -207,10 +230,14 @@ def example_size(size: int | torch.SymInt) -> int:
     return int(getattr(symbolic_shapes, name)(size, fallback=0))
 
 
-def runs_inside_another(module: nn.Module) -> bool:
-    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered."""
+def runs_inside_another(module: nn.Module, *, compiled_alone: bool = False) -> bool:
+    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered.
+
+    With `compiled_alone` also before that: `module` is then a part that was compiled by itself.
+    """
     return any(
-        within and owner is not module and any(one is module for one in owner.modules()) for within, owner in _calls()
+        (within or compiled_alone) and owner is not module and any(one is module for one in owner.modules())
+        for within, owner in _calls()
     )
 
 

@@ -125,6 +125,15 @@ def _repeatable(options: Options) -> Options:
     )
 
 
+def _preserving(options: Options) -> Options:
+    try:
+        return replace(options, start="preserve")
+    except OptionError as error:
+        raise OptionError(
+            f"check compares the rewritten model with the plain one, and with these options they never compute the same: {error}"
+        ) from None
+
+
 class _Proof:
     """One check, step by step; `run` is the table of contents."""
 
@@ -152,7 +161,7 @@ class _Proof:
         except CaptureError as error:  # a dry run has no values: what it cannot trace may compile all the same
             planned = None
             warn(f"no dry run, so that the number of sites is not known: {error}")
-        side = self.subject.rewritten(replace(self.options, start="preserve"))
+        side = self.subject.rewritten(_preserving(self.options))
         buffers = _Buffers(side.module)
         started = time.perf_counter()
         got = self._compiled(side)
@@ -282,7 +291,7 @@ class _Proof:
             buffers = _Buffers(side.module)
             self._compiled(side)
         else:
-            randomize(side.connections().values(), self.seed)
+            randomize([*side.connections().values(), *side.read_outs()], self.seed)
         buffers.restore()
         twin = self.subject.other(side, self.options)
         got = self._settled(side)

@@ -15,7 +15,9 @@ __all__ = ["live_sites", "randomize"]
 
 
 def randomize(connections: Iterable[tuple[nn.Parameter, ...]], seed: int) -> None:
-    """Gives phi, bias and scale values as if they had been trained for long: no stream is like another, no matrix near the uniform one.
+    """Gives parameters values as if they had been trained for long: no stream is like another, no matrix near the uniform one.
+
+    They are phi, bias and scale of hyper-connections, and weight, bias and scale of learned read-outs.
 
     Where all phi are zero, as they are at the start, streams are copies of each other, and many a wrong rewrite would not be seen.
     """

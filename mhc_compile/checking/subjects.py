@@ -41,6 +41,16 @@ class Side:
     module: nn.Module
     graphs: int = 0
 
+    def read_outs(self) -> list[tuple[nn.Parameter, ...]]:
+        """weight, bias and scale of each learned read-out."""
+        found = dict(self.module.named_parameters())
+        ends = [name.removesuffix("weight") for name in found if name.endswith(".read_out.weight")]
+        return [
+            tuple(found[end + part] for part in ("weight", "bias", "scale"))
+            for end in ends
+            if CONTAINER in end.split(".")
+        ]
+
     def connections(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """phi, bias and scale of each hyper-connection, by its path."""
         found = dict(self.module.named_parameters())

@@ -19,11 +19,14 @@ __all__ = ["main"]
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "check": "Prove on this machine that a rewritten model computes what the plain one does.",
+    "convert": "Rewrite a checkpoint from the layout of DeepSeek-V4, GLM-5-next, HY-V4 or Qwen4-Exp into ours, or back.",
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
     "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
     "explain": "Show what would be rewritten in a model, and why the rest would not.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
+    "scaling": "Estimate what hyper-connections cost at 3B to 671B, and at a size of your own.",
+    "stability": "Measure what the residual mixing does over depth: gains, products of H_res, streams.",
     "zoo": "Check many families of models: every residual add found, nothing else touched, numbers kept.",
 }
 

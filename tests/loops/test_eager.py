@@ -165,9 +165,17 @@ def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
 
 def test_eager_of_a_model_compiled_in_place():
     model, plain = attached()
-    model.compile(backend="mhc", options={"inner": "aot_eager"})
+    ran = []
+
+    def counting(graph_module, inputs):
+        return lambda *values: ran.append(1) or graph_module(*values)
+
+    model.compile(backend="mhc", options={"inner": counting})
     want = model(tokens())
     torch.testing.assert_close(mhc_compile.eager(model)(tokens()), want)
+    assert len(ran) == 1  # the compiled version had no part in the second call
+    model(tokens())
+    assert len(ran) == 2
     assert not torch.allclose(want, plain(tokens()), atol=1e-3)
 
 

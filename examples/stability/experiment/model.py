@@ -1,0 +1,78 @@
+"""The model of every variant: a pre-norm decoder as anybody writes it. Nothing in it knows of streams."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Attention", "Block", "Decoder", "Feedforward"]
+
+
+class Attention(nn.Module):
+    """Causal self-attention: [B, T, C] to [B, T, C]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Feedforward(nn.Module):
+    """Two linear layers with GELU between: [B, T, C] to [B, T, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rise = nn.Linear(width, 4 * width)
+        self.fall = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fall(F.gelu(self.rise(x)))
+
+
+class Block(nn.Module):
+    """Two branches, each with its norm before it: two residual adds."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.feedforward = Feedforward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.feedforward(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    """Next-byte model: ids int64 [B, T] to logits [B, T, vocabulary].
+
+    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 layers), as in GPT-2.
+    """
+
+    def __init__(self, *, layers: int, width: int, heads: int, length: int, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                writes = name.endswith(("out.weight", "fall.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if writes else 0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

@@ -1,0 +1,203 @@
+"""The figures of the summary as pictures: 860 points wide, colours that colour-blind people tell apart, labels where the lines end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+__all__ = ["draw_all"]
+
+#: Okabe and Ito's palette; the dashes tell the lines apart in grey as well.
+STYLES: dict[str, tuple[str, Any]] = {
+    "plain": ("#000000", "-"),
+    "HC": ("#D55E00", (0, (5, 1))),
+    "mHC": ("#0072B2", "-"),
+    "identity": ("#009E73", (0, (3, 1, 1, 1))),
+    "permutations": ("#CC79A7", (0, (1, 1))),
+    "kronecker": ("#B8860B", (0, (5, 1, 1, 1))),
+}
+WIDTH, DPI = 8.6, 100
+
+
+def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the pictures that the summary has figures for."""
+    pictures: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "loss.png": _losses,
+        "difference.png": _differences,
+        "norm.png": _norms,
+        "gain.png": _gains,
+    }
+    if summary["cost"] is not None and "plain" in summary["settings"]["variants"]:
+        pictures["cost.png"] = _cost
+    paths = []
+    for name, draw in pictures.items():
+        paths.append(folder / name)
+        draw(summary).savefig(paths[-1], metadata={"Software": None})
+    return paths
+
+
+def _figure(rows: int, columns: int, height: float, **how: Any) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **how)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.2)
+    return figure, axes
+
+
+def _title(rate: str) -> str:
+    from experiment.plan import RATES
+
+    return f"{rate}: learning rate {RATES[rate]:g}"
+
+
+def _label_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names beside the ends of lines, pushed apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.075
+    places: list[float] = []
+    for y, _, _ in sorted(ends):
+        places.append(max(y, places[-1] + gap) if places else y)
+    over = max(0.0, places[-1] - high) if places else 0.0
+    for (_, name, colour), place in zip(sorted(ends), places, strict=True):
+        ax.annotate(
+            name, (1.0, place - over), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            color=colour, va="center", fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _lines(
+    ax: Any,
+    curves: dict[str, list[list[Any]]],
+    *,
+    band: bool,
+    marker: str = "",
+    least: tuple[float, float] | None = None,
+) -> None:
+    """Steps, values and ends of intervals, by variant. `least` is what the axis shows at any rate."""
+    ends = []
+    for variant, points in curves.items():
+        if not points:
+            continue
+        colour, dashes = STYLES[variant]
+        steps, values, lows, highs = zip(*points, strict=True)
+        ax.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4)
+        if band and None not in lows:
+            ax.fill_between(steps, lows, highs, color=colour, alpha=0.12, linewidth=0)
+        ends.append((values[-1], variant, colour))
+    if least is not None:
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, least[0]), max(high, least[1]))
+    _label_ends(ax, ends)
+
+
+def _losses(summary: dict[str, Any]) -> Any:
+    rates = summary["rates"]
+    figure, axes = _figure(2, len(rates), 6.2, sharex=True, height_ratios=[3, 2])
+    for column, (rate, entries) in enumerate(rates.items()):
+        above, below = axes[0][column], axes[1][column]
+        _lines(above, _curves(entries, "curve"), band=False)
+        above.set_title(_title(rate), fontsize=10)
+        below.axhline(0.0, color="0.4", linewidth=0.8)
+        _lines(below, _curves(entries, "gap"), band=True)
+        below.set_xlabel("step")
+    axes[0][0].set_ylabel("training loss, nats a byte\n(mean of 20 steps and all seeds)")
+    axes[1][0].set_ylabel("minus plain, seed by seed\n(mean, 95 % band)")
+    return figure
+
+
+def _forest(
+    ax: Any, rows: Sequence[tuple[str, dict[str, Any] | None]], *, offset: float = 0.0, hollow: bool = False
+) -> None:
+    """One row for each variant: the mean, its interval, and every seed's value."""
+    for place, (variant, interval) in enumerate(rows):
+        if interval is None:
+            continue
+        colour, y = STYLES[variant][0], place + offset
+        if interval["low"] is not None:
+            ax.plot([interval["low"], interval["high"]], [y, y], color=colour, linewidth=2)
+        ax.plot(interval["value"], y, "o", color=colour, markerfacecolor="white" if hollow else colour, markersize=7)
+        values = interval.get("values", [])
+        ax.plot(values, [y + 0.25] * len(values), "|", color=colour, markersize=7)
+    ax.set_yticks(range(len(rows)), [variant for variant, _ in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def _differences(summary: dict[str, Any]) -> Any:
+    rates = summary["rates"]
+    figure, axes = _figure(1, len(rates), 2.9, sharey=True)
+    for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
+        ax.axvline(0.0, color="0.4", linewidth=0.8)
+        _forest(ax, [(variant, figures["difference"]) for variant, figures in entries.items() if variant != "plain"])
+        ax.set_title(_title(rate), fontsize=10)
+        ax.set_xlabel("final validation loss minus plain's, nats a byte")
+    figure.suptitle("Left of 0 is better than plain. Dot and bar: mean and 95 % interval; ticks: seeds", fontsize=9)
+    return figure
+
+
+def _norms(summary: dict[str, Any]) -> Any:
+    rates = summary["rates"]
+    figure, axes = _figure(1, len(rates), 3.2, sharey=True)
+    for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
+        _lines(ax, _curves(entries, "norm"), band=False)
+        ax.set_title(_title(rate), fontsize=10)
+        ax.set_xlabel("step")
+    _powers(axes[0][0])
+    axes[0][0].set_ylabel("global gradient norm\n(geometric mean of the seeds)")
+    return figure
+
+
+def _gains(summary: dict[str, Any]) -> Any:
+    rates = summary["rates"]
+    figure, axes = _figure(2, len(rates), 5.4, sharex=True, sharey=True)
+    for column, (rate, entries) in enumerate(rates.items()):
+        for ax, name in zip(axes[:, column], ("forward", "backward"), strict=True):
+            ax.axhline(0.0, color="0.4", linewidth=0.8)
+            shown = {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if v != "plain"}
+            _lines(ax, shown, band=True, marker="o", least=(-0.05, 0.35))
+        axes[0][column].set_title(_title(rate), fontsize=10)
+        axes[1][column].set_xlabel("step")
+    _powers(axes[0][0])
+    axes[0][0].set_ylabel("Amax, forward")
+    axes[1][0].set_ylabel("Amax, backward")
+    figure.suptitle("Composite H_res over depth, mean and 95 % band; 1 is neither growth nor decay", fontsize=9)
+    return figure
+
+
+def _curves(entries: dict[str, Any], key: str) -> dict[str, list[list[Any]]]:
+    return {variant: figures[key] for variant, figures in entries.items()}
+
+
+def _logs(point: list[Any]) -> list[Any]:
+    step, *values = point
+    return [step, *(None if value is None else math.log10(max(value, 1e-3)) for value in values)]
+
+
+def _powers(ax: Any) -> None:
+    """Ticks of an axis that shows logarithms to the base 10, named by the numbers themselves."""
+    low, high = ax.get_ylim()
+    marks = [m * 10.0**e for e in range(-3, 6) for m in ((1, 2, 5) if high - low < 2 else (1,))]
+    marks = [mark for mark in marks if low <= math.log10(mark) <= high]
+    ax.set_yticks([math.log10(mark) for mark in marks], [f"{mark:g}" for mark in marks])
+
+
+def _cost(summary: dict[str, Any]) -> Any:
+    entries = summary["cost"]["variants"]
+    figure, axes = _figure(1, 2, 2.6, sharey=True)
+    shown = [variant for variant in entries if variant != "plain"]
+    axes[0][0].axvline(1.0, color="0.4", linewidth=0.8)
+    _forest(axes[0][0], [(variant, entries[variant]["ratio"]) for variant in shown])
+    axes[0][0].set_xlabel("time of a training step over plain's")
+    axes[0][1].axvline(1.0, color="0.4", linewidth=0.8)
+    peaks = [(v, {"value": entries[v]["peak_ratio"], "low": None, "high": None}) for v in shown]
+    _forest(axes[0][1], peaks)
+    axes[0][1].set_xlabel("peak memory of a step over plain's")
+    return figure

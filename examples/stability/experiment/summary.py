@@ -1,0 +1,201 @@
+"""Every figure of the report, with its interval, from the files of the runs.
+
+    runs, planned          how many are finished, how many there are to be
+    settings, conditions   what was run, and with what
+    rates[r][v]            one entry for each learning rate and variant, with what begins with a dot here
+    .validation            loss at the end: mean over seeds, t-interval, and the value of every seed
+    .difference            the same of `variant − plain`, seed by seed
+    .start                 largest distance of a first loss from the plain model's
+    .spikes, .surges       how many a run: mean over seeds, t-interval, values
+    .diverged              runs that did, of how many, Clopper-Pearson interval of the share
+    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum
+    .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, of its difference to plain, and of log10 of the gradient norm
+    pairs[r]               final validation loss of one mapping minus another's, seed by seed
+    cost[v]                milliseconds a step, their ratio to plain in the same round, parameters, bytes at the peak
+
+An interval is {"value", "low", "high"}; an end that nothing is known about is null.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+from experiment.cost_file import read_cost
+from experiment.numbers import (
+    TAIL,
+    Interval,
+    diverged,
+    mean_interval,
+    median_interval,
+    proportion_interval,
+    spikes,
+    surges,
+    trailing,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from experiment.plan import Plan
+
+__all__ = ["collect", "entry"]
+
+#: One in so many steps of a curve is kept.
+EVERY = 5
+
+
+def entry(interval: Interval, **more: Any) -> dict[str, Any]:
+    """As plain data that JSON has."""
+    ends = {name: _plain(getattr(interval, name)) for name in ("value", "low", "high")}
+    return {**ends, **more}
+
+
+def collect(plan: Plan, folder: Path) -> dict[str, Any]:
+    """All of it. Runs that are not finished are left out, and counted.
+
+    Raises:
+        ExperimentError: a run was made with other settings.
+    """
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for run in plan.runs():
+        content = plan.finished(folder, run)
+        if content is not None:
+            for name in ("loss", "norm"):
+                content[name] = [math.nan if value is None else value for value in content[name]]
+            found[run.variant, run.rate, run.seed] = content
+    return {
+        "runs": len(found),
+        "planned": len(list(plan.runs())),
+        "settings": {**plan.deciding(), "seeds": plan.seeds, "variants": list(plan.variants)},
+        "conditions": {
+            "torch": sorted({content["torch"] for content in found.values()}),
+            "data": sorted({content["data"] for content in found.values()}),
+            "seconds": round(sum(content["seconds"] for content in found.values())),
+        },
+        "rates": {rate: _rate(plan, rate, found) for rate in plan.rates},
+        "pairs": {rate: _pairs(plan, rate, found) for rate in plan.rates},
+        "cost": _cost(plan, folder),
+    }
+
+
+def _final(content: dict[str, Any] | None, plan: Plan) -> float | None:
+    """Validation loss at the end; None for a run that did not get there."""
+    if content is None or not content["validation"] or content["validation"][-1][0] != plan.steps:
+        return None
+    value = content["validation"][-1][1]
+    return None if value is None else float(value)
+
+
+def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, Any]:
+    result = {}
+    for variant in plan.variants:
+        runs = {seed: found[variant, rate, seed] for seed in range(plan.seeds) if (variant, rate, seed) in found}
+        if not runs:
+            continue
+        plain = {seed: found["plain", rate, seed] for seed in runs if ("plain", rate, seed) in found}
+        ends = {seed: _final(content, plan) for seed, content in runs.items()}
+        reached = {seed: value for seed, value in ends.items() if value is not None}
+        gaps = {seed: _minus(value, _final(plain.get(seed), plan)) for seed, value in reached.items()}
+        both = {seed: value for seed, value in gaps.items() if value is not None}
+        hits = sum(diverged(content["loss"], content["norm"]) for content in runs.values())
+        result[variant] = {
+            "validation": _mean(reached),
+            "difference": None if variant == "plain" else _mean(both),
+            "start": max(content["start"] for content in runs.values()),
+            "spikes": _mean({seed: len(spikes(content["norm"])) for seed, content in runs.items()}),
+            "surges": _mean({seed: surges(content["loss"]) for seed, content in runs.items()}),
+            "diverged": entry(proportion_interval(hits, len(runs)), hits=hits, count=len(runs)),
+            "gain": _gains(list(runs.values())),
+            "curve": _curve([trailing(content["loss"]) for content in runs.values()], TAIL),
+            "gap": None
+            if variant == "plain"
+            else _curve(
+                [
+                    [a - b for a, b in zip(trailing(runs[seed]["loss"]), trailing(plain[seed]["loss"]), strict=False)]
+                    for seed in plain
+                ],
+                TAIL,
+            ),
+            "norm": _curve([list(map(_log, content["norm"])) for content in runs.values()], 1),
+        }
+    return result
+
+
+def _pairs(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    mappings = [variant for variant in plan.variants if variant != "plain"]
+    result = []
+    for first, second in itertools.combinations(mappings, 2):
+        gaps = {
+            seed: _minus(_final(found.get((first, rate, seed)), plan), _final(found.get((second, rate, seed)), plan))
+            for seed in range(plan.seeds)
+        }
+        known = _mean({seed: value for seed, value in gaps.items() if value is not None})
+        if known is not None:
+            result.append({"first": first, "second": second, **known})
+    return result
+
+
+def _cost(plan: Plan, folder: Path) -> dict[str, Any] | None:
+    content = read_cost(plan, folder)
+    if content is None:
+        return None
+    result = {}
+    for variant in plan.variants:
+        seconds = content["seconds"][variant]
+        result[variant] = {
+            "milliseconds": entry(median_interval([1000 * value for value in seconds])),
+            "parameters": content["parameters"][variant],
+            "peak": content["peak"][variant],
+        }
+        if "plain" in plan.variants:
+            ratios = [value / base for value, base in zip(seconds, content["seconds"]["plain"], strict=True)]
+            result[variant]["ratio"] = entry(median_interval(ratios))
+            result[variant]["peak_ratio"] = content["peak"][variant] / content["peak"]["plain"]
+    return {"rounds": len(content["seconds"][plan.variants[0]]), "load": content["load"], "variants": result}
+
+
+def _gains(runs: list[dict[str, Any]]) -> dict[str, list[list[Any]]]:
+    result = {}
+    for place, name in enumerate(("forward", "backward", "distance", "error"), 1):
+        steps = sorted({point[0] for run in runs for point in run["gain"]})
+        values = {
+            step: [p[place] for run in runs for p in run["gain"] if p[0] == step and p[place] is not None]
+            for step in steps
+        }
+        result[name] = [_point(step, values[step]) for step in steps if values[step]]
+    return result
+
+
+def _curve(curves: Sequence[Sequence[float]], first: int) -> list[list[Any]]:
+    """Of all curves at every fifth step and the last; a run that has ended is no longer part of the mean."""
+    longest = max((len(curve) for curve in curves), default=0)
+    chosen = [i for i in range(longest) if i % EVERY == 0 or i == longest - 1]
+    at: Callable[[int], list[float]] = lambda i: [c[i] for c in curves if i < len(c) and math.isfinite(c[i])]  # noqa: E731
+    return [_point(i + first, at(i)) for i in chosen if at(i)]
+
+
+def _point(step: int, values: Sequence[float]) -> list[Any]:
+    interval = mean_interval(values)
+    return [step, _plain(interval.value), _plain(interval.low), _plain(interval.high)]
+
+
+def _mean(values: dict[int, float]) -> dict[str, Any] | None:
+    """By seed; None without any."""
+    if not values:
+        return None
+    return entry(mean_interval(list(values.values())), values=list(values.values()), seeds=list(values))
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _log(value: float) -> float:
+    return math.log10(value) if value > 0 else math.nan
+
+
+def _plain(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

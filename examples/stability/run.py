@@ -1,0 +1,96 @@
+"""Trains, measures and reports: `python examples/stability/run.py`. Interrupt it at will; the same command goes on."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from experiment.conduct import conduct, script, surroundings
+from experiment.plan import ExperimentError, Plan, Run
+from rich.console import Console
+
+OUT = Path(__file__).parent / "results"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: beside this file)")
+    parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (default: 2)")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report on what is there")
+    parser.add_argument(
+        "--again", metavar="RUN", help="train a finished run, e.g. mHC-calm-0, again and compare bit for bit"
+    )
+    for field in fields(Plan):
+        many = field.name in ("variants", "rates")
+        kind = str if many or field.name == "inner" else int
+        default = " ".join(field.default) if many else field.default
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", nargs="+" if many else None, type=kind, help=f"default: {default}"
+        )
+    parser.add_argument("--plan", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cost", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def planned(given: argparse.Namespace) -> Plan:
+    plan = Plan.from_json(given.plan) if given.plan else Plan()
+    named = {field.name: getattr(given, field.name) for field in fields(Plan) if getattr(given, field.name) is not None}
+    return replace(plan, **{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    console = Console(stderr=True)
+    try:
+        plan = planned(given)
+        if given.worker:
+            from experiment.worker import work
+
+            work(plan, given.worker, given.out)
+        elif given.cost:
+            from experiment.cost import measure
+
+            measure(plan, given.out)
+        elif given.again:
+            return repeat(plan, given.again, given.out, console)
+        else:
+            everything(plan, given, console)
+    except ExperimentError as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted. Finished runs are kept; the same command goes on.")
+        return 130
+    return 0
+
+
+def everything(plan: Plan, given: argparse.Namespace, console: Console) -> None:
+    from experiment.cost_file import read_cost
+    from experiment.report import report
+
+    if not given.report:
+        conduct(plan, given.out, given.processes, console)
+        if read_cost(plan, given.out) is None:
+            with console.status("measuring what a step costs, all variants in turn"):
+                command = [sys.executable, str(script), "--out", str(given.out), "--plan", plan.to_json(), "--cost"]
+                if subprocess.run(command, env=surroundings(), check=False).returncode:
+                    raise ExperimentError("the measurement of cost failed; its message is above")
+    for path in report(plan, given.out):
+        print(path)
+
+
+def repeat(plan: Plan, name: str, folder: Path, console: Console) -> int:
+    from experiment.worker import again
+
+    variant, rate, seed = name.rsplit("-", 2)
+    same = again(plan, Run(variant, rate, int(seed)), folder)
+    console.print(f"{name}: {'the same' if same else 'NOT the same'}, bit for bit, in a process of its own")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

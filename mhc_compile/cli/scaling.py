@@ -1,0 +1,70 @@
+"""`mhc scaling`."""
+
+from __future__ import annotations
+
+import click
+
+from mhc_compile.cli.shared import Command, print_json, progress, write
+from mhc_compile.errors import OptionError
+
+__all__ = ["command"]
+
+
+@click.command("scaling", cls=Command)
+@click.option("--width", type=click.IntRange(1), help="C of a dense decoder of your own; with --layers.")
+@click.option("--layers", type=click.IntRange(1), help="Its blocks, two residual adds each.")
+@click.option("--heads", type=click.IntRange(1), help="Its attention heads. [default: C / 128]")
+@click.option("--hidden", type=click.IntRange(1), help="Width of its gated feed-forward branch. [default: about 8/3 C]")
+@click.option("--vocabulary", type=click.IntRange(1), default=129280, show_default=True, help="Rows of its embedding.")
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of one of its sequences.")
+@click.option("--streams", type=int, default=4, show_default=True, help="n, the number of residual streams.")
+@click.option("--mapping", default="sinkhorn", show_default=True, help="The family of H_res.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def command(
+    width: int | None,
+    layers: int | None,
+    heads: int | None,
+    hidden: int | None,
+    vocabulary: int,
+    tokens: int,
+    streams: int,
+    mapping: str,
+    as_json: bool,
+    as_markdown: bool,
+    quiet: bool,
+) -> None:
+    """Estimate what hyper-connections cost at 3B to 671B, and at a size of your own: parameters, bytes, memory, time.
+
+    Nothing is measured: these are counts and rooflines, the ones of `mhc explain`. A size of your own is --width and --layers.
+    """
+    from mhc_compile.options import Options
+    from mhc_compile.scaling.estimate import estimate
+    from mhc_compile.scaling.shapes import SHAPES, Shape
+    from mhc_compile.scaling.table import markdown, render
+
+    if (width is None) != (layers is None):
+        raise click.UsageError("a size of your own needs both --width and --layers")
+    if width is None and (heads is not None or hidden is not None):
+        raise click.UsageError("--heads and --hidden are of a size of your own, which needs --width and --layers")
+    shapes = list(SHAPES)
+    try:
+        options = Options.parse({"streams": streams, "mapping": mapping})
+        if width is not None and layers is not None:
+            yours = Shape.of(
+                width=width, layers=layers, heads=heads, hidden=hidden, vocabulary=vocabulary, tokens=tokens
+            )
+            shapes.insert(0, yours)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
+    estimates = []
+    for shape in shapes:
+        with progress(f"tracing {shape.name}", quiet=quiet):
+            estimates.append(estimate(shape, options))
+    if as_json:
+        print_json({"estimates": [one.to_dict() for one in estimates]})
+    elif as_markdown:
+        click.echo(markdown(estimates))
+    else:
+        write(render(estimates))

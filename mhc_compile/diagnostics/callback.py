@@ -1,0 +1,200 @@
+"""`mhc_compile.StabilityCallback`: the stability of a model while it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mhc_compile.attachment import connections, unwrap
+from mhc_compile.checking.values import fresh
+from mhc_compile.diagnostics.batches import inputs_of, on_device
+from mhc_compile.diagnostics.frameworks import dressed
+from mhc_compile.diagnostics.loaders import first_batch
+from mhc_compile.diagnostics.measure import Meter
+from mhc_compile.diagnostics.undisturbed import undisturbed
+from mhc_compile.errors import MhcError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mhc_compile.diagnostics.result import Stability
+    from mhc_compile.options import Options
+
+__all__ = ["StabilityCallback"]
+
+
+class StabilityCallback:
+    """Measures `mhc_compile.stability` every so many steps of a training, in any of three kinds of loops.
+
+        Trainer(..., callbacks=[StabilityCallback(every=100)])                    transformers
+        lightning.Trainer(callbacks=[StabilityCallback(every=100)])               Lightning
+        callback = StabilityCallback(every=100, batch=batch)                      a loop of one's own
+        for step, batch in enumerate(loader, 1): ...; callback.step(model, step)
+
+    The training goes on as if nothing had been measured: parameters, gradients, buffers, random numbers and compiled versions stay as they are. The
+    first call measures too, so that a batch that does not fit is known at once, and the graph is traced then only. A model whose hyper-connections
+    are attached by its first compiled call must have had that call.
+
+    Import transformers or Lightning before making the callback: it becomes an instance of the callback classes of those that are imported.
+
+    Args:
+        every: steps between two measurements.
+        batch: what the model is called with, the same each time, which makes measurements comparable: inputs as `mhc_compile.stability` takes them
+            in one object (a tensor, a tuple, a mapping). Without one: the first of the training batches in Lightning, the first examples of the data
+            set in transformers; a loop of one's own must give one, here or to `step`.
+        log: called with the figures of `Stability.summary`, under names that begin with "mhc/", and "step".
+        file: JSON lines are appended to it, one for each measurement, each on disk before the training goes on.
+        options: as the model was compiled with; see `mhc_compile.stability`.
+
+    Attributes:
+        history: (step, Stability) of every measurement.
+
+    Raises:
+        OptionError: `every` is not a positive integer.
+    """
+
+    history: list[tuple[int, Stability]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:  # noqa: ARG004, D102 - for __init__
+        made: StabilityCallback = object.__new__(dressed(cls))
+        return made
+
+    def __init__(
+        self,
+        every: int = 100,
+        batch: Any = None,
+        log: Callable[[dict[str, float]], Any] | None = None,
+        file: str | Path | None = None,
+        *,
+        options: Mapping[str, Any] | Options | None = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise OptionError(f"StabilityCallback: every is {every!r}; expected a positive number of steps")
+        self.every, self.batch, self.options = every, batch, options
+        self._report = log  # Lightning puts a `log` of its own on callbacks
+        self.file = Path(file) if file is not None else None
+        self.history = []
+        self._meter: Meter | None = None
+        self._measured = -1
+
+    def step(self, model: nn.Module, step: int, batch: Any = None) -> Stability | None:
+        """To be called behind the step number `step` of a training; measures if one is due.
+
+        Args:
+            model: compiled or not, or wrapped in DDP.
+            step: its number, 0 or 1 being the first.
+            batch: instead of that which the callback was made with.
+
+        Returns:
+            The measurement, None if none was due.
+
+        Raises:
+            MhcError: there is no batch.
+            AttachError: the model has no hyper-connections.
+        """
+        if not self._due(step):
+            return None
+        return self._measure(model, step, self.batch if batch is None else batch, contextlib.nullcontext())
+
+    def close(self) -> None:
+        """Drops the traced graph; the history stays. The callbacks of trainers do this when a training ends."""
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
+
+    # --- transformers --------------------------------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Of transformers: behind each optimizer step."""
+        if not self._due(state.global_step):
+            return
+        if self.batch is None:
+            with undisturbed(_inner(model)):
+                self.batch = first_batch(kwargs.get("train_dataloader"), args.per_device_train_batch_size)
+        self._measure(model, state.global_step, self.batch, contextlib.nullcontext())
+
+    # --- Lightning -----------------------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Of Lightning: behind each batch; with accumulated gradients, the first batch behind an optimizer step counts."""
+        if not self._due(trainer.global_step):
+            return
+        if self.batch is None:
+            self.batch = _copied(batch)
+        self._measure(pl_module, trainer.global_step, self.batch, trainer.precision_plugin.forward_context())
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Of both."""
+        self.close()
+
+    # --- what they share -----------------------------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> bool:
+        return step != self._measured and (not self.history or step % self.every == 0)
+
+    def _measure(self, model: nn.Module, step: int, batch: Any, context: Any) -> Stability:
+        if batch is None:
+            raise MhcError(
+                "StabilityCallback has no batch to measure with: StabilityCallback(batch=...), or step(model, step, batch)"
+            )
+        model = _inner(model)
+        if self._meter is None or self._meter.model is not model:
+            self.close()
+            self._meter = Meter(model, options=self.options)
+        some = next(iter(connections(model).values()))
+        with context:
+            result = self._meter.measure(*inputs_of(model, (on_device(batch, some.phi.device),), {}))
+        self._measured = step
+        self.history.append((step, result))
+        if _is_first():
+            self._tell(step, result)
+        return result
+
+    def _tell(self, step: int, result: Stability) -> None:
+        if self.file is not None:
+            line = {"step": step, "time": time.time(), **result.to_dict()}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._report is not None:
+            self._report({"step": step, **{f"mhc/{name}": value for name, value in result.summary().items()}})
+
+    def __reduce__(self) -> Any:
+        """A copy in another process has the callback classes of what is imported there, and traces anew."""
+        return _restored, (self.__dict__ | {"_meter": None},)
+
+
+def _restored(state: dict[str, Any]) -> StabilityCallback:
+    callback = StabilityCallback()
+    callback.__dict__.update(state)
+    return callback
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile, in whatever order."""
+    while True:
+        inside = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+        if inside is model:
+            return inside
+        model = inside
+
+
+def _copied(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return fresh(batch)
+    if isinstance(batch, dict):
+        return {key: _copied(entry) for key, entry in batch.items()}
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        return type(batch)(map(_copied, batch))
+    return batch
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,0 +1,49 @@
+"""The layouts of the systems that ship hyper-connections, by preset. A new one is one file and one line here. Torch is not imported here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mhc_compile.errors import OptionError
+from mhc_compile.interop.layouts.deepseek_v4 import DEEPSEEK_V4
+from mhc_compile.interop.layouts.glm5_next import GLM5_NEXT
+from mhc_compile.interop.layouts.hy_v4 import HY_V4
+from mhc_compile.interop.layouts.qwen4_exp import QWEN4_EXP
+from mhc_compile.presets import get_preset
+
+if TYPE_CHECKING:
+    from mhc_compile.interop.layout import Layout
+
+__all__ = ["LAYOUTS", "get_layout", "register_layout"]
+
+#: By the name of the preset.
+LAYOUTS: dict[str, Layout] = {layout.preset: layout for layout in (DEEPSEEK_V4, GLM5_NEXT, HY_V4, QWEN4_EXP)}
+
+
+def get_layout(preset: str) -> Layout:
+    """How the files of the system that `preset` stands for store hyper-connections.
+
+    Raises:
+        OptionError: there is no such preset, or it has no files of its own.
+    """
+    get_preset(preset)
+    if preset not in LAYOUTS:
+        raise OptionError(
+            f"preset {preset!r} has no layout of its own; known layouts: {', '.join(LAYOUTS)}. Describe another one with"
+            " mhc_compile.interop.register_layout"
+        )
+    return LAYOUTS[preset]
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Makes a layout of your own known by the name of its preset.
+
+    Raises:
+        OptionError: there is no such preset (see `mhc_compile.presets.register_preset`), or it has another layout.
+    """
+    get_preset(layout.preset)
+    if LAYOUTS.setdefault(layout.preset, layout) != layout:
+        raise OptionError(
+            f"preset {layout.preset!r} has another layout already; register a preset with a name of its own"
+        )
+    return layout

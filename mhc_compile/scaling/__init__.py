@@ -1,0 +1,1 @@
+"""What hyper-connections cost at sizes that this machine cannot run: `shapes`, `model` (the plain one), `estimate`, `table`."""

@@ -1,0 +1,269 @@
+"""Presets in a compiled model: what the passes write against the same sites put together by hand, in float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from builders import LAYERS, Decoder, tokens, twin
+from torch import Tensor
+
+import mhc_compile
+from mhc_compile import OptionError
+from mhc_compile.errors import AttachError
+
+WIDTH = 6
+CASES = {
+    "deepseek-v4": {"preset": "deepseek-v4"},
+    "glm5-next": {"preset": "glm5-next"},
+    "hy-v4": {"preset": "hy-v4"},
+    "liger": {"preset": "liger"},
+    "deepseek-v4.1": {"preset": "deepseek-v4.1"},
+    "qwen4-exp": {"preset": "qwen4-exp", "rank": 3, "start": "scratch"},
+    "sum": {"read_out": "sum", "start": "scratch"},
+    "static": {"dynamic": False},
+    "sites": {"sites": {"blocks.*.mlp": {"mapping": "identity"}, "blocks.1.*": {"dynamic": False}}},
+}
+
+
+def _branch(norm, f):
+    return lambda h: f(norm(h))
+
+
+def by_hand(model: Decoder, ids: Tensor) -> Tensor:
+    with warnings.catch_warnings():  # that branches run outside a compiled graph
+        warnings.simplefilter("ignore", mhc_compile.MhcWarning)
+        return _by_hand(model, ids)
+
+
+def _by_hand(model: Decoder, ids: Tensor) -> Tensor:
+    x = model.embed(ids)
+    X = torch.stack([x] * 4, dim=-2)
+    passed = None
+    for block in model.blocks:
+        for name, norm in (("attn", block.norm1), ("mlp", block.norm2)):
+            f = _branch(norm, getattr(block, name))
+            site = block.mhc.get(name)
+            if site.single_pass:
+                pre, post, res = site.coefficients(X)
+                h = x if passed is None else torch.einsum("...n,...nc->...c", passed, X)
+                X = torch.einsum("...ij,...jc->...ic", res, X) + post.unsqueeze(-1) * f(h).unsqueeze(-2)
+                passed = pre
+            else:
+                X = site(X, f)
+    if passed is not None:
+        end = torch.einsum("...n,...nc->...c", passed, X)
+    elif site.read_out is not None:
+        end = site.read_out(X)
+    else:
+        end = X.sum(-2) if site.end == "sum" else X.mean(-2)
+    return model.head(model.norm(end))
+
+
+def randomised(options: dict) -> tuple[Decoder, Tensor]:
+    model, ids = Decoder(width=WIDTH).double(), tokens()
+    mhc_compile.attach(model, ids, options=options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mhc." in name:
+                parameter.normal_(std=0.5)
+    return model, ids
+
+
+@pytest.mark.parametrize(
+    ("case", "inner"),
+    [*((case, "aot_eager") for case in CASES), ("deepseek-v4.1", "eager"), ("qwen4-exp", "eager")]
+    + [
+        pytest.param(case, "inductor", marks=pytest.mark.slow)
+        for case in ("deepseek-v4", "deepseek-v4.1", "qwen4-exp", "static")
+    ],
+)
+def test_forward_and_gradients_equal_the_sites_by_hand(case, inner):
+    model, ids = randomised(CASES[case])
+    want = by_hand(model, ids)
+    weight = torch.randn_like(want)
+    parameters = dict(model.named_parameters())
+    expected = torch.autograd.grad((want * weight).sum(), list(parameters.values()), allow_unused=True)
+    got = torch.compile(model, backend="mhc", options={**CASES[case], "inner": inner, "strict": True})(ids)
+    assert (got - want).abs().max() < 1e-11
+    found = torch.autograd.grad((got * weight).sum(), list(parameters.values()), allow_unused=True)
+    for name, mine, theirs in zip(parameters, found, expected, strict=True):
+        # In a single pass the last site's weights end the chain, so none is unused; empty parameters have empty gradients.
+        mine, theirs = (torch.zeros(1) if value is None else value for value in (mine, theirs))
+        if mine.numel():
+            assert (mine - theirs).abs().max() < 1e-10 * max(1.0, theirs.abs().max().item()), name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "start" not in CASES[case]])
+def test_the_start_is_the_plain_model(case):
+    """To rounding; with an epsilon in Sinkhorn the rows sum to 1 - eps, so that a site loses a millionth of its streams."""
+    plain = Decoder(width=WIDTH).double()
+    model, ids = twin(plain), tokens()
+    want, got = plain(ids), torch.compile(model, backend="mhc", options={**CASES[case], "inner": "eager"})(ids)
+    loses = "sinkhorn_eps" in next(iter(mhc_compile.connections(model).values())).form
+    assert (got - want).abs().max() < (5e-6 * 2 * LAYERS if loses else 1e-13)
+    assert loses == (case in {"deepseek-v4", "glm5-next", "liger", "deepseek-v4.1"})
+
+
+def test_sites_of_their_own_kind():
+    model, _ = randomised(CASES["sites"])
+    kinds = {path: (c.mapping, c.dynamic) for path, c in mhc_compile.connections(model).items()}
+    assert kinds == {
+        "blocks.0.mhc.attn": ("sinkhorn", True),
+        "blocks.0.mhc.mlp": ("identity", True),
+        "blocks.1.mhc.attn": ("sinkhorn", False),
+        "blocks.1.mhc.mlp": ("identity", False),
+    }
+
+
+def test_another_preset_than_the_one_that_is_attached_is_an_error():
+    model, ids = randomised({"preset": "deepseek-v4"})
+    with pytest.raises(AttachError, match="preset='deepseek-v4', the options say preset='glm5-next'"):
+        torch.compile(model, backend="mhc", options={"preset": "glm5-next", "inner": "eager"})(ids)
+
+
+@pytest.mark.parametrize("options", [{"preset": "deepseek-v4"}, {"preset": "deepseek-v4.1"}])
+def test_a_chain_in_pieces_can_not_end_in_a_learned_way(options):
+    class Broken(Decoder):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return self.head(self.norm(x))
+
+    model, ids = Broken(width=WIDTH), tokens()
+    with pytest.raises(AttachError, match="runs through several graphs"):
+        torch.compile(model, backend="mhc", options={**options, "inner": "eager"})(ids)
+
+
+def test_a_learned_read_out_outside_a_checkpointed_block():
+    class Saving(Decoder):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(3)
+    model, ids = randomised({"preset": "deepseek-v4"})
+    saving = Saving(width=WIDTH).double()
+    mhc_compile.attach(saving, ids, options={"preset": "deepseek-v4"})
+    saving.load_state_dict(model.state_dict())
+    options = {"preset": "deepseek-v4", "inner": "aot_eager", "strict": True}
+    assert (torch.compile(saving, backend="mhc", options=options)(ids) - by_hand(model, ids)).abs().max() < 1e-11
+
+
+def test_the_optimizer_gets_the_read_out_too():
+    model, ids = Decoder(width=WIDTH), tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    compiled = torch.compile(model, backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+    compiled(ids).sum().backward()
+    weight = model.get_parameter("blocks.1.mhc.mlp.read_out.weight")
+    assert any(parameter is weight for group in optimizer.param_groups for parameter in group["params"])
+    before = weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, weight)
+
+
+def test_a_state_dict_goes_round(tmp_path):
+    model, ids = randomised({"preset": "deepseek-v4"})
+    other, _ = randomised({"preset": "deepseek-v4"})
+    assert not torch.equal(by_hand(other, ids), by_hand(model, ids))
+    mhc_compile.load_state_dict(other, model.state_dict())
+    assert torch.equal(by_hand(other, ids), by_hand(model, ids))
+    plain = Decoder(width=WIDTH).double()
+    with pytest.warns(mhc_compile.MhcWarning, match="looks like one of the plain model"):
+        other.load_state_dict(plain.state_dict())  # strict: neither connections nor read-out are missed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "deepseek-v5"}, "preset 'deepseek-v5' is unknown; did you mean 'deepseek-v4'"),
+        ({"preset": "qwen4-exp"}, "no parameters make that the plain residual add. Add start='scratch'"),
+        ({"read_out": "sum"}, "read_out='sum' adds 4 equal streams up"),
+        (
+            {"read_out": "max"},
+            "option 'read_out' is 'max'; did you mean 'mean'? expected one of 'mean', 'sum', 'learned'",
+        ),
+        ({"rank": 4, "start": "scratch"}, "goes with mapping='identity'"),
+        ({"sites": {"layers.*": {"streams": 2}}}, "sets 'streams'"),
+        (
+            {"sites": {"layers.*": {"mapping": "sinkhron"}}},
+            "'layers.*': option 'mapping' is 'sinkhron'; did you mean 'sinkhorn'",
+        ),
+        ({"sites": ["layers"]}, "expected a dict such as"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(options, message):
+    with pytest.raises(OptionError) as error:
+        mhc_compile.Options.parse(options)
+    assert message in str(error.value)
+
+
+def test_what_is_given_goes_before_the_preset():
+    assert mhc_compile.Options.parse({"preset": "glm5-next"}).eps == 1e-5
+    assert mhc_compile.Options.parse({"preset": "glm5-next", "eps": 1e-6}).eps == 1e-6
+    assert (
+        mhc_compile.Options(preset="glm5-next", mapping="identity").form == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
+    )
+
+
+@pytest.mark.parametrize("case", ["deepseek-v4", "qwen4-exp", "static"])
+def test_restored_from_a_file(case, tmp_path):
+    """What the names and shapes in a file tell need not be said: the learned read-out, the rank, static coefficients."""
+    from safetensors.torch import save_file
+
+    model, ids = randomised(CASES[case])
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "m.safetensors")
+    fresh = Decoder(width=WIDTH).double()
+    preset = CASES[case].get("preset", "paper")
+    known = {"preset": preset, "start": "scratch"}
+    mhc_compile.restore(fresh, tmp_path / "m.safetensors", options=known)
+    fresh.load_state_dict(model.state_dict())
+    got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner": "eager", "strict": True})(ids)
+    assert (got - by_hand(model, ids)).abs().max() < 1e-11
+
+
+def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
+    model, ids = Decoder(width=WIDTH), tokens()
+    options = {"inner": "eager", "sites": {"layers.*.mlp": {"dynamic": False}}}
+    with pytest.warns(mhc_compile.MhcWarning, match=r"'layers\.\*\.mlp' fits no site .* 'blocks\.\d\.mlp'"):
+        torch.compile(model, backend="mhc", options=options)(ids)
+
+
+def test_patterns_fit_the_end_of_a_path():
+    options = mhc_compile.Options(sites={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"dynamic": False}})
+    assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
+    assert not options.at("model.layers.3.mlp").dynamic
+    assert options.at("model.layers.2.mlp").dynamic
+    assert options.at("model.players.3.attn") is options
+
+
+@pytest.mark.parametrize(
+    "case", ["deepseek-v4", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "deepseek-v4")]
+)
+def test_an_exported_program_and_the_eager_model_compute_the_same(case):
+    model, ids = randomised(CASES[case])
+    want = by_hand(model, ids)
+    program = mhc_compile.rewrite(torch.export.export(model, (ids,)), options=CASES[case])
+    assert not any("mhc" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert (program.module()(ids) - want).abs().max() < 1e-11
+    assert (mhc_compile.eager(model, options=CASES[case])(ids) - want).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "qwen4-exp",
+        "sites",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in ("qwen4-exp", "sites")),
+    ],
+)
+def test_explain_counts_the_parameters_that_are_attached(case):
+    model, _ = randomised(CASES[case])
+    attached = sum(p.numel() for name, p in model.named_parameters() if ".mhc." in name)
+    said = mhc_compile.explain(Decoder(width=WIDTH).double(), tokens(), options=CASES[case])
+    assert said.cost.parameters == attached

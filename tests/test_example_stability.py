@@ -1,0 +1,187 @@
+"""examples/stability: its statistics against numbers from elsewhere, and the whole of it in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+FOLDER = Path(__file__).parents[1] / "examples" / "stability"
+sys.path.insert(0, str(FOLDER))
+
+from experiment.numbers import (  # noqa: E402
+    diverged,
+    mean_interval,
+    median_interval,
+    proportion_interval,
+    spikes,
+    surges,
+)
+from experiment.plan import ExperimentError, Plan, read_json, write_json  # noqa: E402
+from experiment.report import report  # noqa: E402
+
+MINI = {"variants": ["plain", "mHC"], "rates": ["calm"], "seeds": 2, "steps": 5, "layers": 2, "width": 16}
+REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner": "eager"}
+PLAN = Plan.from_json(json.dumps(MINI | REST))
+
+
+def student_below(t: float, freedom: int) -> float:
+    """The distribution function, from the density by Simpson's rule."""
+    scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+    width = t / 20_000
+    values = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(20_001)]
+    weights = [1] + [4, 2] * 9_999 + [4, 1]
+    return 0.5 + width / 3 * sum(a * b for a, b in zip(weights, values, strict=True))
+
+
+def test_the_interval_of_a_mean() -> None:
+    known = mean_interval([1.0, 2.0, 3.0])
+    assert (known.value, known.low) == (2.0, pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3))
+    assert known.high - known.value == pytest.approx(known.value - known.low)
+    for count in (2, 5, 12, 31):
+        values = [0.0] * (count - 1) + [1.0]
+        deviation = (1 / count) ** 0.5  # of one 1 among zeros, over sqrt(count - 1) degrees: sqrt(1 / count)
+        quantile = (mean_interval(values).high - 1 / count) / (deviation / count**0.5)
+        assert student_below(quantile, count - 1) == pytest.approx(0.975, abs=1e-4)
+    assert mean_interval([4.0]).low == -math.inf
+
+
+def test_the_interval_of_a_median() -> None:
+    ten = median_interval([7.0, 1.0, 9.0, 3.0, 5.0, 2.0, 8.0, 4.0, 10.0, 6.0])
+    assert (ten.low, ten.value, ten.high) == (2.0, 5.5, 9.0)  # 2 · P(B(10, ½) < 2) = 2.1 %, with < 3 it would be 10.9 %
+    six = median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (six.low, six.high) == (1.0, 6.0)  # 3.1 %
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).high == math.inf  # even the extremes miss it with 6.25 %
+
+
+def test_the_interval_of_a_share() -> None:
+    none, all_of_them, some = proportion_interval(0, 5), proportion_interval(5, 5), proportion_interval(2, 5)
+    assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025**0.2))
+    assert (all_of_them.low, all_of_them.high) == (pytest.approx(0.025**0.2), 1.0)
+    assert (some.low, some.high) == (pytest.approx(0.0527, abs=1e-4), pytest.approx(0.8534, abs=1e-4))
+
+
+def test_spikes() -> None:
+    calm = [1.0] * 200
+    assert spikes(calm) == []
+    assert spikes([*calm[:49], 9.0, *calm]) == []  # nothing to compare with yet
+    assert spikes([*calm, 3.0, *calm, 3.1, 1.0, math.inf]) == [401, 403]
+    assert spikes([2.0**-i for i in range(100)]) == []
+
+
+def test_surges_and_divergence() -> None:
+    fall = [4 - i / 50 for i in range(100)]
+    assert (surges(fall), diverged(fall, fall)) == (0, False)
+    hill = [2.0] * 30 + [3.0] * 30 + [2.0] * 30
+    assert (surges(hill), diverged(hill, hill)) == (1, False)
+    assert (surges(hill + hill), diverged(hill[:60], hill)) == (2, True)
+    assert diverged([*fall, math.nan], fall)
+    assert diverged(fall, [1.0, math.inf])
+    assert surges([2.0] * 40 + [11.0] + [2.0] * 40) == 0  # one step moves the mean of 20 by 0.45
+
+
+def made_run(
+    variant: str, rate: str, seed: int, final: float, plan: Plan, *, end: float | None = 1.0
+) -> dict[str, Any]:
+    steps = plan.steps
+    return {
+        "variant": variant, "rate": rate, "seed": seed, "settings": plan.deciding(), "start": 0.0, "parameters": 1,
+        "loss": [*(5 - 3 * i / steps for i in range(steps - 1)), end], "norm": [1.0] * (steps - 1) + [end],
+        "validation": [[steps, final]] if end else [], "gain": [[steps, 1.0, 1.0 + final, 0.1, 0.0]],
+        "digest": "", "data": "d", "torch": "t", "seconds": 1.0,
+    }  # fmt: skip
+
+
+def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> None:
+    """Made-up runs: HC is better in every seed, identity is a coin toss, mHC diverged once."""
+    plan = Plan(variants=("plain", "HC", "mHC", "identity"), rates=("calm",), seeds=3, steps=80)
+    finals = {"plain": (2.0, 2.1, 2.2), "HC": (1.8, 1.91, 1.99), "identity": (2.1, 2.0, 2.2), "mHC": (2.0, 2.1, 2.2)}
+    for variant, values in finals.items():
+        for seed, value in enumerate(values):
+            end = None if (variant, seed) == ("mHC", 1) else 1.0
+            content = made_run(variant, "calm", seed, value, plan, end=end)
+            write_json(tmp_path / "runs" / f"{variant}-calm-{seed}.json", content)
+    report(plan, tmp_path)
+    figures = read_json(tmp_path / "summary.json")["rates"]["calm"]
+    gap = figures["HC"]["difference"]
+    assert gap["values"] == pytest.approx([-0.2, -0.19, -0.21])
+    assert (gap["low"], gap["high"]) == (pytest.approx(-0.2248, abs=1e-4), pytest.approx(-0.1752, abs=1e-4))
+    assert figures["mHC"]["difference"]["seeds"] == [0, 2]
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "HC is lower by 0.200 [-0.225, -0.175], lower in 3 of 3 seeds" in text
+    assert "Not distinguishable from plain at 3 seeds, calm: mHC +0.000" in text
+    assert "Diverged, calm: mHC 1 of 3; no run of the others." in text
+    assert "Surges of the loss, calm: none in any run." in text
+    assert "| HC (unconstrained) | 1.9000 [" in text
+    assert "12 of 12 runs" in text
+    (tmp_path / "runs" / "HC-calm-0.json").unlink()
+    report(plan, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "11 of 12 runs" in text
+    assert "Not all runs are finished" in text
+
+
+def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "runs" / "plain-calm-0.json", made_run("plain", "calm", 0, 2.0, PLAN))
+    longer = Plan.from_json(json.dumps(MINI | REST | {"steps": 6}))
+    with pytest.raises(ExperimentError, match="was made with steps 5, not 6"):
+        report(longer, tmp_path)
+    with pytest.raises(ExperimentError, match="variant 'HCC' is unknown; known: permutations, HC"):
+        Plan(variants=("HCC",))
+
+
+def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    flags = []
+    for name, value in (MINI | REST).items():
+        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+    return subprocess.run(
+        [sys.executable, str(FOLDER / "run.py"), "--out", str(folder), *flags, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_all_of_it_in_miniature(tmp_path: Path) -> None:
+    """Trained, measured, reported; what is there is kept; a run that follows another is what it is in a process of its own."""
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 runs" in done.stderr
+    files = {path.name: path.read_text() for path in (tmp_path / "runs").iterdir()}
+    assert sorted(files) == ["mHC-calm-0.json", "mHC-calm-1.json", "plain-calm-0.json", "plain-calm-1.json"]
+    first = {name: json.loads(text) for name, text in files.items()}
+    assert first["mHC-calm-1.json"]["loss"][0] == pytest.approx(first["plain-calm-1.json"]["loss"][0], abs=1e-5)
+    assert first["mHC-calm-1.json"]["parameters"] > first["plain-calm-1.json"]["parameters"]
+    assert first["mHC-calm-1.json"]["gain"][-1][3] > 0  # the streams have separated
+    assert first["mHC-calm-0.json"]["loss"][0] != first["mHC-calm-1.json"]["loss"][0]
+    assert [point[0] for point in first["mHC-calm-0.json"]["gain"]] == [2, 5]
+    cost = (tmp_path / "cost.json").read_text()
+    (tmp_path / "runs" / "mHC-calm-1.json").unlink()
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = {path.name: path.read_text() for path in (tmp_path / "runs").iterdir()}
+    assert json.loads(again.pop("mHC-calm-1.json"))["digest"] == first["mHC-calm-1.json"]["digest"]
+    del files["mHC-calm-1.json"]
+    assert again == files
+    assert (tmp_path / "cost.json").read_text() == cost
+    for name in ("loss.png", "difference.png", "norm.png", "gain.png", "cost.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["cost"]["variants"]["mHC"]["ratio"]["value"] > 1
+    assert "4 of 4 runs" in (tmp_path / "RESULTS.md").read_text()
+    done = run(tmp_path, "--again", "plain-calm-1")
+    assert "the same, bit for bit" in done.stderr
+    content = first["plain-calm-1.json"] | {"digest": "of another run"}
+    write_json(tmp_path / "runs" / "plain-calm-1.json", content)
+    done = run(tmp_path, "--again", "plain-calm-1")
+    assert (done.returncode, "NOT the same" in done.stderr) == (1, True)

@@ -1,0 +1,121 @@
+"""`mhc scaling`: the sizes against published figures, the estimate against a whole model and against counts by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+import mhc_compile
+from mhc_compile.cli.scaling import command
+from mhc_compile.errors import OptionError
+from mhc_compile.options import Options
+from mhc_compile.passes.recompute import block_length
+from mhc_compile.scaling.estimate import estimate
+from mhc_compile.scaling.kept import kept_bytes
+from mhc_compile.scaling.model import Decoder
+from mhc_compile.scaling.shapes import SHAPES, Shape
+from mhc_compile.scaling.table import markdown, render
+
+SMALL = Shape(
+    name="small", layers=3, width=32, heads=4, head=8, hidden=24, active=2, experts=6, dense=1, vocabulary=50, tokens=16
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "active"),
+    [
+        ("mHC 3B", 2.97e9, 0.77e9),
+        ("mHC 9B", 9.18e9, 1.9e9),
+        ("mHC 27B", 27.0e9, 4.45e9),
+        ("Llama 3.1 405B", 405e9, 405e9),
+        ("DeepSeek-V3 671B", 671e9, 37e9),
+    ],
+)
+def test_the_shapes_have_the_parameters_that_they_are_named_for(name: str, parameters: float, active: float) -> None:
+    shape = next(shape for shape in SHAPES if shape.name == name)
+    assert shape.parameters() == pytest.approx(parameters, rel=0.005)
+    assert shape.parameters(active=True) == pytest.approx(active, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"groups": 2}, {"latent": 12, "rotary": 4}, {"latent": 12, "rotary": 4, "query_latent": 10}]
+)
+def test_the_model_has_the_weights_that_the_shape_counts(variant: dict[str, int]) -> None:
+    shape = replace(SMALL, **variant)
+    model = Decoder(shape, shape.layers)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert matrices == shape.parameters(active=True)
+    assert model(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 16, 50)
+
+
+def test_the_estimate_is_that_of_the_whole_model() -> None:
+    shape = replace(SMALL, layers=5)
+    got = estimate(shape)
+    model, ids = Decoder(shape, 5).to(torch.bfloat16), torch.zeros(1, 16, dtype=torch.int64)
+    want = mhc_compile.explain(model, ids)
+    assert (got.plain, got.added, got.floor) == (want.plain, want.added, want.floor)
+    assert got.cost == want.cost
+    assert got.cost.parameters == 10 * (4 * 32 * 24 + 24 + 3)
+    assert [one.floor for one in got.overheads] == [one.floor for one in want.overheads]
+    text = markdown([got])
+    assert "| small | 5 | 32 | 16 |" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render([got]))
+    assert f"{got.added.flops / got.plain.flops:.2%}" in console.export_text()
+
+
+def test_what_is_kept_by_hand() -> None:
+    cheap = kept_bytes(8, 2, Options(), 10, "cheap")
+    assert cheap == 10 * (4 * 8 * 2 + 8 * 2 + 24 * 4)
+    assert block_length(10, 4) == 3
+    # Four of ten sites keep streams and coefficients, ten a branch's output; six do not keep what their branch reads.
+    assert kept_bytes(8, 2, Options(), 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
+
+
+def test_a_shape_that_cannot_be_is_refused() -> None:
+    with pytest.raises(OptionError, match="layers is 0; expected a positive integer"):
+        replace(SMALL, layers=0)
+    with pytest.raises(OptionError, match="width 100 and 3 heads"):
+        Shape.of(width=100, layers=2, heads=3)
+    with pytest.raises(OptionError, match="4 heads do not share 3"):
+        replace(SMALL, groups=3)
+    with pytest.raises(OptionError, match="7 active experts of 6"):
+        replace(SMALL, active=7)
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mhc_compile.scaling.shapes.SHAPES", ())
+    flags = ["--width", "64", "--layers", "2", "--vocabulary", "100", "--tokens", "8", "--quiet", "--streams", "2"]
+    done = CliRunner().invoke(command, [*flags, "--json"], catch_exceptions=False)
+    (yours,) = json.loads(done.stdout)["estimates"]
+    assert (yours["shape"]["name"], yours["sites"], yours["shape"]["hidden"]) == ("yours", 4, 192)
+    assert yours["cost"]["parameters"] == 4 * (2 * 64 * 8 + 8 + 3)
+    for wrong in (["--width", "64"], ["--heads", "2"], ["--mapping", "sinkorn"]):
+        done = CliRunner().invoke(command, wrong)
+        assert done.exit_code == 2, wrong
+
+
+@pytest.mark.slow
+def test_the_page_is_what_its_program_writes() -> None:
+    from mhc_compile.scaling.page import PAGE, page
+
+    assert PAGE.read_text() == page()
+
+
+@pytest.mark.slow
+def test_predicted_against_measured() -> None:
+    """The memory is predicted to a tenth; time is told in the page and depends on the machine."""
+    from mhc_compile.bench.predicted import compare
+    from mhc_compile.bench.shape import Shape as Measured
+
+    got = compare(Measured(width=128, layers=4, tokens=256, vocabulary=64), rounds=3, cold=False)
+    assert got.kept_measured == pytest.approx(got.kept_predicted, rel=0.15)
+    assert 0 < got.floor < got.lowered
+    assert got.plain_measured > 0.3 * got.plain_predicted  # nothing runs much faster than the roofline
+    assert got.conditions["width"] == 128
