@@ -174,7 +174,7 @@ def test_a_command_that_does_not_exist_has_near_names():
     done = mhc("explane", "zoo:gpt2")
     assert done.returncode == 2
     assert "there is no command 'explane'; near names: explain" in done.stderr
-    assert "known commands: bench, check, demo" in mhc("frobnicate").stderr
+    assert "known commands: bench, check, convert, demo" in mhc("frobnicate").stderr
 
 
 def test_an_interrupted_command_says_so_and_exits_with_130(tmp_path):

@@ -257,7 +257,7 @@ def _module(shipping_name: str, plain: bool, wide: bool) -> types.ModuleType:
     shown = native.__file__.replace(".py", f"{suffix}.py")  # transformers reads the name of the model from the path
     linecache.cache[shown] = (len(source), None, source.splitlines(keepends=True), shown)
     sys.modules[name] = module
-    exec(compile(source, shown, "exec"), module.__dict__)
+    exec(compile(source, shown, "exec", dont_inherit=True), module.__dict__)
     return module
 
 

@@ -7,6 +7,7 @@ import torch
 from builders import relative
 from interop.plain import SHIPPING, STREAMS, inputs, native_model, output, plain_model
 
+import mhc_compile
 from mhc_compile import interop
 from mhc_compile.interop.convert import convert
 
@@ -80,9 +81,30 @@ def test_files_that_transformers_saved_come_back_the_same(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_plain_class_loads_converted_files_of_the_shipping_one(tmp_path):
+    native, model = native_model("deepseek-v4"), plain_model("deepseek-v4")
+    native.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    # In saved files branches are `attn` and `ffn`; transformers calls them otherwise when it loads them.
+    names = {"self_attn": "attn", "mlp": "ffn"}
+    convert(tmp_path / "saved", tmp_path / "ours", "deepseek-v4", native=False, branches=names)
+    loaded = type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    loaded.train().set_experts_implementation("batched_mm")
+    mhc_compile.restore(loaded, tmp_path / "ours", options={"preset": "deepseek-v4"})
+    call = torch.compile(loaded, backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+    assert relative(output(call(input_ids=inputs())), output(native(input_ids=inputs()))) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPING)
 def test_in_float64_they_are_to_the_last_digits(name):
     check(name, 1e-12, wide=True, inner="eager")
+
+
+@pytest.mark.slow
+def test_sparse_attention_that_asks_for_nonzero(monkeypatch):
+    monkeypatch.setitem(SHIPPING["glm5-next"].settings, "layer_types", ["linear_attention", "indexed_attention"])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check("glm5-next", 1e-5, inner="eager")
 
 
 @pytest.mark.slow

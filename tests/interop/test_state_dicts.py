@@ -207,6 +207,30 @@ def test_a_model_without_hyper_connections_or_with_another_preset_s_is_refused()
             act(attached("glm5-next"))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda native: {n: v for n, v in native.items() if "ffn_hc" not in n},
+            "Small has .* that the checkpoint lacks",
+        ),
+        (
+            lambda native: (
+                native | {n.replace("pair", "more"): v for n, v in native.items() if "_hc." in n and "pair" in n}
+            ),
+            r"the checkpoint has .*more\.mhc\.first.* that Small lacks",
+        ),
+    ],
+)
+def test_sites_without_a_counterpart_are_named(change, words):
+    model = attached("glm5-next")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    native = change(interop.export_state_dict(attached("glm5-next"), "glm5-next", branches=BRANCHES))
+    with pytest.raises(AttachError, match=words):
+        interop.import_state_dict(model, native, "glm5-next", branches=BRANCHES)
+    assert same(model.state_dict(), before)
+
+
 def test_another_mapping_of_the_same_size_is_refused():
     model = attached("glm5-next", mapping="unconstrained")
     with pytest.raises(AttachError, match=r"mapping='unconstrained', and the same numbers stand for another function"):
