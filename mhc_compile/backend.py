@@ -152,11 +152,11 @@ def _prepare_kernels(result: Study, options: Options) -> None:
         return
     kinds = {}
     for site in result.plan.sites:
-        streams, branch = tensor_value(site.add), tensor_value(site.terms[0])
+        streams, branch, form = tensor_value(site.add), tensor_value(site.terms[0]), options.at(site.path).form
         if streams is not None and branch is not None:
-            kinds[streams.device, streams.dtype, branch.dtype] = streams, branch
-    for streams, branch in kinds.values():
-        ops.prepare(streams, branch, options.streams, options.mapping)
+            kinds[streams.device, streams.dtype, branch.dtype, form] = streams, branch
+    for (*_, form), (streams, branch) in kinds.items():
+        ops.prepare(streams, branch, options.streams, form)
 
 
 def _should_have_sites(result: Study) -> bool:

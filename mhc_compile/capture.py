@@ -23,6 +23,9 @@ __all__ = ["Probe", "capture", "probe"]
 
 log = logging.getLogger(__name__)
 
+#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run as it is, and nothing would be seen of it.
+_VERSIONS = 1_000_000
+
 
 def capture(
     model: nn.Module,
@@ -90,7 +93,7 @@ class Probe:
     ) -> None:
         self._model = model
         self._single = _SingleUse(backend)
-        self._call = _torch.isolated_compile(model, self._single)
+        self._call = _torch.isolated_compile(model, self._single, recompile_limit=_VERSIONS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the compiled model; errors of this package come as themselves."""

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["Compiled", "compiled", "first_run"]
 
 
-def compiled(module: nn.Module, compiler: Compiler) -> Callable[..., Any]:
-    """`module` under a contender's compiler; nothing is compiled before the first call."""
+def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -> Callable[..., Any]:
+    """`module` under a contender's compiler, ours with this mapping; nothing is compiled before the first call."""
     if compiler == "eager":
         return module
     if compiler.startswith("mhc"):
         recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
-        return torch.compile(module, backend="mhc", options={"recompute": recompute})
+        return torch.compile(module, backend="mhc", options={"recompute": recompute, "mapping": mapping})
     if compiler == "operators":
         return isolated_compile(module, ours.inductor)
     if compiler == "blocks":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mhc_compile.bench import ours, peers
 from mhc_compile.bench.model import PlainModel, StreamsModel
-from mhc_compile.bench.names import LIMIT, NAMES, PLAIN, check_names
+from mhc_compile.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, PLAIN, check_names
 from mhc_compile.bench.residual import Cell, Ends, PlainCell, Residual, example
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Contender:
         cuda: whether it needs a CUDA device.
         real: the only dtype that it takes, "" for any.
         kinds: the benchmarks that it takes part in.
+        mapping: of H_res, where the contender is ours.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     cuda: bool = False
     real: str = ""
     kinds: tuple[str, ...] = ("site", "step")
+    mapping: str = "sinkhorn"
 
     def missing(self, shape: Shape) -> str | None:
         """Why it cannot run here, or None."""
@@ -96,8 +98,8 @@ class _Ours(Contender):
     """The model is the plain one; the backend does the rest. The site is one operator where there is one, else three."""
 
     def site(self, shape: Shape) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        site = ours.OperatorsSite(shape)
-        cell = ours.StepCell(shape) if ours.step_available(shape) else Cell(site)
+        site = ours.OperatorsSite(shape, self.mapping)
+        cell = ours.StepCell(shape, self.mapping) if ours.step_available(shape) else Cell(site)
         return cell, example(shape, site, Ends(shape.streams))
 
 
@@ -144,6 +146,16 @@ CONTENDERS: tuple[Contender, ...] = (
         compiler="mhc-none",
         site_compiler="operators",
         sites=_operators,
+    ),
+    *(
+        _Ours(
+            name=name,
+            title=f'ours, mapping="{name.removeprefix("ours-")}"',
+            compiler="mhc",
+            site_compiler="operators",
+            mapping=name.removeprefix("ours-"),
+        )
+        for name in ONLY_WHEN_NAMED
     ),
     Contender(
         name="deepseek-v4",
@@ -201,7 +213,7 @@ CONTENDERS: tuple[Contender, ...] = (
 
 
 def choose(names: Sequence[str]) -> tuple[tuple[Contender, ...], bool]:
-    """The contenders named, in the table's order, and whether the limit is among them. No names mean all.
+    """The contenders named, in the table's order, and whether the limit is among them. No names mean all but `ONLY_WHEN_NAMED`.
 
     The plain model is always there: everything is a ratio over it.
 
@@ -209,7 +221,7 @@ def choose(names: Sequence[str]) -> tuple[tuple[Contender, ...], bool]:
         UnknownNameError: with the nearest names.
     """
     check_names(names)
-    chosen = {PLAIN, *(names or NAMES)}
+    chosen = {PLAIN, *(names or set(NAMES) - set(ONLY_WHEN_NAMED))}
     return tuple(contender for contender in CONTENDERS if contender.name in chosen), LIMIT in chosen
 
 

@@ -108,7 +108,9 @@ def prepare(
 def _workload(kind: str, shape: Shape, contender: Contender) -> tuple[torch.nn.Module, Workload]:
     if kind == "step":
         model = contender.model(shape)
-        return model, StepWorkload(shape.device, compiled(model, contender.compiler), model, batch(shape))
+        return model, StepWorkload(
+            shape.device, compiled(model, contender.compiler, contender.mapping), model, batch(shape)
+        )
     module, first = contender.site(shape)
     inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
     return module, SiteWorkload(shape.device, compiled(module, contender.site_compiler), module, inputs)

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["OperatorsSite", "StepCell", "forget_kernels", "inductor", "step_available"]
 
 
-def _connection(shape: Shape) -> HyperConnection:
+def _connection(shape: Shape, mapping: str) -> HyperConnection:
     # From scratch: with the preserving start phi is zero, and a product with zeros is a special case that no later step has.
-    options = Options(streams=shape.streams, iterations=shape.iterations, start="scratch")
+    options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, start="scratch")
     return HyperConnection(shape.width, options, device=shape.device)
 
 
 class OperatorsSite(Residual):
     """The three operators: coefficients, collapse, update."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
         super().__init__()
-        self.connection = _connection(shape)
+        self.connection = _connection(shape, mapping)
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Holds `(streams, post, res)`."""
@@ -47,9 +47,9 @@ class OperatorsSite(Residual):
 class StepCell(nn.Module):
     """The cell as one operator, `mhc::step`: the write of a site and the read of the next in one pass over the streams."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
         super().__init__()
-        self.connection = _connection(shape)
+        self.connection = _connection(shape, mapping)
 
     def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
         """As `Cell` with `OperatorsSite`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from mhc_compile.attachment import CONTAINER, connections, unwrap
+from mhc_compile.attachment import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture import Probe
 from mhc_compile.diagnostics.batches import inputs_of
@@ -18,6 +18,7 @@ from mhc_compile.diagnostics.result import Stability
 from mhc_compile.diagnostics.undisturbed import undisturbed
 from mhc_compile.errors import AttachError
 from mhc_compile.options import Options
+from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ def stability(
         **kwargs: inputs by name.
 
     Raises:
-        AttachError: the model has no hyper-connections, or others than `options` say.
+        AttachError: the model has no hyper-connections, or others than `options` say, or not at every site that the call runs.
         OptionError: the options are wrong.
     """
     meter = Meter(model, options=options)
@@ -105,7 +106,18 @@ class Meter:
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self._refuse_to_attach(study(graph_module, inputs, self._options))
         return mhc(graph_module, inputs, options=self._options)
+
+    def _refuse_to_attach(self, found: Study) -> None:
+        """The backend would give a new site its parameters, and the optimizers too; a measurement leaves the model as it is."""
+        for site in found.plan.sites:
+            owner = found.provenance.module(site.owner)
+            if owner is not None and find_connection(owner, site) is None:
+                raise AttachError(
+                    f"{site} of {type(self.model).__name__} has no hyper-connection yet: with these inputs, in this mode, it runs residual adds"
+                    " that it did not run before. Call the compiled model so once, or mhc_compile.attach(model, ...), and measure then"
+                )
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002 - a compiler's signature
         return recorder(graph_module, lambda: self._recording)

@@ -67,7 +67,9 @@ def _chain_line(chain: ChainStability, number: int, count: int) -> Text:
     text.append(f"{len(chain.sites)} sites, {chain.streams} streams of {chain.width}, {chain.sites[0].tokens} tokens; ")
     text.append("largest gain ")
     text.append(f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", style="bold")
-    text.append(f"; streams leave with cosine {chain.leaving.similarity:.3f}, rank {chain.leaving.effective_rank:.2f}")
+    text.append(
+        f"; streams leave with cosine {_cosine(chain.leaving.similarity)}, rank {chain.leaving.effective_rank:.2f}"
+    )
     return text
 
 
@@ -88,7 +90,7 @@ def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:
         (site.remainder_forward, site.remainder_backward),
     )
     entering = site.entering
-    places = [("cos", f"{entering.similarity:.3f}"), ("rank", f"{entering.effective_rank:.2f}")]
+    places = [("cos", _cosine(entering.similarity)), ("rank", f"{entering.effective_rank:.2f}")]
     if detail == 0:
         return [("so far ↑", _gain(so_far[0])), ("to the end ↓", _gain(behind[1])), *places]
     gains = [("so far ↑", so_far[0]), ("↓", so_far[1]), ("to the end ↑", behind[0]), ("↓", behind[1])]
@@ -105,6 +107,10 @@ def _gains(gains: list[tuple[str, float]]) -> list[tuple[str, str]]:
 
 def _gain(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.1e}"
+
+
+def _cosine(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
 
 
 def _error(value: float) -> str:

@@ -31,16 +31,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in modules
         for name, value in module._buffers.items()
     ]
-    fused = torch.backends.mha.get_fastpath_enabled()
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({value.device.index for value in tensors if value.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
-            # Without gradients, torch's encoder layers in eval mode would run as one fused operation that has no residual adds.
-            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
             for module, mode in modes:
                 module.training = mode
             for module, name, value, before in buffers:

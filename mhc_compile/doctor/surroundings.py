@@ -27,7 +27,7 @@ _OPTIONAL = {
     "accelerate": "Trainer and accelerate's loops",
     "lightning": "Lightning's Trainer",
     "safetensors": "checkpoints in that format",
-    "matplotlib": "mhc demo, mhc bench --png",
+    "matplotlib": "mhc demo, --png of mhc bench and mhc stability",
     "hyper-connections": "a peer in mhc bench",
 }
 

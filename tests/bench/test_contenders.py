@@ -10,9 +10,10 @@ import torch
 
 import mhc_compile
 from mhc_compile.bench import contenders as table
+from mhc_compile.bench.compiling import compiled
 from mhc_compile.bench.contenders import CONTENDERS, choose
 from mhc_compile.bench.model import batch
-from mhc_compile.bench.names import LIMIT, NAMES, UnknownNameError
+from mhc_compile.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError
 from mhc_compile.bench.ours import StepCell
 from mhc_compile.bench.residual import Ends, example
 from mhc_compile.bench.shape import Shape
@@ -36,7 +37,10 @@ def test_plain_is_always_there_and_the_order_is_the_table_s():
     assert [contender.name for contender in chosen] == ["plain", "ours", "hyper-connections"]
     assert not limit
     assert choose(["limit"])[1]
-    assert (*(contender.name for contender in choose([])[0]), LIMIT) == NAMES
+    everybody = tuple(name for name in NAMES if name not in ONLY_WHEN_NAMED)
+    assert (*(contender.name for contender in choose([])[0]), LIMIT) == everybody
+    assert (*(contender.name for contender in CONTENDERS), LIMIT) == NAMES
+    assert [contender.mapping for contender in choose(["ours-kronecker"])[0]] == ["sinkhorn", "kronecker"]
 
 
 def test_what_is_missing_says_why(monkeypatch):
@@ -99,7 +103,7 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
     torch.testing.assert_close(out, torch.einsum("btji,btjc->btic", comb, streams))
 
 
-@pytest.mark.parametrize("name", ["plain", "ours", *PEERS])
+@pytest.mark.parametrize("name", ["plain", "ours", *PEERS, pytest.param("ours-kronecker", marks=pytest.mark.slow)])
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
     workload = SiteWorkload("cpu", module, module, [inputs, inputs])
@@ -144,14 +148,24 @@ def test_a_training_step(name):
 
 def test_ours_trains_the_plain_model_and_its_hyper_connections():
     model = BY_NAME["ours"].model(SHAPE)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
-    workload = StepWorkload("cpu", compiled, model, batch(SHAPE))
+    step = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    workload = StepWorkload("cpu", step, model, batch(SHAPE))
     workload.timed()
     connections = mhc_compile.connections(model)
     assert len(connections) == SHAPE.sites
     assert {connection.phi.shape for connection in connections.values()} == {(4 * 16, 24)}
     trained = {id(p) for group in workload.optimizer.param_groups for p in group["params"]}
     assert all(id(connection.phi) in trained for connection in connections.values())
+
+
+def test_other_mappings_reach_the_site_and_the_backend(monkeypatch):
+    site, _ = BY_NAME["ours-permutations"].site(SHAPE)
+    assert site.connection.mapping == "permutations"
+    model = BY_NAME["ours-permutations"].model(SHAPE)
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda module, **how: seen.update(how))
+    compiled(model, BY_NAME["ours-permutations"].compiler, BY_NAME["ours-permutations"].mapping)
+    assert seen == {"backend": "mhc", "options": {"recompute": "cheap", "mapping": "permutations"}}
 
 
 def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):

@@ -86,6 +86,26 @@ def test_it_is_traced_once_and_only_until_it_is_closed(monkeypatch):
     assert len(traced) == 2
 
 
+@pytest.mark.slow
+def test_there_is_no_limit_to_what_a_loop_measures_with():
+    class Restless(Small):
+        """Traced anew for every value of an attribute."""
+
+        word = ""
+
+        def forward(self, x):
+            return super().forward(x) * len(self.word)
+
+    model = Restless()
+    mhc_compile.attach(model, points())
+    callback = mhc_compile.StabilityCallback(every=1)
+    for step in range(11):
+        model.word = "1" * (step + 1)
+        result = callback.step(model, step, points())
+        assert len(result.sites) == 2
+        assert result.remarks[0].startswith("All streams are copies")
+
+
 def test_a_copy_measures_too_and_traces_anew():
     model = Small()
     mhc_compile.attach(model, points())

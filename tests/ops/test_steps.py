@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mhc_compile import ShapeError
+from mhc_compile.mappings import MAPPINGS, mapping_of
 from mhc_compile.ops import cpu, decompositions, fused, fused_decompositions, reference
 
 mhc = torch.ops.mhc
@@ -13,8 +14,13 @@ HOW = ("sinkhorn", 20, 1e-6)
 SHAPES = [((2, 3), 6), ((37,), 33), ((5, 13), 130), ((1,), 1)]
 
 
+#: Conventions in which every setting differs from the paper's.
+TURNED = "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns"
+DEEPSEEK = "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06"
+
+
 def columns(n, mapping):
-    return 2 * n + (n * n if mapping == "sinkhorn" else 0)
+    return 2 * n + mapping_of(mapping).logits(n)
 
 
 def values(n=4, width=6, tokens=(2, 3), dtype=torch.float64, mapping="sinkhorn", copies=False, branch=None):
@@ -54,7 +60,12 @@ SIZES = [
     (4, "sinkhorn"),
     (4, "identity"),
     (1, "sinkhorn"),
+    (2, "permutations"),
     *(pytest.param(n, m, marks=pytest.mark.slow) for n in (2, 3, 5, 8) for m in ("sinkhorn", "identity")),
+    *(pytest.param(n, "permutations", marks=pytest.mark.slow) for n in (1, 3, 4)),
+    *(pytest.param(n, "kronecker", marks=pytest.mark.slow) for n in (1, 2, 4, 8)),
+    *(pytest.param(n, "unconstrained", marks=pytest.mark.slow) for n in (1, 3, 4)),
+    *(pytest.param(n, m, marks=pytest.mark.slow) for n in (3, 4) for m in (DEEPSEEK, "sinkhorn;last=columns", TURNED)),
 ]
 
 
@@ -65,6 +76,7 @@ def test_composition_and_kernels_against_autograd(n, mapping, copies):
     how = (mapping, 7, 1e-6)
     want = by_reference(*tensors, *how)
     wanted = torch.autograd.grad(weighted(want), tensors)
+    assert cpu.takes(torch.float64, n=n, mapping=mapping)
     for kernels in (fused, cpu):
         with torch.no_grad():
             after, h, pre, post, res, z, inverse = kernels.step(*tensors, *how)
@@ -109,6 +121,11 @@ TYPES = [
     pytest.param(torch.float32, torch.float32, "identity", marks=pytest.mark.slow),
     pytest.param(torch.float32, torch.bfloat16, "sinkhorn", marks=pytest.mark.slow),
     pytest.param(torch.bfloat16, torch.float32, "sinkhorn", marks=pytest.mark.slow),
+    *(
+        pytest.param(d, d, m, marks=pytest.mark.slow)
+        for d in (torch.float32, torch.bfloat16)
+        for m in (*MAPPINGS, TURNED)
+    ),
 ]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -116,7 +133,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize(("streams", "branch", "mapping"), TYPES)
 def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
     """Tokens and features that are multiples of nothing, tails of tiles and of vectors, strides, gradients that nobody has."""
-    assert cpu.takes(streams, branch)
+    assert cpu.takes(streams, branch, 4, mapping)
     how = (mapping, 20, 1e-6)
     tolerance = TOLERANCES[streams]
     for tokens, width in SHAPES[: 3 if streams == torch.bfloat16 else 4]:
@@ -163,6 +180,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
 def test_without_a_compiler_the_composition_runs(monkeypatch):
     monkeypatch.setattr(cpu.steps, "library", lambda *_, **__: None)
+    monkeypatch.setattr(cpu.steps, "_BUILT", {})
     assert not cpu.takes(torch.float32)
     tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
     after, h, *_ = mhc.step(*tensors, *HOW)
@@ -244,7 +262,7 @@ def test_half_precision_takes_the_composition():
         (lambda s, y, p, r, *site: mhc.step(s, y[..., :2], p, r, *site, *HOW), r"mhc::step: .*got \[2, 3, 2\]"),
         (lambda s, y, p, r, *site: mhc.step(s[..., :3, :], y, p, r, *site, *HOW), r"mhc::step: .*n or 1"),
         (lambda s, y, p, r, *site: mhc.read(s, *site, 3, *HOW), r"mhc::read: streams must be .*\[..., 3 or 1, C\]"),
-        (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "kronecker", 20, 1e-6), "'kronecker' has no fused operator"),
+        (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "mine", 20, 1e-6), "'mine' has no fused operator"),
         (lambda s, y, p, r, *site: mhc.read(s, site[0][:5], *site[1:], 4, *HOW), r"need phi \[24, 24\]"),
         (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "sinkhorn", 0, 1e-6), "at least 1, got 0"),
         (lambda s, y, p, r, *site: mhc.close(s, y, p, r[..., :2]), r"mhc::close: .*got .*\[2, 3, 4, 2\]"),

@@ -100,14 +100,15 @@ def test_a_norm_behind_the_add_keeps_the_update():
     assert_equal(module, after, x)
 
 
-def test_identity_has_kernels_too():
-    module, after, x = fused(sites("f", "g"), mapping="identity")
+@pytest.mark.parametrize("mapping", ["identity", "permutations", "kronecker", "unconstrained"])
+def test_other_mappings_have_kernels_too(mapping):
+    module, after, x = fused(sites("f", "g"), mapping=mapping)
     assert operations(after) == {"read": 1, "step": 1, "close": 1}
     assert_equal(module, after, x)
 
 
 def test_another_mapping_is_left_alone(monkeypatch):
-    monkeypatch.setattr("mhc_compile.ops.FUSED_MAPPINGS", ())
+    monkeypatch.setattr("mhc_compile.ops.is_fused", lambda mapping: False)
     module, after, x = fused(sites("f", "g"))
     assert operations(after) == {"coefficients": 2, "collapse": 2, "update": 1, "close": 1, "expand": 1}
     assert_equal(module, after, x)

@@ -128,46 +128,4 @@ struct Family {
     }
 };
 
-template <typename T, int N>
-void sinkhorn_all(const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    const int64_t blocks = (tokens + LANES - 1) / LANES;
-    #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-        Family<T, N> family;
-        const int64_t at = b * LANES, count = std::min(LANES, tokens - at);
-        load_matrices<false>(logits + at * N * N, count, family.m);
-        family.forward(iterations);
-        store_matrices<false>(family.m, out + at * N * N, count);
-    }
-}
-
-template <typename T, int N>
-void sinkhorn_all_backward(const T* grad, const T* logits, T* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    const int64_t blocks = (tokens + LANES - 1) / LANES;
-    #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<T> history(Family<T, N>::SCRATCH(iterations));
-        #pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; ++b) {
-            Family<T, N> family;
-            T g[N][N][LANES];
-            const int64_t at = b * LANES, count = std::min(LANES, tokens - at);
-            load_matrices<false>(logits + at * N * N, count, family.m);
-            load_matrices<false>(grad + at * N * N, count, g);
-            family.backward(g, iterations, history.data());
-            store_matrices<false>(g, out + at * N * N, count);
-        }
-    }
-}
-
 }  // namespace mhc
-
-#ifdef SINKHORN_ALONE
-#define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT void sinkhorn_forward(const COMPUTE* a, COMPUTE* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    mhc::sinkhorn_all<COMPUTE, STREAMS>(a, out, tokens, iterations, threads);
-}
-EXPORT void sinkhorn_backward(const COMPUTE* g, const COMPUTE* a, COMPUTE* out, int64_t tokens, int64_t iterations, int64_t threads) {
-    mhc::sinkhorn_all_backward<COMPUTE, STREAMS>(g, a, out, tokens, iterations, threads);
-}
-#endif

@@ -24,7 +24,7 @@ def _library(dtype: torch.dtype, streams: int, eps: float = 0.0) -> Any:
     if dtype not in _REALS or not 1 <= streams <= _LARGEST:
         return None
     definitions = {"COMPUTE": _REALS[dtype], "STREAMS": streams, "SINKHORN_EPS": repr(eps), "LAST_COLUMNS": 0}
-    return library(("lanes.h", "sinkhorn.h"), **definitions, SINKHORN_ALONE=1)
+    return library(("lanes.h", "sinkhorn.h", "alone.h"), **definitions)
 
 
 def available(dtype: torch.dtype = torch.float32, streams: int = 4, eps: float = 0.0) -> bool:
@@ -36,7 +36,7 @@ def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int, eps: flo
     logits = tensors[-2]
     n = logits.shape[-1]
     tokens = logits.numel() // (n * n)
-    kernel = getattr(_library(logits.dtype, n, eps), f"sinkhorn_{direction}")
+    kernel = getattr(_library(logits.dtype, n, eps), f"mapping_{direction}")
     call(kernel, tensors, (tokens, iterations, threads_for(tokens)))
 
 

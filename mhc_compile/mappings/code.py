@@ -1,0 +1,68 @@
+"""The code of a mapping as a hash: compiled graphs are cached under the names of operators, which do not tell what a registered mapping computes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import pickle
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mhc_compile.mappings.base import Mapping
+
+__all__ = ["code_of"]
+
+
+def code_of(mapping: Mapping) -> str:
+    """A hash of what a registered mapping computes: the modules of its classes, or their code where there is no file, and its attributes."""
+    digest = hashlib.sha256()
+    for cls in type(mapping).__mro__:
+        if cls.__module__.startswith("mhc_compile.mappings") or cls is object:
+            continue  # hashed with the operators
+        digest.update(cls.__qualname__.encode())
+        try:
+            digest.update(inspect.getsource(sys.modules[cls.__module__]).encode())
+        except (OSError, TypeError, KeyError):
+            for part in _code(cls, set()):
+                digest.update(part)
+    try:
+        digest.update(pickle.dumps(vars(mapping)))
+    except Exception:  # whatever a class raises that does not pickle: nothing is found in a cache then
+        digest.update(str(id(mapping)).encode())
+    return digest.hexdigest()
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Global names that code uses, in the functions and comprehensions inside of it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _code(thing: Any, seen: set[int]) -> Iterator[bytes]:
+    """The byte code and constants of a class or a function, and of functions of the same module that it calls."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, type):
+        for value in vars(thing).values():
+            yield from _code(value, seen)
+    elif isinstance(thing, staticmethod | classmethod | types.FunctionType):
+        function: Any = getattr(thing, "__func__", thing)
+        yield from _code(function.__code__, seen)
+        for name in _names(function.__code__):
+            called = function.__globals__.get(name)
+            if isinstance(called, types.FunctionType) and called.__module__ == function.__module__:
+                yield from _code(called, seen)
+    elif isinstance(thing, types.CodeType):
+        yield thing.co_code
+        yield repr(thing.co_names).encode()
+        for constant in thing.co_consts:
+            yield from _code(constant, seen) if isinstance(constant, types.CodeType) else (repr(constant).encode(),)
+    elif isinstance(thing, int | float | str | tuple):
+        yield repr(thing).encode()

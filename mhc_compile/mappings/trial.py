@@ -1,0 +1,101 @@
+"""Holds a mapping that a program registers against what the rest of the package takes for granted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mhc_compile.errors import OptionError
+from mhc_compile.options import MAX_STREAMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mhc_compile.mappings.base import Mapping
+
+__all__ = ["try_out"]
+
+
+def try_out(mapping: Mapping) -> None:
+    """Tries every start, and the matrices and gradients of the fewest and of four streams.
+
+    Raises:
+        OptionError: something does not fit; says what.
+    """
+    sizes = [n for n in range(1, MAX_STREAMS + 1) if _has(mapping, n)]
+    if not sizes:
+        raise OptionError(f"mapping {mapping.name!r}: check(n) refuses every number of streams from 1 to {MAX_STREAMS}")
+    for n in sizes:
+        _try_starts(mapping, n)
+    for n in sorted({sizes[0], min(sizes, key=lambda n: abs(n - 4))}):
+        _try_matrix(mapping, n)
+        _try_backward(mapping, n)
+
+
+def _has(mapping: Mapping, n: int) -> bool:
+    try:
+        mapping.check(n)
+    except OptionError:
+        return False
+    return True
+
+
+def _try_starts(mapping: Mapping, n: int) -> None:
+    what = f"mapping {mapping.name!r}, {n} streams"
+    logits = mapping.logits(n)
+    if isinstance(logits, bool) or not isinstance(logits, int) or logits < 0:
+        raise OptionError(f"{what}: logits(n) is {logits!r}; expected how many there are, an integer")
+    for method in ("start", "scratch"):
+        vector = getattr(mapping, method)(n)
+        if not isinstance(vector, torch.Tensor) or tuple(vector.shape) != (logits,):
+            shown = list(vector.shape) if isinstance(vector, torch.Tensor) else repr(vector)
+            raise OptionError(f"{what}: {method}(n) is {shown}; expected a tensor [{logits}], as logits(n) is {logits}")
+
+
+@torch.no_grad()
+def _try_matrix(mapping: Mapping, n: int) -> None:
+    """Holds the start for n streams against what every start must be."""
+    what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
+    matrix = mapping.matrix(mapping.start(n).double().expand(2, 3, logits), n, 20)
+    if tuple(matrix.shape) != (2, 3, n, n):
+        raise OptionError(f"{what}: matrix(logits [2, 3, {logits}]) is {list(matrix.shape)}; expected [2, 3, {n}, {n}]")
+    sums = matrix.sum(-1)
+    if not bool((sums - 1).abs().max() < 1e-4):
+        raise OptionError(
+            f"{what}: the rows of matrix(start(n)) sum to {[round(x, 4) for x in sums[0, 0].tolist()]}; expected 1 each, so that a model that"
+            " starts with it computes what it did before"
+        )
+
+
+def _try_backward(mapping: Mapping, n: int) -> None:
+    """Holds `backward` against autograd through `matrix`: a subclass that changes one may have inherited the other."""
+    what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
+    generator = torch.Generator().manual_seed(0)
+    given = mapping.start(n).double() + torch.randn(3, logits, dtype=torch.float64, generator=generator)
+    grad = torch.randn(3, n, n, dtype=torch.float64, generator=generator)
+    with torch.enable_grad():
+        leaf = given.requires_grad_()
+        matrix = mapping.matrix(leaf, n, 3)
+        want = (
+            torch.autograd.grad((matrix * grad).sum(), leaf, materialize_grads=True)[0]
+            if matrix.requires_grad
+            else torch.zeros_like(given)
+        )
+    try:
+        got = mapping.backward(grad, given.detach(), n, 3)
+    except Exception as error:
+        raise OptionError(f"{what}: backward failed: {error}") from error
+    if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-6, atol=1e-9):
+        raise OptionError(
+            f"{what}: backward is not the gradient of matrix (they differ by up to {_difference(got, want)}); override `backward` where `matrix`"
+            " is overridden, or derive from mhc_compile.Mapping, which differentiates"
+        )
+
+
+def _difference(one: Tensor, other: Tensor) -> str:
+    return (
+        f"{float((one - other).abs().max()):.1e}"
+        if one.shape == other.shape
+        else f"shape, {list(one.shape)} and {list(other.shape)}"
+    )
