@@ -27,10 +27,11 @@ def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
     """Writes the pictures that the summary has figures for."""
     pictures: dict[str, Callable[[dict[str, Any]], Any]] = {
         "loss.png": _losses,
-        "difference.png": _differences,
         "norm.png": _norms,
         "gain.png": _gains,
     }
+    if any(figures["difference"] for entries in summary["rates"].values() for figures in entries.values()):
+        pictures["difference.png"] = _differences
     if summary["cost"] is not None and "plain" in summary["settings"]["variants"]:
         pictures["cost.png"] = _cost
     paths = []
