@@ -115,6 +115,10 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert gap["values"] == pytest.approx([-0.2, -0.19, -0.21])
     assert (gap["low"], gap["high"]) == (pytest.approx(-0.2248, abs=1e-4), pytest.approx(-0.1752, abs=1e-4))
     assert figures["mHC"]["difference"]["seeds"] == [0, 2]
+    mean = (2.8 * 2.91 * 2.99) ** (1 / 3)  # of products the geometric one
+    assert figures["HC"]["gain"]["backward"][-1][:2] == [80, pytest.approx(mean, abs=1e-4)]
+    assert figures["HC"]["largest"] == [1.0, pytest.approx(2.99)]
+    assert figures["mHC"]["more_spikes"]["values"] == [0, 1, 0]
     text = (tmp_path / "RESULTS.md").read_text()
     assert "HC is lower by 0.200 [-0.225, -0.175], lower in 3 of 3 seeds" in text
     assert "Not distinguishable from plain at 3 seeds, calm: mHC +0.000" in text
@@ -125,6 +129,11 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     (tmp_path / "runs" / "HC-calm-0.json").unlink()
     report(plan, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
+    write_json(tmp_path / "again.json", {"plain-calm-1": True, "HC-calm-1": False})
+    report(plan, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "the same bit for bit: plain-calm-1." in text
+    assert "NOT the same: HC-calm-1." in text
     assert "11 of 12 runs" in text
     assert "Not all runs are finished" in text
 
@@ -181,6 +190,7 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     assert "4 of 4 runs" in (tmp_path / "RESULTS.md").read_text()
     done = run(tmp_path, "--again", "plain-calm-1")
     assert "the same, bit for bit" in done.stderr
+    assert read_json(tmp_path / "again.json") == {"plain-calm-1": True}
     content = first["plain-calm-1.json"] | {"digest": "of another run"}
     write_json(tmp_path / "runs" / "plain-calm-1.json", content)
     done = run(tmp_path, "--again", "plain-calm-1")

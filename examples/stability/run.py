@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from experiment.conduct import conduct, script, surroundings
-from experiment.plan import ExperimentError, Plan, Run
+from experiment.plan import AGAIN, ExperimentError, Plan, Run, read_json, write_json
 from rich.console import Console
 
 OUT = Path(__file__).parent / "results"
@@ -88,6 +88,8 @@ def repeat(plan: Plan, name: str, folder: Path, console: Console) -> int:
 
     variant, rate, seed = name.rsplit("-", 2)
     same = again(plan, Run(variant, rate, int(seed)), folder)
+    known = read_json(folder / AGAIN) if (folder / AGAIN).exists() else {}
+    write_json(folder / AGAIN, {**known, name: same})
     console.print(f"{name}: {'the same' if same else 'NOT the same'}, bit for bit, in a process of its own")
     return 0 if same else 1
 

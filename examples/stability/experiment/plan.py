@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["RATES", "VARIANTS", "ExperimentError", "Plan", "Run", "read_json", "write_json"]
+__all__ = ["AGAIN", "RATES", "VARIANTS", "ExperimentError", "Plan", "Run", "read_json", "write_json"]
 
+#: File of the runs that were trained once more.
+AGAIN = "again.json"
 #: By name, the mapping of `options={"mapping": ...}`; None is the model as it is. The slowest to train first: two processes then end together.
 VARIANTS: dict[str, str | None] = {
     "permutations": "permutations",

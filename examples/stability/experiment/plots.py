@@ -27,10 +27,11 @@ def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
     """Writes the pictures that the summary has figures for."""
     pictures: dict[str, Callable[[dict[str, Any]], Any]] = {
         "loss.png": _losses,
-        "difference.png": _differences,
         "norm.png": _norms,
         "gain.png": _gains,
     }
+    if any(figures["difference"] for entries in summary["rates"].values() for figures in entries.values()):
+        pictures["difference.png"] = _differences
     if summary["cost"] is not None and "plain" in summary["settings"]["variants"]:
         pictures["cost.png"] = _cost
     paths = []
@@ -63,26 +64,24 @@ def _label_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names beside the ends of lines, pushed apart where they would overlap."""
     low, high = ax.get_ylim()
     gap = (high - low) * 0.075
+    ordered = sorted(ends)
     places: list[float] = []
-    for y, _, _ in sorted(ends):
+    for y, _, _ in ordered:
         places.append(max(y, places[-1] + gap) if places else y)
-    over = max(0.0, places[-1] - high) if places else 0.0
-    for (_, name, colour), place in zip(sorted(ends), places, strict=True):
+    ceiling = high
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], ceiling)
+        ceiling = places[i] - gap
+    for (_, name, colour), place in zip(ordered, places, strict=True):
         ax.annotate(
-            name, (1.0, place - over), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            name,
+            (1.0, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
             color=colour, va="center", fontsize=8.5, annotation_clip=False,
         )  # fmt: skip
 
 
-def _lines(
-    ax: Any,
-    curves: dict[str, list[list[Any]]],
-    *,
-    band: bool,
-    marker: str = "",
-    least: tuple[float, float] | None = None,
-) -> None:
-    """Steps, values and ends of intervals, by variant. `least` is what the axis shows at any rate."""
+def _lines(ax: Any, curves: dict[str, list[list[Any]]], *, band: bool, marker: str = "") -> None:
+    """Steps, values and ends of intervals, by variant."""
     ends = []
     for variant, points in curves.items():
         if not points:
@@ -93,9 +92,6 @@ def _lines(
         if band and None not in lows:
             ax.fill_between(steps, lows, highs, color=colour, alpha=0.12, linewidth=0)
         ends.append((values[-1], variant, colour))
-    if least is not None:
-        low, high = ax.get_ylim()
-        ax.set_ylim(min(low, least[0]), max(high, least[1]))
     _label_ends(ax, ends)
 
 
@@ -157,18 +153,26 @@ def _norms(summary: dict[str, Any]) -> Any:
 
 def _gains(summary: dict[str, Any]) -> Any:
     rates = summary["rates"]
-    figure, axes = _figure(2, len(rates), 5.4, sharex=True, sharey=True)
-    for column, (rate, entries) in enumerate(rates.items()):
-        for ax, name in zip(axes[:, column], ("forward", "backward"), strict=True):
-            ax.axhline(0.0, color="0.4", linewidth=0.8)
-            shown = {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if v != "plain"}
-            _lines(ax, shown, band=True, marker="o", least=(-0.05, 0.35))
+    figure, axes = _figure(2, len(rates), 5.4, sharex=True, sharey="row")
+    for row, name in enumerate(("forward", "backward")):
+        shown = {
+            rate: {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if v != "plain"}
+            for rate, entries in rates.items()
+        }
+        heights = [height for some in shown.values() for points in some.values() for _, height, *_ in points]
+        # Bands of few seeds reach far; the axis shows the means.
+        axes[row][0].set_ylim(min([-0.05, *heights]) * 1.1, max([0.35, *heights]) * 1.15)
+        for column, some in enumerate(shown.values()):
+            axes[row][column].axhline(0.0, color="0.4", linewidth=0.8)
+            _lines(axes[row][column], some, band=True, marker="o")
+        _powers(axes[row][0])
+        axes[row][0].set_ylabel(f"Amax, {name}")
+    for column, rate in enumerate(rates):
         axes[0][column].set_title(_title(rate), fontsize=10)
         axes[1][column].set_xlabel("step")
-    _powers(axes[0][0])
-    axes[0][0].set_ylabel("Amax, forward")
-    axes[1][0].set_ylabel("Amax, backward")
-    figure.suptitle("Composite H_res over depth, mean and 95 % band; 1 is neither growth nor decay", fontsize=9)
+    figure.suptitle(
+        "Composite H_res over depth: geometric mean and 95 % band; 1 is neither growth nor decay", fontsize=9
+    )
     return figure
 
 
@@ -184,9 +188,11 @@ def _logs(point: list[Any]) -> list[Any]:
 def _powers(ax: Any) -> None:
     """Ticks of an axis that shows logarithms to the base 10, named by the numbers themselves."""
     low, high = ax.get_ylim()
-    marks = [m * 10.0**e for e in range(-3, 6) for m in ((1, 2, 5) if high - low < 2 else (1,))]
-    marks = [mark for mark in marks if low <= math.log10(mark) <= high]
-    ax.set_yticks([math.log10(mark) for mark in marks], [f"{mark:g}" for mark in marks])
+    every = max(1, round((high - low) / 6))
+    marks = [m * 10.0**e for e in range(-3, 40) for m in ((1, 2, 5) if high - low < 2 else (1,))]
+    marks = [mark for mark in marks if low <= math.log10(mark) <= high and round(math.log10(mark) // 1) % every == 0]
+    names = [f"{mark:g}" if mark < 1e4 else f"$10^{{{math.log10(mark):.0f}}}$" for mark in marks]
+    ax.set_yticks([math.log10(mark) for mark in marks], names)
 
 
 def _cost(summary: dict[str, Any]) -> Any:

@@ -8,9 +8,13 @@
     .start                 largest distance of a first loss from the plain model's
     .spikes, .surges       how many a run: mean over seeds, t-interval, values
     .diverged              runs that did, of how many, Clopper-Pearson interval of the share
-    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum
+    .more_spikes           how many more than plain's run of the same seed
+    .largest               the largest Amax of any run and measurement, forward and backward
+    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum;
+                           the mean of Amax is the geometric one
     .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, of its difference to plain, and of log10 of the gradient norm
     pairs[r]               final validation loss of one mapping minus another's, seed by seed
+    again                  runs that were trained once more, and whether they were the same bit for bit
     cost[v]                milliseconds a step, their ratio to plain in the same round, parameters, bytes at the peak
 
 An interval is {"value", "low", "high"}; an end that nothing is known about is null.
@@ -34,6 +38,7 @@ from experiment.numbers import (
     surges,
     trailing,
 )
+from experiment.plan import AGAIN, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["collect", "entry"]
 
+#: exp of it is still a number.
+_TOO_LARGE = 700.0
 #: One in so many steps of a curve is kept.
 EVERY = 5
 
@@ -78,6 +85,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
         "rates": {rate: _rate(plan, rate, found) for rate in plan.rates},
         "pairs": {rate: _pairs(plan, rate, found) for rate in plan.rates},
         "cost": _cost(plan, folder),
+        "again": read_json(folder / AGAIN) if (folder / AGAIN).exists() else {},
     }
 
 
@@ -106,9 +114,11 @@ def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any
             "difference": None if variant == "plain" else _mean(both),
             "start": max(content["start"] for content in runs.values()),
             "spikes": _mean({seed: len(spikes(content["norm"])) for seed, content in runs.items()}),
+            "more_spikes": None if variant == "plain" else _more_spikes(runs, plain),
             "surges": _mean({seed: surges(content["loss"]) for seed, content in runs.items()}),
             "diverged": entry(proportion_interval(hits, len(runs)), hits=hits, count=len(runs)),
             "gain": _gains(list(runs.values())),
+            "largest": _largest(list(runs.values())),
             "curve": _curve([trailing(content["loss"]) for content in runs.values()], TAIL),
             "gap": None
             if variant == "plain"
@@ -122,6 +132,10 @@ def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any
             "norm": _curve([list(map(_log, content["norm"])) for content in runs.values()], 1),
         }
     return result
+
+
+def _more_spikes(runs: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    return _mean({seed: len(spikes(runs[seed]["norm"])) - len(spikes(plain[seed]["norm"])) for seed in plain})
 
 
 def _pairs(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,8 +179,25 @@ def _gains(runs: list[dict[str, Any]]) -> dict[str, list[list[Any]]]:
             step: [p[place] for run in runs for p in run["gain"] if p[0] == step and p[place] is not None]
             for step in steps
         }
-        result[name] = [_point(step, values[step]) for step in steps if values[step]]
+        # Gains are products over depth: their logarithms are what is averaged.
+        point = _geometric if name in ("forward", "backward") else _point
+        result[name] = [point(step, values[step]) for step in steps if values[step]]
     return result
+
+
+def _largest(runs: list[dict[str, Any]]) -> list[float]:
+    """Amax, forward and backward, of the run and the measurement where it is largest."""
+    return [
+        max((p[place] for run in runs for p in run["gain"] if p[place] is not None), default=1.0) for place in (1, 2)
+    ]
+
+
+def _geometric(step: int, values: Sequence[float]) -> list[Any]:
+    interval = mean_interval([math.log(value) for value in values])
+    low, high = (
+        math.exp(end) if math.isfinite(end) and end < _TOO_LARGE else math.inf for end in (interval.low, interval.high)
+    )
+    return [step, _plain(math.exp(interval.value)), _plain(low), _plain(high)]
 
 
 def _curve(curves: Sequence[Sequence[float]], first: int) -> list[list[Any]]:

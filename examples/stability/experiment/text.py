@@ -66,11 +66,19 @@ def _short(summary: dict[str, Any]) -> list[str]:
     lines.append(_multiplicity(summary))
     for rate, entries in summary["rates"].items():
         lines += _events(rate, entries)
+        lines += _spike_lines(rate, entries)
         lines += _gain_lines(rate, entries)
     starts = [figures["start"] for entries in summary["rates"].values() for figures in entries.values()]
     lines.append(
         f"The start preserves the function: no first loss was further than {max(starts):.1e} from the plain model's."
     )
+    if summary["again"]:
+        same = [name for name, equal in summary["again"].items() if equal]
+        other = [name for name, equal in summary["again"].items() if not equal]
+        lines.append(
+            f"Trained once more, each as the first run of a process: the same bit for bit: {', '.join(same) or 'none'}."
+        )
+        lines.append(f"NOT the same: {', '.join(other)}." if other else "")
     return [line for line in lines if line]
 
 
@@ -156,15 +164,27 @@ def _events(rate: str, entries: dict[str, Any]) -> list[str]:
 
 
 def _gain_lines(rate: str, entries: dict[str, Any]) -> list[str]:
-    parts = []
-    for variant, figures in entries.items():
-        if variant == "plain" or not figures["gain"]["forward"]:
-            continue
-        forward, backward = figures["gain"]["forward"][-1], figures["gain"]["backward"][-1]
-        parts.append(f"{variant} {_number(forward[1])} and {_number(backward[1])}")
-    return (
-        [f"Amax of the composite H_res at the end, forward and backward, {rate}: {'; '.join(parts)}."] if parts else []
+    known = {variant: figures["largest"] for variant, figures in entries.items() if variant != "plain"}
+    parts = [f"{variant} {_number(forward)} and {_number(backward)}" for variant, (forward, backward) in known.items()]
+    if not parts:
+        return []
+    return [f"Largest Amax of any run and measurement, forward and backward, {rate}: {'; '.join(parts)}."]
+
+
+def _spike_lines(rate: str, entries: dict[str, Any]) -> list[str]:
+    more = {v: f["more_spikes"] for v, f in entries.items() if f["more_spikes"] is not None}
+    apart = {variant: gap for variant, gap in more.items() if _excludes(gap, 0.0)}
+    if not more:
+        return []
+    if not apart:
+        return [f"No variant's number of spikes is distinguishable from plain's, {rate}."]
+    named = "; ".join(
+        f"{variant} {abs(gap['value']):.1f} {'more' if gap['value'] > 0 else 'fewer'} a run {_range(gap, 1)}"
+        for variant, gap in apart.items()
     )
+    others = [variant for variant in more if variant not in apart]
+    rest = f" Not distinguishable from plain's: {', '.join(others)}." if others else ""
+    return [f"Spikes against plain, {rate}: {named}.{rest}"]
 
 
 def _losses(entries: dict[str, Any]) -> str:
@@ -213,9 +233,9 @@ def _end_of(points: Sequence[Sequence[Any]], name: str) -> str:
     if not points:
         return ""
     _, value, low, high = points[-1]
-    if name != "error":
-        return f"{_number(value)} {_ends(low, high, 3)}"
-    return f"{value:.1e} " + ("[one seed]" if low is None else f"[{max(low, 0):.1e}, {high:.1e}]")
+    show = "{:.1e}".format if name == "error" else _number
+    ends = "[one seed]" if low is None or high is None else f"[{show(max(low, 0.0))}, {show(high)}]"
+    return f"{show(value)} {ends}"
 
 
 def _pairs(summary: dict[str, Any]) -> str:
@@ -278,7 +298,9 @@ def _ends(low: float | None, high: float | None, digits: int) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    if abs(value) < 100:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
 def _many(count: int, what: str) -> str:
