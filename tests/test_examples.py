@@ -86,6 +86,25 @@ def test_export_program_and_the_output_that_its_readme_shows() -> None:
     assert float(difference[1]) < 1e-5
 
 
+def test_own_mapping_and_the_output_that_its_readme_shows() -> None:
+    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "own_mapping.py")]
+    tiny = ["--inner", "eager", "--layers", "1", "--width", "16", "--steps", "2"]
+    done = subprocess.run(
+        [*command, *tiny], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    shown = (EXAMPLES / "README.md").read_text().split("$ python examples/own_mapping.py --inner eager\n")[1]
+
+    def words(text: str) -> str:
+        """Numbers left out: this run is smaller than the one shown."""
+        return re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e-\d+)?", "#", text))
+
+    assert words(done.stdout) == words(shown.split("```")[0])
+    difference = re.search(r"largest difference at the start: (.*)", done.stdout)
+    assert difference
+    assert float(difference[1]) < 1e-5
+
+
 @pytest.mark.slow
 def test_train_with_both_backends_under_inductor() -> None:
     compare(train("--backend", "inductor"), train("--backend", "mhc"), 4)

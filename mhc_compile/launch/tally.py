@@ -102,7 +102,8 @@ class Tally:
             if connection is not None and connection not in self._connections:
                 self._connections.add(connection)
                 new += 1
-                form = f"streams {connection.streams}, mapping {connection.mapping}"
+                preset = f"preset {connection.preset}, " if connection.preset != "paper" else ""
+                form = f"{preset}streams {connection.streams}, mapping {connection.mapping}"
         # A graph that is compiled again, for other shapes, has the same additions.
         left = self._left.setdefault(model, Counter())
         more = max(0, len(study.plan.refusals) - left[code])
