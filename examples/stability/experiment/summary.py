@@ -51,7 +51,7 @@ __all__ = ["collect", "entry"]
 #: exp of it is still a number.
 _TOO_LARGE = 700.0
 #: One in so many steps of a curve is kept.
-EVERY = 5
+EVERY = 10
 
 
 def entry(interval: Interval, **more: Any) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _geometric(step: int, values: Sequence[float]) -> list[Any]:
 
 
 def _curve(curves: Sequence[Sequence[float]], first: int) -> list[list[Any]]:
-    """Of all curves at every fifth step and the last; a run that has ended is no longer part of the mean."""
+    """Of all curves at every tenth step and the last; a run that has ended is no longer part of the mean."""
     longest = max((len(curve) for curve in curves), default=0)
     chosen = [i for i in range(longest) if i % EVERY == 0 or i == longest - 1]
     at: Callable[[int], list[float]] = lambda i: [c[i] for c in curves if i < len(c) and math.isfinite(c[i])]  # noqa: E731
@@ -229,4 +229,4 @@ def _log(value: float) -> float:
 
 
 def _plain(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.5g}") if math.isfinite(value) else None
