@@ -50,8 +50,8 @@ __all__ = ["collect", "entry"]
 
 #: exp of it is still a number.
 _TOO_LARGE = 700.0
-#: One in so many steps of a curve is kept.
-EVERY = 10
+#: One in so many trailing means is kept, so that they do not share losses; of gradient norms twice as many.
+EVERY = 20
 
 
 def entry(interval: Interval, **more: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any
                 ],
                 TAIL,
             ),
-            "norm": _curve([list(map(_log, content["norm"])) for content in runs.values()], 1),
+            "norm": _curve([list(map(_log, content["norm"])) for content in runs.values()], 1, EVERY // 2),
         }
     return result
 
@@ -200,10 +200,10 @@ def _geometric(step: int, values: Sequence[float]) -> list[Any]:
     return [step, _plain(math.exp(interval.value)), _plain(low), _plain(high)]
 
 
-def _curve(curves: Sequence[Sequence[float]], first: int) -> list[list[Any]]:
-    """Of all curves at every tenth step and the last; a run that has ended is no longer part of the mean."""
+def _curve(curves: Sequence[Sequence[float]], first: int, every: int = EVERY) -> list[list[Any]]:
+    """Of all curves at every so many steps and at the last; a run that has ended is no longer part of the mean."""
     longest = max((len(curve) for curve in curves), default=0)
-    chosen = [i for i in range(longest) if i % EVERY == 0 or i == longest - 1]
+    chosen = [i for i in range(longest) if i % every == 0 or i == longest - 1]
     at: Callable[[int], list[float]] = lambda i: [c[i] for c in curves if i < len(c) and math.isfinite(c[i])]  # noqa: E731
     return [_point(i + first, at(i)) for i in chosen if at(i)]
 
