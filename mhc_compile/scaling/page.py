@@ -35,8 +35,8 @@ _READING = """\
 - **As lowered**: every operator of a site reads the streams again. **Floor**: everything of a site in one pass. A fused step comes near the
   floor on the CPU; between the two lie kernels that find the streams in a cache.
 - **Kept**: bytes between forward and backward beyond the plain model's, with `recompute="cheap"` (the default) and `"block"`.
-- **Overhead**: `FLOPs / F + bytes / B` of what is added over that of the plain model, for data sheets' F and B and bfloat16. A plain model that takes twice its
-  roofline has half of the overhead. A backward pass is taken as twice a forward pass, recomputation is not counted."""
+- **Overhead**: `FLOPs / F + bytes / B` of what is added over that of the plain model, for data sheets' F and B and bfloat16. A plain model that
+  takes twice its roofline has half of the overhead. A backward pass is taken as twice a forward pass, recomputation is not counted."""
 
 _CHECK = """\
 ## Held against measurements
