@@ -30,8 +30,6 @@ __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 
 #: The parameters of each kind of hyper-connection.
 _KINDS = (HyperConnection.names, GatedConnection.names)
-#: What parameters of ours are called.
-_PARTS = frozenset(name for names in (*_KINDS, *ReadOut.NAMES.values()) for name in names)
 
 
 class ProgramProvenance(Provenance):
@@ -138,7 +136,7 @@ class ProgramParameters:
     def _existing(self, site: Site, path: str) -> HyperConnection | None:
         container = path.removesuffix(f".{site.name}")
         inside = [name for name in self._state if name == container or name.startswith(f"{container}.")]
-        foreign = [name for name in inside if name.rpartition(".")[2] not in _PARTS]
+        foreign = [name for name in inside if not _is_part(name)]
         if foreign:
             raise AttachError(
                 f"{site}: the program has an entry {foreign[0]!r} of its own; hyper-connections need the name {container!r}."
@@ -225,3 +223,10 @@ def root_kind(program: ExportedProgram) -> str:
 
 def _shown(shapes: dict[str, list[int]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def _is_part(name: str) -> bool:
+    """Whether a parameter of a hyper-connection, or of its read-out, may have this path."""
+    path, _, part = name.rpartition(".")
+    kinds = ReadOut.NAMES.values() if path.endswith(".read_out") else _KINDS
+    return any(part in names for names in kinds)

@@ -19,6 +19,13 @@ from mhc_compile.zoo.check import check
 mhc = torch.ops.mhc
 NEW = ["permutations", "kronecker", "unconstrained"]
 SIZES = [(name, n) for name in ("sinkhorn", "identity", *NEW) for n in (1, 2, 3, 4, 8) if columns(name, n)]
+#: Sizes at which operators run: each is a library of its own, which takes seconds to build.
+BUILT = [
+    pytest.param(
+        name, n, marks=() if (name, n) in {("sinkhorn", 4), ("permutations", 4), ("kronecker", 2)} else pytest.mark.slow
+    )
+    for name, n in SIZES
+]
 EXACT = [(name, n) for name, n in SIZES if name in ("identity", "permutations", "kronecker")]
 
 
@@ -66,7 +73,10 @@ def test_unconstrained_is_whatever_the_logits_are():
 # Gradients
 
 
-@pytest.mark.parametrize(("name", "n"), SIZES)
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [pytest.param(*size, marks=pytest.mark.slow if size[0] == "sinkhorn" and size[1] != 4 else ()) for size in SIZES],
+)
 def test_backward_is_that_of_autograd_and_of_the_default(name, n):
     mapping, logits = get_mapping(name), logits_of(name, n).requires_grad_()
     grad = torch.randn(5, 3, n, n, dtype=torch.float64)
@@ -93,7 +103,14 @@ def test_nothing_becomes_inf_or_nan_at_huge_logits(name, n, size):
 # Starts
 
 
-@pytest.mark.parametrize(("name", "n"), [size for size in SIZES if size[1] > 1])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        pytest.param(*size, marks=pytest.mark.slow if size[0] == "sinkhorn" and size[1] != 4 else ())
+        for size in SIZES
+        if size[1] > 1
+    ],
+)
 def test_the_start_is_near_the_identity_and_alive(name, n):
     mapping = get_mapping(name)
     start = mapping.start(n).double()
@@ -108,7 +125,7 @@ def test_the_start_is_near_the_identity_and_alive(name, n):
         assert matrix.diagonal().max() == pytest.approx(0.95, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "n"), [size for size in SIZES if size[0] in NEW])
+@pytest.mark.parametrize(("name", "n"), [size for size in BUILT if size.values[0] in NEW])
 def test_one_site_starts_as_the_residual_add(name, n):
     connection = HyperConnection(6, Options(streams=n, mapping=name), index=1)
     x = torch.randn(2, 3, 6)

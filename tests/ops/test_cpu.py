@@ -16,7 +16,7 @@ def _needs_a_compiler():
     assert cpu.available(), "the C++ compiler is a requirement of Inductor on CPU and of these tests"
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("n", [3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
 def test_kernel_equals_the_eager_form(n, dtype, tolerance):
     for tokens, iterations, std in (

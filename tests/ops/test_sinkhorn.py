@@ -10,7 +10,7 @@ import mhc_compile.ops  # noqa: F401 - registers the operators
 
 sinkhorn = torch.ops.mhc.sinkhorn
 STD = [0.1, 1.0, 3.0, 10.0]
-N = [1, 2, 3, 4, 8]
+N = [3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8))]
 
 
 def unrolled(logits: Tensor, iterations: int) -> Tensor:

@@ -59,7 +59,7 @@ def close(one, other, tolerance):
 SIZES = [
     (4, "sinkhorn"),
     (4, "identity"),
-    (1, "sinkhorn"),
+    pytest.param(1, "sinkhorn", marks=pytest.mark.slow),
     (2, "permutations"),
     *(pytest.param(n, m, marks=pytest.mark.slow) for n in (2, 3, 5, 8) for m in ("sinkhorn", "identity")),
     *(pytest.param(n, "permutations", marks=pytest.mark.slow) for n in (1, 3, 4)),

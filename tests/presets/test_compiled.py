@@ -14,6 +14,7 @@ from mhc_compile import OptionError
 from mhc_compile.errors import AttachError
 
 WIDTH = 6
+QUICK = ("deepseek-v4", "qwen4-exp", "sites")
 CASES = {
     "deepseek-v4": {"preset": "deepseek-v4"},
     "glm5-next": {"preset": "glm5-next"},
@@ -73,7 +74,8 @@ def randomised(options: dict) -> tuple[Decoder, Tensor]:
 
 @pytest.mark.parametrize(
     ("case", "inner"),
-    [*((case, "aot_eager") for case in CASES), ("deepseek-v4.1", "eager"), ("qwen4-exp", "eager")]
+    [*((case, "aot_eager") for case in QUICK), ("deepseek-v4.1", "eager")]
+    + [pytest.param(case, "aot_eager", marks=pytest.mark.slow) for case in CASES if case not in QUICK]
     + [
         pytest.param(case, "inductor", marks=pytest.mark.slow)
         for case in ("deepseek-v4", "deepseek-v4.1", "qwen4-exp", "static")
@@ -95,7 +97,14 @@ def test_forward_and_gradients_equal_the_sites_by_hand(case, inner):
             assert (mine - theirs).abs().max() < 1e-10 * max(1.0, theirs.abs().max().item()), name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "start" not in CASES[case]])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in (*QUICK, "hy-v4") else pytest.mark.slow)
+        for case in CASES
+        if "start" not in CASES[case]
+    ],
+)
 def test_the_start_is_the_plain_model(case):
     """To rounding; with an epsilon in Sinkhorn the rows sum to 1 - eps, so that a site loses a millionth of its streams."""
     plain = Decoder(width=WIDTH).double()
