@@ -65,21 +65,16 @@ def page(options: Options | None = None) -> str:
 
 
 def _comparison(measured: Sequence[dict[str, Any]]) -> str:
-    head = [
-        "C",
-        "overhead measured",
-        "floor",
-        "as lowered",
-        "plain step measured",
-        "predicted",
-        "kept measured",
-        "predicted",
+    rows = [
+        "C|vocabulary|overhead measured|floor|as lowered|plain step measured|predicted|kept measured|predicted".split(
+            "|"
+        )
     ]
-    rows = [head]
     for one in measured:
         shares = one["measured"]
         rows.append([
             str(one["width"]),
+            f"{one['conditions']['vocabulary']:,}",
             f"{shares['median']:.1%} [{shares['low']:.1%}, {shares['high']:.1%}]",
             f"{one['floor']:.1%}",
             f"{one['lowered']:.1%}",
@@ -88,12 +83,13 @@ def _comparison(measured: Sequence[dict[str, Any]]) -> str:
             f"{one['kept_measured'] / 1e6:.1f} MB",
             f"{one['kept_predicted'] / 1e6:.1f} MB",
         ])  # fmt: skip
-    c, rates = measured[0]["conditions"], [f"{one['flops'] / 1e9:.0f}" for one in measured]
-    loads = ", ".join(f"{load:.1f}" for one in measured for load in one["conditions"]["load"])
+    c = measured[0]["conditions"]
+    rates, widths = ([one[name] / 1e9 for one in measured] for name in ("flops", "bandwidth"))
+    loads = [load for one in measured for load in one["conditions"]["load"]]
     conditions = (
         f"{c['device']}, {c['threads']} thread{'s' * (c['threads'] != 1)} of {c['cores']} cores, torch {c['torch']}, {c['dtype']},"
-        f" {c['layers']} layers, {c['tokens']} tokens, vocabulary {c['vocabulary']:,}, {c['rounds']} rounds;"
-        f" F = {' and '.join(rates)} GFLOP/s, B = {measured[0]['bandwidth'] / 1e9:.1f} GB/s; load of the machine {loads}."
+        f" {c['layers']} layers, {c['tokens']} tokens, {c['rounds']} rounds.\nF = {min(rates):.0f} to {max(rates):.0f} GFLOP/s,"
+        f" B = {min(widths):.1f} to {max(widths):.1f} GB/s; load of the machine {min(loads):.1f} to {max(loads):.1f}."
     )
     return f"{grid(rows)}\n\n{conditions}"
 
