@@ -111,7 +111,7 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients():
     assert all(not p.grad.any() for n, p in model.named_parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_loss(inner):
     case = build("gpt2")
     options = {"inner": inner}

@@ -213,7 +213,12 @@ def cut(model, *, attention=True, mlp=True):
 
 
 @pytest.mark.parametrize(
-    ("block", "where"), [(Block, "attention"), (Block, "mlp"), (Block, "both"), (PostNorm, "attention")]
+    ("block", "where"),
+    [
+        *(pytest.param(Block, where, marks=pytest.mark.slow) for where in ("attention", "mlp")),
+        (Block, "both"),
+        (PostNorm, "attention"),
+    ],
 )
 def test_a_graph_break_inside_a_branch(block, where):
     """The branch begins in one graph and ends in another. `attach` sees both."""

@@ -211,6 +211,7 @@ def test_different_weights_are_refused() -> None:
         training.check_same_weights(one, other)
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing(data: corpus.Corpus) -> None:
     duel = Duel(SETTINGS, make_task(data, SETTINGS))
     duel.advance()
@@ -452,6 +453,7 @@ def test_summary(whole: tuple[Path, Result]) -> None:
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("Written:"))
 
 
+@pytest.mark.slow
 def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_path: Path) -> None:
     content = checkpoint.load(whole[0] / checkpoint.NAME)
     content["conditions"]["threads"] = 77
@@ -527,6 +529,7 @@ def test_progress_in_a_log(whole: tuple[Path, Result]) -> None:
     assert not [line for line in lines if "arning" in line]
 
 
+@pytest.mark.slow
 def test_quiet_and_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt

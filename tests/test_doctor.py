@@ -41,6 +41,7 @@ def test_a_machine_that_works():
     assert tiny.found.startswith("2 sites, ")
 
 
+@pytest.mark.slow
 def test_compiling_switched_off_is_found_twice():
     done = doctor(TORCHDYNAMO_DISABLE="1")
     assert done.returncode == 1

@@ -102,7 +102,7 @@ def assert_preserved(plain: ExportedProgram, rewritten: ExportedProgram, toleran
 # --- the signature ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_new_parameters_are_entries_of_the_signature_and_all_else_is_kept(index):
     model = Decoder()
     program = programs(model, tokens())[index]
@@ -134,7 +134,7 @@ def test_the_program_given_is_not_mutated():
     assert [node.meta.keys() for node in program.graph.nodes] == [meta.keys() for meta in metadata]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_dynamic_shapes_stay_dynamic(index):
     program = programs(Decoder(), tokens(), dynamic_shapes=({0: Dim("batch", max=64), 1: Dim("time")},))[index]
     result = mhc_compile.rewrite(program)
@@ -146,7 +146,7 @@ def test_dynamic_shapes_stay_dynamic(index):
         result.module()(tokens(65, 5))
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_a_buffer_that_is_mutated_is_mutated_still(index):
     """BatchNorm in training counts batches and keeps running statistics."""
     model, x = Convolutional(), torch.randn(2, 3, 8, 8)
@@ -224,7 +224,7 @@ def test_unflatten_puts_the_modules_back():
 # --- the numbers -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_default_start_preserves_output_and_gradients(dtype, tolerance, index):
     program = programs(Decoder().to(dtype), tokens())[index]
@@ -298,7 +298,7 @@ def test_options(options):
 # --- plain ATen ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_nothing_but_aten(index):
     program = programs(Decoder(), tokens())[index]
     result = mhc_compile.rewrite(program)
@@ -521,7 +521,7 @@ def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
 # --- the edges -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["training", "core"])
+@pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_a_rewritten_program_comes_back_unchanged(index):
     result = mhc_compile.rewrite(programs(Decoder(), tokens())[index])
     again = mhc_compile.rewrite(result, options={"strict": True})  # nothing to complain about

@@ -36,7 +36,7 @@ def assert_reviewed(name, text, request):
     ("name", "columns", "arguments"),
     [
         ("decoder-80", 80, ("zoo:pre-norm", "--set", "layers=4")),
-        ("decoder-140", 140, ("zoo:pre-norm", "--set", "layers=4")),
+        pytest.param("decoder-140", 140, ("zoo:pre-norm", "--set", "layers=4"), marks=pytest.mark.slow),
         ("side-by-side-140", 140, ("zoo:pre-norm", "--set", "layers=4", "--side-by-side")),
         ("lifted-80", 80, ("zoo:activated-in-place",)),
         ("plan-80", 80, ("zoo:gated-recurrence", "--stage", "plan")),

@@ -391,7 +391,9 @@ def checkpointing(case: Case, **settings: Any) -> None:
     case.model.train()
 
 
-@pytest.mark.parametrize(("name", "reentrant"), [("gpt2", True), ("gpt2", False), ("llama", False)])
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [("gpt2", True), ("gpt2", False), pytest.param("llama", False, marks=pytest.mark.slow)]
+)
 def test_gradient_checkpointing_of_transformers(name, reentrant):
     case = build(name)
     case.model.train()
