@@ -8,7 +8,7 @@ from mhc_compile.errors import OptionError
 
 __all__ = ["SHAPES", "Shape"]
 
-_MHC = "arXiv 2512.24880 v2, appendix A.1"
+_MHC = "arXiv 2512.24880 v2 for layers, C and tokens; heads and experts are a guess that gives the totals, not the paper's table"
 _LLAMA = "arXiv 2407.21783, table 3"
 _V3 = "arXiv 2412.19437, section 4.2"
 
@@ -116,7 +116,8 @@ class Shape:
         return self.layers * self.attention + feed + 2 * self.vocabulary * self.width
 
 
-#: The sizes of the paper, and two public models above 100B, a dense one and a mixture of experts.
+#: The sizes of the paper (how their experts are cut is not from there, its totals are), and two public models above 100B, a dense one and a
+#: mixture of experts.
 SHAPES = (
     Shape(
         name="mHC 3B", layers=12, width=1280, heads=16, hidden=896, latent=512,
