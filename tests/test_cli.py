@@ -91,6 +91,7 @@ def test_the_console_script_is_installed():
     assert [script.value for script in scripts] == ["mhc_compile.cli:main"]
 
 
+@pytest.mark.slow
 def test_explain_a_factory_of_a_file(factory):
     done = mhc("explain", "models.py:residual", cwd=factory)
     assert done.returncode == 0, done.stderr

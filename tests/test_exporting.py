@@ -444,7 +444,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("t5", "vit", "llama") else ()) for name in MODELS]
+)
 def test_sites_and_chains_are_those_that_dynamo_sees(name):
     model, inputs = MODELS[name]()
     explanation = mhc_compile.explain(model, **inputs)
@@ -471,8 +473,10 @@ def test_other_models_are_preserved(name):
     assert relative(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("names", [1, 2])
+@pytest.mark.parametrize(
+    ("names", "strict"),
+    [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (1, True), (2, False)))],
+)
 def test_a_shared_module_shares_its_parameters(names, strict):
     block, x = Block(8), torch.randn(2, 5, 8, dtype=torch.float64)
     model = (Stack(block, block, Block(8)) if names == 2 else Stack(Repeated(block), Block(8))).double()

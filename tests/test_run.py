@@ -334,6 +334,7 @@ def test_options_without_a_backend_are_never_dropped():
         compile_model({"inner": "eager"}, mode="max-autotune")
 
 
+@pytest.mark.slow
 def test_a_torch_without_a_default_backend(monkeypatch):
     monkeypatch.setattr(torch, "compile", torch.compile)  # put back afterwards
     give_compile_a_default(torch, DefaultBackend({"inner": "eager"}))

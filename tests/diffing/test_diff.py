@@ -219,7 +219,16 @@ def test_an_attached_model_shows_the_parameters_that_it_has():
     assert fresh.changes[Change.REPLACED] == attached.changes[Change.REPLACED] == 6
 
 
-@pytest.mark.parametrize("name", ["swin", "resnet", "checkpointed", "t5", "mamba", "trap-cubic-gelu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swin",
+        "resnet",
+        "checkpointed",
+        "trap-cubic-gelu",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "mamba")),
+    ],
+)
 def test_families(name):
     model, args, kwargs = zoo.get(name).build(2)
     explained = mhc_compile.explain(model, *args, **kwargs)

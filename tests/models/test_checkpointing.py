@@ -206,12 +206,25 @@ def test_one_chain_runs_through_all_blocks():
 
 #: "eager" computes regions again as autograd meets them, "aot_eager" in a graph that a partitioner cuts. (AOTAutograd drops what nobody reads,
 #: random numbers included, in the plain model as well.)
+QUICK = {
+    (every_block, "aot_eager"),
+    (regions_in_a_region, "aot_eager"),
+    (dropout, "aot_eager"),
+    (a_site_across_two_regions, "aot_eager"),
+    (hidden_states, "eager"),
+    (a_norm_between_regions, "eager"),
+    (in_place, "eager"),
+    (every_branch, "eager"),
+}
 RUNS = [
-    *((how, "eager") for how in WAYS),
-    *(
-        (how, "aot_eager")
-        for how in (every_block, regions_in_a_region, hidden_states, a_site_across_two_regions, dropout)
-    ),
+    pytest.param(how, inner, marks=() if (how, inner) in QUICK else pytest.mark.slow)
+    for how, inner in (
+        *((how, "eager") for how in WAYS),
+        *(
+            (how, "aot_eager")
+            for how in (every_block, regions_in_a_region, hidden_states, a_site_across_two_regions, dropout)
+        ),
+    )
 ]
 
 

@@ -41,7 +41,7 @@ def test_no_other_add_is_touched(name, reasons):
     assert dict(mhc_compile.explain(case.model, **case.inputs).reasons) == reasons
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_default_start_preserves_outputs_and_gradients(name, inner):
     case = build(name)
