@@ -151,6 +151,7 @@ def test_a_wrong_target_is_one_readable_paragraph(factory, arguments, words, mon
     assert out == ""
 
 
+@pytest.mark.slow
 def test_check_proves_a_model_for_a_script_that_reads_json(factory):
     done = mhc("check", "models.py:residual", "--inner", "eager", "--dtype", "float64", "--json", cwd=factory)
     assert done.returncode == 0, done.stderr

@@ -248,7 +248,7 @@ def test_costs_are_those_of_the_mapping():
 
 
 @pytest.mark.parametrize("name", NEW)
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_checkpoints_are_restored_with_their_mapping(name, n, tmp_path):
     model = Decoder(layers=1)
     mhc_compile.attach(model, tokens(), options={"mapping": name, "streams": n})

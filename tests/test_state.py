@@ -183,7 +183,10 @@ def save_and_load(model):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("ran", [False, True], ids=["before the first call", "after it"])
+@pytest.mark.parametrize(
+    "ran",
+    [pytest.param(False, id="before the first call"), pytest.param(True, id="after it", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in copies()])
 def test_a_copy_is_a_model_of_its_own(make, ran):
     model = Small()

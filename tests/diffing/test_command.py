@@ -38,9 +38,9 @@ def assert_reviewed(name, text, request):
         ("decoder-80", 80, ("zoo:pre-norm", "--set", "layers=4")),
         pytest.param("decoder-140", 140, ("zoo:pre-norm", "--set", "layers=4"), marks=pytest.mark.slow),
         ("side-by-side-140", 140, ("zoo:pre-norm", "--set", "layers=4", "--side-by-side")),
-        ("lifted-80", 80, ("zoo:activated-in-place",)),
-        ("plan-80", 80, ("zoo:gated-recurrence", "--stage", "plan")),
-        ("lower-80", 80, ("zoo:pre-norm", "--stage", "lower")),
+        pytest.param("lifted-80", 80, ("zoo:activated-in-place",), marks=pytest.mark.slow),
+        pytest.param("plan-80", 80, ("zoo:gated-recurrence", "--stage", "plan"), marks=pytest.mark.slow),
+        pytest.param("lower-80", 80, ("zoo:pre-norm", "--stage", "lower"), marks=pytest.mark.slow),
     ],
 )
 def test_text(name, columns, arguments, request):
@@ -64,6 +64,7 @@ def test_every_kind_of_file_at_once(tmp_path):
     assert (tmp_path / "sub" / "dot").read_text().startswith("digraph")
 
 
+@pytest.mark.slow
 def test_a_drawing_on_stdout_and_nothing_else():
     done = diff("zoo:pre-norm", "--mermaid", "-", "--quiet")
     assert done.stdout.startswith("flowchart")
