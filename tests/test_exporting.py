@@ -285,7 +285,10 @@ def test_bfloat16():
     assert relative(got, want) < 2e-2
 
 
-@pytest.mark.parametrize("options", [{"mapping": "identity"}, {"streams": 1}, {"streams": 3, "iterations": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"mapping": "identity"}, pytest.param({"streams": 1}, marks=pytest.mark.slow), {"streams": 3, "iterations": 2}],
+)
 def test_options(options):
     program = export(Decoder(), (tokens(),))
     result = mhc_compile.rewrite(program, options=options)

@@ -33,7 +33,13 @@ def ours(state) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"streams": 2}, {"streams": 3, "mapping": "identity"}, {"streams": 1}, {"streams": 8}]
+    "options",
+    [
+        {},
+        {"streams": 2},
+        {"streams": 3, "mapping": "identity"},
+        *(pytest.param({"streams": n}, marks=pytest.mark.slow) for n in (1, 8)),
+    ],
 )
 def test_state_dict(options):
     plain, state = saved(**options)

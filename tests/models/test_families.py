@@ -79,7 +79,7 @@ def test_default_start_preserves_bfloat16(name):
     assert {c.phi.dtype for c in mhc_compile.connections(case.model).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("streams", [1, 2, 3, 8])
+@pytest.mark.parametrize("streams", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 8))])
 def test_default_start_preserves_at_any_number_of_streams(streams):
     case = build("gpt2")
     case.model.train()

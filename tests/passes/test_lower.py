@@ -46,7 +46,15 @@ def core(graph: fx.Graph) -> list[str]:
     return [str(n.target) for n in graph.nodes if n.op in {"call_function", "call_method"}]
 
 
-@pytest.mark.parametrize("options", [{}, {"mapping": "identity"}, {"streams": 1}, {"streams": 3, "iterations": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mapping": "identity"},
+        pytest.param({"streams": 1}, marks=pytest.mark.slow),
+        {"streams": 3, "iterations": 2},
+    ],
+)
 def test_operators_become_aten_and_the_numbers_hold(options):
     module, x = streams_of(two_sites, **options)
     assert ours(module.graph) == {"coefficients": 2, "collapse": 2, "update": 2}

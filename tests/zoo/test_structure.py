@@ -1,6 +1,11 @@
-"""Every family, in training and in eval mode, at two depths: the chains are what the formula says."""
+"""Every family, in training and in eval mode, at two depths: the chains are what the formula says, and the site tree is as it was reviewed.
+
+`pytest --regenerate` writes the trees anew; the difference is read before it is committed. One file, so that one process traces each family once.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ from mhc_compile.passes.find import Findings
 from mhc_compile.zoo.check import check, deviation
 from mhc_compile.zoo.family import Expected
 
+SNAPSHOTS = Path(__file__).parent / "snapshots"
 TRAPS = ("traps", "traps_on_trunk")
 DEPTHS = {(2, "train"): "representative", (3, "eval"): "carried"}
 
@@ -85,3 +91,26 @@ def test_a_family_is_built_alike_every_time_and_leaves_random_numbers_alone():
     for (name, a), b in zip(one[0].state_dict().items(), two[0].state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+
+
+@pytest.mark.zoo(layers_and_modes={(2, "train"): "representative"})
+def test_the_site_tree_is_the_reviewed_one(family, layers, mode, traced, request):
+    tree = str(traced(family, layers, mode))
+    file = SNAPSHOTS / f"{family.name}.txt"
+    if request.config.getoption("regenerate"):
+        file.write_text(tree)
+    assert file.exists(), f"no snapshot of {family.name}; write it with pytest --regenerate"
+    assert tree == file.read_text(), f"{family.name} is rewritten in another way than reviewed"
+
+
+def test_every_snapshot_has_a_family():
+    assert {file.stem for file in SNAPSHOTS.glob("*.txt")} <= {family.name for family in zoo.families()}
+
+
+def test_a_tree_names_no_nodes_lines_or_places(traced):
+    tree = str(traced(zoo.get("resnet"), 2, "train"))
+    assert tree.startswith("2 layers, train: 2 sites,")
+    assert "  stages.0.mhc.f" in tree
+    assert "C=8 axis=1" in tree
+    assert ".py" not in tree
+    assert "/" not in tree
