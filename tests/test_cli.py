@@ -112,6 +112,7 @@ def test_explain_json_of_a_factory_of_a_module(factory):
     ]
 
 
+@pytest.mark.slow
 def test_explain_a_transformers_architecture_without_its_weights():
     started = time.monotonic()
     done = mhc("explain", "hf:gpt2", "--set", "n_layer=3")

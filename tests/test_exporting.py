@@ -134,6 +134,7 @@ def test_the_program_given_is_not_mutated():
     assert [node.meta.keys() for node in program.graph.nodes] == [meta.keys() for meta in metadata]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
 def test_dynamic_shapes_stay_dynamic(index):
     program = programs(Decoder(), tokens(), dynamic_shapes=({0: Dim("batch", max=64), 1: Dim("time")},))[index]

@@ -196,6 +196,7 @@ def test_a_stage_that_does_not_exist(stage, words):
         mhc_compile.diff(decoder(1), tokens(), stage=stage)
 
 
+@pytest.mark.slow
 def test_a_program():
     model = decoder()
     program = torch.export.export(model, (tokens(),))

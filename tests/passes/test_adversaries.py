@@ -227,6 +227,7 @@ def test_every_addition_of_a_random_program_has_one_verdict(program):
     assert seen == candidates
 
 
+@pytest.mark.slow
 def test_the_generator_makes_programs_that_are_rewritten():
     """Random programs that never fire a pass would prove nothing."""
     fired = []
