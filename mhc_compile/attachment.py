@@ -162,11 +162,12 @@ def attach_site(
         AttachError: the owner has a hyper-connection for the site that contradicts the options.
     """
     connection = find_connection(owner, site)
+    options = options.at(site.path)
     changed = False
     if connection is None:
-        connection = _create(owner, site, options.at(site.path), index, root, last=last)
+        connection = _create(owner, site, options, index, root, last=last)
         changed = True
-    _check(connection, site, options.at(site.path))
+    _check(connection, site, options)
     if last and connection.end_chain():
         expect(connection, owner, options.optimizer, root=root, path=site.owner.path)
         changed = True

@@ -298,8 +298,10 @@ def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | N
     Raises:
         AttachError: a chain comes from another graph, or may go on in one.
     """
-    part = edges.part or (root is not None and _torch.runs_inside_another(root, compiled_alone=True))
+    alone = root is not None and _torch.runs_inside_another(root, compiled_alone=True)
     for chain in plan.chains:
+        # Of blocks that are compiled one by one, each takes its trunk from outside and gives it back.
+        part = edges.part or (alone and chain.arrives)
         goes_on = part and (chain.departures or any(site.tail for site in chain.sites))
         if chain.start in edges.arriving or goes_on:
             asked = "single_pass=True" if options.single_pass else f"read_out={options.read_out!r}"

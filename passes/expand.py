@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +16,7 @@ from mhc_compile.passes.edge_writer import EdgeWriter
 from mhc_compile.passes.edges import Departure
 from mhc_compile.passes.lift import lift, lifted_axis
 from mhc_compile.passes.roles import is_random, op_name, tensor_value
+from mhc_compile.passes.writer import End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,6 +114,8 @@ class _Expansion(EdgeWriter):
         self.known: dict[Node, tuple[Node, int]] = {}
         #: The residual adds of all chains.
         self.sums = {add for site in bindings for add in site.adds}
+        #: What readers inside the chain at hand get of its streams.
+        self.between = End()
         #: The weights of the last site, where they collapse the streams for the next one.
         self.passed: Node | None = None
         #: Trunk operations that were lifted and are read elsewhere as well.
@@ -133,7 +136,7 @@ class _Expansion(EdgeWriter):
             self._open(chain.start, streams)
         stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
         self.known = {}
-        self.passed = None
+        self.between, self.passed = self.bindings[first].end.between, None
         for site, link in zip(chain.sites, chain.links, strict=True):
             lifted = self._lift(link, streams)
             entry = lifted[site.trunk]
@@ -148,9 +151,8 @@ class _Expansion(EdgeWriter):
         self._open(chain.sites[-1].add, streams)
         # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
         for site, link, lifted, after in reversed(stages):
-            binding = self.bindings[site]
-            end = binding if site is chain.sites[-1] else replace(binding, end=binding.end.between)
-            self._read_out(self.nodes[site.add], after, site.axis, end)
+            last = self.bindings[site] if site is chain.sites[-1] else None
+            self._read_out(self.nodes[site.add], after, site.axis, last)
             for inner in reversed(site.adds[:-1]):
                 self.graph.erase_node(self.nodes[inner])
             self._dispose(site.shortcut, lifted)
@@ -325,14 +327,13 @@ class _Expansion(EdgeWriter):
         features = self._features_last(branch, site.axis)
         return self._call("streams", torch.ops.mhc.update.default, streams, features, post, res)
 
-    def _read_out(self, value: Node, streams: Node, axis: int, binding: Binding | None = None) -> None:
-        """Lets the readers of a trunk value read what its streams come to: their mean, or what the binding says."""
+    def _read_out(self, value: Node, streams: Node, axis: int, last: Binding | None = None) -> None:
+        """Lets the readers of a trunk value read what its streams come to. `last`: of the site that ends the chain here."""
         self.replaced[value] = value
         if value.users:
             self._follow(streams, like=value)
-            out = (
-                self._end(binding, streams, self.passed) if binding else self._call("read_out", torch.mean, streams, -2)
-            )
+            end, eps = (last.end, last.eps) if last is not None else (self.between, 0.0)
+            out = self._end(end, eps, streams, self.passed)
             mean = self._features_back(out, axis, value)
             value.replace_all_uses_with(mean)
             self.replaced[value] = mean

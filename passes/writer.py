@@ -172,9 +172,8 @@ class Writer:
         pre, post, res = self._coefficients(binding, streams)
         return [self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre), pre, post, res]
 
-    def _end(self, binding: Binding, streams: Node, pre: Node | None) -> Node:
-        """What a chain leaves behind, [..., C]. `pre` are the weights of its last site."""
-        end = binding.end
+    def _end(self, end: End, eps: float, streams: Node, pre: Node | None) -> Node:
+        """What a chain leaves behind, [..., C]. `eps` is for the norm of a learned one, `pre` are the weights of the last site."""
         if end.kind == "pre":
             assert pre is not None
             return self._call("read_out", torch.ops.mhc.collapse.default, streams, pre)
@@ -182,8 +181,8 @@ class Writer:
             return self._call("read_out", getattr(torch, end.kind), streams, -2)
         parameters = [self._parameter(name) for name in end.parameters]
         if end.kind == "gated":
-            return self._call("read_out", torch.ops.mhc.gated_read_out.default, streams, *parameters, binding.eps)
-        settings = (end.pre_eps, binding.eps)
+            return self._call("read_out", torch.ops.mhc.gated_read_out.default, streams, *parameters, eps)
+        settings = (end.pre_eps, eps)
         return self._call("read_out", torch.ops.mhc.read_out.default, streams, *parameters, *settings)
 
     def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:

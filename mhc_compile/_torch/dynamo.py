@@ -233,12 +233,24 @@ def example_size(size: int | torch.SymInt) -> int:
 def runs_inside_another(module: nn.Module, *, compiled_alone: bool = False) -> bool:
     """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered.
 
-    With `compiled_alone` also before that: `module` is then a part that was compiled by itself.
+    With `compiled_alone` also before that: `module` is then a part that was compiled by itself. What has nothing but `module` in it, as the module
+    that `torch.compile` returns and DDP, is no other then.
     """
     return any(
-        (within or compiled_alone) and owner is not module and any(one is module for one in owner.modules())
+        (within or (compiled_alone and not _only_wraps(owner, module)))
+        and owner is not module
+        and any(one is module for one in owner.modules())
         for within, owner in _calls()
     )
+
+
+def _only_wraps(owner: nn.Module, module: nn.Module) -> bool:
+    while owner is not module:
+        children = list(owner.children())
+        if len(children) != 1:
+            return False
+        owner = children[0]
+    return True
 
 
 def _calls() -> Iterator[tuple[bool, nn.Module]]:

@@ -49,7 +49,7 @@ class StabilityCallback:
             in one object (a tensor, a tuple, a mapping). Without one: the first of the training batches in Lightning, the first examples of the data
             set in transformers; a loop of one's own must give one, here or to `step`.
         log: called with the figures of `Stability.summary`, under names that begin with "mhc/", and "step".
-        file: JSON lines are appended to it, one for each measurement, each on disk before the training goes on.
+        file: JSON lines are appended to it, one for each measurement, and the file is closed before the training goes on.
         options: as the model was compiled with; see `mhc_compile.stability`.
 
     Attributes:

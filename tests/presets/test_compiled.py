@@ -276,3 +276,62 @@ def test_explain_counts_the_parameters_that_are_attached(case):
     attached = sum(p.numel() for name, p in model.named_parameters() if ".mhc." in name)
     said = mhc_compile.explain(Decoder(width=WIDTH).double(), tokens(), options=CASES[case])
     assert said.cost.parameters == attached
+
+
+def test_a_reader_of_a_value_that_runs_on_streams_gets_their_sum_too():
+    """The norm between two adds is lifted over the streams, and what it gives is returned as well."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.norm, self.g = (torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+
+        def forward(self, x):
+            y = self.norm(x + self.f(torch.tanh(x)))
+            return y + self.g(torch.tanh(y)), y
+
+    torch.manual_seed(0)
+    model, x = Normed().double(), torch.randn(2, 3, 4, dtype=torch.float64)
+    options = {"read_out": "sum", "start": "scratch", "inner": "eager", "strict": True}
+    compiled = torch.compile(model, backend="mhc", options=options)
+    got = compiled(x)
+    first, second = (model.mhc.get(name) for name in ("f", "g"))
+    with torch.no_grad(), warnings.catch_warnings():  # that branches run outside a compiled graph
+        warnings.simplefilter("ignore", mhc_compile.MhcWarning)
+        after = model.norm(first(x.unsqueeze(-2).expand(-1, -1, 4, -1), lambda h: model.f(torch.tanh(h))))
+        assert (got[1] - after.sum(-2)).abs().max() < 1e-12
+        assert (got[0] - second(after, lambda h: model.g(torch.tanh(h))).sum(-2)).abs().max() < 1e-12
+
+
+def test_a_model_that_returns_its_trunk_is_whole():
+    """Its chain leaves the graph as a result; that alone is no reason to believe that it goes on elsewhere."""
+
+    class Trunk(Decoder):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class Loop(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.loss = model, torch.nn.Identity()
+
+        def forward(self, ids):
+            return self.loss(self.model(ids))
+
+    model, ids = Trunk(width=WIDTH), tokens()
+    plain = twin(model)
+    compiled = torch.compile(model, backend="mhc", options={"read_out": "learned", "inner": "eager", "strict": True})
+    assert (compiled(ids) - plain(ids)).abs().max() < 1e-5
+    assert (Loop(compiled)(ids) - plain(ids)).abs().max() < 1e-5
+    assert "blocks.1.mhc.mlp.read_out.weight" in dict(model.named_parameters())
+
+
+def test_blocks_compiled_one_by_one_can_not_end_in_a_learned_way():
+    model, ids = Decoder(width=WIDTH), tokens()
+    for block in model.blocks:
+        block.compile(backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+    with pytest.raises(AttachError, match="runs through several graphs"):
+        model(ids)
