@@ -340,6 +340,7 @@ def test_interrupt_before_the_first_step_says_so(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / checkpoint.NAME).exists()
 
 
+@pytest.mark.slow
 def test_half_a_step_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = Side.train
 

@@ -67,6 +67,7 @@ def test_plain_training_and_the_output_that_its_readme_shows() -> None:
     assert words(done.stderr + done.stdout) == words(readme)
 
 
+@pytest.mark.slow
 def test_export_program_and_the_output_that_its_readme_shows() -> None:
     command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "export_program.py")]
     tiny = ["--layers", "1", "--width", "16", "--steps", "2"]

@@ -180,6 +180,7 @@ def test_a_model_keeps_its_function_and_its_gradients_and_learns(name, inner):
     assert mhc_compile.connections(model)["blocks.0.mhc.attn"].phi.shape == (4 * 8, columns(name, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [NEW[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NEW[1:])])
 def test_gradients_of_a_whole_model_are_exact(name):
     """Finite differences in float64, away from the start: no symmetry hides a wrong term."""

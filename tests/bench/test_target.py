@@ -43,6 +43,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_model_is_timed_beside_itself(folder):
     done = bench(folder, "models.py:make", "--quick", "--json", "-", "--inner", "aot_eager", "--streams", "2")
     assert done.returncode == 0, done.stderr

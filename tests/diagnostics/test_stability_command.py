@@ -38,6 +38,7 @@ def test_a_fresh_start_is_told_as_such(stability):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_random_logits_show_what_the_mapping_does_with_them(stability, tmp_path):
     arguments = ("measured_models.py:small", "--json", "--eval", "--random-logits", "2")
     done = stability(*arguments, "--png", "a.png", "--seed", "3")

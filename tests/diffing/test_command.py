@@ -50,6 +50,7 @@ def test_text(name, columns, arguments, request):
     assert_reviewed(name, done.stdout, request)
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_at_once(tmp_path):
     files = [f"--{kind}={tmp_path / 'sub' / kind}" for kind in ("html", "svg", "dot", "mermaid")]
     done = diff("zoo:pre-norm", *files, "--json")
