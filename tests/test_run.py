@@ -16,7 +16,7 @@ from builders import LAYERS, Decoder, tokens
 
 import mhc_compile
 from mhc_compile import OptionError, Options
-from mhc_compile.launch._torch import give_compile_a_default
+from mhc_compile._torch.default_backend import give_compile_a_default
 from mhc_compile.launch.command import interpreter_flags
 from mhc_compile.launch.default import DefaultBackend
 from mhc_compile.launch.table import find_table

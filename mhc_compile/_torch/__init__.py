@@ -54,7 +54,7 @@ try:
         inner_backend,
         load_cpp,
     )
-    from mhc_compile._torch.optimizers import (
+    from mhc_compile._torch.optim import (
         lbfgs_has_memory,
         restart_lbfgs,
     )

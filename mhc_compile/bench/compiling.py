@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile._torch import isolated_compile
+from mhc_compile._torch.benchmarking import caches, observe_graphs
 from mhc_compile.bench import ours
-from mhc_compile.bench._torch import caches, observe_graphs
 from mhc_compile.bench.model import Block
 from mhc_compile.bench.result import Counters
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mhc_compile.bench._torch import memory_events
+from mhc_compile._torch.benchmarking import memory_events
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhc_compile import HyperConnection, Options, ops
 from mhc_compile._torch import compile_with_inductor
-from mhc_compile.bench._torch import has_kernel
+from mhc_compile._torch.benchmarking import has_kernel
 from mhc_compile.bench.residual import Residual
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._observe import observers
-from mhc_compile.launch import _torch, messages
+from mhc_compile._torch import default_backend as _torch
+from mhc_compile.launch import messages
 from mhc_compile.launch.default import DefaultBackend
 from mhc_compile.launch.order import Order
 from mhc_compile.launch.tally import Tally

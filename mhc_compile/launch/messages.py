@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mhc_compile.launch._torch import captured_graphs
+from mhc_compile._torch.default_backend import captured_graphs
 
 if TYPE_CHECKING:
     from mhc_compile.launch.order import Order

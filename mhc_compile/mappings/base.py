@@ -53,7 +53,7 @@ class Mapping:
 
         Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it with a derivation by hand saves that.
         """
-        from mhc_compile._torch.recording import autograd_inside_operators
+        from mhc_compile._torch.autograd import autograd_inside_operators
 
         with autograd_inside_operators():
             leaf = logits.detach().requires_grad_()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from mhc_compile._torch.benchmarking import caches, observe_graphs
 from mhc_compile.bench import memory
-from mhc_compile.bench._torch import caches, observe_graphs
 from mhc_compile.bench.contenders import CONTENDERS
 from mhc_compile.bench.measure import measure
 from mhc_compile.bench.progress import Silent
