@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.config.options import Options
 from mhc_compile.errors import (
     AttachError,
     CaptureError,
@@ -20,7 +21,6 @@ from mhc_compile.errors import (
     StreamsLostError,
     UnknownAddError,
 )
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from mhc_compile.ahead import attach

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment import connections, unwrap
 from mhc_compile.capture import capture
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 from mhc_compile.study import complain, study
 from mhc_compile.wrapped import check_unwrapped
 

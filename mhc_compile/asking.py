@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from mhc_compile.attachment import unwrap
+from mhc_compile.config.options import Options
 from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.errors import UnknownAddError
 from mhc_compile.exporting import plan_program
-from mhc_compile.options import Options
 from mhc_compile.program import ProgramProvenance
 from mhc_compile.story import RefusalStory, SiteStory, Story
 from mhc_compile.storytelling import Teller

@@ -28,7 +28,7 @@ from mhc_compile.optimizers import expect, leave
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.passes import Site
 
 __all__ = [

@@ -12,9 +12,9 @@ from mhc_compile import _torch, ops
 from mhc_compile._observe import observers
 from mhc_compile.attachment import connections
 from mhc_compile.boundary import Crossing
+from mhc_compile.config.options import Options
 from mhc_compile.eager_graphs import run_eagerly
 from mhc_compile.errors import MhcError
-from mhc_compile.options import Options
 from mhc_compile.passes import (
     FuseSteps,
     Pass,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.convention import parse
+from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.passes import Binding, End
 
 if TYPE_CHECKING:

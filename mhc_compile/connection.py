@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
-from mhc_compile.convention import parse
+from mhc_compile.config.coefficient_spec import parse
+from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 from mhc_compile.loading import NAMES, SETTINGS, after_loading, settle_missing
 from mhc_compile.mappings import get_mapping
-from mhc_compile.options import Options
 from mhc_compile.read_out import ReadOut
 
 if TYPE_CHECKING:

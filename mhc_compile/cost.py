@@ -24,7 +24,7 @@ from mhc_compile.mappings import get_mapping
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["Cost", "end_cost", "plain_flops", "site_cost"]
 

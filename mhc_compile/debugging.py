@@ -14,7 +14,7 @@ from mhc_compile._warn import warn
 from mhc_compile.attachment import connections, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.boundary import Crossing
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

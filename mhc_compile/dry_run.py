@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.branches import Notes
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.passes import Binding, Head, Site
 
     Begun = Mapping[nn.Module, Sequence[Site]]

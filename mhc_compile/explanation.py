@@ -10,10 +10,10 @@ from torch.export import ExportedProgram
 
 from mhc_compile import _torch
 from mhc_compile.attachment import unwrap
+from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.exporting import plan_program
-from mhc_compile.options import Options
 from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value

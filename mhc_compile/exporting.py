@@ -40,7 +40,7 @@ from mhc_compile.study import complain
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.passes import Hook
 
 __all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]

@@ -12,7 +12,7 @@ from mhc_compile.connection import HyperConnection
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["GatedConnection", "create_connection"]
 

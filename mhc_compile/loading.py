@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._warn import warn
+from mhc_compile.config.options import MAX_STREAMS
 from mhc_compile.mappings import MAPPINGS, columns, get_mapping
-from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -42,7 +42,7 @@ from mhc_compile.connection import HyperConnection
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from mhc_compile.options import OptimizerPolicy
+    from mhc_compile.config.options import OptimizerPolicy
 
     Group = dict[str, Any]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.passes import Site
 
 __all__ = ["MACHINES", "Machine", "Overhead", "Work", "overheads", "site_work", "traffic"]

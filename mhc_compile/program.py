@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
-from mhc_compile.convention import parse
+from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.loading import settle_missing
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mhc_compile.config.options import Options
     from mhc_compile.explanation import ChainReport, Explanation, RefusalReport, SiteReport
-    from mhc_compile.options import Options
 
 __all__ = ["render"]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
 from mhc_compile.binding import bound_names
+from mhc_compile.config.options import Options
 from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
 from mhc_compile.gated import GatedConnection, create_connection
 from mhc_compile.loading import guess_for, guess_options
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.optimizers import settle
-from mhc_compile.options import Options
 from mhc_compile.read_out import ReadOut
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.passes import Chain, Plan, Provenance, Refusal, Site
 
 __all__ = ["Teller"]

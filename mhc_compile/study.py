@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
+    from mhc_compile.config.options import Options
     from mhc_compile.connection import HyperConnection
-    from mhc_compile.options import Options
     from mhc_compile.passes import Head
 
 __all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]

@@ -9,11 +9,11 @@ from builders import Decoder, Pair, Small, points, tokens
 from torch import nn
 
 import mhc_compile
+from mhc_compile.config.options import Options
 from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
 from mhc_compile.diffing.rows import align
 from mhc_compile.diffing.views import NodeView
 from mhc_compile.explanation import ChainReport, RefusalReport, SiteReport
-from mhc_compile.options import Options
 
 SCRIPT = "</script><script>window.hacked = true</script>"
 IMAGE = "<img src=x onerror=window.hacked=true>"

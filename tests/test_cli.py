@@ -75,7 +75,7 @@ def test_help_is_fast_because_torch_is_not_imported():
     assert "explain" in done.stdout
     assert "demo" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "mhc_compile.options" in imported
+    assert "mhc_compile.config.options" in imported
     assert not {"torch", "transformers", "numpy", "rich"} & imported
 
 

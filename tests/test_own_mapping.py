@@ -10,7 +10,8 @@ from builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile
-from mhc_compile import Mapping, OptionError, Options, convention, mappings, ops, register_mapping
+from mhc_compile import Mapping, OptionError, Options, mappings, ops, register_mapping
+from mhc_compile.config import coefficient_spec as convention
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 
 

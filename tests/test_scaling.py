@@ -13,8 +13,8 @@ from rich.console import Console
 
 import mhc_compile
 from mhc_compile.cli.scaling import command
+from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-from mhc_compile.options import Options
 from mhc_compile.passes.recompute import block_length
 from mhc_compile.scaling.estimate import estimate
 from mhc_compile.scaling.kept import kept_bytes

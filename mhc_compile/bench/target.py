@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.bench.progress import Silent
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["TargetResult", "TargetWorkload", "measure_target"]
 

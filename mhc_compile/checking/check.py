@@ -19,8 +19,8 @@ from mhc_compile.checking.observation import Observation, observe, seeded
 from mhc_compile.checking.result import CheckResult, OtherBatch, Seconds
 from mhc_compile.checking.subjects import Side, Subject, subject_of
 from mhc_compile.checking.values import cast, map_tensors, tensors
+from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

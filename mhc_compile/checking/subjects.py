@@ -20,7 +20,7 @@ from mhc_compile.rewriting import rewrite
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["Side", "Subject", "subject_of"]
 

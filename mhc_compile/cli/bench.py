@@ -14,7 +14,7 @@ import click
 
 from mhc_compile.bench.names import UnknownNameError, check_names
 from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, weights_given, write
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
     from mhc_compile.bench.target import TargetResult

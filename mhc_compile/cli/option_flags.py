@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from mhc_compile.cli.targets import TargetError, parse_settings
+from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-from mhc_compile.options import Options
 
 __all__ = ["given_options", "option_flags"]
 

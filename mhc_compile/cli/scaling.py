@@ -39,7 +39,7 @@ def command(
 
     Nothing is measured: these are counts and rooflines, the ones of `mhc explain`. A size of your own is --width and --layers.
     """
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
     from mhc_compile.scaling.estimate import estimate
     from mhc_compile.scaling.shapes import SHAPES, Shape
     from mhc_compile.scaling.table import markdown, render

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from mhc_compile.cli.option_flags import given_options, option_flags
 from mhc_compile.cli.trouble import debug_option
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from mhc_compile.convention import MAPPING_NAMES
+from mhc_compile.config.coefficient_spec import MAPPING_NAMES
+from mhc_compile.config.presets import ReadOut, get_preset
 from mhc_compile.errors import OptionError
-from mhc_compile.presets import ReadOut, get_preset
 
 __all__ = ["Inner", "OptimizerPolicy", "Options", "Recompute", "Start"]
 
@@ -57,7 +57,7 @@ class Options:
 
     Attributes:
         preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4", "liger", "qwen4-exp", or one of your own (see
-            `mhc_compile.presets`). It chooses mapping, iterations, eps, read_out, single_pass and rank where they are not given, and the epsilons
+            `mhc_compile.config.presets`). It chooses mapping, iterations, eps, read_out, single_pass and rank where they are not given, and the epsilons
             in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
         mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), "permutations" (mHC-lite, up

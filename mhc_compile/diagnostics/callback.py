@@ -23,8 +23,8 @@ from mhc_compile.errors import MhcError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mhc_compile.config.options import Options
     from mhc_compile.diagnostics.result import Stability
-    from mhc_compile.options import Options
 
 __all__ = ["StabilityCallback"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mhc_compile.options import Options
+    from mhc_compile.config.options import Options
 
 __all__ = ["Gain", "gain"]
 

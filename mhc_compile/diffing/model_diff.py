@@ -11,8 +11,8 @@ from mhc_compile.diffing.rows import Change, Row
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mhc_compile.config.options import Options
     from mhc_compile.explanation import ChainReport, RefusalReport
-    from mhc_compile.options import Options
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
 

@@ -13,10 +13,10 @@ import json
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.config.options import Options
 from mhc_compile.diffing.fold import common, layers
 from mhc_compile.diffing.rows import Change
 from mhc_compile.diffing.text import LOOK
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.checkpoints import load_state_dict, plain_name
+from mhc_compile.config.presets import get_preset
 from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.reading import plan_from_native
 from mhc_compile.interop.writing import plan_to_native
-from mhc_compile.presets import get_preset
 
 if TYPE_CHECKING:
     from collections import OrderedDict

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._warn import warn
+from mhc_compile.config.options import Options
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

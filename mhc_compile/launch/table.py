@@ -6,8 +6,8 @@ import tomllib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-from mhc_compile.options import Options
 
 if TYPE_CHECKING:
     from pathlib import Path

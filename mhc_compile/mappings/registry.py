@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from mhc_compile.convention import MAPPING_NAMES, parse
+from mhc_compile.config.coefficient_spec import MAPPING_NAMES, parse
 from mhc_compile.errors import OptionError
 from mhc_compile.mappings.base import Mapping
 from mhc_compile.mappings.identity import Identity
@@ -38,7 +38,7 @@ def _sinkhorn(eps: float, last: str) -> Sinkhorn:
 
 
 def mapping_of(spec: str) -> Mapping:
-    """The mapping of a convention that is given as a string, with the convention's settings (see `mhc_compile.convention`).
+    """The mapping of a convention that is given as a string, with the convention's settings (see `mhc_compile.config.coefficient_spec`).
 
     Raises:
         OptionError: no such mapping, or no such setting.

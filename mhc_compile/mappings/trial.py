@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mhc_compile.config.options import MAX_STREAMS
 from mhc_compile.errors import OptionError
-from mhc_compile.options import MAX_STREAMS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile import convention, mappings
+from mhc_compile import mappings
+from mhc_compile.config import coefficient_spec as convention
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, fused, reads, reference
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators

@@ -11,7 +11,7 @@ applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` an
     post     [..., n]
     res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
 
-`mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.convention`): the epsilons of other systems.
+`mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.config.coefficient_spec`): the epsilons of other systems.
 Static coefficients, the same for every token, have no projection: phi is then [n C, 0] and scale [0].
 
 Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.convention import parse
+from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.mappings import mapping_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.convention import parse
+from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import mapping_of
 from mhc_compile.ops import cpu, fused, reference

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, site_cost
 from mhc_compile.explanation import explain
-from mhc_compile.options import Options
 from mhc_compile.overhead import Overhead, Work, overheads
 from mhc_compile.scaling.kept import kept_bytes
 from mhc_compile.scaling.model import Decoder

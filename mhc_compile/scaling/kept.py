@@ -15,7 +15,7 @@ from mhc_compile.mappings import get_mapping
 from mhc_compile.passes.recompute import block_length
 
 if TYPE_CHECKING:
-    from mhc_compile.options import Options, Recompute
+    from mhc_compile.config.options import Options, Recompute
 
 __all__ = ["kept_bytes"]
 

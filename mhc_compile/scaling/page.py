@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 from mhc_compile.scaling.estimate import estimate
 from mhc_compile.scaling.shapes import SHAPES
 from mhc_compile.scaling.table import grid, markdown

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

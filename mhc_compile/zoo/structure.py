@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture import capture
-from mhc_compile.options import Options
+from mhc_compile.config.options import Options
 from mhc_compile.sharing import Sharing, below
 from mhc_compile.study import study
 

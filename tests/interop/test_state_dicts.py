@@ -9,7 +9,7 @@ from interop.states import NAMES, WIDTH, native_state, same
 
 import mhc_compile
 from mhc_compile import AttachError, CheckpointError, OptionError, interop
-from mhc_compile.presets import get_preset
+from mhc_compile.config.presets import get_preset
 
 
 @pytest.fixture(params=NAMES, ids="-".join)

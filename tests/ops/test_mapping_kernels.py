@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mhc_compile.ops  # noqa: F401 - registers the operators
-from mhc_compile.convention import Convention, parse
+from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import MAPPINGS, mapping_of
 from mhc_compile.ops import cpu
 from mhc_compile.ops.cpu.build import call, library

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 
+from mhc_compile.config.presets.base import Preset, ReadOut
+from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4
+from mhc_compile.config.presets.deepseek_v4_1 import DEEPSEEK_V4_1
+from mhc_compile.config.presets.glm5_next import GLM5_NEXT
+from mhc_compile.config.presets.hy_v4 import HY_V4
+from mhc_compile.config.presets.liger import LIGER
+from mhc_compile.config.presets.paper import PAPER
+from mhc_compile.config.presets.qwen4_exp import QWEN4_EXP
 from mhc_compile.errors import OptionError
-from mhc_compile.presets.base import Preset, ReadOut
-from mhc_compile.presets.deepseek_v4 import DEEPSEEK_V4
-from mhc_compile.presets.deepseek_v4_1 import DEEPSEEK_V4_1
-from mhc_compile.presets.glm5_next import GLM5_NEXT
-from mhc_compile.presets.hy_v4 import HY_V4
-from mhc_compile.presets.liger import LIGER
-from mhc_compile.presets.paper import PAPER
-from mhc_compile.presets.qwen4_exp import QWEN4_EXP
 
 __all__ = ["PRESETS", "Preset", "ReadOut", "get_preset", "register_preset"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mhc_compile.convention import Convention
+from mhc_compile.config.coefficient_spec import Convention
 
 __all__ = ["Preset", "ReadOut"]
 
@@ -17,7 +17,7 @@ ReadOut = Literal["mean", "sum", "learned"]
 class Preset:
     """The convention of one system that ships hyper-connections.
 
-    A new one is one file like its neighbours, and a line in `mhc_compile.presets`; from outside it is `register_preset(Preset(...))`.
+    A new one is one file like its neighbours, and a line in `mhc_compile.config.presets`; from outside it is `register_preset(Preset(...))`.
 
     Attributes:
         name: what `options={"preset": ...}` takes.

@@ -6,8 +6,8 @@ the paper's. What is left of the transpose is the order of the 16 residual colum
 
 from __future__ import annotations
 
-from mhc_compile.convention import Convention
-from mhc_compile.presets.base import Preset
+from mhc_compile.config.coefficient_spec import Convention
+from mhc_compile.config.presets.base import Preset
 
 __all__ = ["DEEPSEEK_V4"]
 

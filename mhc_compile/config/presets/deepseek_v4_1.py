@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mhc_compile.presets.deepseek_v4 import DEEPSEEK_V4
+from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4
 
 __all__ = ["DEEPSEEK_V4_1"]
 

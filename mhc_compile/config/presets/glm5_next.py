@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mhc_compile.presets.deepseek_v4 import DEEPSEEK_V4
+from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4
 
 __all__ = ["GLM5_NEXT"]
 

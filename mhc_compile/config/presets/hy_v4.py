@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mhc_compile.convention import Convention
-from mhc_compile.presets.base import Preset
+from mhc_compile.config.coefficient_spec import Convention
+from mhc_compile.config.presets.base import Preset
 
 __all__ = ["HY_V4"]
 

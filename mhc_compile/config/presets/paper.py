@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhc_compile.presets.base import Preset
+from mhc_compile.config.presets.base import Preset
 
 __all__ = ["PAPER"]
 

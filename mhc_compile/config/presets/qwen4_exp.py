@@ -10,8 +10,8 @@ There is no choice of parameters with which this is the plain residual add, so a
 
 from __future__ import annotations
 
-from mhc_compile.convention import Convention
-from mhc_compile.presets.base import Preset
+from mhc_compile.config.coefficient_spec import Convention
+from mhc_compile.config.presets.base import Preset
 
 __all__ = ["QWEN4_EXP"]
 

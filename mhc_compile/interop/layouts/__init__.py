@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mhc_compile.config.presets import get_preset
 from mhc_compile.errors import OptionError
 from mhc_compile.interop.layouts.deepseek_v4 import DEEPSEEK_V4
 from mhc_compile.interop.layouts.glm5_next import GLM5_NEXT
 from mhc_compile.interop.layouts.hy_v4 import HY_V4
 from mhc_compile.interop.layouts.qwen4_exp import QWEN4_EXP
-from mhc_compile.presets import get_preset
 
 if TYPE_CHECKING:
     from mhc_compile.interop.layout import Layout
@@ -39,7 +39,7 @@ def register_layout(layout: Layout) -> Layout:
     """Makes a layout of your own known by the name of its preset.
 
     Raises:
-        OptionError: there is no such preset (see `mhc_compile.presets.register_preset`), or it has another layout.
+        OptionError: there is no such preset (see `mhc_compile.config.presets.register_preset`), or it has another layout.
     """
     get_preset(layout.preset)
     if LAYOUTS.setdefault(layout.preset, layout) != layout:

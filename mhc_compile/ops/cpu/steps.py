@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mhc_compile.convention import Convention, parse
+from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import columns
 from mhc_compile.ops import fused, reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
