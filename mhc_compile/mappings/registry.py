@@ -11,8 +11,8 @@ from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker
 from mhc_compile.mappings.permutations import Permutations
 from mhc_compile.mappings.sinkhorn import Sinkhorn
-from mhc_compile.mappings.trial import try_out
 from mhc_compile.mappings.unconstrained import Unconstrained
+from mhc_compile.mappings.validation import try_out
 
 __all__ = ["MAPPINGS", "columns", "get_mapping", "mapping_of", "register_mapping"]
 
