@@ -20,7 +20,7 @@ __all__ = ["GatedConnection", "create_connection"]
 class GatedConnection(HyperConnection):
     """A hyper-connection whose read has a weight for every channel: `X' = X + H_postᵀ f(h)`, `h = mean_j gate_j ∘ rmsnorm(X_j)`.
 
-    Source: `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`; equations in `mhc_compile.ops.reads.gated_read`. Shapes, with rank r:
+    Source: `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`; equations in `mhc_compile.ops.gated_reference.gated_read`. Shapes, with rank r:
 
         phi  [n C, r + n]   projections of the normalised streams: to the gate's rank, and to post
         norm [n C]          weight of the norm, less one

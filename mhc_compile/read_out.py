@@ -20,7 +20,7 @@ __all__ = ["ReadOut"]
 class ReadOut(nn.Module):
     """The learned read-out: streams [..., n, C] to [..., C].
 
-    Two forms (see `mhc_compile.ops.reads`), by the rank of the convention:
+    Two forms (see `mhc_compile.ops.gated_reference`), by the rank of the convention:
 
         rank 0   weight [n C, n], bias [n], scale [1]            one weight a stream: DeepSeek-V4, HY-V4
         rank r   weight [n C, r], norm [n C], up [r, n C]        one weight a channel: Qwen4-Exp

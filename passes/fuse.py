@@ -1,6 +1,6 @@
 """Joins the operators of neighbouring sites, so that one kernel passes over the streams where three would.
 
-This is the last pass before a compiler. What it writes computes the same numbers; `mhc_compile.ops.fused` says how, and the kernels are in
+This is the last pass before a compiler. What it writes computes the same numbers; `mhc_compile.ops.fused_reference` says how, and the kernels are in
 `mhc_compile.ops.cpu` and `mhc_compile.ops.triton`.
 """
 

@@ -17,9 +17,11 @@ import torch
 from mhc_compile import mappings
 from mhc_compile.config import coefficient_spec as convention
 from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
-from mhc_compile.ops import cpu, fused, reads, reference
+from mhc_compile.ops import cpu, reference
+from mhc_compile.ops import fused_reference as fused
+from mhc_compile.ops import gated_reference as reads
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
-from mhc_compile.ops.steps import is_fused
+from mhc_compile.ops.fused_library import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,8 @@ import torch
 
 from mhc_compile import ShapeError
 from mhc_compile.mappings import MAPPINGS, mapping_of
-from mhc_compile.ops import cpu, decompositions, fused, fused_decompositions, reference
+from mhc_compile.ops import cpu, decompositions, fused_decompositions, reference
+from mhc_compile.ops import fused_reference as fused
 
 mhc = torch.ops.mhc
 HOW = ("sinkhorn", 20, 1e-6)
@@ -274,7 +275,7 @@ def test_wrong_shapes_are_named(call, words):
 
 
 def test_cuda_has_kernels_of_its_own_and_falls_back():
-    from mhc_compile.ops.steps import on_cuda
+    from mhc_compile.ops.fused_library import on_cuda
 
     for name in ("read", "read_backward", "step", "step_backward", "close", "close_backward", "update_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mhc::{name}", "CUDA")

@@ -5,8 +5,7 @@ streams and convention when it is first needed, and serves all sites, shapes and
 processes.
 """
 
-from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
-from mhc_compile.ops.cpu.steps import (
+from mhc_compile.ops.cpu.fused import (
     MAPPINGS,
     close,
     close_backward,
@@ -19,6 +18,7 @@ from mhc_compile.ops.cpu.steps import (
     update,
     update_backward,
 )
+from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
 
 __all__ = [
     "MAPPINGS",

@@ -2,7 +2,7 @@
 
 A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C
 elements forward and 15 C backward, the least that the formula allows; the projection and the mapping are part of the pass. Semantics, shapes, and the
-forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused`.
+forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused_reference`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import columns
-from mhc_compile.ops import fused, reference
+from mhc_compile.ops import fused_reference as fused
+from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _as(tensors: Iterable[Tensor], like: Iterable[Tensor]) -> tuple[Tensor, ...]
 def read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused.read`."""
+    """As `mhc_compile.ops.fused_reference.read`."""
     kernel = _Call(streams, None, n, mapping, iterations)
     if not kernel.runs:
         return tuple(map(Tensor.contiguous, fused.read(streams, phi, bias, scale, n, mapping, iterations, eps)))
@@ -173,7 +174,7 @@ def step(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused.step`."""
+    """As `mhc_compile.ops.fused_reference.step`."""
     kernel = _Call(streams, branch, post.shape[-1], mapping, iterations)
     if not kernel.runs:
         out = fused.step(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps)
@@ -197,7 +198,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """As `mhc_compile.ops.fused.close`."""
+    """As `mhc_compile.ops.fused_reference.close`."""
     kernel = _Call(streams, branch, post.shape[-1], None, 1)
     if not kernel.runs:
         return fused.close(streams, branch, post, res).contiguous()
@@ -222,7 +223,7 @@ def read_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused.read_backward`."""
+    """As `mhc_compile.ops.fused_reference.read_backward`."""
     kernel = _Call(streams, None, pre.shape[-1], mapping, iterations)
     site = (phi, bias, scale)
     if not kernel.runs:
@@ -255,7 +256,7 @@ def step_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused.step_backward`."""
+    """As `mhc_compile.ops.fused_reference.step_backward`."""
     kernel = _Call(streams, branch, post.shape[-1], mapping, iterations)
     site = (phi, bias, scale)
     saved = (next_pre, next_post, z, inverse)
@@ -290,7 +291,7 @@ def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor,
 
 
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused.close_backward`."""
+    """As `mhc_compile.ops.fused_reference.close_backward`."""
     return _mixing_backward("close", fused.close_backward, grad, streams, branch, post, res)
 
 
