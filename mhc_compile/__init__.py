@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mhc_compile.checking.check import check
     from mhc_compile.checking.result import CheckResult
     from mhc_compile.checkpoints import load_state_dict
-    from mhc_compile.connection import HyperConnection
     from mhc_compile.debugging import eager
     from mhc_compile.diagnostics.callback import StabilityCallback
     from mhc_compile.diagnostics.gain import Gain, gain
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.mappings import Mapping, register_mapping
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.restoring import restore
     from mhc_compile.rewriting import rewrite
     from mhc_compile.story import Story
@@ -92,7 +92,7 @@ _HOMES = {
     "CheckResult": "checking.result",
     "Explanation": "explanation",
     "Gain": "diagnostics.gain",
-    "HyperConnection": "connection",
+    "HyperConnection": "modules.hyper_connection",
     "Mapping": "mappings",
     "ModelDiff": "diffing.model_diff",
     "Stability": "diagnostics.result",

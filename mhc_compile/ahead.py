@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.branches import Notes
-    from mhc_compile.connection import HyperConnection
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 __all__ = ["attach"]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
 from mhc_compile._warn import warn
-from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.gated import create_connection
+from mhc_compile.modules.gated import create_connection
+from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.optimizers import expect, leave
 
 if TYPE_CHECKING:

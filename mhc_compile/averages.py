@@ -24,8 +24,8 @@ from mhc_compile.attachment import (
     declare_on,
     unwrap,
 )
-from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
+from mhc_compile.modules.hyper_connection import HyperConnection
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
-    from mhc_compile.connection import HyperConnection
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 __all__ = ["bind_connection", "bound_names"]
 

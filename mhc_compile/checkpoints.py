@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.attachment import CONTAINER, connections, unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
-from mhc_compile.loading import NAMES, guess_for
+from mhc_compile.modules.state_dict import NAMES, guess_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

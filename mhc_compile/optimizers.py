@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhc_compile import _torch
 from mhc_compile._warn import warn
-from mhc_compile.connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator

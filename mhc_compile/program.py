@@ -10,12 +10,12 @@ from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from mhc_compile.binding import bind_connection, bound_names
-from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError
-from mhc_compile.gated import GatedConnection, create_connection
+from mhc_compile.modules.gated import GatedConnection, create_connection
+from mhc_compile.modules.hyper_connection import HyperConnection
+from mhc_compile.modules.readout import ReadOut
 from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Refusal, Site
 from mhc_compile.passes.roles import tensor_value
-from mhc_compile.read_out import ReadOut
 from mhc_compile.study import width_conflict
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from mhc_compile.attachment import HyperConnections
 from mhc_compile.binding import bind_connection
 from mhc_compile.config.options import Options
-from mhc_compile.connection import HyperConnection
 from mhc_compile.errors import AttachError, CaptureError
 from mhc_compile.exporting import rewrite_program
-from mhc_compile.gated import create_connection
+from mhc_compile.modules.gated import create_connection
+from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import (
     Binding,
     Chain,

@@ -6,7 +6,7 @@ import linecache
 import os
 from typing import TYPE_CHECKING
 
-from mhc_compile.gated import create_connection
+from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import source_line
 from mhc_compile.passes.axes import entry_axis
 from mhc_compile.passes.roles import is_contraction, op_name, tensor_value

@@ -21,7 +21,7 @@ from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
-from mhc_compile.gated import create_connection
+from mhc_compile.modules.gated import create_connection
 from mhc_compile.optimizers import settle
 from mhc_compile.passes import (
     Binding,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
     from mhc_compile.config.options import Options
-    from mhc_compile.connection import HyperConnection
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Head
 
 __all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]

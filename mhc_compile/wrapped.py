@@ -19,7 +19,7 @@ from mhc_compile.passes.roles import tensor_value
 if TYPE_CHECKING:
     from torch import nn
 
-    from mhc_compile.connection import HyperConnection
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
 __all__ = ["check_site", "check_unwrapped", "known_to_ddp", "warn_of_pipeline"]

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mhc_compile.connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import Binding, Provenance, expand_plan, normalize, plan_chains
 
 if TYPE_CHECKING:

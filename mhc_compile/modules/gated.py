@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable

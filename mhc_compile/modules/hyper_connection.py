@@ -11,9 +11,9 @@ from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-from mhc_compile.loading import NAMES, SETTINGS, after_loading, settle_missing
 from mhc_compile.mappings import get_mapping
-from mhc_compile.read_out import ReadOut
+from mhc_compile.modules.readout import ReadOut
+from mhc_compile.modules.state_dict import NAMES, SETTINGS, after_loading, settle_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

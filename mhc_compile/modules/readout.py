@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.config.coefficient_spec import parse
-from mhc_compile.loading import settle_missing
+from mhc_compile.modules.state_dict import settle_missing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

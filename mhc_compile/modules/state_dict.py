@@ -19,8 +19,8 @@ from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.connection import HyperConnection
-    from mhc_compile.read_out import ReadOut
+    from mhc_compile.modules.hyper_connection import HyperConnection
+    from mhc_compile.modules.readout import ReadOut
 
 __all__ = ["NAMES", "SETTINGS", "after_loading", "guess_for", "guess_options", "settle_missing"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mhc_compile import Options
 from mhc_compile.config.presets import get_preset
-from mhc_compile.gated import create_connection
 from mhc_compile.mappings import mapping_of
+from mhc_compile.modules.gated import create_connection
 
 TOKENS = (2, 5)
 
