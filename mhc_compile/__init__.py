@@ -25,7 +25,8 @@ from mhc_compile.errors import (
 if TYPE_CHECKING:
     from mhc_compile.ahead import attach
     from mhc_compile.asking import why
-    from mhc_compile.attachment import connections, detach
+    from mhc_compile.attachment.parameter_groups import parameter_groups
+    from mhc_compile.attachment.sites import connections, detach
     from mhc_compile.backend import mhc
     from mhc_compile.checking.check import check
     from mhc_compile.checking.result import CheckResult
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from mhc_compile.diffing.compare import diff
     from mhc_compile.diffing.model_diff import ModelDiff
     from mhc_compile.explanation import Explanation, explain
-    from mhc_compile.grouping import parameter_groups
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
@@ -100,15 +100,15 @@ _HOMES = {
     "Story": "story",
     "attach": "ahead",
     "check": "checking.check",
-    "connections": "attachment",
-    "detach": "attachment",
+    "connections": "attachment.sites",
+    "detach": "attachment.sites",
     "diff": "diffing.compare",
     "eager": "debugging",
     "explain": "explanation",
     "gain": "diagnostics.gain",
     "load_state_dict": "checkpoints",
     "mhc": "backend",
-    "parameter_groups": "grouping",
+    "parameter_groups": "attachment.parameter_groups",
     "register_mapping": "mappings",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",

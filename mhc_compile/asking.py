@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from mhc_compile.attachment import unwrap
+from mhc_compile.attachment.sites import unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.errors import UnknownAddError

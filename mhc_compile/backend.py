@@ -10,7 +10,7 @@ from torch import fx
 
 from mhc_compile import _torch, ops
 from mhc_compile._observe import observers
-from mhc_compile.attachment import connections
+from mhc_compile.attachment.sites import connections
 from mhc_compile.boundary import Crossing
 from mhc_compile.config.options import Options
 from mhc_compile.eager_graphs import run_eagerly

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mhc_compile import _torch
-from mhc_compile.attachment import CONTAINER, HyperConnections
+from mhc_compile.attachment.sites import CONTAINER, HyperConnections
 from mhc_compile.carried import carried, history
 from mhc_compile.passes import ModuleRef, Tail
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from mhc_compile import _torch
 from mhc_compile._warn import warn
-from mhc_compile.attachment import connections, unwrap
+from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.boundary import Crossing
 from mhc_compile.config.options import Options

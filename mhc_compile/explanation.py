@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.attachment import unwrap
+from mhc_compile.attachment.sites import unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run

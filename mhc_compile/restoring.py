@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
-from mhc_compile.attachment import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
+from mhc_compile.attachment.optimizers import settle
+from mhc_compile.attachment.sites import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
 from mhc_compile.binding import bound_names
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
@@ -23,7 +24,6 @@ from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.modules.readout import ReadOut
 from mhc_compile.modules.state_dict import guess_for, guess_options
-from mhc_compile.optimizers import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mhc_compile.attachment import HyperConnections
+from mhc_compile.attachment.sites import HyperConnections
 from mhc_compile.binding import bind_connection
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError, CaptureError

@@ -14,15 +14,15 @@ from torch.fx import Node
 
 from mhc_compile import _torch
 from mhc_compile._warn import warn
-from mhc_compile.attachment import attach_like, attach_site, begun_by, find_connection
-from mhc_compile.averages import follow_averages
+from mhc_compile.attachment.averaged_model import follow_averages
+from mhc_compile.attachment.optimizers import settle
+from mhc_compile.attachment.sites import attach_like, attach_site, begun_by, find_connection
 from mhc_compile.binding import bind_connection
 from mhc_compile.branches import Notes, find_tail
 from mhc_compile.carried import carried_axis
 from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.optimizers import settle
 from mhc_compile.passes import (
     Binding,
     Edges,

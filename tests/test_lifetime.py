@@ -57,7 +57,7 @@ def test_a_model_dies_with_its_last_reference(inner, reset):
 
 
 def test_a_model_that_never_met_an_optimizer_is_forgotten():
-    from mhc_compile import optimizers
+    from mhc_compile.attachment import optimizers
 
     before = len(optimizers._waiting)
     model = Small()

@@ -622,7 +622,7 @@ def test_the_hook_breaks_no_graph_of_a_compiled_step():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     model = Decoder(layers=1)
     mhc_compile.attach(model, tokens())  # waits for an optimizer
-    hook = mhc_compile.optimizers._before_step
+    hook = mhc_compile.attachment.optimizers._before_step
 
     @torch.compile(backend="eager", fullgraph=True)
     def call(x):
@@ -670,8 +670,8 @@ def test_a_model_that_nobody_trains_is_looked_up_once(monkeypatch):
     teacher, student = Decoder(layers=1), nn.Linear(2, 2)
     mhc_compile.attach(teacher, tokens())
     searches = []
-    living = mhc_compile.optimizers._living
-    monkeypatch.setattr(mhc_compile.optimizers, "_living", lambda: searches.append(1) or living())
+    living = mhc_compile.attachment.optimizers._living
+    monkeypatch.setattr(mhc_compile.attachment.optimizers, "_living", lambda: searches.append(1) or living())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(5):
         optimizer.step()

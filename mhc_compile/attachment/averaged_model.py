@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.swa_utils import AveragedModel
 
-from mhc_compile.attachment import (
+from mhc_compile.attachment.sites import (
     BEGUN,
     CONTAINER,
     DECLARED,

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
 from mhc_compile._warn import warn
+from mhc_compile.attachment.optimizers import expect, leave
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.optimizers import expect, leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

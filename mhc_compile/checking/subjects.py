@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.attachment import CONTAINER, connections, detach, unwrap
+from mhc_compile.attachment.sites import CONTAINER, connections, detach, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.debugging import eager
 from mhc_compile.explanation import explain

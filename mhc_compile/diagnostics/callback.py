@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mhc_compile.attachment import connections, unwrap
+from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.checking.values import fresh
 from mhc_compile.diagnostics.batches import inputs_of, on_device
 from mhc_compile.diagnostics.frameworks import dressed

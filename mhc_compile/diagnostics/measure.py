@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from mhc_compile.attachment import CONTAINER, connections, find_connection, unwrap
+from mhc_compile.attachment.sites import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture import Probe
 from mhc_compile.config.options import Options

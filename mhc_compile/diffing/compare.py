@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from mhc_compile.attachment import unwrap
+from mhc_compile.attachment.sites import unwrap
 from mhc_compile.backend import joined, joining, with_graph
 from mhc_compile.config.options import Options
 from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff

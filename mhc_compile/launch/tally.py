@@ -90,7 +90,7 @@ class Tally:
     def note(self, study: Study) -> None:
         """Counts one graph; see `mhc_compile._observe`."""
         from mhc_compile import _torch
-        from mhc_compile.attachment import find_connection
+        from mhc_compile.attachment.sites import find_connection
 
         code = _torch.frame_code()
         root = study.provenance.root
