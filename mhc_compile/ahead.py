@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.capture import capture
 from mhc_compile.config.options import Options
+from mhc_compile.distributed.guards import check_unwrapped
 from mhc_compile.study import complain, study
-from mhc_compile.wrapped import check_unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

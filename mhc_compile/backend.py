@@ -13,6 +13,7 @@ from mhc_compile._observe import observers
 from mhc_compile.attachment.sites import connections
 from mhc_compile.boundary import Crossing
 from mhc_compile.config.options import Options
+from mhc_compile.distributed.guards import warn_of_pipeline
 from mhc_compile.eager_graphs import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.passes import (
@@ -27,7 +28,6 @@ from mhc_compile.passes import (
 )
 from mhc_compile.passes.roles import is_contraction, tensor_value
 from mhc_compile.study import Study, complain, report_broken, report_idle, study
-from mhc_compile.wrapped import warn_of_pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
