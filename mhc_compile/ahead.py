@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment.sites import connections, unwrap
-from mhc_compile.capture import capture
+from mhc_compile.capture.trace import capture
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import check_unwrapped
 from mhc_compile.study import complain, study

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
-    from mhc_compile.dynamo import DynamoProvenance
+    from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.passes import Head
 
 __all__ = ["Beginning", "Notes", "find_tail"]

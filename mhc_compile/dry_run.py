@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.capture import capture
-from mhc_compile.sharing import Sharing
+from mhc_compile.capture.shared_graphs import Sharing
+from mhc_compile.capture.trace import capture
 from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:

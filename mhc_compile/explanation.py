@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import unwrap
+from mhc_compile.capture.shared_graphs import below
 from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.dry_run import DryGraph, dry_run
@@ -18,7 +19,6 @@ from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
 from mhc_compile.program import ProgramProvenance, root_kind
-from mhc_compile.sharing import below
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,9 +19,10 @@ from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import attach_like, attach_site, begun_by, find_connection
 from mhc_compile.binding import bind_connection
 from mhc_compile.branches import Notes, find_tail
+from mhc_compile.capture.equivalent_blocks import Siblings, siblings
+from mhc_compile.capture.provenance import DynamoProvenance
 from mhc_compile.carried import carried_axis
 from mhc_compile.distributed.guards import check_site, known_to_ddp
-from mhc_compile.dynamo import DynamoProvenance
 from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import (
@@ -37,7 +38,6 @@ from mhc_compile.passes import (
     source_line,
 )
 from mhc_compile.passes.roles import is_fused_layer, is_region, op_name, tensor_value
-from mhc_compile.siblings import Siblings, siblings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

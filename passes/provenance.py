@@ -1,7 +1,7 @@
 """Where a node of a graph comes from: the modules whose calls surround it, and the parameters that it reads.
 
 `find` needs module paths and nothing else of the world outside the graph. A graph that `torch.fx.symbolic_trace` made carries them itself and is
-served by `Provenance`; a Dynamo graph knows modules by identity and has a provenance of its own (`mhc_compile.dynamo`).
+served by `Provenance`; a Dynamo graph knows modules by identity and has a provenance of its own (`mhc_compile.capture.provenance`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile import _torch
-from mhc_compile.siblings import siblings
+from mhc_compile.capture.equivalent_blocks import siblings
 
 if TYPE_CHECKING:
     from types import CodeType

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.checking.values import fresh, map_tensors, tensors
+from mhc_compile.capture.tensor_tree import fresh, map_tensors, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.checking.values import map_tensors
+from mhc_compile.capture.tensor_tree import map_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhc_compile.attachment.sites import connections, unwrap
-from mhc_compile.checking.values import fresh
+from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.diagnostics.batches import inputs_of, on_device
 from mhc_compile.diagnostics.frameworks import dressed
 from mhc_compile.diagnostics.loaders import first_batch

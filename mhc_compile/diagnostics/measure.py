@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mhc_compile.attachment.sites import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
-from mhc_compile.capture import Probe
+from mhc_compile.capture.trace import Probe
 from mhc_compile.config.options import Options
 from mhc_compile.diagnostics.batches import inputs_of
 from mhc_compile.diagnostics.recording import Recording, address, recorder

@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from mhc_compile.attachment.sites import unwrap
 from mhc_compile.backend import joined, joining, with_graph
+from mhc_compile.capture.shared_graphs import below
 from mhc_compile.config.options import Options
 from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
 from mhc_compile.diffing.rows import align
@@ -17,7 +18,6 @@ from mhc_compile.explanation import graph_report, plan_reports
 from mhc_compile.exporting import PREPARE, lowering, plan_program
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
 from mhc_compile.program import ProgramProvenance, root_kind
-from mhc_compile.sharing import below
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

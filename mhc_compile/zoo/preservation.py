@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile.capture.tensor_tree import cast
 from mhc_compile.checking.comparison import FLOOR, Difference, compare
 from mhc_compile.checking.observation import observe
-from mhc_compile.checking.values import cast
 from mhc_compile.errors import MhcWarning
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.capture import capture
+from mhc_compile.capture.shared_graphs import Sharing, below
+from mhc_compile.capture.trace import capture
 from mhc_compile.config.options import Options
-from mhc_compile.sharing import Sharing, below
 from mhc_compile.study import study
 
 if TYPE_CHECKING:
