@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mhc_compile.branches import Notes
+    from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.modules.hyper_connection import HyperConnection
 
 __all__ = ["attach"]

@@ -11,11 +11,11 @@ from torch import fx
 from mhc_compile import _torch, ops
 from mhc_compile._observe import observers
 from mhc_compile.attachment.sites import connections
-from mhc_compile.boundary import Crossing
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import warn_of_pipeline
 from mhc_compile.eager_graphs import run_eagerly
 from mhc_compile.errors import MhcError
+from mhc_compile.graph_breaks.runtime import Crossing
 from mhc_compile.passes import (
     FuseSteps,
     Pass,

@@ -13,8 +13,8 @@ from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.backend import mhc
-from mhc_compile.boundary import Crossing
 from mhc_compile.config.options import Options
+from mhc_compile.graph_breaks.runtime import Crossing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

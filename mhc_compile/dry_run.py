@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mhc_compile.branches import Notes
     from mhc_compile.config.options import Options
+    from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.passes import Binding, Head, Site
 
     Begun = Mapping[nn.Module, Sequence[Site]]

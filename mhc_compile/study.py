@@ -18,12 +18,12 @@ from mhc_compile.attachment.averaged_model import follow_averages
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import attach_like, attach_site, begun_by, find_connection
 from mhc_compile.binding import bind_connection
-from mhc_compile.branches import Notes, find_tail
 from mhc_compile.capture.equivalent_blocks import Siblings, siblings
 from mhc_compile.capture.provenance import DynamoProvenance
-from mhc_compile.carried import carried_axis
 from mhc_compile.distributed.guards import check_site, known_to_ddp
 from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
+from mhc_compile.graph_breaks.split_branches import Notes, find_tail
+from mhc_compile.graph_breaks.stream_registry import carried_axis
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import (
     Binding,

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
-from mhc_compile import boundary, carried
+from mhc_compile.graph_breaks import runtime as boundary
+from mhc_compile.graph_breaks import stream_registry as carried
 
 EAGER = {"inner": "eager"}
 LAYERS = 3

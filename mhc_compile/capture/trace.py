@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CodeType
 
-    from mhc_compile.branches import Notes
+    from mhc_compile.graph_breaks.split_branches import Notes
 
 __all__ = ["Probe", "capture", "probe"]
 

@@ -1,7 +1,7 @@
 """Streams between graphs: a tensor that leaves a compiled graph takes its streams along, and the next graph goes on with them.
 
 A graph break cuts a model into several graphs, and blocks that are compiled one by one are graphs of their own. What passes from one to the next is
-the mean of the streams, an ordinary tensor; whatever code lies in between sees nothing else. Its streams are kept beside it (`mhc_compile.carried`).
+the mean of the streams, an ordinary tensor; whatever code lies in between sees nothing else. Its streams are kept beside it (`mhc_compile.graph_breaks.stream_registry`).
 Any other tensor starts as copies, as the first of a model does; where streams were lost on the way, that is said.
 """
 
@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._warn import warn
-from mhc_compile.carried import Begun, Carried, Left, carried, carry, changed, find_carried, lost_before
 from mhc_compile.errors import StreamsLostError
+from mhc_compile.graph_breaks.stream_registry import (
+    Begun,
+    Carried,
+    Left,
+    carried,
+    carry,
+    changed,
+    find_carried,
+    lost_before,
+)
 from mhc_compile.passes import Arrival, Closing, Departure, Opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from mhc_compile.branches import Notes
+    from mhc_compile.graph_breaks.split_branches import Notes
 
 __all__ = ["Crossing"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections
-from mhc_compile.carried import carried, history
+from mhc_compile.graph_breaks.stream_registry import carried, history
 from mhc_compile.passes import ModuleRef, Tail
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mhc_compile.study import study
 if TYPE_CHECKING:
     import torch
 
-    from mhc_compile.branches import Notes
+    from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.passes import Site
     from mhc_compile.zoo.family import Family, Mode
 
