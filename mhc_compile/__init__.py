@@ -23,7 +23,6 @@ from mhc_compile.errors import (
 )
 
 if TYPE_CHECKING:
-    from mhc_compile.ahead import attach
     from mhc_compile.asking import why
     from mhc_compile.attachment.parameter_groups import parameter_groups
     from mhc_compile.attachment.sites import connections, detach
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from mhc_compile.checking.check import check
     from mhc_compile.checking.result import CheckResult
     from mhc_compile.checkpoints import load_state_dict
+    from mhc_compile.compilation.attach import attach
     from mhc_compile.debugging import eager
     from mhc_compile.diagnostics.callback import StabilityCallback
     from mhc_compile.diagnostics.gain import Gain, gain
@@ -98,7 +98,7 @@ _HOMES = {
     "Stability": "diagnostics.result",
     "StabilityCallback": "diagnostics.callback",
     "Story": "story",
-    "attach": "ahead",
+    "attach": "compilation.attach",
     "check": "checking.check",
     "connections": "attachment.sites",
     "detach": "attachment.sites",

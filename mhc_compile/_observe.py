@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.study import Study
+    from mhc_compile.compilation.session import Study
 
 __all__ = ["observers"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from mhc_compile.attachment.sites import unwrap
+from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
-from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.errors import UnknownAddError
 from mhc_compile.exporting import plan_program
 from mhc_compile.program import ProgramProvenance

@@ -11,9 +11,10 @@ from torch import fx
 from mhc_compile import _torch, ops
 from mhc_compile._observe import observers
 from mhc_compile.attachment.sites import connections
+from mhc_compile.compilation.eager_graphs import run_eagerly
+from mhc_compile.compilation.session import Study, complain, report_broken, report_idle, study
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import warn_of_pipeline
-from mhc_compile.eager_graphs import run_eagerly
 from mhc_compile.errors import MhcError
 from mhc_compile.graph_breaks.runtime import Crossing
 from mhc_compile.passes import (
@@ -27,7 +28,6 @@ from mhc_compile.passes import (
     run_passes,
 )
 from mhc_compile.passes.roles import is_contraction, tensor_value
-from mhc_compile.study import Study, complain, report_broken, report_idle, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

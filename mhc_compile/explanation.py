@@ -11,9 +11,9 @@ from torch.export import ExportedProgram
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import unwrap
 from mhc_compile.capture.shared_graphs import below
+from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
-from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.exporting import plan_program
 from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
+    from mhc_compile.compilation.session import Study
     from mhc_compile.passes import Chain, Plan, Refusal, Site
-    from mhc_compile.study import Study
 
 __all__ = [
     "ChainReport",

@@ -21,6 +21,7 @@ from torch.export.graph_signature import (
     OutputSpec,
 )
 
+from mhc_compile.compilation.session import complain
 from mhc_compile.errors import CaptureError
 from mhc_compile.passes import (
     NORMALIZE,
@@ -35,7 +36,6 @@ from mhc_compile.passes import (
     run_passes,
 )
 from mhc_compile.program import ProgramParameters, ProgramProvenance
-from mhc_compile.study import complain
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

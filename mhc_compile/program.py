@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from mhc_compile.binding import bind_connection, bound_names
+from mhc_compile.compilation.bindings import bind_connection, bound_names
+from mhc_compile.compilation.session import width_conflict
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.modules.readout import ReadOut
 from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Refusal, Site
 from mhc_compile.passes.roles import tensor_value
-from mhc_compile.study import width_conflict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

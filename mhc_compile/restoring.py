@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
-from mhc_compile.binding import bound_names
+from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS

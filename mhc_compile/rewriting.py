@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mhc_compile.attachment.sites import HyperConnections
-from mhc_compile.binding import bind_connection
+from mhc_compile.compilation.bindings import bind_connection
+from mhc_compile.compilation.session import complain, width_conflict
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError, CaptureError
 from mhc_compile.exporting import rewrite_program
@@ -33,7 +34,6 @@ from mhc_compile.passes import (
     plan_chains,
 )
 from mhc_compile.passes.roles import tensor_value
-from mhc_compile.study import complain, width_conflict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

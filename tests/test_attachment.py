@@ -114,7 +114,7 @@ def test_inputs_that_do_not_fit_the_model(args, words):
 
 
 def test_trouble_of_our_own_is_named(monkeypatch):
-    from mhc_compile import study
+    from mhc_compile.compilation import session as study
 
     def broken(graph):
         raise RuntimeError("a pass fell over")

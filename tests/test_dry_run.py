@@ -12,8 +12,8 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import zoo
+from mhc_compile.compilation.dry_run import dry_run
 from mhc_compile.config.options import Options
-from mhc_compile.dry_run import dry_run
 from mhc_compile.passes import expand_plan
 
 

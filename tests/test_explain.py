@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import mhc_compile
-from mhc_compile import study
+from mhc_compile.compilation import session as study
 
 
 def text(explanation, width=100):

@@ -103,7 +103,7 @@ def _check_png(path: Path) -> None:
 def _measure(loaded: Target, options: dict[str, Any], random_logits: float | None) -> Stability:
     from torch import nn
 
-    from mhc_compile.ahead import attach
+    from mhc_compile.compilation.attach import attach
     from mhc_compile.diagnostics.measure import Meter
     from mhc_compile.diagnostics.noise import fill_residual_logits
     from mhc_compile.diagnostics.result import Stability

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.capture.trace import capture
+from mhc_compile.compilation.session import complain, study
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import check_unwrapped
-from mhc_compile.study import complain, study
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing
 from mhc_compile.capture.trace import capture
-from mhc_compile.study import Study, study
+from mhc_compile.compilation.session import Study, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

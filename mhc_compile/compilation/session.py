@@ -17,9 +17,9 @@ from mhc_compile._warn import warn
 from mhc_compile.attachment.averaged_model import follow_averages
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import attach_like, attach_site, begun_by, find_connection
-from mhc_compile.binding import bind_connection
 from mhc_compile.capture.equivalent_blocks import Siblings, siblings
 from mhc_compile.capture.provenance import DynamoProvenance
+from mhc_compile.compilation.bindings import bind_connection
 from mhc_compile.distributed.guards import check_site, known_to_ddp
 from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostError
 from mhc_compile.graph_breaks.split_branches import Notes, find_tail

@@ -12,13 +12,13 @@ from torch import fx, nn
 from mhc_compile.attachment.sites import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture.trace import Probe
+from mhc_compile.compilation.session import Study, study
 from mhc_compile.config.options import Options
 from mhc_compile.diagnostics.batches import inputs_of
 from mhc_compile.diagnostics.recording import Recording, address, recorder
 from mhc_compile.diagnostics.result import Stability
 from mhc_compile.diagnostics.undisturbed import undisturbed
 from mhc_compile.errors import AttachError
-from mhc_compile.study import Study, study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -9,11 +9,11 @@ from torch.export import ExportedProgram
 from mhc_compile.attachment.sites import unwrap
 from mhc_compile.backend import joined, joining, with_graph
 from mhc_compile.capture.shared_graphs import below
+from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
 from mhc_compile.diffing.rows import align
 from mhc_compile.diffing.stages import Stages, choose
-from mhc_compile.dry_run import DryGraph, dry_run
 from mhc_compile.explanation import graph_report, plan_reports
 from mhc_compile.exporting import PREPARE, lowering, plan_program
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mhc_compile.compilation.session import Study
     from mhc_compile.launch.order import Order
     from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.study import Study
 
 __all__ = ["Graph", "Tally", "Total"]
 

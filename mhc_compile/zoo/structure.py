@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing, below
 from mhc_compile.capture.trace import capture
+from mhc_compile.compilation.session import study
 from mhc_compile.config.options import Options
-from mhc_compile.study import study
 
 if TYPE_CHECKING:
     import torch

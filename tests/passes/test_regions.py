@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
-from mhc_compile.eager_graphs import run_eagerly
+from mhc_compile.compilation.eager_graphs import run_eagerly
 from mhc_compile.passes import InlineRegions, OutlineRegions
 from mhc_compile.passes.regions import _FIXED, _PLACE, _Place, _Region
 from mhc_compile.passes.roles import op_name, written_operands
