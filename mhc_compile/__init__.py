@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from mhc_compile.diffing.compare import diff
     from mhc_compile.diffing.model_diff import ModelDiff
     from mhc_compile.explanation import Explanation, explain
+    from mhc_compile.export.rewrite import rewrite
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.restoring import restore
-    from mhc_compile.rewriting import rewrite
     from mhc_compile.story import Story
 
 __version__ = "0.1.0"
@@ -112,7 +112,7 @@ _HOMES = {
     "register_mapping": "mappings",
     "register_with_accelerate": "huggingface",
     "restore": "restoring",
-    "rewrite": "rewriting",
+    "rewrite": "export.rewrite",
     "stability": "diagnostics.measure",
     "why": "asking",
 }

@@ -12,8 +12,8 @@ from mhc_compile.attachment.sites import unwrap
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
-from mhc_compile.exporting import plan_program
-from mhc_compile.program import ProgramProvenance
+from mhc_compile.export.exported_program import plan_program
+from mhc_compile.export.program_parameters import ProgramProvenance
 from mhc_compile.story import RefusalStory, SiteStory, Story
 from mhc_compile.storytelling import Teller
 

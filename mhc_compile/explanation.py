@@ -14,11 +14,11 @@ from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
-from mhc_compile.exporting import plan_program
+from mhc_compile.export.exported_program import plan_program
+from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
-from mhc_compile.program import ProgramProvenance, root_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 import mhc_compile
 from mhc_compile import ops
-from mhc_compile.exporting import plan_program
+from mhc_compile.export.exported_program import plan_program
 
 PATHS = [f"blocks.{i}.mhc.{branch}" for i in range(2) for branch in ("attn", "mlp")]
 NEW = [f"{path}.{part}" for path in PATHS for part in ("phi", "bias", "scale")]

@@ -15,7 +15,7 @@ from mhc_compile.attachment.sites import CONTAINER, connections, detach, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.debugging import eager
 from mhc_compile.explanation import explain
-from mhc_compile.rewriting import rewrite
+from mhc_compile.export.rewrite import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

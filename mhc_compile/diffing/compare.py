@@ -15,9 +15,9 @@ from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
 from mhc_compile.diffing.rows import align
 from mhc_compile.diffing.stages import Stages, choose
 from mhc_compile.explanation import graph_report, plan_reports
-from mhc_compile.exporting import PREPARE, lowering, plan_program
+from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
+from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
-from mhc_compile.program import ProgramProvenance, root_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

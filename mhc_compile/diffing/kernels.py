@@ -16,7 +16,7 @@ from mhc_compile import _torch
 from mhc_compile.attachment.sites import unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, OptionError
-from mhc_compile.rewriting import rewrite
+from mhc_compile.export.rewrite import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
 
 from mhc_compile.compilation.session import complain
 from mhc_compile.errors import CaptureError
+from mhc_compile.export.program_parameters import ProgramParameters, ProgramProvenance
 from mhc_compile.passes import (
     NORMALIZE,
     LowerOperators,
@@ -35,7 +36,6 @@ from mhc_compile.passes import (
     plan_chains,
     run_passes,
 )
-from mhc_compile.program import ProgramParameters, ProgramProvenance
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

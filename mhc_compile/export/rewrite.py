@@ -1,6 +1,6 @@
 """`mhc_compile.rewrite`: hyper-connections for a graph module that `torch.fx.symbolic_trace` made, through the same passes.
 
-Exported programs are rewritten by `mhc_compile.exporting`.
+Exported programs are rewritten by `mhc_compile.export.exported_program`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mhc_compile.compilation.bindings import bind_connection
 from mhc_compile.compilation.session import complain, width_conflict
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError, CaptureError
-from mhc_compile.exporting import rewrite_program
+from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import (

@@ -359,7 +359,7 @@ def check(program, switches) -> tuple[int, int]:
     source = with_regions(traced, switches)
     options = {"min_sites": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhc_compile.rewriting.complain", lambda *_: None)
+        patch.setattr("mhc_compile.export.rewrite.complain", lambda *_: None)
         flat = mhc_compile.rewrite(traced, x, options=options)
         got = mhc_compile.rewrite(source, x, options=options)
         once = mhc_compile.rewrite(source, x)
