@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mhc_compile.backend import mhc
     from mhc_compile.checking.check import check
     from mhc_compile.checking.result import CheckResult
-    from mhc_compile.checkpoints import load_state_dict
+    from mhc_compile.checkpoints.load import load_state_dict
+    from mhc_compile.checkpoints.restore import restore
     from mhc_compile.compilation.attach import attach
     from mhc_compile.debugging import eager
     from mhc_compile.diagnostics.callback import StabilityCallback
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.restoring import restore
     from mhc_compile.story import Story
 
 __version__ = "0.1.0"
@@ -106,12 +106,12 @@ _HOMES = {
     "eager": "debugging",
     "explain": "explanation",
     "gain": "diagnostics.gain",
-    "load_state_dict": "checkpoints",
+    "load_state_dict": "checkpoints.load",
     "mhc": "backend",
     "parameter_groups": "attachment.parameter_groups",
     "register_mapping": "mappings",
     "register_with_accelerate": "huggingface",
-    "restore": "restoring",
+    "restore": "checkpoints.restore",
     "rewrite": "export.rewrite",
     "stability": "diagnostics.measure",
     "why": "asking",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.checkpoints import plain_name
+from mhc_compile.checkpoints.load import plain_name
 from mhc_compile.errors import CheckpointError, OptionError
 from mhc_compile.interop.entries import changes_to_native
 from mhc_compile.interop.layout import READ_OUT, Layout, Spelling

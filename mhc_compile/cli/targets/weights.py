@@ -35,8 +35,8 @@ def load_weights(target: Target, path: str) -> None:
     """
     from torch import nn
 
-    from mhc_compile.checkpoints import load_state_dict, plain_name
-    from mhc_compile.restoring import restore
+    from mhc_compile.checkpoints.load import load_state_dict, plain_name
+    from mhc_compile.checkpoints.restore import restore
 
     if not isinstance(target.model, nn.Module):
         raise WeightsError(
@@ -94,7 +94,7 @@ def _safetensors(path: str) -> Mapping[str, Tensor]:
 
 def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: str) -> None:
     """Raises WeightsError unless the names and shapes are those of the model. Of tied parameters one name will do."""
-    from mhc_compile.checkpoints import plain_name
+    from mhc_compile.checkpoints.load import plain_name
 
     wanted = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     loaded = {id(value) for name, value in wanted.items() if name in state}
