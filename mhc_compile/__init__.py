@@ -23,12 +23,9 @@ from mhc_compile.errors import (
 )
 
 if TYPE_CHECKING:
-    from mhc_compile.asking import why
     from mhc_compile.attachment.parameter_groups import parameter_groups
     from mhc_compile.attachment.sites import connections, detach
     from mhc_compile.backend import mhc
-    from mhc_compile.checking.check import check
-    from mhc_compile.checking.result import CheckResult
     from mhc_compile.checkpoints.load import load_state_dict
     from mhc_compile.checkpoints.restore import restore
     from mhc_compile.compilation.attach import attach
@@ -37,14 +34,17 @@ if TYPE_CHECKING:
     from mhc_compile.diagnostics.gain import Gain, gain
     from mhc_compile.diagnostics.measure import stability
     from mhc_compile.diagnostics.result import Stability
-    from mhc_compile.diffing.compare import diff
-    from mhc_compile.diffing.model_diff import ModelDiff
-    from mhc_compile.explanation import Explanation, explain
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.huggingface import register_with_accelerate
+    from mhc_compile.inspection.diff.compare import diff
+    from mhc_compile.inspection.diff.model_diff import ModelDiff
+    from mhc_compile.inspection.explain.explain import Explanation, explain
+    from mhc_compile.inspection.explain.story import Story
+    from mhc_compile.inspection.explain.why import why
+    from mhc_compile.inspection.verification.check import check
+    from mhc_compile.inspection.verification.result import CheckResult
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.story import Story
 
 __version__ = "0.1.0"
 
@@ -89,22 +89,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckResult": "checking.result",
-    "Explanation": "explanation",
+    "CheckResult": "inspection.verification.result",
+    "Explanation": "inspection.explain.explain",
     "Gain": "diagnostics.gain",
     "HyperConnection": "modules.hyper_connection",
     "Mapping": "mappings",
-    "ModelDiff": "diffing.model_diff",
+    "ModelDiff": "inspection.diff.model_diff",
     "Stability": "diagnostics.result",
     "StabilityCallback": "diagnostics.callback",
-    "Story": "story",
+    "Story": "inspection.explain.story",
     "attach": "compilation.attach",
-    "check": "checking.check",
+    "check": "inspection.verification.check",
     "connections": "attachment.sites",
     "detach": "attachment.sites",
-    "diff": "diffing.compare",
+    "diff": "inspection.diff.compare",
     "eager": "debugging",
-    "explain": "explanation",
+    "explain": "inspection.explain.explain",
     "gain": "diagnostics.gain",
     "load_state_dict": "checkpoints.load",
     "mhc": "backend",
@@ -114,7 +114,7 @@ _HOMES = {
     "restore": "checkpoints.restore",
     "rewrite": "export.rewrite",
     "stability": "diagnostics.measure",
-    "why": "asking",
+    "why": "inspection.explain.why",
 }
 
 

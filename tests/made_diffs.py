@@ -10,10 +10,10 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile.config.options import Options
-from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
-from mhc_compile.diffing.rows import align
-from mhc_compile.diffing.views import NodeView
-from mhc_compile.explanation import ChainReport, RefusalReport, SiteReport
+from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
+from mhc_compile.inspection.diff.rows import align
+from mhc_compile.inspection.diff.views import NodeView
+from mhc_compile.inspection.explain.explain import ChainReport, RefusalReport, SiteReport
 
 SCRIPT = "</script><script>window.hacked = true</script>"
 IMAGE = "<img src=x onerror=window.hacked=true>"

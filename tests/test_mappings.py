@@ -11,7 +11,7 @@ from builders import Decoder, distance, tokens, twin
 
 import mhc_compile
 from mhc_compile import HyperConnection, OptionError, Options, zoo
-from mhc_compile.cost import site_cost
+from mhc_compile.inspection.cost import site_cost
 from mhc_compile.mappings import MAPPINGS, Mapping, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
 from mhc_compile.zoo.check import check

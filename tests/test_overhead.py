@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mhc_compile
-from mhc_compile.overhead import MACHINES, Machine, Work
+from mhc_compile.inspection.roofline import MACHINES, Machine, Work
 
 TOKENS, C, H, N = 6, 8, 16, 4
 

@@ -24,8 +24,8 @@ from mhc_compile.bench.progress import Silent
 from mhc_compile.bench.run import Request, run
 from mhc_compile.bench.shape import Shape
 from mhc_compile.bench.spread import Spread, paired_ratio
-from mhc_compile.explanation import explain
-from mhc_compile.overhead import Machine, Work
+from mhc_compile.inspection.explain.explain import explain
+from mhc_compile.inspection.roofline import Machine, Work
 from mhc_compile.scaling.kept import kept_bytes
 
 if TYPE_CHECKING:

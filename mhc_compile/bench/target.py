@@ -22,7 +22,7 @@ from mhc_compile.bench.table import tables
 from mhc_compile.bench.workload import Workload
 from mhc_compile.demo.inductor import warm_up
 from mhc_compile.errors import CaptureError
-from mhc_compile.explanation import explain
+from mhc_compile.inspection.explain.explain import explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

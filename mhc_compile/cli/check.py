@@ -66,8 +66,8 @@ def command(
     options = backend_options(flags)
     import torch
 
-    from mhc_compile.checking.check import check
-    from mhc_compile.checking.table import render
+    from mhc_compile.inspection.verification.check import check
+    from mhc_compile.inspection.verification.table import render
 
     torch.manual_seed(seed)  # a factory may draw its weights and inputs
     loaded = open_target(target, settings, full_size=full_size, train=train)

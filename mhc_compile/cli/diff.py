@@ -65,8 +65,8 @@ def command(
 
     Nothing of the model is run, but with --kernels. FILE may be - for stdout. Exit code 1 if nothing would be rewritten.
     """  # noqa: D301 - click's mark for lines that must stay
-    from mhc_compile.diffing.compare import diff
-    from mhc_compile.diffing.text import render
+    from mhc_compile.inspection.diff.compare import diff
+    from mhc_compile.inspection.diff.text import render
 
     options = backend_options(flags)
     loaded = open_target(target, settings, full_size=full_size, train=train)
@@ -98,7 +98,7 @@ def _save(text: str, path: Path, *, quiet: bool) -> None:
 
 
 def _kernels(loaded: Target, options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
-    from mhc_compile.diffing.kernels import kernels
+    from mhc_compile.inspection.diff.kernels import kernels
 
     with progress(f"compiling {loaded.name}, plain and rewritten", quiet=quiet):
         found = kernels(loaded.model, *loaded.args, options=options, **loaded.kwargs)

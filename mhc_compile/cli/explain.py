@@ -37,13 +37,13 @@ def command(
 
     Nothing of the model is run. Exit code 1 if nothing would be rewritten; with --why, 0 whatever the verdict.
     """
-    from mhc_compile.explanation import explain
-    from mhc_compile.report import render
+    from mhc_compile.inspection.explain.explain import explain
+    from mhc_compile.inspection.explain.report import render
 
     options = backend_options(flags)
     loaded = open_target(target, settings, full_size=full_size, train=train)
     if node is not None:
-        from mhc_compile.asking import why
+        from mhc_compile.inspection.explain.why import why
 
         with progress(f"tracing {target}", quiet=quiet):
             story = why(loaded.model, *loaded.args, node=node, options=options, **loaded.kwargs)

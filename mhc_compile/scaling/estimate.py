@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile.config.options import Options
-from mhc_compile.cost import Cost, site_cost
-from mhc_compile.explanation import explain
-from mhc_compile.overhead import Overhead, Work, overheads
+from mhc_compile.inspection.cost import Cost, site_cost
+from mhc_compile.inspection.explain.explain import explain
+from mhc_compile.inspection.roofline import Overhead, Work, overheads
 from mhc_compile.scaling.kept import kept_bytes
 from mhc_compile.scaling.model import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.explanation import Explanation
+    from mhc_compile.inspection.explain.explain import Explanation
     from mhc_compile.scaling.shapes import Shape
 
 __all__ = ["Estimate", "estimate"]
@@ -60,7 +60,7 @@ class Estimate:
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
-        """On known machines: a roofline estimate (see `mhc_compile.overhead`)."""
+        """On known machines: a roofline estimate (see `mhc_compile.inspection.roofline`)."""
         return overheads(self.plain, self.added, self.floor)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.overhead import MACHINES
+from mhc_compile.inspection.roofline import MACHINES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

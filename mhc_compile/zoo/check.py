@@ -107,7 +107,7 @@ def check(
 
 
 def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_sites: int) -> None:
-    from mhc_compile.explanation import explain
+    from mhc_compile.inspection.explain.explain import explain
 
     model, args, kwargs = family.build(outcome.layers)
     explanation = explain(model.train(outcome.mode == "train"), *args, options=options, **kwargs)

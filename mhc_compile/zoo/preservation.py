@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile.capture.tensor_tree import cast
-from mhc_compile.checking.comparison import FLOOR, Difference, compare
-from mhc_compile.checking.observation import observe
 from mhc_compile.errors import MhcWarning
+from mhc_compile.inspection.verification.comparison import FLOOR, Difference, compare
+from mhc_compile.inspection.verification.observation import observe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from mhc_compile.checking.observation import Observation
+    from mhc_compile.inspection.verification.observation import Observation
     from mhc_compile.zoo.family import Case
 
 __all__ = ["Errors", "preservation"]

@@ -13,8 +13,8 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import check
-from mhc_compile.checking import subjects
 from mhc_compile.errors import CaptureError, OptionError
+from mhc_compile.inspection.verification import subjects
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.ops import reference
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import zoo
-from mhc_compile.diffing.fold import new_parameters, sections
-from mhc_compile.diffing.rows import Change
+from mhc_compile.inspection.diff.fold import new_parameters, sections
+from mhc_compile.inspection.diff.rows import Change
 from mhc_compile.passes import plan_chains
 
 

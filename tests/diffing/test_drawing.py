@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from made_diffs import COMMENT, IMAGE, SCRIPT, activated, alone, decoder, hostile, nested, pieces, unchanged
 
-from mhc_compile.diffing.drawing import to_dot, to_mermaid, to_svg
-from mhc_compile.diffing.drawing_mermaid import _escaped
-from mhc_compile.diffing.sketch import Lifted, Place, Repeat, sketch
+from mhc_compile.inspection.diff.drawing import to_dot, to_mermaid, to_svg
+from mhc_compile.inspection.diff.drawing_mermaid import _escaped
+from mhc_compile.inspection.diff.sketch import Lifted, Place, Repeat, sketch
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = [decoder, activated, nested, pieces, hostile, alone, unchanged]

@@ -7,7 +7,7 @@ import torch
 from builders import Decoder, tokens
 
 import mhc_compile
-from mhc_compile.diffing.kernels import Kernel, KernelDiff, read_kernels
+from mhc_compile.inspection.diff.kernels import Kernel, KernelDiff, read_kernels
 
 CODE = """
 cpp_fused_add_native_layer_norm_0 = async_compile.cpp_pybinding(['const float*'], r\'\'\'extern "C" void kernel() {}\'\'\')
@@ -51,7 +51,7 @@ def test_counts():
 
 
 def test_what_cannot_be_compiled_is_refused():
-    from mhc_compile.diffing.kernels import kernels
+    from mhc_compile.inspection.diff.kernels import kernels
 
     with pytest.raises(mhc_compile.OptionError, match="option 'inner' is 'eager'; kernels are those of 'inductor'"):
         kernels(Decoder(), tokens(), options={"inner": "eager"})

@@ -11,8 +11,8 @@ from itertools import pairwise
 import pytest
 from made_diffs import COMMENT, IMAGE, SCRIPT, activated, decoder, hostile, pieces
 
-from mhc_compile.diffing.page import render_page
-from mhc_compile.diffing.rows import Change
+from mhc_compile.inspection.diff.page import render_page
+from mhc_compile.inspection.diff.rows import Change
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 

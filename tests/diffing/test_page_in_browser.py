@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from made_diffs import COMMENT, decoder, graphless, hostile, pieces, unchanged
 
-from mhc_compile.diffing.page import render_page
+from mhc_compile.inspection.diff.page import render_page
 
 pytest.importorskip("selenium", reason='needs selenium: pip install -e ".[dev]"')
 from selenium.webdriver.common.by import By

@@ -11,12 +11,12 @@ from mhc_compile.backend import joined, joining, with_graph
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
-from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
-from mhc_compile.diffing.rows import align
-from mhc_compile.diffing.stages import Stages, choose
-from mhc_compile.explanation import graph_report, plan_reports
 from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
+from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
+from mhc_compile.inspection.diff.rows import align
+from mhc_compile.inspection.diff.stages import Stages, choose
+from mhc_compile.inspection.explain.explain import graph_report, plan_reports
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.diffing.flow import flow
-from mhc_compile.diffing.sketch import sketch
+from mhc_compile.inspection.diff.flow import flow
+from mhc_compile.inspection.diff.sketch import sketch
 
 if TYPE_CHECKING:
-    from mhc_compile.diffing.flow import Arrow, Box, Shape
-    from mhc_compile.diffing.model_diff import ModelDiff
+    from mhc_compile.inspection.diff.flow import Arrow, Box, Shape
+    from mhc_compile.inspection.diff.model_diff import ModelDiff
 
 __all__ = ["to_mermaid"]
 

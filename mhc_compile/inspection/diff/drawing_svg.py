@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
 
-from mhc_compile.diffing.flow import end_text, part_text, place_text, start_text
-from mhc_compile.diffing.sketch import Lifted, Place, sketch
+from mhc_compile.inspection.diff.flow import end_text, part_text, place_text, start_text
+from mhc_compile.inspection.diff.sketch import Lifted, Place, sketch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhc_compile.diffing.model_diff import ModelDiff
-    from mhc_compile.diffing.sketch import Picture, Repeat, Trunk
+    from mhc_compile.inspection.diff.model_diff import ModelDiff
+    from mhc_compile.inspection.diff.sketch import Picture, Repeat, Trunk
 
 __all__ = ["to_svg"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from mhc_compile.diffing.sketch import Lifted, Place, Repeat
+from mhc_compile.inspection.diff.sketch import Lifted, Place, Repeat
 
 if TYPE_CHECKING:
-    from mhc_compile.diffing.sketch import Picture, Sketch, Trunk
+    from mhc_compile.inspection.diff.sketch import Picture, Sketch, Trunk
 
 __all__ = ["Arrow", "Box", "Flow", "Shape", "flow"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.diffing.rows import Change, Row
+from mhc_compile.inspection.diff.rows import Change, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mhc_compile.diffing.views import NodeView
+    from mhc_compile.inspection.diff.views import NodeView
 
 __all__ = ["NewParameters", "Section", "common", "layers", "new_parameters", "pattern", "sections"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.diffing.kernels import Kernel, KernelDiff, Phase
+    from mhc_compile.inspection.diff.kernels import Kernel, KernelDiff, Phase
 
 __all__ = ["render"]
 

@@ -92,7 +92,7 @@ class KernelDiff:
         return html_of(self)
 
     def __rich__(self) -> RenderableType:
-        from mhc_compile.diffing.kernel_table import render
+        from mhc_compile.inspection.diff.kernel_table import render
 
         return render(self)
 

@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.diffing.rows import Change, Row
+from mhc_compile.inspection.diff.rows import Change, Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import Options
-    from mhc_compile.explanation import ChainReport, RefusalReport
+    from mhc_compile.inspection.explain.explain import ChainReport, RefusalReport
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
 
@@ -85,25 +85,25 @@ class ModelDiff:
 
     def to_html(self) -> str:
         """One self-contained page: both graphs side by side, with search and the list of sites. It needs no server and no network."""
-        from mhc_compile.diffing.page import render_page
+        from mhc_compile.inspection.diff.page import render_page
 
         return render_page(self)
 
     def to_svg(self) -> str:
         """A drawing of the residual trunk before, and of its streams after."""
-        from mhc_compile.diffing.drawing import to_svg
+        from mhc_compile.inspection.diff.drawing import to_svg
 
         return to_svg(self)
 
     def to_dot(self) -> str:
         """The same drawing for Graphviz."""
-        from mhc_compile.diffing.drawing import to_dot
+        from mhc_compile.inspection.diff.drawing import to_dot
 
         return to_dot(self)
 
     def to_mermaid(self) -> str:
         """The same drawing for Markdown."""
-        from mhc_compile.diffing.drawing import to_mermaid
+        from mhc_compile.inspection.diff.drawing import to_mermaid
 
         return to_mermaid(self)
 
@@ -113,7 +113,7 @@ class ModelDiff:
         return html_of(self)
 
     def __rich__(self) -> RenderableType:
-        from mhc_compile.diffing.text import render
+        from mhc_compile.inspection.diff.text import render
 
         return render(self)
 

@@ -14,12 +14,12 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.config.options import Options
-from mhc_compile.diffing.fold import common, layers
-from mhc_compile.diffing.rows import Change
-from mhc_compile.diffing.text import LOOK
+from mhc_compile.inspection.diff.fold import common, layers
+from mhc_compile.inspection.diff.rows import Change
+from mhc_compile.inspection.diff.text import LOOK
 
 if TYPE_CHECKING:
-    from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
+    from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
 
 __all__ = ["render_page"]
 
@@ -51,7 +51,7 @@ def render_page(diff: ModelDiff) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("mhc_compile.diffing") / "assets" / name).read_text(encoding="utf-8")
+    return (files("mhc_compile.inspection.diff") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _source(text: str) -> str:

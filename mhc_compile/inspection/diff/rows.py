@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.diffing.views import NodeView
+    from mhc_compile.inspection.diff.views import NodeView
 
 __all__ = ["Change", "Row", "align"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from mhc_compile.diffing.fold import pattern
-from mhc_compile.diffing.rows import Change
+from mhc_compile.inspection.diff.fold import pattern
+from mhc_compile.inspection.diff.rows import Change
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
-    from mhc_compile.explanation import ChainReport, SiteReport
+    from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
+    from mhc_compile.inspection.explain.explain import ChainReport, SiteReport
 
 __all__ = ["Lifted", "Note", "Part", "Picture", "Place", "Repeat", "Sketch", "Trunk", "sketch"]
 

@@ -18,9 +18,9 @@ import difflib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mhc_compile.diffing.rows import align
-from mhc_compile.diffing.views import NodeView, view
 from mhc_compile.errors import OptionError
+from mhc_compile.inspection.diff.rows import align
+from mhc_compile.inspection.diff.views import NodeView, view
 
 if TYPE_CHECKING:
     from torch.fx import Graph

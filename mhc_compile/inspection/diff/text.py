@@ -12,17 +12,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.diffing.fold import Section, new_parameters, sections
-from mhc_compile.diffing.rows import Change, Row
+from mhc_compile.inspection.diff.fold import Section, new_parameters, sections
+from mhc_compile.inspection.diff.rows import Change, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
 
-    from mhc_compile.diffing.fold import NewParameters
-    from mhc_compile.diffing.model_diff import GraphDiff, ModelDiff
-    from mhc_compile.diffing.views import NodeView
+    from mhc_compile.inspection.diff.fold import NewParameters
+    from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
+    from mhc_compile.inspection.diff.views import NodeView
 
 __all__ = ["LOOK", "render"]
 

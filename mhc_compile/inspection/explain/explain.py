@@ -13,10 +13,10 @@ from mhc_compile.attachment.sites import unwrap
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
-from mhc_compile.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
-from mhc_compile.overhead import Overhead, Work, overheads, site_work, traffic
+from mhc_compile.inspection.cost import Cost, end_cost, plain_flops, site_cost
+from mhc_compile.inspection.roofline import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
 from mhc_compile.passes.roles import is_region, op_name, tensor_value
 
@@ -177,7 +177,7 @@ class Explanation:
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
-        """The expected overhead of a step on known machines: a roofline estimate (see `mhc_compile.overhead`). Empty if it cannot be made."""
+        """The expected overhead of a step on known machines: a roofline estimate (see `mhc_compile.inspection.roofline`). Empty if it cannot be made."""
         return overheads(self.plain, self.added, self.floor) if self.plain is not None and self.sites else ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Explanation:
         return {"plain": self.plain, "added": self.added, "floor": self.floor}
 
     def __rich__(self) -> RenderableType:
-        from mhc_compile.report import render
+        from mhc_compile.inspection.explain.report import render
 
         return render(self)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import Options
-    from mhc_compile.explanation import ChainReport, Explanation, RefusalReport, SiteReport
+    from mhc_compile.inspection.explain.explain import ChainReport, Explanation, RefusalReport, SiteReport
 
 __all__ = ["render"]
 

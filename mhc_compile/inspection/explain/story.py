@@ -153,7 +153,7 @@ class Story:
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        from mhc_compile.story_report import render
+        from mhc_compile.inspection.explain.story_report import render
 
         return render(self)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.story import Operation, RefusalStory, SiteStory, Story
+    from mhc_compile.inspection.explain.story import Operation, RefusalStory, SiteStory, Story
 
 __all__ = ["render"]
 

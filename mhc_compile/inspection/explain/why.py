@@ -14,8 +14,8 @@ from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance
-from mhc_compile.story import RefusalStory, SiteStory, Story
-from mhc_compile.storytelling import Teller
+from mhc_compile.inspection.explain.story import RefusalStory, SiteStory, Story
+from mhc_compile.inspection.explain.storytelling import Teller
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

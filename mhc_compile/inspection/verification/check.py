@@ -14,13 +14,13 @@ from torch.export import ExportedProgram
 from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
-from mhc_compile.checking.comparison import Difference, differences, tolerance_of
-from mhc_compile.checking.liveness import live_sites, randomize
-from mhc_compile.checking.observation import Observation, observe, seeded
-from mhc_compile.checking.result import CheckResult, OtherBatch, Seconds
-from mhc_compile.checking.subjects import Side, Subject, subject_of
 from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError
+from mhc_compile.inspection.verification.comparison import Difference, differences, tolerance_of
+from mhc_compile.inspection.verification.liveness import live_sites, randomize
+from mhc_compile.inspection.verification.observation import Observation, observe, seeded
+from mhc_compile.inspection.verification.result import CheckResult, OtherBatch, Seconds
+from mhc_compile.inspection.verification.subjects import Side, Subject, subject_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mhc_compile.checking.observation import Observation
+    from mhc_compile.inspection.verification.observation import Observation
 
 __all__ = ["FLOOR", "TOLERANCES", "Difference", "compare", "differences", "tolerance_of"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mhc_compile.checking.comparison import Difference
+    from mhc_compile.inspection.verification.comparison import Difference
 
 __all__ = ["CheckResult", "GroupSummary", "OtherBatch", "Seconds"]
 
@@ -140,7 +140,7 @@ class CheckResult:
 
     def __rich__(self) -> RenderableType:
         """What a rich console prints."""
-        from mhc_compile.checking.table import render
+        from mhc_compile.inspection.verification.table import render
 
         return render(self)
 

@@ -14,8 +14,8 @@ from mhc_compile import _torch
 from mhc_compile.attachment.sites import CONTAINER, connections, detach, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.debugging import eager
-from mhc_compile.explanation import explain
 from mhc_compile.export.rewrite import rewrite
+from mhc_compile.inspection.explain.explain import explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

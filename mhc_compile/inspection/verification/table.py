@@ -11,8 +11,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mhc_compile.checking.comparison import Difference
-    from mhc_compile.checking.result import CheckResult
+    from mhc_compile.inspection.verification.comparison import Difference
+    from mhc_compile.inspection.verification.result import CheckResult
 
 __all__ = ["render"]
 
