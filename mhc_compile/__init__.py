@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints.restore import restore
     from mhc_compile.compilation.attach import attach
     from mhc_compile.debugging import eager
-    from mhc_compile.diagnostics.callback import StabilityCallback
-    from mhc_compile.diagnostics.gain import Gain, gain
-    from mhc_compile.diagnostics.measure import stability
-    from mhc_compile.diagnostics.result import Stability
     from mhc_compile.export.rewrite import rewrite
-    from mhc_compile.huggingface import register_with_accelerate
     from mhc_compile.inspection.diff.compare import diff
     from mhc_compile.inspection.diff.model_diff import ModelDiff
     from mhc_compile.inspection.explain.explain import Explanation, explain
     from mhc_compile.inspection.explain.story import Story
     from mhc_compile.inspection.explain.why import why
+    from mhc_compile.inspection.stream_stats.gain import Gain, gain
+    from mhc_compile.inspection.stream_stats.measure import stability
+    from mhc_compile.inspection.stream_stats.result import Stability
     from mhc_compile.inspection.verification.check import check
     from mhc_compile.inspection.verification.result import CheckResult
+    from mhc_compile.integrations.accelerate import register_with_accelerate
+    from mhc_compile.integrations.callbacks import StabilityCallback
     from mhc_compile.mappings import Mapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
 
@@ -91,12 +91,12 @@ __all__ = [
 _HOMES = {
     "CheckResult": "inspection.verification.result",
     "Explanation": "inspection.explain.explain",
-    "Gain": "diagnostics.gain",
+    "Gain": "inspection.stream_stats.gain",
     "HyperConnection": "modules.hyper_connection",
     "Mapping": "mappings",
     "ModelDiff": "inspection.diff.model_diff",
-    "Stability": "diagnostics.result",
-    "StabilityCallback": "diagnostics.callback",
+    "Stability": "inspection.stream_stats.result",
+    "StabilityCallback": "integrations.callbacks",
     "Story": "inspection.explain.story",
     "attach": "compilation.attach",
     "check": "inspection.verification.check",
@@ -105,15 +105,15 @@ _HOMES = {
     "diff": "inspection.diff.compare",
     "eager": "debugging",
     "explain": "inspection.explain.explain",
-    "gain": "diagnostics.gain",
+    "gain": "inspection.stream_stats.gain",
     "load_state_dict": "checkpoints.load",
     "mhc": "backend",
     "parameter_groups": "attachment.parameter_groups",
     "register_mapping": "mappings",
-    "register_with_accelerate": "huggingface",
+    "register_with_accelerate": "integrations.accelerate",
     "restore": "checkpoints.restore",
     "rewrite": "export.rewrite",
-    "stability": "diagnostics.measure",
+    "stability": "inspection.stream_stats.measure",
     "why": "inspection.explain.why",
 }
 

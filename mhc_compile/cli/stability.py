@@ -20,7 +20,7 @@ from mhc_compile.cli.shared import (
 
 if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
-    from mhc_compile.diagnostics.result import Stability
+    from mhc_compile.inspection.stream_stats.result import Stability
 
 __all__ = ["command"]
 
@@ -89,8 +89,8 @@ def command(
 
 
 def _check_png(path: Path) -> None:
-    from mhc_compile.diagnostics.plots import require_matplotlib
     from mhc_compile.errors import MhcError
+    from mhc_compile.inspection.stream_stats.plots import require_matplotlib
 
     try:
         require_matplotlib()
@@ -104,9 +104,9 @@ def _measure(loaded: Target, options: dict[str, Any], random_logits: float | Non
     from torch import nn
 
     from mhc_compile.compilation.attach import attach
-    from mhc_compile.diagnostics.measure import Meter
-    from mhc_compile.diagnostics.noise import fill_residual_logits
-    from mhc_compile.diagnostics.result import Stability
+    from mhc_compile.inspection.stream_stats.measure import Meter
+    from mhc_compile.inspection.stream_stats.noise import fill_residual_logits
+    from mhc_compile.inspection.stream_stats.result import Stability
 
     model = loaded.model
     if not isinstance(model, nn.Module):

@@ -186,7 +186,7 @@ def test_over_64_sites_the_unconstrained_mapping_grows_without_bound():
 
 
 def test_streams_of_known_geometry():
-    from mhc_compile.diagnostics.moments import geometry
+    from mhc_compile.inspection.stream_stats.moments import geometry
 
     copies = torch.randn(2, 7, 1, 16).expand(-1, -1, 4, -1)
     one = geometry(copies)
@@ -203,7 +203,7 @@ def test_streams_of_known_geometry():
     # In chunks as in one piece.
     streams = torch.randn(9, 4, 16)
     whole = geometry(streams)
-    import mhc_compile.diagnostics.moments as moments
+    import mhc_compile.inspection.stream_stats.moments as moments
 
     before, moments._CHUNK = moments._CHUNK, 128
     try:
@@ -565,7 +565,7 @@ def test_what_is_not_finite_is_shown_and_no_nan_goes_into_json(measured, tmp_pat
 
 
 def test_a_png_is_drawn_with_every_chain(tmp_path, measured):
-    from mhc_compile.diagnostics.plots import draw
+    from mhc_compile.inspection.stream_stats.plots import draw
 
     measured.plot(tmp_path / "stability.png")
     assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
@@ -584,7 +584,7 @@ def test_a_png_is_drawn_with_every_chain(tmp_path, measured):
 
 
 def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured):
-    import mhc_compile.diagnostics.plots as plots
+    import mhc_compile.inspection.stream_stats.plots as plots
 
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(mhc_compile.MhcError, match=r'pip install "matplotlib'):

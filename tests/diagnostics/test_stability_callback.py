@@ -70,7 +70,7 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
 
 
 def test_it_is_traced_once_and_only_until_it_is_closed(monkeypatch):
-    from mhc_compile.diagnostics import measure
+    from mhc_compile.inspection.stream_stats import measure
 
     traced = []
     plain = measure.mhc
@@ -120,7 +120,7 @@ def test_a_copy_measures_too_and_traces_anew():
 
 
 def test_the_model_inside_ddp_is_measured():
-    from mhc_compile.diagnostics.callback import _inner
+    from mhc_compile.integrations.callbacks import _inner
 
     class Wrapped(nn.parallel.DistributedDataParallel):
         def __init__(self, module):
@@ -183,7 +183,7 @@ def test_the_trainer_of_transformers(tmp_path, monkeypatch):
 
 
 def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
-    from mhc_compile.diagnostics.loaders import first_batch
+    from mhc_compile.inspection.stream_stats.loaders import first_batch
 
     loader = DataLoader(TensorDataset(torch.arange(6.0), torch.arange(6)), batch_size=2, shuffle=True)
     state = torch.get_rng_state()

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.diagnostics.moments import amax, geometry, rows, weights
-from mhc_compile.diagnostics.result import ChainStability, Geometry, SiteStability
+from mhc_compile.inspection.stream_stats.moments import amax, geometry, rows, weights
+from mhc_compile.inspection.stream_stats.result import ChainStability, Geometry, SiteStability
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.diagnostics.result import Weights
+    from mhc_compile.inspection.stream_stats.result import Weights
 
 __all__ = ["Chain"]
 

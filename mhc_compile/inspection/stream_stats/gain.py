@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.diagnostics.measure import stability
+from mhc_compile.inspection.stream_stats.measure import stability
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

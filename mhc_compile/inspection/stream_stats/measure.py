@@ -14,11 +14,11 @@ from mhc_compile.backend import mhc
 from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import Study, study
 from mhc_compile.config.options import Options
-from mhc_compile.diagnostics.batches import inputs_of
-from mhc_compile.diagnostics.recording import Recording, address, recorder
-from mhc_compile.diagnostics.result import Stability
-from mhc_compile.diagnostics.undisturbed import undisturbed
 from mhc_compile.errors import AttachError
+from mhc_compile.inspection.stream_stats.batches import inputs_of
+from mhc_compile.inspection.stream_stats.recording import Recording, address, recorder
+from mhc_compile.inspection.stream_stats.result import Stability
+from mhc_compile.inspection.stream_stats.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

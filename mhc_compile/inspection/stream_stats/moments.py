@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mhc_compile.diagnostics.result import Geometry, Weights
+from mhc_compile.inspection.stream_stats.result import Geometry, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mhc_compile.diagnostics.result import ChainStability, Matrix, Stability
+    from mhc_compile.inspection.stream_stats.result import ChainStability, Matrix, Stability
 
 __all__ = ["draw", "require_matplotlib", "write_png"]
 

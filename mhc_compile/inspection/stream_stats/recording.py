@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mhc_compile.diagnostics.chains import Chain
-from mhc_compile.diagnostics.moments import weights
+from mhc_compile.inspection.stream_stats.chains import Chain
+from mhc_compile.inspection.stream_stats.moments import weights
 from mhc_compile.passes import InlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mhc_compile.diagnostics.result import Weights
+    from mhc_compile.inspection.stream_stats.result import Weights
 
 __all__ = ["Recording", "address", "recorder"]
 

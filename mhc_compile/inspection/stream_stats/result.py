@@ -234,13 +234,13 @@ class Stability:
         Raises:
             MhcError: matplotlib is not installed, or there is no chain to draw.
         """
-        from mhc_compile.diagnostics.plots import write_png
+        from mhc_compile.inspection.stream_stats.plots import write_png
 
         write_png(self, path)
 
     def __rich__(self) -> RenderableType:
         """What a rich console prints."""
-        from mhc_compile.diagnostics.table import render
+        from mhc_compile.inspection.stream_stats.table import render
 
         return render(self)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from mhc_compile.diagnostics.result import ChainStability, SiteStability, Stability, Weights
+    from mhc_compile.inspection.stream_stats.result import ChainStability, SiteStability, Stability, Weights
 
 __all__ = ["render"]
 
