@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mhc_compile.bench.contenders import Contender
-    from mhc_compile.bench.progress import Silent
     from mhc_compile.bench.shape import Shape
     from mhc_compile.bench.workload import Times, Workload
+    from mhc_compile.reporting.progress import Silent
 
 __all__ = ["fill", "measure", "prepare"]
 

@@ -20,12 +20,12 @@ import torch
 
 from mhc_compile.bench.model import PlainModel, batch
 from mhc_compile.bench.names import PLAIN
-from mhc_compile.bench.progress import Silent
 from mhc_compile.bench.run import Request, run
 from mhc_compile.bench.shape import Shape
 from mhc_compile.bench.spread import Spread, paired_ratio
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Machine, Work
+from mhc_compile.reporting.progress import Silent
 from mhc_compile.scaling.kept import kept_bytes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from mhc_compile.demo.inductor import warm_up
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.bench.progress import Silent
+    from mhc_compile.reporting.progress import Silent
 
 __all__ = ["Request", "run"]
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from torch import nn
 
-    from mhc_compile.bench.progress import Silent
     from mhc_compile.config.options import Options
+    from mhc_compile.reporting.progress import Silent
 
 __all__ = ["TargetResult", "TargetWorkload", "measure_target"]
 
@@ -121,7 +121,7 @@ class TargetResult:
         return {"schema": "mhc-compile/bench-target/1", **asdict(self)}
 
     def _repr_html_(self) -> str:
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 

@@ -190,8 +190,8 @@ def _time(
     from rich.console import Console
     from torch.utils import _pytree as pytree
 
-    from mhc_compile.bench.progress import choose_progress
     from mhc_compile.bench.target import measure_target
+    from mhc_compile.reporting.progress import choose_progress
 
     if not isinstance(loaded.model, torch.nn.Module):
         raise click.UsageError(
@@ -238,9 +238,9 @@ def _measure(
     import torch
     from rich.console import Console
 
-    from mhc_compile.bench.progress import choose_progress
     from mhc_compile.bench.run import Request, run
     from mhc_compile.bench.shape import Shape
+    from mhc_compile.reporting.progress import choose_progress
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"))

@@ -49,7 +49,7 @@ class Report:
         return {"schema": "mhc-compile/doctor/1", "ok": self.ok, "findings": findings}
 
     def _repr_html_(self) -> str:
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 

@@ -108,7 +108,7 @@ class ModelDiff:
         return to_mermaid(self)
 
     def _repr_html_(self) -> str:
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 

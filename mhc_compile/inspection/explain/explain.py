@@ -204,7 +204,7 @@ class Explanation:
         return render(self)
 
     def _repr_html_(self) -> str:
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 

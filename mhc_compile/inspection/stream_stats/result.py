@@ -246,7 +246,7 @@ class Stability:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 

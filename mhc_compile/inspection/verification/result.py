@@ -146,7 +146,7 @@ class CheckResult:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from mhc_compile.notebook import html_of
+        from mhc_compile.reporting.html import html_of
 
         return html_of(self)
 
