@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints.load import load_state_dict
     from mhc_compile.checkpoints.restore import restore
     from mhc_compile.compilation.attach import attach
-    from mhc_compile.debugging import eager
+    from mhc_compile.eager_mode import eager
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
     from mhc_compile.inspection.diff.model_diff import ModelDiff
@@ -103,7 +103,7 @@ _HOMES = {
     "connections": "attachment.sites",
     "detach": "attachment.sites",
     "diff": "inspection.diff.compare",
-    "eager": "debugging",
+    "eager": "eager_mode",
     "explain": "inspection.explain.explain",
     "gain": "inspection.stream_stats.gain",
     "load_state_dict": "checkpoints.load",

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import CONTAINER, connections, detach, unwrap
 from mhc_compile.backend import mhc
-from mhc_compile.debugging import eager
+from mhc_compile.eager_mode import eager
 from mhc_compile.export.rewrite import rewrite
 from mhc_compile.inspection.explain.explain import explain
 
