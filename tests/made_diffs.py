@@ -46,7 +46,7 @@ def nested() -> ModelDiff:
 @cache
 def activated() -> ModelDiff:
     """A ReLU between two sites, which runs on all streams."""
-    from mhc_compile import zoo
+    from mhc_compile.tools import zoo
 
     model, args, kwargs = zoo.get("resnet").build(2)
     return mhc_compile.diff(model.eval(), *args, **kwargs)

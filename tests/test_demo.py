@@ -19,14 +19,14 @@ import torch
 from click.testing import CliRunner, Result
 
 from mhc_compile.cli.demo import command
-from mhc_compile.demo import checkpoint, corpus, requirements, session, training
-from mhc_compile.demo.interrupt import Interrupts
-from mhc_compile.demo.plots import draw, smooth, terminal_plots
-from mhc_compile.demo.settings import Settings
-from mhc_compile.demo.side import Side
-from mhc_compile.demo.tasks import make_task
-from mhc_compile.demo.training import Duel, rate
 from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.tools.demo import checkpoint, corpus, requirements, session, training
+from mhc_compile.tools.demo.interrupt import Interrupts
+from mhc_compile.tools.demo.plots import draw, smooth, terminal_plots
+from mhc_compile.tools.demo.settings import Settings
+from mhc_compile.tools.demo.side import Side
+from mhc_compile.tools.demo.tasks import make_task
+from mhc_compile.tools.demo.training import Duel, rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -480,7 +480,7 @@ def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_
 
 def _documented_keys(prefix: str) -> set[str]:
     """The names on the left of the table in the module that makes the result."""
-    from mhc_compile.demo import result
+    from mhc_compile.tools.demo import result
 
     rows = re.findall(rf"^{prefix}(\w[\w, ]*?)  +\S", inspect.cleandoc(result.__doc__ or ""), re.MULTILINE)
     return {name for row in rows for name in row.split(", ")}

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch._inductor.config
 
-from mhc_compile.doctor import machine, surroundings
-from mhc_compile.doctor.examine import examine
-from mhc_compile.doctor.tiny import tiny_compile
+from mhc_compile.tools.doctor import machine, surroundings
+from mhc_compile.tools.doctor.examine import examine
+from mhc_compile.tools.doctor.tiny import tiny_compile
 
 
 def only(findings, name):
@@ -118,7 +118,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     def broken():
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("mhc_compile.doctor.examine._CHECKS", (broken,))
+    monkeypatch.setattr("mhc_compile.tools.doctor.examine._CHECKS", (broken,))
     report = examine()
     assert not report.ok
     assert report.findings[0].found == "RuntimeError: no such luck"

@@ -11,10 +11,10 @@ from builders import Decoder, tokens
 from torch import nn
 
 import mhc_compile
-from mhc_compile import zoo
 from mhc_compile.compilation.dry_run import dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.passes import expand_plan
+from mhc_compile.tools import zoo
 
 
 def case(name):

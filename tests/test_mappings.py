@@ -10,11 +10,12 @@ import torch
 from builders import Decoder, distance, tokens, twin
 
 import mhc_compile
-from mhc_compile import HyperConnection, OptionError, Options, zoo
+from mhc_compile import HyperConnection, OptionError, Options
 from mhc_compile.inspection.cost import site_cost
 from mhc_compile.mappings import MAPPINGS, Mapping, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
-from mhc_compile.zoo.check import check
+from mhc_compile.tools import zoo
+from mhc_compile.tools.zoo.check import check
 
 mhc = torch.ops.mhc
 NEW = ["permutations", "kronecker", "unconstrained"]

@@ -17,9 +17,9 @@ from builders import LAYERS, Decoder, tokens
 import mhc_compile
 from mhc_compile import OptionError, Options
 from mhc_compile._torch.default_backend import give_compile_a_default
-from mhc_compile.launch.command import interpreter_flags
-from mhc_compile.launch.default import DefaultBackend
-from mhc_compile.launch.table import find_table
+from mhc_compile.tools.launcher.command import interpreter_flags
+from mhc_compile.tools.launcher.default import DefaultBackend
+from mhc_compile.tools.launcher.table import find_table
 
 ROOT = Path(mhc_compile.__file__).parents[1]
 PYTHON = [sys.executable]
@@ -519,7 +519,7 @@ def test_torch_is_imported_only_by_the_script(folder):
     done = execute(*PYTHON, "-X", "importtime", "-m", "mhc_compile", "run", "script.py")
     assert done.stdout == "[]\n"
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "mhc_compile.launch.command" in imported
+    assert "mhc_compile.tools.launcher.command" in imported
     assert not {"torch", "numpy", "rich"} & imported
 
 

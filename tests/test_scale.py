@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from mhc_compile.bench.passes import measure
+from mhc_compile.tools.bench.passes import measure
 
 
 def test_the_benchmark_of_the_passes_measures_what_it_says():

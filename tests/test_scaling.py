@@ -16,11 +16,11 @@ from mhc_compile.cli.scaling import command
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 from mhc_compile.passes.recompute import block_length
-from mhc_compile.scaling.estimate import estimate
-from mhc_compile.scaling.kept import kept_bytes
-from mhc_compile.scaling.model import Decoder
-from mhc_compile.scaling.shapes import SHAPES, Shape
-from mhc_compile.scaling.table import markdown, render
+from mhc_compile.tools.scaling.estimate import estimate
+from mhc_compile.tools.scaling.kept import kept_bytes
+from mhc_compile.tools.scaling.model import Decoder
+from mhc_compile.tools.scaling.shapes import SHAPES, Shape
+from mhc_compile.tools.scaling.table import markdown, render
 
 SMALL = Shape(
     name="small", layers=3, width=32, heads=4, head=8, hidden=24, active=2, experts=6, dense=1, vocabulary=50, tokens=16
@@ -90,7 +90,7 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhc_compile.scaling.shapes.SHAPES", ())
+    monkeypatch.setattr("mhc_compile.tools.scaling.shapes.SHAPES", ())
     flags = ["--width", "64", "--layers", "2", "--vocabulary", "100", "--tokens", "8", "--quiet", "--streams", "2"]
     done = CliRunner().invoke(command, [*flags, "--json"], catch_exceptions=False)
     (yours,) = json.loads(done.stdout)["estimates"]
@@ -103,7 +103,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_page_is_what_its_program_writes() -> None:
-    from mhc_compile.scaling.page import PAGE, page
+    from mhc_compile.tools.scaling.page import PAGE, page
 
     assert PAGE.read_text() == page()
 
@@ -111,8 +111,8 @@ def test_the_page_is_what_its_program_writes() -> None:
 @pytest.mark.slow
 def test_predicted_against_measured() -> None:
     """The memory is predicted to a tenth; time is told in the page and depends on the machine."""
-    from mhc_compile.bench.predicted import compare
-    from mhc_compile.bench.shape import Shape as Measured
+    from mhc_compile.tools.bench.predicted import compare
+    from mhc_compile.tools.bench.shape import Shape as Measured
 
     got = compare(Measured(width=128, layers=4, tokens=256, vocabulary=64), rounds=3, cold=False)
     assert got.kept_measured == pytest.approx(got.kept_predicted, rel=0.15)

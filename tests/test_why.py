@@ -11,7 +11,7 @@ from builders import LAYERS, Decoder, tokens
 from torch import nn
 
 import mhc_compile
-from mhc_compile import zoo
+from mhc_compile.tools import zoo
 
 
 def tell(node, model=None, *args, **options):

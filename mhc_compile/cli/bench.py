@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mhc_compile.bench.names import UnknownNameError, check_names
 from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, weights_given, write
 from mhc_compile.config.options import Options
+from mhc_compile.tools.bench.names import UnknownNameError, check_names
 
 if TYPE_CHECKING:
-    from mhc_compile.bench.target import TargetResult
     from mhc_compile.cli.targets import Target
+    from mhc_compile.tools.bench.target import TargetResult
 
 __all__ = ["command"]
 
@@ -142,11 +142,11 @@ def command(
     if json_file is None or str(json_file) != "-":
         from rich.console import Console
 
-        from mhc_compile.bench.table import render
+        from mhc_compile.tools.bench.table import render
 
         render(Console(), result)
     if png_file is not None:
-        from mhc_compile.bench.chart import write_png
+        from mhc_compile.tools.bench.chart import write_png
 
         png_file.parent.mkdir(parents=True, exist_ok=True)
         write_png(result, png_file)
@@ -190,8 +190,8 @@ def _time(
     from rich.console import Console
     from torch.utils import _pytree as pytree
 
-    from mhc_compile.bench.target import measure_target
     from mhc_compile.reporting.progress import choose_progress
+    from mhc_compile.tools.bench.target import measure_target
 
     if not isinstance(loaded.model, torch.nn.Module):
         raise click.UsageError(
@@ -238,9 +238,9 @@ def _measure(
     import torch
     from rich.console import Console
 
-    from mhc_compile.bench.run import Request, run
-    from mhc_compile.bench.shape import Shape
     from mhc_compile.reporting.progress import choose_progress
+    from mhc_compile.tools.bench.run import Request, run
+    from mhc_compile.tools.bench.shape import Shape
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mhc_compile.cli.shared import Command
-from mhc_compile.demo.settings import MODELS, STEPS, Settings
+from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings
 
 __all__ = ["command"]
 
@@ -96,7 +96,7 @@ def command(
 
     Exit codes: 0 fine, 1 an error, 2 wrong usage, 130 interrupted.
     """
-    from mhc_compile.demo.interrupt import Interrupts
+    from mhc_compile.tools.demo.interrupt import Interrupts
 
     given = {
         name: value
@@ -127,11 +127,11 @@ def _run(
 ) -> None:
     from rich.console import Console
 
-    from mhc_compile.demo.progress import choose_progress
-    from mhc_compile.demo.requirements import check_requirements
-    from mhc_compile.demo.session import RESULT, ContradictionError, Interrupted, Request, run
-    from mhc_compile.demo.summary import print_summary
     from mhc_compile.errors import OptionError
+    from mhc_compile.tools.demo.progress import choose_progress
+    from mhc_compile.tools.demo.requirements import check_requirements
+    from mhc_compile.tools.demo.session import RESULT, ContradictionError, Interrupted, Request, run
+    from mhc_compile.tools.demo.summary import print_summary
 
     check_requirements()
     request = Request(given=given, steps=steps, out=out, resume=resume, save_every=save_every)

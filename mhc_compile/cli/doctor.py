@@ -20,7 +20,7 @@ def command(as_json: bool, quiet: bool) -> None:
 
     Exit codes: 0 it works, 1 something failed.
     """
-    from mhc_compile.doctor.examine import examine
+    from mhc_compile.tools.doctor.examine import examine
 
     with progress("examining this machine", quiet=quiet):
         report = examine()

@@ -38,8 +38,8 @@ def command(module: bool, quiet: bool, script: str, arguments: tuple[str, ...], 
     A line on stderr says what was rewritten. Exit codes: those of the script; 2 wrong usage.
     """  # noqa: D301 - click's mark for lines that must stay
     from mhc_compile.errors import OptionError
-    from mhc_compile.launch.command import launch
-    from mhc_compile.launch.table import find_table
+    from mhc_compile.tools.launcher.command import launch
+    from mhc_compile.tools.launcher.table import find_table
 
     if not module and not os.path.exists(script):
         raise click.UsageError(f"there is no file {script!r} (looked in {os.getcwd()}); for a module: mhc run -m NAME")

@@ -40,9 +40,9 @@ def command(
     Nothing is measured: these are counts and rooflines, the ones of `mhc explain`. A size of your own is --width and --layers.
     """
     from mhc_compile.config.options import Options
-    from mhc_compile.scaling.estimate import estimate
-    from mhc_compile.scaling.shapes import SHAPES, Shape
-    from mhc_compile.scaling.table import markdown, render
+    from mhc_compile.tools.scaling.estimate import estimate
+    from mhc_compile.tools.scaling.shapes import SHAPES, Shape
+    from mhc_compile.tools.scaling.table import markdown, render
 
     if (width is None) != (layers is None):
         raise click.UsageError("a size of your own needs both --width and --layers")

@@ -45,7 +45,7 @@ def report(error: Exception, settings: dict[str, Any]) -> int:
         error: what was raised.
         settings: the object of the click group, in which `--debug` left its mark.
     """
-    from mhc_compile.zoo import UnknownFamilyError
+    from mhc_compile.tools.zoo import UnknownFamilyError
 
     if settings.get(_FLAG):
         traceback.print_exception(error)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mhc_compile.zoo.check import Outcome
-    from mhc_compile.zoo.family import Family, Mode
+    from mhc_compile.tools.zoo.check import Outcome
+    from mhc_compile.tools.zoo.family import Family, Mode
 
 __all__ = ["command"]
 
@@ -55,8 +55,8 @@ def command(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     from rich.console import Console
 
-    from mhc_compile import zoo
-    from mhc_compile.zoo.report import listing, summary, table, to_json
+    from mhc_compile.tools import zoo
+    from mhc_compile.tools.zoo.report import listing, summary, table, to_json
 
     chosen = tuple(zoo.get(name) for name in names) if names else zoo.families(group)
     if group is not None:
@@ -106,7 +106,7 @@ def _check_all(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from mhc_compile.zoo.check import check
+    from mhc_compile.tools.zoo.check import check
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks are counted, not told

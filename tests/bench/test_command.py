@@ -11,9 +11,9 @@ from dataclasses import fields
 import pytest
 from click.testing import CliRunner
 
-from mhc_compile.bench.load import busy_cores, cores
-from mhc_compile.bench.result import Benchmark, Conditions, Result, Row
 from mhc_compile.cli.bench import command
+from mhc_compile.tools.bench.load import busy_cores, cores
+from mhc_compile.tools.bench.result import Benchmark, Conditions, Result, Row
 
 
 def bench(*arguments: str, imports: bool = False) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def test_a_failed_contender_and_an_interrupt_have_exit_codes_and_lose_nothing(mo
     failed = Row(name="ours", title="ours", status="failed", message="RuntimeError: no")
     conditions = {field.name: 1 for field in fields(Conditions)} | {"load": (0.0, 0.0), "packages": {}}
     result = Result(Conditions(**conditions), (Benchmark("site", 1, (failed,)),), interrupted)
-    monkeypatch.setattr("mhc_compile.bench.run.run", lambda request, progress: result)
+    monkeypatch.setattr("mhc_compile.tools.bench.run.run", lambda request, progress: result)
     done = CliRunner().invoke(command, ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")])
     assert done.exit_code == code
     assert "ours: RuntimeError: no" in done.stdout

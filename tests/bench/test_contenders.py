@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import mhc_compile
-from mhc_compile.bench import contenders as table
-from mhc_compile.bench.compiling import compiled
-from mhc_compile.bench.contenders import CONTENDERS, choose
-from mhc_compile.bench.model import batch
-from mhc_compile.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError
-from mhc_compile.bench.ours import StepCell
-from mhc_compile.bench.residual import Ends, example
-from mhc_compile.bench.shape import Shape
-from mhc_compile.bench.workload import SiteWorkload, StepWorkload
+from mhc_compile.tools.bench import contenders as table
+from mhc_compile.tools.bench.compiling import compiled
+from mhc_compile.tools.bench.contenders import CONTENDERS, choose
+from mhc_compile.tools.bench.model import batch
+from mhc_compile.tools.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError
+from mhc_compile.tools.bench.ours import StepCell
+from mhc_compile.tools.bench.residual import Ends, example
+from mhc_compile.tools.bench.shape import Shape
+from mhc_compile.tools.bench.workload import SiteWorkload, StepWorkload
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=3)
 BY_NAME = {contender.name: contender for contender in CONTENDERS}

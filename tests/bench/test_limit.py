@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_compile.bench.limit import Limit, flops, in_step, moved
-from mhc_compile.bench.shape import Shape
-from mhc_compile.bench.workload import SITES, Times
+from mhc_compile.tools.bench.limit import Limit, flops, in_step, moved
+from mhc_compile.tools.bench.shape import Shape
+from mhc_compile.tools.bench.workload import SITES, Times
 
 
 @pytest.mark.parametrize("width", [8, 256])

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from mhc_compile._torch.benchmarking import caches, observe_graphs
-from mhc_compile.bench import memory
-from mhc_compile.bench.contenders import CONTENDERS
-from mhc_compile.bench.measure import measure
-from mhc_compile.bench.shape import Shape
-from mhc_compile.bench.workload import Workload
 from mhc_compile.reporting.progress import Silent
+from mhc_compile.tools.bench import memory
+from mhc_compile.tools.bench.contenders import CONTENDERS
+from mhc_compile.tools.bench.measure import measure
+from mhc_compile.tools.bench.shape import Shape
+from mhc_compile.tools.bench.workload import Workload
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=2)
 EAGER = {

@@ -8,10 +8,10 @@ import json
 import pytest
 from rich.console import Console
 
-from mhc_compile.bench.chart import draw
-from mhc_compile.bench.result import PHASES, Benchmark, Conditions, Counters, PerSite, Result, Row
-from mhc_compile.bench.spread import Spread
-from mhc_compile.bench.table import WIDE, render
+from mhc_compile.tools.bench.chart import draw
+from mhc_compile.tools.bench.result import PHASES, Benchmark, Conditions, Counters, PerSite, Result, Row
+from mhc_compile.tools.bench.spread import Spread
+from mhc_compile.tools.bench.table import WIDE, render
 
 CONDITIONS = Conditions(
     device="A processor",

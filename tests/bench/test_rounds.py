@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mhc_compile.bench.rounds import interleave
-from mhc_compile.bench.workload import Times, Workload
+from mhc_compile.tools.bench.rounds import interleave
+from mhc_compile.tools.bench.workload import Times, Workload
 
 
 class Counting(Workload):

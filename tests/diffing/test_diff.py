@@ -11,10 +11,10 @@ from builders import Decoder, tokens
 from torch import nn
 
 import mhc_compile
-from mhc_compile import zoo
 from mhc_compile.inspection.diff.fold import new_parameters, sections
 from mhc_compile.inspection.diff.rows import Change
 from mhc_compile.passes import plan_chains
+from mhc_compile.tools import zoo
 
 
 def decoder(layers=3):

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from mhc_compile import zoo
-from mhc_compile.zoo.structure import structure
+from mhc_compile.tools import zoo
+from mhc_compile.tools.zoo.structure import structure
 
 #: One or two transformers models for each structure. The others are slow tests.
 REPRESENTATIVE = frozenset(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from mhc_compile import zoo
-from mhc_compile.zoo.check import check
-from mhc_compile.zoo.family import Family, chains, no_chain
-from mhc_compile.zoo.parts import FeedForward
-from mhc_compile.zoo.preservation import preservation
+from mhc_compile.tools import zoo
+from mhc_compile.tools.zoo.check import check
+from mhc_compile.tools.zoo.family import Family, chains, no_chain
+from mhc_compile.tools.zoo.parts import FeedForward
+from mhc_compile.tools.zoo.preservation import preservation
 
 OPTIONS = {"streams": 3, "min_sites": 1}
 RUNS = {(2, "train"): "carried", (2, "eval"): "none"}

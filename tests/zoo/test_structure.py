@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mhc_compile import zoo
 from mhc_compile.passes import plan as planning
 from mhc_compile.passes.aliases import Aliases
 from mhc_compile.passes.find import Findings
-from mhc_compile.zoo.check import check, deviation
-from mhc_compile.zoo.family import Expected
+from mhc_compile.tools import zoo
+from mhc_compile.tools.zoo.check import check, deviation
+from mhc_compile.tools.zoo.family import Expected
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 TRAPS = ("traps", "traps_on_trunk")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_compile import zoo
 from mhc_compile.passes import Reason, reach, terms
 from mhc_compile.passes import find as finding
-from mhc_compile.zoo.check import check, deviation
+from mhc_compile.tools import zoo
+from mhc_compile.tools.zoo.check import check, deviation
 
 TRAPS = ("traps", "traps_on_trunk")
 BOTH = {(2, "train"): "handwritten", (3, "eval"): "none"}

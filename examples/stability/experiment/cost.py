@@ -10,10 +10,10 @@ from experiment.cost_file import FILE
 from experiment.data import Batches
 from experiment.plan import write_json
 from experiment.training import Subject
-from mhc_compile.bench import memory
-from mhc_compile.bench.conditions import load
-from mhc_compile.bench.rounds import interleave
-from mhc_compile.bench.workload import StepWorkload
+from mhc_compile.tools.bench import memory
+from mhc_compile.tools.bench.conditions import load
+from mhc_compile.tools.bench.rounds import interleave
+from mhc_compile.tools.bench.workload import StepWorkload
 
 if TYPE_CHECKING:
     from pathlib import Path

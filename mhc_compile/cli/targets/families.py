@@ -20,7 +20,7 @@ def load(name: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, 
     Raises:
         TargetError: no such family, or another setting than `layers`.
     """
-    from mhc_compile import zoo
+    from mhc_compile.tools import zoo
 
     layers = settings.get("layers", 2)
     unknown = sorted(set(settings) - {"layers"})

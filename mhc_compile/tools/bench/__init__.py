@@ -1,1 +1,1 @@
-"""Measurements. Each module runs by itself: `python -m mhc_compile.bench.passes`."""
+"""Measurements. Each module runs by itself: `python -m mhc_compile.tools.bench.passes`."""

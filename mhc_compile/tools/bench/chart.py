@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.bench.conditions import sentence
-from mhc_compile.bench.names import LIMIT, PLAIN
+from mhc_compile.tools.bench.conditions import sentence
+from mhc_compile.tools.bench.names import LIMIT, PLAIN
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mhc_compile.bench.result import Benchmark, Result, Row
+    from mhc_compile.tools.bench.result import Benchmark, Result, Row
 
 __all__ = ["draw", "write_png"]
 

@@ -10,17 +10,17 @@ import torch
 
 from mhc_compile._torch import isolated_compile
 from mhc_compile._torch.benchmarking import caches, observe_graphs
-from mhc_compile.bench import ours
-from mhc_compile.bench.model import Block
-from mhc_compile.bench.result import Counters
+from mhc_compile.tools.bench import ours
+from mhc_compile.tools.bench.model import Block
+from mhc_compile.tools.bench.result import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-    from mhc_compile.bench.contenders import Compiler
-    from mhc_compile.bench.workload import Workload
+    from mhc_compile.tools.bench.contenders import Compiler
+    from mhc_compile.tools.bench.workload import Workload
 
 __all__ = ["Compiled", "compiled", "first_run"]
 

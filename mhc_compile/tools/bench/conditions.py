@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhc_compile import __version__
-from mhc_compile.bench.load import cores
-from mhc_compile.bench.result import Conditions
+from mhc_compile.tools.bench.load import cores
+from mhc_compile.tools.bench.result import Conditions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.bench.contenders import Contender
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.contenders import Contender
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["gather", "load", "sentence"]
 

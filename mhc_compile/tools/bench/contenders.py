@@ -7,17 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from mhc_compile.bench import ours, peers
-from mhc_compile.bench.model import PlainModel, StreamsModel
-from mhc_compile.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, PLAIN, check_names
-from mhc_compile.bench.residual import Cell, Ends, PlainCell, Residual, example
+from mhc_compile.tools.bench import ours, peers
+from mhc_compile.tools.bench.model import PlainModel, StreamsModel
+from mhc_compile.tools.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, PLAIN, check_names
+from mhc_compile.tools.bench.residual import Cell, Ends, PlainCell, Residual, example
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["CONTENDERS", "Compiler", "Contender", "choose"]
 

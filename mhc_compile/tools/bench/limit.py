@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.bench.workload import SITES, Times, Workload
+from mhc_compile.tools.bench.workload import SITES, Times, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["Limit", "Moved", "flops", "in_step", "moved"]
 

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.bench import memory
-from mhc_compile.bench.compiling import compiled, first_run
-from mhc_compile.bench.limit import Limit, in_step, moved
-from mhc_compile.bench.load import busy_cores
-from mhc_compile.bench.model import batch, parameters
-from mhc_compile.bench.names import LIMIT, PLAIN
-from mhc_compile.bench.result import PHASES, Benchmark, Counters, PerSite, Row
-from mhc_compile.bench.rounds import Rounds, interleave
-from mhc_compile.bench.spread import paired_difference, paired_ratio, spread
-from mhc_compile.bench.workload import SITES, SiteWorkload, StepWorkload
+from mhc_compile.tools.bench import memory
+from mhc_compile.tools.bench.compiling import compiled, first_run
+from mhc_compile.tools.bench.limit import Limit, in_step, moved
+from mhc_compile.tools.bench.load import busy_cores
+from mhc_compile.tools.bench.model import batch, parameters
+from mhc_compile.tools.bench.names import LIMIT, PLAIN
+from mhc_compile.tools.bench.result import PHASES, Benchmark, Counters, PerSite, Row
+from mhc_compile.tools.bench.rounds import Rounds, interleave
+from mhc_compile.tools.bench.spread import paired_difference, paired_ratio, spread
+from mhc_compile.tools.bench.workload import SITES, SiteWorkload, StepWorkload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mhc_compile.bench.contenders import Contender
-    from mhc_compile.bench.shape import Shape
-    from mhc_compile.bench.workload import Times, Workload
     from mhc_compile.reporting.progress import Silent
+    from mhc_compile.tools.bench.contenders import Contender
+    from mhc_compile.tools.bench.shape import Shape
+    from mhc_compile.tools.bench.workload import Times, Workload
 
 __all__ = ["fill", "measure", "prepare"]
 

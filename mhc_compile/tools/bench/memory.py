@@ -15,7 +15,7 @@ from mhc_compile._torch.benchmarking import memory_events
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhc_compile.bench.workload import Workload
+    from mhc_compile.tools.bench.workload import Workload
 
 __all__ = ["Memory", "measure"]
 

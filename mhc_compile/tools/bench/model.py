@@ -14,8 +14,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mhc_compile.bench.residual import Ends, Residual
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.residual import Ends, Residual
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["Attention", "Block", "Mlp", "PlainModel", "StreamsModel", "batch", "parameters"]
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from mhc_compile import HyperConnection, Options, ops
 from mhc_compile._torch import compile_with_inductor
 from mhc_compile._torch.benchmarking import has_kernel
-from mhc_compile.bench.residual import Residual
+from mhc_compile.tools.bench.residual import Residual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["OperatorsSite", "StepCell", "forget_kernels", "inductor", "step_available"]
 

@@ -1,6 +1,6 @@
 """Time and memory of the graph passes over the size of the graph: both should be linear.
 
-    python -m mhc_compile.bench.passes [NODES ...]
+    python -m mhc_compile.tools.bench.passes [NODES ...]
 
 The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are refused, in every layer. Times are the
 smallest of three runs, of the passes alone (no tracing, no compiler below).

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.bench.residual import Ends, Residual
+from mhc_compile.tools.bench.residual import Ends, Residual
 
 if TYPE_CHECKING:
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = [
     "DeepseekEnds",

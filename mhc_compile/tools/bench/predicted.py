@@ -1,4 +1,4 @@
-"""`python -m mhc_compile.bench.predicted FILE`: the cost model of `mhc explain` and `mhc scaling` against measured steps.
+"""`python -m mhc_compile.tools.bench.predicted FILE`: the cost model of `mhc explain` and `mhc scaling` against measured steps.
 
 The model's two constants are measured on this machine, with as many threads as the steps: arithmetic as `torch.mm` of a
 feed-forward branch, bandwidth as a copy that no cache holds. Then the overhead of forward and backward that follows from
@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.bench.model import PlainModel, batch
-from mhc_compile.bench.names import PLAIN
-from mhc_compile.bench.run import Request, run
-from mhc_compile.bench.shape import Shape
-from mhc_compile.bench.spread import Spread, paired_ratio
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Machine, Work
 from mhc_compile.reporting.progress import Silent
-from mhc_compile.scaling.kept import kept_bytes
+from mhc_compile.tools.bench.model import PlainModel, batch
+from mhc_compile.tools.bench.names import PLAIN
+from mhc_compile.tools.bench.run import Request, run
+from mhc_compile.tools.bench.shape import Shape
+from mhc_compile.tools.bench.spread import Spread, paired_ratio
+from mhc_compile.tools.scaling.kept import kept_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.bench.result import Row
+    from mhc_compile.tools.bench.result import Row
 
 __all__ = ["Comparison", "compare", "main", "this_machine"]
 
@@ -137,7 +137,7 @@ def _passes(row: Row) -> list[float]:
 def main() -> None:
     """Compares at every size and writes the file that is named."""
     if len(sys.argv) != 2:
-        sys.exit("python -m mhc_compile.bench.predicted FILE.json")
+        sys.exit("python -m mhc_compile.tools.bench.predicted FILE.json")
     measured = [asdict(compare(Shape(width=width, vocabulary=vocabulary))) for width, vocabulary in SIZES]
     Path(sys.argv[1]).write_text(json.dumps(measured, indent=1) + "\n")
 

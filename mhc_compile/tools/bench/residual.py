@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mhc_compile.bench.shape import Shape
+    from mhc_compile.tools.bench.shape import Shape
 
 __all__ = ["Cell", "Ends", "PlainCell", "Residual", "example"]
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.bench.spread import Spread
+from mhc_compile.tools.bench.spread import Spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mhc_compile.bench.workload import Times, Workload
+    from mhc_compile.tools.bench.workload import Times, Workload
 
 __all__ = ["Rounds", "interleave"]
 

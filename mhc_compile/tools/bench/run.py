@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.bench.conditions import gather, load
-from mhc_compile.bench.contenders import choose
-from mhc_compile.bench.measure import measure
-from mhc_compile.bench.result import Result
-from mhc_compile.bench.shape import Shape
-from mhc_compile.demo.inductor import warm_up
+from mhc_compile.tools.bench.conditions import gather, load
+from mhc_compile.tools.bench.contenders import choose
+from mhc_compile.tools.bench.measure import measure
+from mhc_compile.tools.bench.result import Result
+from mhc_compile.tools.bench.shape import Shape
+from mhc_compile.tools.demo.inductor import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.bench.conditions import sentence
+from mhc_compile.tools.bench.conditions import sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from mhc_compile.bench.result import Benchmark, Counters, PerSite, Result, Row
+    from mhc_compile.tools.bench.result import Benchmark, Counters, PerSite, Result, Row
 
 __all__ = ["WIDE", "render", "tables"]
 

@@ -12,17 +12,17 @@ from rich.text import Text
 from torch.utils import _pytree as pytree
 
 from mhc_compile._torch import isolated_compile
-from mhc_compile.bench.conditions import load
-from mhc_compile.bench.load import busy_cores
-from mhc_compile.bench.measure import fill, prepare
-from mhc_compile.bench.names import PLAIN
-from mhc_compile.bench.result import Benchmark, Row
-from mhc_compile.bench.rounds import interleave
-from mhc_compile.bench.table import tables
-from mhc_compile.bench.workload import Workload
-from mhc_compile.demo.inductor import warm_up
 from mhc_compile.errors import CaptureError
 from mhc_compile.inspection.explain.explain import explain
+from mhc_compile.tools.bench.conditions import load
+from mhc_compile.tools.bench.load import busy_cores
+from mhc_compile.tools.bench.measure import fill, prepare
+from mhc_compile.tools.bench.names import PLAIN
+from mhc_compile.tools.bench.result import Benchmark, Row
+from mhc_compile.tools.bench.rounds import interleave
+from mhc_compile.tools.bench.table import tables
+from mhc_compile.tools.bench.workload import Workload
+from mhc_compile.tools.demo.inductor import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

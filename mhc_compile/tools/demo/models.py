@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.demo.settings import HEAD, PATCH, Settings
-from mhc_compile.demo.tasks import stable_seed
+from mhc_compile.tools.demo.settings import HEAD, PATCH, Settings
+from mhc_compile.tools.demo.tasks import stable_seed
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.demo.result import SMOOTHED
+from mhc_compile.tools.demo.result import SMOOTHED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mhc_compile.demo.training import Losses
+    from mhc_compile.tools.demo.training import Losses
 
 __all__ = ["Bars", "Lines", "Silent", "choose_progress"]
 

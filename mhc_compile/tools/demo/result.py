@@ -27,12 +27,12 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 import mhc_compile
-from mhc_compile.demo import checkpoint
+from mhc_compile.tools.demo import checkpoint
 
 if TYPE_CHECKING:
-    from mhc_compile.demo.corpus import Corpus, Split
-    from mhc_compile.demo.side import Side
-    from mhc_compile.demo.training import Duel
+    from mhc_compile.tools.demo.corpus import Corpus, Split
+    from mhc_compile.tools.demo.side import Side
+    from mhc_compile.tools.demo.training import Duel
 
 __all__ = ["SMOOTHED", "collect"]
 

@@ -8,17 +8,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.demo.settings import STEPS, Settings
 from mhc_compile.errors import MhcError
+from mhc_compile.tools.demo.settings import STEPS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from mhc_compile import Explanation
-    from mhc_compile.demo.interrupt import Interrupts
-    from mhc_compile.demo.progress import Silent
-    from mhc_compile.demo.training import Duel
+    from mhc_compile.tools.demo.interrupt import Interrupts
+    from mhc_compile.tools.demo.progress import Silent
+    from mhc_compile.tools.demo.training import Duel
 
 __all__ = ["Interrupted", "Outcome", "Request", "run"]
 
@@ -93,16 +93,16 @@ class _Session:
 
     def run(self) -> Outcome:
         import mhc_compile
-        from mhc_compile.demo import checkpoint
-        from mhc_compile.demo.corpus import load_corpus
-        from mhc_compile.demo.determinism import deterministic
-        from mhc_compile.demo.inductor import cold_cache
-        from mhc_compile.demo.models import build_model
-        from mhc_compile.demo.plots import write_png
-        from mhc_compile.demo.requirements import hush
-        from mhc_compile.demo.result import collect
-        from mhc_compile.demo.tasks import make_task
-        from mhc_compile.demo.training import Duel, mhc_options
+        from mhc_compile.tools.demo import checkpoint
+        from mhc_compile.tools.demo.corpus import load_corpus
+        from mhc_compile.tools.demo.determinism import deterministic
+        from mhc_compile.tools.demo.inductor import cold_cache
+        from mhc_compile.tools.demo.models import build_model
+        from mhc_compile.tools.demo.plots import write_png
+        from mhc_compile.tools.demo.requirements import hush
+        from mhc_compile.tools.demo.result import collect
+        from mhc_compile.tools.demo.tasks import make_task
+        from mhc_compile.tools.demo.training import Duel, mhc_options
 
         self.progress.phase("loading transformers and the data")
         hush()
@@ -149,7 +149,7 @@ class _Session:
 
     @property
     def _path(self) -> Path:
-        from mhc_compile.demo import checkpoint
+        from mhc_compile.tools.demo import checkpoint
 
         return self.request.out / checkpoint.NAME
 
@@ -177,7 +177,7 @@ class _Session:
 
     def _compare(self, content: dict[str, Any] | None, digest: str) -> None:
         """The data must be the checkpoint's; other versions and thread counts are worth a note."""
-        from mhc_compile.demo import checkpoint
+        from mhc_compile.tools.demo import checkpoint
 
         if content is None:
             return
@@ -198,7 +198,7 @@ class _Session:
     def _train(self, duel: Duel, target: int) -> None:
         if duel.step >= target:
             return
-        from mhc_compile.demo.inductor import warm_up
+        from mhc_compile.tools.demo.inductor import warm_up
 
         inductor = duel.settings.inner == "inductor"
         if inductor:
@@ -236,7 +236,7 @@ class _Session:
             self.progress.validated(duel.step, target, losses)
 
     def _save(self, duel: Duel) -> None:
-        from mhc_compile.demo import checkpoint
+        from mhc_compile.tools.demo import checkpoint
 
         with self.interrupts.shield():
             checkpoint.save(self._path, {**self.head, "run": duel.state_dict()})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from mhc_compile.demo.plots import conditions_line, terminal_plots
+from mhc_compile.tools.demo.plots import conditions_line, terminal_plots
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mhc_compile.demo.settings import PATCH, Settings
+from mhc_compile.tools.demo.settings import PATCH, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.demo.corpus import Corpus, Split
+    from mhc_compile.tools.demo.corpus import Corpus, Split
 
 __all__ = ["NextByte", "Package", "Task", "make_task", "stable_seed"]
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mhc_compile
-from mhc_compile.demo.models import build_model
-from mhc_compile.demo.side import Side
-from mhc_compile.demo.tasks import stable_seed
 from mhc_compile.errors import MhcError
+from mhc_compile.tools.demo.models import build_model
+from mhc_compile.tools.demo.side import Side
+from mhc_compile.tools.demo.tasks import stable_seed
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mhc_compile.demo.settings import Settings
-    from mhc_compile.demo.tasks import Task
+    from mhc_compile.tools.demo.settings import Settings
+    from mhc_compile.tools.demo.tasks import Task
 
 __all__ = ["EVERY", "Duel", "mhc_options", "rate"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.doctor import machine, surroundings
-from mhc_compile.doctor.finding import Finding, Report
-from mhc_compile.doctor.tiny import tiny_compile
+from mhc_compile.tools.doctor import machine, surroundings
+from mhc_compile.tools.doctor.finding import Finding, Report
+from mhc_compile.tools.doctor.tiny import tiny_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhc_compile.doctor.finding import Finding
+from mhc_compile.tools.doctor.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mhc_compile import __version__
-from mhc_compile.doctor.finding import Finding
+from mhc_compile.tools.doctor.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

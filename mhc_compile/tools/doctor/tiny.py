@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.doctor.finding import Finding
+from mhc_compile.tools.doctor.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,14 +24,14 @@ def tiny_compile(seconds: float = _SECONDS) -> Iterator[Finding]:
     started = time.monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mhc_compile.doctor.tiny"],
+            [sys.executable, "-m", "mhc_compile.tools.doctor.tiny"],
             capture_output=True,
             text=True,
             timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        advice = "Something hangs. TORCH_LOGS=+dynamo,+inductor python -m mhc_compile.doctor.tiny shows where."
+        advice = "Something hangs. TORCH_LOGS=+dynamo,+inductor python -m mhc_compile.tools.doctor.tiny shows where."
         yield Finding(name, "failed", f"not done after {seconds:.0f} s", advice)
         return
     took = time.monotonic() - started
@@ -41,7 +41,7 @@ def tiny_compile(seconds: float = _SECONDS) -> Iterator[Finding]:
             (line for line in reversed(lines) if "Error" in line.split(":")[0]),
             lines[-1] if lines else "it said nothing",
         )
-        advice = "python -m mhc_compile.doctor.tiny shows the whole trace."
+        advice = "python -m mhc_compile.tools.doctor.tiny shows the whole trace."
         yield Finding(name, "failed", f"exit code {done.returncode}: {cause}", advice)
         return
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -52,7 +52,7 @@ def tiny_compile(seconds: float = _SECONDS) -> Iterator[Finding]:
             name,
             "failed",
             f"{found}: {wrong}",
-            "python -m mhc_compile.doctor.tiny prints what it measured; please report it.",
+            "python -m mhc_compile.tools.doctor.tiny prints what it measured; please report it.",
         )
     else:
         yield Finding(name, "ok", found)

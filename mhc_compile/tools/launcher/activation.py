@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile._observe import observers
 from mhc_compile._torch import default_backend as _torch
-from mhc_compile.launch import messages
-from mhc_compile.launch.default import DefaultBackend
-from mhc_compile.launch.order import Order
-from mhc_compile.launch.tally import Tally
+from mhc_compile.tools.launcher import messages
+from mhc_compile.tools.launcher.default import DefaultBackend
+from mhc_compile.tools.launcher.order import Order
+from mhc_compile.tools.launcher.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable

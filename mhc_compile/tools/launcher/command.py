@@ -9,7 +9,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mhc_compile.errors import MhcError
-from mhc_compile.launch.order import VARIABLE, Order
+from mhc_compile.tools.launcher.order import VARIABLE, Order
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

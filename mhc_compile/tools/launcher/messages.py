@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from mhc_compile._torch.default_backend import captured_graphs
 
 if TYPE_CHECKING:
-    from mhc_compile.launch.order import Order
-    from mhc_compile.launch.tally import Graph, Tally, Total
+    from mhc_compile.tools.launcher.order import Order
+    from mhc_compile.tools.launcher.tally import Graph, Tally, Total
 
 __all__ = ["say_first", "say_last"]
 

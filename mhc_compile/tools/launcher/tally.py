@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from mhc_compile.launch.messages import say_first
+from mhc_compile.tools.launcher.messages import say_first
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.compilation.session import Study
-    from mhc_compile.launch.order import Order
     from mhc_compile.modules.hyper_connection import HyperConnection
+    from mhc_compile.tools.launcher.order import Order
 
 __all__ = ["Graph", "Tally", "Total"]
 

@@ -17,14 +17,14 @@ from mhc_compile.config.options import Options
 from mhc_compile.inspection.cost import Cost, site_cost
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Overhead, Work, overheads
-from mhc_compile.scaling.kept import kept_bytes
-from mhc_compile.scaling.model import Decoder
+from mhc_compile.tools.scaling.kept import kept_bytes
+from mhc_compile.tools.scaling.model import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.inspection.explain.explain import Explanation
-    from mhc_compile.scaling.shapes import Shape
+    from mhc_compile.tools.scaling.shapes import Shape
 
 __all__ = ["Estimate", "estimate"]
 

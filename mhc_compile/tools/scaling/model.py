@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mhc_compile.scaling.shapes import Shape
+    from mhc_compile.tools.scaling.shapes import Shape
 
 __all__ = ["Decoder"]
 

@@ -1,4 +1,4 @@
-"""`python -m mhc_compile.scaling.page`: writes `bench/SCALING.md` from the estimates and from what `bench.predicted` measured."""
+"""`python -m mhc_compile.tools.scaling.page`: writes `bench/SCALING.md` from the estimates and from what `bench.predicted` measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.config.options import Options
-from mhc_compile.scaling.estimate import estimate
-from mhc_compile.scaling.shapes import SHAPES
-from mhc_compile.scaling.table import grid, markdown
+from mhc_compile.tools.scaling.estimate import estimate
+from mhc_compile.tools.scaling.shapes import SHAPES
+from mhc_compile.tools.scaling.table import grid, markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ PAGE, MEASURED = _BENCH / "SCALING.md", _BENCH / "predicted.json"
 _HEAD = """\
 # What hyper-connections cost at scale
 
-Written by `python -m mhc_compile.scaling.page`; no number is typed. The estimates are those of `mhc scaling`, which has a row for a size of your
+Written by `python -m mhc_compile.tools.scaling.page`; no number is typed. The estimates are those of `mhc scaling`, which has a row for a size of your
 own (`--width --layers`) and other numbers of streams and mappings. They are counts and rooflines, nothing of these sizes was run."""
 
 _READING = """\
@@ -42,7 +42,7 @@ _CHECK = """\
 ## Held against measurements
 
 The same formula with F and B measured on the machine (`torch.mm` and a copy), and forward and backward as `mhc bench` measures them, plain and ours
-in turn, for its GPT-2-shaped model (`python -m mhc_compile.bench.predicted`). Brackets: quartiles over rounds."""
+in turn, for its GPT-2-shaped model (`python -m mhc_compile.tools.bench.predicted`). Brackets: quartiles over rounds."""
 
 
 def page(options: Options | None = None) -> str:

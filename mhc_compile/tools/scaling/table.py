@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.scaling.estimate import Estimate
+    from mhc_compile.tools.scaling.estimate import Estimate
 
 __all__ = ["grid", "markdown", "render"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
-    from mhc_compile.zoo.family import Family
+    from mhc_compile.tools.zoo.family import Family
 
 __all__ = ["GROUPS", "UnknownFamilyError", "families", "get"]
 

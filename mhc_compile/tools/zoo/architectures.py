@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.zoo.family import Family
+from mhc_compile.tools.zoo.family import Family
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.zoo.family import Case, Expect
+    from mhc_compile.tools.zoo.family import Case, Expect
 
 __all__ = ["BATCH", "IMAGE", "NOISY", "SIZES", "SPECIAL", "architecture", "ids", "images", "sizes"]
 

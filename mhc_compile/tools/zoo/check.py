@@ -13,7 +13,7 @@ from mhc_compile.config.options import Options
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.zoo.family import Expected, Family, Mode
+    from mhc_compile.tools.zoo.family import Expected, Family, Mode
 
 __all__ = ["Outcome", "Status", "check", "deviation"]
 
@@ -147,7 +147,7 @@ def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected
 def _preserve(family: Family, outcome: Outcome, options: Mapping[str, Any]) -> None:
     import torch
 
-    from mhc_compile.zoo.preservation import preservation
+    from mhc_compile.tools.zoo.preservation import preservation
 
     torch.compiler.reset()
     model, args, kwargs = family.build(outcome.layers)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.zoo.architectures import architecture, ids, sizes
-from mhc_compile.zoo.family import Expected, Mode, chains
+from mhc_compile.tools.zoo.architectures import architecture, ids, sizes
+from mhc_compile.tools.zoo.family import Expected, Mode, chains
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.zoo.family import Family
+    from mhc_compile.tools.zoo.family import Family
 
 __all__ = ["FAMILIES"]
 

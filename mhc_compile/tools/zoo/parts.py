@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.zoo.family import Case
+    from mhc_compile.tools.zoo.family import Case
 
 __all__ = ["WIDTH", "Attention", "Embedded", "FeedForward", "Framed", "feature_maps", "tokens", "vectors"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mhc_compile.inspection.verification.observation import Observation
-    from mhc_compile.zoo.family import Case
+    from mhc_compile.tools.zoo.family import Case
 
 __all__ = ["Errors", "preservation"]
 

@@ -11,7 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.zoo.check import Outcome
+    from mhc_compile.tools.zoo.check import Outcome
 
 __all__ = ["NARROW", "listing", "summary", "table", "to_json"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.passes import Site
-    from mhc_compile.zoo.family import Family, Mode
+    from mhc_compile.tools.zoo.family import Family, Mode
 
 __all__ = ["Structure", "structure"]
 

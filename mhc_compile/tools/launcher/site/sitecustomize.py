@@ -62,7 +62,7 @@ def _with_torch(torch: ModuleType) -> None:
         assert spec.loader is not None
         package = sys.modules["mhc_compile"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-    from mhc_compile.launch.activation import activate
+    from mhc_compile.tools.launcher.activation import activate
 
     activate(torch, _ORDER, After)
 
@@ -70,7 +70,7 @@ def _with_torch(torch: ModuleType) -> None:
 def _at_exit() -> None:
     # Nothing is imported here: that a KeyboardInterrupt ended the script, and is to end the process by its signal, is forgotten by Python when it
     # runs code from a string, as the modules of dataclasses do.
-    activation = sys.modules.get("mhc_compile.launch.activation")
+    activation = sys.modules.get("mhc_compile.tools.launcher.activation")
     if activation is not None:
         activation.say_last()
     elif _IDLE and str(os.getpid()) == _PID and os.environ.get("RANK", "0") == "0" and not hasattr(sys, "last_type"):
