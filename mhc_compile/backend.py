@@ -27,7 +27,7 @@ from mhc_compile.passes import (
     expand_plan,
     run_passes,
 )
-from mhc_compile.passes.roles import is_contraction, tensor_value
+from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -15,20 +15,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.base import Hook, Pass, copy_graph, run_passes
-from mhc_compile.passes.edges import Arrival, Closing, Departure, Edges, Opening, Tail, crossings
-from mhc_compile.passes.expand import ExpandChains, RemoveDeclarations
-from mhc_compile.passes.functionalize import FunctionalizeWrites
-from mhc_compile.passes.fuse import FuseSteps
-from mhc_compile.passes.heads import Head
-from mhc_compile.passes.lower import LowerOperators, RaiseLayerNorms, SpellAten
-from mhc_compile.passes.normalize import NormalizeAdds
-from mhc_compile.passes.plan import Chain, Plan, plan_chains, refuse_site
-from mhc_compile.passes.provenance import ModuleRef, Provenance, source_line
-from mhc_compile.passes.recompute import RecomputeSteps
-from mhc_compile.passes.regions import InlineRegions, OutlineRegions, adopt
-from mhc_compile.passes.verdict import Reason, Refusal, Site
-from mhc_compile.passes.writer import Binding, End
+from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance, source_line
+from mhc_compile.passes.core.pass_base import Hook, Pass, copy_graph, run_passes
+from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains, refuse_site
+from mhc_compile.passes.planning.graph_boundary import Arrival, Closing, Departure, Edges, Opening, Tail, crossings
+from mhc_compile.passes.planning.split_branches import Head
+from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
+from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions, OutlineRegions, adopt
+from mhc_compile.passes.transforms.expand_streams import ExpandChains, RemoveDeclarations
+from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
+from mhc_compile.passes.transforms.fuse_sites import FuseSteps
+from mhc_compile.passes.transforms.lower_to_aten import LowerOperators, RaiseLayerNorms, SpellAten
+from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
+from mhc_compile.passes.transforms.recompute import RecomputeSteps
+from mhc_compile.passes.transforms.stream_builder import Binding, End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,7 @@ import mhc_compile
 from mhc_compile.cli.scaling import command
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-from mhc_compile.passes.recompute import block_length
+from mhc_compile.passes.transforms.recompute import block_length
 from mhc_compile.tools.scaling.estimate import estimate
 from mhc_compile.tools.scaling.kept import kept_bytes
 from mhc_compile.tools.scaling.model import Decoder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MhcError
-from mhc_compile.passes.roles import is_random, written_operands
+from mhc_compile.passes.analysis.op_info import is_random, written_operands
 
 if TYPE_CHECKING:
     from collections.abc import Callable

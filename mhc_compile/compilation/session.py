@@ -37,7 +37,7 @@ from mhc_compile.passes import (
     refuse_site,
     source_line,
 )
-from mhc_compile.passes.roles import is_fused_layer, is_region, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import is_fused_layer, is_region, op_name, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.errors import AttachError
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.modules.readout import ReadOut
 from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Refusal, Site
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -33,7 +33,7 @@ from mhc_compile.passes import (
     normalize,
     plan_chains,
 )
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile import _torch
 from mhc_compile.inspection.cost import site_cost
-from mhc_compile.passes.roles import is_contraction, is_region, is_view, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.passes.roles import written_operands
+from mhc_compile.passes.analysis.op_info import written_operands
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

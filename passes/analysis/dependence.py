@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.aliases import storages
-from mhc_compile.passes.roles import (
+from mhc_compile.passes.analysis.aliases import storages
+from mhc_compile.passes.analysis.op_info import (
     is_attention,
     is_contraction,
     is_region,
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes.aliases import Aliases
-    from mhc_compile.passes.provenance import Provenance
+    from mhc_compile.passes.analysis.aliases import Aliases
+    from mhc_compile.passes.analysis.provenance import Provenance
 
 __all__ = ["Reach", "contracts", "weights_of"]
 

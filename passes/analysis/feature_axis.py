@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mhc_compile.passes.roles import (
+from mhc_compile.passes.analysis.op_info import (
     is_attention,
     is_contraction,
     is_convolution,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
     from torch.fx import Node

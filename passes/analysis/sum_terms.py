@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
+from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mhc_compile.passes.axes import RESHAPES, carry_axis, permutation, whole_axis
-from mhc_compile.passes.roles import (
+from mhc_compile.passes.analysis.feature_axis import RESHAPES, carry_axis, permutation, whole_axis
+from mhc_compile.passes.analysis.op_info import (
     is_contraction,
     is_inplace,
     is_random,
@@ -28,7 +28,7 @@ from mhc_compile.passes.roles import (
     passes_value,
     tensor_value,
 )
-from mhc_compile.passes.splice import splice
+from mhc_compile.passes.core.emit import splice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

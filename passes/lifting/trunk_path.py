@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.lift import lifted_axis
-from mhc_compile.passes.roles import passes_value
+from mhc_compile.passes.analysis.op_info import passes_value
+from mhc_compile.passes.lifting.rules import lifted_axis
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from mhc_compile.passes.aliases import Aliases
+    from mhc_compile.passes.analysis.aliases import Aliases
 
 __all__ = ["Stretch", "stretch_between"]
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.edges import Edges, departures
-from mhc_compile.passes.find import Findings, find
-from mhc_compile.passes.heads import Head, find_heads
-from mhc_compile.passes.roles import is_contraction, tensor_value
-from mhc_compile.passes.stretch import Stretch, stretch_between
-from mhc_compile.passes.verdict import Reason, Refusal, Site
+from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
+from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
+from mhc_compile.passes.planning.graph_boundary import Edges, departures
+from mhc_compile.passes.planning.match_residuals import Findings, find
+from mhc_compile.passes.planning.split_branches import Head, find_heads
+from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes.aliases import Aliases
-    from mhc_compile.passes.provenance import Provenance
+    from mhc_compile.passes.analysis.aliases import Aliases
+    from mhc_compile.passes.analysis.provenance import Provenance
 
 __all__ = ["Chain", "Plan", "plan_chains", "refuse_site"]
 

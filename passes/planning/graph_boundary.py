@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, Node  # noqa: TC002 - fields of a dataclass
 
-from mhc_compile.passes.roles import tensor_value
-from mhc_compile.passes.stretch import Stretch, stretch_between
-from mhc_compile.passes.verdict import Site  # noqa: TC001 - fields of a dataclass
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
+from mhc_compile.passes.planning.verdict import Site  # noqa: TC001 - fields of a dataclass
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.aliases import Aliases
-    from mhc_compile.passes.provenance import ModuleRef
+    from mhc_compile.passes.analysis.aliases import Aliases
+    from mhc_compile.passes.analysis.provenance import ModuleRef
 
 __all__ = ["Arrival", "Closing", "Departure", "Edges", "Opening", "Tail", "crossings", "departures"]
 

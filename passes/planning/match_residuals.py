@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from mhc_compile.passes.aliases import Aliases
-from mhc_compile.passes.axes import entry_axis, exit_axis
-from mhc_compile.passes.edges import Edges, Tail
-from mhc_compile.passes.provenance import ModuleRef, Provenance, common_owner
-from mhc_compile.passes.reach import Reach, contracts, weights_of
-from mhc_compile.passes.roles import INPLACE_ADDS, is_contraction, is_update, op_name, tensor_value
-from mhc_compile.passes.stretch import Stretch, stretch_between
-from mhc_compile.passes.terms import (
+from mhc_compile.passes.analysis.aliases import Aliases
+from mhc_compile.passes.analysis.dependence import Reach, contracts, weights_of
+from mhc_compile.passes.analysis.feature_axis import entry_axis, exit_axis
+from mhc_compile.passes.analysis.op_info import INPLACE_ADDS, is_contraction, is_update, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance, common_owner
+from mhc_compile.passes.analysis.sum_terms import (
     SHORTCUT,
     carried,
     cheap_path,
@@ -33,7 +31,9 @@ from mhc_compile.passes.terms import (
     same_shape,
     same_size,
 )
-from mhc_compile.passes.verdict import Reason, Refusal, Site
+from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
+from mhc_compile.passes.planning.graph_boundary import Edges, Tail
+from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.axes import entry_axis
-from mhc_compile.passes.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
-from mhc_compile.passes.reach import contracts, weights_of
-from mhc_compile.passes.roles import passes_value, tensor_value
+from mhc_compile.passes.analysis.dependence import contracts, weights_of
+from mhc_compile.passes.analysis.feature_axis import entry_axis
+from mhc_compile.passes.analysis.op_info import passes_value, tensor_value
+from mhc_compile.passes.analysis.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mhc_compile.passes.aliases import Aliases
-    from mhc_compile.passes.edges import Edges
-    from mhc_compile.passes.plan import Chain
-    from mhc_compile.passes.provenance import Provenance
+    from mhc_compile.passes.analysis.aliases import Aliases
+    from mhc_compile.passes.analysis.provenance import Provenance
+    from mhc_compile.passes.planning.chains import Chain
+    from mhc_compile.passes.planning.graph_boundary import Edges
 
 __all__ = ["Head", "find_heads"]
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
-    from mhc_compile.passes.provenance import ModuleRef
-    from mhc_compile.passes.stretch import Stretch
+    from mhc_compile.passes.analysis.provenance import ModuleRef
+    from mhc_compile.passes.lifting.trunk_path import Stretch
 
 __all__ = ["Reason", "Refusal", "Site"]
 

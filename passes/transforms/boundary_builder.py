@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.passes.edges import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
-from mhc_compile.passes.roles import tensor_value
-from mhc_compile.passes.writer import Binding, Writer
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.planning.graph_boundary import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
+from mhc_compile.passes.transforms.stream_builder import Binding, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes.heads import Head
-    from mhc_compile.passes.verdict import Site
+    from mhc_compile.passes.planning.split_branches import Head
+    from mhc_compile.passes.planning.verdict import Site
 
 __all__ = ["EdgeWriter"]
 

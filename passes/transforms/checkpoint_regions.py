@@ -27,8 +27,8 @@ import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.base import Pass
-from mhc_compile.passes.roles import is_inplace, is_view, op_name
+from mhc_compile.passes.analysis.op_info import is_inplace, is_view, op_name
+from mhc_compile.passes.core.pass_base import Pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -11,21 +11,21 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from mhc_compile.errors import AttachError
-from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.edge_writer import EdgeWriter
-from mhc_compile.passes.edges import Departure
-from mhc_compile.passes.lift import lift, lifted_axis
-from mhc_compile.passes.roles import is_random, op_name, tensor_value
-from mhc_compile.passes.writer import End
+from mhc_compile.passes.analysis.op_info import is_random, op_name, tensor_value
+from mhc_compile.passes.core.pass_base import Pass, copy_graph
+from mhc_compile.passes.lifting.rules import lift, lifted_axis
+from mhc_compile.passes.planning.graph_boundary import Departure
+from mhc_compile.passes.transforms.boundary_builder import EdgeWriter
+from mhc_compile.passes.transforms.stream_builder import End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.passes.heads import Head
-    from mhc_compile.passes.plan import Chain, Plan
-    from mhc_compile.passes.stretch import Stretch
-    from mhc_compile.passes.verdict import Site
-    from mhc_compile.passes.writer import Binding
+    from mhc_compile.passes.lifting.trunk_path import Stretch
+    from mhc_compile.passes.planning.chains import Chain, Plan
+    from mhc_compile.passes.planning.split_branches import Head
+    from mhc_compile.passes.planning.verdict import Site
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["ExpandChains", "RemoveDeclarations"]
 

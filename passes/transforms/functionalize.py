@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mhc_compile.passes.aliases import Aliases, storages
-from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import (
+from mhc_compile.passes.analysis.aliases import Aliases, storages
+from mhc_compile.passes.analysis.op_info import (
     INPLACE_ADDS,
     INPLACE_FLAG,
     leaf_module,
@@ -21,7 +20,8 @@ from mhc_compile.passes.roles import (
     tensor_value,
     written_operands,
 )
-from mhc_compile.passes.splice import inherit
+from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable

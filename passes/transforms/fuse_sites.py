@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from mhc_compile import ops
-from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import op_name, sets_grad_mode, tensor_value
-from mhc_compile.passes.splice import inherit
+from mhc_compile.passes.analysis.op_info import op_name, sets_grad_mode, tensor_value
+from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable

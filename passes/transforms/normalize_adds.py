@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import ADDS, op_name, tensor_value
-from mhc_compile.passes.splice import inherit
+from mhc_compile.passes.analysis.op_info import ADDS, op_name, tensor_value
+from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mhc_compile.passes.base import Pass, copy_graph
-from mhc_compile.passes.roles import tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
-from mhc_compile.passes.roles import tensor_value
-from mhc_compile.passes.splice import inherit
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.core.emit import inherit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

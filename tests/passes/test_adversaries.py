@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import mhc_compile
-from mhc_compile.passes import FuseSteps, Provenance, normalize, plan_chains
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, op_name, tensor_value
+from mhc_compile.passes import FuseSteps, Provenance, plan_chains
+from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name, tensor_value
+from mhc_compile.passes.transforms import normalize_adds as normalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable

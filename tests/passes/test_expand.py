@@ -10,7 +10,7 @@ from graphs import C, Model
 from torch import fx
 
 import mhc_compile
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 mhc = torch.ops.mhc
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from graphs import C, planned
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, Refusal, Site, normalize, plan_chains
-from mhc_compile.passes.roles import op_name
+from mhc_compile.passes import Provenance, Reason, Refusal, Site, plan_chains
+from mhc_compile.passes.analysis.op_info import op_name
+from mhc_compile.passes.transforms import normalize_adds as normalize
 
 R = Reason
 

@@ -11,7 +11,7 @@ from graphs import C, trace
 from torch import fx, nn
 
 from mhc_compile.passes import FunctionalizeWrites
-from mhc_compile.passes.roles import written_operands
+from mhc_compile.passes.analysis.op_info import written_operands
 
 
 def inplace(module: fx.GraphModule) -> fx.GraphModule:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import mhc_compile
 from mhc_compile.passes import FuseSteps
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 OURS = {"read", "step", "close", "coefficients", "collapse", "update", "expand", "mean"}
 

@@ -14,7 +14,7 @@ from torch import fx
 import mhc_compile
 from mhc_compile import ops
 from mhc_compile.passes import LowerOperators, RaiseLayerNorms, SpellAten, run_passes
-from mhc_compile.passes.roles import op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 aten = torch.ops.aten
 

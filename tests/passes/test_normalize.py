@@ -10,7 +10,7 @@ from graphs import C, trace
 from torch import fx
 
 from mhc_compile.passes import NormalizeAdds
-from mhc_compile.passes.roles import ADDS, INPLACE_ADDS, op_name
+from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name
 
 
 def spellings(graph: fx.Graph) -> list[str]:

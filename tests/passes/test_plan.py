@@ -8,7 +8,7 @@ from graphs import C, planned
 from torch import nn
 
 from mhc_compile.passes import Reason
-from mhc_compile.passes.roles import op_name
+from mhc_compile.passes.analysis.op_info import op_name
 
 
 def test_sites_follow_the_trunk():
@@ -195,7 +195,8 @@ def test_two_trunks_are_two_chains():
 
 def test_the_plan_is_linear():
     """Steps of `find` and `plan` grow with the graph and not with its square, though a bias made at the start is added in every layer."""
-    from mhc_compile.passes import aliases, reach
+    from mhc_compile.passes.analysis import aliases
+    from mhc_compile.passes.analysis import dependence as reach
 
     def steps(depth: int) -> int:
         seen = 0

@@ -11,10 +11,11 @@ from graphs import C, Model, planned
 from torch import nn
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, normalize, plan_chains
+from mhc_compile.passes import Provenance, Reason, plan_chains
+from mhc_compile.passes.transforms import normalize_adds as normalize
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.provenance import ModuleRef
+    from mhc_compile.passes.analysis.provenance import ModuleRef
 
 R = Reason
 

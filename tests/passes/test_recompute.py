@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import mhc_compile
 from mhc_compile.passes import FuseSteps, RecomputeSteps
-from mhc_compile.passes.recompute import block_length
+from mhc_compile.passes.transforms.recompute import block_length
 
 STEP = torch.ops.mhc.step.default
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import mhc_compile
 from mhc_compile.compilation.eager_graphs import run_eagerly
 from mhc_compile.passes import InlineRegions, OutlineRegions
-from mhc_compile.passes.regions import _FIXED, _PLACE, _Place, _Region
-from mhc_compile.passes.roles import op_name, written_operands
+from mhc_compile.passes.analysis.op_info import op_name, written_operands
+from mhc_compile.passes.transforms.checkpoint_regions import _FIXED, _PLACE, _Place, _Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -242,7 +242,7 @@ def test_a_call_of_another_form_stays_a_call_and_is_reported(change):
         result.replace_all_uses_with(call)
         module.graph.erase_node(result)
     assert InlineRegions().apply(module.graph) is module.graph
-    from mhc_compile.passes.roles import is_region
+    from mhc_compile.passes.analysis.op_info import is_region
 
     assert [op_name(node) for node in module.graph.nodes if is_region(node)] == ["tag_activation_checkpoint"]
 

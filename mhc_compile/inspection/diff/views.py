@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from mhc_compile.passes import Closing, source_line
-from mhc_compile.passes.edges import ARRIVAL
-from mhc_compile.passes.roles import leaf_module
+from mhc_compile.passes.analysis.op_info import leaf_module
+from mhc_compile.passes.planning.graph_boundary import ARRIVAL
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

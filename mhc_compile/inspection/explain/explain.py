@@ -18,7 +18,7 @@ from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.inspection.roofline import Overhead, Work, overheads, site_work, traffic
 from mhc_compile.passes import source_line
-from mhc_compile.passes.roles import is_region, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import is_region, op_name, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ from mhc_compile.capture.shared_graphs import below
 from mhc_compile.inspection.explain.story import Operation, RefusalStory, SiteStory, Weight
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import source_line
-from mhc_compile.passes.axes import entry_axis
-from mhc_compile.passes.roles import is_contraction, op_name, tensor_value
-from mhc_compile.passes.terms import describe, operands
+from mhc_compile.passes.analysis.feature_axis import entry_axis
+from mhc_compile.passes.analysis.op_info import is_contraction, op_name, tensor_value
+from mhc_compile.passes.analysis.sum_terms import describe, operands
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from mhc_compile.mappings import get_mapping
-from mhc_compile.passes.recompute import block_length
+from mhc_compile.passes.transforms.recompute import block_length
 
 if TYPE_CHECKING:
     from mhc_compile.config.options import Options, Recompute
