@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from builders import LAYERS, Block, Decoder, build, tokens, twin
+from helpers.builders import LAYERS, Block, Decoder, build, tokens, twin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Options, presets and the coefficient specification: everything a user can say. Imports no torch."""

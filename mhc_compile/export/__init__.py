@@ -1,1 +1,1 @@
-"""TODO."""
+"""Rewrite graphs outside `torch.compile`: exported programs and symbolic traces."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Carry streams from one compiled graph to the next at run time."""

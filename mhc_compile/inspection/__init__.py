@@ -1,1 +1,1 @@
-"""TODO."""
+"""Inspect models and graphs and report; nothing here changes a model."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Adapters for training frameworks."""

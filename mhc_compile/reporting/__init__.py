@@ -1,1 +1,1 @@
-"""TODO."""
+"""Rendering shared by every report: terminal, HTML, progress."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The programs that the command line runs. The library never imports them."""

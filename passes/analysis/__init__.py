@@ -1,1 +1,1 @@
-"""TODO."""
+"""Facts about a graph: operations, aliases, dependence, feature axes, provenance."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What a pass is, and how graphs are copied and extended."""

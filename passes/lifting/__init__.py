@@ -1,1 +1,1 @@
-"""TODO."""
+"""Run trunk operations on every stream."""

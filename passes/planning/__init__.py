@@ -1,1 +1,1 @@
-"""TODO."""
+"""Find residual adds, give each a verdict, and link sites into chains."""

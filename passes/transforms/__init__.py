@@ -1,1 +1,1 @@
-"""TODO."""
+"""The passes that rewrite graphs."""

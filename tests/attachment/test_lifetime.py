@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from builders import Small, points, twin
+from helpers.builders import Small, points, twin
 from torch import fx
 
 import mhc_compile

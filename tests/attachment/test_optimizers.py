@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens, twin
+from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import nn
 from torch.optim import lr_scheduler
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens, twin
+from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import nn
 
 import mhc_compile

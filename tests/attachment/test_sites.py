@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, build, tokens, twin
+from helpers.builders import LAYERS, Decoder, build, tokens, twin
 from torch import nn
 
 import mhc_compile

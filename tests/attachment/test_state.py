@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from builders import Small, points, twin
+from helpers.builders import Small, points, twin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from builders import Decoder, tokens, twin
+from helpers.builders import Decoder, tokens, twin
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import mhc_compile

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens, twin
+from helpers.builders import LAYERS, Decoder, tokens, twin
 from safetensors.torch import save_file
 from torch import nn
 

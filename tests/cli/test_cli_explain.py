@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens
 from click.testing import CliRunner
+from helpers.builders import LAYERS, Decoder, tokens
 
 from mhc_compile.cli import _group, main
 

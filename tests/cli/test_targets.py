@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from builders import Small, points
+from helpers.builders import Small, points
 from torch import nn
 
 import mhc_compile

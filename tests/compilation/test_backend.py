@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import LAYERS, Decoder, build, run, tokens, twin
+from helpers.builders import LAYERS, Decoder, build, run, tokens, twin
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -157,8 +157,8 @@ def test_state_dict_goes_to_a_new_process_and_back(tmp_path):
     torch.save({"state": model.state_dict(), "logits": logits.detach()}, tmp_path / "model.pt")
     script = f"""
 import sys, torch
-sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
-from builders import Decoder, tokens
+sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parents[1])!r})
+from helpers.builders import Decoder, tokens
 import mhc_compile
 saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=True)
 model = Decoder()
@@ -309,7 +309,7 @@ def test_an_eager_run_of_an_attached_model_warns():
 
 @pytest.mark.parametrize("name", ["gpt2", "encoder"])
 def test_inductor_preserves_outputs_and_gradients(name):
-    from builders import assert_same, without_dropout
+    from helpers.builders import assert_same, without_dropout
 
     case = build(name)
     case.model.train()
@@ -362,9 +362,9 @@ def test_a_graph_break_around_the_loss_does_no_harm():
 def test_a_second_process_finds_the_compiled_graphs_in_inductor_s_cache(tmp_path):
     script = f"""
 import sys
-sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parents[1])!r})
 import torch
-from builders import Decoder, tokens
+from helpers.builders import Decoder, tokens
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
 torch.compile(Decoder(layers=1), backend="mhc")(tokens()).sum().backward()

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from builders import Decoder, tokens
+from helpers.builders import Decoder, tokens
 from torch import nn
 
 import mhc_compile

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from builders import Pair, Small, points, twin
+from helpers.builders import Pair, Small, points, twin
 
 import mhc_compile
 

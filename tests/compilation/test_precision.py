@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import Decoder, distance, tokens, twin
+from helpers.builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import Decoder, tokens
+from helpers.builders import Decoder, tokens
 
 from mhc_compile import MhcError, OptionError, Options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import Decoder, tokens
+from helpers.builders import Decoder, tokens
 from torch.nn.parallel import DistributedDataParallel
 from training import Recomputing, Spy, Wrapped, build, train
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--steps", "3", "--layers", "1", "--width", "32", "--batch", "2", "--context", "16"]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-FOLDER = Path(__file__).parents[1] / "examples" / "stability"
+FOLDER = Path(__file__).parents[2] / "examples" / "stability"
 sys.path.insert(0, str(FOLDER))
 
 from experiment.numbers import (  # noqa: E402

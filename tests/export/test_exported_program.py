@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from builders import Block, Decoder, build, relative, tokens, twin, without_dropout
+from helpers.builders import Block, Decoder, build, relative, tokens, twin, without_dropout
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Attention, Block, tokens
+from helpers.builders import Attention, Block, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

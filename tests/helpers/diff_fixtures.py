@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from builders import Decoder, Pair, Small, points, tokens
+from helpers.builders import Decoder, Pair, Small, points, tokens
 from torch import nn
 
 import mhc_compile

@@ -9,8 +9,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mhc_compile.passes import Plan, Provenance, plan_chains
-from mhc_compile.passes.transforms import normalize_adds as normalize
+from mhc_compile.passes import Plan, Provenance, normalize, plan_chains
 
 if TYPE_CHECKING:
     from collections.abc import Callable

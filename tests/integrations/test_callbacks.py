@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Small, points
+from helpers.builders import Small, points
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

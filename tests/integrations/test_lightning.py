@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import LAYERS, Decoder
+from helpers.builders import LAYERS, Decoder
 from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile

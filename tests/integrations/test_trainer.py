@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from builders import LAYERS, build
+from helpers.builders import LAYERS, build
 
 import mhc_compile
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import relative
-from interop.plain import LAYERS, SHIPPING, inputs, output, plain_model
+from helpers.builders import relative
+from helpers.plain_models import LAYERS, SHIPPING, inputs, output, plain_model
 
 import mhc_compile
 

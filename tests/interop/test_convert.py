@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from interop.states import NAMES, native_state, same
+from helpers.native_states import NAMES, native_state, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

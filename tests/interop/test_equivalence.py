@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import relative
-from interop.plain import SHIPPING, STREAMS, inputs, native_model, output, plain_model
+from helpers.builders import relative
+from helpers.plain_models import SHIPPING, STREAMS, inputs, native_model, output, plain_model
 
 import mhc_compile
 from mhc_compile import interop

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import Small, points
-from interop.states import NAMES, WIDTH, native_state, same
+from helpers.builders import Small, points
+from helpers.native_states import NAMES, WIDTH, native_state, same
 
 import mhc_compile
 from mhc_compile import AttachError, CheckpointError, OptionError, interop

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from builders import Decoder, distance, tokens, twin
+from helpers.builders import Decoder, distance, tokens, twin
 
 import mhc_compile
 from mhc_compile import HyperConnection, OptionError, Options

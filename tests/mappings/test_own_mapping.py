@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from builders import Decoder, distance, tokens, twin
+from helpers.builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile

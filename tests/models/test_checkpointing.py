@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import Block, Case, Decoder, Run, assert_same, build, relative, run, tokens, twin, without_dropout
 from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
+from helpers.builders import Block, Case, Decoder, Run, assert_same, build, relative, run, tokens, twin, without_dropout
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import FAMILIES, LAYERS, assert_same, build, distance, relative, run, twin, without_dropout
+from helpers.builders import FAMILIES, LAYERS, assert_same, build, distance, relative, run, twin, without_dropout
 from torch import nn
 
 import mhc_compile

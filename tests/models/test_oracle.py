@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens, twin
+from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import Tensor
 
 import mhc_compile

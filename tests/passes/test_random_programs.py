@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import C, Model
+from helpers.graphs import C, Model
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import mhc_compile
-from mhc_compile.passes import FuseSteps, Provenance, plan_chains
+from mhc_compile.passes import FuseSteps, Provenance, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name, tensor_value
-from mhc_compile.passes.transforms import normalize_adds as normalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable

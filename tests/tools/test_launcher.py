@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens
+from helpers.builders import LAYERS, Decoder, tokens
 
 import mhc_compile
 from mhc_compile import OptionError, Options

@@ -21,8 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.passes import Binding, Provenance, expand_plan, plan_chains
-from mhc_compile.passes.transforms import normalize_adds as normalize
+from mhc_compile.passes import Binding, Provenance, expand_plan, normalize, plan_chains
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens, twin
+from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import Tensor
 
 import mhc_compile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from natives import ITERATIONS, NATIVES, WIDTH, N, Native
+from helpers.reference_modules import ITERATIONS, NATIVES, WIDTH, N, Native
 from torch import Tensor
 
 from mhc_compile import Options

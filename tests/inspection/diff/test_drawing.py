@@ -9,7 +9,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
-from made_diffs import COMMENT, IMAGE, SCRIPT, activated, alone, decoder, hostile, nested, pieces, unchanged
+from helpers.diff_fixtures import COMMENT, IMAGE, SCRIPT, activated, alone, decoder, hostile, nested, pieces, unchanged
 
 from mhc_compile.inspection.diff.drawing import to_dot, to_mermaid, to_svg
 from mhc_compile.inspection.diff.drawing_mermaid import _escaped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import Decoder, tokens
+from helpers.builders import Decoder, tokens
 
 import mhc_compile
 from mhc_compile.inspection.diff.kernels import Kernel, KernelDiff, read_kernels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from builders import Pair, points, relative
+from helpers.builders import Pair, points, relative
 from torch import nn
 
 import mhc_compile

@@ -9,7 +9,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from made_diffs import COMMENT, IMAGE, SCRIPT, activated, decoder, hostile, pieces
+from helpers.diff_fixtures import COMMENT, IMAGE, SCRIPT, activated, decoder, hostile, pieces
 
 from mhc_compile.inspection.diff.page import render_page
 from mhc_compile.inspection.diff.rows import Change

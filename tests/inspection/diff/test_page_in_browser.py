@@ -6,7 +6,7 @@ import json
 from urllib.parse import quote
 
 import pytest
-from made_diffs import COMMENT, decoder, graphless, hostile, pieces, unchanged
+from helpers.diff_fixtures import COMMENT, decoder, graphless, hostile, pieces, unchanged
 
 from mhc_compile.inspection.diff.page import render_page
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, Pair, build, tokens
+from helpers.builders import LAYERS, Decoder, Pair, build, tokens
 from rich.console import Console
 from torch import nn
 

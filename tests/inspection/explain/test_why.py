@@ -7,7 +7,7 @@ import linecache
 
 import pytest
 import torch
-from builders import LAYERS, Decoder, tokens
+from helpers.builders import LAYERS, Decoder, tokens
 from torch import nn
 
 import mhc_compile

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import LAYERS, Decoder, Small, build, points, tokens
+from helpers.builders import LAYERS, Decoder, Small, build, points, tokens
 from torch import nn
 
 import mhc_compile

@@ -11,7 +11,7 @@ from mhc_compile.cli.stability import command
 
 MODELS = """
 import torch
-from builders import Small, points
+from helpers.builders import Small, points
 
 def small():
     return Small(), (points(),)
@@ -55,7 +55,7 @@ def test_random_logits_show_what_the_mapping_does_with_them(stability, tmp_path)
 
 def test_a_checkpoint_is_measured_as_it_is(stability, tmp_path):
     import torch
-    from builders import Small, points
+    from helpers.builders import Small, points
 
     import mhc_compile
 

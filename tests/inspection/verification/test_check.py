@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from builders import Decoder, Small, points, tokens
+from helpers.builders import Decoder, Small, points, tokens
 from torch import nn
 
 import mhc_compile

@@ -9,7 +9,7 @@ from mhc_compile.cli.check import command
 
 MODELS = """
 import torch
-from builders import Small, points
+from helpers.builders import Small, points
 
 def small():
     return Small(), (points(),)
@@ -61,7 +61,7 @@ def test_nothing_rewritten_is_exit_code_1(check):
 @pytest.mark.slow
 def test_weights_are_loaded_before_the_model_is_checked(check, tmp_path):
     import torch
-    from builders import Small, points
+    from helpers.builders import Small, points
 
     import mhc_compile
 

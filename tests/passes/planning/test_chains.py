@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import C, planned
+from helpers.graphs import C, planned
 from torch import nn
 
 from mhc_compile.passes import Reason

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import C, planned
+from helpers.graphs import C, planned
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, Refusal, Site, plan_chains
+from mhc_compile.passes import Provenance, Reason, Refusal, Site, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import op_name
-from mhc_compile.passes.transforms import normalize_adds as normalize
 
 R = Reason
 
@@ -126,7 +125,7 @@ def test_an_add_round_streams_of_an_earlier_run_is_refused():
             x = x + m.f(x)
         return m.g(first + x)
 
-    from graphs import trace
+    from helpers.graphs import trace
 
     module = mhc_compile.rewrite(trace(forward), torch.randn(2, 4, C))
     plan = plan_chains(normalize(module.graph), Provenance(), min_sites=1)
@@ -171,7 +170,7 @@ def test_every_addition_has_exactly_one_verdict():
         y = x + 0.1 * x**2
         return (y + m.vector) + m.g(x) + m.f(m.norm(x))
 
-    from graphs import trace
+    from helpers.graphs import trace
 
     graph = trace(forward).graph
     additions = [n for n in graph.nodes if "add" in n.name]

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import C, Model, planned
+from helpers.graphs import C, Model, planned
 from torch import nn
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, plan_chains
-from mhc_compile.passes.transforms import normalize_adds as normalize
+from mhc_compile.passes import Provenance, Reason, normalize, plan_chains
 
 if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
@@ -57,7 +56,7 @@ def test_chain_too_short():
 
 
 def test_rewritten():
-    from graphs import trace
+    from helpers.graphs import trace
 
     module = mhc_compile.rewrite(trace(lambda m, x: m.g(x + blocks(m, x))), torch.randn(2, 4, C))
     plan = plan_chains(normalize(module.graph), Provenance())
@@ -117,7 +116,7 @@ def test_no_owner():
         def stack(self, node) -> tuple[ModuleRef, ...]:
             return ()
 
-    from graphs import trace
+    from helpers.graphs import trace
 
     plan = plan_chains(normalize(trace(blocks).graph), Nowhere())
     assert {refusal.reason for refusal in plan.refusals} == {R.NO_OWNER}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from graphs import C, Model
+from helpers.graphs import C, Model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_adversaries import distance, outcome, plain, programs, tolerance, updates
+from test_random_programs import distance, outcome, plain, programs, tolerance, updates
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 

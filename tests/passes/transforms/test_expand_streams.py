@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from graphs import C, Model
+from helpers.graphs import C, Model
 from torch import fx
 
 import mhc_compile

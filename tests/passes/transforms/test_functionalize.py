@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import C, trace
+from helpers.graphs import C, trace
 from torch import fx, nn
 
 from mhc_compile.passes import FunctionalizeWrites

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import C, Model, trace
+from helpers.graphs import C, Model, trace
 from torch import fx
 
 import mhc_compile

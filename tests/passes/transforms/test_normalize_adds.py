@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from graphs import C, trace
+from helpers.graphs import C, trace
 from torch import fx
 
 from mhc_compile.passes import NormalizeAdds

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from graphs import Model
+from helpers.graphs import Model
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_compile.passes import plan as planning
 from mhc_compile.passes.analysis.aliases import Aliases
+from mhc_compile.passes.planning import chains as planning
 from mhc_compile.passes.planning.match_residuals import Findings
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check, deviation

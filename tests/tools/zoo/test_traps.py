@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mhc_compile.passes import Reason
-from mhc_compile.passes import find as finding
 from mhc_compile.passes.analysis import dependence as reach
 from mhc_compile.passes.analysis import sum_terms as terms
+from mhc_compile.passes.planning import match_residuals as finding
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check, deviation
 
