@@ -11,14 +11,14 @@ from torch import Tensor, nn
 import mhc_compile
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--inner", default="inductor", help='the compiler: "inductor", "aot_eager" or "eager"')
+parser.add_argument("--inner-backend", default="inductor", help='the compiler: "inductor", "aot_eager" or "eager"')
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--layers", type=int, default=4)
 parser.add_argument("--width", type=int, default=64)
 arguments = parser.parse_args()
 
 
-class Circulant(mhc_compile.Mapping):
+class Circulant(mhc_compile.ResidualMapping):
     """H_ij = softmax(z)_k with k = j - i modulo n: a circulant matrix."""
 
     name = "circulant"
@@ -26,7 +26,7 @@ class Circulant(mhc_compile.Mapping):
     def logits(self, n: int) -> int:
         return n
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         return 4.0 * (torch.arange(n) == 0)  # H_ii = 0.95 at n = 4, and all others still learn
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
@@ -47,7 +47,7 @@ model = nn.Sequential(
 )
 tokens = torch.randint(32, (16, 16))
 before = model(tokens)
-compiled = torch.compile(model, backend="mhc", options={"mapping": "circulant", "inner": arguments.inner})
+compiled = torch.compile(model, backend="mhc", options={"mapping": "circulant", "inner_backend": arguments.inner_backend})
 print(f"largest difference at the start: {(compiled(tokens) - before).abs().max().item():.1e}")
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.verification.result import CheckResult
     from mhc_compile.integrations.accelerate import register_with_accelerate
     from mhc_compile.integrations.callbacks import StabilityCallback
-    from mhc_compile.mappings import Mapping, register_mapping
+    from mhc_compile.mappings import ResidualMapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
 
 __version__ = "0.1.0"
@@ -56,7 +56,7 @@ __all__ = [
     "Explanation",
     "Gain",
     "HyperConnection",
-    "Mapping",
+    "ResidualMapping",
     "MhcError",
     "MhcWarning",
     "ModelDiff",
@@ -93,7 +93,7 @@ _HOMES = {
     "Explanation": "inspection.explain.explain",
     "Gain": "inspection.stream_stats.gain",
     "HyperConnection": "modules.hyper_connection",
-    "Mapping": "mappings",
+    "ResidualMapping": "mappings",
     "ModelDiff": "inspection.diff.model_diff",
     "Stability": "inspection.stream_stats.result",
     "StabilityCallback": "integrations.callbacks",

@@ -148,7 +148,7 @@ def _connected(
 
 
 def _prepare_kernels(result: Study, options: Options) -> None:
-    if callable(options.inner) or options.inner == "eager" or options.recompute == "none":
+    if callable(options.inner_backend) or options.inner_backend == "eager" or options.recompute == "none":
         return
     kinds = {}
     for site in result.plan.sites:
@@ -172,7 +172,7 @@ def _should_have_sites(result: Study) -> bool:
 
 def joining(options: Options) -> tuple[Pass, ...]:
     """The passes that run on the rewritten graph before the inner compiler gets it."""
-    return () if callable(options.inner) or options.inner == "eager" else _FUSION[options.recompute]
+    return () if callable(options.inner_backend) or options.inner_backend == "eager" else _FUSION[options.recompute]
 
 
 def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -204,12 +204,12 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
 def _inner_of_piece(
     graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
-    if callable(options.inner):
-        return options.inner(graph_module, inputs)  # type: ignore[no-any-return]
-    if options.inner == "eager":
+    if callable(options.inner_backend):
+        return options.inner_backend(graph_module, inputs)  # type: ignore[no-any-return]
+    if options.inner_backend == "eager":
         return run_eagerly(graph_module)
     graph_module = joined(graph_module, joining(options))
-    if options.inner == "inductor":
+    if options.inner_backend == "inductor":
         return _torch.compile_with_inductor(
             graph_module,
             inputs,
@@ -218,7 +218,7 @@ def _inner_of_piece(
             dict(options.inductor),
             f"mhc-{ops.fingerprint()}-{options.recompute}",
         )
-    return _torch.inner_backend(options.inner)(graph_module, inputs)  # type: ignore[no-any-return]
+    return _torch.inner_backend(options.inner_backend)(graph_module, inputs)  # type: ignore[no-any-return]
 
 
 _torch.rewrite_before_ddp_splits(mhc)

@@ -42,12 +42,12 @@ def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = Non
     Args:
         model: any module, or one that `torch.compile` returned. If it has no hyper-connections yet, the first call attaches them, as the first
             compiled call would.
-        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner` is "eager".
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend` is "eager".
 
     Raises:
         OptionError: the options are wrong.
     """
-    target, parsed = unwrap(model), replace(Options.parse(options), inner="eager")
+    target, parsed = unwrap(model), replace(Options.parse(options), inner_backend="eager")
     face = _face(type(target))
     other = face.__new__(face)
     object.__setattr__(other, "__dict__", target.__dict__)

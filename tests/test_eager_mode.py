@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def scatter(model: nn.Module) -> nn.Module:
@@ -94,7 +94,7 @@ def test_compiled_calls_and_recomputation_are_not_told():
 
 def test_eager_computes_what_the_compiled_model_computes():
     model, plain = attached()
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     want = compiled(tokens())
     want.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -153,7 +153,7 @@ def test_eager_leaves_compiled_versions_alone_and_has_no_limit_of_its_own():
         graphs.append(graph_module)
         return graph_module.forward
 
-    compiled = torch.compile(model, backend="mhc", options={"inner": count})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": count})
     want = compiled(tokens())
     debug = mhc_compile.eager(model)
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2):
@@ -170,7 +170,7 @@ def test_eager_of_a_model_compiled_in_place():
     def counting(graph_module, inputs):
         return lambda *values: ran.append(1) or graph_module(*values)
 
-    model.compile(backend="mhc", options={"inner": counting})
+    model.compile(backend="mhc", options={"inner_backend": counting})
     want = model(tokens())
     torch.testing.assert_close(mhc_compile.eager(model)(tokens()), want)
     assert len(ran) == 1  # the compiled version had no part in the second call
@@ -259,8 +259,8 @@ def test_anomaly_mode_finds_the_operation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "inner"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")])
-def test_generate(name, inner):
+@pytest.mark.parametrize(("name", "inner_backend"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")])
+def test_generate(name, inner_backend):
     case = build(name)
     model = restless(case.model)
     options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
@@ -276,7 +276,7 @@ def test_generate(name, inner):
     for _ in range(options["max_new_tokens"]):
         sequence = torch.cat([sequence, debug(sequence).logits[:, -1:].argmax(-1)], dim=1)
     sequences.append(sequence)
-    model.compile(backend="mhc", options={"inner": inner})
+    model.compile(backend="mhc", options={"inner_backend": inner_backend})
     assert told(lambda: sequences.append(model.generate(ids, **options))) == []
     sequences.append(model.generate(ids, cache_implementation="static", **options))
     assert all(torch.equal(other, full) for other in sequences)

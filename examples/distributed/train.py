@@ -18,7 +18,7 @@ from mhc_compile.distributed import fully_shard
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
-parser.add_argument("--inner", default="inductor", help='who compiles the rewritten graphs: "eager" to debug')
+parser.add_argument("--inner-backend", default="inductor", help='who compiles the rewritten graphs: "eager" to debug')
 parser.add_argument("--bf16", action="store_true", help="FSDP: compute in bfloat16, hyper-connections in float32")
 parser.add_argument("--steps", type=int, default=50)
 parser.add_argument("--batch", type=int, default=8, help="sequences of each process")
@@ -69,7 +69,7 @@ model = Decoder(arguments.width, arguments.layers).to(device)
 # Before the model is wrapped: DDP and FSDP must find the parameters.
 mhc_compile.attach(model, torch.zeros(1, arguments.length, dtype=torch.long, device=device))
 
-options = {"inner": arguments.inner}
+options = {"inner_backend": arguments.inner_backend}
 if arguments.parallel == "ddp":
     call = torch.compile(DistributedDataParallel(model), backend="mhc", options=options)
 else:

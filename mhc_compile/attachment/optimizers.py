@@ -180,7 +180,7 @@ def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
     if left_out:
         warn(
             f"{type(stepping).__name__} was built before hyper-connections were attached and does not train {left_out} of them."
-            " Build it after mhc_compile.attach(model, ...), or use the option optimizer='join'"
+            " Build it after mhc_compile.attach(model, ...), or use the option existing_optimizers='extend'"
         )
 
 
@@ -244,7 +244,7 @@ def _takes(optimizer: Optimizer, parameter: nn.Parameter, stepping: Optimizer | 
 
 
 def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
-    mine = {id(p) for inner in module.modules() if isinstance(inner, HyperConnection) for p in inner.parameters()}
+    mine = {id(p) for inner_backend in module.modules() if isinstance(inner_backend, HyperConnection) for p in inner_backend.parameters()}
     return [parameter for parameter in module.parameters() if id(parameter) not in mine]
 
 

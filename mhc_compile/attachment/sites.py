@@ -169,7 +169,7 @@ def attach_site(
         changed = True
     _check(connection, site, options)
     if last and connection.end_chain():
-        expect(connection, owner, options.optimizer, root=root, path=site.owner.path)
+        expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
         changed = True
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
@@ -264,11 +264,11 @@ def put_connection(
     container = container_of(owner)
     container.put(name, connection)
     container.train(owner.training)
-    expect(connection, owner, options.optimizer, root=root, path=path)
+    expect(connection, owner, options.existing_optimizers, root=root, path=path)
 
 
 def _check(connection: HyperConnection, site: Site, options: Options) -> None:
-    for name in ("streams", "preset", "mapping", "dynamic", "rank", "single_pass", "read_out"):
+    for name in ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out"):
         has, wants = getattr(connection, "end" if name == "read_out" else name), getattr(options, name)
         if has != wants:
             raise AttachError(

@@ -87,7 +87,7 @@ def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:
         ]
         raise AttachError(
             f"{', and '.join(filter(None, parts))}: it was made by another version of the model, or with other options"
-            " (min_sites). Make the models the same; strict=False loads what both have"
+            " (min_chain_length). Make the models the same; strict=False loads what both have"
         )
 
 
@@ -106,7 +106,7 @@ def _options(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> str:
     """The likeliest options that the shapes of phi tell, as an argument; nothing if they are the default ones, or there are none."""
     guesses = [[(n, mapping) for n, mapping, _ in _guess(model, path, saved[path])] for path in saved]
     found = [guess for guess in guesses[0] if all(guess in others for others in guesses)]
-    default = Options()
+    default = Options().resolved
     if not found or found[0] == (default.streams, default.mapping):
         return ""
     streams, mapping = found[0]

@@ -197,10 +197,10 @@ def _fitting(place: str, owner: nn.Module, values: Mapping[str, Tensor], options
         options = replace(options, read_out="learned")
     if "up" in values and phi.dim() == values["up"].dim() == 2:
         rank = values["up"].shape[0]
-        return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", start="scratch")
+        return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", init="random")
     static = phi.dim() == 2 and phi.shape[1] == 0 and "bias" in values
     if static:
-        options = replace(options, dynamic=False)
+        options = replace(options, token_dependent=False)
     shape = (phi.shape[0], values["bias"].shape[0]) if static else tuple(phi.shape)
     guesses = guess_for(owner, shape) or guess_options(shape)
     for n, mapping, _ in sorted(guesses, key=lambda guess: guess[1] != options.mapping):

@@ -60,9 +60,9 @@ def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  
     help="Peak learning rate.  [default: 0.003; vit 0.0003]",
 )
 @click.option(
-    "--inner",
+    "--inner-backend",
     type=click.Choice(["inductor", "aot_eager", "eager"]),
-    default=_D.inner,
+    default=_D.inner_backend,
     show_default=True,
     help="Compiler of both models.",
 )

@@ -42,7 +42,7 @@ def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in values.items() if value not in (None, ())}
     try:
-        for name in {"inductor", "sites"} & given.keys():
+        for name in {"inductor", "overrides"} & given.keys():
             given[name] = parse_settings(given[name])
         Options.parse(given)
     except (OptionError, TargetError) as error:

@@ -61,7 +61,7 @@ class Study:
     graph: Graph
     provenance: DynamoProvenance
     plan: Plan
-    min_sites: int
+    min_chain_length: int
     edges: Edges
     _vetoes: dict[Node, Refusal] = field(default_factory=dict)
 
@@ -257,7 +257,7 @@ class Study:
         self.plan = plan_chains(
             self.graph,
             self.provenance,
-            min_sites=self.min_sites,
+            min_chain_length=self.min_chain_length,
             refuse=lambda site: vetoes.get(site.add),
             edges=self.edges,
         )
@@ -268,27 +268,27 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     graph = normalize(graph_module.graph)
     provenance = DynamoProvenance(graph, inputs)
     edges = _edges(graph, provenance, inputs)
-    plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+    plan = plan_chains(graph, provenance, min_chain_length=options.min_chain_length, edges=edges)
     if options.read_out != "mean" or options.single_pass:
         _check_whole(plan, edges, options, provenance.root)
         # A value that happens to be a result of the graph ends its chain as any other reader does.
         edges = Edges(tail=edges.tail, attached=edges.attached)
-        plan = plan_chains(graph, provenance, min_sites=options.min_sites, edges=edges)
+        plan = plan_chains(graph, provenance, min_chain_length=options.min_chain_length, edges=edges)
     _check_patterns(plan, options)
-    return Study(graph, provenance, plan, options.min_sites, edges)
+    return Study(graph, provenance, plan, options.min_chain_length, edges)
 
 
 def _check_patterns(plan: Plan, options: Options) -> None:
     """Warns of patterns of the option `sites` that fit no site. Of a model in pieces each graph knows its own sites only: nothing is said there."""
-    if not options.sites or not plan.sites or _torch.graph_is_part():
+    if not options.overrides or not plan.sites or _torch.graph_is_part():
         return
     paths = [site.path.replace(".mhc.", ".") for site in plan.sites]
     used = {pattern for path in paths for pattern in options.matching(path)}
-    for pattern in options.sites:
+    for pattern in options.overrides:
         if pattern not in used:
             near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
             warn(
-                f"option 'sites': {pattern!r} fits no site of this graph, whose {len(paths)} sites are called like {near!r}"
+                f"option 'overrides': {pattern!r} fits no site of this graph, whose {len(paths)} sites are called like {near!r}"
             )
 
 

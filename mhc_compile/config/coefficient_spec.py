@@ -12,12 +12,22 @@ from typing import Literal
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["MAPPING_NAMES", "Convention", "Last", "parse"]
+__all__ = ["MAX_STREAMS", "STREAM_COUNTS", "Convention", "Last", "parse"]
 
 Last = Literal["rows", "columns"]
 
-#: The names of the residual mappings, in the order in which they are listed. `register_mapping` adds to it.
-MAPPING_NAMES: list[str] = ["sinkhorn", "identity", "permutations", "kronecker", "unconstrained"]
+#: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
+MAX_STREAMS = 8
+
+#: The residual mappings by name, each with the numbers of streams it supports. `register_mapping` adds to it. It lives here, not with the
+#: mappings, so that options are validated without importing torch.
+STREAM_COUNTS: dict[str, tuple[int, ...]] = {
+    "sinkhorn": tuple(range(1, MAX_STREAMS + 1)),
+    "identity": tuple(range(1, MAX_STREAMS + 1)),
+    "permutations": (1, 2, 3, 4),
+    "kronecker": (1, 2, 4, 8),
+    "unconstrained": tuple(range(1, MAX_STREAMS + 1)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from mhc_compile.config.coefficient_spec import MAPPING_NAMES
+from mhc_compile.config.coefficient_spec import MAX_STREAMS, STREAM_COUNTS
 from mhc_compile.config.presets import ReadOut, get_preset
 from mhc_compile.errors import OptionError
 
-__all__ = ["Inner", "OptimizerPolicy", "Options", "Recompute", "Start"]
+__all__ = ["ExistingOptimizers", "Init", "InnerBackend", "Options", "Recompute", "ResolvedOptions"]
 
-Start = Literal["preserve", "scratch"]
-OptimizerPolicy = Literal["join", "warn", "off"]
+Init = Literal["preserve", "random"]
+ExistingOptimizers = Literal["extend", "warn", "ignore"]
 Recompute = Literal["none", "cheap", "block"]
-Inner = Literal["inductor", "aot_eager", "eager"]
+InnerBackend = Literal["inductor", "aot_eager", "eager"]
 
-#: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
-MAX_STREAMS = 8
-#: What `sites` may set for some sites. The others hold for a whole chain, or for the whole compilation.
-PER_SITE = ("mapping", "dynamic", "iterations", "start", "scale", "lean", "eps")
+#: What `overrides` may set for some sites. The others hold for a whole chain, or for the whole compilation.
+PER_SITE = ("mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "eps")
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -63,166 +60,70 @@ class Options:
         mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), "permutations" (mHC-lite, up
             to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams), "unconstrained" (HC, for comparison), or one of your own
             (`mhc_compile.register_mapping`).
-        dynamic: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
-        sites: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
+        token_dependent: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
+        overrides: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
             characters, and anything may stand before the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
-            It takes mapping, dynamic, iterations, start, scale, lean and eps.
+            It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight and eps.
         read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on the token. Other readers of a trunk value
             get the sum with "sum", else the mean.
         single_pass: the weights that a site computes collapse the streams for the next site, the first one reads the trunk itself, and the
             weights of the last one end the chain (DeepSeek-V4.1).
         rank: rank of the gate by which a branch reads every channel with a weight of its own (Qwen4-Exp), 0 for none.
         iterations: Sinkhorn iterations, 1 to 1000 (20 in the paper). Ignored by other mappings.
-        start: "preserve" starts as the same function as the model given: the streams are equal, every branch reads their weighted mean and
-            writes to all of them. "scratch" starts from random projections and uniform mixing, for training from the first step; it changes
+        init: "preserve" starts as the same function as the model given: the streams are equal, every branch reads their weighted mean and
+            writes to all of them. "random" starts from random projections and uniform mixing, for training from the first step; it changes
             what the model computes.
-        scale: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0, with phi = 0, nothing would ever learn.
-        lean: with start="preserve", the weight that a branch gives to one stream (site i of a chain leans to stream i mod n); the others
+        init_gain: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0, with phi = 0, nothing would ever learn.
+        init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site i of a chain leans to stream i mod n); the others
             share the rest. Equal weights would keep the streams equal for ever.
         eps: added to the mean square under the root mean square of the streams.
-        min_sites: a chain of fewer residual adds is left as it is.
+        min_chain_length: a chain of fewer residual adds is left as it is.
         strict: nothing rewritten is an error instead of a warning.
         recompute: what the backward computes again instead of keeping it. "cheap": all but the streams before every site, the outputs of the
             branches and the coefficients; it costs nothing, because the kernels have what they need at hand. "block": the streams as well, all
             but those of every `sqrt(n L / (n + 2))`-th of L sites; costs about one more forward of the hyper-connections, no branch runs again.
-            "none": the operators stay apart, and each keeps what it was given; for comparison. With `inner` "inductor" or "aot_eager".
+            "none": the operators stay apart, and each keeps what it was given; for comparison. With `inner_backend` "inductor" or "aot_eager".
         inner: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
             `torch.compile` backend.
-        optimizer: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
-            "join" adds them to the groups of the block that they belong to, "warn" only says so, "off" does nothing.
+        existing_optimizers: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
+            "extend" adds them to the groups of the block that they belong to, "warn" only says so, "ignore" does nothing.
         inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g. {"max_autotune": True}).
     """
 
     preset: str = "paper"
     streams: int = 4
-    mapping: str = "sinkhorn"
-    dynamic: bool = True
-    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    read_out: ReadOut = "mean"
-    single_pass: bool = False
-    rank: int = 0
-    iterations: int = 20
-    start: Start = "preserve"
-    scale: float = 0.01
-    lean: float = 0.7
-    eps: float = 1e-6
-    min_sites: int = 2
+    mapping: str | None = None
+    token_dependent: bool = True
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    read_out: ReadOut | None = None
+    single_pass: bool | None = None
+    rank: int | None = None
+    iterations: int | None = None
+    init: Init = "preserve"
+    init_gain: float = 0.01
+    init_stream_weight: float = 0.7
+    eps: float | None = None
+    min_chain_length: int = 2
     strict: bool = False
     recompute: Recompute = "cheap"
-    inner: Inner | Callable[..., Any] = "inductor"
-    optimizer: OptimizerPolicy = "join"
+    inner_backend: InnerBackend | Callable[..., Any] = "inductor"
+    existing_optimizers: ExistingOptimizers = "extend"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        get_preset(self.preset)
-        _number("streams", self.streams, int, 1, MAX_STREAMS, f"an integer from 1 to {MAX_STREAMS}")
-        _one_of("mapping", self.mapping, tuple(MAPPING_NAMES))
-        _one_of("read_out", self.read_out, get_args(ReadOut))
-        _number("rank", self.rank, int, 0, 1_000_000, "an integer from 0, which means no gate")
-        _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
-        _one_of("start", self.start, get_args(Start))
-        _number(
-            "scale",
-            self.scale,
-            float,
-            1e-8,
-            100.0,
-            "a number from 1e-8 to 100 (at 0 the projections would never learn)",
+        object.__setattr__(self, "_resolved", self._resolve())
+
+    def _resolve(self) -> ResolvedOptions:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = get_preset(self.preset).defaults()
+        return ResolvedOptions(
+            **{name: chosen.get(name) if value is None else value for name, value in given.items()}
         )
-        _number("lean", self.lean, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
-        _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
-        _number("min_sites", self.min_sites, int, 1, 1_000_000, "a positive integer")
-        for name in ("strict", "dynamic", "single_pass"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected True or False")
-        _one_of("recompute", self.recompute, get_args(Recompute))
-        if not callable(self.inner):
-            _one_of("inner", self.inner, get_args(Inner))
-        _one_of("optimizer", self.optimizer, get_args(OptimizerPolicy))
-        if not isinstance(self.inductor, Mapping):
-            raise OptionError(
-                f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings"
-            )
-
-        self._check_together()
-        self._check_sites()
-
-    def _check_together(self) -> None:
-        """What every option allows, and all of them do not."""
-        if self.mapping not in (
-            "sinkhorn",
-            "identity",
-        ):  # which have any number; the others are asked, at the price of importing torch
-            from mhc_compile.mappings import get_mapping
-
-            get_mapping(self.mapping).check(self.streams)
-        if self.start == "preserve":
-            if self.rank or not get_preset(self.preset).preserves:
-                raise OptionError(
-                    f"preset {self.preset!r}: with rank={self.rank} a branch reads normalised streams, and no parameters make that the plain"
-                    " residual add. Add start='scratch' to train from a random start, or choose another preset"
-                )
-            if self.read_out == "sum" and self.streams > 1:
-                raise OptionError(
-                    f"read_out='sum' adds {self.streams} equal streams up at the start, {self.streams} times what the plain model computes. Use"
-                    " read_out='mean', or start='scratch'"
-                )
-        if self.rank and (self.mapping != "identity" or not self.dynamic):
-            raise OptionError(
-                f"rank={self.rank} reads every channel with a weight of its own, which goes with mapping='identity' and dynamic=True; got"
-                f" mapping={self.mapping!r} and dynamic={self.dynamic}"
-            )
-        if self.single_pass and self.rank:
-            raise OptionError(
-                "single_pass=True needs one weight a stream, and rank > 0 gives one a channel: choose one"
-            )
-
-    def _check_sites(self) -> None:
-        if not isinstance(self.sites, Mapping):
-            raise OptionError(
-                f"option 'sites' is {self.sites!r} ({type(self.sites).__name__}); expected a dict such as"
-                " {'layers.*.mlp': {'mapping': 'identity'}}"
-            )
-        for pattern, values in self.sites.items():
-            if not isinstance(pattern, str) or not isinstance(values, Mapping):
-                raise OptionError(f"option 'sites': {pattern!r}: {values!r}; expected a pattern and a dict of options")
-            for name in values:
-                if name not in PER_SITE:
-                    hint = _nearest(str(name), list(PER_SITE))
-                    raise OptionError(
-                        f"option 'sites': {pattern!r} sets {name!r}; {hint}for single sites there are: {', '.join(PER_SITE)}"
-                    )
-            try:
-                replace(self, sites={}, **values)
-            except OptionError as error:
-                raise OptionError(f"option 'sites': {pattern!r}: {error}") from None
-
-    def at(self, path: str) -> Options:
-        """The options for one site.
-
-        Args:
-            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection, "layers.0.mhc.mlp").
-        """
-        values: dict[str, Any] = {}
-        for pattern in self.matching(path):
-            values.update(self.sites[pattern])
-        return replace(self, sites={}, **values) if values else self
-
-    def matching(self, path: str) -> list[str]:
-        """The patterns of `sites` that fit the path of a branch, or of its hyper-connection, or the end of it."""
-        branch = path.replace(".mhc.", ".").removeprefix("mhc.")
-        return [
-            pattern
-            for pattern in self.sites
-            if fnmatch.fnmatchcase(branch, pattern) or fnmatch.fnmatchcase(branch, f"*.{pattern}")
-        ]
 
     @property
-    def form(self) -> str:
-        """The convention by which coefficients are computed, as the operators take it."""
-        convention = get_preset(self.preset).convention
-        return str(replace(convention, mapping=self.mapping, rank=self.rank))
+    def resolved(self) -> ResolvedOptions:
+        """These options with the choices of the preset filled in."""
+        return self._resolved  # type: ignore[attr-defined, no-any-return]
 
     @classmethod
     def names(cls) -> list[str]:
@@ -230,24 +131,24 @@ class Options:
         return [f.name for f in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. An `inner` that is a function is given by its name."""
+        """Plain data for JSON. An `inner_backend` that is a function is given by its name."""
         values = {name: getattr(self, name) for name in self.names()}
-        if callable(self.inner):
-            values["inner"] = getattr(self.inner, "__name__", "callable")
-        sites = {pattern: dict(options) for pattern, options in self.sites.items()}
-        return {**values, "inductor": dict(self.inductor), "sites": sites}
+        if callable(self.inner_backend):
+            values["inner_backend"] = getattr(self.inner_backend, "__name__", "callable")
+        overrides = {pattern: dict(options) for pattern, options in self.overrides.items()}
+        return {**values, "inductor": dict(self.inductor), "overrides": overrides}
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
-        """Validates the `options` of `torch.compile`.
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> ResolvedOptions:
+        """Validate the `options` of `torch.compile` and fill in the choices of the preset.
 
         Raises:
             OptionError: an unknown name (the message gives the nearest known one), a wrong type, or a value out of range.
         """
         if options is None:
-            return cls()
+            return cls().resolved
         if isinstance(options, Options):
-            return options
+            return options.resolved
         if not isinstance(options, Mapping):
             raise OptionError(
                 f"options are {options!r} ({type(options).__name__}); expected a dict such as {{'streams': 4}}"
@@ -260,17 +161,125 @@ class Options:
                     f"option {name!r} is unknown; {hint}known options: {', '.join(known)}."
                     " Settings for Inductor go under 'inductor': {...}"
                 )
-        return cls(**options)
+        return cls(**options).resolved
 
 
-_init = Options.__init__
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(Options):
+    """Options in which every value is set: those the user gave, else those of the preset. `Options.parse` returns them."""
 
-@functools.wraps(_init)
-def _with_preset(self: Options, **given: Any) -> None:
-    """What the preset says comes first, what is given goes before it."""
-    preset = get_preset(given["preset"]).defaults() if "preset" in given else {}
-    _init(self, **{**preset, **given})
+    mapping: str
+    read_out: ReadOut
+    single_pass: bool
+    rank: int
+    iterations: int
+    eps: float
 
+    def __post_init__(self) -> None:
+        get_preset(self.preset)
+        _number("streams", self.streams, int, 1, MAX_STREAMS, f"an integer from 1 to {MAX_STREAMS}")
+        _one_of("mapping", self.mapping, tuple(STREAM_COUNTS))
+        _one_of("read_out", self.read_out, get_args(ReadOut))
+        _number("rank", self.rank, int, 0, 1_000_000, "an integer from 0, which means no gate")
+        _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
+        _one_of("init", self.init, get_args(Init))
+        learns = "a number from 1e-8 to 100 (at 0 the projections would never learn)"
+        _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
+        _number("init_stream_weight", self.init_stream_weight, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
+        _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
+        _number("min_chain_length", self.min_chain_length, int, 1, 1_000_000, "a positive integer")
+        for name in ("strict", "token_dependent", "single_pass"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise OptionError(f"option {name!r} is {value!r} ({type(value).__name__}); expected True or False")
+        _one_of("recompute", self.recompute, get_args(Recompute))
+        if not callable(self.inner_backend):
+            _one_of("inner_backend", self.inner_backend, get_args(InnerBackend))
+        _one_of("existing_optimizers", self.existing_optimizers, get_args(ExistingOptimizers))
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(
+                f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings"
+            )
+        self._check_together()
+        self._check_overrides()
 
-Options.__init__ = _with_preset  # type: ignore[method-assign]
+    @property
+    def resolved(self) -> ResolvedOptions:
+        """These options."""
+        return self
+
+    def _check_together(self) -> None:
+        """Reject combinations whose parts are each allowed."""
+        counts = STREAM_COUNTS[self.mapping]
+        if self.streams not in counts:
+            raise OptionError(
+                f"mapping {self.mapping!r} has no matrices for {self.streams} streams, only for {', '.join(map(str, counts))};"
+                " choose another 'streams', or mapping 'sinkhorn'"
+            )
+        if self.init == "preserve":
+            if self.rank or not get_preset(self.preset).preserves:
+                raise OptionError(
+                    f"preset {self.preset!r}: with rank={self.rank} a branch reads normalised streams, and no parameters make that the plain"
+                    " residual add. Add init='random' to train from a random start, or choose another preset"
+                )
+            if self.read_out == "sum" and self.streams > 1:
+                raise OptionError(
+                    f"read_out='sum' adds {self.streams} equal streams up at the start, {self.streams} times what the plain model computes. Use"
+                    " read_out='mean', or init='random'"
+                )
+        if self.rank and (self.mapping != "identity" or not self.token_dependent):
+            raise OptionError(
+                f"rank={self.rank} reads every channel with a weight of its own, which goes with mapping='identity' and token_dependent=True; got"
+                f" mapping={self.mapping!r} and token_dependent={self.token_dependent}"
+            )
+        if self.single_pass and self.rank:
+            raise OptionError(
+                "single_pass=True needs one weight a stream, and rank > 0 gives one a channel: choose one"
+            )
+
+    def _check_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise OptionError(
+                f"option 'overrides' is {self.overrides!r} ({type(self.overrides).__name__}); expected a dict such as"
+                " {'layers.*.mlp': {'mapping': 'identity'}}"
+            )
+        for pattern, values in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(values, Mapping):
+                raise OptionError(f"option 'overrides': {pattern!r}: {values!r}; expected a pattern and a dict of options")
+            for name in values:
+                if name not in PER_SITE:
+                    hint = _nearest(str(name), list(PER_SITE))
+                    raise OptionError(
+                        f"option 'overrides': {pattern!r} sets {name!r}; {hint}for single sites there are: {', '.join(PER_SITE)}"
+                    )
+            try:
+                replace(self, overrides={}, **values)
+            except OptionError as error:
+                raise OptionError(f"option 'overrides': {pattern!r}: {error}") from None
+
+    def at(self, path: str) -> ResolvedOptions:
+        """The options for one site.
+
+        Args:
+            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection, "layers.0.mhc.mlp").
+        """
+        values: dict[str, Any] = {}
+        for pattern in self.matching(path):
+            values.update(self.overrides[pattern])
+        return replace(self, overrides={}, **values) if values else self
+
+    def matching(self, path: str) -> list[str]:
+        """The patterns of `overrides` that fit the path of a branch, or of its hyper-connection, or the end of it."""
+        branch = path.replace(".mhc.", ".").removeprefix("mhc.")
+        return [
+            pattern
+            for pattern in self.overrides
+            if fnmatch.fnmatchcase(branch, pattern) or fnmatch.fnmatchcase(branch, f"*.{pattern}")
+        ]
+
+    @property
+    def spec(self) -> str:
+        """The convention by which coefficients are computed, as the operators take it."""
+        convention = get_preset(self.preset).convention
+        return str(replace(convention, mapping=self.mapping, rank=self.rank))

@@ -90,7 +90,7 @@ def plan_program(
     parameters = ProgramParameters(graph, program, options)
     while True:
         plan = plan_chains(
-            graph, provenance, min_sites=options.min_sites, refuse=lambda site: parameters.vetoes.get(site.add)
+            graph, provenance, min_chain_length=options.min_chain_length, refuse=lambda site: parameters.vetoes.get(site.add)
         )
         if not parameters.claim(plan):
             return graph, parameters, plan

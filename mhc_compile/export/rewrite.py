@@ -59,7 +59,7 @@ def rewrite(
             result shares its parameters and leaf modules.
         *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes and dtypes and are not computed with. A
             program knows its own shapes, dynamic ones too, and takes none.
-        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner`, `inductor` and `optimizer` play no part.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`, `inductor` and `optimizer` play no part.
 
     Returns:
         A new one of the same kind; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` has the parameters
@@ -107,7 +107,7 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
         return vetoes.get(site.add)
 
     while True:
-        plan = plan_chains(source.graph, Provenance(), min_sites=parsed.min_sites, refuse=veto)
+        plan = plan_chains(source.graph, Provenance(), min_chain_length=parsed.min_chain_length, refuse=veto)
         sites = [(site, index, chain) for chain in plan.chains for index, site in enumerate(chain.sites)]
         conflicts = _attach(source, sites, parsed)
         if not conflicts:

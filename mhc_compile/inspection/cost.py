@@ -73,7 +73,7 @@ def _weights(n: int, c: int, options: Options) -> tuple[int, int]:
     """Parameters of a site with a weight for every stream, and the FLOPs of its coefficients. Static ones are computed once for all tokens."""
     mapping = get_mapping(options.mapping)
     k = 2 * n + mapping.logits(n)
-    if not options.dynamic:
+    if not options.token_dependent:
         return k, 0
     return n * c * k + k + 3, 2 * n * c * k + 2 * n * c + mapping.flops(n, options.iterations)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker
 from mhc_compile.mappings.permutations import Permutations
@@ -15,7 +15,7 @@ __all__ = [
     "MAPPINGS",
     "Identity",
     "Kronecker",
-    "Mapping",
+    "ResidualMapping",
     "Permutations",
     "Sinkhorn",
     "Unconstrained",

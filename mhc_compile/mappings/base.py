@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["Mapping"]
+__all__ = ["ResidualMapping"]
 
 
-class Mapping:
+class ResidualMapping:
     """A family of matrices H_res. `n` is the number of streams, K_res = `logits(n)`.
 
     Instances are stateless; one serves every site. Values are float32 or float64, with any number of token axes in front. A family of one's own
-    is a subclass with a name, `logits`, `start` and `matrix`; `mhc_compile.register_mapping` takes it. What it computes is traced by compilers,
+    is a subclass with a name, `logits`, `init_preserve` and `matrix`; `mhc_compile.register_mapping` takes it. What it computes is traced by compilers,
     so it is written in torch operations, without a look at values.
     """
 
@@ -36,11 +36,11 @@ class Mapping:
         """How many logits H_res takes: columns of phi beside the 2 n of pre and post."""
         raise NotImplementedError
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         """Static logits [K_res], float32, of a start that is row-stochastic, close to the identity, and still learns."""
         raise NotImplementedError
 
-    def scratch(self, n: int) -> Tensor:
+    def init_random(self, n: int) -> Tensor:
         """Static logits [K_res], float32, of a model that is trained from random projections: 0 here, which mixes evenly."""
         return torch.zeros(self.logits(n))
 

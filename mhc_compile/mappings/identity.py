@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["Identity"]
 
 
-class Identity(Mapping):
+class Identity(ResidualMapping):
     """The identity mapping. It has no logits: phi has 2 n columns. (The choice of HY-V4, see its `transformers` module.)."""
 
     name = "identity"
@@ -19,7 +19,7 @@ class Identity(Mapping):
         """No logits."""
         return 0
 
-    def start(self, n: int) -> Tensor:  # noqa: ARG002
+    def init_preserve(self, n: int) -> Tensor:  # noqa: ARG002
         """An empty vector."""
         return torch.empty(0)
 

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["Kronecker"]
 
@@ -33,7 +33,7 @@ def _fold(grad: Tensor, factors: int) -> Tensor:
     return torch.cat([_fold(a + d, factors - 1), _fold(b + c, factors - 1)], -1)
 
 
-class Kronecker(Mapping):
+class Kronecker(ResidualMapping):
     """KromHC: 2 log2(n) logits, n a power of two."""
 
     name = "kronecker"
@@ -55,7 +55,7 @@ class Kronecker(Mapping):
         self.check(n)
         return n.bit_length() - 1
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         """For every factor a logit for p and 0 for q, such that H_ii = `diagonal`."""
         factors = self.factors(n)
         if factors == 0:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["Permutations", "permutations"]
 
@@ -44,7 +44,7 @@ def _entries(n: int, like: Tensor) -> list[Tensor]:
     return list(chosen.to(like.dtype).unbind(1))
 
 
-class Permutations(Mapping):
+class Permutations(ResidualMapping):
     """mHC-lite: n! logits, n <= 4."""
 
     name = "permutations"
@@ -62,7 +62,7 @@ class Permutations(Mapping):
         self.check(n)
         return math.factorial(n)
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         """A logit for the identity, which comes first, such that H_ii = `diagonal`; 0 for the others."""
         out = torch.zeros(self.logits(n))
         if n > 1:

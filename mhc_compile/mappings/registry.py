@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import functools
 
-from mhc_compile.config.coefficient_spec import MAPPING_NAMES, parse
+from mhc_compile.config.coefficient_spec import STREAM_COUNTS, parse
 from mhc_compile.errors import OptionError
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker
 from mhc_compile.mappings.permutations import Permutations
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 from mhc_compile.mappings.unconstrained import Unconstrained
-from mhc_compile.mappings.validation import try_out
+from mhc_compile.mappings.validation import validate_mapping
 
 __all__ = ["MAPPINGS", "columns", "get_mapping", "mapping_of", "register_mapping"]
 
 _OURS = (Sinkhorn(), Identity(), Permutations(), Kronecker(), Unconstrained())
-MAPPINGS: dict[str, Mapping] = {mapping.name: mapping for mapping in _OURS}
+MAPPINGS: dict[str, ResidualMapping] = {mapping.name: mapping for mapping in _OURS}
 
 
-def get_mapping(name: str) -> Mapping:
+def get_mapping(name: str) -> ResidualMapping:
     """The mapping registered under `name`.
 
     Raises:
@@ -37,7 +37,7 @@ def _sinkhorn(eps: float, last: str) -> Sinkhorn:
     return Sinkhorn(eps, last)
 
 
-def mapping_of(spec: str) -> Mapping:
+def mapping_of(spec: str) -> ResidualMapping:
     """The mapping of a convention that is given as a string, with the convention's settings (see `mhc_compile.config.coefficient_spec`).
 
     Raises:
@@ -59,7 +59,7 @@ def columns(name: str, n: int) -> int | None:
     return 2 * n + mapping.logits(n)
 
 
-def register_mapping(mapping: Mapping) -> None:
+def register_mapping(mapping: ResidualMapping) -> None:
     """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/own_mapping.py`.
 
     A name that is taken is refused, unless by an earlier version of the same class, as when a cell of a notebook runs again. Graphs that were
@@ -67,14 +67,14 @@ def register_mapping(mapping: Mapping) -> None:
     of its module, and the attributes of the object are the same.
 
     Args:
-        mapping: an object of a subclass of `mhc_compile.Mapping`.
+        mapping: an object of a subclass of `mhc_compile.ResidualMapping`.
 
     Raises:
         OptionError: the name is taken or is no word, or what the mapping gives does not fit together.
     """
-    if not isinstance(mapping, Mapping):
+    if not isinstance(mapping, ResidualMapping):
         raise OptionError(
-            f"register_mapping takes an object of a subclass of mhc_compile.Mapping, got {mapping!r} ({type(mapping).__name__})"
+            f"register_mapping takes an object of a subclass of mhc_compile.ResidualMapping, got {mapping!r} ({type(mapping).__name__})"
         )
     name = getattr(mapping, "name", None)
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
@@ -84,11 +84,9 @@ def register_mapping(mapping: Mapping) -> None:
     known = MAPPINGS.get(name)
     if known is not None and (known in _OURS or _place(known) != _place(mapping)):
         raise OptionError(f"mapping {name!r} is taken by {_place(known)}; give {_place(mapping)} another name")
-    try_out(mapping)
+    STREAM_COUNTS[name] = validate_mapping(mapping)
     MAPPINGS[name] = mapping
-    if name not in MAPPING_NAMES:
-        MAPPING_NAMES.append(name)
 
 
-def _place(mapping: Mapping) -> str:
+def _place(mapping: ResidualMapping) -> str:
     return f"{type(mapping).__module__}.{type(mapping).__qualname__}"

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
 
@@ -99,7 +99,7 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float 
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Mapping):
+class Sinkhorn(ResidualMapping):
     """The paper's mapping: n² logits, row-major, 20 iterations by default.
 
     Attributes:
@@ -120,7 +120,7 @@ class Sinkhorn(Mapping):
         """n²."""
         return n * n
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         """`diagonal` on the diagonal, 0 elsewhere."""
         return (self.diagonal * torch.eye(n)).flatten()
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhc_compile.mappings.base import Mapping
+    from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["code_of"]
 
 
-def code_of(mapping: Mapping) -> str:
+def code_of(mapping: ResidualMapping) -> str:
     """A hash of what a registered mapping computes: the modules of its classes, or their code where there is no file, and its attributes."""
     digest = hashlib.sha256()
     for cls in type(mapping).__mro__:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhc_compile.mappings.base import Mapping
+from mhc_compile.mappings.base import ResidualMapping
 
 __all__ = ["Unconstrained"]
 
 
-class Unconstrained(Mapping):
+class Unconstrained(ResidualMapping):
     """Any matrix at all: n² logits, row-major. It starts as the identity."""
 
     name = "unconstrained"
@@ -24,13 +24,13 @@ class Unconstrained(Mapping):
         """n²."""
         return n * n
 
-    def start(self, n: int) -> Tensor:
+    def init_preserve(self, n: int) -> Tensor:
         """The identity. Nothing saturates here: every entry receives its whole gradient."""
         return torch.eye(n).flatten()
 
-    def scratch(self, n: int) -> Tensor:
+    def init_random(self, n: int) -> Tensor:
         """The identity too: with zeros there would be no residual path."""
-        return self.start(n)
+        return self.init_preserve(n)
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
         """[..., n²] to [..., n, n]."""

@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.config.options import MAX_STREAMS
+from mhc_compile.config.coefficient_spec import MAX_STREAMS
 from mhc_compile.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.mappings.base import Mapping
+    from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["try_out"]
+__all__ = ["validate_mapping"]
 
 
-def try_out(mapping: Mapping) -> None:
-    """Tries every start, and the matrices and gradients of the fewest and of four streams.
+def validate_mapping(mapping: ResidualMapping) -> tuple[int, ...]:
+    """Check every init, and the matrices and gradients of the fewest and of four streams.
+
+    Returns:
+        The numbers of streams that the mapping supports.
 
     Raises:
         OptionError: something does not fit; says what.
@@ -31,9 +34,10 @@ def try_out(mapping: Mapping) -> None:
     for n in sorted({sizes[0], min(sizes, key=lambda n: abs(n - 4))}):
         _try_matrix(mapping, n)
         _try_backward(mapping, n)
+    return tuple(sizes)
 
 
-def _has(mapping: Mapping, n: int) -> bool:
+def _has(mapping: ResidualMapping, n: int) -> bool:
     try:
         mapping.check(n)
     except OptionError:
@@ -41,12 +45,12 @@ def _has(mapping: Mapping, n: int) -> bool:
     return True
 
 
-def _try_starts(mapping: Mapping, n: int) -> None:
+def _try_starts(mapping: ResidualMapping, n: int) -> None:
     what = f"mapping {mapping.name!r}, {n} streams"
     logits = mapping.logits(n)
     if isinstance(logits, bool) or not isinstance(logits, int) or logits < 0:
         raise OptionError(f"{what}: logits(n) is {logits!r}; expected how many there are, an integer")
-    for method in ("start", "scratch"):
+    for method in ("init_preserve", "init_random"):
         vector = getattr(mapping, method)(n)
         if not isinstance(vector, torch.Tensor) or tuple(vector.shape) != (logits,):
             shown = list(vector.shape) if isinstance(vector, torch.Tensor) else repr(vector)
@@ -54,25 +58,25 @@ def _try_starts(mapping: Mapping, n: int) -> None:
 
 
 @torch.no_grad()
-def _try_matrix(mapping: Mapping, n: int) -> None:
+def _try_matrix(mapping: ResidualMapping, n: int) -> None:
     """Holds the start for n streams against what every start must be."""
     what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
-    matrix = mapping.matrix(mapping.start(n).double().expand(2, 3, logits), n, 20)
+    matrix = mapping.matrix(mapping.init_preserve(n).double().expand(2, 3, logits), n, 20)
     if tuple(matrix.shape) != (2, 3, n, n):
         raise OptionError(f"{what}: matrix(logits [2, 3, {logits}]) is {list(matrix.shape)}; expected [2, 3, {n}, {n}]")
     sums = matrix.sum(-1)
     if not bool((sums - 1).abs().max() < 1e-4):
         raise OptionError(
-            f"{what}: the rows of matrix(start(n)) sum to {[round(x, 4) for x in sums[0, 0].tolist()]}; expected 1 each, so that a model that"
+            f"{what}: the rows of matrix(init_preserve(n)) sum to {[round(x, 4) for x in sums[0, 0].tolist()]}; expected 1 each, so that a model that"
             " starts with it computes what it did before"
         )
 
 
-def _try_backward(mapping: Mapping, n: int) -> None:
+def _try_backward(mapping: ResidualMapping, n: int) -> None:
     """Holds `backward` against autograd through `matrix`: a subclass that changes one may have inherited the other."""
     what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
     generator = torch.Generator().manual_seed(0)
-    given = mapping.start(n).double() + torch.randn(3, logits, dtype=torch.float64, generator=generator)
+    given = mapping.init_preserve(n).double() + torch.randn(3, logits, dtype=torch.float64, generator=generator)
     grad = torch.randn(3, n, n, dtype=torch.float64, generator=generator)
     with torch.enable_grad():
         leaf = given.requires_grad_()
@@ -89,7 +93,7 @@ def _try_backward(mapping: Mapping, n: int) -> None:
     if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-6, atol=1e-9):
         raise OptionError(
             f"{what}: backward is not the gradient of matrix (they differ by up to {_difference(got, want)}); override `backward` where `matrix`"
-            " is overridden, or derive from mhc_compile.Mapping, which differentiates"
+            " is overridden, or derive from mhc_compile.ResidualMapping, which differentiates"
         )
 
 

@@ -34,14 +34,14 @@ class HyperConnection(nn.Module):
         scale  [3]        a_pre, a_post, a_res
         streams [..., n, C]
 
-    With dynamic=False phi is [n C, 0] and scale [0]: the coefficients are functions of bias alone.
+    With token_dependent=False phi is [n C, 0] and scale [0]: the coefficients are functions of bias alone.
 
     Parameters are created in float32 (float64 on request); coefficients are computed in float32 or wider whatever the dtype of the streams.
 
     Args:
         width: C, the width of the residual stream.
         options: number of streams, mapping, start and so on; defaults to `Options()`.
-        index: position of the site in its chain. With start="preserve" the branch leans to stream `index mod n`.
+        index: position of the site in its chain. With init="preserve" the branch leans to stream `index mod n`.
         last: whether the site ends its chain. With read_out="learned" it then has a submodule `read_out`, a `ReadOut`.
         device: where the parameters live.
         dtype: dtype of the parameters.
@@ -75,22 +75,22 @@ class HyperConnection(nn.Module):
             raise OptionError(
                 f"HyperConnection: width is {width!r}; expected a positive integer, the size of the feature axis"
             )
-        options = options or Options()
+        options = Options.parse(options)
         self.width = width
         self.streams = options.streams
         self.index = index
         self.preset = options.preset
-        self.form = options.form
+        self.form = options.spec
         self.mapping = options.mapping
         self.iterations = options.iterations
         self.eps = options.eps
-        self.dynamic = options.dynamic
+        self.token_dependent = options.token_dependent
         self.rank = options.rank
         self.single_pass = options.single_pass
         self.end = options.read_out
-        self.start = options.start
-        self._initial_scale = options.scale
-        self._lean = options.lean
+        self.init = options.init
+        self._init_gain = options.init_gain
+        self._init_stream_weight = options.init_stream_weight
         self._create(device=device, dtype=dtype)
         self.read_out: ReadOut | None = None
         if last:
@@ -100,9 +100,9 @@ class HyperConnection(nn.Module):
     def _create(self, **empty: Any) -> None:
         n = self.streams
         columns = 2 * n + get_mapping(self.mapping).logits(n)
-        self.phi = nn.Parameter(torch.empty(n * self.width, columns if self.dynamic else 0, **empty))
+        self.phi = nn.Parameter(torch.empty(n * self.width, columns if self.token_dependent else 0, **empty))
         self.bias = nn.Parameter(torch.empty(columns, **empty))
-        self.scale = nn.Parameter(torch.empty(3 if self.dynamic else 0, **empty))
+        self.scale = nn.Parameter(torch.empty(3 if self.token_dependent else 0, **empty))
 
     @property
     def lacks_end(self) -> bool:
@@ -118,8 +118,8 @@ class HyperConnection(nn.Module):
             self.streams,
             form=self.form,
             eps=self.eps,
-            start=self.start,
-            scale=self._initial_scale,
+            init=self.init,
+            init_gain=self._init_gain,
             device=self.phi.device,
             dtype=self.phi.dtype,
         )
@@ -131,28 +131,28 @@ class HyperConnection(nn.Module):
 
         "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near the identity. With equal streams this is the
         plain residual add, in value and in every gradient of the original parameters, and phi receives a gradient from the first step.
-        "scratch": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing
+        "random": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing
         (under "unconstrained" the identity: 0 would be no mixing at all).
         """
         n, convention = self.streams, parse(self.form)
-        self.scale.fill_(self._initial_scale)
+        self.scale.fill_(self._init_gain)
         self.bias.zero_()
-        if self.start == "scratch":
+        if self.init == "random":
             nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
-            self._start_mixing(get_mapping(self.mapping).scratch(n))
+            self._init_mixing(get_mapping(self.mapping).init_random(n))
             return
         self.phi.zero_()
         if n == 1:
             self.bias[0] = _SATURATED
         else:
-            weights = torch.full((n,), (1.0 - self._lean) / (n - 1), dtype=torch.float64)
-            weights[self.index % n] = self._lean
+            weights = torch.full((n,), (1.0 - self._init_stream_weight) / (n - 1), dtype=torch.float64)
+            weights[self.index % n] = self._init_stream_weight
             self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
         post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
         self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
-        self._start_mixing(get_mapping(self.mapping).start(n))
+        self._init_mixing(get_mapping(self.mapping).init_preserve(n))
 
-    def _start_mixing(self, logits: Tensor) -> None:
+    def _init_mixing(self, logits: Tensor) -> None:
         if logits.numel():
             self.bias[2 * self.streams :] = logits.to(self.bias)
 
@@ -199,5 +199,5 @@ class HyperConnection(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""
-        static = "" if self.dynamic else ", static"
+        static = "" if self.token_dependent else ", static"
         return f"width={self.width}, streams={self.streams}, mapping={self.form}, iterations={self.iterations}{static}"

@@ -32,9 +32,9 @@ class ReadOut(nn.Module):
         streams: n.
         form: the convention, as a string.
         eps: added to the mean square under the root mean square.
-        start: "preserve" starts as the mean of the streams, whatever they are; "scratch" from a random projection. With a rank there is only
+        init: "preserve" starts as the mean of the streams, whatever they are; "random" from a random projection. With a rank there is only
             the latter.
-        scale: initial value of `scale`.
+        init_gain: initial value of `scale`.
         device: where the parameters live.
         dtype: dtype of the parameters.
     """
@@ -52,16 +52,16 @@ class ReadOut(nn.Module):
         *,
         form: str,
         eps: float,
-        start: str,
-        scale: float,
+        init: str,
+        init_gain: float,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.width, self.streams, self.form, self.eps, self.start = width, streams, form, eps, start
+        self.width, self.streams, self.form, self.eps, self.init = width, streams, form, eps, start
         self.rank = parse(form).rank
         self.names = self.NAMES[self.rank > 0]
-        self._initial_scale = scale
+        self._init_gain = scale
         empty: dict[str, Any] = {"device": device, "dtype": dtype}
         features = streams * width
         self.weight = nn.Parameter(torch.empty(features, self.rank or streams, **empty))
@@ -75,15 +75,15 @@ class ReadOut(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Writes the start: the mean of the streams, or random projections of unit variance."""
+        """Writes the init: the mean of the streams, or random projections of unit variance."""
         features = self.streams * self.width
         if self.rank:
             nn.init.normal_(self.weight, std=features**-0.5)
             nn.init.normal_(self.up, std=self.rank**-0.5)
             self.norm.zero_()
             return
-        self.scale.fill_(self._initial_scale)
-        if self.start == "scratch":
+        self.scale.fill_(self._init_gain)
+        if self.init == "random":
             nn.init.normal_(self.weight, std=features**-0.5)
             self.bias.zero_()
             return

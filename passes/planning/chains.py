@@ -66,15 +66,15 @@ def plan_chains(
     graph: Graph,
     provenance: Provenance,
     *,
-    min_sites: int = 2,
+    min_chain_length: int = 2,
     refuse: Callable[[Site], Refusal | None] | None = None,
     edges: Edges = Edges(),  # noqa: B008 - frozen
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
     A site follows another where its trunk is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
-    value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_sites` is
-    left alone, and so is a single site inside the branch of another one, however small `min_sites` is. `refuse` lets the caller veto sites for
+    value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_chain_length` is
+    left alone, and so is a single site inside the branch of another one, however small `min_chain_length` is. `refuse` lets the caller veto sites for
     reasons outside the graph (see `refuse_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
     judged by its length here.
     """
@@ -91,7 +91,7 @@ def plan_chains(
             chains = [_at_edges(chain, graph, edges, aliases) for chain in _link(sites, stretches, by_sum)]
             refused = _sides(chains) or _crossings(chains)
         if not refused:
-            refused = _short([chain for chain in chains if not _goes_on(chain, edges)], min_sites)
+            refused = _short([chain for chain in chains if not _goes_on(chain, edges)], min_chain_length)
         if not refused:
             heads = find_heads(graph, provenance, chains, edges, aliases)
             return Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
@@ -184,15 +184,15 @@ def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
     return crossed
 
 
-def _short(chains: list[Chain], min_sites: int) -> dict[Site, Refusal]:
+def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Refusal]:
     def too_short(site: Site, size: int) -> Refusal:
         return refuse_site(
             site,
             Reason.CHAIN_TOO_SHORT,
-            lambda: f"its chain has {size} site{'s'[: size > 1]}; min_sites={min_sites} asks for more",
+            lambda: f"its chain has {size} site{'s'[: size > 1]}; min_chain_length={min_chain_length} asks for more",
         )
 
-    short = [chain for chain in chains if len(chain.sites) < min_sites]
+    short = [chain for chain in chains if len(chain.sites) < min_chain_length]
     return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}
 
 

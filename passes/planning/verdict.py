@@ -181,9 +181,9 @@ class Reason(Enum):
     )
     CHAIN_TOO_SHORT = (
         "chain-too-short",
-        "The chain has fewer sites than `min_sites`. Streams that are merged after every block compute what the plain model does.",
+        "The chain has fewer sites than `min_chain_length`. Streams that are merged after every block compute what the plain model does.",
         "one residual add between two projections",
-        "`min_sites=1`, if streams that merge at once are wanted",
+        "`min_chain_length=1`, if streams that merge at once are wanted",
     )
 
 

@@ -13,11 +13,11 @@ from torch import fx
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
-def compile_(model, inner="eager", **options):
-    return torch.compile(model, backend="mhc", options={"inner": inner, **options})
+def compile_(model, inner_backend="eager", **options):
+    return torch.compile(model, backend="mhc", options={"inner_backend": inner_backend, **options})
 
 
 def graph_modules():
@@ -27,13 +27,13 @@ def graph_modules():
         return sum(isinstance(thing, fx.GraphModule) for thing in gc.get_objects())
 
 
-def live_and_die(inner, before=lambda model: None):
+def live_and_die(inner_backend, before=lambda model: None):
     """Everything that a model meets in its life; what is left afterwards are weak references to it and to its parts."""
     model = Small()
     before(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     average = torch.optim.swa_utils.AveragedModel(model)
-    compiled = compile_(model, inner)
+    compiled = compile_(model, inner_backend)
     compiled(points()).sum().backward()
     optimizer.step()
     average.update_parameters(model)
@@ -46,10 +46,10 @@ def parts(model):
     return [connection, connection.phi, model.pair.first, model.outwards.weight]
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reset", [False, True], ids=["without reset", "after torch._dynamo.reset"])
-def test_a_model_dies_with_its_last_reference(inner, reset):
-    left = live_and_die(inner, lambda model: mhc_compile.attach(model, points()))
+def test_a_model_dies_with_its_last_reference(inner_backend, reset):
+    left = live_and_die(inner_backend, lambda model: mhc_compile.attach(model, points()))
     if reset:
         torch._dynamo.reset()
     gc.collect()
@@ -68,15 +68,15 @@ def test_a_model_that_never_met_an_optimizer_is_forgotten():
     assert len(optimizers._waiting) == before
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_graphs_do_not_pile_up(inner):
+def test_graphs_do_not_pile_up(inner_backend):
     """Without a reset torch keeps the graphs of a class; of many models no more than of one, and after a reset none."""
     torch._dynamo.reset()
     before = graph_modules()
     counts = []
     for _ in range(2):
-        live_and_die(inner)
+        live_and_die(inner_backend)
         counts.append(graph_modules() - before)
     assert counts[0] > 0
     assert counts[1] <= counts[0]
@@ -99,12 +99,12 @@ def test_more_models_of_a_class_than_dynamo_compiles_versions():
 def test_models_of_a_class_share_what_was_compiled():
     graphs = []
 
-    def inner(graph_module, inputs):
+    def inner_backend(graph_module, inputs):
         graphs.append(graph_module)
         return graph_module.forward
 
     models = [Small() for _ in range(3)]
-    calls = [compile_(model, inner) for model in models]
+    calls = [compile_(model, inner_backend) for model in models]
     want = []
     for model, call in zip(models, calls, strict=True):
         call(points())
@@ -119,7 +119,7 @@ def test_models_of_a_class_share_what_was_compiled():
     late.load_state_dict(twin(models[0]).state_dict(), strict=False)
     mhc_compile.attach(late, points())
     mhc_compile.load_state_dict(late, models[0].state_dict())
-    assert torch.equal(compile_(late, inner)(points()), want[0])
+    assert torch.equal(compile_(late, inner_backend)(points()), want[0])
     assert len(graphs) == 3  # and none for the others
 
 
@@ -128,15 +128,15 @@ def test_versions_of_other_backends_survive():
     """Only those of the same backend, with the same options, make room for one another."""
     graphs = []
 
-    def inner(graph_module, inputs):
+    def inner_backend(graph_module, inputs):
         graphs.append(graph_module)
         return graph_module.forward
 
     model, other = Small(), Small()
     mhc_compile.attach(model, points())
-    stranger = torch.compile(model, backend=inner)
+    stranger = torch.compile(model, backend=inner_backend)
     stranger(points())
-    ours = compile_(model, inner)
+    ours = compile_(model, inner_backend)
     ours(points())
     assert len(graphs) == 2
     compile_(other)(points())
@@ -194,10 +194,10 @@ def test_detach_leaves_what_a_model_that_never_had_any_is(ran):
     assert torch.equal(torch.compile(model, backend="aot_eager")(points()), plain(points()))
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_a_version_compiled_before_detach_starts_afresh(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_version_compiled_before_detach_starts_afresh(inner_backend):
     model = Small()
-    compiled = compile_(model, inner)
+    compiled = compile_(model, inner_backend)
     compiled(points()).sum().backward()
     old = mhc_compile.connections(model)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 SITES = 2 * LAYERS
 
 
@@ -681,7 +681,7 @@ def test_a_model_that_nobody_trains_is_looked_up_once(monkeypatch):
 def test_warn_and_off():
     model = Decoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    compiled = compile_eagerly(model, optimizer="warn")
+    compiled = compile_eagerly(model, existing_optimizers="warn")
     with pytest.warns(mhc_compile.MhcWarning, match=f"SGD was built before .* does not train {SITES} of them"):
         step(compiled, optimizer)
     step(compiled, optimizer)  # once is enough
@@ -689,5 +689,5 @@ def test_warn_and_off():
     torch._dynamo.reset()
     model = Decoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(compile_eagerly(model, optimizer="off"), optimizer)
+    step(compile_eagerly(model, existing_optimizers="ignore"), optimizer)
     assert trained(model, optimizer) == {0}

@@ -94,7 +94,7 @@ def test_empty_groups_are_left_out(model):
 
 
 def test_compiled_models_and_names(model):
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
     groups = mhc_compile.parameter_groups(compiled, weight_decay=0.1, named=True)
     optimizer = torch.optim.AdamW(groups)
     plain = torch.optim.AdamW(mhc_compile.parameter_groups(model, weight_decay=0.1))

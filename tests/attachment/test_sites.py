@@ -14,7 +14,7 @@ from torch import nn
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def test_attach_gives_what_the_first_call_gives():

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 LACKING = "no values for the hyper-connection 'blocks.0.mhc.attn': it looks like one of the plain model"
 
 

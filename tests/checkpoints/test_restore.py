@@ -13,7 +13,7 @@ from torch import nn
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def saved(layers: int = LAYERS, **options) -> tuple[nn.Module, dict[str, torch.Tensor]]:

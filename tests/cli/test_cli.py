@@ -154,7 +154,7 @@ def test_a_wrong_target_is_one_readable_paragraph(factory, arguments, words, mon
 
 @pytest.mark.slow
 def test_check_proves_a_model_for_a_script_that_reads_json(factory):
-    done = mhc("check", "models.py:residual", "--inner", "eager", "--dtype", "float64", "--json", cwd=factory)
+    done = mhc("check", "models.py:residual", "--inner-backend", "eager", "--dtype", "float64", "--json", cwd=factory)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert (data["ok"], data["sites"], data["live"], data["dtype"], data["mode"]) == (True, 3, 3, "float64", "train")

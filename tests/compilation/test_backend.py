@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 class Counting:
@@ -51,13 +51,13 @@ def test_the_first_call_attaches_and_the_parameters_are_the_block_s_own():
 
 
 def test_the_graph_that_reaches_the_inner_compiler():
-    inner = Counting()
+    inner_backend = Counting()
     model = Decoder()
-    torch.compile(model, backend="mhc", options={"inner": inner})(tokens())
-    assert inner.updates() == [2 * LAYERS]
-    called = [str(n.target) for n in inner.graphs[0].graph.nodes if n.op == "call_function"]
+    torch.compile(model, backend="mhc", options={"inner_backend": inner_backend})(tokens())
+    assert inner_backend.updates() == [2 * LAYERS]
+    called = [str(n.target) for n in inner_backend.graphs[0].graph.nodes if n.op == "call_function"]
     assert not any("declare" in target for target in called)
-    inner.graphs[0].graph.lint()
+    inner_backend.graphs[0].graph.lint()
 
 
 def test_train_eval_and_shapes_reuse_the_parameters_and_recompile_as_the_plain_model_does():
@@ -90,14 +90,14 @@ def test_train_eval_and_shapes_reuse_the_parameters_and_recompile_as_the_plain_m
 def test_a_width_that_a_norm_pins_down_is_no_dynamic_width():
     model = Decoder().blocks
     block = nn.Sequential(*model)
-    torch.compile(block, backend="mhc", options={"inner": "eager"}, dynamic=True)(torch.randn(2, 5, 8))
+    torch.compile(block, backend="mhc", options={"inner_backend": "eager"}, dynamic=True)(torch.randn(2, 5, 8))
     assert len(mhc_compile.connections(block)) == 2 * len(model)
 
 
 def test_dynamic_shapes_preserve_the_function():
     model = Decoder()
     plain = twin(model)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"}, dynamic=True)
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"}, dynamic=True)
     for batch, length in ((2, 5), (3, 7), (1, 4)):
         ids = tokens(batch, length)
         assert (compiled(ids) - plain(ids)).abs().max() < 1e-5
@@ -111,10 +111,10 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients():
     assert all(not p.grad.any() for n, p in model.named_parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_loss(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_loss(inner_backend):
     case = build("gpt2")
-    options = {"inner": inner}
+    options = {"inner_backend": inner_backend}
     compiled = torch.compile(case.model, backend="mhc", options=options)
     optimizer = torch.optim.AdamW(case.model.parameters(), lr=1e-2)
     losses, first = [], None
@@ -164,7 +164,7 @@ saved = torch.load({str(tmp_path / "model.pt")!r}, weights_only=True)
 model = Decoder()
 mhc_compile.attach(model, tokens())
 model.load_state_dict(saved["state"])  # strict
-logits = torch.compile(model, backend="mhc", options={{"inner": "eager"}})(tokens())
+logits = torch.compile(model, backend="mhc", options={{"inner_backend": "eager"}})(tokens())
 assert torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max()
 print("identical")
 """
@@ -173,8 +173,8 @@ print("identical")
 
 
 def test_one_graph_for_two_models_uses_each_one_s_parameters():
-    inner = Counting()
-    options = {"inner": inner}
+    inner_backend = Counting()
+    options = {"inner_backend": inner_backend}
     one = Decoder()
     mhc_compile.attach(one, tokens())
     other = twin(one)
@@ -193,7 +193,7 @@ def test_one_graph_for_two_models_uses_each_one_s_parameters():
 def test_the_model_itself_in_eval_after_training_is_not_silently_plain():
     """nn.TransformerEncoder takes a fused path in eval without gradients; with hyper-connections it must not."""
     case = build("encoder")
-    options = {"inner": (inner := Counting())}
+    options = {"inner_backend": (inner_backend := Counting())}
     compiled = torch.compile(case.model, backend="mhc", options=options)
     case.model.eval()
     with torch.no_grad(), pytest.warns(mhc_compile.MhcWarning, match="call it once in training mode"):
@@ -203,8 +203,8 @@ def test_the_model_itself_in_eval_after_training_is_not_silently_plain():
     case.model.eval()
     with torch.no_grad():
         compiled(**case.inputs)
-    assert inner.updates()[-1] == 2 * LAYERS
-    assert inner.updates()[0] == 0
+    assert inner_backend.updates()[-1] == 2 * LAYERS
+    assert inner_backend.updates()[0] == 0
 
 
 class Stack(nn.Module):
@@ -352,9 +352,9 @@ def test_a_graph_break_around_the_loss_does_no_harm():
 
     model = WithLoss()
     plain = twin(model)
-    inner = Counting()
-    got = torch.compile(model, backend="mhc", options={"inner": inner})(tokens())
-    assert sorted(inner.updates()) == [0, 2 * LAYERS]
+    inner_backend = Counting()
+    got = torch.compile(model, backend="mhc", options={"inner_backend": inner_backend})(tokens())
+    assert sorted(inner_backend.updates()) == [0, 2 * LAYERS]
     assert torch.allclose(got, plain(tokens()), atol=1e-6)
 
 

@@ -41,11 +41,11 @@ def foreseen(model, args, kwargs, **options):
 def compiled(model, args, kwargs, **options):
     graphs = []
 
-    def inner(graph_module, inputs):
+    def inner_backend(graph_module, inputs):
         graphs.append(operations(graph_module.graph))
         return graph_module.forward
 
-    torch.compile(model, backend="mhc", options={**options, "inner": inner})(*args, **kwargs)
+    torch.compile(model, backend="mhc", options={**options, "inner_backend": inner_backend})(*args, **kwargs)
     return graphs
 
 

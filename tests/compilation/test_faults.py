@@ -15,8 +15,8 @@ from helpers.builders import Pair, Small, points, twin
 import mhc_compile
 
 
-def compile_(model, inner="eager", **options):
-    return torch.compile(model, backend="mhc", options={"inner": inner, **options})
+def compile_(model, inner_backend="eager", **options):
+    return torch.compile(model, backend="mhc", options={"inner_backend": inner_backend, **options})
 
 
 # A compiler that fails
@@ -102,7 +102,7 @@ def test_an_attachment_that_stops_half_way_is_continued():
         mhc_compile.attach(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2))  # loads what tracing loads
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 270_000_000, resource.RLIM_INFINITY))
-        compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
+        compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
         try:
             compiled(x)
         except Exception as error:
@@ -128,11 +128,11 @@ class Other(Small):
         return self.outwards(self.pair(torch.relu(self.inwards(x))))
 
 
-def train(model, inner, losses, barrier):
+def train(model, inner_backend, losses, barrier):
     try:
         # Not Adam: while another thread compiles, torch.compiler.is_compiling() is true here too, and Adam then computes in another order.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        compiled = compile_(model, inner)
+        compiled = compile_(model, inner_backend)
         barrier.wait(60)
         for _ in range(4):
             optimizer.zero_grad()
@@ -146,7 +146,7 @@ def train(model, inner, losses, barrier):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "inner"),
+    ("kinds", "inner_backend"),
     [
         pytest.param((Small, Other), "eager", id="two classes, eager"),
         pytest.param((Small, Small), "aot_eager", id="one class, aot_eager"),
@@ -155,19 +155,19 @@ def train(model, inner, losses, barrier):
     ],
 )
 @pytest.mark.slow
-def test_threads_compile_and_train_at_once(kinds, inner):
+def test_threads_compile_and_train_at_once(kinds, inner_backend):
     """Each as if it were alone; the optimizers exist before the first call, so that parameters join them while another thread attaches."""
     models = [kind() for kind in kinds]
     want = []
     for model in map(twin, models):
         alone = []
-        train(model, inner, alone, threading.Barrier(1))
+        train(model, inner_backend, alone, threading.Barrier(1))
         want.append((alone, model))
     torch._dynamo.reset()
     got = [[] for _ in models]
     barrier = threading.Barrier(len(models))
     threads = [
-        threading.Thread(target=train, args=(model, inner, losses, barrier))
+        threading.Thread(target=train, args=(model, inner_backend, losses, barrier))
         for model, losses in zip(models, got, strict=True)
     ]
     for thread in threads:

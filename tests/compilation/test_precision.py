@@ -32,8 +32,8 @@ def attached(model, *args):
     return randomise(model)
 
 
-def compile_with(model, inner):
-    return torch.compile(model, backend="mhc", options={"inner": inner})
+def compile_with(model, inner_backend):
+    return torch.compile(model, backend="mhc", options={"inner_backend": inner_backend})
 
 
 def values(call, model, x, autocast=False):
@@ -81,8 +81,8 @@ class Residual(nn.Module):
         return x + self.branch(self.norm(x))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_autocast_touches_no_coefficient_and_no_stream(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager"])
+def test_autocast_touches_no_coefficient_and_no_stream(inner_backend):
     """With branches that keep out of autocast, all that is left is exact to float32: coefficients, read-outs and updates.
 
     AOTAutograd runs the backward of the whole graph, branches included, under the autocast of the forward.
@@ -90,18 +90,18 @@ def test_autocast_touches_no_coefficient_and_no_stream(inner):
     x = torch.randn(3, 5, WIDTH)
     model = attached(nn.Sequential(*(Residual() for _ in range(3))), x)
     want = exact(model, x)
-    compiled = compile_with(model, inner)
+    compiled = compile_with(model, inner_backend)
     got = values(compiled, model, x, autocast=True)
     assert got["output"].dtype == torch.float32
-    assert_near(got, want, SINGLE if inner == "eager" else BFLOAT)
+    assert_near(got, want, SINGLE if inner_backend == "eager" else BFLOAT)
     assert distance(got["output"], want["output"]) < SINGLE
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_decoder_under_autocast(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_decoder_under_autocast(inner_backend):
     model = attached(Decoder(WIDTH, layers=1), tokens())
     want = exact(model, tokens())
-    compiled = compile_with(model, inner)
+    compiled = compile_with(model, inner_backend)
     got = values(compiled, model, tokens(), autocast=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {got[name].dtype for name, _ in model.named_parameters()} == {torch.float32}
@@ -110,10 +110,10 @@ def test_a_decoder_under_autocast(inner):
 
 
 @pytest.mark.parametrize(
-    ("inner", "attach_first"),
+    ("inner_backend", "attach_first"),
     [("eager", False), ("eager", True), ("aot_eager", True), pytest.param("aot_eager", False, marks=pytest.mark.slow)],
 )
-def test_a_bfloat16_decoder(inner, attach_first):
+def test_a_bfloat16_decoder(inner_backend, attach_first):
     """`to` casts hyper-connections that are there already, as any module; those of a bfloat16 model start in float32. Both are computed alike."""
     model = Decoder(WIDTH, layers=1)
     if attach_first:
@@ -125,7 +125,7 @@ def test_a_bfloat16_decoder(inner, attach_first):
     hyper = {name: p for name, p in model.named_parameters() if ".mhc." in name}
     assert {p.dtype for p in hyper.values()} == {dtype}
     want = exact(model, tokens())
-    got = values(compile_with(model, inner), model, tokens())
+    got = values(compile_with(model, inner_backend), model, tokens())
     assert got["output"].dtype == torch.bfloat16
     assert {got[name].dtype for name in hyper} == {dtype}
     assert_near(got, want, BFLOAT)
@@ -195,7 +195,7 @@ def test_coefficients_inside_a_bfloat16_model(autocast):
             return result
 
     model = attached(Decoder(WIDTH, layers=1).to(torch.bfloat16), tokens())
-    compiled = torch.compile(model, backend="mhc", options={"inner": lambda graph, inputs: Recorder(graph).run})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": lambda graph, inputs: Recorder(graph).run})
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         compiled(tokens()).sum().backward()
     assert len(calls) == len(mhc_compile.connections(model))
@@ -224,15 +224,15 @@ def test_one_optimizer_for_two_dtypes(settings):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_training_in_float16_with_a_gradient_scaler(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_training_in_float16_with_a_gradient_scaler(inner_backend):
     """Against the same in float32, and through a first scale so large that gradients overflow."""
     losses = {}
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(2)
         model = Decoder(WIDTH, layers=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        compiled = compile_with(model, inner)
+        compiled = compile_with(model, inner_backend)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, enabled=dtype == torch.float16)
         losses[dtype] = []
         while len(losses[dtype]) < 4:

@@ -49,7 +49,7 @@ def test_a_27_billion_parameter_decoder_is_attached_and_rewritten_on_the_meta_de
             updates.append(sum(n.target is torch.ops.mhc.update.default for n in graph_module.graph.nodes))
             return graph_module.forward
 
-        torch.compile(model, backend="mhc", options={"inner": inner})(tokens)
+        torch.compile(model, backend="mhc", options={"inner_backend": inner})(tokens)
         print(json.dumps({
             "parameters": parameters, "attached": len(attached), "updates": updates, "seconds": time.perf_counter() - start,
             "meta": all(p.is_meta for p in model.parameters()), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -13,7 +13,7 @@ from mhc_compile import MhcError, OptionError, Options
 
 def test_defaults_are_the_paper():
     options = Options.parse(None)
-    assert (options.streams, options.mapping, options.iterations, options.scale) == (4, "sinkhorn", 20, 0.01)
+    assert (options.streams, options.mapping, options.iterations, options.init_gain) == (4, "sinkhorn", 20, 0.01)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.streams = 2
 
@@ -34,14 +34,14 @@ def test_defaults_are_the_paper():
         ({"iterations": 0}, "option 'iterations' is 0; expected an integer from 1 to 1000"),
         ({"mapping": "sinkhorm"}, "option 'mapping' is 'sinkhorm'; did you mean 'sinkhorn'"),
         ({"mapping": 3}, r"option 'mapping' is 3 \(int\); expected one of 'sinkhorn', 'identity'"),
-        ({"start": "zero"}, "option 'start' is 'zero'; .*expected one of 'preserve', 'scratch'"),
-        ({"scale": 0}, "option 'scale' is 0; .*would never learn"),
-        ({"scale": float("nan")}, "option 'scale' is nan"),
-        ({"lean": 1.0}, "option 'lean' is 1.0; expected a number from 0.001 to 0.999"),
-        ({"min_sites": 0}, "option 'min_sites' is 0; expected a positive integer"),
+        ({"init": "zero"}, "option 'init' is 'zero'; .*expected one of 'preserve', 'random'"),
+        ({"init_gain": 0}, "option 'init_gain' is 0; .*would never learn"),
+        ({"init_gain": float("nan")}, "option 'init_gain' is nan"),
+        ({"init_stream_weight": 1.0}, "option 'init_stream_weight' is 1.0; expected a number from 0.001 to 0.999"),
+        ({"min_chain_length": 0}, "option 'min_chain_length' is 0; expected a positive integer"),
         ({"strict": 1}, r"option 'strict' is 1 \(int\); expected True or False"),
-        ({"inner": "indutor"}, "option 'inner' is 'indutor'; did you mean 'inductor'"),
-        ({"optimizer": "joint"}, "option 'optimizer' is 'joint'; did you mean 'join'"),
+        ({"inner_backend": "indutor"}, "option 'inner_backend' is 'indutor'; did you mean 'inductor'"),
+        ({"existing_optimizers": "extnd"}, "option 'existing_optimizers' is 'extnd'; did you mean 'extend'"),
         ({"inductor": 3}, r"option 'inductor' is 3 \(int\); expected a dict"),
     ],
 )

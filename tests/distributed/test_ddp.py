@@ -10,7 +10,7 @@ from training import Recomputing, Spy, Wrapped, build, train
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 #: Three megabytes of parameters: Dynamo cuts the graph into several pieces at DDP's smallest buckets.
 SIZES = {"width": 128, "layers": 4}
 
@@ -23,17 +23,17 @@ def wrap(model, place, backend="mhc", options=None, **settings):
     return DistributedDataParallel(torch.compile(model, backend=backend, options=options), **settings)
 
 
-def compare(rank, places=("outside", "inside"), inner=None, optimize=True, kind=Decoder, **settings):
-    """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner` compiles them."""
+def compare(rank, places=("outside", "inside"), inner_backend=None, optimize=True, kind=Decoder, **settings):
+    """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner_backend` compiles them."""
     model = build(**SIZES)
-    want = train(torch.compile(model, backend="mhc", options={"inner": inner or "eager"}), model)
+    want = train(torch.compile(model, backend="mhc", options={"inner_backend": inner_backend or "eager"}), model)
     pieces = []
     for place in places:
         torch._dynamo.reset()
         spy = Spy()
         model = build(**SIZES, kind=kind)
         with torch._dynamo.config.patch(optimize_ddp=optimize):
-            got = train(wrap(model, place, options={"inner": inner or spy}, **settings), model, rank, 2)
+            got = train(wrap(model, place, options={"inner_backend": inner_backend or spy}, **settings), model, rank, 2)
         got.assert_close(want)
         pieces.append(len(spy.graphs))
     return pieces
@@ -113,16 +113,16 @@ def test_ranks_attach_the_same(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_fused_kernels_in_every_piece(ranks, inner):
-    for kernels in ranks.run(fused, inner):
+@pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
+def test_fused_kernels_in_every_piece(ranks, inner_backend):
+    for kernels in ranks.run(fused, inner_backend):
         assert kernels >= {"mhc::read", "mhc::step", "mhc::close"}
 
 
-def fused(rank, inner):
-    compare(rank, inner=inner)
+def fused(rank, inner_backend):
+    compare(rank, inner_backend=inner_backend)
     model = build(**SIZES)
-    call = wrap(model, "inside", options={"inner": inner})
+    call = wrap(model, "inside", options={"inner_backend": inner_backend})
     call(tokens())
     with torch.profiler.profile() as profile:
         call(tokens())
@@ -151,7 +151,7 @@ def compare_with(rank, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Wrapped, Recomputing])
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
-def test_activation_checkpointing(ranks, kind, inner):
-    for pieces in ranks.run(compare, ("outside", "inside"), inner, True, kind):
-        assert inner or min(pieces) >= 3
+@pytest.mark.parametrize("inner_backend", [None, "aot_eager"])
+def test_activation_checkpointing(ranks, kind, inner_backend):
+    for pieces in ranks.run(compare, ("outside", "inside"), inner_backend, True, kind):
+        assert inner_backend or min(pieces) >= 3

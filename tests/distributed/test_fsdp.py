@@ -41,25 +41,25 @@ def shard(model, way, options, policy=None, apply=fully_shard):
     return torch.compile(model, backend="mhc", options=options) if way == "whole" else model
 
 
-def alone(inner, kind=Decoder):
+def alone(inner_backend, kind=Decoder):
     """One process and one graph: streams that did not cross from block to block would give other numbers."""
     model = build(kind=kind)
-    return train(torch.compile(model, backend="mhc", fullgraph=True, options={"inner": inner}), model)
+    return train(torch.compile(model, backend="mhc", fullgraph=True, options={"inner_backend": inner_backend}), model)
 
 
-def compare(rank, cases, inner=None, kind=Decoder):
+def compare(rank, cases, inner_backend=None, kind=Decoder):
     """Trains alone and sharded, in every case (way, policy, function that shards)."""
-    want = alone(inner or "eager")
+    want = alone(inner_backend or "eager")
     for way, policy, apply in cases:
         torch._dynamo.reset()
         spy = Spy()
         model = build(kind=kind)
-        got = train(shard(model, way, {"inner": inner or spy}, policy, apply), model, rank, 2)
+        got = train(shard(model, way, {"inner_backend": inner_backend or spy}, policy, apply), model, rank, 2)
         got.assert_close(want)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         bodies = [m for graph in spy.graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
         operators = [str(node.target) for body in bodies for node in body.graph.nodes]
-        assert inner or operators.count("mhc.update.default") >= 2
+        assert inner_backend or operators.count("mhc.update.default") >= 2
 
 
 def test_training(ranks):
@@ -70,7 +70,7 @@ def dtypes(rank, way, apply):
     """dtypes with which parameters enter the compiled graphs: of hyper-connections, and of everything else."""
     spy = Spy()
     model = build()
-    call = shard(model, way, {"inner": spy}, BF16, apply)
+    call = shard(model, way, {"inner_backend": spy}, BF16, apply)
     call(tokens()).sum().backward()
     seen = {True: set(), False: set()}
     for graph in spy.graphs:
@@ -96,7 +96,7 @@ def late(rank):
     for way in (*WAYS, "attach"):
         torch._dynamo.reset()
         model = Decoder()
-        call = shard(model, way, {"inner": "eager"})
+        call = shard(model, way, {"inner_backend": "eager"})
         if way == "attach":
             call = lambda x, model=model: mhc_compile.attach(model, x)  # noqa: E731
         with pytest.raises(mhc_compile.AttachError) as caught:
@@ -119,10 +119,10 @@ def test_attaching_too_late(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
-def test_ways_to_compile_and_to_shard(ranks, way, inner):
+@pytest.mark.parametrize("inner_backend", [None, "aot_eager"])
+def test_ways_to_compile_and_to_shard(ranks, way, inner_backend):
     cases = [(way, APART, fully_shard), (way, None, fully_shard), (way, None, torch_fully_shard)]
-    ranks.run(compare, cases if inner is None else cases[:1], inner)
+    ranks.run(compare, cases if inner_backend is None else cases[:1], inner_backend)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_activation_checkpointing(ranks, way, kind):
 
 def uncompiled(rank):
     """Dynamo does not trace `checkpoint` round a module with FSDP's hooks: its blocks run in eager mode, and that is said."""
-    call = shard(build(kind=Recomputing), "whole", {"inner": "eager"})
+    call = shard(build(kind=Recomputing), "whole", {"inner_backend": "eager"})
     with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
         call(tokens())
 
@@ -152,7 +152,7 @@ def save(rank, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     model = build()
-    train(shard(model, "method", {"inner": "eager"}, BF16), model, rank, 2)
+    train(shard(model, "method", {"inner_backend": "eager"}, BF16), model, rank, 2)
     checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -173,5 +173,5 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(ranks, tmp_path):
     assert not torch.equal(model.blocks[1].mhc.mlp.phi, fresh["blocks.1.mhc.mlp.phi"])
     other = build()
     other.load_state_dict(whole)
-    results = [torch.compile(m, backend="mhc", options={"inner": "eager"})(tokens()) for m in (model, other)]
+    results = [torch.compile(m, backend="mhc", options={"inner_backend": "eager"})(tokens()) for m in (model, other)]
     assert torch.equal(*results)

@@ -20,7 +20,7 @@ from training import build, train
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 pytestmark = pytest.mark.slow
 
 
@@ -47,7 +47,7 @@ class Cuttable(Decoder):
 IN, OUT = ("attn.q", "attn.k", "attn.v", "mlp.0"), ("attn.out", "mlp.2")
 
 
-def tensor_parallel(rank, inner):
+def tensor_parallel(rank, inner_backend):
     model = build(kind=Cuttable)
     want = train(torch.compile(model, backend="mhc", options=EAGER), model)
     model = build(kind=Cuttable)
@@ -55,12 +55,12 @@ def tensor_parallel(rank, inner):
     for block in model.blocks:
         plan = {name: ColwiseParallel() for name in IN} | {name: RowwiseParallel() for name in OUT}
         parallelize_module(block, mesh, plan)
-    train(torch.compile(model, backend="mhc", options={"inner": inner}), model).assert_close(want)
+    train(torch.compile(model, backend="mhc", options={"inner_backend": inner_backend}), model).assert_close(want)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_tensor_parallel(ranks, inner):
-    ranks.run(tensor_parallel, inner)
+@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager"])
+def test_tensor_parallel(ranks, inner_backend):
+    ranks.run(tensor_parallel, inner_backend)
 
 
 def sequence_parallel(rank, local, ahead):

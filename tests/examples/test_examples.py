@@ -44,14 +44,14 @@ def compare(plain: tuple[list[float], int], mhc: tuple[list[float], int], stream
 @pytest.mark.slow
 def test_train_with_both_backends() -> None:
     plain = train("--backend", "eager")
-    compare(plain, train("--backend", "mhc", "--options", '{"inner": "eager", "streams": 2}'), 2)
+    compare(plain, train("--backend", "mhc", "--options", '{"inner_backend": "eager", "streams": 2}'), 2)
 
 
 def test_plain_training_and_the_output_that_its_readme_shows() -> None:
     script = str(EXAMPLES / "plain_training.py")
     assert "mhc" not in Path(script).read_text()
     done = subprocess.run(
-        [sys.executable, "-m", "mhc_compile", "run", "--inner", "eager", script, "--steps", "6", "--layers", "1"],
+        [sys.executable, "-m", "mhc_compile", "run", "--inner-backend", "eager", script, "--steps", "6", "--layers", "1"],
         capture_output=True,
         text=True,
         check=False,
@@ -89,12 +89,12 @@ def test_export_program_and_the_output_that_its_readme_shows() -> None:
 
 def test_own_mapping_and_the_output_that_its_readme_shows() -> None:
     command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "own_mapping.py")]
-    tiny = ["--inner", "eager", "--layers", "1", "--width", "16", "--steps", "2"]
+    tiny = ["--inner-backend", "eager", "--layers", "1", "--width", "16", "--steps", "2"]
     done = subprocess.run(
         [*command, *tiny], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    shown = (EXAMPLES / "README.md").read_text().split("$ python examples/own_mapping.py --inner eager\n")[1]
+    shown = (EXAMPLES / "README.md").read_text().split("$ python examples/own_mapping.py --inner-backend eager\n")[1]
 
     def words(text: str) -> str:
         """Numbers left out: this run is smaller than the one shown."""
@@ -119,7 +119,7 @@ def test_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
         command = [sys.executable, str(EXAMPLES / "trainer.py"), "--output", str(folder), "--steps", str(steps)]
         tiny = ["--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--save-every", "2"]
         done = subprocess.run(
-            [*command, *tiny, "--options", '{"inner": "eager"}'],
+            [*command, *tiny, "--options", '{"inner_backend": "eager"}'],
             capture_output=True,
             text=True,
             check=False,
@@ -145,7 +145,7 @@ def test_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_distributed_training_and_the_output_that_its_readme_shows(parallel: str) -> None:
     script = EXAMPLES / "distributed" / "train.py"
     tiny = [
-        "--inner",
+        "--inner-backend",
         "eager",
         "--steps",
         "2",

@@ -58,8 +58,8 @@ class Nursery:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, folder: Path, steps: int, inner: str = "eager", save_every: int = 1) -> Run:
-        options = json.dumps({"inner": inner})
+    def start(self, folder: Path, steps: int, inner_backend: str = "eager", save_every: int = 1) -> Run:
+        options = json.dumps({"inner_backend": inner_backend})
         argv = [str(SCRIPT), "--layers", "1", "--width", "32", "--steps", str(steps), "--options", options]
         argv += ["--save-every", str(save_every), "--checkpoint", str(folder / "resume.pt")]
         out = folder / "output.txt"

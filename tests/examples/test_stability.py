@@ -29,7 +29,7 @@ from experiment.plan import ExperimentError, Plan, read_json, write_json  # noqa
 from experiment.report import report  # noqa: E402
 
 MINI = {"variants": ["plain", "mHC"], "rates": ["calm"], "seeds": 2, "steps": 5, "layers": 2, "width": 16}
-REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner": "eager"}
+REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner_backend": "eager"}
 PLAN = Plan.from_json(json.dumps(MINI | REST))
 
 

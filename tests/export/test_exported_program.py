@@ -242,7 +242,7 @@ def test_forward_and_every_gradient_are_those_of_the_mhc_graph():
     mhc_compile.attach(model, ids, options={"iterations": 7})
     model.load_state_dict(result.state_dict)
     got, gradients = outcome(result, ids)
-    want = torch.compile(model, backend="mhc", options={"inner": "eager", "iterations": 7})(ids)
+    want = torch.compile(model, backend="mhc", options={"inner_backend": "eager", "iterations": 7})(ids)
     (want * torch.linspace(0.5, 1.5, want.numel(), dtype=want.dtype).view_as(want)).sum().backward()
     assert relative(got, want) < 1e-9
     parameters = dict(model.named_parameters())
@@ -494,7 +494,7 @@ def test_a_shared_module_shares_its_parameters(names, strict):
     assert result.state_dict.keys() == model.state_dict().keys()
     randomise(result)
     model.load_state_dict(result.state_dict)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
     assert torch.allclose(compiled(x), result.module()(x), atol=1e-9)
 
 
@@ -523,7 +523,7 @@ def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
     with pytest.warns(
         mhc_compile.MhcWarning, match="4 × chain-too-short"
     ):  # it has the parameters, but it does not use them
-        mhc_compile.rewrite(program, options={"min_sites": 5})
+        mhc_compile.rewrite(program, options={"min_chain_length": 5})
 
 
 # --- the edges -------------------------------------------------------------------------------------------------------------------------
@@ -549,10 +549,10 @@ def test_nothing_to_rewrite_is_said_and_the_copy_is_unchanged():
         mhc_compile.rewrite(program, options={"strict": True})
 
 
-def test_chains_shorter_than_min_sites_are_left_alone():
+def test_chains_shorter_than_min_chain_length_are_left_alone():
     program = export(Decoder(), (tokens(),))
     with pytest.warns(mhc_compile.MhcWarning, match="4 × chain-too-short"):
-        result = mhc_compile.rewrite(program, options={"min_sites": 5})
+        result = mhc_compile.rewrite(program, options={"min_chain_length": 5})
     assert str(result) == str(program)
     assert ".mhc." not in str(result.state_dict.keys())
 

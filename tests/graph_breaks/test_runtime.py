@@ -19,7 +19,7 @@ import mhc_compile
 from mhc_compile.graph_breaks import runtime as boundary
 from mhc_compile.graph_breaks import stream_registry as carried
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 LAYERS = 3
 
 
@@ -136,7 +136,7 @@ def attached(block=Block, **options):
     """A model with hyper-connections at random parameters, so that every block's are other ones, and its inputs."""
     torch.manual_seed(0)
     model, x = Stack(block), inputs(block)
-    mhc_compile.attach(model, x, options={"min_sites": 1, **options})
+    mhc_compile.attach(model, x, options={"min_chain_length": 1, **options})
     return randomise(model), x
 
 
@@ -228,7 +228,7 @@ def test_a_graph_break_inside_a_branch(block, where):
     parameters = copy.deepcopy(model.state_dict())
     mhc_compile.detach(model)
     cut(model, attention=where != "mlp", mlp=where != "attention")
-    mhc_compile.attach(model, x, options={"min_sites": 1})
+    mhc_compile.attach(model, x, options={"min_chain_length": 1})
     model.load_state_dict(parameters)
     compiled = torch.compile(model, backend="mhc", options=EAGER)
     assert_same(run(model, compiled, x), expected)
@@ -302,7 +302,7 @@ def test_a_branch_without_weights_is_no_branch_in_two_halves_either():
 
     torch.manual_seed(0)
     model = Stack(Normed)
-    mhc_compile.attach(model, tokens(), options={"min_sites": 1})
+    mhc_compile.attach(model, tokens(), options={"min_chain_length": 1})
     assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
     (reason,) = mhc_compile.explain(model, tokens()).reasons
     assert reason == "independent"
@@ -333,11 +333,11 @@ def test_without_the_crossing_the_streams_are_lost(monkeypatch):
     assert (output - expected[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_blocks_through_the_compiler(inner):
+@pytest.mark.parametrize("inner_backend", ["aot_eager", "inductor"])
+def test_blocks_through_the_compiler(inner_backend):
     model, x = attached()
     expected = whole(model, x)
-    assert_same(run(model, per_block(model, inner=inner), x), expected)
+    assert_same(run(model, per_block(model, inner_backend=inner_backend), x), expected)
 
 
 def test_modules_that_torch_compile_wrapped():
@@ -356,11 +356,11 @@ def test_one_graph_serves_all_blocks(monkeypatch):
     """With hyper-connections from `attach`, and where the first call attaches them: no block is compiled anew."""
     graphs = []
 
-    def inner(graph_module, example_inputs):
+    def inner_backend(graph_module, example_inputs):
         graphs.append(graph_module)
         return graph_module
 
-    options = {"inner": inner}
+    options = {"inner_backend": inner_backend}
     model, x = attached()
     expected = whole(model, x)
     for block in model.blocks:
@@ -528,21 +528,21 @@ def test_a_graph_has_one_input_and_one_result_more_where_streams_cross_and_none_
         model, x = attached()
         seen = []
 
-        def inner(graph_module, example_inputs):
+        def inner_backend(graph_module, example_inputs):
             graph = graph_module.graph
             arriving = [node for node in graph.find_nodes(op="placeholder") if "mhc_arriving" in str(node.target)]
             seen.append((len(arriving), len(graph.output_node().args[0])))
             assert len(example_inputs) == len(graph.find_nodes(op="placeholder"))
             return graph_module
 
-        compile_it(model, inner)(x)
+        compile_it(model, inner_backend)(x)
         return seen
 
-    def blocks(model, inner):
-        return per_block(model, inner=inner)
+    def blocks(model, inner_backend):
+        return per_block(model, inner_backend=inner_backend)
 
-    def everything(model, inner):
-        return torch.compile(model, backend="mhc", options={"inner": inner})
+    def everything(model, inner_backend):
+        return torch.compile(model, backend="mhc", options={"inner_backend": inner_backend})
 
     assert sizes(blocks) == [(1, 2)]
     assert sizes(everything) == [(0, 1)]
@@ -553,11 +553,11 @@ def test_growing_shapes():
     model, _ = attached()
     graphs = []
 
-    def inner(graph_module, example_inputs):
+    def inner_backend(graph_module, example_inputs):
         graphs.append(graph_module)
         return graph_module
 
-    per_block(model, inner=inner)
+    per_block(model, inner_backend=inner_backend)
     for length in (4, 5, 7, 9):
         x = tokens(length=length)
         twin = copy.deepcopy(model)

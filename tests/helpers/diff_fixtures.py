@@ -66,7 +66,7 @@ def graphless() -> ModelDiff:
 @cache
 def alone() -> ModelDiff:
     """An addition that is left alone."""
-    return mhc_compile.diff(Small().eval(), points(), options={"min_sites": 3})
+    return mhc_compile.diff(Small().eval(), points(), options={"min_chain_length": 3})
 
 
 def node(name: str, target: str = "", *reads: str, **fields: str) -> NodeView:

@@ -46,5 +46,5 @@ def trace(forward: Callable[..., Any], *inputs: torch.Tensor) -> fx.GraphModule:
     return module
 
 
-def planned(forward: Callable[..., Any], *inputs: torch.Tensor, min_sites: int = 1) -> Plan:
-    return plan_chains(normalize(trace(forward, *inputs).graph), Provenance(), min_sites=min_sites)
+def planned(forward: Callable[..., Any], *inputs: torch.Tensor, min_chain_length: int = 1) -> Plan:
+    return plan_chains(normalize(trace(forward, *inputs).graph), Provenance(), min_chain_length=min_chain_length)

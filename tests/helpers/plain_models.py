@@ -219,7 +219,7 @@ _QWEN = Shipping(
         ),
         (_INJECTED, "hidden_states = hyper_input + hidden_states", 2),
     ],
-    {"start": "scratch", "rank": 6},  # its blocks and its end have no norms of their own
+    {"init": "random", "rank": 6},  # its blocks and its end have no norms of their own
 )
 
 SHIPPING = {shipping.name: shipping for shipping in (_DEEPSEEK, _GLM, _HY, _QWEN)}

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def _forget():
@@ -120,13 +120,13 @@ def test_backends_by_name():
     assert DynamoBackend("INDUCTOR") is DynamoBackend.INDUCTOR
     with pytest.raises(ValueError, match="'MHCC' is not a valid DynamoBackend"):
         TorchDynamoPlugin(backend="mhcc")
-    plugin = TorchDynamoPlugin(backend="mhc", options={"inner": "eager", "streams": 2})
+    plugin = TorchDynamoPlugin(backend="mhc", options={"inner_backend": "eager", "streams": 2})
     named, by_hand = Loop(Accelerator(cpu=True, dynamo_plugin=plugin)), None
     losses = named.train(0, 4)
     assert {c.streams for c in mhc_compile.connections(named.plain).values()} == {2}
     AcceleratorState._reset_state()
     by_hand = Loop(Accelerator(cpu=True))
-    by_hand.model = torch.compile(by_hand.plain, backend="mhc", options={"inner": "eager", "streams": 2})
+    by_hand.model = torch.compile(by_hand.plain, backend="mhc", options={"inner_backend": "eager", "streams": 2})
     assert by_hand.train(0, 4) == losses
     assert_equal(named, by_hand)
 
@@ -149,13 +149,13 @@ def test_accumulation_in_bfloat16(tmp_path):
         if not compile_first:  # the plain model, for what the streams must not change at the start
             runs.append(loop.train(0, 2))
             continue
-        loop.model = torch.compile(loop.model, backend="mhc", options={"inner": "aot_eager"})
+        loop.model = torch.compile(loop.model, backend="mhc", options={"inner_backend": "aot_eager"})
         losses = loop.train(0, 4)
         runs.append(losses[:2])
         loop.accelerator.save_state(tmp_path)
         rest = loop.train(4, 8)
         resumed = make(restore=tmp_path)
-        resumed.model = torch.compile(resumed.model, backend="mhc", options={"inner": "aot_eager"})
+        resumed.model = torch.compile(resumed.model, backend="mhc", options={"inner_backend": "aot_eager"})
         resumed.accelerator.load_state(tmp_path)
         assert resumed.train(4, 8) == rest
         assert_equal(resumed, loop)

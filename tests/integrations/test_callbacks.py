@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 class Noisy(Small):
@@ -37,7 +37,7 @@ def train(callback=None, steps=7):
 
     torch.manual_seed(0)
     model = Noisy()
-    compiled = torch.compile(model, backend="mhc", options={"inner": counting})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": counting})
     optimizer, losses = None, []
     for step in range(1, steps + 1):
         loss = compiled(points()).square().mean()
@@ -168,7 +168,7 @@ def losses(one):
 
 @pytest.mark.slow
 def test_the_trainer_of_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(mhc_compile.Options, "inner", "eager")
+    monkeypatch.setattr(mhc_compile.Options, "inner_backend", "eager")
     transformers = pytest.importorskip("transformers")
     callback = mhc_compile.StabilityCallback(every=2, file=tmp_path / "stability.jsonl")
     assert isinstance(callback, transformers.TrainerCallback)

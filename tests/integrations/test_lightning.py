@@ -17,7 +17,7 @@ lightning = pytest.importorskip("lightning")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 class Learner(lightning.LightningModule):
@@ -88,14 +88,14 @@ def test_trains_saves_and_resumes(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_a_compiled_lightning_module(tmp_path):
     """`torch.compile(module)`: Lightning compiles its steps as a whole."""
-    whole, inner = Learner(), Learner({"inner": "aot_eager"})
-    fit(torch.compile(whole, backend="mhc", options={"inner": "aot_eager"}), tmp_path, 2)
-    fit(inner, tmp_path / "inner", 2)
+    whole, inner_backend = Learner(), Learner({"inner_backend": "aot_eager"})
+    fit(torch.compile(whole, backend="mhc", options={"inner_backend": "aot_eager"}), tmp_path, 2)
+    fit(inner_backend, tmp_path / "inner_backend", 2)
     assert len(mhc_compile.connections(whole)) == 2 * LAYERS
-    assert whole.losses == pytest.approx(inner.losses, rel=1e-5)
+    assert whole.losses == pytest.approx(inner_backend.losses, rel=1e-5)
     resumed = Resuming()
     fit(
-        torch.compile(resumed, backend="mhc", options={"inner": "aot_eager"}),
+        torch.compile(resumed, backend="mhc", options={"inner_backend": "aot_eager"}),
         tmp_path / "resumed",
         2,
         ckpt_path=tmp_path / "epoch=0.ckpt",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -175,7 +175,7 @@ def test_gradient_checkpointing(tmp_path):
     for checkpointing in (False, True):
         torch._dynamo.reset()
         each = model("llama")
-        each.compile(backend="mhc", options={"inner": "aot_eager"})
+        each.compile(backend="mhc", options={"inner_backend": "aot_eager"})
         runs.append(trainer(each, tmp_path / str(checkpointing), max_steps=3, gradient_checkpointing=checkpointing))
         runs[-1].train()
         assert each.model.gradient_checkpointing == checkpointing

@@ -39,7 +39,7 @@ def test_the_start_is_the_plain_model(name):
     (wanted * probe).sum().backward()
     gradients = {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager", "strict": True})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", "strict": True})
     got = output(compiled(input_ids=inputs()))
     (got * probe).sum().backward()
     assert relative(got, wanted) < 1e-5

@@ -59,7 +59,7 @@ SLOW = {"glm5-next", "qwen4-exp"}  # linear attention is a long graph
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SHIPPING])
 def test_logits_and_gradients_are_those_of_the_shipping_model(name):
-    native, model, _, wanted = check(name, 1e-5, inner="eager")
+    native, model, _, wanted = check(name, 1e-5, inner_backend="eager")
 
     other = native_model(name)
     assert relative(output(other(input_ids=inputs())), wanted[0]) > 0.01
@@ -90,23 +90,23 @@ def test_the_plain_class_loads_converted_files_of_the_shipping_one(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager")
     loaded.train().set_experts_implementation("batched_mm")
     mhc_compile.restore(loaded, tmp_path / "ours", options={"preset": "deepseek-v4"})
-    call = torch.compile(loaded, backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+    call = torch.compile(loaded, backend="mhc", options={"preset": "deepseek-v4", "inner_backend": "eager"})
     assert relative(output(call(input_ids=inputs())), output(native(input_ids=inputs()))) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPING)
 def test_in_float64_they_are_to_the_last_digits(name):
-    check(name, 1e-12, wide=True, inner="eager")
+    check(name, 1e-12, wide=True, inner_backend="eager")
 
 
 @pytest.mark.slow
 def test_sparse_attention_that_asks_for_nonzero(monkeypatch):
     monkeypatch.setitem(SHIPPING["glm5-next"].settings, "layer_types", ["linear_attention", "indexed_attention"])
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        check("glm5-next", 1e-5, inner="eager")
+        check("glm5-next", 1e-5, inner_backend="eager")
 
 
 @pytest.mark.slow
 def test_in_compiled_kernels_too():
-    check("deepseek-v4", 1e-5, inner="inductor")
+    check("deepseek-v4", 1e-5, inner_backend="inductor")

@@ -12,7 +12,7 @@ from helpers.builders import Decoder, distance, tokens, twin
 import mhc_compile
 from mhc_compile import HyperConnection, OptionError, Options
 from mhc_compile.inspection.cost import site_cost
-from mhc_compile.mappings import MAPPINGS, Mapping, columns, get_mapping
+from mhc_compile.mappings import MAPPINGS, ResidualMapping, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
@@ -114,7 +114,7 @@ def test_nothing_becomes_inf_or_nan_at_huge_logits(name, n, size):
 )
 def test_the_start_is_near_the_identity_and_alive(name, n):
     mapping = get_mapping(name)
-    start = mapping.start(n).double()
+    start = mapping.init_preserve(n).double()
     matrix = mapping.matrix(start, n, 20)
     assert start.shape == (mapping.logits(n),)
     assert (matrix.sum(-1) - 1).abs().max() < 1e-6
@@ -140,7 +140,7 @@ def test_one_site_starts_as_the_residual_add(name, n):
 
 def test_from_scratch_they_mix_evenly_and_unconstrained_keeps_its_streams():
     for name in NEW:
-        connection = HyperConnection(64, Options(mapping=name, start="scratch", scale=1e-3))
+        connection = HyperConnection(64, Options(mapping=name, init="random", init_gain=1e-3))
         res = connection.coefficients(torch.randn(3, 4, 64))[2]
         want = torch.eye(4) if name == "unconstrained" else torch.full((4, 4), 0.25)
         assert (res - want).abs().max() < 0.02
@@ -150,19 +150,19 @@ def test_from_scratch_they_mix_evenly_and_unconstrained_keeps_its_streams():
 
 
 @pytest.mark.parametrize(
-    ("name", "inner"),
+    ("name", "inner_backend"),
     [
         ("permutations", "aot_eager"),
         ("kronecker", "eager"),
         ("unconstrained", "eager"),
-        *(pytest.param(name, inner, marks=pytest.mark.slow) for name in NEW for inner in ("aot_eager", "inductor")),
+        *(pytest.param(name, inner_backend, marks=pytest.mark.slow) for name in NEW for inner_backend in ("aot_eager", "inductor")),
     ],
 )
-def test_a_model_keeps_its_function_and_its_gradients_and_learns(name, inner):
+def test_a_model_keeps_its_function_and_its_gradients_and_learns(name, inner_backend):
     torch.manual_seed(0)
     plain = Decoder()
     model = twin(plain)
-    compiled = torch.compile(model, backend="mhc", options={"mapping": name, "inner": inner})
+    compiled = torch.compile(model, backend="mhc", options={"mapping": name, "inner_backend": inner_backend})
     want, got = plain(tokens()), compiled(tokens())
     assert distance(got, want) < 1e-5
     want.square().sum().backward()
@@ -188,7 +188,7 @@ def test_gradients_of_a_whole_model_are_exact(name):
     torch.manual_seed(0)
     model = Decoder(width=4, layers=1).double()
     mhc_compile.attach(model, tokens(1, 3), options={"mapping": name, "streams": 2})
-    compiled = torch.compile(model, backend="mhc", options={"mapping": name, "streams": 2, "inner": "eager"})
+    compiled = torch.compile(model, backend="mhc", options={"mapping": name, "streams": 2, "inner_backend": "eager"})
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
             for parameter in connection.parameters():
@@ -214,7 +214,7 @@ MORE = [(family, name) for family in ("post-norm", "parallel", "swin", "resnet")
 
 @pytest.mark.parametrize(("family", "name"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
 def test_models_of_the_zoo_are_preserved(family, name):
-    outcome = check(zoo.get(family), options={"mapping": name, "inner": "aot_eager"})
+    outcome = check(zoo.get(family), options={"mapping": name, "inner_backend": "aot_eager"})
     assert outcome.status == "ok", outcome.message
     assert max(outcome.error_forward, outcome.error_gradients) <= 1e-5
 

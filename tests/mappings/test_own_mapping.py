@@ -10,12 +10,12 @@ from helpers.builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile
-from mhc_compile import Mapping, OptionError, Options, mappings, ops, register_mapping
+from mhc_compile import ResidualMapping, OptionError, Options, mappings, ops, register_mapping
 from mhc_compile.config import coefficient_spec as convention
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 
 
-class Circulant(Mapping):
+class Circulant(ResidualMapping):
     name = "circulant"
 
     def logits(self, n):
@@ -31,24 +31,25 @@ class Circulant(Mapping):
 
 @pytest.fixture(autouse=True)
 def _forget():
-    before, names = dict(mappings.MAPPINGS), list(convention.MAPPING_NAMES)
+    before, names = dict(mappings.MAPPINGS), dict(convention.STREAM_COUNTS)
     yield
     mappings.MAPPINGS.clear()
     mappings.MAPPINGS.update(before)
-    convention.MAPPING_NAMES[:] = names
+    convention.STREAM_COUNTS.clear()
+    convention.STREAM_COUNTS.update(names)
 
 
 def variant(**members):
     return type("Variant", (Circulant,), {"name": "variant", **members})()
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_model_starts_as_it_was_and_its_gradients_are_exact(inner):
+@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_model_starts_as_it_was_and_its_gradients_are_exact(inner_backend):
     register_mapping(Circulant())
     torch.manual_seed(0)
     plain = Decoder(layers=1)
     model = twin(plain)
-    compiled = torch.compile(model, backend="mhc", options={"mapping": "circulant", "inner": inner})
+    compiled = torch.compile(model, backend="mhc", options={"mapping": "circulant", "inner_backend": inner_backend})
     want, got = plain(tokens()), compiled(tokens())
     assert distance(got, want) < 1e-5
     connection = mhc_compile.connections(model)["blocks.0.mhc.attn"]
@@ -125,7 +126,7 @@ def test_compiled_graphs_are_cached_under_its_code():
 def cell(source):
     """What a cell of a notebook leaves behind: a class whose module has no file."""
     module = types.ModuleType("cell")
-    exec(f"from mhc_compile import Mapping\nimport torch\n{source}", module.__dict__)
+    exec(f"from mhc_compile import ResidualMapping\nimport torch\n{source}", module.__dict__)
     return module
 
 
@@ -133,7 +134,7 @@ CELL = """
 def weights(logits):
     return torch.softmax({factor} * logits, -1)
 
-class FromACell(Mapping):
+class FromACell(ResidualMapping):
     name = "from-a-cell"
 
     def logits(self, n):
@@ -156,13 +157,13 @@ def test_a_cell_that_runs_again_takes_the_place_of_its_earlier_version():
 
 
 REFUSED = [
-    (lambda: Circulant, "takes an object of a subclass of mhc_compile.Mapping"),
+    (lambda: Circulant, "takes an object of a subclass of mhc_compile.ResidualMapping"),
     (lambda: variant(name="a;b"), "name is 'a;b'; expected a word"),
     (lambda: variant(name="sinkhorn"), "mapping 'sinkhorn' is taken by mhc_compile.mappings.sinkhorn.Sinkhorn"),
     (lambda: variant(name="circulant"), "mapping 'circulant' is taken by .*Circulant; give .*Variant another name"),
     (lambda: variant(logits=lambda self, n: 2.5), r"1 streams: logits\(n\) is 2.5"),
-    (lambda: variant(start=lambda self, n: torch.zeros(7)), r"start\(n\) is \[7\]; expected a tensor \[1\]"),
-    (lambda: variant(scratch=lambda self, n: None), r"scratch\(n\) is None; expected a tensor \[1\]"),
+    (lambda: variant(init_preserve=lambda self, n: torch.zeros(7)), r"init_preserve\(n\) is \[7\]; expected a tensor \[1\]"),
+    (lambda: variant(init_random=lambda self, n: None), r"init_random\(n\) is None; expected a tensor \[1\]"),
     (lambda: variant(matrix=lambda self, z, n, i: z), r"is \[2, 3, 1\]; expected \[2, 3, 1, 1\]"),
     (lambda: variant(matrix=lambda self, z, n, i: 2 * Circulant.matrix(self, z, n, i)), r"sum to \[2.0\]; expected 1"),
     (lambda: variant(backward=lambda self, g, z, n, i: torch.ones_like(z)), "backward is not the gradient of matrix"),
@@ -188,7 +189,7 @@ def test_a_changed_matrix_under_an_inherited_backward_is_noticed():
 
     with pytest.raises(OptionError, match=r"4 streams: backward is not the gradient .*override `backward`"):
         register_mapping(Warm())
-    Warm.backward = Mapping.backward
+    Warm.backward = ResidualMapping.backward
     register_mapping(Warm())
 
 

@@ -188,7 +188,7 @@ def pair(how: Callable[..., Any], **settings: Any) -> tuple[Checkpointed, Checkp
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: how.__name__)
 def test_the_sites_are_those_of_the_model_without_checkpointing(how):
     model, off = pair(how)
-    got, want = (mhc_compile.explain(m, tokens(), options={"min_sites": 1}) for m in (model, off))
+    got, want = (mhc_compile.explain(m, tokens(), options={"min_chain_length": 1}) for m in (model, off))
     assert [[site.path for site in chain.sites] for chain in got.chains] == [
         [site.path for site in chain.sites] for chain in want.chains
     ]
@@ -217,8 +217,8 @@ QUICK = {
     (every_branch, "eager"),
 }
 RUNS = [
-    pytest.param(how, inner, marks=() if (how, inner) in QUICK else pytest.mark.slow)
-    for how, inner in (
+    pytest.param(how, inner_backend, marks=() if (how, inner_backend) in QUICK else pytest.mark.slow)
+    for how, inner_backend in (
         *((how, "eager") for how in WAYS),
         *(
             (how, "aot_eager")
@@ -228,11 +228,11 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("how", "inner"), RUNS, ids=lambda value: getattr(value, "__name__", value))
-def test_outputs_and_gradients_are_those_of_the_model_without_checkpointing(how, inner):
+@pytest.mark.parametrize(("how", "inner_backend"), RUNS, ids=lambda value: getattr(value, "__name__", value))
+def test_outputs_and_gradients_are_those_of_the_model_without_checkpointing(how, inner_backend):
     model, off = pair(how)
     plain, ids = twin(off), tokens()
-    options = {"inner": inner, "min_sites": 1}
+    options = {"inner_backend": inner_backend, "min_chain_length": 1}
     compiled = torch.compile(model, backend="mhc", options=options)
     uncheckpointed = torch.compile(off, backend="mhc", options=options)
     assert_same(step(compiled, model, ids), step(plain, plain, ids), 1e-9)
@@ -252,7 +252,7 @@ def test_outputs_and_gradients_are_those_of_the_model_without_checkpointing(how,
 
 def test_reentrant_checkpoints():
     model, off = pair(every_block, reentrant=True)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     assert_same(step(compiled, model, tokens()), step(off, off, tokens()), 1e-9)
     assert len(mhc_compile.connections(model)) == 2 * LAYERS
 
@@ -266,7 +266,7 @@ def test_selective_checkpointing_keeps_its_policy():
 
     model, off = pair(every_block, context_fn=lambda: create_selective_checkpoint_contexts(policy))
     backward, compile_it = recorded(default_partition)
-    compiled = torch.compile(model, backend="mhc", options={"inner": compile_it})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": compile_it})
     assert_same(step(compiled, model, tokens()), step(off, off, tokens()), 1e-9)
     assert torch.ops.mhc.coefficients.default in seen
     (graph,) = backward
@@ -282,7 +282,7 @@ def test_a_shared_block_shares_its_parameters():
         return x
 
     model, off = pair(how)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     assert_same(step(compiled, model, tokens()), step(off, off, tokens()), 1e-9)
     assert len(mhc_compile.connections(model)) == 2
 
@@ -293,12 +293,12 @@ def test_a_region_without_sites_is_the_region_of_the_model():
 
     model, off = pair(how)
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
-        got = step(torch.compile(model, backend="mhc", options={"inner": "eager"}), model, tokens())
+        got = step(torch.compile(model, backend="mhc", options={"inner_backend": "eager"}), model, tokens())
     assert_same(got, step(off, off, tokens()), 1e-9)
     graphs = []
     torch._dynamo.reset()
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
-        torch.compile(model, backend="mhc", options={"inner": lambda g, i: graphs.append(g) or g})(tokens())
+        torch.compile(model, backend="mhc", options={"inner_backend": lambda g, i: graphs.append(g) or g})(tokens())
     (call,) = graphs[0].graph.find_nodes(op="call_function", target=CHECKPOINT)
     body = getattr(graphs[0], call.args[0].target)
     assert [n.target for n in body.graph.nodes if n.op == "call_function"][-1] is F.dropout
@@ -306,14 +306,14 @@ def test_a_region_without_sites_is_the_region_of_the_model():
 
 def test_a_second_length_is_compiled_with_dynamic_shapes():
     model, off = pair(every_block)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     for length in (5, 7):
         ids = tokens(length=length)
         assert_same(step(compiled, model, ids), step(off, off, ids), 1e-9)
 
 
 def test_the_gain_is_measured_through_regions():
-    options = {"inner": "eager"}
+    options = {"inner_backend": "eager"}
     gains = []
     for model in pair(every_block):
         mhc_compile.attach(model, tokens(), options=options)
@@ -336,7 +336,7 @@ def test_regions_of_other_operations_are_named_in_the_report():
     explanation = mhc_compile.explain(model, tokens())
     assert explanation.regions == {"invoke_subgraph": LAYERS}
     with pytest.warns(mhc_compile.MhcWarning, match=r"not looked into \(invoke_subgraph\)"):
-        got = step(torch.compile(model, backend="mhc", options={"inner": "aot_eager"}), model, tokens())
+        got = step(torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"}), model, tokens())
     torch._dynamo.reset()
     assert_same(got, step(torch.compile(model, backend="aot_eager"), model, tokens()), 1e-6)
 
@@ -375,7 +375,7 @@ def test_only_the_streams_between_blocks_are_kept_and_the_rest_is_computed_again
     found = {}
     for m in (model, off):
         graphs, backend = recorded(partition)
-        step(torch.compile(m, backend="mhc", options={"inner": backend}), m, tokens(batch, length))
+        step(torch.compile(m, backend="mhc", options={"inner_backend": backend}), m, tokens(batch, length))
         (found[m],) = graphs
     shapes = Counter(kept(found[model]))
     # Between two blocks one set of streams, in front of the first the embedding, and behind the last a few values of the head.
@@ -419,7 +419,7 @@ def test_gradient_checkpointing_of_transformers(name, reentrant):
     assert (len(explanation.chains), len(explanation.graphs)) == (1, 1)
     assert not explanation.regions
     torch._dynamo.reset()
-    compiled = torch.compile(case.model, backend="mhc", options={"inner": "eager" if reentrant else "aot_eager"})
+    compiled = torch.compile(case.model, backend="mhc", options={"inner_backend": "eager" if reentrant else "aot_eager"})
     assert_same(run(case, compiled, case.model), want, 1e-5)
     assert len(mhc_compile.connections(case.model)) == 2 * case.layers
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -41,13 +41,13 @@ def test_no_other_add_is_touched(name, reasons):
     assert dict(mhc_compile.explain(case.model, **case.inputs).reasons) == reasons
 
 
-@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.parametrize("inner_backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_default_start_preserves_outputs_and_gradients(name, inner):
+def test_default_start_preserves_outputs_and_gradients(name, inner_backend):
     case = build(name)
     case.model.train()
     plain = twin(case.model)
-    compiled = torch.compile(case.model, backend="mhc", options={"inner": inner})
+    compiled = torch.compile(case.model, backend="mhc", options={"inner_backend": inner_backend})
     want = run(case, plain, plain)
     got = run(case, compiled, case.model)
     assert len(mhc_compile.connections(case.model)) == 2 * LAYERS
@@ -99,7 +99,7 @@ def test_identity_mapping_preserves():
 def test_scratch_start_is_another_function_and_says_so():
     case = build("gpt2")
     plain = twin(case.model)
-    compiled = torch.compile(case.model, backend="mhc", options={"start": "scratch", **EAGER})
+    compiled = torch.compile(case.model, backend="mhc", options={"init": "random", **EAGER})
     want, got = run(case, plain, plain), run(case, compiled, case.model)
     assert relative(got.logits, want.logits) > 1e-3
     assert "changes what the model computes" in (mhc_compile.Options.__doc__ or "").replace("\n            ", " ")

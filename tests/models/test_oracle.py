@@ -35,7 +35,7 @@ def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, 
 
 
 @pytest.mark.parametrize(
-    ("inner", "streams", "iterations"),
+    ("inner_backend", "streams", "iterations"),
     [
         ("eager", 4, 5),
         *(pytest.param("eager", *sizes, marks=pytest.mark.slow) for sizes in ((4, 20), (3, 5), (1, 20))),
@@ -43,9 +43,9 @@ def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, 
         ("inductor", 4, 20),
     ],
 )
-def test_forward_and_every_gradient_equal_the_equations(inner, streams, iterations):
+def test_forward_and_every_gradient_equal_the_equations(inner_backend, streams, iterations):
     plain, model, ids = pair()
-    options = {"streams": streams, "iterations": iterations, "inner": inner}
+    options = {"streams": streams, "iterations": iterations, "inner_backend": inner_backend}
     mhc_compile.attach(model, ids, options=options)
     randomise(model)
     named = leaves(plain, model)
@@ -76,7 +76,7 @@ def test_the_oracle_can_fail():
         if name.endswith(("mhc.mlp.bias", "mhc.mlp.phi")):
             head, tail = value[..., : 2 * n], value[..., 2 * n :]
             transposed[name] = torch.cat([head, tail.unflatten(-1, (n, n)).transpose(-1, -2).flatten(-2)], dim=-1)
-    got = torch.compile(model, backend="mhc", options={"inner": "eager"})(ids)
+    got = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(ids)
     assert (got - by_hand(plain, ids, named, n, 20, 1e-6)).abs().max() < 1e-9
     assert (got - by_hand(plain, ids, transposed, n, 20, 1e-6)).abs().max() > 1e-3
 

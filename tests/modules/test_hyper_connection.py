@@ -52,7 +52,7 @@ def test_default_start_is_alive():
 
 
 def test_scratch_start():
-    connection = HyperConnection(WIDTH, Options(start="scratch"))
+    connection = HyperConnection(WIDTH, Options(init="random"))
     streams = torch.randn(50, 4, WIDTH)
     pre, post, res = connection.coefficients(streams)
     assert (pre - 0.5).abs().max() < 0.05

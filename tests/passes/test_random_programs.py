@@ -138,7 +138,7 @@ def check(program) -> int:
     model, traced, x, (want, want_gradients) = plain(program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mhc_compile.export.rewrite.complain", lambda *_: None)
-        every = mhc_compile.rewrite(traced, x, options={"min_sites": 1})
+        every = mhc_compile.rewrite(traced, x, options={"min_chain_length": 1})
         rewritten = mhc_compile.rewrite(traced, x)
         again = mhc_compile.rewrite(rewritten, x)
     for module in (every, rewritten):

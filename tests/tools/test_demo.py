@@ -35,8 +35,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("plotext")
 pytest.importorskip("matplotlib")
 
-TINY = ["--inner", "eager", "--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--dropout", "0.1"]
-SETTINGS = Settings(inner="eager", layers=1, width=32, batch=2, context=16, dropout=0.1)
+TINY = ["--inner-backend", "eager", "--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--dropout", "0.1"]
+SETTINGS = Settings(inner_backend="eager", layers=1, width=32, batch=2, context=16, dropout=0.1)
 
 
 def demo(*args: str | Path, tiny: list[str] | None = None) -> Result:
@@ -402,7 +402,7 @@ def test_resume_of_a_damaged_checkpoint(damage: str, whole: tuple[Path, Result],
 
 @pytest.mark.parametrize(
     ("option", "given", "has"),
-    [("--model", "llama", "gpt2"), ("--seed", "7", "0"), ("--batch", "3", "2"), ("--inner", "aot_eager", "eager")],
+    [("--model", "llama", "gpt2"), ("--seed", "7", "0"), ("--batch", "3", "2"), ("--inner-backend", "aot_eager", "eager")],
 )
 def test_resume_with_other_settings(option: str, given: str, has: str, whole: tuple[Path, Result]) -> None:
     result = demo("--resume", "--out", whole[0], option, given, tiny=[])

@@ -77,7 +77,7 @@ def execute(*command: str, given: str = "", **settings) -> subprocess.CompletedP
 def run(script: str, *flags: str, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """`mhc run` of a script with this text, with the quick inner compiler."""
     Path("train.py").write_text(script)
-    return execute(*MHC, "--inner", "eager", *flags, "train.py", *arguments)
+    return execute(*MHC, "--inner-backend", "eager", *flags, "train.py", *arguments)
 
 
 def sent(done: subprocess.CompletedProcess[str]) -> dict:
@@ -327,17 +327,17 @@ def test_options_without_a_backend_are_never_dropped():
         compile_model({}, options={"max_autotun": True})
     with pytest.raises(OptionError, match=r"'streams' is none\..* mhc run takes it as a flag: --streams"):
         compile_model({}, options={"streams": 2})
-    with pytest.warns(mhc_compile.MhcWarning, match="is for Inductor; with inner='eager' it has no effect"):
-        model = compile_model({"inner": "eager"}, options={"max_autotune": True})
+    with pytest.warns(mhc_compile.MhcWarning, match="is for Inductor; with inner_backend='eager' it has no effect"):
+        model = compile_model({"inner_backend": "eager"}, options={"max_autotune": True})
     assert len(mhc_compile.connections(model)) == 2 * LAYERS
     with pytest.warns(mhc_compile.MhcWarning, match="mode='max-autotune'"):
-        compile_model({"inner": "eager"}, mode="max-autotune")
+        compile_model({"inner_backend": "eager"}, mode="max-autotune")
 
 
 @pytest.mark.slow
 def test_a_torch_without_a_default_backend(monkeypatch):
     monkeypatch.setattr(torch, "compile", torch.compile)  # put back afterwards
-    give_compile_a_default(torch, DefaultBackend({"inner": "eager"}))
+    give_compile_a_default(torch, DefaultBackend({"inner_backend": "eager"}))
     models = [Decoder() for _ in range(4)]
     torch.compile(models[0])(tokens())
     models[1].compile(dynamic=False)
@@ -427,14 +427,14 @@ ORDER = "import json, os\nprint(json.dumps(json.loads(os.environ['MHC_RUN'].spli
 def test_every_option_is_a_flag(folder):
     said = execute(*MHC, "--help").stdout
     assert [name for name in Options.names() if f"--{name.replace('_', '-')} " not in said] == []
-    flags = "--streams 2 --min-sites 3 --strict --mapping identity --scale .5 --inductor a.b=True --inductor c=x"
+    flags = "--streams 2 --min-chain-length 3 --strict --mapping identity --init-gain .5 --inductor a.b=True --inductor c=x"
     assert sent(run(ORDER, *flags.split())) == {
-        "inner": "eager",
+        "inner_backend": "eager",
         "streams": 2,
-        "min_sites": 3,
+        "min_chain_length": 3,
         "strict": True,
         "mapping": "identity",
-        "scale": 0.5,
+        "init_gain": 0.5,
         "inductor": {"a.b": True, "c": "x"},
     }
     assert sent(run(ORDER, "--no-strict"))["strict"] is False
@@ -446,24 +446,24 @@ def test_the_table_of_the_script_comes_before_the_one_of_the_current_directory(f
     Path("project/scripts/train.py").write_text(ORDER)
     command = [*MHC, "--quiet"]
     assert sent(execute(*command, "project/scripts/train.py")) == {"streams": 2}
-    table = '[tool.mhc]\nmin-sites = 3\nstart = "scratch"\n[tool.mhc.inductor]\ntriton.cudagraphs = true\nmax_autotune = true\n'
+    table = '[tool.mhc]\nmin-chain-length = 3\ninit = "random"\n[tool.mhc.inductor]\ntriton.cudagraphs = true\nmax_autotune = true\n'
     Path("project/pyproject.toml").write_text(table)
     settings = {"triton.cudagraphs": True, "max_autotune": True}
     assert sent(execute(*command, "project/scripts/train.py")) == {
-        "min_sites": 3,
-        "start": "scratch",
+        "min_chain_length": 3,
+        "init": "random",
         "inductor": settings,
     }
-    flags = ["--start", "preserve", "--inductor", "max_autotune=False"]
+    flags = ["--init", "preserve", "--inductor", "max_autotune=False"]
     assert sent(execute(*command, *flags, "project/scripts/train.py")) == {
-        "min_sites": 3,
-        "start": "preserve",
+        "min_chain_length": 3,
+        "init": "preserve",
         "inductor": {**settings, "max_autotune": False},
     }
     Path("package").mkdir()
     Path("package/train.py").write_text(ORDER)
     assert sent(execute(*command, "-m", "package.train")) == {"streams": 2}
-    assert find_table(Path("project"), folder)["min_sites"] == 3
+    assert find_table(Path("project"), folder)["min_chain_length"] == 3
     Path("project/pyproject.toml").write_text("[project]\n")
     assert sent(execute(*command, "train.py", cwd="project/scripts")) == {"streams": 2}
 
@@ -473,7 +473,7 @@ def test_the_table_of_the_script_comes_before_the_one_of_the_current_directory(f
     [
         ("[tool.mhc]\nsteams = 4", "pyproject.toml, [tool.mhc]: option 'steams' is unknown; did you mean 'streams'?"),
         ("[tool.mhc]\nstreams = 9", "pyproject.toml, [tool.mhc]: option 'streams' is 9; expected an integer from 1"),
-        ("[tool.mhc]\nmin-sites = '3'", "[tool.mhc]: option 'min_sites' is '3' (str); expected a positive integer"),
+        ("[tool.mhc]\nmin-chain-length = '3'", "[tool.mhc]: option 'min_chain_length' is '3' (str); expected a positive integer"),
         ("[tool]\nmhc = 4", "pyproject.toml: tool.mhc is 4; expected a table"),
         ("[tool.mhc", "pyproject.toml may have a table [tool.mhc], but it is no TOML"),
     ],
@@ -543,7 +543,7 @@ torch.distributed.destroy_process_group()
 def test_torchrun_around_and_inside(folder, outside):
     Path("train.py").write_text(WORKER)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    ours = ["run", "--inner", "eager"]
+    ours = ["run", "--inner-backend", "eager"]
     command = (
         [*torchrun, "-m", "mhc_compile", *ours, "train.py"]
         if outside

@@ -49,7 +49,7 @@ def build(plan: Plan, seed: int) -> Decoder:
 def options(plan: Plan, variant: str) -> dict[str, Any] | None:
     """What the backend "mhc" is given; None for the model as it is. Nothing else differs between variants."""
     mapping = VARIANTS[variant]
-    return None if mapping is None else {"mapping": mapping, "inner": plan.inner}
+    return None if mapping is None else {"mapping": mapping, "inner_backend": plan.inner}
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ class Preset:
         eps: added to the mean square under the root mean square.
         read_out: what ends a chain.
         single_pass: the weights `pre` of a site collapse the streams for the next site; the first site reads the trunk itself.
-        options: further options of the backend that the system's way of starting asks for.
         preserves: whether the plain model is among the functions that it can start as.
     """
 
@@ -38,7 +37,6 @@ class Preset:
     eps: float = 1e-6
     read_out: ReadOut = "mean"
     single_pass: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
     preserves: bool = True
 
     def defaults(self) -> dict[str, Any]:
@@ -50,5 +48,4 @@ class Preset:
             "read_out": self.read_out,
             "single_pass": self.single_pass,
             "rank": self.convention.rank,
-            **self.options,
         }

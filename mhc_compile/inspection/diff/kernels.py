@@ -110,16 +110,16 @@ def kernels(
     Args:
         model: any module, or an exported program. It stays as it is.
         *args: example inputs.
-        options: of the backend; `inner` must be "inductor".
+        options: of the backend; `inner_backend` must be "inductor".
         **kwargs: example inputs by name.
 
     Raises:
-        OptionError: another `inner`.
+        OptionError: another `inner_backend`.
         CaptureError: the model has no memory to run in (the meta device).
     """
     parsed = Options.parse(options)
-    if parsed.inner != "inductor":
-        raise OptionError(f"option 'inner' is {parsed.to_dict()['inner']!r}; kernels are those of 'inductor'")
+    if parsed.inner_backend != "inductor":
+        raise OptionError(f"option 'inner_backend' is {parsed.to_dict()['inner_backend']!r}; kernels are those of 'inductor'")
     if isinstance(model, ExportedProgram):
         plain, ours = model.module(), rewrite(model, options=parsed).module()
         args, kwargs = model.example_inputs or ((), {})

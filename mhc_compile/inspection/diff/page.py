@@ -68,7 +68,7 @@ def _json(data: Any) -> str:
 def _data(diff: ModelDiff) -> dict[str, Any]:
     return {
         **diff.to_dict(),
-        "defaults": Options().to_dict(),
+        "defaults": Options().resolved.to_dict(),
         "legend": [
             {"change": change.value, "sign": sign.strip(), "text": text} for change, (sign, _, text) in LOOK.items()
         ],

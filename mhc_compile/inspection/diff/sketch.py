@@ -181,14 +181,14 @@ def _rows(graph: GraphDiff) -> dict[str, int]:
     return found
 
 
-def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> SiteReport | None:
-    """The site of `outer` whose branch holds `inner`: it is in a module below the site's, and ends before the site's addition."""
-    if any(site.path not in rows for site in (*outer.sites, *inner.sites)):
+def _around(outer: ChainReport, inner_backend: ChainReport, rows: dict[str, int]) -> SiteReport | None:
+    """The site of `outer` whose branch holds `inner_backend`: it is in a module below the site's, and ends before the site's addition."""
+    if any(site.path not in rows for site in (*outer.sites, *inner_backend.sites)):
         return None
     start = -1
     for site in outer.sites:
         end = rows[site.path]
-        if all(start < rows[held.path] < end and _is_below(held.owner, site.owner) for held in inner.sites):
+        if all(start < rows[held.path] < end and _is_below(held.owner, site.owner) for held in inner_backend.sites):
             return site
         start = end
     return None

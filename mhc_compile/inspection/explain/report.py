@@ -60,12 +60,12 @@ def _form(options: Options) -> str:
         f"preset {options.preset}" if options.preset != "paper" else "",
         f"streams {options.streams}",
         f"mapping {options.mapping}"
-        + (f" on {_count(len(options.sites), 'pattern')} otherwise" if options.sites else ""),
-        "" if options.dynamic else "static",
+        + (f" on {_count(len(options.overrides), 'pattern')} otherwise" if options.overrides else ""),
+        "" if options.token_dependent else "static",
         f"gate of rank {options.rank}" if options.rank else "",
         "single pass" if options.single_pass else "",
         f"read-out {options.read_out}" if options.read_out != "mean" and not options.single_pass else "",
-        f"start {options.start}",
+        f"start {options.init}",
     ]
     return ", ".join(filter(None, parts))
 

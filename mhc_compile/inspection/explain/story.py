@@ -66,7 +66,7 @@ class SiteStory:
         previous: path of the site before it in the chain, "" for the first.
         following: path of the site behind it, "" for the last.
         lifted: the operations between the site before and this one, which run on the streams.
-        stream: the stream that the branch leans to at the start, None with `start="scratch"`, which prefers none.
+        stream: the stream that the branch leans to at the start, None with `init="random"`, which prefers none.
     """
 
     path: str

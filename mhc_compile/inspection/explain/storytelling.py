@@ -89,7 +89,7 @@ class Teller:
             previous=below(self.module, chain.sites[index - 1].path) if index else "",
             following=below(self.module, chain.sites[index + 1].path) if index + 1 < len(chain.sites) else "",
             lifted=self._operations(chain.links[index].nodes),
-            stream=position % options.streams if options.start == "preserve" else None,
+            stream=position % options.streams if options.init == "preserve" else None,
         )
 
     def _origin(self, chain: Chain, index: int) -> str:

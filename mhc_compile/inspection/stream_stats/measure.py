@@ -79,7 +79,7 @@ class Meter:
             )
         self._recording = Recording({})
         self._options = replace(
-            _settings(self.model) if options is None else Options.parse(options), inner=self._record
+            _settings(self.model) if options is None else Options.parse(options), inner_backend=self._record
         )
         self._probe = Probe(self.model, self._record if _has_sites(self.model) else self._rewrite)
 
@@ -130,21 +130,21 @@ def _settings(model: nn.Module) -> Options:
     own = {
         escape(".".join(part for part in path.split(".") if part != CONTAINER)): {
             "mapping": one.mapping,
-            "dynamic": one.dynamic,
+            "token_dependent": one.token_dependent,
         }
         for path, one in found.items()
-        if (one.mapping, one.dynamic) != (first.mapping, first.dynamic)
+        if (one.mapping, one.token_dependent) != (first.mapping, first.token_dependent)
     }
     return Options(
         preset=first.preset,
         streams=first.streams,
         mapping=first.mapping,
-        dynamic=first.dynamic,
+        token_dependent=first.token_dependent,
         read_out=first.end,
         single_pass=first.single_pass,
         rank=first.rank,
-        start=first.start,
-        sites=own,
+        init=first.init,
+        overrides=own,
     )
 
 

@@ -47,7 +47,7 @@ def check(
 ) -> CheckResult:
     """Runs `model` plain and rewritten, forward and backward with the same random numbers, and compares every tensor.
 
-    Two proofs. The first: as `start="preserve"` promises, outputs, buffers, inputs that the model writes into, and the gradients of parameters and
+    Two proofs. The first: as `init="preserve"` promises, outputs, buffers, inputs that the model writes into, and the gradients of parameters and
     inputs are those of the plain model. The second, "live": with hyper-connections whose parameters are random, far from that start, the
     compiled model equals the same graph run by another compiler, and every site takes part in it. Then further calls must compile nothing, and
     a call with twice the batch is compared too, where the inputs show what the batch is.
@@ -120,14 +120,14 @@ def _repeatable(options: Options) -> Options:
     """With random numbers drawn as eager draws them: Inductor's own are others."""
     return (
         replace(options, inductor={"fallback_random": True, **options.inductor})
-        if options.inner == "inductor"
+        if options.inner_backend == "inductor"
         else options
     )
 
 
 def _preserving(options: Options) -> Options:
     try:
-        return replace(options, start="preserve")
+        return replace(options, init="preserve")
     except OptionError as error:
         raise OptionError(
             f"check compares the rewritten model with the plain one, and with these options they never compute the same: {error}"
@@ -184,9 +184,9 @@ class _Proof:
             model=self.subject.name,
             mode=self.mode,
             dtype=_name(self.subject.dtype),
-            inner=self.options.inner
-            if isinstance(self.options.inner, str)
-            else getattr(self.options.inner, "__name__", "callable"),
+            inner_backend=self.options.inner_backend
+            if isinstance(self.options.inner_backend, str)
+            else getattr(self.options.inner_backend, "__name__", "callable"),
             seed=self.seed,
             tolerance=self.tolerance,
             planned=planned[0] if planned is not None else sites,

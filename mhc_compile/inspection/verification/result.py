@@ -67,7 +67,7 @@ class CheckResult:
     model: str
     mode: str
     dtype: str
-    inner: str
+    inner_backend: str
     seed: int
     tolerance: float
     planned: int

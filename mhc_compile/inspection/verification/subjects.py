@@ -110,8 +110,8 @@ class _Module:
 
     def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
         model = _to(copy.deepcopy(side.module), dtype)
-        if options.inner == "eager" and dtype is None:
-            return _compiled(model, replace(options, inner="aot_eager"))
+        if options.inner_backend == "eager" and dtype is None:
+            return _compiled(model, replace(options, inner_backend="aot_eager"))
         return Side(eager(model, options=options), model)
 
     def _copy(self, *, own: bool) -> nn.Module:
@@ -145,7 +145,7 @@ class _Program:
 
     def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
         module = _to(copy.deepcopy(side.module), dtype)
-        call = _by_inner(module, replace(options, inner="aot_eager")) if options.inner == "eager" else module
+        call = _by_inner(module, replace(options, inner_backend="aot_eager")) if options.inner_backend == "eager" else module
         return Side(call, module, graphs=1)
 
 
@@ -176,7 +176,7 @@ def _compiled(model: nn.Module, options: Options) -> Side:
 
 
 def _by_inner(module: nn.Module, options: Options) -> Callable[..., Any]:
-    if options.inner == "eager":
+    if options.inner_backend == "eager":
         return module
-    settings: Any = dict(options.inductor) if options.inner == "inductor" else None
-    return torch.compile(module, backend=options.inner, options=settings or None)
+    settings: Any = dict(options.inductor) if options.inner_backend == "inductor" else None
+    return torch.compile(module, backend=options.inner_backend, options=settings or None)

@@ -33,7 +33,7 @@ def render(result: CheckResult, *, every: bool = False) -> RenderableType:
 def _headline(result: CheckResult) -> Text:
     text = Text()
     text.append(f"{result.model}: plain beside rewritten", style="bold")
-    text.append(f", {result.mode}, {result.dtype}, {result.inner}, seed {result.seed}")
+    text.append(f", {result.mode}, {result.dtype}, {result.inner_backend}, seed {result.seed}")
     return text
 
 

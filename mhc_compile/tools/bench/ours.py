@@ -22,8 +22,8 @@ __all__ = ["OperatorsSite", "StepCell", "forget_kernels", "inductor", "step_avai
 
 
 def _connection(shape: Shape, mapping: str) -> HyperConnection:
-    # From scratch: with the preserving start phi is zero, and a product with zeros is a special case that no later step has.
-    options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, start="scratch")
+    # init="random": with the preserving init phi is zero, and a product with zeros is a special case that no later step has.
+    options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, init="random")
     return HyperConnection(shape.width, options, device=shape.device)
 
 

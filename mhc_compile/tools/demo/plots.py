@@ -33,7 +33,7 @@ def conditions_line(result: dict[str, Any]) -> str:
     return (
         f"{result['model']}, {settings['layers']} layer{'s' * (settings['layers'] > 1)}, C = {settings['width']},"
         f" batch {settings['batch']} × {settings['context']}"
-        f" {'bytes' if result['unit'] == 'byte' else 'patches'}, seed {settings['seed']}, {settings['inner']}"
+        f" {'bytes' if result['unit'] == 'byte' else 'patches'}, seed {settings['seed']}, {settings['inner_backend']}"
     )
 
 

@@ -127,7 +127,7 @@ class _Session:
             duel.load_state_dict(content["run"])
             self.saved = duel.step
         self.duel = duel
-        cache = cold_cache(self.request.out / CACHE) if settings.inner == "inductor" else nullcontext()
+        cache = cold_cache(self.request.out / CACHE) if settings.inner_backend == "inductor" else nullcontext()
         with deterministic(), cache:
             self._train(duel, target)
             self.progress.phase("measuring")
@@ -200,7 +200,7 @@ class _Session:
             return
         from mhc_compile.tools.demo.inductor import warm_up
 
-        inductor = duel.settings.inner == "inductor"
+        inductor = duel.settings.inner_backend == "inductor"
         if inductor:
             self.progress.phase("warming up Inductor on a function of one line")
             warm_up()

@@ -45,7 +45,7 @@ class Settings:
     width: int = 128
     dropout: float = 0.0
     lr: float = 3e-3
-    inner: str = "inductor"
+    inner_backend: str = "inductor"
 
     def __post_init__(self) -> None:
         if self.width % HEAD:

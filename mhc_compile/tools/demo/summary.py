@@ -69,7 +69,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         f"Speed: mhc runs at {result['ratio']:.2f} × the plain model's tokens per second"
         f" (medians of steps run in turn, {result['conditions']['threads']} threads,"
         f" {result['conditions']['wait_policy']} waiting).",
-        f"Gain of the composite H_res, Amax over {result['sites']} sites:"
+        f"Gain of the composite H_res, Amax over {result['overrides']} sites:"
         f" {gain['forward']:.4f} forward, {gain['backward']:.4f} backward"
         " (1 is neither growth nor decay).",
         f"Streams: they differ from their mean by {100 * max(distances):.1f} % of it"

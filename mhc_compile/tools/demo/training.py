@@ -40,7 +40,7 @@ def rate(step: int, peak: float) -> float:
 
 def mhc_options(settings: Settings) -> dict[str, Any] | None:
     """The options of backend="mhc": none, unless another inner compiler was asked for."""
-    return None if settings.inner == "inductor" else {"inner": settings.inner}
+    return None if settings.inner_backend == "inductor" else {"inner_backend": settings.inner_backend}
 
 
 def check_same_weights(plain: nn.Module, other: nn.Module) -> None:
@@ -86,7 +86,7 @@ class Duel:
         mhc_compile.attach(models[1], task.training(0)[0], options=mhc_options(settings))
         attaching = time.perf_counter() - begin
         check_same_weights(*models)
-        self.plain = Side("plain", models[0], backend=settings.inner, lr=settings.lr)
+        self.plain = Side("plain", models[0], backend=settings.inner_backend, lr=settings.lr)
         self.mhc = Side("mhc", models[1], backend="mhc", options=mhc_options(settings), lr=settings.lr)
         self.mhc.preparation = attaching
 

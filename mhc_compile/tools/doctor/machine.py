@@ -30,7 +30,7 @@ def compiler() -> Iterator[Finding]:
 
     advice = (
         "Install one (apt install g++, or Xcode's command line tools), or set CXX to one that works."
-        " Without it use options={'inner': 'aot_eager'}."
+        " Without it use options={'inner_backend': 'aot_eager'}."
     )
     try:
         path = _torch.cpp_compiler()

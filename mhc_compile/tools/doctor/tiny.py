@@ -46,7 +46,7 @@ def tiny_compile(seconds: float = _SECONDS) -> Iterator[Finding]:
         return
     seen = json.loads(done.stdout.splitlines()[-1])
     wrong = _wrong(seen)
-    found = f"{seen['sites']} sites, largest deviation {seen['deviation']:.0e}, {took:.0f} s"
+    found = f"{seen['overrides']} sites, largest deviation {seen['deviation']:.0e}, {took:.0f} s"
     if wrong:
         yield Finding(
             name,

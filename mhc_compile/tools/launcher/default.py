@@ -62,7 +62,7 @@ class DefaultBackend:
                 f"torch.compile(..., options={dict(settings)!r}) names no backend, so its options are settings for Inductor, and"
                 f" {name!r} is none.{f' Did you mean {near[0]!r}?' if near else ''}{ours}"
             )
-        if options.inner != "inductor" and (given or mode):
+        if options.inner_backend != "inductor" and (given or mode):
             unused = [f"mode={mode!r}"] if mode else [f"options={dict(settings)!r}"]
-            warn(f"torch.compile(..., {unused[0]}) is for Inductor; with inner={options.inner!r} it has no effect")
+            warn(f"torch.compile(..., {unused[0]}) is for Inductor; with inner_backend={options.inner_backend!r} it has no effect")
         return replace(options, inductor={**given, **options.inductor})

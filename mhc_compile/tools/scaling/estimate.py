@@ -82,9 +82,9 @@ def estimate(shape: Shape, options: Options | None = None) -> Estimate:
         options: of the backend. Sites are taken alike: options of single sites are an error.
 
     Raises:
-        OptionError: `options.sites` is given.
+        OptionError: `options.overrides` is given.
     """
-    options = Options() if options is None else options
+    options = Options.parse(options)
     one, two = (_explained(shape, layers, options) for layers in (1, 2))
     cost = site_cost(shape.width, ITEM, options)
     sites = 2 * shape.layers

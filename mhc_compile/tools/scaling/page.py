@@ -47,7 +47,7 @@ in turn, for its GPT-2-shaped model (`python -m mhc_compile.tools.bench.predicte
 
 def page(options: Options | None = None) -> str:
     """The whole page."""
-    options = Options() if options is None else options
+    options = Options.parse(options)
     estimates = [estimate(shape, options) for shape in SHAPES]
     measured = json.loads(MEASURED.read_text())
     about = f"n = {options.streams}, mapping {options.mapping}; one sequence a pass, trunk and streams in bfloat16."

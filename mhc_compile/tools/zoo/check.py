@@ -76,7 +76,7 @@ def check(
         family: see `zoo.get`.
         layers: the depth.
         mode: in which mode the model is traced and run.
-        options: of the backend; `inner` is "eager" unless they say otherwise.
+        options: of the backend; `inner_backend` is "eager" unless they say otherwise.
         preserve: compare the numbers as well.
 
     Raises:
@@ -85,9 +85,9 @@ def check(
     import torch
 
     given = dict(options or {})
-    min_sites = Options.parse(given).min_sites
+    min_chain_length = Options.parse(given).min_chain_length
     expected = family.expected(layers, mode)
-    chains = expected.rewritten(min_sites)
+    chains = expected.rewritten(min_chain_length)
     outcome = Outcome(family.name, mode, layers, expected_sites=sum(chains), expected_chains=chains)
     if family.needs != "torch" and importlib.util.find_spec(family.needs) is None:
         outcome.status, outcome.message = "skipped", f"needs {family.needs}"
@@ -95,7 +95,7 @@ def check(
     torch.compiler.reset()
     started = time.monotonic()
     try:
-        _study(family, outcome, given, expected, min_sites)
+        _study(family, outcome, given, expected, min_chain_length)
         if preserve:
             _preserve(family, outcome, given)
     except Exception as error:
@@ -106,7 +106,7 @@ def check(
     return outcome
 
 
-def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_sites: int) -> None:
+def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int) -> None:
     from mhc_compile.inspection.explain.explain import explain
 
     model, args, kwargs = family.build(outcome.layers)
@@ -115,25 +115,25 @@ def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expecte
     outcome.sites = len(explanation.sites)
     outcome.chains = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
     outcome.refused = explanation.reasons
-    _complain(outcome, deviation(outcome.chains, outcome.refused, expected, min_sites))
+    _complain(outcome, deviation(outcome.chains, outcome.refused, expected, min_chain_length))
 
 
-def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected, min_sites: int = 2) -> str:
+def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected, min_chain_length: int = 2) -> str:
     """In what a structure differs from the expected one, in one line; "" if it does not.
 
     Args:
         chains: the lengths that were found, the longest first.
         refused: how many additions were left alone for each reason.
         expected: what the source says.
-        min_sites: chains shorter than this are left alone.
+        min_chain_length: chains shorter than this are left alone.
     """
     from mhc_compile.passes import Reason
 
-    want = expected.rewritten(min_sites)
+    want = expected.rewritten(min_chain_length)
     if chains != want:
         hint = f" ({expected.note})" if expected.note else ""
         return f"chains {_list(chains)}, expected {_list(want)}{hint}"
-    alone, short = refused[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_sites)
+    alone, short = refused[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_chain_length)
     if alone < short:
         return f"{alone} sites in chains that are too short, expected {short}"
     if expected.reasons is not None:

@@ -27,7 +27,7 @@ class Expected:
     Attributes:
         chains: lengths of the runs of residual adds whose skip is the sum before, directly or through operations that are cheap to run on every
             stream: views, casts, dropout, scales, norms, activations, slices, pads, pooling. A run of one is listed too, although
-            `min_sites` leaves it alone by default.
+            `min_chain_length` leaves it alone by default.
         projected: merges whose skip passes through a convolution or a matrix product. They end a chain and are not rewritten.
         reasons: for traps, the codes that every addition which is left alone must have one of. None where they are not the point.
         note: what a reader of a deviation should know.
@@ -45,14 +45,14 @@ class Expected:
         """Residual adds with an identity skip, in chains of any length."""
         return sum(self.chains) + sum(self.pieces)
 
-    def rewritten(self, min_sites: int) -> tuple[int, ...]:
+    def rewritten(self, min_chain_length: int) -> tuple[int, ...]:
         """The chains that are long enough to be rewritten, the longest first."""
-        long = [length for length in self.chains if length >= min_sites]
+        long = [length for length in self.chains if length >= min_chain_length]
         return tuple(sorted((*long, *self.pieces), reverse=True))
 
-    def too_short(self, min_sites: int) -> int:
+    def too_short(self, min_chain_length: int) -> int:
         """The sites that are left alone because their chain is short."""
-        return sum(length for length in self.chains if length < min_sites)
+        return sum(length for length in self.chains if length < min_chain_length)
 
 
 Expect: TypeAlias = Callable[[int, Mode], Expected]

@@ -52,7 +52,7 @@ def preservation(case: Case, options: Mapping[str, Any], *, double: bool, differ
     undefined = [name for name, value in {**_values(want), **_gradients(want)}.items() if value.isnan().any()]
     if undefined:
         raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager", **options})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MhcWarning)  # that nothing was rewritten is in the count of sites
         got = observe(compiled, model, args, kwargs, differentiable_inputs=differentiable_inputs)

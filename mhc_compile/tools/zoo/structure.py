@@ -69,7 +69,7 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
     Raises:
         CaptureError: the model could not be traced.
     """
-    chosen = options or Options()
+    chosen = Options.parse(options)
     model, args, kwargs = family.build(layers)
     chains: list[tuple[str, ...]] = []
     refused: list[tuple[str, str]] = []

@@ -21,10 +21,10 @@ CASES = {
     "hy-v4": {"preset": "hy-v4"},
     "liger": {"preset": "liger"},
     "deepseek-v4.1": {"preset": "deepseek-v4.1"},
-    "qwen4-exp": {"preset": "qwen4-exp", "rank": 3, "start": "scratch"},
-    "sum": {"read_out": "sum", "start": "scratch"},
-    "static": {"dynamic": False},
-    "sites": {"sites": {"blocks.*.mlp": {"mapping": "identity"}, "blocks.1.*": {"dynamic": False}}},
+    "qwen4-exp": {"preset": "qwen4-exp", "rank": 3, "init": "random"},
+    "sum": {"read_out": "sum", "init": "random"},
+    "static": {"token_dependent": False},
+    "sites": {"overrides": {"blocks.*.mlp": {"mapping": "identity"}, "blocks.1.*": {"token_dependent": False}}},
 }
 
 
@@ -73,7 +73,7 @@ def randomised(options: dict) -> tuple[Decoder, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("case", "inner"),
+    ("case", "inner_backend"),
     [*((case, "aot_eager") for case in QUICK), ("deepseek-v4.1", "eager")]
     + [pytest.param(case, "aot_eager", marks=pytest.mark.slow) for case in CASES if case not in QUICK]
     + [
@@ -81,13 +81,13 @@ def randomised(options: dict) -> tuple[Decoder, Tensor]:
         for case in ("deepseek-v4", "deepseek-v4.1", "qwen4-exp", "static")
     ],
 )
-def test_forward_and_gradients_equal_the_sites_by_hand(case, inner):
+def test_forward_and_gradients_equal_the_sites_by_hand(case, inner_backend):
     model, ids = randomised(CASES[case])
     want = by_hand(model, ids)
     weight = torch.randn_like(want)
     parameters = dict(model.named_parameters())
     expected = torch.autograd.grad((want * weight).sum(), list(parameters.values()), allow_unused=True)
-    got = torch.compile(model, backend="mhc", options={**CASES[case], "inner": inner, "strict": True})(ids)
+    got = torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": inner_backend, "strict": True})(ids)
     assert (got - want).abs().max() < 1e-11
     found = torch.autograd.grad((got * weight).sum(), list(parameters.values()), allow_unused=True)
     for name, mine, theirs in zip(parameters, found, expected, strict=True):
@@ -102,14 +102,14 @@ def test_forward_and_gradients_equal_the_sites_by_hand(case, inner):
     [
         pytest.param(case, marks=() if case in (*QUICK, "hy-v4") else pytest.mark.slow)
         for case in CASES
-        if "start" not in CASES[case]
+        if "init" not in CASES[case]
     ],
 )
 def test_the_start_is_the_plain_model(case):
     """To rounding; with an epsilon in Sinkhorn the rows sum to 1 - eps, so that a site loses a millionth of its streams."""
     plain = Decoder(width=WIDTH).double()
     model, ids = twin(plain), tokens()
-    want, got = plain(ids), torch.compile(model, backend="mhc", options={**CASES[case], "inner": "eager"})(ids)
+    want, got = plain(ids), torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": "eager"})(ids)
     loses = "sinkhorn_eps" in next(iter(mhc_compile.connections(model).values())).form
     assert (got - want).abs().max() < (5e-6 * 2 * LAYERS if loses else 1e-13)
     assert loses == (case in {"deepseek-v4", "glm5-next", "liger", "deepseek-v4.1"})
@@ -117,7 +117,7 @@ def test_the_start_is_the_plain_model(case):
 
 def test_sites_of_their_own_kind():
     model, _ = randomised(CASES["sites"])
-    kinds = {path: (c.mapping, c.dynamic) for path, c in mhc_compile.connections(model).items()}
+    kinds = {path: (c.mapping, c.token_dependent) for path, c in mhc_compile.connections(model).items()}
     assert kinds == {
         "blocks.0.mhc.attn": ("sinkhorn", True),
         "blocks.0.mhc.mlp": ("identity", True),
@@ -129,7 +129,7 @@ def test_sites_of_their_own_kind():
 def test_another_preset_than_the_one_that_is_attached_is_an_error():
     model, ids = randomised({"preset": "deepseek-v4"})
     with pytest.raises(AttachError, match="preset='deepseek-v4', the options say preset='glm5-next'"):
-        torch.compile(model, backend="mhc", options={"preset": "glm5-next", "inner": "eager"})(ids)
+        torch.compile(model, backend="mhc", options={"preset": "glm5-next", "inner_backend": "eager"})(ids)
 
 
 @pytest.mark.parametrize("options", [{"preset": "deepseek-v4"}, {"preset": "deepseek-v4.1"}])
@@ -144,7 +144,7 @@ def test_a_chain_in_pieces_can_not_end_in_a_learned_way(options):
 
     model, ids = Broken(width=WIDTH), tokens()
     with pytest.raises(AttachError, match="runs through several graphs"):
-        torch.compile(model, backend="mhc", options={**options, "inner": "eager"})(ids)
+        torch.compile(model, backend="mhc", options={**options, "inner_backend": "eager"})(ids)
 
 
 def test_a_learned_read_out_outside_a_checkpointed_block():
@@ -160,14 +160,14 @@ def test_a_learned_read_out_outside_a_checkpointed_block():
     saving = Saving(width=WIDTH).double()
     mhc_compile.attach(saving, ids, options={"preset": "deepseek-v4"})
     saving.load_state_dict(model.state_dict())
-    options = {"preset": "deepseek-v4", "inner": "aot_eager", "strict": True}
+    options = {"preset": "deepseek-v4", "inner_backend": "aot_eager", "strict": True}
     assert (torch.compile(saving, backend="mhc", options=options)(ids) - by_hand(model, ids)).abs().max() < 1e-11
 
 
 def test_the_optimizer_gets_the_read_out_too():
     model, ids = Decoder(width=WIDTH), tokens()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    compiled = torch.compile(model, backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+    compiled = torch.compile(model, backend="mhc", options={"preset": "deepseek-v4", "inner_backend": "eager"})
     compiled(ids).sum().backward()
     weight = model.get_parameter("blocks.1.mhc.mlp.read_out.weight")
     assert any(parameter is weight for group in optimizer.param_groups for parameter in group["params"])
@@ -191,19 +191,19 @@ def test_a_state_dict_goes_round(tmp_path):
     ("options", "message"),
     [
         ({"preset": "deepseek-v5"}, "preset 'deepseek-v5' is unknown; did you mean 'deepseek-v4'"),
-        ({"preset": "qwen4-exp"}, "no parameters make that the plain residual add. Add start='scratch'"),
+        ({"preset": "qwen4-exp"}, "no parameters make that the plain residual add. Add init='random'"),
         ({"read_out": "sum"}, "read_out='sum' adds 4 equal streams up"),
         (
             {"read_out": "max"},
             "option 'read_out' is 'max'; did you mean 'mean'? expected one of 'mean', 'sum', 'learned'",
         ),
-        ({"rank": 4, "start": "scratch"}, "goes with mapping='identity'"),
-        ({"sites": {"layers.*": {"streams": 2}}}, "sets 'streams'"),
+        ({"rank": 4, "init": "random"}, "goes with mapping='identity'"),
+        ({"overrides": {"layers.*": {"streams": 2}}}, "sets 'streams'"),
         (
-            {"sites": {"layers.*": {"mapping": "sinkhron"}}},
+            {"overrides": {"layers.*": {"mapping": "sinkhron"}}},
             "'layers.*': option 'mapping' is 'sinkhron'; did you mean 'sinkhorn'",
         ),
-        ({"sites": ["layers"]}, "expected a dict such as"),
+        ({"overrides": ["layers"]}, "expected a dict such as"),
     ],
 )
 def test_wrong_options_say_what_is_wrong(options, message):
@@ -229,22 +229,22 @@ def test_restored_from_a_file(case, tmp_path):
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "m.safetensors")
     fresh = Decoder(width=WIDTH).double()
     preset = CASES[case].get("preset", "paper")
-    known = {"preset": preset, "start": "scratch"}
+    known = {"preset": preset, "init": "random"}
     mhc_compile.restore(fresh, tmp_path / "m.safetensors", options=known)
     fresh.load_state_dict(model.state_dict())
-    got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner": "eager", "strict": True})(ids)
+    got = torch.compile(fresh, backend="mhc", options={**CASES[case], "inner_backend": "eager", "strict": True})(ids)
     assert (got - by_hand(model, ids)).abs().max() < 1e-11
 
 
 def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
     model, ids = Decoder(width=WIDTH), tokens()
-    options = {"inner": "eager", "sites": {"layers.*.mlp": {"dynamic": False}}}
+    options = {"inner_backend": "eager", "overrides": {"layers.*.mlp": {"token_dependent": False}}}
     with pytest.warns(mhc_compile.MhcWarning, match=r"'layers\.\*\.mlp' fits no site .* 'blocks\.\d\.mlp'"):
         torch.compile(model, backend="mhc", options=options)(ids)
 
 
 def test_patterns_fit_the_end_of_a_path():
-    options = mhc_compile.Options(sites={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"dynamic": False}})
+    options = mhc_compile.Options(overrides={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"token_dependent": False}})
     assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
     assert not options.at("model.layers.3.mlp").dynamic
     assert options.at("model.layers.2.mlp").dynamic
@@ -292,7 +292,7 @@ def test_a_reader_of_a_value_that_runs_on_streams_gets_their_sum_too():
 
     torch.manual_seed(0)
     model, x = Normed().double(), torch.randn(2, 3, 4, dtype=torch.float64)
-    options = {"read_out": "sum", "start": "scratch", "inner": "eager", "strict": True}
+    options = {"read_out": "sum", "init": "random", "inner_backend": "eager", "strict": True}
     compiled = torch.compile(model, backend="mhc", options=options)
     got = compiled(x)
     first, second = (model.mhc.get(name) for name in ("f", "g"))
@@ -323,7 +323,7 @@ def test_a_model_that_returns_its_trunk_is_whole():
 
     model, ids = Trunk(width=WIDTH), tokens()
     plain = twin(model)
-    compiled = torch.compile(model, backend="mhc", options={"read_out": "learned", "inner": "eager", "strict": True})
+    compiled = torch.compile(model, backend="mhc", options={"read_out": "learned", "inner_backend": "eager", "strict": True})
     assert (compiled(ids) - plain(ids)).abs().max() < 1e-5
     assert (Loop(compiled)(ids) - plain(ids)).abs().max() < 1e-5
     assert "blocks.1.mhc.mlp.read_out.weight" in dict(model.named_parameters())
@@ -332,6 +332,6 @@ def test_a_model_that_returns_its_trunk_is_whole():
 def test_blocks_compiled_one_by_one_can_not_end_in_a_learned_way():
     model, ids = Decoder(width=WIDTH), tokens()
     for block in model.blocks:
-        block.compile(backend="mhc", options={"preset": "deepseek-v4", "inner": "eager"})
+        block.compile(backend="mhc", options={"preset": "deepseek-v4", "inner_backend": "eager"})
     with pytest.raises(AttachError, match="runs through several graphs"):
         model(ids)

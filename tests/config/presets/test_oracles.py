@@ -23,7 +23,7 @@ def in_double(monkeypatch):
 
 def settings(native: Native) -> Options:
     rank = {"rank": 3} if native.preset == "qwen4-exp" else {}
-    return Options.parse({"preset": native.preset, "start": "scratch", "streams": N, "iterations": ITERATIONS, **rank})
+    return Options.parse({"preset": native.preset, "init": "random", "streams": N, "iterations": ITERATIONS, **rank})
 
 
 def our_site(native: Native, streams: Tensor, branch) -> Tensor:

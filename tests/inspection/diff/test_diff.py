@@ -38,11 +38,11 @@ def rewritten(model, *args, **options):
     """The graphs that the backend hands to its inner compiler."""
     graphs = []
 
-    def inner(graph_module, inputs):
+    def inner_backend(graph_module, inputs):
         graphs.append(graph_module.graph)
         return graph_module.forward
 
-    torch.compile(model, backend="mhc", options={"inner": inner, **options})(*args)
+    torch.compile(model, backend="mhc", options={"inner_backend": inner_backend, **options})(*args)
     return graphs
 
 
@@ -62,7 +62,7 @@ def test_every_residual_add_is_replaced_and_nothing_else_is_removed():
 
 def test_the_graph_behind_the_diff_is_the_one_that_the_inner_compiler_gets():
     model = decoder()
-    diff = mhc_compile.diff(model, tokens(), options={"inner": "eager"}, stage="capture..lower")
+    diff = mhc_compile.diff(model, tokens(), options={"inner_backend": "eager"}, stage="capture..lower")
     (graph,) = rewritten(copy.deepcopy(model), tokens())
     assert sum(operations(diff).values()) == sum(node.op.startswith("call_") for node in graph.nodes)
     ours = Counter(str(node.target).removesuffix(".default") for node in graph.nodes if "mhc." in str(node.target))
@@ -98,7 +98,7 @@ def test_a_changed_plan_changes_explain_diff_and_rewrite(monkeypatch):
 
     def seen(model):
         explained = mhc_compile.explain(model, tokens())
-        diff = mhc_compile.diff(model, tokens(), options={"inner": "eager"})
+        diff = mhc_compile.diff(model, tokens(), options={"inner_backend": "eager"})
         graphs = rewritten(model, tokens())
         updates = sum("mhc.update" in str(node.target) for graph in graphs for node in graph.nodes)
         return (

@@ -53,8 +53,8 @@ def test_counts():
 def test_what_cannot_be_compiled_is_refused():
     from mhc_compile.inspection.diff.kernels import kernels
 
-    with pytest.raises(mhc_compile.OptionError, match="option 'inner' is 'eager'; kernels are those of 'inductor'"):
-        kernels(Decoder(), tokens(), options={"inner": "eager"})
+    with pytest.raises(mhc_compile.OptionError, match="option 'inner_backend' is 'eager'; kernels are those of 'inductor'"):
+        kernels(Decoder(), tokens(), options={"inner_backend": "eager"})
     with torch.device("meta"):
         model = Decoder()
     with pytest.raises(mhc_compile.CaptureError, match="Decoder is on the meta device"):

@@ -108,7 +108,7 @@ def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
     monkeypatch.setattr(study, "plan_chains", without_last_block)
     model = Decoder()
     assert len(mhc_compile.explain(model, tokens()).sites) == 2 * LAYERS - 1
-    torch.compile(model, backend="mhc", options={"inner": "eager"})(tokens())
+    torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(tokens())
     assert len(mhc_compile.connections(model)) == 2 * LAYERS - 1
 
 
@@ -143,7 +143,7 @@ def test_gain_needs_an_attached_model():
 
 def test_gain_multiplies_over_depth():
     model = Decoder()
-    options = {"inner": "eager"}
+    options = {"inner_backend": "eager"}
     mhc_compile.attach(model, tokens(), options=options)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():

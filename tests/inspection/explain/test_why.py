@@ -42,7 +42,7 @@ def test_the_story_of_a_site():
 
 
 def test_the_first_and_the_last_site_and_no_preferred_stream():
-    first, last = tell("blocks.0.mhc.attn"), tell(f"blocks.{LAYERS - 1}.mhc.mlp", start="scratch")
+    first, last = tell("blocks.0.mhc.attn"), tell(f"blocks.{LAYERS - 1}.mhc.mlp", init="random")
     assert first.sites[0].previous == last.sites[0].following == ""
     assert "the streams begin as copies of it" in first.sites[0].trunk_from
     assert (first.sites[0].stream, last.sites[0].stream) == (0, None)

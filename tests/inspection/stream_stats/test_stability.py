@@ -15,7 +15,7 @@ from torch import nn
 
 import mhc_compile
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 MHC = {"backend": "mhc", "options": EAGER}
 
 
@@ -419,7 +419,7 @@ def test_compiled_versions_stay():
         return graph_module
 
     model, points = Deep(2), torch.randn(3, 5, 4)
-    compiled = torch.compile(model, backend="mhc", options={"inner": counting})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": counting})
     compiled(points)
     compiled(points)
     count = len(graphs)
@@ -596,16 +596,16 @@ def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured
 
 QUICK = (
     {"preset": "deepseek-v4.1"},
-    {"sites": {"1.parts.1": {"mapping": "identity", "dynamic": False}}},
+    {"overrides": {"1.parts.1": {"mapping": "identity", "token_dependent": False}}},
 )
 MORE = (
-    {"preset": "qwen4-exp", "start": "scratch"},
+    {"preset": "qwen4-exp", "init": "random"},
     {"mapping": "permutations"},
     {"mapping": "kronecker"},
     {"mapping": "unconstrained"},
-    {"preset": "deepseek-v4", "start": "scratch"},
-    {"dynamic": False},
-    {"read_out": "sum", "start": "scratch"},
+    {"preset": "deepseek-v4", "init": "random"},
+    {"token_dependent": False},
+    {"read_out": "sum", "init": "random"},
 )
 
 
@@ -624,7 +624,7 @@ def test_other_conventions_are_measured_without_being_told_of(options):
     seen = mhc_compile.stability(model, inputs)
     (chain,) = seen.chains
     assert [site.path for site in chain.sites] == list(found)
-    assert seen.remarks == () or options == {"dynamic": False} or "qwen4-exp" in options.values()
+    assert seen.remarks == () or options == {"token_dependent": False} or "qwen4-exp" in options.values()
     identity = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
     for site, connection in zip(chain.sites, found.values(), strict=True):
         assert (site.pre is None) == (connection.rank > 0)

@@ -18,7 +18,7 @@ from mhc_compile.inspection.verification import subjects
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.ops import reference
 
-EAGER = {"inner": "eager"}
+EAGER = {"inner_backend": "eager"}
 
 
 def groups(result):
@@ -229,7 +229,7 @@ def test_through_inductor_with_dropout(start):
     subject = torch.export.export(model, (points(),)) if start == "program" else model
     result = check(subject, points())
     assert result.ok, result.findings
-    assert result.inner == "inductor"
+    assert result.inner_backend == "inductor"
 
 
 @pytest.mark.parametrize(

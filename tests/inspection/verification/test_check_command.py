@@ -24,7 +24,7 @@ def check(tmp_path, monkeypatch):
     (tmp_path / "checked_models.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    return lambda *arguments: CliRunner().invoke(command, [*arguments, "--inner", "eager"], obj={})
+    return lambda *arguments: CliRunner().invoke(command, [*arguments, "--inner-backend", "eager"], obj={})
 
 
 def test_what_is_the_same_is_exit_code_0_and_ends_with_the_verdict(check):

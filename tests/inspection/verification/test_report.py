@@ -40,7 +40,7 @@ def result(**changes):
         "model": "GPT2LMHeadModel",
         "mode": "train",
         "dtype": "float32",
-        "inner": "inductor",
+        "inner_backend": "inductor",
         "seed": 0,
         "tolerance": 1e-5,
         "planned": 4,

@@ -52,10 +52,10 @@ def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_refused()
         return m.g(y + m.g(y))
 
     assert [len(chain.sites) for chain in planned(forward).chains] == [1, 1]
-    plan = planned(forward, min_sites=2)
+    plan = planned(forward, min_chain_length=2)
     assert not plan.chains
     assert [refusal.reason for refusal in plan.refusals] == [Reason.CHAIN_TOO_SHORT] * 2
-    assert "its chain has 1 site; min_sites=2" in plan.refusals[0].sentence
+    assert "its chain has 1 site; min_chain_length=2" in plan.refusals[0].sentence
 
 
 aten = torch.ops.aten
@@ -152,7 +152,7 @@ def test_a_branch_that_ends_in_a_residual_add_of_its_own_is_no_long_skip():
             x = x + (h + m.g(h))
         return x
 
-    plan = planned(forward, min_sites=2)
+    plan = planned(forward, min_chain_length=2)
     assert [[str(site.add) for site in chain.sites] for chain in plan.chains] == [["add_1", "add_3"]]
     assert [refusal.reason for refusal in plan.refusals] == [Reason.SIDE_ADD] * 2
 
@@ -164,7 +164,7 @@ def test_a_chain_runs_through_an_add_of_something_else():
         x = x + other
         return x + m.g(x)
 
-    plan = planned(forward, min_sites=2)
+    plan = planned(forward, min_chain_length=2)
     assert [len(chain.sites) for chain in plan.chains] == [2]
     assert [op_name(node) for node in plan.chains[0].links[1].nodes] == ["add"]
 

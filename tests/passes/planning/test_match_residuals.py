@@ -128,7 +128,7 @@ def test_an_add_round_streams_of_an_earlier_run_is_refused():
     from helpers.graphs import trace
 
     module = mhc_compile.rewrite(trace(forward), torch.randn(2, 4, C))
-    plan = plan_chains(normalize(module.graph), Provenance(), min_sites=1)
+    plan = plan_chains(normalize(module.graph), Provenance(), min_chain_length=1)
     assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
     assert not plan.sites
 

@@ -51,7 +51,7 @@ def test_reasons_that_the_graph_decides(reason):
 
 
 def test_chain_too_short():
-    plan = planned(lambda m, x: x + m.f(x), min_sites=2)
+    plan = planned(lambda m, x: x + m.f(x), min_chain_length=2)
     assert [refusal.reason for refusal in plan.refusals] == [R.CHAIN_TOO_SHORT]
 
 
@@ -74,7 +74,7 @@ def test_dynamic_width():
 
     x = torch.randn(2, 4, 6)
     torch._dynamo.mark_dynamic(x, 2)
-    reasons = mhc_compile.explain(Net(), x, options={"min_sites": 1}).reasons
+    reasons = mhc_compile.explain(Net(), x, options={"min_chain_length": 1}).reasons
     assert reasons == {R.DYNAMIC_WIDTH.value: 1}
 
 
@@ -89,7 +89,7 @@ def test_a_width_that_a_layer_has_proven_is_fixed():
 
     x = torch.randn(2, 4, 6)
     torch._dynamo.maybe_mark_dynamic(x, [0, 1, 2])
-    explanation = mhc_compile.explain(Net(), x, options={"min_sites": 1})
+    explanation = mhc_compile.explain(Net(), x, options={"min_chain_length": 1})
     assert (len(explanation.sites), explanation.reasons) == (1, {})
 
 
@@ -107,7 +107,7 @@ def test_broken_branch():
         def route(self, x):
             return self.expert(x)
 
-    reasons = mhc_compile.explain(Routed(), torch.randn(2, 4, C), options={"min_sites": 1}).reasons
+    reasons = mhc_compile.explain(Routed(), torch.randn(2, 4, C), options={"min_chain_length": 1}).reasons
     assert reasons == {R.BROKEN_BRANCH.value: 1}
 
 
@@ -142,7 +142,7 @@ def test_not_declared(caplog):
     seen = []
     model.f._forward_pre_hooks.clear()
     with caplog.at_level("DEBUG", "mhc_compile.backend"):
-        torch.compile(model, backend="mhc", options={"inner": lambda gm, inputs: seen.append(gm) or gm.forward})(x)
+        torch.compile(model, backend="mhc", options={"inner_backend": lambda gm, inputs: seen.append(gm) or gm.forward})(x)
     assert not any(node.target is torch.ops.mhc.update.default for node in seen[0].graph.nodes)
     assert "not-declared" in caplog.text
 
@@ -157,8 +157,8 @@ def test_width_conflict(caplog):
             return x + self.f(F.layer_norm(x, x.shape[-1:]))
 
     model = Net()
-    mhc_compile.attach(model, torch.randn(2, 4, 6), options={"min_sites": 1})
-    compiled = torch.compile(model, backend="mhc", options={"min_sites": 1, "inner": "eager"})
+    mhc_compile.attach(model, torch.randn(2, 4, 6), options={"min_chain_length": 1})
+    compiled = torch.compile(model, backend="mhc", options={"min_chain_length": 1, "inner_backend": "eager"})
     told = pytest.warns(mhc_compile.MhcWarning, match=r"no part in a graph .*\(mhc\.f\).* 1 × width-conflict")
     with told, caplog.at_level("DEBUG", "mhc_compile.backend"):
         compiled(torch.randn(2, 4, 8))

@@ -59,7 +59,7 @@ def captured(model: nn.Module, *inputs: Tensor, backend: str | None = None) -> f
         return graph_module
 
     torch._dynamo.reset()
-    options = {"options": {"inner": keep, "min_sites": 1}} if backend else {}
+    options = {"options": {"inner_backend": keep, "min_chain_length": 1}} if backend else {}
     torch.compile(model, backend=backend or keep, **options)(*inputs)
     (graph,) = graphs
     return graph
@@ -199,8 +199,8 @@ def test_regions_in_regions_stay_nested():
     module = captured(Regions(forward), X, backend="mhc")
     (outer,) = calls(module.graph)
     body = body_of(module, outer)
-    (inner,) = calls(body.graph)
-    assert names(body_of(body, inner).graph)[-1] == "update"
+    (inner_backend,) = calls(body.graph)
+    assert names(body_of(body, inner_backend).graph)[-1] == "update"
     assert names(body.graph) == [
         "tag_activation_checkpoint",
         *["coefficients", "collapse", "layer_norm", "linear"],
@@ -251,12 +251,12 @@ def test_graphs_of_other_operations_go_into_the_body_with_them():
     weight = torch.randn(C, C)
 
     @torch.compiler.nested_compile_region
-    def inner(x):
+    def inner_backend(x):
         return torch.tanh(x @ weight)
 
     def forward(m, x):
-        x = m.region(lambda x: inner(x) + 1, x)
-        return m.region(lambda x: inner(x) + x + m.f(m.norm(x)), x)
+        x = m.region(lambda x: inner_backend(x) + 1, x)
+        return m.region(lambda x: inner_backend(x) + x + m.f(m.norm(x)), x)
 
     module = captured(Regions(forward), X)
     flat = InlineRegions().apply(module.graph)
@@ -297,7 +297,7 @@ def test_autocast_keeps_its_place():
     assert sum(part["_enter_autocast"] for part in got) == 2
     assert got == want  # (x + f(x) + g(x): one sum of the branches and one update, as there were two adds)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="mhc", options={"inner": "eager", "min_sites": 1})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", "min_chain_length": 1})
     assert (compiled(X) - plain(X)).abs().max() < 2e-2
 
 
@@ -313,7 +313,7 @@ def test_a_trunk_computed_without_gradients_does_not_cut_the_gradients_of_the_co
         torch._dynamo.reset()
         model = Regions(forward)
         model.checkpointed = checkpointed
-        torch.compile(model, backend="mhc", options={"inner": "aot_eager"})(X).square().sum().backward()
+        torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})(X).square().sum().backward()
         assert len(mhc_compile.connections(model)) == 2
         for name, connection in mhc_compile.connections(model).items():
             assert connection.phi.grad is not None, name
@@ -357,7 +357,7 @@ def check(program, switches) -> tuple[int, int]:
     """Regions change neither what is found nor what is computed; returns the numbers of regions and of sites."""
     model, traced, x, (want, want_gradients) = plain(program)
     source = with_regions(traced, switches)
-    options = {"min_sites": 1}
+    options = {"min_chain_length": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mhc_compile.export.rewrite.complain", lambda *_: None)
         flat = mhc_compile.rewrite(traced, x, options=options)

@@ -163,7 +163,7 @@ def test_images_keep_their_memory_format(memory_format):
     model = Net().to(memory_format=memory_format)
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=memory_format)
     want = model(x)
-    compiled = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     got = compiled(x)
     assert len(mhc_compile.connections(model)) == 2
     for one, other in zip(got, want, strict=True):
@@ -252,7 +252,7 @@ def test_two_skips_of_different_age():
             x, p = f(x) + x + p, x
         return x
 
-    module, model, x = rewritten(forward, min_sites=1)
+    module, model, x = rewritten(forward, min_chain_length=1)
     assert operations(module)["update"] > 0
     assert (module(x) - model(x)).abs().max() / model(x).abs().max() < 1e-6
 
@@ -270,11 +270,11 @@ def test_an_inner_chain_starts_from_what_the_outer_branch_reads():
     unequal(module)
     outer = x.unsqueeze(-2).expand(-1, -1, 4, -1)
 
-    def inner(h):
+    def inner_backend(h):
         streams = by_hand(module, h.unsqueeze(-2).expand(-1, -1, 4, -1), "f", model.f)
         return model.conv(model.norm(by_hand(module, streams, "g", model.g).mean(-2)))
 
-    outer = by_hand(module, outer, "conv", inner)
+    outer = by_hand(module, outer, "conv", inner_backend)
     want = by_hand(module, outer, "f", lambda h: model.f(model.norm(h))).mean(-2)
     assert torch.allclose(module(x), want, atol=1e-4)
 
@@ -313,6 +313,6 @@ def test_the_sum_of_another_chain_is_added_as_the_mean_of_its_streams():
         y = (x + m.vector * m.g(x)) + (x + m.vector * m.f(x))
         return y + m.f(y)
 
-    module, model, x = rewritten(forward, min_sites=1)
+    module, model, x = rewritten(forward, min_chain_length=1)
     assert operations(module)["update"] == 3
     assert (module(x) - model(x)).abs().max() < 1e-5

@@ -20,7 +20,7 @@ def fused(forward, **options) -> tuple[fx.GraphModule, fx.GraphModule, torch.Ten
     """The rewritten module with random parameters, the same with fused operators, and an input."""
     torch.manual_seed(0)
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
-    module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_sites": 1, **options})
+    module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_chain_length": 1, **options})
     for name, parameter in module.named_parameters():
         if "mhc" in name:
             nn.init.normal_(parameter, std=0.3)

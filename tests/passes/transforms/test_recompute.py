@@ -68,8 +68,8 @@ class Deep(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_blocks_keep_fewer_streams_and_the_same_gradients(inner):
+@pytest.mark.parametrize("inner_backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_blocks_keep_fewer_streams_and_the_same_gradients(inner_backend):
     depth, width, tokens = 12, 32, 64
     torch.manual_seed(0)
     model, x = Deep(depth, width).double(), torch.randn(1, tokens, width, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_blocks_keep_fewer_streams_and_the_same_gradients(inner):
     for recompute in ("none", "cheap", "block"):
         torch._dynamo.reset()
         one = copy.deepcopy(model)
-        compiled = torch.compile(one, backend="mhc", options={"inner": inner, "recompute": recompute})
+        compiled = torch.compile(one, backend="mhc", options={"inner_backend": inner_backend, "recompute": recompute})
         compiled(x).square().sum().backward()  # compiles
         one.zero_grad()
         sizes: dict[int, int] = {}

@@ -148,7 +148,7 @@ def test_a_training_step(name):
 
 def test_ours_trains_the_plain_model_and_its_hyper_connections():
     model = BY_NAME["ours"].model(SHAPE)
-    step = torch.compile(model, backend="mhc", options={"inner": "eager"})
+    step = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
     workload = StepWorkload("cpu", step, model, batch(SHAPE))
     workload.timed()
     connections = mhc_compile.connections(model)

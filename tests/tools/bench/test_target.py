@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_is_timed_beside_itself(folder):
-    done = bench(folder, "models.py:make", "--quick", "--json", "-", "--inner", "aot_eager", "--streams", "2")
+    done = bench(folder, "models.py:make", "--quick", "--json", "-", "--inner-backend", "aot_eager", "--streams", "2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["schema"], result["model"], result["sites"]) == ("mhc-compile/bench-target/1", "Sequential", 2)
@@ -60,7 +60,7 @@ def test_a_model_is_timed_beside_itself(folder):
 
 @pytest.mark.slow
 def test_eval_is_a_forward_alone(folder):
-    done = bench(folder, "models.py:make", "--quick", "--eval", "--quiet", "--inner", "eager")
+    done = bench(folder, "models.py:make", "--quick", "--eval", "--quiet", "--inner-backend", "eager")
     assert done.returncode == 0, done.stderr
     assert "Sequential, 2 sites; one forward pass; 3 rounds" in done.stdout
     assert done.stderr == ""

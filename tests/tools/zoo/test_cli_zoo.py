@@ -44,7 +44,7 @@ def test_the_table_at_140_columns_has_both_errors_and_both_modes(monkeypatch):
 
 
 def test_a_deviation_is_exit_code_1_and_says_what():
-    done = CliRunner().invoke(_group, ["zoo", "pre-norm", "--start", "scratch", "--json"])
+    done = CliRunner().invoke(_group, ["zoo", "pre-norm", "--init", "random", "--json"])
     assert done.exit_code == 1
     data = json.loads(done.stdout)
     assert data["counts"] == {"deviates": 1}

@@ -12,7 +12,7 @@ from mhc_compile.tools.zoo.family import Family, chains, no_chain
 from mhc_compile.tools.zoo.parts import FeedForward
 from mhc_compile.tools.zoo.preservation import preservation
 
-OPTIONS = {"streams": 3, "min_sites": 1}
+OPTIONS = {"streams": 3, "min_chain_length": 1}
 RUNS = {(2, "train"): "carried", (2, "eval"): "none"}
 
 
@@ -37,7 +37,7 @@ def test_eval_mode_is_preserved(name):
 
 
 def test_a_rewrite_that_changes_the_function_is_noticed():
-    outcome = check(zoo.get("pre-norm"), options={"start": "scratch"})
+    outcome = check(zoo.get("pre-norm"), options={"init": "random"})
     assert outcome.status == "deviates"
     assert outcome.error_forward > 1e-3
     assert "output deviates by" in outcome.message

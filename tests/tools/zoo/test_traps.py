@@ -50,5 +50,5 @@ def test_the_trap_catches_a_finder_without_the_rule(monkeypatch, switch, family)
 def test_a_side_add_is_no_site_however_short_a_chain_may_be(traced):
     found = traced(zoo.get("trap-side-add"), 2, "train")
     assert found.reasons == {Reason.SIDE_ADD.value: 2}
-    rewritten = check(zoo.get("trap-side-add"), options={"min_sites": 1}, preserve=False)
+    rewritten = check(zoo.get("trap-side-add"), options={"min_chain_length": 1}, preserve=False)
     assert rewritten.chains == (2,)
