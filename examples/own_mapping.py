@@ -47,7 +47,9 @@ model = nn.Sequential(
 )
 tokens = torch.randint(32, (16, 16))
 before = model(tokens)
-compiled = torch.compile(model, backend="mhc", options={"mapping": "circulant", "inner_backend": arguments.inner_backend})
+compiled = torch.compile(
+    model, backend="mhc", options={"mapping": "circulant", "inner_backend": arguments.inner_backend}
+)
 print(f"largest difference at the start: {(compiled(tokens) - before).abs().max().item():.1e}")
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

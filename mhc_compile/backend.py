@@ -16,9 +16,9 @@ from mhc_compile.compilation.session import Study, complain, report_broken, repo
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import warn_of_pipeline
 from mhc_compile.errors import MhcError
-from mhc_compile.graph_breaks.runtime import Crossing
+from mhc_compile.graph_breaks.runtime import StreamBoundary
 from mhc_compile.passes import (
-    FuseSteps,
+    FuseSites,
     Pass,
     Reason,
     RecomputeSteps,
@@ -38,7 +38,7 @@ __all__ = ["joined", "joining", "mhc", "with_graph"]
 log = logging.getLogger(__name__)
 
 #: What runs on the rewritten graph before the inner compiler, by the option `recompute`.
-_FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSteps(),), "block": (FuseSteps(), RecomputeSteps())}
+_FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
 
 #: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite when it was traced.
 _plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
@@ -100,21 +100,21 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
             chain.width,
             ", ".join(site.path for site in chain.sites),
         )
-    for refusal in result.plan.refusals:
-        log.debug("refused %s: %s", refusal.add, refusal)
-        if refusal.reason is Reason.BROKEN_BRANCH:
-            report_broken(refusal, result.provenance, options)
+    for rejection in result.plan.rejections:
+        log.debug("rejected %s: %s", rejection.add, rejection)
+        if rejection.reason is Reason.BROKEN_BRANCH:
+            report_broken(rejection, result.provenance, options)
     idle = result.idle(graph_module.graph, [*bindings.values(), *(binding for _, binding in openings.values())])
     if (
         idle and not _torch.graph_is_part()
     ):  # of a branch in two halves, the graph that is traced first knows nothing yet
-        report_idle(idle, result.plan.refusals, options)
+        report_idle(idle, result.plan.rejections, options)
     for observe in observers:
         observe(result)
     if not bindings and not openings:
         _plain.add(_torch.frame_code())
         if _should_have_sites(result):
-            complain(result.plan.refusals, options, [result.graph])
+            complain(result.plan.rejections, options, [result.graph])
         # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
         return _connected(graph_module, close_regions(result.graph), result, inputs, options, mode)
     warn_of_pipeline()
@@ -135,7 +135,7 @@ def _connected(
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
-    return Crossing(
+    return StreamBoundary(
         _inner(with_graph(graph_module, graph), [*inputs, *streams], options, mode),
         arrivals,
         departures,
@@ -152,11 +152,11 @@ def _prepare_kernels(result: Study, options: Options) -> None:
         return
     kinds = {}
     for site in result.plan.sites:
-        streams, branch, form = tensor_value(site.add), tensor_value(site.terms[0]), options.at(site.path).form
+        streams, branch, spec = tensor_value(site.add), tensor_value(site.terms[0]), options.at(site.path).spec
         if streams is not None and branch is not None:
-            kinds[streams.device, streams.dtype, branch.dtype, form] = streams, branch
-    for (*_, form), (streams, branch) in kinds.items():
-        ops.prepare(streams, branch, options.streams, form)
+            kinds[streams.device, streams.dtype, branch.dtype, spec] = streams, branch
+    for (*_, spec), (streams, branch) in kinds.items():
+        ops.prepare(streams, branch, options.streams, spec)
 
 
 def _should_have_sites(result: Study) -> bool:

@@ -14,7 +14,7 @@ from mhc_compile._warn import warn
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.config.options import Options
-from mhc_compile.graph_breaks.runtime import Crossing
+from mhc_compile.graph_breaks.runtime import StreamBoundary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +78,7 @@ class _Run:
     def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
         compiled = mhc(graph_module, inputs, options=self.options)
         self._traced = True
-        rewritten = compiled.compiled if isinstance(compiled, Crossing) else compiled
+        rewritten = compiled.compiled if isinstance(compiled, StreamBoundary) else compiled
         assert isinstance(rewritten, fx.GraphModule)
         placeholders = rewritten.graph.find_nodes(op="placeholder")
         read = [number for number, _ in enumerate(inputs) if placeholders[number].users]

@@ -1,14 +1,14 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandChains, OutlineRegions ─> graph with mhc:: operators
-          ─ FuseSteps ─> operators that have kernels (for a compiler), or ─ LowerOperators, SpellAten ─> plain ATen (for an exported program)
+    graph ─ NORMALIZE ─> one spelling ─ find, plan_chains ─> Plan ─ ExpandStreams, OutlineRegions ─> graph with mhc:: operators
+          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators, CanonicalizeAten ─> plain ATen (for an exported program)
 
 Where to look: a residual add is recognised in `find`, joined to its chain in `plan`, and becomes streams in `expand`; `regions` opens the regions
 of activation checkpointing before all of this and closes them after it. What an operation is (a product, a view, an in-place write) is said in
 `roles`, and nowhere else. Every addition that is not rewritten has a `Reason` in `verdict`.
 
 To add a pass, write a frozen dataclass with a `name` and an `apply(graph) -> graph` (see `base.Pass`), and put it in the tuple below or, after
-the plan, beside `ExpandChains` in `expand_plan`.
+the plan, beside `ExpandStreams` in `expand_plan`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance, source_line
 from mhc_compile.passes.core.pass_base import Hook, Pass, copy_graph, run_passes
-from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains, refuse_site
-from mhc_compile.passes.planning.graph_boundary import Arrival, Closing, Departure, Edges, Opening, Tail, crossings
-from mhc_compile.passes.planning.split_branches import Head
-from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
+from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains, reject_site
+from mhc_compile.passes.planning.graph_boundary import (
+    BoundaryInfo,
+    BranchInput,
+    BranchOutput,
+    BranchTail,
+    StreamInput,
+    StreamOutput,
+    crossings,
+)
+from mhc_compile.passes.planning.split_branches import BranchHead
+from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions, OutlineRegions, adopt
-from mhc_compile.passes.transforms.expand_streams import ExpandChains, RemoveDeclarations
+from mhc_compile.passes.transforms.expand_streams import ExpandStreams, RemoveDeclarations
 from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
-from mhc_compile.passes.transforms.fuse_sites import FuseSteps
-from mhc_compile.passes.transforms.lower_to_aten import LowerOperators, RaiseLayerNorms, SpellAten
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.lower_to_aten import CanonicalizeAten, LowerOperators, RecomposeLayerNorms
 from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
 from mhc_compile.passes.transforms.recompute import RecomputeSteps
 from mhc_compile.passes.transforms.stream_builder import Binding, End
@@ -39,14 +47,15 @@ __all__ = [
     "NORMALIZE",
     "Arrival",
     "Binding",
+    "CanonicalizeAten",
     "Chain",
     "Closing",
     "Departure",
     "Edges",
     "End",
-    "ExpandChains",
+    "ExpandStreams",
     "FunctionalizeWrites",
-    "FuseSteps",
+    "FuseSites",
     "Head",
     "Hook",
     "InlineRegions",
@@ -58,13 +67,12 @@ __all__ = [
     "Pass",
     "Plan",
     "Provenance",
-    "RaiseLayerNorms",
     "Reason",
+    "RecomposeLayerNorms",
     "RecomputeSteps",
-    "Refusal",
+    "Rejection",
     "RemoveDeclarations",
     "Site",
-    "SpellAten",
     "Tail",
     "adopt",
     "close_regions",
@@ -73,7 +81,7 @@ __all__ = [
     "expand_plan",
     "normalize",
     "plan_chains",
-    "refuse_site",
+    "reject_site",
     "run_passes",
     "source_line",
 ]
@@ -93,13 +101,13 @@ def expand_plan(
     bindings: Mapping[Site, Binding],
     hook: Hook | None = None,
     *,
-    openings: Mapping[Head, tuple[str, Binding]] | None = None,
+    openings: Mapping[BranchHead, tuple[str, Binding]] | None = None,
 ) -> Graph:
     """The rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites.
 
     `openings` gives names and parameters to those heads of the plan whose tails lie in other graphs.
     """
-    return run_passes(graph, (ExpandChains(plan, bindings, openings or {}), OutlineRegions()), hook)
+    return run_passes(graph, (ExpandStreams(plan, bindings, openings or {}), OutlineRegions()), hook)
 
 
 def close_regions(graph: Graph, hook: Hook | None = None) -> Graph:

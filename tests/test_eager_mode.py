@@ -259,7 +259,9 @@ def test_anomaly_mode_finds_the_operation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "inner_backend"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")])
+@pytest.mark.parametrize(
+    ("name", "inner_backend"), [("gpt2", "aot_eager"), ("llama", "aot_eager"), ("llama", "inductor")]
+)
 def test_generate(name, inner_backend):
     case = build(name)
     model = restless(case.model)

@@ -79,10 +79,10 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
                 assert mine is not None
                 copies[connection] = mine
         theirs.train(other.training)
-    for carrier, other in pairs:
-        for connection in carrier.__dict__.get(DECLARED, ()):
+    for declaring_module, other in pairs:
+        for connection in declaring_module.__dict__.get(DECLARED, ()):
             declare_on(other, copies[connection])
-        for name, connection in carrier.__dict__.get(BEGUN, ()):
+        for name, connection in declaring_module.__dict__.get(BEGUN, ()):
             begin_branch([other], copies[connection], name)
 
 

@@ -236,7 +236,7 @@ def _decayed_by_name(owner: nn.Module) -> bool:
 
 
 def _takes(optimizer: Optimizer, parameter: nn.Parameter, stepping: Optimizer | None) -> bool:
-    if type(optimizer).__name__ == "Muon":  # torch's refuses anything but matrices, and so does the method
+    if type(optimizer).__name__ == "Muon":  # torch's rejects anything but matrices, and so does the method
         return parameter.dim() == 2
     if isinstance(optimizer, LBFGS):  # in the middle of its step it holds vectors of the old size
         return optimizer is stepping or not _torch.lbfgs_has_memory(optimizer)
@@ -244,7 +244,12 @@ def _takes(optimizer: Optimizer, parameter: nn.Parameter, stepping: Optimizer | 
 
 
 def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
-    mine = {id(p) for inner_backend in module.modules() if isinstance(inner_backend, HyperConnection) for p in inner_backend.parameters()}
+    mine = {
+        id(p)
+        for inner_backend in module.modules()
+        if isinstance(inner_backend, HyperConnection)
+        for p in inner_backend.parameters()
+    }
     return [parameter for parameter in module.parameters() if id(parameter) not in mine]
 
 

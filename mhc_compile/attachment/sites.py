@@ -83,19 +83,19 @@ class HyperConnections(nn.Module):
         module.add_module(last, connection)
 
 
-def _declare(carrier: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
+def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
     if torch.compiler.is_compiling():
-        for connection in carrier._mhc_declared:  # type: ignore[union-attr]
+        for connection in declaring_module._mhc_declared:  # type: ignore[union-attr]
             for module in (connection, connection.read_out):
                 if module is not None:
                     torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
-    elif carrier not in _told:
-        _tell(carrier)
+    elif declaring_module not in _told:
+        _tell(declaring_module)
 
 
-def _tell(carrier: nn.Module) -> None:
+def _tell(declaring_module: nn.Module) -> None:
     """Warns that the running model drops its streams, once for the whole model."""
-    model = _running(carrier)
+    model = _running(declaring_module)
     _told.update(module for module in model.modules() if HOOK in module.__dict__)
     warn(
         f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
@@ -105,9 +105,9 @@ def _tell(carrier: nn.Module) -> None:
     )
 
 
-def _running(carrier: nn.Module) -> nn.Module:
+def _running(declaring_module: nn.Module) -> nn.Module:
     """The outermost module whose call is under way and that has `carrier` in it."""
-    model, frame = carrier, sys._getframe(1)
+    model, frame = declaring_module, sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
         caller = frame.f_locals.get("self")
@@ -139,7 +139,7 @@ def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
 
 def attach_site(
     owner: nn.Module,
-    carrier: nn.Module,
+    declaring_module: nn.Module,
     site: Site,
     options: Options,
     *,
@@ -174,7 +174,7 @@ def attach_site(
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
         return begin_branch(modules, connection, site.name) or changed
-    return declare_on(carrier, connection) or changed
+    return declare_on(declaring_module, connection) or changed
 
 
 def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
@@ -198,13 +198,13 @@ def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection]
 def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, *, index: int) -> None:
     """Gives `root` a hyper-connection where `site`, found in the block `like`, is. Does nothing where the blocks differ after all."""
     try:
-        owner, carrier = root.get_submodule(site.owner.path), root.get_submodule(site.carrier.path)
+        owner, declaring_module = root.get_submodule(site.owner.path), root.get_submodule(site.declaring_module.path)
     except AttributeError:
         return
     connection = find_connection(owner, site)
     if connection is not None and connection.width != site.width:
         return
-    attach_site(owner, carrier, replace(site, heads=()), options, index=index, root=root)
+    attach_site(owner, declaring_module, replace(site, heads=()), options, index=index, root=root)
     connection = find_connection(owner, site)
     assert connection is not None
     if site.tail:
@@ -213,19 +213,19 @@ def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, 
         begin_branch([root.get_submodule(paths[id(module)]) for module in modules], connection, site.name)
 
 
-def declare_on(carrier: nn.Module, connection: HyperConnection) -> bool:
+def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool:
     """From now on calls of `carrier` declare `connection` to a tracer. Returns whether they did not before."""
-    declared: tuple[HyperConnection, ...] = carrier.__dict__.get(DECLARED, ())
+    declared: tuple[HyperConnection, ...] = declaring_module.__dict__.get(DECLARED, ())
     if any(known is connection for known in declared):
         return False
-    carrier.__dict__[DECLARED] = (*declared, connection)
-    if HOOK not in carrier.__dict__:
-        carrier.__dict__[HOOK] = carrier.register_forward_pre_hook(_declare)
+    declaring_module.__dict__[DECLARED] = (*declared, connection)
+    if HOOK not in declaring_module.__dict__:
+        declaring_module.__dict__[HOOK] = declaring_module.register_forward_pre_hook(_declare)
     return True
 
 
 def container_of(owner: nn.Module) -> HyperConnections:
-    """The container of a module's hyper-connections, made if there is none. What else may be called `mhc`, `find_connection` has refused."""
+    """The container of a module's hyper-connections, made if there is none. What else may be called `mhc`, `find_connection` has rejected."""
     container = owner._modules.get(CONTAINER)
     if container is None:
         container = HyperConnections()

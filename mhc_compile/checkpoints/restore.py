@@ -89,7 +89,7 @@ def restore(
         _Plan(target, place, tensors, _noted(read, place, parsed, fixed), fixed) for place, tensors in saved.items()
     ]
     order = {id(module): position for position, module in enumerate(target.modules())}
-    plans.sort(key=lambda plan: order[id(plan.carrier or plan.owner)])  # files sort by name: h.10 before h.2
+    plans.sort(key=lambda plan: order[id(plan.declaring_module or plan.owner)])  # files sort by name: h.10 before h.2
     for index, plan in enumerate(plans):
         plan.carry_out(index)
     settle()
@@ -108,7 +108,7 @@ class _Plan:
         self.root, self.path = model, ".".join(path[:cut])
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
-        self.carrier = _carrier(self.owner, self.name)
+        self.declaring_module = _carrier(self.owner, self.name)
         self.options = _fitting(place, self.owner, values, options.at(".".join(path)), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
         self.last = any(name.startswith(_END) for name in values)
@@ -151,8 +151,8 @@ class _Plan:
                 dtype=phi.dtype,
             )
             put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
-            if self.carrier is not None:
-                declare_on(self.carrier, connection)
+            if self.declaring_module is not None:
+                declare_on(self.declaring_module, connection)
         elif self.last:
             connection.end_chain()
         with torch.no_grad():

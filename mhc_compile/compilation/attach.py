@@ -60,7 +60,7 @@ def attach(
     capture(target, args, kwargs, on_graph)
     if not any(result.plan.sites for result in studies):
         complain(
-            [refusal for result in studies for refusal in result.plan.refusals],
+            [rejection for result in studies for rejection in result.plan.rejections],
             parsed,
             [result.graph for result in studies],
         )

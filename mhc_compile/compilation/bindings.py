@@ -43,12 +43,12 @@ def bind_connection(connection: HyperConnection, find: Callable[[str], Node | st
         second,
         third,
         connection.streams,
-        connection.form,
+        connection.spec,
         connection.iterations,
         connection.eps,
         gated=connection.rank > 0,
         single_pass=connection.single_pass,
-        end=End(_kind(connection), tuple(read_out), parse(connection.form).pre_eps),
+        end=End(_kind(connection), tuple(read_out), parse(connection.spec).pre_eps),
     )
 
 

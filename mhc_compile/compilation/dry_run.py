@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import Options
     from mhc_compile.graph_breaks.split_branches import Notes
-    from mhc_compile.passes import Binding, Head, Site
+    from mhc_compile.passes import Binding, BranchHead, Site
 
-    Begun = Mapping[nn.Module, Sequence[Site]]
+    OpenBranch = Mapping[nn.Module, Sequence[Site]]
 
 __all__ = ["DryGraph", "dry_run"]
 
@@ -44,7 +44,7 @@ class DryGraph:
     captured: torch.fx.GraphModule
     study: Study
     bindings: dict[Site, Binding]
-    openings: dict[Head, tuple[str, Binding]]
+    openings: dict[BranchHead, tuple[str, Binding]]
     foreseen: frozenset[str]
 
 
@@ -54,8 +54,8 @@ def dry_run(
     kwargs: dict[str, Any],
     options: Options,
     on_graph: Callable[[DryGraph], None],
-    begun: Begun | None = None,
-) -> Begun:
+    begun: OpenBranch | None = None,
+) -> OpenBranch:
     """Traces `model(*args, **kwargs)` as the compiled call would, and hands over what the backend would do with each graph.
 
     Args:

@@ -27,14 +27,14 @@ from mhc_compile.graph_breaks.stream_registry import carried_axis
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import (
     Binding,
-    Edges,
+    BoundaryInfo,
     Plan,
     Reason,
-    Refusal,
+    Rejection,
     Site,
     normalize,
     plan_chains,
-    refuse_site,
+    reject_site,
     source_line,
 )
 from mhc_compile.passes.analysis.op_info import is_fused_layer, is_region, op_name, tensor_value
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import Options
     from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.passes import Head
+    from mhc_compile.passes import BranchHead
 
 __all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]
 
@@ -62,13 +62,13 @@ class Study:
     provenance: DynamoProvenance
     plan: Plan
     min_chain_length: int
-    edges: Edges
-    _vetoes: dict[Node, Refusal] = field(default_factory=dict)
+    edges: BoundaryInfo
+    _vetoes: dict[Node, Rejection] = field(default_factory=dict)
 
     def attach(self, options: Options) -> bool:
         """Gives every site its parameters; returns whether any were missing, so that the graph must be traced again to see them.
 
-        Sites that cannot share the parameters of their module are refused, and the plan is made anew.
+        Sites that cannot share the parameters of their module are rejected, and the plan is made anew.
         """
         changed = False
         family = self._family()
@@ -78,7 +78,7 @@ class Study:
             vetoes = dict(self._vetoes)
             for chain in self.plan.chains:
                 for index, site in enumerate(chain.sites):
-                    owner, carrier = self._modules(site)
+                    owner, declaring_module = self._modules(site)
                     connection = find_connection(owner, site)
                     if connection is not None and connection.width != site.width:
                         vetoes[site.add] = width_conflict(site, connection)
@@ -86,7 +86,9 @@ class Study:
                     check_site(site, owner, connection, known)
                     first = family.number * len(chain.sites)
                     last = site is chain.sites[-1]
-                    changed |= attach_site(owner, carrier, site, options, index=first + index, last=last, root=root)
+                    changed |= attach_site(
+                        owner, declaring_module, site, options, index=first + index, last=last, root=root
+                    )
             if len(vetoes) == len(self._vetoes):
                 break
             self._replan(vetoes)
@@ -117,7 +119,7 @@ class Study:
         return siblings(root)
 
     def bind(self) -> dict[Site, Binding]:
-        """The graph inputs that are each site's parameters. Sites whose parameters did not enter the graph are refused."""
+        """The graph inputs that are each site's parameters. Sites whose parameters did not enter the graph are rejected."""
         inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
         while True:
             vetoes = dict(self._vetoes)
@@ -139,7 +141,7 @@ class Study:
     def foresee(self, options: Options) -> tuple[dict[Site, Binding], frozenset[str]]:
         """What `bind` will find once the sites are attached, and the paths of the parameters for which graph inputs were added.
 
-        Sites that cannot share the parameters of their module are refused, as `attach` refuses them. The modules stay as they are.
+        Sites that cannot share the parameters of their module are rejected, as `attach` rejects them. The modules stay as they are.
         """
         inputs = {str(node.target): node for node in self.graph.find_nodes(op="placeholder")}
         new: dict[str, Node] = {}
@@ -168,7 +170,7 @@ class Study:
 
     def foresee_openings(
         self, begun: Mapping[nn.Module, Sequence[Site]], options: Options
-    ) -> tuple[dict[Head, tuple[str, Binding]], frozenset[str]]:
+    ) -> tuple[dict[BranchHead, tuple[str, Binding]], frozenset[str]]:
         """What `openings` will find once the sites are attached whose branches begin in this graph; see `foresee`.
 
         `begun` says of modules which sites end the branches that they begin.
@@ -207,10 +209,10 @@ class Study:
         assert binding is not None
         return binding
 
-    def openings(self) -> dict[Head, tuple[str, Binding]]:
+    def openings(self) -> dict[BranchHead, tuple[str, Binding]]:
         """The heads of the plan whose branches are known to end in other graphs, with the names of their sites and the parameters."""
         inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
-        found: dict[Head, tuple[str, Binding]] = {}
+        found: dict[BranchHead, tuple[str, Binding]] = {}
         for head in self.plan.heads:
             begun = begun_by([self.provenance.module(ref) for ref in head.modules])
             binding = self._binding(begun[1], inputs) if begun is not None else None
@@ -247,18 +249,20 @@ class Study:
         return bind_connection(connection, find)
 
     def _modules(self, site: Site) -> tuple[nn.Module, nn.Module]:
-        owner, carrier = self.provenance.module(site.owner), self.provenance.module(site.carrier)
+        owner, declaring_module = self.provenance.module(site.owner), self.provenance.module(site.declaring_module)
         assert owner is not None, f"{site}: Dynamo names module {site.owner} that it does not know"
-        assert carrier is not None, f"{site}: Dynamo names module {site.carrier} that it does not know"
-        return owner, carrier
+        assert declaring_module is not None, (
+            f"{site}: Dynamo names module {site.declaring_module} that it does not know"
+        )
+        return owner, declaring_module
 
-    def _replan(self, vetoes: dict[Node, Refusal]) -> None:
+    def _replan(self, vetoes: dict[Node, Rejection]) -> None:
         self._vetoes = vetoes
         self.plan = plan_chains(
             self.graph,
             self.provenance,
             min_chain_length=self.min_chain_length,
-            refuse=lambda site: vetoes.get(site.add),
+            reject=lambda site: vetoes.get(site.add),
             edges=self.edges,
         )
 
@@ -272,7 +276,7 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     if options.read_out != "mean" or options.single_pass:
         _check_whole(plan, edges, options, provenance.root)
         # A value that happens to be a result of the graph ends its chain as any other reader does.
-        edges = Edges(tail=edges.tail, attached=edges.attached)
+        edges = BoundaryInfo(tail=edges.tail, attached=edges.attached)
         plan = plan_chains(graph, provenance, min_chain_length=options.min_chain_length, edges=edges)
     _check_patterns(plan, options)
     return Study(graph, provenance, plan, options.min_chain_length, edges)
@@ -292,7 +296,7 @@ def _check_patterns(plan: Plan, options: Options) -> None:
             )
 
 
-def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | None) -> None:
+def _check_whole(plan: Plan, edges: BoundaryInfo, options: Options, root: nn.Module | None) -> None:
     """Streams that ride from graph to graph are read out as their mean where they end; other ends need the whole chain in one graph.
 
     Raises:
@@ -311,7 +315,7 @@ def _check_whole(plan: Plan, edges: Edges, options: Options, root: nn.Module | N
             )
 
 
-def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> Edges:
+def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> BoundaryInfo:
     placeholders = zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
     values = {
         node: value for node, value in placeholders if _is_activation(node) and not provenance.holds_weights(node)
@@ -322,7 +326,9 @@ def _edges(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> Edg
         return owner is not None and find_connection(owner, site) is not None
 
     arriving = {node: axis for node, value in values.items() if (axis := carried_axis(value)) is not None}
-    return Edges(_torch.graph_is_part(), frozenset(values), arriving, attached, partial(find_tail, provenance, values))
+    return BoundaryInfo(
+        _torch.graph_is_part(), frozenset(values), arriving, attached, partial(find_tail, provenance, values)
+    )
 
 
 def _is_activation(node: Node) -> bool:
@@ -330,16 +336,16 @@ def _is_activation(node: Node) -> bool:
     return value is not None and value.is_floating_point() and value.dim() > 1
 
 
-def complain(refusals: Iterable[Refusal], options: Options, graphs: Iterable[Graph] = ()) -> None:
+def complain(rejections: Iterable[Rejection], options: Options, graphs: Iterable[Graph] = ()) -> None:
     """Says that nothing was rewritten in `graphs`, and why: a warning, or an error with `strict`.
 
     Raises:
         NothingRewrittenError: `options.strict`.
     """
-    reasons = Counter(refusal.reason.value for refusal in refusals)
+    reasons = Counter(rejection.reason.value for rejection in rejections)
     listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     found = (
-        f"{sum(reasons.values())} floating-point additions, all refused ({listed})"
+        f"{sum(reasons.values())} floating-point additions, all rejected ({listed})"
         if reasons
         else "no addition of floating-point tensors"
     )
@@ -365,13 +371,13 @@ def _hint(graphs: Iterable[Graph]) -> str:
     return ""
 
 
-def report_idle(idle: list[str], refusals: Iterable[Refusal], options: Options) -> None:
+def report_idle(idle: list[str], rejections: Iterable[Rejection], options: Options) -> None:
     """Says that hyper-connections of modules that run in a graph have no part in it, so that their residual adds are plain ones.
 
     Raises:
         NothingRewrittenError: `options.strict`.
     """
-    reasons = Counter(refusal.reason.value for refusal in refusals)
+    reasons = Counter(rejection.reason.value for rejection in rejections)
     listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
     left = f"additions left alone: {listed}" if reasons else "there is no other addition of floating-point tensors"
     message = (
@@ -383,15 +389,15 @@ def report_idle(idle: list[str], refusals: Iterable[Refusal], options: Options) 
     warn(message)
 
 
-def report_broken(refusal: Refusal, provenance: DynamoProvenance, options: Options) -> None:
+def report_broken(rejection: Rejection, provenance: DynamoProvenance, options: Options) -> None:
     """Says that a residual add stays plain, and ends the streams of its trunk, because of where its branch ran.
 
     Raises:
         StreamsLostError: `options.strict`.
     """
-    owner = refusal.where or (type(provenance.root).__name__ if provenance.root is not None else "a function")
+    owner = rejection.where or (type(provenance.root).__name__ if provenance.root is not None else "a function")
     message = (
-        f"a residual add of {owner} ({source_line(refusal.add)}) stays as it is, and the streams of its trunk end there: {refusal.sentence}."
+        f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end there: {rejection.message}."
         " Let a module that is compiled be the first to read the trunk in the branch (a norm, a projection)"
     )
     if options.strict:
@@ -399,18 +405,20 @@ def report_broken(refusal: Refusal, provenance: DynamoProvenance, options: Optio
     warn(message)
 
 
-def width_conflict(site: Site, connection: HyperConnection) -> Refusal:
-    """The refusal of a site whose module already serves another width."""
-    return refuse_site(
+def width_conflict(site: Site, connection: HyperConnection) -> Rejection:
+    """The rejection of a site whose module already serves another width."""
+    return reject_site(
         site,
         Reason.WIDTH_CONFLICT,
         lambda: f"{site.path} has width {connection.width}, and this call needs {site.width}",
     )
 
 
-def _not_declared(site: Site) -> Refusal:
-    return refuse_site(
+def _not_declared(site: Site) -> Rejection:
+    return reject_site(
         site,
         Reason.NOT_DECLARED,
-        lambda: f"the call of {site.carrier.path or site.carrier.kind} did not declare {site.path} to the tracer",
+        lambda: (
+            f"the call of {site.declaring_module.path or site.declaring_module.kind} did not declare {site.path} to the tracer"
+        ),
     )

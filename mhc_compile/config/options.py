@@ -116,9 +116,7 @@ class Options:
     def _resolve(self) -> ResolvedOptions:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen = get_preset(self.preset).defaults()
-        return ResolvedOptions(
-            **{name: chosen.get(name) if value is None else value for name, value in given.items()}
-        )
+        return ResolvedOptions(**{name: chosen.get(name) if value is None else value for name, value in given.items()})
 
     @property
     def resolved(self) -> ResolvedOptions:
@@ -162,7 +160,6 @@ class Options:
                     " Settings for Inductor go under 'inductor': {...}"
                 )
         return cls(**options).resolved
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +243,9 @@ class ResolvedOptions(Options):
             )
         for pattern, values in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(values, Mapping):
-                raise OptionError(f"option 'overrides': {pattern!r}: {values!r}; expected a pattern and a dict of options")
+                raise OptionError(
+                    f"option 'overrides': {pattern!r}: {values!r}; expected a pattern and a dict of options"
+                )
             for name in values:
                 if name not in PER_SITE:
                     hint = _nearest(str(name), list(PER_SITE))

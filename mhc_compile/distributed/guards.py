@@ -37,7 +37,7 @@ def known_to_ddp() -> set[int] | None:
 
 
 def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, known: set[int] | None) -> None:
-    """Refuses parameters that the wrapper round the model being traced does not know, before any are made.
+    """Rejects parameters that the wrapper round the model being traced does not know, before any are made.
 
     Args:
         site: the site.
@@ -87,7 +87,7 @@ def _share(site: Site) -> tuple[Any, ...] | None:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Refuses to attach to a model that DDP or FSDP has wrapped.
+    """Rejects to attach to a model that DDP or FSDP has wrapped.
 
     Raises:
         AttachError: with the path of the wrapped module.

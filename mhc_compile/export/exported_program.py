@@ -26,12 +26,12 @@ from mhc_compile.errors import CaptureError
 from mhc_compile.export.program_parameters import ProgramParameters, ProgramProvenance
 from mhc_compile.passes import (
     NORMALIZE,
+    CanonicalizeAten,
     LowerOperators,
     Pass,
     Plan,
-    RaiseLayerNorms,
+    RecomposeLayerNorms,
     RemoveDeclarations,
-    SpellAten,
     expand_plan,
     plan_chains,
     run_passes,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]
 
 #: What runs on the graph of a program before its sites are looked for.
-PREPARE: tuple[Pass, ...] = (RaiseLayerNorms(), *NORMALIZE)
+PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
 
 
 def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgram:
@@ -54,7 +54,7 @@ def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgr
     graph, parameters, plan = plan_program(program, options)
     if not plan.sites:
         if not parameters.in_use:
-            complain(plan.refusals, options, [graph])
+            complain(plan.rejections, options, [graph])
         graph = run_passes(program.graph, (RemoveDeclarations(), LowerOperators()))
         return _assemble(program, graph, list(program.graph_signature.input_specs), {})
     bindings, specs = parameters.bind(plan)
@@ -67,7 +67,7 @@ def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgr
 def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
     """The passes that write the rewritten graph of `program` in ATen."""
     table = {} if program.dialect == "TRAINING" else dict(default_decompositions())
-    return LowerOperators({**table, **LowerOperators().decompositions}), SpellAten(table)
+    return LowerOperators({**table, **LowerOperators().decompositions}), CanonicalizeAten(table)
 
 
 def plan_program(
@@ -90,7 +90,10 @@ def plan_program(
     parameters = ProgramParameters(graph, program, options)
     while True:
         plan = plan_chains(
-            graph, provenance, min_chain_length=options.min_chain_length, refuse=lambda site: parameters.vetoes.get(site.add)
+            graph,
+            provenance,
+            min_chain_length=options.min_chain_length,
+            reject=lambda site: parameters.vetoes.get(site.add),
         )
         if not parameters.claim(plan):
             return graph, parameters, plan

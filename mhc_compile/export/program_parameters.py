@@ -15,7 +15,7 @@ from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Refusal, Site
+from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Rejection, Site
 from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ProgramParameters:
         self.graph = graph
         self.options = options
         #: Sites that cannot share the parameters of their module.
-        self.vetoes: dict[Node, Refusal] = {}
+        self.vetoes: dict[Node, Rejection] = {}
         #: State dict entries that are new, by path.
         self.tensors: dict[str, nn.Parameter] = {}
         self._specs = list(program.graph_signature.input_specs)

@@ -25,7 +25,7 @@ from mhc_compile.passes import (
     Binding,
     Chain,
     Provenance,
-    Refusal,
+    Rejection,
     Site,
     adopt,
     close_regions,
@@ -101,13 +101,13 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
     source.graph = normalize(
         source.graph
     )  # now that shapes are known, additions of tensors can be told from additions of numbers
-    vetoes: dict[fx.Node, Refusal] = {}
+    vetoes: dict[fx.Node, Rejection] = {}
 
-    def veto(site: Site) -> Refusal | None:
+    def veto(site: Site) -> Rejection | None:
         return vetoes.get(site.add)
 
     while True:
-        plan = plan_chains(source.graph, Provenance(), min_chain_length=parsed.min_chain_length, refuse=veto)
+        plan = plan_chains(source.graph, Provenance(), min_chain_length=parsed.min_chain_length, reject=veto)
         sites = [(site, index, chain) for chain in plan.chains for index, site in enumerate(chain.sites)]
         conflicts = _attach(source, sites, parsed)
         if not conflicts:
@@ -115,7 +115,7 @@ def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], p
         vetoes.update(conflicts)  # without them the chains may be others
     if not plan.sites:
         if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
-            complain(plan.refusals, parsed)
+            complain(plan.rejections, parsed)
         return _with_graph(source, close_regions(source.graph))
     return _with_graph(source, expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites}))
 
@@ -156,8 +156,8 @@ def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _attach(root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: Options) -> dict[fx.Node, Refusal]:
-    vetoes: dict[fx.Node, Refusal] = {}
+def _attach(root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: Options) -> dict[fx.Node, Rejection]:
+    vetoes: dict[fx.Node, Rejection] = {}
     for site, index, chain in sites:
         last = site is chain.sites[-1]
         container = _container(root, site)

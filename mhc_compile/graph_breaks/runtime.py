@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from mhc_compile._warn import warn
 from mhc_compile.errors import StreamsLostError
 from mhc_compile.graph_breaks.stream_registry import (
-    Begun,
-    Carried,
-    Left,
-    carried,
-    carry,
+    Departed,
+    OpenBranch,
+    StreamEntry,
     changed,
-    find_carried,
-    lost_before,
+    find_lost_streams,
+    find_registered,
+    register_streams,
+    registered_streams,
 )
-from mhc_compile.passes import Arrival, Closing, Departure, Opening
+from mhc_compile.passes import BranchInput, BranchOutput, StreamInput, StreamOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Crossing"]
 
 
-class Crossing:
+class StreamBoundary:
     """A compiled graph whose chains come from other graphs or go on in them. It is called as the graph that Dynamo captured.
 
     Args:
@@ -55,8 +55,8 @@ class Crossing:
     def __init__(
         self,
         compiled: Callable[..., Any],
-        arrivals: Sequence[Arrival | Closing],
-        departures: Sequence[Departure | Opening],
+        arrivals: Sequence[StreamInput | BranchInput],
+        departures: Sequence[StreamOutput | BranchOutput],
         *,
         positions: Mapping[str, int],
         notes: Notes,
@@ -66,8 +66,8 @@ class Crossing:
     ) -> None:
         self.compiled = compiled
         self.arrivals = tuple((positions[arrival.value], arrival) for arrival in arrivals)
-        self.departures = tuple(departure for departure in departures if isinstance(departure, Departure))
-        self.openings = tuple(opening for opening in departures if isinstance(opening, Opening))
+        self.departures = tuple(departure for departure in departures if isinstance(departure, StreamOutput))
+        self.openings = tuple(opening for opening in departures if isinstance(opening, BranchOutput))
         self.positions = positions
         self.notes = notes
         self.extra = len(self.departures) + 2 * len(self.openings)
@@ -85,28 +85,30 @@ class Crossing:
             self.notes.write(inputs, results)
         for departure in self.departures:
             path = f"{self.model}.{departure.path}"
-            carry(results[departure.value], results[departure.streams], departure.axis, path, mean=departure.mean)
+            register_streams(
+                results[departure.value], results[departure.streams], departure.axis, path, mean=departure.mean
+            )
         for opening in self.openings:
             self._begin(opening, inputs, received, results)
         return results[: -self.extra] if self.extra else results
 
     def _begin(
-        self, opening: Opening, inputs: Sequence[Any], received: Sequence[Tensor], results: Sequence[Any]
+        self, opening: BranchOutput, inputs: Sequence[Any], received: Sequence[Tensor], results: Sequence[Any]
     ) -> None:
         """Puts the coefficients of a branch beside the tensor that it began at."""
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
-        entry = carried(value)
+        entry = registered_streams(value)
         if entry is None:  # the first of a chain: its streams are the copies that this graph received
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
-            entry = carry(value, received[number], opening.axis, f"{self.model}.{opening.name}")
-        entry.open[opening.name] = Begun(results[opening.post], results[opening.res], self.root)
+            entry = register_streams(value, received[number], opening.axis, f"{self.model}.{opening.name}")
+        entry.open[opening.name] = OpenBranch(results[opening.post], results[opening.res], self.root)
 
-    def _receive(self, value: Tensor, arrival: Arrival | Closing) -> Tensor:
-        return self._coefficient(value, arrival) if isinstance(arrival, Closing) else self._streams(value, arrival)
+    def _receive(self, value: Tensor, arrival: StreamInput | BranchInput) -> Tensor:
+        return self._coefficient(value, arrival) if isinstance(arrival, BranchInput) else self._streams(value, arrival)
 
-    def _coefficient(self, value: Tensor, closing: Closing) -> Tensor:
+    def _coefficient(self, value: Tensor, closing: BranchInput) -> Tensor:
         """Post or res of a branch; 1 and the identity, which is the plain sum, where the branch did not begin on these streams."""
-        entry = carried(value)
+        entry = registered_streams(value)
         found = entry.open.get(closing.name) if entry is not None else None
         if found is not None:
             return (found.post if closing.kind == "post" else found.res).contiguous()
@@ -116,10 +118,10 @@ class Crossing:
             return torch.ones((*tokens, n), dtype=dtype, device=value.device)
         return torch.eye(n, dtype=dtype, device=value.device).expand(*tokens, n, n).contiguous()
 
-    def _streams(self, value: Tensor, arrival: Arrival) -> Tensor:
-        found = find_carried(value)
+    def _streams(self, value: Tensor, arrival: StreamInput) -> Tensor:
+        found = find_registered(value)
         if found is None:
-            origin = lost_before(value)
+            origin = find_lost_streams(value)
             why = "the tensor was made anew on the way" if origin is not None else None
         else:
             origin = found[1].left
@@ -134,7 +136,7 @@ class Crossing:
         self._report(origin, arrival, why)
         return _copies(value, arrival)
 
-    def _report(self, origin: Left, arrival: Arrival, why: str) -> None:
+    def _report(self, origin: Departed, arrival: StreamInput, why: str) -> None:
         message = (
             f"the streams behind {origin.path} end before {self.model}.{arrival.path} ({self.where}):"
             f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be compiled in one graph"
@@ -146,7 +148,7 @@ class Crossing:
             warn(message)
 
 
-def _take(value: Tensor, other: Tensor, entry: Carried) -> Tensor:
+def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
     """The streams, connected in autograd with whoever waits for the gradient of the tensor that they are taken for."""
     if not value.requires_grad:
         return entry.streams.detach()
@@ -164,7 +166,7 @@ class _Through(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, streams: Tensor, entry: Carried) -> Tensor:
+    def forward(ctx: Any, value: Tensor, streams: Tensor, entry: StreamEntry) -> Tensor:
         """The streams."""
         ctx.entry = entry.mean, entry.axis
         ctx.like = value.shape
@@ -180,7 +182,7 @@ class _Through(torch.autograd.Function):
         return gradient.sum(-2).movedim(-1, axis), gradient - gradient.mean(-2, keepdim=True), None
 
 
-def _unfit(value: Tensor, other: Tensor, entry: Carried, arrival: Arrival) -> str | None:
+def _unfit(value: Tensor, other: Tensor, entry: StreamEntry, arrival: StreamInput) -> str | None:
     why = changed(value, other, entry)
     if why is not None:
         return why
@@ -194,7 +196,7 @@ def _unfit(value: Tensor, other: Tensor, entry: Carried, arrival: Arrival) -> st
     return None
 
 
-def _copies(value: Tensor, arrival: Arrival) -> Tensor:
+def _copies(value: Tensor, arrival: StreamInput) -> Tensor:
     """N copies of `value`, [..., n, C]. In memory of their own: the graph was compiled for streams, not for a broadcast view."""
     wide = value.movedim(arrival.axis, -1).unsqueeze(-2)
     return wide.expand(*wide.shape[:-2], arrival.streams, wide.shape[-1]).contiguous()

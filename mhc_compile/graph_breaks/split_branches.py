@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections
-from mhc_compile.graph_breaks.stream_registry import carried, history
-from mhc_compile.passes import ModuleRef, Tail
+from mhc_compile.graph_breaks.stream_registry import history, registered_streams
+from mhc_compile.passes import BranchTail, ModuleRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
-    from mhc_compile.passes import Head
+    from mhc_compile.passes import BranchHead
 
 __all__ = ["Beginning", "Notes", "find_tail"]
 
@@ -70,7 +70,11 @@ class Notes:
     """
 
     def __init__(
-        self, heads: Iterable[Head], provenance: DynamoProvenance, positions: Mapping[str, int], results: Sequence[Any]
+        self,
+        heads: Iterable[BranchHead],
+        provenance: DynamoProvenance,
+        positions: Mapping[str, int],
+        results: Sequence[Any],
     ) -> None:
         code = weakref.ref(_torch.frame_code())
         self._entries: list[tuple[int | None, int | None, dict[int, weakref.ref[nn.Module] | None], Beginning]] = []
@@ -115,7 +119,7 @@ def find_tail(
     skip: Node,
     foreign: tuple[tuple[Node, ...], ...],
     contracted: bool,
-) -> Tail | str | None:
+) -> BranchTail | str | None:
     """See `Edges.tail`."""
     trunk = values[skip]
     if not isinstance(trunk, Tensor):
@@ -142,7 +146,7 @@ def find_tail(
     name = next((name for path in paths if (name := path.name(owner)) is not None), None)
     if name is None and not contracted:  # a norm alone, say
         return None
-    return Tail(ref, name, beginnings[0].axis, tuple(beginnings))
+    return BranchTail(ref, name, beginnings[0].axis, tuple(beginnings))
 
 
 class _Path:
@@ -202,9 +206,9 @@ def _find_root(provenance: DynamoProvenance, beginnings: Sequence[Beginning]) ->
             provenance.adopt_root(root)
 
 
-def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> Tail | None:
+def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail | None:
     """Without a history: the one branch that was begun at `trunk` and belongs to the module that performs `add`."""
-    entry = carried(trunk)
+    entry = registered_streams(trunk)
     if entry is None:
         return None
     if provenance.root is None:
@@ -216,7 +220,7 @@ def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> Tail | Non
     if ref is None or not isinstance(container, HyperConnections):
         return None
     names = [name for name in entry.open if container.get(name) is not None]
-    return Tail(ref, names[0], entry.axis) if len(names) == 1 else None
+    return BranchTail(ref, names[0], entry.axis) if len(names) == 1 else None
 
 
 def _called(owner: nn.Module, path: str) -> str:

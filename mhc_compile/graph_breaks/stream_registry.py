@@ -40,21 +40,21 @@ _LEFT = "mhc_streams"
 
 
 @dataclass(eq=False)
-class Carried:
+class StreamEntry:
     """The streams of one tensor [..., C]: [..., n, C], and what the tensor was when they were put beside it."""
 
     streams: Tensor
     version: int | None
     axis: int
-    left: Left
+    left: Departed
     #: Whether the tensor is the mean of the streams.
     mean: bool
     #: The branches that began at the tensor, by the names of their sites.
-    open: dict[str, Begun] = field(default_factory=dict)
+    open: dict[str, OpenBranch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class OpenBranch:
     """A branch that began at a tensor: its coefficients post [..., n] and res [..., n, n], and a module whose frame begins it so."""
 
     post: Tensor
@@ -63,7 +63,7 @@ class Begun:
 
 
 @dataclass(eq=False)
-class Left:
+class Departed:
     """The site whose streams left a graph, and whether another graph took them. Kept in the history of the tensor, which outlives the tensor."""
 
     path: str
@@ -76,9 +76,9 @@ _carried: Any = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
-def carry(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = True) -> Carried:
+def register_streams(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = True) -> StreamEntry:
     """Puts streams [..., n, C] beside `value`, whose features lie on `axis` (< 0). `path` names the site that they come from."""
-    entry = Carried(streams, _version(value), axis, Left(path), mean)
+    entry = StreamEntry(streams, _version(value), axis, Departed(path), mean)
     with _lock:
         _carried[value] = entry
     if value.grad_fn is not None:
@@ -87,15 +87,15 @@ def carry(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = 
     return entry
 
 
-def carried(value: Tensor) -> Carried | None:
+def registered_streams(value: Tensor) -> StreamEntry | None:
     """What is kept beside `value`, if it still is what it was."""
-    found = find_carried(value) if len(_carried) else None
+    found = find_registered(value) if len(_carried) else None
     return None if found is None or changed(value, *found) else found[1]
 
 
 def carried_axis(value: Any) -> int | None:
     """The feature axis (< 0) of the streams that `value` has, None if it has none."""
-    entry = carried(value) if isinstance(value, Tensor) else None
+    entry = registered_streams(value) if isinstance(value, Tensor) else None
     return None if entry is None else entry.axis
 
 
@@ -104,7 +104,7 @@ def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-def find_carried(value: Tensor) -> tuple[Tensor, Carried] | None:
+def find_registered(value: Tensor) -> tuple[Tensor, StreamEntry] | None:
     """The tensor with streams that `value` is, or whose memory it has under another name, as behind the hooks of FSDP2."""
     entry = _carried.get(value)
     if entry is not None:
@@ -112,7 +112,7 @@ def find_carried(value: Tensor) -> tuple[Tensor, Carried] | None:
     return next(((other, entry) for other, entry in _alive() if _is_alias(value, other)), None)
 
 
-def _alive() -> list[tuple[Tensor, Carried]]:
+def _alive() -> list[tuple[Tensor, StreamEntry]]:
     """All tensors with streams, the latest first."""
     with _lock:
         return list(_carried.items())[::-1]
@@ -128,7 +128,7 @@ def _is_alias(value: Tensor, other: Tensor) -> bool:
     )
 
 
-def changed(value: Tensor, other: Tensor, entry: Carried) -> str | None:
+def changed(value: Tensor, other: Tensor, entry: StreamEntry) -> str | None:
     """Why `value` is no longer the tensor beside which the streams were put, None if it still is."""
     if _version(value) != entry.version:
         return "the tensor was written to in place on the way"
@@ -139,7 +139,7 @@ def changed(value: Tensor, other: Tensor, entry: Carried) -> str | None:
     return None
 
 
-def lost_before(value: Tensor) -> Left | None:
+def find_lost_streams(value: Tensor) -> Departed | None:
     """The streams, taken by nobody yet, of a tensor from which `value` was made by a few operations. Known only where autograd records."""
     found = (node.metadata.get(_LEFT, {}).get(output) for node, output in history(value, _NEAR))
     return next((left for left in found if left is not None and not left.taken), None)

@@ -85,7 +85,7 @@ def convert(
         CheckpointError: the checkpoint is damaged, or as for `to_native` and `from_native`; or `out` is there, or cannot be written.
     """
     checkpoint = open_checkpoint(source)
-    _refuse(checkpoint, out, force=force)
+    _reject(checkpoint, out, force=force)
     marks = checkpoint.marks(MARK)
     if native and marks - {preset}:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def convert(
     )
 
 
-def _refuse(checkpoint: Checkpoint, out: Path, *, force: bool) -> None:
+def _reject(checkpoint: Checkpoint, out: Path, *, force: bool) -> None:
     folder = checkpoint.path.is_dir()
     here, there = checkpoint.path.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:

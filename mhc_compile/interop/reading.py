@@ -72,7 +72,7 @@ def _plan(
         if found is not None:
             groups.setdefault((found.owner, found.site), {})[found.part] = name
         else:
-            _refuse_foreign(plain, layout, spelling)
+            _reject_foreign(plain, layout, spelling)
     owners = list(dict.fromkeys(owner for owner, site in groups if site))
     heads = [owner for owner, site in groups if not site]
     if layout.read_out and not heads:
@@ -121,7 +121,7 @@ def _spelling(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Spelling
     return best
 
 
-def _refuse_foreign(name: str, layout: Layout, spelling: Spelling) -> None:
+def _reject_foreign(name: str, layout: Layout, spelling: Spelling) -> None:
     """Raises for an entry that is none of this layout, but one of a hyper-connection."""
     for other in LAYOUTS.values():
         for names in other.spellings:

@@ -66,7 +66,7 @@ class ResidualMapping:
         """Floating-point operations of `matrix` for one token. Here: a guess, two for every pair of an entry and a logit."""
         return 2 * n * n * self.logits(n)
 
-    def refuse(self, n: int, those: str) -> OptionError:
+    def reject(self, n: int, those: str) -> OptionError:
         """The error of `check`: which numbers of streams there are instead of `n`."""
         return OptionError(
             f"mapping {self.name!r} has no matrices for {n} streams, only for {those}; choose another 'streams', or mapping 'sinkhorn'"

@@ -42,9 +42,9 @@ class Kronecker(ResidualMapping):
     diagonal = 0.95
 
     def check(self, n: int) -> None:
-        """Refuses an n that is no power of two."""
+        """Rejects an n that is no power of two."""
         if not 1 <= n <= LARGEST or n & (n - 1):
-            raise self.refuse(n, "1, 2, 4 and 8 (it is a product of 2 x 2 matrices)")
+            raise self.reject(n, "1, 2, 4 and 8 (it is a product of 2 x 2 matrices)")
 
     def logits(self, n: int) -> int:
         """2 log2(n)."""

@@ -53,9 +53,9 @@ class Permutations(ResidualMapping):
     diagonal = 0.95
 
     def check(self, n: int) -> None:
-        """Refuses n > 4: 5 streams would take 120 logits, 8 streams 40320."""
+        """Rejects n > 4: 5 streams would take 120 logits, 8 streams 40320."""
         if not 1 <= n <= LARGEST:
-            raise self.refuse(n, f"1 to {LARGEST} (it takes n! logits)")
+            raise self.reject(n, f"1 to {LARGEST} (it takes n! logits)")
 
     def logits(self, n: int) -> int:
         """The factorial of n."""

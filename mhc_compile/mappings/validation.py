@@ -28,7 +28,7 @@ def validate_mapping(mapping: ResidualMapping) -> tuple[int, ...]:
     """
     sizes = [n for n in range(1, MAX_STREAMS + 1) if _has(mapping, n)]
     if not sizes:
-        raise OptionError(f"mapping {mapping.name!r}: check(n) refuses every number of streams from 1 to {MAX_STREAMS}")
+        raise OptionError(f"mapping {mapping.name!r}: check(n) rejects every number of streams from 1 to {MAX_STREAMS}")
     for n in sizes:
         _try_starts(mapping, n)
     for n in sorted({sizes[0], min(sizes, key=lambda n: abs(n - 4))}):

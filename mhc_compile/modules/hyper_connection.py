@@ -80,7 +80,7 @@ class HyperConnection(nn.Module):
         self.streams = options.streams
         self.index = index
         self.preset = options.preset
-        self.form = options.spec
+        self.spec = options.spec
         self.mapping = options.mapping
         self.iterations = options.iterations
         self.eps = options.eps
@@ -116,7 +116,7 @@ class HyperConnection(nn.Module):
         self.read_out = ReadOut(
             self.width,
             self.streams,
-            form=self.form,
+            spec=self.spec,
             eps=self.eps,
             init=self.init,
             init_gain=self._init_gain,
@@ -134,7 +134,7 @@ class HyperConnection(nn.Module):
         "random": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing
         (under "unconstrained" the identity: 0 would be no mixing at all).
         """
-        n, convention = self.streams, parse(self.form)
+        n, convention = self.streams, parse(self.spec)
         self.scale.fill_(self._init_gain)
         self.bias.zero_()
         if self.init == "random":
@@ -163,7 +163,7 @@ class HyperConnection(nn.Module):
             ShapeError: the streams do not fit n and C.
         """
         pre, post, res, _ = torch.ops.mhc.coefficients(
-            streams, self.phi, self.bias, self.scale, self.form, self.iterations, self.eps
+            streams, self.phi, self.bias, self.scale, self.spec, self.iterations, self.eps
         )
         return pre, post, res
 
@@ -200,4 +200,4 @@ class HyperConnection(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""
         static = "" if self.token_dependent else ", static"
-        return f"width={self.width}, streams={self.streams}, mapping={self.form}, iterations={self.iterations}{static}"
+        return f"width={self.width}, streams={self.streams}, mapping={self.spec}, iterations={self.iterations}{static}"

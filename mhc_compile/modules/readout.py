@@ -30,7 +30,7 @@ class ReadOut(nn.Module):
     Args:
         width: C.
         streams: n.
-        form: the convention, as a string.
+        spec: the convention, as a string.
         eps: added to the mean square under the root mean square.
         init: "preserve" starts as the mean of the streams, whatever they are; "random" from a random projection. With a rank there is only
             the latter.
@@ -50,7 +50,7 @@ class ReadOut(nn.Module):
         width: int,
         streams: int,
         *,
-        form: str,
+        spec: str,
         eps: float,
         init: str,
         init_gain: float,
@@ -58,8 +58,8 @@ class ReadOut(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.width, self.streams, self.form, self.eps, self.init = width, streams, form, eps, start
-        self.rank = parse(form).rank
+        self.width, self.streams, self.spec, self.eps, self.init = width, streams, spec, eps, start
+        self.rank = parse(spec).rank
         self.names = self.NAMES[self.rank > 0]
         self._init_gain = scale
         empty: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -89,7 +89,7 @@ class ReadOut(nn.Module):
             return
         self.weight.zero_()
         # One stream alone would need the logit of 1: the read-out of n = 1 starts next to it.
-        share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.form).pre_eps
+        share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.spec).pre_eps
         self.bias.copy_(torch.logit(torch.full((self.streams,), share, dtype=torch.float64)))
 
     def forward(self, streams: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class ReadOut(nn.Module):
         """
         if self.rank:
             return torch.ops.mhc.gated_read_out(streams, self.weight, self.norm, self.up, self.eps)  # type: ignore[no-any-return]
-        pre_eps = parse(self.form).pre_eps
+        pre_eps = parse(self.spec).pre_eps
         return torch.ops.mhc.read_out(streams, self.weight, self.bias, self.scale, pre_eps, self.eps)  # type: ignore[no-any-return]
 
     def _load_from_state_dict(
@@ -120,4 +120,4 @@ class ReadOut(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""
-        return f"width={self.width}, streams={self.streams}, form={self.form}"
+        return f"width={self.width}, streams={self.streams}, form={self.spec}"

@@ -4,7 +4,7 @@
     mhc::step(streams, branch, post, res, phi, bias, scale, ...) -> (streams', h', pre', post', res', z', inverse')
     mhc::close(streams, branch, post, res) -> mean
 
-Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSteps` writes them; models and exported programs know only the operators of
+Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them; models and exported programs know only the operators of
 `mhc_compile.ops.library`. For the backward they keep the old streams and the coefficients, never the new streams. `pre`, `z` and `inverse` are
 results that only the backward reads: they have no gradient.
 """

@@ -29,7 +29,7 @@ def inherit(node: Node, like: Node) -> None:
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
 
 
-def splice(
+def trace_into(
     graph: Graph,
     function: Callable[..., Any],
     operands: Sequence[Node],

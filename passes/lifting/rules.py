@@ -28,7 +28,7 @@ from mhc_compile.passes.analysis.op_info import (
     passes_value,
     tensor_value,
 )
-from mhc_compile.passes.core.emit import splice
+from mhc_compile.passes.core.emit import trace_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -273,7 +273,7 @@ class _BatchNorm(_Rule):
             return F.batch_norm(flat, None, None, scale, shift, True, 0.0, eps).reshape(streams.shape)
 
         operands = [lifted[step.operands[0]], *(given[name] for name in tensors)]
-        result: Node = splice(graph, normalise, operands, before=before, like=step.node)
+        result: Node = trace_into(graph, normalise, operands, before=before, like=step.node)
         return result
 
 
@@ -306,7 +306,7 @@ class _Vmapped(_Rule):
     def emit(self, graph: Graph, step: _Step, lifted: Mapping[Node, Node], before: Node) -> Node:
         operands = [*(lifted[operand] for operand in step.operands), *step.others]
         function = self._function(step, step.axes[step.node])
-        result: Node = splice(graph, function, operands, before=before, like=step.node)
+        result: Node = trace_into(graph, function, operands, before=before, like=step.node)
         return result
 
     @staticmethod

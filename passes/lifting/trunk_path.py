@@ -18,7 +18,7 @@ __all__ = ["Stretch", "stretch_between"]
 _LONGEST = 256
 
 
-class Stretch:
+class TrunkPath:
     """The trunk operations between the sum of one site and the skip of the next, in graph order, the skip last.
 
     `axes` gives for every operation, and for the sum itself, the axis that holds the features.
@@ -30,15 +30,15 @@ class Stretch:
         self.axes = axes
 
     @classmethod
-    def empty(cls, trunk: Node, axis: int) -> Stretch:
+    def empty(cls, trunk: Node, axis: int) -> TrunkPath:
         """No operations: a chain begins at `trunk`, or goes on with it."""
         return cls(trunk, (), {trunk: axis})
 
 
-def stretch_between(source: Node, target: Node, axis: int, aliases: Aliases) -> Stretch | None:
+def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) -> TrunkPath | None:
     """What stands between `source`, whose features lie on `axis`, and `target`; None if some of it cannot be lifted."""
     if source is target:
-        return Stretch.empty(source, axis)
+        return TrunkPath.empty(source, axis)
     order = aliases.order
     ancestors: set[Node] = set()
     stack = [target]
@@ -62,4 +62,4 @@ def stretch_between(source: Node, target: Node, axis: int, aliases: Aliases) -> 
         nodes.append(node)
     if not nodes or nodes[-1] is not target:
         return None
-    return Stretch(source, tuple(nodes), axes)
+    return TrunkPath(source, tuple(nodes), axes)

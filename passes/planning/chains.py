@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
-from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
-from mhc_compile.passes.planning.graph_boundary import Edges, departures
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
+from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, departures
 from mhc_compile.passes.planning.match_residuals import Findings, find
-from mhc_compile.passes.planning.split_branches import Head, find_heads
-from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
+from mhc_compile.passes.planning.split_branches import BranchHead, find_heads
+from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["Chain", "Plan", "plan_chains", "refuse_site"]
+__all__ = ["Chain", "Plan", "plan_chains", "reject_site"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class Chain:
     sites: tuple[Site, ...]
     #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Those of the first
     #: are empty, but where its streams arrive from another graph.
-    links: tuple[Stretch, ...]
+    links: tuple[TrunkPath, ...]
     #: Whether the chain begins at a graph input, beside which its streams arrive from another graph.
     arrives: bool = False
     #: From the last sum to each result of the graph beside which the streams leave.
-    departures: tuple[Stretch, ...] = ()
+    departures: tuple[TrunkPath, ...] = ()
 
     @property
     def start(self) -> Node:
@@ -52,9 +52,9 @@ class Plan:
     """Everything that is going to be rewritten, and everything that is not, with reasons. Nodes belong to the normalised graph."""
 
     chains: tuple[Chain, ...]
-    refusals: tuple[Refusal, ...]
+    rejections: tuple[Rejection, ...]
     #: Heads of branches whose tails may lie in other graphs.
-    heads: tuple[Head, ...] = ()
+    heads: tuple[BranchHead, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -67,58 +67,60 @@ def plan_chains(
     provenance: Provenance,
     *,
     min_chain_length: int = 2,
-    refuse: Callable[[Site], Refusal | None] | None = None,
-    edges: Edges = Edges(),  # noqa: B008 - frozen
+    reject: Callable[[Site], Rejection | None] | None = None,
+    edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
     A site follows another where its trunk is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
     value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_chain_length` is
-    left alone, and so is a single site inside the branch of another one, however small `min_chain_length` is. `refuse` lets the caller veto sites for
-    reasons outside the graph (see `refuse_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
+    left alone, and so is a single site inside the branch of another one, however small `min_chain_length` is. `reject` lets the caller veto sites for
+    reasons outside the graph (see `reject_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
     judged by its length here.
     """
     findings = find(graph, provenance, edges)
-    vetoed = {site: refusal for site in findings.sites if refuse is not None and (refusal := refuse(site)) is not None}
+    vetoed = {
+        site: rejection for site in findings.sites if reject is not None and (rejection := reject(site)) is not None
+    }
     kept = [site for site in findings.sites if site not in vetoed]
     aliases = findings.aliases
     while True:
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
-        stretches = {site: _stretch(site, by_sum, aliases, edges) for site in sites}
-        refused = _long_skips(sites, stretches, by_sum, aliases)
-        if not refused:
-            chains = [_at_edges(chain, graph, edges, aliases) for chain in _link(sites, stretches, by_sum)]
-            refused = _sides(chains) or _crossings(chains)
-        if not refused:
-            refused = _short([chain for chain in chains if not _goes_on(chain, edges)], min_chain_length)
-        if not refused:
+        trunk_paths = {site: _trunk_path(site, by_sum, aliases, edges) for site in sites}
+        rejected = _long_skips(sites, trunk_paths, by_sum, aliases)
+        if not rejected:
+            chains = [_at_edges(chain, graph, edges, aliases) for chain in _link(sites, trunk_paths, by_sum)]
+            rejected = _sides(chains) or _crossings(chains)
+        if not rejected:
+            rejected = _short([chain for chain in chains if not _goes_on(chain, edges)], min_chain_length)
+        if not rejected:
             heads = find_heads(graph, provenance, chains, edges, aliases)
             return Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
-        vetoed |= refused  # what is left may run through the adds that stay
+        vetoed |= rejected  # what is left may run through the adds that stay
 
 
-def refuse_site(site: Site, reason: Reason, sentence: Callable[[], str]) -> Refusal:
-    """A refusal in the place of a site."""
-    return Refusal(site.add, reason, sentence, site.owner.path, site.adds[:-1])
+def reject_site(site: Site, reason: Reason, message: Callable[[], str]) -> Rejection:
+    """A rejection in the place of a site."""
+    return Rejection(site.add, reason, message, site.owner.path, site.adds[:-1])
 
 
 def _long_skips(
-    sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site], aliases: Aliases
-) -> dict[Site, Refusal]:
+    sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
+) -> dict[Site, Rejection]:
     """The sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
 
     before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on behind it
     """
-    long: dict[Site, Refusal] = {}
+    long: dict[Site, Rejection] = {}
     for site in sites:
         last = _nearest_sum(site.terms[0], by_sum, aliases) if len(site.terms) == 1 else None
         if last is None or last is site.add:
             continue
-        if stretch_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
+        if trunk_path_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
             continue
-        if _follows(by_sum[last], site, stretches, by_sum, aliases):
-            long[site] = refuse_site(
+        if _follows(by_sum[last], site, trunk_paths, by_sum, aliases):
+            long[site] = reject_site(
                 site,
                 Reason.LONG_SKIP,
                 lambda site=site: f"'{site.skip}' is added to its own trunk some sites later, '{site.terms[0]}'",  # type: ignore[misc]
@@ -127,35 +129,36 @@ def _long_skips(
 
 
 def _follows(
-    last: Site, site: Site, stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site], aliases: Aliases
+    last: Site, site: Site, trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> bool:
     """Whether the trunk of `last`, followed backwards from site to site, comes through the trunk value of `site`."""
     step: Site | None = last
     while step is not None:
-        stretch = stretches[step]
-        if site.trunk is step.trunk or (stretch is not None and site.trunk in stretch.axes):
+        trunk_path = trunk_paths[step]
+        if site.trunk is step.trunk or (trunk_path is not None and site.trunk in trunk_path.axes):
             return True
-        if stretch is None or stretch.source not in by_sum:
+        if trunk_path is None or trunk_path.source not in by_sum:
             before = aliases.order[site.trunk] < aliases.order[step.trunk]
             return (
-                before and stretch_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
+                before
+                and trunk_path_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
             )
-        step = by_sum[stretch.source]
+        step = by_sum[trunk_path.source]
     return False
 
 
-def _sides(chains: list[Chain]) -> dict[Site, Refusal]:
+def _sides(chains: list[Chain]) -> dict[Site, Rejection]:
     """The sites that stand alone inside the branch of another site."""
     inside: dict[Node, Site] = {}
     for chain in chains:
         for site in chain.sites:
             inside.update((node, site) for node in site.branch)
-    sides: dict[Site, Refusal] = {}
+    sides: dict[Site, Rejection] = {}
     for chain in chains:
         site = chain.sites[0]
         outer = inside.get(site.add)
         if len(chain.sites) == 1 and outer is not None and outer not in sides:
-            sides[site] = refuse_site(
+            sides[site] = reject_site(
                 site,
                 Reason.SIDE_ADD,
                 lambda outer=outer: f"it stands alone inside the branch of {outer.path}, and its sum goes no further",  # type: ignore[misc]
@@ -163,18 +166,18 @@ def _sides(chains: list[Chain]) -> dict[Site, Refusal]:
     return sides
 
 
-def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
+def _crossings(chains: list[Chain]) -> dict[Site, Rejection]:
     """The sites whose shortcut runs through trunk operations of another chain: what becomes streams there is no longer the value read here.
 
     before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
     """
     carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
-    crossed: dict[Site, Refusal] = {}
+    crossed: dict[Site, Rejection] = {}
     for chain in chains:
         for site in chain.sites:
             through = [node for node in site.shortcut.nodes if carried.get(node, chain) is not chain]
             if through:
-                crossed[site] = refuse_site(
+                crossed[site] = reject_site(
                     site,
                     Reason.SIDE_ADD,
                     lambda node=through[0]: (
@@ -184,9 +187,9 @@ def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
     return crossed
 
 
-def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Refusal]:
-    def too_short(site: Site, size: int) -> Refusal:
-        return refuse_site(
+def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Rejection]:
+    def too_short(site: Site, size: int) -> Rejection:
+        return reject_site(
             site,
             Reason.CHAIN_TOO_SHORT,
             lambda: f"its chain has {size} site{'s'[: size > 1]}; min_chain_length={min_chain_length} asks for more",
@@ -196,7 +199,7 @@ def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Refusal]:
     return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}
 
 
-def _at_edges(chain: Chain, graph: Graph, edges: Edges, aliases: Aliases) -> Chain:
+def _at_edges(chain: Chain, graph: Graph, edges: BoundaryInfo, aliases: Aliases) -> Chain:
     """The chain with what arrives and what leaves."""
     arrives = chain.start in edges.inputs and not aliases.writers(chain.start)
     inner = len(chain.sites) == 1 or any(link.nodes for link in chain.links[1:])
@@ -205,7 +208,7 @@ def _at_edges(chain: Chain, graph: Graph, edges: Edges, aliases: Aliases) -> Cha
     return replace(chain, arrives=arrives, departures=leaving)
 
 
-def _goes_on(chain: Chain, edges: Edges) -> bool:
+def _goes_on(chain: Chain, edges: BoundaryInfo) -> bool:
     """Whether there is reason to believe that other graphs carry the chain on."""
     if any(site.tail for site in chain.sites):
         return True
@@ -217,27 +220,27 @@ def _goes_on(chain: Chain, edges: Edges) -> bool:
     return edges.part or (chain.arrives and value is not None and value.requires_grad)
 
 
-def _link(sites: list[Site], stretches: dict[Site, Stretch | None], by_sum: dict[Node, Site]) -> list[Chain]:
-    heirs = _heirs(sites, stretches)
-    chains: list[tuple[list[Site], list[Stretch]]] = []
-    place: dict[Site, tuple[list[Site], list[Stretch]]] = {}
+def _link(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site]) -> list[Chain]:
+    heirs = _heirs(sites, trunk_paths)
+    chains: list[tuple[list[Site], list[TrunkPath]]] = []
+    place: dict[Site, tuple[list[Site], list[TrunkPath]]] = {}
     for site in sites:
-        stretch = stretches[site]
-        previous = by_sum.get(stretch.source) if stretch is not None and site in heirs else None
-        if stretch is None or previous is None:
+        trunk_path = trunk_paths[site]
+        previous = by_sum.get(trunk_path.source) if trunk_path is not None and site in heirs else None
+        if trunk_path is None or previous is None:
             chains.append(([], []))
             place[site] = chains[-1]
-            if stretch is None or site not in heirs or stretch.source in by_sum:
-                stretch = Stretch.empty(site.trunk, site.shortcut.axes[site.trunk])
+            if trunk_path is None or site not in heirs or trunk_path.source in by_sum:
+                trunk_path = TrunkPath.empty(site.trunk, site.shortcut.axes[site.trunk])
         else:
             place[site] = place[previous]
         members, between = place[site]
         members.append(site)
-        between.append(stretch)
+        between.append(trunk_path)
     return [Chain(tuple(members), tuple(between)) for members, between in chains]
 
 
-def _heirs(sites: list[Site], stretches: dict[Site, Stretch | None]) -> set[Site]:
+def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[Site]:
     """The sites that carry a trunk on, where several read the same one.
 
     Of a block and the residual blocks nested in its branch, the outer one carries the trunk on; the inner ones have a chain of their own, which
@@ -245,9 +248,9 @@ def _heirs(sites: list[Site], stretches: dict[Site, Stretch | None]) -> set[Site
     """
     rivals: dict[Node, list[Site]] = {}
     for site in sites:
-        stretch = stretches[site]
-        if stretch is not None:
-            rivals.setdefault(stretch.source, []).append(site)
+        trunk_path = trunk_paths[site]
+        if trunk_path is not None:
+            rivals.setdefault(trunk_path.source, []).append(site)
     chosen: set[Site] = set()
     for group in rivals.values():
         outer = [site for site in group if not any(site.add in other.branch for other in group)]
@@ -255,22 +258,24 @@ def _heirs(sites: list[Site], stretches: dict[Site, Stretch | None]) -> set[Site
     return chosen
 
 
-def _stretch(site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: Edges) -> Stretch | None:
+def _trunk_path(site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo) -> TrunkPath | None:
     """What lies between the previous site's sum, or an input with streams, and this site's trunk value; None where streams cannot come through."""
     source = _nearest_sum(site.trunk, by_sum, aliases, edges)
     if source is None or aliases.writers(site.trunk):
         return None
     axis = by_sum[source].axis if source in by_sum else edges.axis(source)
     assert axis is not None
-    stretch = stretch_between(source, site.trunk, axis, aliases)
-    return stretch if stretch is not None and stretch.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
+    trunk_path = trunk_path_between(source, site.trunk, axis, aliases)
+    return (
+        trunk_path if trunk_path is not None and trunk_path.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
+    )
 
 
 def _nearest_sum(
     trunk: Node,
     by_sum: dict[Node, Site],
     aliases: Aliases,
-    edges: Edges = Edges(),  # noqa: B008 - frozen
+    edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
     limit: int = 64,
 ) -> Node | None:
     """The last sum of a site, or input with streams, among those that lie behind `trunk`, nothing but trunk operations in between.
@@ -290,6 +295,6 @@ def _nearest_sum(
     return max(found, key=aliases.order.__getitem__, default=None)
 
 
-def _in_order(findings: Findings, later: Iterable[Refusal]) -> tuple[Refusal, ...]:
+def _in_order(findings: Findings, later: Iterable[Rejection]) -> tuple[Rejection, ...]:
     order = findings.aliases.order
-    return tuple(sorted([*findings.refusals, *later], key=lambda refusal: order[refusal.add]))
+    return tuple(sorted([*findings.rejections, *later], key=lambda rejection: order[rejection.add]))

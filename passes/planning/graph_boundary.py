@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Graph, Node  # noqa: TC002 - fields of a dataclass
 
 from mhc_compile.passes.analysis.op_info import tensor_value
-from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.verdict import Site  # noqa: TC001 - fields of a dataclass
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contr
 
 
 @dataclass(frozen=True)
-class Tail:
+class BranchTail:
     """A residual add whose branch began in another graph: who owns it, its name below the owner, and the feature axis (< 0) of its trunk.
 
     The name is that of the module in which the other graphs had the last product with weights; None where they had none.
@@ -50,7 +50,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Edges:
+class BoundaryInfo:
     """What is known of the surroundings of a graph. The default is a graph that is a whole model: nothing comes in or leaves."""
 
     #: The graph ends at a graph break, or begins behind one.
@@ -63,7 +63,7 @@ class Edges:
     attached: Callable[[Site], bool] = _never
     #: What is known of the sum `add` of the input `skip` and terms that come from the inputs `foreign`, those of each term: the tail of a branch, or
     #: why its branch is lost (a sentence), or None where it is none. The last argument says whether this graph has a product with weights on the way.
-    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], Tail | str | None] = _no_tail
+    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], BranchTail | str | None] = _no_tail
 
     def axis(self, node: Node) -> int | None:
         """The feature axis of the streams that arrive at `node`, None where none do."""
@@ -72,7 +72,7 @@ class Edges:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class StreamInput:
     """Streams that enter a graph: the input `target` [..., n, C] beside the input `value`, their mean, whose features lie on `axis` (< 0)."""
 
     target: str
@@ -83,7 +83,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Closing:
+class BranchInput:
     """A coefficient of a branch that ends in this graph and began in another: the input `target`, post [..., n] or res [..., n, n]."""
 
     target: str
@@ -96,7 +96,7 @@ class Closing:
 
 
 @dataclass(frozen=True)
-class Departure:
+class StreamOutput:
     """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0).
 
     `mean` says that the value is their mean. A trunk operation at the end of a graph makes one of the mean and another of each stream.
@@ -110,7 +110,7 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class Opening:
+class BranchOutput:
     """A branch that begins in this graph and ends in another: results number `post` and `res` are its coefficients.
 
     They belong to the trunk value: result number `result`, or else the input `value`, beside whose streams, the input `arrival`, they go on.
@@ -125,25 +125,25 @@ class Opening:
     name: str
 
 
-def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[Stretch, ...]:
+def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[TrunkPath, ...]:
     """The results of `graph` from which the chain that ends with `last` may go on elsewhere.
 
     These are the sum itself, or else, where `far`, what trunk operations make of it: a block that ends with a norm hands on normed streams.
     """
     results = [node for node in dict.fromkeys(graph.output_node().all_input_nodes) if node.op != "placeholder"]
     if last.add in results:
-        return (Stretch.empty(last.add, last.axis),) if not aliases.writers(last.add) else ()
+        return (TrunkPath.empty(last.add, last.axis),) if not aliases.writers(last.add) else ()
     if not far:
         return ()
     found = (
-        stretch_between(last.add, node, last.axis, aliases)
+        trunk_path_between(last.add, node, last.axis, aliases)
         for node in results
         if aliases.order[node] > aliases.order[last.add] and not aliases.writers(node)
     )
-    return tuple(stretch for stretch in found if stretch is not None)
+    return tuple(trunk_path for trunk_path in found if trunk_path is not None)
 
 
-def crossings(graph: Graph) -> tuple[tuple[Arrival | Closing, ...], tuple[Departure | Opening, ...]]:
+def crossings(graph: Graph) -> tuple[tuple[StreamInput | BranchInput, ...], tuple[StreamOutput | BranchOutput, ...]]:
     """What enters and leaves an expanded graph beside Dynamo's inputs and results, in the order of its last inputs and of its last results."""
     arrivals = tuple(node.meta[ARRIVAL] for node in graph.find_nodes(op="placeholder") if ARRIVAL in node.meta)
     return arrivals, graph.output_node().meta.get(DEPARTURES, ())

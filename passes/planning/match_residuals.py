@@ -31,9 +31,9 @@ from mhc_compile.passes.analysis.sum_terms import (
     same_shape,
     same_size,
 )
-from mhc_compile.passes.lifting.trunk_path import Stretch, stretch_between
-from mhc_compile.passes.planning.graph_boundary import Edges, Tail
-from mhc_compile.passes.planning.verdict import Reason, Refusal, Site
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
+from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, BranchTail
+from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,10 +45,10 @@ __all__ = ["Findings", "find"]
 
 @dataclass(frozen=True)
 class Findings:
-    """What `find` saw: `sites` and `refusals`, each in graph order, and who shares memory with whom in the graph."""
+    """What `find` saw: `sites` and `rejections`, each in graph order, and who shares memory with whom in the graph."""
 
     sites: tuple[Site, ...]
-    refusals: tuple[Refusal, ...]
+    rejections: tuple[Rejection, ...]
     aliases: Aliases
 
 
@@ -61,13 +61,13 @@ class _Split:
     others: tuple[Node, ...]
 
 
-def find(graph: Graph, provenance: Provenance, edges: Edges = Edges()) -> Findings:  # noqa: B008 - frozen
+def find(graph: Graph, provenance: Provenance, edges: BoundaryInfo = BoundaryInfo()) -> Findings:  # noqa: B008 - frozen
     """One verdict for every addition of two floating-point tensors in `graph`, which must carry example values."""
     return _Finder(graph, provenance, edges).run()
 
 
 class _Finder:
-    def __init__(self, graph: Graph, provenance: Provenance, edges: Edges) -> None:
+    def __init__(self, graph: Graph, provenance: Provenance, edges: BoundaryInfo) -> None:
         self.graph = graph
         self.edges = edges
         self.provenance = provenance
@@ -82,7 +82,7 @@ class _Finder:
             origins.update(self._behind(product) if product is not None else ())
         self.reach = Reach(graph, sorted(terms | origins, key=self.order.__getitem__), self.aliases, self.weights)
         self.sites: list[Site] = []
-        self.refusals: list[Refusal] = []
+        self.rejections: list[Rejection] = []
         self.decided: set[Node] = set()
         # From the last add to the first, so that the outermost add of a sum tree is seen before its parts.
         self.candidates = candidates[::-1]
@@ -91,7 +91,7 @@ class _Finder:
         for node in self.candidates:
             if node not in self.decided:
                 self._decide(node)
-        return Findings(tuple(reversed(self.sites)), tuple(reversed(self.refusals)), self.aliases)
+        return Findings(tuple(reversed(self.sites)), tuple(reversed(self.rejections)), self.aliases)
 
     def _decide(self, add: Node) -> None:
         adds, terms = flatten(add)
@@ -104,40 +104,40 @@ class _Finder:
         if isinstance(verdict, Site):
             self.sites.append(verdict)
         else:
-            self.refusals.append(verdict)
+            self.rejections.append(verdict)
 
-    def _refuse(self, add: Node, reason: Reason, sentence: Callable[[], str]) -> Refusal:
+    def _reject(self, add: Node, reason: Reason, message: Callable[[], str]) -> Rejection:
         stack = self.provenance.stack(add)
-        return Refusal(add, reason, sentence, stack[-1].path if stack else "")
+        return Rejection(add, reason, message, stack[-1].path if stack else "")
 
-    def _judge(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Refusal:
+    def _judge(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Rejection:
         if op_name(add) in INPLACE_ADDS:
-            return self._refuse(
+            return self._reject(
                 add,
                 Reason.MUTATED_OPERAND,
                 lambda: f"'{add.args[0]}' is written in place and may be read again under another name",
             )
         split = self._split(add, terms)
-        if isinstance(split, Refusal):
+        if isinstance(split, Rejection):
             tail = self._tail(add, adds, terms) if split.reason is Reason.INDEPENDENT and self.edges.inputs else None
             return split if tail is None else tail
         problem = self._shape_problem(add, terms, split)
-        if problem is not None:  # a refusal is falsy
+        if problem is not None:  # a rejection is falsy
             return problem
         branch = self.reach.between(split.trunk, split.others)
         streams = next((node for node in branch if is_update(node)), None)
         if streams is not None:
-            return self._refuse(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
+            return self._reject(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
         problem = self._written(add, split, branch)
         if problem is not None:
             return problem
         return self._site(add, adds, split, branch)
 
-    def _split(self, add: Node, terms: tuple[Node, ...]) -> _Split | Refusal:
+    def _split(self, add: Node, terms: tuple[Node, ...]) -> _Split | Rejection:
         """The roles of the terms, or why they have none."""
         if len(set(terms)) != len(terms):
             twice = next(term for term in terms if terms.count(term) > 1)
-            return self._refuse(add, Reason.SAME_VALUE, lambda: f"'{twice}' is added to itself")
+            return self._reject(add, Reason.SAME_VALUE, lambda: f"'{twice}' is added to itself")
         for skip in sorted(terms, key=self.order.__getitem__):
             others = tuple(term for term in terms if term is not skip)
             for trunk in self._origins(skip):
@@ -157,7 +157,7 @@ class _Finder:
                 yield node
             node = carried(node)
 
-    def _tail(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Refusal | None:
+    def _tail(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Rejection | None:
         """The verdict on a sum whose branch began in another graph; None if it is none."""
         for skip in terms:
             others = tuple(term for term in terms if term is not skip)
@@ -170,13 +170,13 @@ class _Finder:
             if tail is None:
                 continue
             if isinstance(tail, str):
-                return self._refuse(add, Reason.BROKEN_BRANCH, lambda tail=tail: tail)  # type: ignore[misc]
+                return self._reject(add, Reason.BROKEN_BRANCH, lambda tail=tail: tail)  # type: ignore[misc]
             return self._tail_site(add, adds, _Split(skip, skip, others), tail, products)
         return None
 
     def _tail_site(
-        self, add: Node, adds: tuple[Node, ...], split: _Split, tail: Tail, products: list[Node]
-    ) -> Site | Refusal:
+        self, add: Node, adds: tuple[Node, ...], split: _Split, tail: BranchTail, products: list[Node]
+    ) -> Site | Rejection:
         problem = self._shape_problem(add, (split.skip, *split.others), split)
         if problem is None:
             problem = self._written(add, split, ())
@@ -187,7 +187,7 @@ class _Finder:
         axis = tail.axis + total.dim()
         width = _fixed(total.shape[axis])
         if width is None:
-            return self._refuse(
+            return self._reject(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(total)} has no fixed size"
             )
         owner, name = tail.owner, tail.name
@@ -202,7 +202,7 @@ class _Finder:
             trunk=split.trunk,
             ready=split.trunk,
             skip=split.skip,
-            shortcut=Stretch.empty(split.skip, axis),
+            shortcut=TrunkPath.empty(split.skip, axis),
             terms=split.others,
             branch=frozenset(),
             anchor=add,
@@ -210,7 +210,7 @@ class _Finder:
             axis=axis,
             owner=owner,
             name=name,
-            carrier=tail.owner,
+            declaring_module=tail.owner,
             tail=True,
             heads=tail.heads,
         )
@@ -240,14 +240,14 @@ class _Finder:
                     return True
         return False
 
-    def _no_split(self, add: Node, terms: tuple[Node, ...]) -> Refusal:
+    def _no_split(self, add: Node, terms: tuple[Node, ...]) -> Rejection:
         reach, total = self.reach, tensor_value(add)
         if total is None or not total.dtype.is_floating_point:
-            return self._refuse(add, Reason.DTYPE, lambda: "the sum is complex, or of unknown shape")
+            return self._reject(add, Reason.DTYPE, lambda: "the sum is complex, or of unknown shape")
         full = [term for term in terms if same_shape(tensor_value(term), total)]
         if len(full) < len(terms):
             shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
-            return self._refuse(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
+            return self._reject(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)
         strangers = [term for term in others if not reach.value(skip, term)]
@@ -255,17 +255,17 @@ class _Finder:
             projected = self._projected(add, terms)
             if projected is not None:
                 return projected
-            return self._refuse(add, Reason.INDEPENDENT, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
+            return self._reject(add, Reason.INDEPENDENT, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
         if strangers:
-            return self._refuse(
+            return self._reject(
                 add,
                 Reason.NOT_DIFFERENTIABLE,
                 lambda: f"'{strangers[0]}' depends on '{skip}' only through shapes, integers or detached values",
             )
         if self._related(skip, others):
-            return self._refuse(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
+            return self._reject(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
         plain = next(term for term in others if not reach.contracted(skip, term))
-        return self._refuse(
+        return self._reject(
             add,
             Reason.NO_CONTRACTION,
             lambda: (
@@ -273,8 +273,8 @@ class _Finder:
             ),
         )
 
-    def _projected(self, add: Node, terms: tuple[Node, ...]) -> Refusal | None:
-        """The refusal of a merge whose skip is itself a contraction of the trunk, None if it is no such merge."""
+    def _projected(self, add: Node, terms: tuple[Node, ...]) -> Rejection | None:
+        """The rejection of a merge whose skip is itself a contraction of the trunk, None if it is no such merge."""
         for skip in terms:
             product = next((node for node in cheap_path(skip) if is_contraction(node)), None)
             if product is None:
@@ -284,7 +284,7 @@ class _Finder:
                 if not all(self.reach.contracted(trunk, term) for term in others):
                     continue
                 if self._mixes_streams(product):
-                    return self._refuse(
+                    return self._reject(
                         add,
                         Reason.MULTI_STREAM,
                         lambda trunk=trunk, product=product: (  # type: ignore[misc]
@@ -292,7 +292,7 @@ class _Finder:
                         ),
                     )
                 if all(self.reach.contracted_twice(trunk, term) for term in others):
-                    return self._refuse(
+                    return self._reject(
                         add,
                         Reason.PROJECTED_SKIP,
                         lambda trunk=trunk, product=product: f"the skip is '{trunk}' projected by '{product}'",  # type: ignore[misc]
@@ -308,23 +308,23 @@ class _Finder:
     def _mixes_streams(self, product: Node) -> bool:
         return sum(operand not in self.weights for operand in product.all_input_nodes) > 1
 
-    def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: _Split) -> Refusal | None:
+    def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: _Split) -> Rejection | None:
         total, skip = tensor_value(add), tensor_value(split.skip)
         shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
         if total is None or skip is None:
-            return self._refuse(add, Reason.DTYPE, lambda: "a term is not a tensor of known shape")
+            return self._reject(add, Reason.DTYPE, lambda: "a term is not a tensor of known shape")
         if not same_shape(skip, total):
-            return self._refuse(add, Reason.BROADCAST, lambda: f"the skip is broadcast: {shown}")
+            return self._reject(add, Reason.BROADCAST, lambda: f"the skip is broadcast: {shown}")
         if not total.dtype.is_floating_point:
-            return self._refuse(add, Reason.DTYPE, lambda: f"terms {shown} give {describe(total)}")
+            return self._reject(add, Reason.DTYPE, lambda: f"terms {shown} give {describe(total)}")
         if total.dim() < 2:
-            return self._refuse(
+            return self._reject(
                 add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis"
             )
         return None
 
-    def _written(self, add: Node, split: _Split, branch: tuple[Node, ...]) -> Refusal | None:
-        """The refusal of a site whose values are written in place at a moment at which streams could not follow."""
+    def _written(self, add: Node, split: _Split, branch: tuple[Node, ...]) -> Rejection | None:
+        """The rejection of a site whose values are written in place at a moment at which streams could not follow."""
         victims: list[tuple[Node, Node]] = []
         victims += [(add, writer) for writer in self.aliases.writers(add)[:1]]
         for term in split.others:
@@ -344,15 +344,15 @@ class _Finder:
         if not victims:
             return None
         victim, writer = victims[0]
-        return self._refuse(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
+        return self._reject(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
 
-    def _site(self, add: Node, adds: tuple[Node, ...], split: _Split, branch: tuple[Node, ...]) -> Site | Refusal:
+    def _site(self, add: Node, adds: tuple[Node, ...], split: _Split, branch: tuple[Node, ...]) -> Site | Rejection:
         total = tensor_value(add)
         assert total is not None
         anchor = [node for node in branch if contracts(node, self.weights)][-1]
         shortcut = self._shortcut(split, branch, anchor)
         if shortcut is None:
-            return self._refuse(
+            return self._reject(
                 add,
                 Reason.FEATURE_AXIS,
                 lambda: (
@@ -360,21 +360,21 @@ class _Finder:
                 ),
             )
         if isinstance(shortcut, str):
-            return self._refuse(add, Reason.PROJECTED_SKIP, lambda: shortcut)
+            return self._reject(add, Reason.PROJECTED_SKIP, lambda: shortcut)
         axis = shortcut.axes[split.trunk]
         trunk = tensor_value(split.trunk)
         assert trunk is not None
         width = _fixed(trunk.shape[axis])
         if width is None:
-            return self._refuse(
+            return self._reject(
                 add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size"
             )
         owner, child = common_owner(self.provenance.stack(add), self.provenance.stack(anchor))
         if owner is None:
-            return self._refuse(add, Reason.NO_OWNER, lambda: "the add is performed outside every module")
-        name, carrier = self._name(owner, child, anchor)
-        if carrier is None:
-            return self._refuse(
+            return self._reject(add, Reason.NO_OWNER, lambda: "the add is performed outside every module")
+        name, declaring_module = self._name(owner, child, anchor)
+        if declaring_module is None:
+            return self._reject(
                 add,
                 Reason.NO_CARRIER,
                 lambda: (
@@ -396,10 +396,10 @@ class _Finder:
             axis=shortcut.axes[split.skip],
             owner=owner,
             name=name,
-            carrier=carrier,
+            declaring_module=declaring_module,
         )
 
-    def _shortcut(self, split: _Split, branch: tuple[Node, ...], anchor: Node) -> Stretch | str | None:
+    def _shortcut(self, split: _Split, branch: tuple[Node, ...], anchor: Node) -> TrunkPath | str | None:
         """The operations from the trunk to the skip. None where the feature axis is unknown, a sentence where they cannot run on streams."""
         last = max(split.others, key=self.order.__getitem__)
         entry, leaving = entry_axis(split.trunk, branch), exit_axis(anchor, last, branch)
@@ -409,12 +409,14 @@ class _Finder:
         trunk, skip = tensor_value(split.trunk), tensor_value(split.skip)
         assert trunk is not None
         assert skip is not None
-        stretch = stretch_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
-        if stretch is None:
+        trunk_path = (
+            trunk_path_between(split.trunk, split.skip, known[0], self.aliases) if known[0] < trunk.dim() else None
+        )
+        if trunk_path is None:
             return f"'{split.skip}' comes from the trunk '{split.trunk}' by operations that cannot run on streams"
-        if not same_size(trunk.shape[known[0]], skip.shape[stretch.axes[split.skip]]):
+        if not same_size(trunk.shape[known[0]], skip.shape[trunk_path.axes[split.skip]]):
             return f"'{split.skip}' has another width than the trunk '{split.trunk}' that the branch reads"
-        return stretch
+        return trunk_path
 
     def _name(self, owner: ModuleRef, child: ModuleRef | None, anchor: Node) -> tuple[str, ModuleRef | None]:
         """The site's name below its owner, and the module whose call declares it.

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
     from mhc_compile.passes.planning.chains import Chain
-    from mhc_compile.passes.planning.graph_boundary import Edges
+    from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
 __all__ = ["Head", "find_heads"]
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class BranchHead:
     """A value that lives on behind the graph, and what modules compute from it for other results. Perhaps the head of a branch."""
 
     #: The trunk value: a graph input, or the last sum of a chain.
@@ -49,8 +49,8 @@ class Head:
 
 
 def find_heads(
-    graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: Edges, aliases: Aliases
-) -> tuple[Head, ...]:
+    graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: BoundaryInfo, aliases: Aliases
+) -> tuple[BranchHead, ...]:
     """The heads of branches whose tails may lie in other graphs."""
     chains = tuple(chains)
     if not edges.inputs and not edges.part:
@@ -76,7 +76,7 @@ def _head(
     taken: set[Node],
     aliases: Aliases,
     weights: frozenset[Node],
-) -> Head | None:
+) -> BranchHead | None:
     if aliases.writers(value):
         return None
     readers = [user for user in value.users if user.op != "output" and user not in taken and passes_value(user)]
@@ -91,7 +91,9 @@ def _head(
     example = tensor_value(value)
     if None in modules or axis is None or example is None or not 0 <= axis < example.dim():
         return None
-    return Head(value, tuple(readers), tuple(dict.fromkeys(ref for ref in modules if ref is not None)), numbers, axis)
+    return BranchHead(
+        value, tuple(readers), tuple(dict.fromkeys(ref for ref in modules if ref is not None)), numbers, axis
+    )
 
 
 def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]) -> ModuleRef | None:

@@ -1,4 +1,4 @@
-"""Every candidate ends in exactly one verdict: it is a site, or it is refused with a reason."""
+"""Every candidate ends in exactly one verdict: it is a site, or it is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.passes.analysis.provenance import ModuleRef
-    from mhc_compile.passes.lifting.trunk_path import Stretch
+    from mhc_compile.passes.lifting.trunk_path import TrunkPath
 
-__all__ = ["Reason", "Refusal", "Site"]
+__all__ = ["Reason", "Rejection", "Site"]
 
 
 class Reason(Enum):
@@ -206,7 +206,7 @@ class Site:
     #: The term of the sum that is no branch: x, or what the shortcut makes of it.
     skip: Node
     #: The operations from the trunk to the skip, which run on the streams.
-    shortcut: Stretch
+    shortcut: TrunkPath
     #: f(x), one or more.
     terms: tuple[Node, ...]
     #: Everything that depends on the trunk and leads to a term.
@@ -222,7 +222,7 @@ class Site:
     #: Path of the branch below the owner: "attn", "mlp", "blocks.3".
     name: str
     #: The module called in the graph, whose pre-hook declares the parameters to the tracer.
-    carrier: ModuleRef
+    declaring_module: ModuleRef
     #: Whether the branch began in another graph (see `passes.heads`). Then `branch` is empty, and the coefficients arrive as inputs.
     tail: bool = False
     #: What the caller of the planner knows of the modules that begin the branch; nothing to the passes.
@@ -238,7 +238,7 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False)
-class Refusal:
+class Rejection:
     """A candidate that stays as it is. `sentence` is built only when somebody reads it."""
 
     add: Node
@@ -246,7 +246,7 @@ class Refusal:
     explain: Callable[[], str] = field(repr=False)
     #: Path of the module that performs the add.
     where: str = ""
-    #: The other adds of the same sum, where a site of several adds was refused as a whole.
+    #: The other adds of the same sum, where a site of several adds was rejected as a whole.
     inner: tuple[Node, ...] = ()
 
     @property
@@ -255,13 +255,13 @@ class Refusal:
         return (*self.inner, self.add)
 
     @property
-    def sentence(self) -> str:
+    def message(self) -> str:
         """What was found, for people."""
         return self.explain()
 
     def __bool__(self) -> bool:
-        """A refusal is falsy, so that `if verdict` reads as "is it a site"."""
+        """A rejection is falsy, so that `if verdict` reads as "is it a site"."""
         return False
 
     def __str__(self) -> str:
-        return f"{self.reason.value}: {self.sentence}"
+        return f"{self.reason.value}: {self.message}"

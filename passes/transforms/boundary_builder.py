@@ -8,21 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile.passes.analysis.op_info import tensor_value
-from mhc_compile.passes.planning.graph_boundary import ARRIVAL, DEPARTURES, Arrival, Closing, Departure, Opening
-from mhc_compile.passes.transforms.stream_builder import Binding, Writer
+from mhc_compile.passes.planning.graph_boundary import (
+    ARRIVAL,
+    DEPARTURES,
+    BranchInput,
+    BranchOutput,
+    StreamInput,
+    StreamOutput,
+)
+from mhc_compile.passes.transforms.stream_builder import Binding, StreamBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes.planning.split_branches import Head
+    from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
 
 __all__ = ["EdgeWriter"]
 
 
-class EdgeWriter(Writer):
+class BoundaryBuilder(StreamBuilder):
     """Writes graph inputs that bring streams, and results that hand them on.
 
     Args:
@@ -31,12 +38,14 @@ class EdgeWriter(Writer):
         openings: the heads of branches that end in other graphs, with the names and parameters of their sites.
     """
 
-    def __init__(self, graph: Graph, nodes: dict[Node, Node], openings: Mapping[Head, tuple[str, Binding]]) -> None:
+    def __init__(
+        self, graph: Graph, nodes: dict[Node, Node], openings: Mapping[BranchHead, tuple[str, Binding]]
+    ) -> None:
         super().__init__(graph, nodes)
         #: Heads of branches, by their trunk value, as long as they are not expanded.
         self.openings = {head.value: (head, *opening) for head, opening in openings.items()}
         #: Results to be added, and what makes of their numbers the note that says what they are.
-        self.leaving: list[tuple[tuple[Node, ...], Callable[..., Departure | Opening]]] = []
+        self.leaving: list[tuple[tuple[Node, ...], Callable[..., StreamOutput | BranchOutput]]] = []
         #: The place of each result of the original graph.
         self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
 
@@ -79,7 +88,7 @@ class EdgeWriter(Writer):
             (
                 (post, res),
                 partial(
-                    Opening,
+                    BranchOutput,
                     str(value.target) if value.op == "placeholder" else None,
                     self.results.get(value),
                     str(streams.target) if streams.op == "placeholder" else None,
@@ -97,7 +106,7 @@ class EdgeWriter(Writer):
             wide = value.movedim(axis, -1).unsqueeze(-2)
             copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
         streams = self._input("streams", start, copies.requires_grad_(value.requires_grad))
-        streams.meta[ARRIVAL] = Arrival(str(streams.target), str(start.target), axis - value.dim(), n, path)
+        streams.meta[ARRIVAL] = StreamInput(str(streams.target), str(start.target), axis - value.dim(), n, path)
         return streams
 
     def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
@@ -113,7 +122,7 @@ class EdgeWriter(Writer):
                 value = wide.new_empty((*tokens, *sizes), dtype=dtype).requires_grad_(branch.requires_grad)
             node = self._input(kind, site.trunk, value)
             axis = site.axis - (wide.dim() - 1)
-            node.meta[ARRIVAL] = Closing(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
+            node.meta[ARRIVAL] = BranchInput(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
             found.append(node)
         return found[0], found[1]
 

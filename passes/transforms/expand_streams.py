@@ -14,24 +14,24 @@ from mhc_compile.errors import AttachError
 from mhc_compile.passes.analysis.op_info import is_random, op_name, tensor_value
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 from mhc_compile.passes.lifting.rules import lift, lifted_axis
-from mhc_compile.passes.planning.graph_boundary import Departure
-from mhc_compile.passes.transforms.boundary_builder import EdgeWriter
+from mhc_compile.passes.planning.graph_boundary import StreamOutput
+from mhc_compile.passes.transforms.boundary_builder import BoundaryBuilder
 from mhc_compile.passes.transforms.stream_builder import End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.passes.lifting.trunk_path import Stretch
+    from mhc_compile.passes.lifting.trunk_path import TrunkPath
     from mhc_compile.passes.planning.chains import Chain, Plan
-    from mhc_compile.passes.planning.split_branches import Head
+    from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["ExpandChains", "RemoveDeclarations"]
+__all__ = ["ExpandStreams", "RemoveDeclarations"]
 
 
 @dataclass(frozen=True)
-class ExpandChains(Pass):
+class ExpandStreams(Pass):
     """Replaces the residual adds of every chain by hyper-connections on persistent streams.
 
     before: h1 = f(x0); x1 = torch.add(x0, h1); h2 = g(x1); x2 = torch.add(x1, h2); out = norm(x2)
@@ -53,14 +53,14 @@ class ExpandChains(Pass):
     which.
     """
 
-    name: ClassVar[str] = "expand-chains"
+    name: ClassVar[str] = "expand-streams"
 
     #: The plan, made on the very graph that `apply` receives.
     plan: Plan
     #: Parameters for every site of the plan.
     bindings: Mapping[Site, Binding]
     #: Names and parameters of the branches that begin here and end in other graphs.
-    openings: Mapping[Head, tuple[str, Binding]] = field(default_factory=dict)
+    openings: Mapping[BranchHead, tuple[str, Binding]] = field(default_factory=dict)
 
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` on streams."""
@@ -96,7 +96,7 @@ class RemoveDeclarations(Pass):
         return copy
 
 
-class _Expansion(EdgeWriter):
+class _Expansion(BoundaryBuilder):
     """Expands chains in place, in a copy of the graph."""
 
     def __init__(
@@ -104,7 +104,7 @@ class _Expansion(EdgeWriter):
         graph: Graph,
         nodes: dict[Node, Node],
         bindings: Mapping[Site, Binding],
-        openings: Mapping[Head, tuple[str, Binding]],
+        openings: Mapping[BranchHead, tuple[str, Binding]],
     ) -> None:
         super().__init__(graph, nodes, openings)
         self.bindings = bindings
@@ -134,7 +134,7 @@ class _Expansion(EdgeWriter):
             streams = self._spread(start, first)
         if chain.arrives:
             self._open(chain.start, streams)
-        stages: list[tuple[Site, Stretch, dict[Node, Node], Node]] = []
+        stages: list[tuple[Site, TrunkPath, dict[Node, Node], Node]] = []
         self.known = {}
         self.between, self.passed = self.bindings[first].end.between, None
         for site, link in zip(chain.sites, chain.links, strict=True):
@@ -166,7 +166,7 @@ class _Expansion(EdgeWriter):
             if node not in self.replaced and not node.users:
                 self.graph.erase_node(node)
 
-    def _leave(self, site: Site, departure: Stretch, streams: Node) -> None:
+    def _leave(self, site: Site, departure: TrunkPath, streams: Node) -> None:
         target = list(departure.axes)[-1]
         value = tensor_value(target)
         assert value is not None
@@ -177,7 +177,7 @@ class _Expansion(EdgeWriter):
         if once:
             self._read_out(old, lifted[target], departure.axes[target])
         axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
-        note = partial(Departure, self.results[target], axis=axis, path=site.path, mean=mean)
+        note = partial(StreamOutput, self.results[target], axis=axis, path=site.path, mean=mean)
         self.leaving.append(((lifted[target],), note))
 
     def _spread(self, start: Node, first: Site) -> Node:
@@ -187,19 +187,19 @@ class _Expansion(EdgeWriter):
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
         return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
 
-    def _lift(self, stretch: Stretch, streams: Node) -> dict[Node, Node]:
+    def _lift(self, trunk_path: TrunkPath, streams: Node) -> dict[Node, Node]:
         """The streams that stand for the stretch's values, by the nodes of the plan."""
-        lifted = {stretch.source: streams}
-        self.known[stretch.source] = streams, stretch.axes[stretch.source]
-        for node in stretch.nodes:
+        lifted = {trunk_path.source: streams}
+        self.known[trunk_path.source] = streams, trunk_path.axes[trunk_path.source]
+        for node in trunk_path.nodes:
             old = self.nodes[node]
             self._follow(old, like=old)
             # The operands may have been replaced by what another chain made of them.
             operands = self._operands(node)
             given = {new: lifted[before] for before, new in operands if before in lifted}
             axes = {
-                **{new: stretch.axes[before] for before, new in operands if before in lifted},
-                old: stretch.axes[node],
+                **{new: trunk_path.axes[before] for before, new in operands if before in lifted},
+                old: trunk_path.axes[node],
             }
             older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
             wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
@@ -208,7 +208,7 @@ class _Expansion(EdgeWriter):
                 axes = wide
             new = self._emit_lifted(old, given, axes)
             lifted[node] = new
-            self.known[node] = new, stretch.axes[node]
+            self.known[node] = new, trunk_path.axes[node]
         return lifted
 
     def _known(self, node: Node) -> tuple[Node, int] | None:
@@ -244,12 +244,12 @@ class _Expansion(EdgeWriter):
         given, now = (pytree.tree_leaves((one.args, one.kwargs)) for one in (node, self.nodes[node]))
         return [(old, new) for old, new in zip(given, now, strict=True) if isinstance(old, Node)]
 
-    def _dispose(self, stretch: Stretch, lifted: dict[Node, Node]) -> None:
+    def _dispose(self, trunk_path: TrunkPath, lifted: dict[Node, Node]) -> None:
         """Takes out the trunk operations that nobody reads any more. One that is read elsewhere stays, and reads the mean.
 
         What draws random numbers or keeps statistics must happen once: its readers get the mean of the streams instead.
         """
-        for node in reversed(stretch.nodes):
+        for node in reversed(trunk_path.nodes):
             old = self.nodes[node]
             if old in self.replaced:
                 continue
@@ -259,7 +259,7 @@ class _Expansion(EdgeWriter):
                 continue
             self.lifted.append(old)
             if is_random(old) or op_name(old) == "batch_norm":
-                self._read_out(old, lifted[node], stretch.axes[node])
+                self._read_out(old, lifted[node], trunk_path.axes[node])
 
     def _start(self, site: Site) -> Node:
         """The trunk value that a chain starts from, as the first operation behind it reads it now."""

@@ -70,7 +70,7 @@ class FunctionalizeWrites(Pass):
     Dynamo records an in-place statement without an edge to the readers that follow; this pass puts the edges back. It changes an operation only
     where it knows every name of the memory that is written: the tensor was made in this graph, and no view of it that was taken before is read
     afterwards. An input of the graph that is added to in place is copied first and written back at the end, as its owner expects. Everything
-    else (writes to a part of a tensor, writes under `no_grad`) keeps its spelling, and `find` refuses what it touches as MUTATED_OPERAND.
+    else (writes to a part of a tensor, writes under `no_grad`) keeps its spelling, and `find` rejects what it touches as MUTATED_OPERAND.
     """
 
     name: ClassVar[str] = "functionalize-writes"

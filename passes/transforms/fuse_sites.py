@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["FuseSteps"]
+__all__ = ["FuseSites"]
 
 _COEFFICIENTS = torch.ops.mhc.coefficients.default
 _COLLAPSE = torch.ops.mhc.collapse.default
@@ -35,7 +35,7 @@ _FOLDING = (_READ, _STEP, _CLOSE)
 
 
 @dataclass(frozen=True)
-class FuseSteps(Pass):
+class FuseSites(Pass):
     """Fuses update, coefficients and collapse of neighbouring sites, and folds copies and means into them.
 
     before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1); pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
@@ -50,7 +50,7 @@ class FuseSteps(Pass):
     kernel of its own.
     """
 
-    name: ClassVar[str] = "fuse-steps"
+    name: ClassVar[str] = "fuse-sites"
 
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` with fused operators; the graph itself where there is nothing to fuse."""
@@ -145,7 +145,7 @@ def _fold_copies(graph: Graph) -> None:
 
 
 def _is_spread(streams: Node) -> bool:
-    """x.unsqueeze(-2).expand(-1, ..., n, -1), as `ExpandChains` writes it."""
+    """x.unsqueeze(-2).expand(-1, ..., n, -1), as `ExpandStreams` writes it."""
     if streams.target != "expand" or streams.args[-1] != -1 or not streams.name.startswith("mhc_streams"):
         return False
     one = streams.args[0]

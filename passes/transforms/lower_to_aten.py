@@ -2,7 +2,7 @@
 
 A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An exported program is a file that other processes
 and other languages read, so there every operator of ours becomes the ATen operations of its reference mathematics (`LowerOperators`), and what
-the passes wrote as torch functions and tensor methods becomes ATen as well (`SpellAten`).
+the passes wrote as torch functions and tensor methods becomes ATen as well (`CanonicalizeAten`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from mhc_compile import ops
 from mhc_compile.passes.analysis.op_info import op_name
-from mhc_compile.passes.core.emit import splice
+from mhc_compile.passes.core.emit import trace_into
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["LowerOperators", "RaiseLayerNorms", "SpellAten"]
+__all__ = ["CanonicalizeAten", "LowerOperators", "RecomposeLayerNorms"]
 
 #: Functions that are one ATen operation with the same arguments: the node itself is kept, with its name and metadata.
 _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}
@@ -55,7 +55,7 @@ class LowerOperators(Pass):
 
 
 @dataclass(frozen=True)
-class SpellAten(Pass):
+class CanonicalizeAten(Pass):
     """Writes tensor methods and torch functions as ATen operations.
 
     before: add = torch.add(a, b); y = x.movedim(1, -1)    after: add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
@@ -63,7 +63,7 @@ class SpellAten(Pass):
     Operations of ATen and of other operator libraries, higher-order operations, `getitem` and arithmetic on sizes stay as they are.
     """
 
-    name: ClassVar[str] = "spell-aten"
+    name: ClassVar[str] = "canonicalize-aten"
 
     #: ATen operations to write as others, as in `torch.export.default_decompositions()`.
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
@@ -80,16 +80,16 @@ class SpellAten(Pass):
 
 
 @dataclass(frozen=True)
-class RaiseLayerNorms(Pass):
+class RecomposeLayerNorms(Pass):
     """Writes a decomposed layer norm as the one operation that it was, so that it can be lifted over streams.
 
     before: packed = aten.native_layer_norm(x, shape, weight, bias, eps); y = packed[0]
     after:  y = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
 
-    A norm whose statistics are read too stays as it is. `SpellAten` is the way back.
+    A norm whose statistics are read too stays as it is. `CanonicalizeAten` is the way back.
     """
 
-    name: ClassVar[str] = "raise-layer-norms"
+    name: ClassVar[str] = "recompose-layer-norms"
 
     def apply(self, graph: Graph) -> Graph:
         """A copy of `graph` with whole layer norms."""
@@ -136,7 +136,7 @@ def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any
             return out
         return tuple(map(torch.Tensor.contiguous, out)) if isinstance(out, tuple) else out.contiguous()
 
-    return splice(node.graph, compute, operands, before=node, like=node, decompositions=decompositions)
+    return trace_into(node.graph, compute, operands, before=node, like=node, decompositions=decompositions)
 
 
 def _replace(node: Node, result: Any) -> None:

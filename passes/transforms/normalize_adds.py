@@ -27,7 +27,7 @@ class NormalizeAdds(Pass):
     before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
 
     In-place additions were made ordinary ones before, where that was possible (`FunctionalizeWrites`); those that are left keep their spelling,
-    and `find` refuses them as MUTATED_OPERAND. Additions of numbers, of integers and of sizes are left alone.
+    and `find` rejects them as MUTATED_OPERAND. Additions of numbers, of integers and of sizes are left alone.
     """
 
     name: ClassVar[str] = "normalize-adds"

@@ -51,7 +51,7 @@ class Binding:
         bias: its static logits; with `gated`, the weight of its norm.
         scale: the factors of its logits; with `gated`, the projection to the gates.
         streams: n.
-        form: the convention of its coefficients, as the operators take it.
+        spec: the convention of its coefficients, as the operators take it.
         iterations: of Sinkhorn.
         eps: under the root mean square.
         gated: whether it reads every channel with a weight of its own.
@@ -63,7 +63,7 @@ class Binding:
     bias: Node | str
     scale: Node | str
     streams: int
-    form: str
+    spec: str
     iterations: int
     eps: float
     gated: bool = False
@@ -71,7 +71,7 @@ class Binding:
     end: End = End()
 
 
-class Writer:
+class StreamBuilder:
     """Writes into a copy of a graph. `cursor` is the node after which the next one is written, `like` the one whose provenance it gets.
 
     Args:
@@ -187,7 +187,7 @@ class Writer:
 
     def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
-        settings = (binding.form, binding.iterations, binding.eps)
+        settings = (binding.spec, binding.iterations, binding.eps)
         packed = self._call("coefficients", torch.ops.mhc.coefficients.default, streams, *parameters, *settings)
         parts = [self._call(name, operator.getitem, packed, index) for index, name in enumerate(("pre", "post", "res"))]
         self._coefficients_like.setdefault(self._shapes(packed), packed.meta.get("example_value"))

@@ -352,7 +352,7 @@ def test_two_optimizers_by_part():
     assert trained(model, lower, upper) == {1}
 
 
-def test_an_optimizer_of_matrices_alone_is_not_given_vectors_that_it_refuses():
+def test_an_optimizer_of_matrices_alone_is_not_given_vectors_that_it_rejects():
     model = Decoder()
     optimizer = torch.optim.Muon([p for p in matrices(model) if p is not model.embed.weight], lr=0.1)
     compiled = compile_eagerly(model)

@@ -63,22 +63,24 @@ def test_the_report_is_the_reviewed_one(mhc, family, width, request):
 @pytest.mark.parametrize("width", [80, pytest.param(140, marks=SLOW)])
 def test_the_stories_are_the_reviewed_ones(mhc, width, request):
     site = mhc("zoo:resnet", "--why", "stages.1", width=width)
-    refusal = mhc("zoo:resnet", "--why", "stages.2", width=width)
-    assert (site.exit_code, refusal.exit_code) == (0, 0)
-    compare(shown(site.stdout + "\n" + refusal.stdout), f"why-resnet-{width}", request)
+    rejection = mhc("zoo:resnet", "--why", "stages.2", width=width)
+    assert (site.exit_code, rejection.exit_code) == (0, 0)
+    compare(shown(site.stdout + "\n" + rejection.stdout), f"why-resnet-{width}", request)
 
 
 @SLOW
 def test_a_source_line_is_never_cut(mhc):
     for width in (40, 80, 140):
         text = mhc("zoo:gpt2", "--all", width=width).stdout
-        assert len(re.findall(r"(?:modeling_gpt2|activations)\.py:\d+", text)) == 2 + 3  # sites of one block, refusals
+        assert (
+            len(re.findall(r"(?:modeling_gpt2|activations)\.py:\d+", text)) == 2 + 3
+        )  # sites of one block, rejections
         assert max(map(len, text.splitlines())) <= width
 
 
 def test_json_of_a_story_and_of_the_overhead(mhc):
     story = json.loads(mhc("zoo:resnet", "--why", "stages.2", "--json").stdout)
-    assert story["refusals"][0]["reason"] == "projected-skip"
+    assert story["rejections"][0]["reason"] == "projected-skip"
     overheads = json.loads(mhc("zoo:resnet", "--json").stdout)["overheads"]
     assert {"NVIDIA H100 SXM"} < {overhead["machine"]["name"] for overhead in overheads}
     assert all(overhead["here"] > 0 for overhead in overheads)
@@ -92,7 +94,7 @@ def test_an_exported_program(mhc, tmp_path):
     assert f"Decoder: {2 * LAYERS} sites in 1 chain, 0 additions left alone, 1 graph" in report.stdout
     assert "x + attn(x)  builders.py:" in report.stdout
     story = json.loads(mhc(str(file), "--why", "blocks.1.mhc.mlp", "--json").stdout)
-    assert [site["carrier"] for site in story["sites"]] == ["blocks.1.mlp"]
+    assert [site["declaring_module"] for site in story["sites"]] == ["blocks.1.mlp"]
 
 
 def test_a_name_that_nothing_has_is_one_readable_paragraph(monkeypatch, capsys):

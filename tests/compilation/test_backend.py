@@ -243,7 +243,9 @@ def test_reasons_are_counted_in_the_complaint():
                 x = self.g(x + self.f(x))
             return x
 
-    with pytest.warns(mhc_compile.MhcWarning, match=r"3 floating-point additions, all refused \(3 × chain-too-short\)"):
+    with pytest.warns(
+        mhc_compile.MhcWarning, match=r"3 floating-point additions, all rejected \(3 × chain-too-short\)"
+    ):
         torch.compile(Projected(), backend="mhc", options=EAGER)(torch.randn(2, 4))
 
 

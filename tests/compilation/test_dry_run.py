@@ -1,4 +1,4 @@
-"""The dry run foresees what the backend does: the same graph, the same refusals, and a model that stays as it is."""
+"""The dry run foresees what the backend does: the same graph, the same rejections, and a model that stays as it is."""
 
 from __future__ import annotations
 
@@ -124,14 +124,18 @@ class Tokens(nn.Module):
         return torch.relu(self.weight @ x)
 
 
-def test_width_conflicts_are_refused_as_the_rewrite_refuses_them():
+def test_width_conflicts_are_rejected_as_the_rewrite_rejects_them():
     inputs = torch.randn(2, 4, 8), torch.randn(2, 4, 6)
     model = TwoWidths()
-    refusals = []
+    rejections = []
     dry_run(
-        model, inputs, {}, Options(), lambda dry: refusals.extend(str(refusal) for refusal in dry.study.plan.refusals)
+        model,
+        inputs,
+        {},
+        Options(),
+        lambda dry: rejections.extend(str(rejection) for rejection in dry.study.plan.rejections),
     )
-    assert any("width-conflict: mix.mhc.f has width 8, and this call needs 6" in refusal for refusal in refusals)
+    assert any("width-conflict: mix.mhc.f has width 8, and this call needs 6" in rejection for rejection in rejections)
     before = foreseen(copy.deepcopy(model), inputs, {})
     torch._dynamo.reset()
     assert before == compiled(model, inputs, {})

@@ -75,7 +75,7 @@ def test_no_memory_while_running():
 
 @pytest.mark.slow
 def test_an_attachment_that_stops_half_way_is_continued():
-    """The second hyper-connection finds no memory. The limit is the process's own: torch itself refuses the allocation."""
+    """The second hyper-connection finds no memory. The limit is the process's own: torch itself rejects the allocation."""
     script = textwrap.dedent("""
         import resource, torch, mhc_compile, warnings
         from torch import nn

@@ -82,7 +82,7 @@ def sequence_parallel(rank, local, ahead):
 
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("ahead", [True, False])
-def test_sequence_parallel_is_refused(ranks, local, ahead):
+def test_sequence_parallel_is_rejected(ranks, local, ahead):
     ranks.run(sequence_parallel, local, ahead)
 
 

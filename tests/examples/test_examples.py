@@ -51,7 +51,19 @@ def test_plain_training_and_the_output_that_its_readme_shows() -> None:
     script = str(EXAMPLES / "plain_training.py")
     assert "mhc" not in Path(script).read_text()
     done = subprocess.run(
-        [sys.executable, "-m", "mhc_compile", "run", "--inner-backend", "eager", script, "--steps", "6", "--layers", "1"],
+        [
+            sys.executable,
+            "-m",
+            "mhc_compile",
+            "run",
+            "--inner-backend",
+            "eager",
+            script,
+            "--steps",
+            "6",
+            "--layers",
+            "1",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -29,7 +29,7 @@ from experiment.plan import ExperimentError, Plan, read_json, write_json  # noqa
 from experiment.report import report  # noqa: E402
 
 MINI = {"variants": ["plain", "mHC"], "rates": ["calm"], "seeds": 2, "steps": 5, "layers": 2, "width": 16}
-REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner_backend": "eager"}
+REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner": "eager"}
 PLAN = Plan.from_json(json.dumps(MINI | REST))
 
 
@@ -138,7 +138,7 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert "Not all runs are finished" in text
 
 
-def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
+def test_runs_of_other_settings_are_rejected(tmp_path: Path) -> None:
     write_json(tmp_path / "runs" / "plain-calm-0.json", made_run("plain", "calm", 0, 2.0, PLAN))
     longer = Plan.from_json(json.dumps(MINI | REST | {"steps": 6}))
     with pytest.raises(ExperimentError, match="was made with steps 5, not 6"):

@@ -462,7 +462,7 @@ def test_sites_and_chains_are_those_that_dynamo_sees(name):
         plans.append(plan_program(program.run_decompositions(), mhc_compile.Options())[2])
     for plan in plans:
         assert [[site.path for site in chain.sites] for chain in plan.chains] == want
-    reasons = Counter(refusal.reason.value for refusal in plans[0].refusals)
+    reasons = Counter(rejection.reason.value for rejection in plans[0].rejections)
     assert reasons == explanation.reasons
 
 
@@ -567,7 +567,7 @@ def test_wrong_inputs_are_named():
         mhc_compile.rewrite(program, options={"stream": 2})
 
 
-def test_a_joint_program_is_refused():
+def test_a_joint_program_is_rejected():
     from torch.export.experimental import _export_forward_backward
 
     class Loss(nn.Module):
@@ -613,5 +613,5 @@ def test_a_module_that_is_called_with_two_widths_serves_one():
     program = export(Both(), (x,))
     plan = plan_program(program, mhc_compile.Options())[2]
     assert [[site.width for site in chain.sites] for chain in plan.chains] == [[8, 8]]
-    assert Counter(refusal.reason.value for refusal in plan.refusals) == {"width-conflict": 2}
+    assert Counter(rejection.reason.value for rejection in plan.rejections) == {"width-conflict": 2}
     assert_preserved(program, mhc_compile.rewrite(program), 1e-5, x)

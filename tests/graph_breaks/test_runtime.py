@@ -308,7 +308,7 @@ def test_a_branch_without_weights_is_no_branch_in_two_halves_either():
     assert reason == "independent"
 
 
-def test_a_branch_that_python_begins_is_refused_and_said():
+def test_a_branch_that_python_begins_is_rejected_and_said():
     """Nothing of ours can give Python another value to read than the tensor that it has in its hands."""
     model, x = attached(PostNorm)
     mhc_compile.detach(model)
@@ -580,7 +580,7 @@ def test_streams_die_with_their_tensor():
     model, x = attached()
     per_block(model)
     value = model.blocks[0](model.embed(x))
-    found = carried.find_carried(value)
+    found = carried.find_registered(value)
     assert found is not None
     streams = weakref.ref(found[1].streams)
     del found, value

@@ -13,7 +13,7 @@ from mhc_compile.config.options import Options
 from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
 from mhc_compile.inspection.diff.rows import align
 from mhc_compile.inspection.diff.views import NodeView
-from mhc_compile.inspection.explain.explain import ChainReport, RefusalReport, SiteReport
+from mhc_compile.inspection.explain.explain import ChainReport, RejectionReport, SiteReport
 
 SCRIPT = "</script><script>window.hacked = true</script>"
 IMAGE = "<img src=x onerror=window.hacked=true>"
@@ -107,8 +107,8 @@ def hostile() -> ModelDiff:
         for index, (path, site) in enumerate(zip(paths, (first, second), strict=True))
     )
     chain = ChainReport(sites, 8, (), False, False)
-    refusal = RefusalReport(COMMENT, paths[1], "broadcast", f"the terms {SCRIPT} & {IMAGE}", "model.py:3")
-    graph = GraphDiff(("",), align(before, after), (chain,), (refusal,))
+    rejection = RejectionReport(COMMENT, paths[1], "broadcast", f"the terms {SCRIPT} & {IMAGE}", "model.py:3")
+    graph = GraphDiff(("",), align(before, after), (chain,), (rejection,))
     return ModelDiff(f"{SCRIPT}{IMAGE}", Options(), "capture", "expand", (graph,))
 
 

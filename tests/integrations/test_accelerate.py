@@ -111,9 +111,9 @@ def test_state_is_saved_and_loaded(tmp_path):
 @pytest.mark.slow
 def test_backends_by_name():
     """accelerate has a list of its own; registered, torch's list counts."""
-    for refused in (lambda: Accelerator(cpu=True, dynamo_backend="mhc"), lambda: TorchDynamoPlugin(backend="mhc")):
+    for rejected in (lambda: Accelerator(cpu=True, dynamo_backend="mhc"), lambda: TorchDynamoPlugin(backend="mhc")):
         with pytest.raises(ValueError, match="'MHC' is not a valid DynamoBackend"):
-            refused()
+            rejected()
     mhc_compile.register_with_accelerate()
     mhc_compile.register_with_accelerate()
     assert DynamoBackend("MHC") is DynamoBackend("MHC")

@@ -218,7 +218,7 @@ def test_a_file_of_another_preset_is_known_by_its_mark(mhc, native, tmp_path):
         ),
     ],
 )
-def test_damaged_files_are_refused(mhc, native, tmp_path, spoil, words):
+def test_damaged_files_are_rejected(mhc, native, tmp_path, spoil, words):
     spoil(native)
     code, _, err = mhc(native, tmp_path / "ours.safetensors", "--from", "glm5-next")
     assert code in (1, 2)
@@ -226,14 +226,14 @@ def test_damaged_files_are_refused(mhc, native, tmp_path, spoil, words):
     assert not (tmp_path / "ours.safetensors").exists()
 
 
-def test_parameters_in_a_dtype_without_numbers_behind_the_point_are_refused(mhc, native, tmp_path):
+def test_parameters_in_a_dtype_without_numbers_behind_the_point_are_rejected(mhc, native, tmp_path):
     state = {name: v.to(torch.int8) if "_hc." in name else v for name, v in load_file(native).items()}
     save_file(state, native)
     code, _, err = mhc(native, tmp_path / "ours.safetensors", "--from", "glm5-next")
     assert (code, "dtype I8; expected one of F64" in err) == (1, True)
 
 
-def test_an_index_that_does_not_belong_to_its_files_is_refused(mhc, sharded, tmp_path):
+def test_an_index_that_does_not_belong_to_its_files_is_rejected(mhc, sharded, tmp_path):
     (sharded / "model-2-of-3.safetensors").write_bytes((sharded / "model-1-of-3.safetensors").read_bytes())
     code, _, err = mhc(sharded, tmp_path / "ours", "--from", "qwen4-exp")
     assert (code, "index and files do not belong together" in err) == (1, True)

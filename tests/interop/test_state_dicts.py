@@ -1,4 +1,4 @@
-"""State dicts from native layouts into ours and back: names, shapes, order of residual logits, and what is refused."""
+"""State dicts from native layouts into ours and back: names, shapes, order of residual logits, and what is rejected."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ LONG = changed(native_state("glm5-next", n=3), "attn_hc.fn", turned)
         (TWO, "qwen4-exp", r"may belong to any of the branches self_attn, linear_attn of 'model\.layers\.3'"),
     ],
 )  # fmt: skip
-def test_what_is_no_native_checkpoint_of_the_preset_is_refused(state, preset, words):
+def test_what_is_no_native_checkpoint_of_the_preset_is_rejected(state, preset, words):
     with pytest.raises(CheckpointError, match=words):
         interop.from_native(state, preset)
 
@@ -144,7 +144,7 @@ OURS = {preset: interop.from_native(native_state(preset), preset) for preset in 
         (OURS["hy-v4"] | {"model.layers.0.ffn_hc.fn": torch.ones(1)}, "hy-v4", r"would both become 'model\.layers\.0\.ffn_hc\.fn'"),
     ],
 )  # fmt: skip
-def test_what_has_no_counterpart_in_the_native_layout_is_refused(state, preset, words):
+def test_what_has_no_counterpart_in_the_native_layout_is_rejected(state, preset, words):
     with pytest.raises(CheckpointError, match=words):
         interop.to_native(state, preset)
 
@@ -193,7 +193,7 @@ def test_a_model_gives_and_takes_a_native_state_dict(preset):
     assert same(other.state_dict(), model.state_dict())
 
 
-def test_a_model_without_hyper_connections_or_with_another_preset_s_is_refused():
+def test_a_model_without_hyper_connections_or_with_another_preset_s_is_rejected():
     native = interop.export_state_dict(attached("deepseek-v4"), "deepseek-v4", branches=BRANCHES)
     with pytest.raises(AttachError, match=r"Small has no hyper-connections.*options=\{'preset': 'deepseek-v4'\}"):
         interop.import_state_dict(Small(WIDTH), native, "deepseek-v4", branches=BRANCHES)
@@ -231,7 +231,7 @@ def test_sites_without_a_counterpart_are_named(change, words):
     assert same(model.state_dict(), before)
 
 
-def test_another_mapping_of_the_same_size_is_refused():
+def test_another_mapping_of_the_same_size_is_rejected():
     model = attached("glm5-next", mapping="unconstrained")
     with pytest.raises(AttachError, match=r"mapping='unconstrained', and the same numbers stand for another function"):
         interop.export_state_dict(model, "glm5-next", branches=BRANCHES)

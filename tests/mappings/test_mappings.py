@@ -12,7 +12,7 @@ from helpers.builders import Decoder, distance, tokens, twin
 import mhc_compile
 from mhc_compile import HyperConnection, OptionError, Options
 from mhc_compile.inspection.cost import site_cost
-from mhc_compile.mappings import MAPPINGS, ResidualMapping, columns, get_mapping
+from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
@@ -83,7 +83,7 @@ def test_backward_is_that_of_autograd_and_of_the_default(name, n):
     grad = torch.randn(5, 3, n, n, dtype=torch.float64)
     matrix = mapping.matrix(logits, n, 5)
     want = torch.autograd.grad(matrix, logits, grad)[0] if matrix.requires_grad else torch.zeros_like(logits)
-    for backward in (mapping.backward, lambda *args: Mapping.backward(mapping, *args)):
+    for backward in (mapping.backward, lambda *args: ResidualMapping.backward(mapping, *args)):
         got = backward(grad, logits.detach(), n, 5)
         assert got.shape == want.shape
         assert torch.allclose(got, want, rtol=0, atol=1e-13)
@@ -155,7 +155,11 @@ def test_from_scratch_they_mix_evenly_and_unconstrained_keeps_its_streams():
         ("permutations", "aot_eager"),
         ("kronecker", "eager"),
         ("unconstrained", "eager"),
-        *(pytest.param(name, inner_backend, marks=pytest.mark.slow) for name in NEW for inner_backend in ("aot_eager", "inductor")),
+        *(
+            pytest.param(name, inner_backend, marks=pytest.mark.slow)
+            for name in NEW
+            for inner_backend in ("aot_eager", "inductor")
+        ),
     ],
 )
 def test_a_model_keeps_its_function_and_its_gradients_and_learns(name, inner_backend):
@@ -231,12 +235,12 @@ def test_models_of_the_zoo_are_preserved(family, name):
         ({"mapping": "kroneker"}, r"'kroneker'; did you mean 'kronecker'\?"),
     ],
 )
-def test_what_there_is_not_is_refused(options, words):
+def test_what_there_is_not_is_rejected(options, words):
     with pytest.raises(OptionError, match=words):
         Options.parse(options)
 
 
-def test_operators_refuse_numbers_of_streams_that_the_mapping_does_not_have():
+def test_operators_reject_numbers_of_streams_that_the_mapping_does_not_have():
     with pytest.raises(OptionError, match="no matrices for 5 streams"):
         mhc.coefficients(
             torch.zeros(2, 5, 3), torch.zeros(15, 12), torch.zeros(12), torch.zeros(3), "permutations", 20, 1e-6

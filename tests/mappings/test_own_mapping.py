@@ -10,7 +10,7 @@ from helpers.builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile
-from mhc_compile import ResidualMapping, OptionError, Options, mappings, ops, register_mapping
+from mhc_compile import OptionError, Options, ResidualMapping, mappings, ops, register_mapping
 from mhc_compile.config import coefficient_spec as convention
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 
@@ -162,7 +162,10 @@ REFUSED = [
     (lambda: variant(name="sinkhorn"), "mapping 'sinkhorn' is taken by mhc_compile.mappings.sinkhorn.Sinkhorn"),
     (lambda: variant(name="circulant"), "mapping 'circulant' is taken by .*Circulant; give .*Variant another name"),
     (lambda: variant(logits=lambda self, n: 2.5), r"1 streams: logits\(n\) is 2.5"),
-    (lambda: variant(init_preserve=lambda self, n: torch.zeros(7)), r"init_preserve\(n\) is \[7\]; expected a tensor \[1\]"),
+    (
+        lambda: variant(init_preserve=lambda self, n: torch.zeros(7)),
+        r"init_preserve\(n\) is \[7\]; expected a tensor \[1\]",
+    ),
     (lambda: variant(init_random=lambda self, n: None), r"init_random\(n\) is None; expected a tensor \[1\]"),
     (lambda: variant(matrix=lambda self, z, n, i: z), r"is \[2, 3, 1\]; expected \[2, 3, 1, 1\]"),
     (lambda: variant(matrix=lambda self, z, n, i: 2 * Circulant.matrix(self, z, n, i)), r"sum to \[2.0\]; expected 1"),
@@ -172,7 +175,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED)
-def test_what_does_not_fit_together_is_refused_in_words(make, words):
+def test_what_does_not_fit_together_is_rejected_in_words(make, words):
     register_mapping(Circulant())
     before = dict(mappings.MAPPINGS)
     with pytest.raises(OptionError, match=words):
@@ -193,9 +196,9 @@ def test_a_changed_matrix_under_an_inherited_backward_is_noticed():
     register_mapping(Warm())
 
 
-def test_one_that_has_no_number_of_streams_is_refused():
+def test_one_that_has_no_number_of_streams_is_rejected():
     def check(self, n):
-        raise self.refuse(n, "none")
+        raise self.reject(n, "none")
 
-    with pytest.raises(OptionError, match="refuses every number of streams from 1 to 8"):
+    with pytest.raises(OptionError, match="rejects every number of streams from 1 to 8"):
         register_mapping(variant(check=check))

@@ -419,7 +419,9 @@ def test_gradient_checkpointing_of_transformers(name, reentrant):
     assert (len(explanation.chains), len(explanation.graphs)) == (1, 1)
     assert not explanation.regions
     torch._dynamo.reset()
-    compiled = torch.compile(case.model, backend="mhc", options={"inner_backend": "eager" if reentrant else "aot_eager"})
+    compiled = torch.compile(
+        case.model, backend="mhc", options={"inner_backend": "eager" if reentrant else "aot_eager"}
+    )
     assert_same(run(case, compiled, case.model), want, 1e-5)
     assert len(mhc_compile.connections(case.model)) == 2 * case.layers
 

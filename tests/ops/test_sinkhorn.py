@@ -90,7 +90,7 @@ def test_strided_and_empty_inputs():
     assert empty.grad.shape == (0, 4, 4)
 
 
-def test_second_derivatives_are_refused_in_words():
+def test_second_derivatives_are_rejected_in_words():
     logits = torch.randn(2, 3, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(sinkhorn(logits, 5).square().sum(), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):

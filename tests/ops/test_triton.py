@@ -230,7 +230,7 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_refusals_say_what_was_found():
+def test_rejections_say_what_was_found():
     case = Case(4, False, (3,), 8)
     with pytest.raises(ShapeError, match=r"streams \[3, 4, 8\] float64.*expected float32"):
         kernels.update(case.streams.double(), *case.mix[1:])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import mhc_compile
-from mhc_compile.passes import FuseSteps, Provenance, normalize, plan_chains
+from mhc_compile.passes import FuseSites, Provenance, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name, tensor_value
 
 if TYPE_CHECKING:
@@ -113,14 +113,14 @@ def outcome(module, model: Model, x: Tensor) -> tuple[list[Tensor], list[Tensor]
 
 
 def plain(program) -> tuple[Model, fx.GraphModule, Tensor, tuple[list[Tensor], list[Tensor]]]:
-    """The model, its graph, an input, and what the plain model makes of it. Programs that PyTorch itself refuses are passed over."""
+    """The model, its graph, an input, and what the plain model makes of it. Programs that PyTorch itself rejects are passed over."""
     torch.manual_seed(0)
     model = Model(forward_of(program)).double()
     x = torch.randn(2, 4, C, dtype=torch.float64)
     traced = fx.symbolic_trace(model)
     try:
         return model, traced, x, outcome(traced, model, x)
-    except RuntimeError as error:  # autograd refuses the program itself: a value that it needs is overwritten
+    except RuntimeError as error:  # autograd rejects the program itself: a value that it needs is overwritten
         assume(not any(words in str(error) for words in ("inplace operation", "in-place", "modified inplace")))
         raise
 
@@ -156,7 +156,7 @@ def check_fused(program, module: fx.GraphModule, model: Model, x: Tensor) -> Non
     for name, parameter in module.named_parameters():
         if "mhc" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    fused = fx.GraphModule(module, FuseSteps().apply(module.graph))
+    fused = fx.GraphModule(module, FuseSites().apply(module.graph))
     fused.graph.lint()
     want, got = outcome(module, model, x), outcome(fused, model, x)
     for one, other in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
@@ -177,7 +177,7 @@ def verdicts(program) -> tuple[Counter, Counter]:
     graph = normalize(traced.graph)
     plan = plan_chains(graph, Provenance())
     seen = Counter(add for site in plan.sites for add in site.adds)
-    seen.update(add for refusal in plan.refusals for add in refusal.adds)
+    seen.update(add for rejection in plan.rejections for add in rejection.adds)
     candidates = [
         node
         for node in graph.nodes

@@ -35,7 +35,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("plotext")
 pytest.importorskip("matplotlib")
 
-TINY = ["--inner-backend", "eager", "--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--dropout", "0.1"]
+TINY = [
+    "--inner-backend",
+    "eager",
+    "--layers",
+    "1",
+    "--width",
+    "32",
+    "--batch",
+    "2",
+    "--context",
+    "16",
+    "--dropout",
+    "0.1",
+]
 SETTINGS = Settings(inner_backend="eager", layers=1, width=32, batch=2, context=16, dropout=0.1)
 
 
@@ -205,7 +218,7 @@ def test_both_sides_start_equal_and_only_mhc_has_hyper_connections(data: corpus.
     assert trained == {id(parameter) for parameter in duel.mhc.model.parameters()}
 
 
-def test_different_weights_are_refused() -> None:
+def test_different_weights_are_rejected() -> None:
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     with pytest.raises(MhcError, match="weight differs"):
         training.check_same_weights(one, other)
@@ -402,7 +415,12 @@ def test_resume_of_a_damaged_checkpoint(damage: str, whole: tuple[Path, Result],
 
 @pytest.mark.parametrize(
     ("option", "given", "has"),
-    [("--model", "llama", "gpt2"), ("--seed", "7", "0"), ("--batch", "3", "2"), ("--inner-backend", "aot_eager", "eager")],
+    [
+        ("--model", "llama", "gpt2"),
+        ("--seed", "7", "0"),
+        ("--batch", "3", "2"),
+        ("--inner-backend", "aot_eager", "eager"),
+    ],
 )
 def test_resume_with_other_settings(option: str, given: str, has: str, whole: tuple[Path, Result]) -> None:
     result = demo("--resume", "--out", whole[0], option, given, tiny=[])

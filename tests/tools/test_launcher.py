@@ -427,7 +427,9 @@ ORDER = "import json, os\nprint(json.dumps(json.loads(os.environ['MHC_RUN'].spli
 def test_every_option_is_a_flag(folder):
     said = execute(*MHC, "--help").stdout
     assert [name for name in Options.names() if f"--{name.replace('_', '-')} " not in said] == []
-    flags = "--streams 2 --min-chain-length 3 --strict --mapping identity --init-gain .5 --inductor a.b=True --inductor c=x"
+    flags = (
+        "--streams 2 --min-chain-length 3 --strict --mapping identity --init-gain .5 --inductor a.b=True --inductor c=x"
+    )
     assert sent(run(ORDER, *flags.split())) == {
         "inner_backend": "eager",
         "streams": 2,
@@ -473,7 +475,10 @@ def test_the_table_of_the_script_comes_before_the_one_of_the_current_directory(f
     [
         ("[tool.mhc]\nsteams = 4", "pyproject.toml, [tool.mhc]: option 'steams' is unknown; did you mean 'streams'?"),
         ("[tool.mhc]\nstreams = 9", "pyproject.toml, [tool.mhc]: option 'streams' is 9; expected an integer from 1"),
-        ("[tool.mhc]\nmin-chain-length = '3'", "[tool.mhc]: option 'min_chain_length' is '3' (str); expected a positive integer"),
+        (
+            "[tool.mhc]\nmin-chain-length = '3'",
+            "[tool.mhc]: option 'min_chain_length' is '3' (str); expected a positive integer",
+        ),
         ("[tool]\nmhc = 4", "pyproject.toml: tool.mhc is 4; expected a table"),
         ("[tool.mhc", "pyproject.toml may have a table [tool.mhc], but it is no TOML"),
     ],

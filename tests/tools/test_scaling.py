@@ -78,7 +78,7 @@ def test_what_is_kept_by_hand() -> None:
     assert kept_bytes(8, 2, Options(), 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
 
 
-def test_a_shape_that_cannot_be_is_refused() -> None:
+def test_a_shape_that_cannot_be_is_rejected() -> None:
     with pytest.raises(OptionError, match="layers is 0; expected a positive integer"):
         replace(SMALL, layers=0)
     with pytest.raises(OptionError, match="width 100 and 3 heads"):

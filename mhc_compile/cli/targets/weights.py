@@ -59,11 +59,11 @@ def _read(path: str) -> Mapping[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
+        rejected = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if rejected is None:
             raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
         raise WeightsError(
-            f"--weights {path}: the file holds Python objects that are no tensors ({refused[1]}), which could run code when they are loaded; it was"
+            f"--weights {path}: the file holds Python objects that are no tensors ({rejected[1]}), which could run code when they are loaded; it was"
             " not read. Save the tensors alone: torch.save(model.state_dict(), path), or as safetensors"
         ) from error
     if isinstance(content, Mapping):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.passes import Binding, Head, Pass, Plan, Site
+    from mhc_compile.passes import Binding, BranchHead, Pass, Plan, Site
 
 __all__ = ["diff"]
 
@@ -43,7 +43,7 @@ def diff(
         model: any module, or one that `torch.compile` returned, or a program from `torch.export.export`.
         *args: example inputs, as for `model(*args, **kwargs)`; none for a program.
         options: as for `torch.compile(model, backend="mhc", options=options)`.
-        stage: a stage or a pass ("normalize", "plan", "expand", "lower", "fuse-steps", ...), compared with what comes before it, or two of them
+        stage: a stage or a pass ("normalize", "plan", "expand", "lower", "fuse-sites", ...), compared with what comes before it, or two of them
             ("capture..lower"). By default the captured graph is compared with the expanded one.
         **kwargs: example inputs by name.
 
@@ -63,7 +63,7 @@ def diff(
         stages = _stages(dry, parsed)
         assert stages.names == names
         report = graph_report(dry.captured, dry.study, dry.modules[0])
-        graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.refusals))
+        graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.rejections))
 
     cut = dry_run(target, args, kwargs, parsed, on_graph)
     if cut:
@@ -76,7 +76,7 @@ def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:
     """All stages of a model, or of a program, in order."""
     opening = next(place for place, step in enumerate(first) if step.name == "inline-regions") + 1
     opened, rest = [step.name for step in first[:opening]], [step.name for step in first[opening:]]
-    expanded = ["expand-chains", "expand", "outline-regions"]
+    expanded = ["expand-streams", "expand", "outline-regions"]
     return ("trace", *opened, "capture", *rest, "normalize", "plan", *expanded, *(step.name for step in last), "lower")
 
 
@@ -111,11 +111,11 @@ def _expand(
     graph: Graph,
     plan: Plan,
     bindings: Mapping[Site, Binding],
-    openings: Mapping[Head, tuple[str, Binding]] | None = None,
+    openings: Mapping[BranchHead, tuple[str, Binding]] | None = None,
 ) -> Graph:
     def see(step: Pass, before: Graph, after: Graph) -> None:
         stages.see(step, before, after)
-        if step.name == "expand-chains":
+        if step.name == "expand-streams":
             stages.alias("expand")
 
     return expand_plan(graph, plan, bindings, see, openings=openings)

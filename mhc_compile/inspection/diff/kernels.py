@@ -119,7 +119,9 @@ def kernels(
     """
     parsed = Options.parse(options)
     if parsed.inner_backend != "inductor":
-        raise OptionError(f"option 'inner_backend' is {parsed.to_dict()['inner_backend']!r}; kernels are those of 'inductor'")
+        raise OptionError(
+            f"option 'inner_backend' is {parsed.to_dict()['inner_backend']!r}; kernels are those of 'inductor'"
+        )
     if isinstance(model, ExportedProgram):
         plain, ours = model.module(), rewrite(model, options=parsed).module()
         args, kwargs = model.example_inputs or ((), {})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import Options
-    from mhc_compile.inspection.explain.explain import ChainReport, RefusalReport
+    from mhc_compile.inspection.explain.explain import ChainReport, RejectionReport
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
 
@@ -28,13 +28,13 @@ class GraphDiff:
         modules: paths of the modules that run it; one, or several blocks that are alike. ("",) is the model itself.
         rows: its nodes, aligned.
         chains: what the plan rewrites.
-        refusals: what it leaves alone.
+        rejections: what it leaves alone.
     """
 
     modules: tuple[str, ...]
     rows: tuple[Row, ...]
     chains: tuple[ChainReport, ...]
-    refusals: tuple[RefusalReport, ...]
+    rejections: tuple[RejectionReport, ...]
 
     @property
     def changes(self) -> Counter[Change]:
@@ -68,10 +68,10 @@ class ModelDiff:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON.
 
-        {schema, model, options: {name: value}, stage: {before, after}, changes: {word: number}, graphs: [{modules, chains, refusals,
+        {schema, model, options: {name: value}, stage: {before, after}, changes: {word: number}, graphs: [{modules, chains, rejections,
         before: [node], after: [node], rows: [{change, before, after}]}]}
 
-        A node is a `NodeView` and its `text`; the `before` and `after` of a row are places in those lists, or null. Chains and refusals are those
+        A node is a `NodeView` and its `text`; the `before` and `after` of a row are places in those lists, or null. Chains and rejections are those
         of `explain`.
         """
         return {
@@ -135,7 +135,7 @@ def _graph(graph: GraphDiff) -> dict[str, Any]:
     return {
         "modules": list(graph.modules),
         "chains": [asdict(chain) for chain in graph.chains],
-        "refusals": [asdict(refusal) for refusal in graph.refusals],
+        "rejections": [asdict(rejection) for rejection in graph.rejections],
         **sides,
         "rows": rows,
     }

@@ -166,8 +166,8 @@ def _picture(graph: GraphDiff, pieces: bool) -> Picture:
         for chain in outermost
     )
     reasons: dict[str, list[str]] = {}
-    for refusal in graph.refusals:
-        reasons.setdefault(refusal.reason, []).append(refusal.add)
+    for rejection in graph.rejections:
+        reasons.setdefault(rejection.reason, []).append(rejection.add)
     return Picture(graph.modules, trunks, tuple(Note(reason, tuple(adds)) for reason, adds in reasons.items()))
 
 

@@ -55,7 +55,7 @@ class Stages:
 
     def put(self, name: str, graph: Graph) -> None:
         """Remembers `graph` under the name of a stage."""
-        self._expanded |= name == "expand-chains"
+        self._expanded |= name == "expand-streams"
         nodes = view(graph, self.provenance, self.plan, self.prefix)
         if not self._expanded:
             nodes = tuple(node for node in nodes if node.op != "parameter" or node.name not in self.foreseen)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from mhc_compile.passes import Closing, source_line
+from mhc_compile.passes import BranchInput, source_line
 from mhc_compile.passes.analysis.op_info import leaf_module
 from mhc_compile.passes.planning.graph_boundary import ARRIVAL
 
@@ -109,8 +109,8 @@ class _Viewer:
             for site in plan.sites:
                 if site.tail:
                     self.tails[site.name].add(self._below(site.path))
-            for refusal in plan.refusals:
-                self.verdicts[refusal.add.name] = ("left-alone", "", refusal.reason.value)
+            for rejection in plan.rejections:
+                self.verdicts[rejection.add.name] = ("left-alone", "", rejection.reason.value)
             for site in plan.sites:
                 self.verdicts.update({add.name: ("site", self._below(site.path), "") for add in site.adds})
 
@@ -157,7 +157,7 @@ class _Viewer:
             self.sites[node] = self._below(path)
             return "stream", self.sites[node], ""
         closing = node.meta.get(ARRIVAL)
-        if isinstance(closing, Closing) and len(self.tails[closing.name]) == 1:
+        if isinstance(closing, BranchInput) and len(self.tails[closing.name]) == 1:
             (self.sites[node],) = self.tails[closing.name]
         if not node.name.startswith(_OURS):
             return "", "", ""

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
     from mhc_compile.compilation.session import Study
-    from mhc_compile.passes import Chain, Plan, Refusal, Site
+    from mhc_compile.passes import Chain, Plan, Rejection, Site
 
 __all__ = [
     "ChainReport",
     "Explanation",
     "GraphReport",
-    "RefusalReport",
+    "RejectionReport",
     "SiteReport",
     "explain",
     "graph_report",
@@ -83,13 +83,13 @@ class ChainReport:
 
 
 @dataclass(frozen=True)
-class RefusalReport:
+class RejectionReport:
     """One addition that stays as it is: the graph's name for it, the module, the reason's code, the story, and `file:line`."""
 
     add: str
     module: str
     reason: str
-    sentence: str
+    message: str
     source: str
 
 
@@ -101,7 +101,7 @@ class GraphReport:
         module: path of the module whose method the graph is, or a part of it; "" is the model itself.
         nodes: its size.
         chains: what will be rewritten.
-        refusals: every other addition of two floating-point tensors.
+        rejections: every other addition of two floating-point tensors.
         regions: higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not looked into. Sites under activation checkpointing are
             among the chains.
         tokens: tokens in the example inputs, as the chains count them (batch × sequence); 0 without a chain, and where chains have different
@@ -112,7 +112,7 @@ class GraphReport:
     module: str
     nodes: int
     chains: tuple[ChainReport, ...]
-    refusals: tuple[RefusalReport, ...]
+    rejections: tuple[RejectionReport, ...]
     regions: tuple[str, ...]
     tokens: int
     flops: int | None
@@ -153,9 +153,9 @@ class Explanation:
         return tuple(site for chain in self.chains for site in chain.sites)
 
     @property
-    def refusals(self) -> tuple[RefusalReport, ...]:
+    def rejections(self) -> tuple[RejectionReport, ...]:
         """All additions that stay as they are."""
-        return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
+        return tuple(rejection for graph in self.graphs for rejection in graph.rejections)
 
     @property
     def regions(self) -> Counter[str]:
@@ -165,7 +165,7 @@ class Explanation:
     @property
     def reasons(self) -> Counter[str]:
         """How often each reason was given."""
-        return Counter(refusal.reason for refusal in self.refusals)
+        return Counter(rejection.reason for rejection in self.rejections)
 
     @property
     def plain_flops_per_token(self) -> float | None:
@@ -295,13 +295,13 @@ def graph_report(graph_module: torch.fx.GraphModule, result: Study, module: str)
 
 
 def _graph_report(graph_module: torch.fx.GraphModule, graph: Graph, plan: Plan, module: str) -> GraphReport:
-    chains, refusals = plan_reports(plan, module)
+    chains, rejections = plan_reports(plan, module)
     tokens = {_tokens(chain) for chain in plan.chains}
     return GraphReport(
         module=module,
         nodes=len(graph_module.graph.nodes),
         chains=chains,
-        refusals=refusals,
+        rejections=rejections,
         regions=tuple(op_name(node) for node in graph.nodes if is_region(node)),
         tokens=tokens.pop() if len(tokens) == 1 else 0,
         flops=plain_flops(graph_module),
@@ -314,10 +314,10 @@ def _tokens(chain: Chain) -> int:
     return _torch.example_size(value.numel()) // chain.width
 
 
-def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tuple[RefusalReport, ...]]:
+def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tuple[RejectionReport, ...]]:
     """What a plan rewrites and what it leaves alone, with paths below the model; `module` is the path of the graph's root."""
     chains = tuple(_chain(chain, module) for chain in plan.chains)
-    return chains, tuple(_refusal(refusal, module) for refusal in plan.refusals)
+    return chains, tuple(_rejection(rejection, module) for rejection in plan.rejections)
 
 
 def _overhead(overhead: Overhead) -> dict[str, Any]:
@@ -349,11 +349,11 @@ def _site(site: Site, index: int, module: str) -> SiteReport:
     )
 
 
-def _refusal(refusal: Refusal, module: str) -> RefusalReport:
-    return RefusalReport(
-        add=refusal.add.name,
-        module=below(module, refusal.where),
-        reason=refusal.reason.value,
-        sentence=refusal.sentence,
-        source=source_line(refusal.add),
+def _rejection(rejection: Rejection, module: str) -> RejectionReport:
+    return RejectionReport(
+        add=rejection.add.name,
+        module=below(module, rejection.where),
+        reason=rejection.reason.value,
+        message=rejection.message,
+        source=source_line(rejection.add),
     )

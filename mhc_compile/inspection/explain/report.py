@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import Options
-    from mhc_compile.inspection.explain.explain import ChainReport, Explanation, RefusalReport, SiteReport
+    from mhc_compile.inspection.explain.explain import ChainReport, Explanation, RejectionReport, SiteReport
 
 __all__ = ["render"]
 
 
 def render(explanation: Explanation, *, every: bool = False) -> RenderableType:
-    """The whole report: chains as trees of modules, refusals (one per reason, or `every` one), the cost and the expected overhead."""
+    """The whole report: chains as trees of modules, rejections (one per reason, or `every` one), the cost and the expected overhead."""
     parts: list[RenderableType] = [_headline(explanation)]
     pieces = len(explanation.graphs) > 1
     parts += [_chain(chain, number, pieces) for number, chain in enumerate(explanation.chains, start=1)]
-    if explanation.refusals:
-        parts += [Text(), _refusals(explanation.refusals, every)]
+    if explanation.rejections:
+        parts += [Text(), _rejections(explanation.rejections, every)]
     if explanation.sites:
         parts += [Text(), _cost(explanation)]
     if explanation.overheads:
@@ -44,7 +44,7 @@ def _headline(explanation: Explanation) -> Text:
         f": {_count(len(explanation.sites), 'site')} in {_count(len(explanation.chains), 'chain')}", style="bold"
     )
     text.append(
-        f", {_count(len(explanation.refusals), 'addition')} left alone, {_count(len(explanation.graphs), 'graph')}"
+        f", {_count(len(explanation.rejections), 'addition')} left alone, {_count(len(explanation.graphs), 'graph')}"
     )
     text.append(f"\n{_form(options)}", style="dim")
     for region, count in explanation.regions.items():
@@ -103,11 +103,13 @@ def _layers(sites: tuple[SiteReport, ...]) -> list[list[list[SiteReport]]]:
     return [list(group) for _, group in groupby(owners, key=shape)]
 
 
-def _refusals(refusals: tuple[RefusalReport, ...], every: bool) -> RenderableType:
+def _rejections(rejections: tuple[RejectionReport, ...], every: bool) -> RenderableType:
     """A line for each reason and its sentence below it: a table would leave too little room for either in a narrow terminal."""
-    ordered = sorted(refusals, key=lambda refusal: refusal.reason)
+    ordered = sorted(rejections, key=lambda rejection: rejection.reason)
     groups = (
-        [[refusal] for refusal in ordered] if every else [list(g) for _, g in groupby(ordered, key=lambda r: r.reason)]
+        [[rejection] for rejection in ordered]
+        if every
+        else [list(g) for _, g in groupby(ordered, key=lambda r: r.reason)]
     )
     lines: list[RenderableType] = [Text("Additions left alone", style="cyan")]
     for members in groups:
@@ -115,7 +117,7 @@ def _refusals(refusals: tuple[RefusalReport, ...], every: bool) -> RenderableTyp
         count = f" × {len(members)}" if len(members) > 1 else ""
         where = "".join(f"  {place}" for place in (first.module, _short(first.source)) if place) or f"  {first.add}"
         lines.append(Text.assemble((f"{first.reason}{count}", "yellow"), (where, "dim")))
-        lines.append(Padding(Text(first.sentence), (0, 0, 0, 4)))
+        lines.append(Padding(Text(first.message), (0, 0, 0, 4)))
     return Group(*lines)
 
 

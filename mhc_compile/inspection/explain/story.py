@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Operation", "RefusalStory", "SiteStory", "Story", "Weight"]
+__all__ = ["Operation", "RejectionStory", "SiteStory", "Story", "Weight"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class SiteStory:
     owner: str
     owner_kind: str
     owner_because: str
-    carrier: str
+    declaring_module: str
     carrier_because: str
     parameters: tuple[Weight, ...]
     chain: int
@@ -101,7 +101,7 @@ class SiteStory:
 
 
 @dataclass(frozen=True)
-class RefusalStory:
+class RejectionStory:
     """An add that stays as it is.
 
     Attributes:
@@ -122,7 +122,7 @@ class RefusalStory:
     module: str
     terms: tuple[Operation, ...]
     reason: str
-    sentence: str
+    message: str
     meaning: str
     example: str
     remedy: str
@@ -141,12 +141,12 @@ class Story:
     Attributes:
         asked: the name.
         sites: those that become hyper-connections, in graph order.
-        refusals: those that stay as they are.
+        rejections: those that stay as they are.
     """
 
     asked: str
     sites: tuple[SiteStory, ...]
-    refusals: tuple[RefusalStory, ...]
+    rejections: tuple[RejectionStory, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.inspection.explain.story import Operation, RefusalStory, SiteStory, Story
+    from mhc_compile.inspection.explain.story import Operation, RejectionStory, SiteStory, Story
 
 __all__ = ["render"]
 
@@ -22,7 +22,7 @@ __all__ = ["render"]
 def render(story: Story) -> RenderableType:
     """Every add of the story: sites first, then what is left alone."""
     parts: list[RenderableType] = []
-    for told in (*(_site(site) for site in story.sites), *(_refusal(refusal) for refusal in story.refusals)):
+    for told in (*(_site(site) for site in story.sites), *(_rejection(rejection) for rejection in story.rejections)):
         parts += [Text(), told] if parts else [told]
     return Group(*parts)
 
@@ -48,7 +48,7 @@ def _site(site: SiteStory) -> RenderableType:
         table.fact("shortcut", f"{_names(site.shortcut)} to the skip {_value(site.skip)}, on the streams")
     table.fact("features", f"{site.width} on axis {site.axis}, told by {site.axis_from}")
     table.fact("owner", f"{_module(site.owner)} ({site.owner_kind}): {site.owner_because}")
-    table.fact("carrier", f"{_module(site.carrier)}: {site.carrier_because}")
+    table.fact("declaring_module", f"{_module(site.declaring_module)}: {site.carrier_because}")
     for title, weight in zip(("parameters", "", ""), site.parameters, strict=True):
         table.fact(title, f"{weight.path} {list(weight.shape)}")
     table.fact("chain", f"{site.chain}, site {site.index + 1} of {site.sites}")
@@ -65,18 +65,18 @@ def _site(site: SiteStory) -> RenderableType:
     return Group(*parts)
 
 
-def _refusal(refusal: RefusalStory) -> RenderableType:
+def _rejection(rejection: RejectionStory) -> RenderableType:
     table = _Facts()
-    _where(table, refusal.adds, refusal.code)
-    table.fact("module", _module(refusal.module))
-    table.fact("found", refusal.sentence)
-    table.fact("it means", refusal.meaning)
-    table.fact("met in", refusal.example)
-    table.fact("to be done", refusal.remedy)
-    if refusal.nearest:
-        table.fact("nearest", refusal.nearest)
-    title = Text.assemble((refusal.adds[-1].node, "bold yellow"), " is left alone: ", (refusal.reason, "yellow"))
-    return Group(title, table.table, Text("terms", style="cyan"), _operations(refusal.terms))
+    _where(table, rejection.adds, rejection.code)
+    table.fact("module", _module(rejection.module))
+    table.fact("found", rejection.message)
+    table.fact("it means", rejection.meaning)
+    table.fact("met in", rejection.example)
+    table.fact("to be done", rejection.remedy)
+    if rejection.nearest:
+        table.fact("nearest", rejection.nearest)
+    title = Text.assemble((rejection.adds[-1].node, "bold yellow"), " is left alone: ", (rejection.reason, "yellow"))
+    return Group(title, table.table, Text("terms", style="cyan"), _operations(rejection.terms))
 
 
 def _where(table: _Facts, adds: tuple[Operation, ...], code: str) -> None:

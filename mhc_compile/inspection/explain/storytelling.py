@@ -1,4 +1,4 @@
-"""Tells the stories of a plan: every site and every refusal of one graph, from the nodes that the plan names."""
+"""Tells the stories of a plan: every site and every rejection of one graph, from the nodes that the plan names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mhc_compile.capture.shared_graphs import below
-from mhc_compile.inspection.explain.story import Operation, RefusalStory, SiteStory, Weight
+from mhc_compile.inspection.explain.story import Operation, RejectionStory, SiteStory, Weight
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import source_line
 from mhc_compile.passes.analysis.feature_axis import entry_axis
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.config.options import Options
-    from mhc_compile.passes import Chain, Plan, Provenance, Refusal, Site
+    from mhc_compile.passes import Chain, Plan, Provenance, Rejection, Site
 
 __all__ = ["Teller"]
 
@@ -53,9 +53,9 @@ class Teller:
             for index, site in enumerate(chain.sites)
         ]
 
-    def refusals(self) -> list[tuple[Refusal, RefusalStory]]:
-        """All refusals, in graph order."""
-        return [(refusal, self._refusal(refusal)) for refusal in self.plan.refusals]
+    def rejections(self) -> list[tuple[Rejection, RejectionStory]]:
+        """All rejections, in graph order."""
+        return [(rejection, self._rejection(rejection)) for rejection in self.plan.rejections]
 
     def _site(self, chain: Chain, count: int, index: int) -> SiteStory:
         site, options = chain.sites[index], self.options
@@ -78,7 +78,7 @@ class Teller:
             owner=below(self.module, site.owner.path),
             owner_kind=site.owner.kind,
             owner_because="the innermost module whose call holds both the add and the last product of the branch",
-            carrier=below(self.module, site.carrier.path),
+            declaring_module=below(self.module, site.declaring_module.path),
             carrier_because=_carrier_because(site),
             parameters=tuple(
                 Weight(f"{path}.{name}", tuple(value.shape)) for name, value in connection.named_parameters()
@@ -105,33 +105,33 @@ class Teller:
             return "an input of the graph"
         return f"'{op_name(site.trunk)}' in {self._module(site.trunk) or 'the model itself'}; the streams begin as copies of it"
 
-    def _refusal(self, refusal: Refusal) -> RefusalStory:
-        reason = refusal.reason
-        return RefusalStory(
-            adds=self._operations(refusal.adds),
-            code=_code(refusal.add),
-            module=below(self.module, refusal.where),
-            terms=self._operations(operands(refusal.add)),
+    def _rejection(self, rejection: Rejection) -> RejectionStory:
+        reason = rejection.reason
+        return RejectionStory(
+            adds=self._operations(rejection.adds),
+            code=_code(rejection.add),
+            module=below(self.module, rejection.where),
+            terms=self._operations(operands(rejection.add)),
             reason=reason.value,
-            sentence=refusal.sentence,
+            message=rejection.message,
             meaning=reason.meaning,
             example=reason.example,
             remedy=reason.remedy,
-            nearest=self._nearest(refusal),
+            nearest=self._nearest(rejection),
         )
 
-    def _nearest(self, refusal: Refusal) -> str:
+    def _nearest(self, rejection: Rejection) -> str:
         """The other verdict of the same module whose add is the fewest operations away."""
         told: dict[Node, str] = {}
-        for other in self.plan.refusals:
-            if other is not refusal and other.where == refusal.where:
+        for other in self.plan.rejections:
+            if other is not rejection and other.where == rejection.where:
                 told[other.add] = f"'{other.add}' is left alone as well: {other.reason.value}"
         for site in self.plan.sites:
-            if site.owner.path == refusal.where:
+            if site.owner.path == rejection.where:
                 told[site.add] = f"'{site.add}' is the site {below(self.module, site.path)}"
         if not told:
             return ""
-        nearest = min(told, key=lambda add: abs(self.order[add] - self.order[refusal.add]))
+        nearest = min(told, key=lambda add: abs(self.order[add] - self.order[rejection.add]))
         source = os.path.basename(source_line(nearest))
         return told[nearest] + (f" ({source})" if source else "")
 
@@ -165,7 +165,7 @@ def _axis_from(site: Site, branch: list[Node]) -> str:
 def _carrier_because(site: Site) -> str:
     if site.tail:
         return "its call begins the branch, in another graph"
-    if site.carrier.key == site.owner.key:
+    if site.declaring_module.key == site.owner.key:
         return (
             "the owner does the last product with weights of its own, and its call shows the parameters to the tracer"
         )

@@ -14,7 +14,7 @@ from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance
-from mhc_compile.inspection.explain.story import RefusalStory, SiteStory, Story
+from mhc_compile.inspection.explain.story import RejectionStory, SiteStory, Story
 from mhc_compile.inspection.explain.storytelling import Teller
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Search:
     def __init__(self, asked: str) -> None:
         self.asked = asked
         self.sites: list[SiteStory] = []
-        self.refusals: list[RefusalStory] = []
+        self.rejections: list[RejectionStory] = []
         self.around: list[SiteStory] = []
         self.names: dict[str, None] = {}
 
@@ -79,12 +79,12 @@ class _Search:
             self.names.update(dict.fromkeys((*told.names, told.owner, *_lines(told))))
             if self._means(told, told.owner):
                 self.sites.append(told)
-            elif self.asked == told.carrier or self.asked in {node.name for node in site.branch}:
+            elif self.asked == told.declaring_module or self.asked in {node.name for node in site.branch}:
                 self.around.append(told)
-        for _, refusal in teller.refusals():
-            self.names.update(dict.fromkeys((*refusal.names, refusal.module, *_lines(refusal))))
-            if self._means(refusal, refusal.module):
-                self.refusals.append(refusal)
+        for _, rejection in teller.rejections():
+            self.names.update(dict.fromkeys((*rejection.names, rejection.module, *_lines(rejection))))
+            if self._means(rejection, rejection.module):
+                self.rejections.append(rejection)
 
     def story(self) -> Story:
         """What was found.
@@ -92,8 +92,8 @@ class _Search:
         Raises:
             UnknownAddError: nothing was.
         """
-        if self.sites or self.refusals:
-            return Story(self.asked, tuple(self.sites), tuple(self.refusals))
+        if self.sites or self.rejections:
+            return Story(self.asked, tuple(self.sites), tuple(self.rejections))
         if self.around:
             return Story(self.asked, tuple(self.around), ())
         names = [name for name in self.names if name]
@@ -104,7 +104,7 @@ class _Search:
             " the path of a site or of a module, or file.py:LINE; `mhc explain --all` lists them"
         )
 
-    def _means(self, told: SiteStory | RefusalStory, module: str) -> bool:
+    def _means(self, told: SiteStory | RejectionStory, module: str) -> bool:
         asked = self.asked
         if asked in told.names or (asked and f"{module}.".startswith(f"{asked}.")):
             return True
@@ -114,5 +114,5 @@ class _Search:
         return any(f"/{add.source}".endswith(f"/{file.removeprefix('./')}:{line}") for add in told.adds)
 
 
-def _lines(told: SiteStory | RefusalStory) -> list[str]:
+def _lines(told: SiteStory | RejectionStory) -> list[str]:
     return [os.path.basename(add.source) for add in told.adds if add.source]

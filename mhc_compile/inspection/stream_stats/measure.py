@@ -106,10 +106,10 @@ class Meter:
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self._refuse_to_attach(study(graph_module, inputs, self._options))
+        self._reject_to_attach(study(graph_module, inputs, self._options))
         return mhc(graph_module, inputs, options=self._options)
 
-    def _refuse_to_attach(self, found: Study) -> None:
+    def _reject_to_attach(self, found: Study) -> None:
         """The backend would give a new site its parameters, and the optimizers too; a measurement leaves the model as it is."""
         for site in found.plan.sites:
             owner = found.provenance.module(site.owner)

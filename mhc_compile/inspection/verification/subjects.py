@@ -145,7 +145,11 @@ class _Program:
 
     def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
         module = _to(copy.deepcopy(side.module), dtype)
-        call = _by_inner(module, replace(options, inner_backend="aot_eager")) if options.inner_backend == "eager" else module
+        call = (
+            _by_inner(module, replace(options, inner_backend="aot_eager"))
+            if options.inner_backend == "eager"
+            else module
+        )
         return Side(call, module, graphs=1)
 
 

@@ -1,4 +1,4 @@
-"""Sizes that the kernels are compiled for, and refusals in words."""
+"""Sizes that the kernels are compiled for, and rejections in words."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python -m mhc_compile.tools.bench.passes [NODES ...]
 
-The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are refused, in every layer. Times are the
+The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are rejected, in every layer. Times are the
 smallest of three runs, of the passes alone (no tracing, no compiler below).
 """
 

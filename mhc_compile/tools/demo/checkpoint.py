@@ -1,4 +1,4 @@
-"""A run on disk: written in one piece, read without running code, and refused with a sentence where it does not fit."""
+"""A run on disk: written in one piece, read without running code, and rejected with a sentence where it does not fit."""
 
 from __future__ import annotations
 

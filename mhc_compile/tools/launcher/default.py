@@ -64,5 +64,7 @@ class DefaultBackend:
             )
         if options.inner_backend != "inductor" and (given or mode):
             unused = [f"mode={mode!r}"] if mode else [f"options={dict(settings)!r}"]
-            warn(f"torch.compile(..., {unused[0]}) is for Inductor; with inner_backend={options.inner_backend!r} it has no effect")
+            warn(
+                f"torch.compile(..., {unused[0]}) is for Inductor; with inner_backend={options.inner_backend!r} it has no effect"
+            )
         return replace(options, inductor={**given, **options.inductor})

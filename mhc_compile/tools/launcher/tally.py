@@ -106,7 +106,7 @@ class Tally:
                 form = f"{preset}streams {connection.streams}, mapping {connection.mapping}"
         # A graph that is compiled again, for other shapes, has the same additions.
         left = self._left.setdefault(model, Counter())
-        more = max(0, len(study.plan.refusals) - left[code])
+        more = max(0, len(study.plan.rejections) - left[code])
         left[code] += more
         self._record(
             Graph(

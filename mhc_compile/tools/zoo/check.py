@@ -34,7 +34,7 @@ class Outcome:
         graphs: the graphs that Dynamo made.
         sites: what is rewritten.
         chains: the lengths of their chains, the longest first.
-        refused: additions left alone, by reason.
+        rejected: additions left alone, by reason.
         error_forward: largest relative deviation of an output, a buffer or an input that the model writes; None if it was not measured.
         error_gradients: of a gradient.
         seconds: for everything.
@@ -50,7 +50,7 @@ class Outcome:
     graphs: int = 0
     sites: int = 0
     chains: tuple[int, ...] = ()
-    refused: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     error_forward: float | None = None
     error_gradients: float | None = None
     seconds: float = 0.0
@@ -59,7 +59,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"refused": dict(self.refused)}
+        return asdict(self) | {"rejected": dict(self.rejected)}
 
 
 def check(
@@ -106,7 +106,9 @@ def check(
     return outcome
 
 
-def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int) -> None:
+def _study(
+    family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int
+) -> None:
     from mhc_compile.inspection.explain.explain import explain
 
     model, args, kwargs = family.build(outcome.layers)
@@ -114,16 +116,16 @@ def _study(family: Family, outcome: Outcome, options: Mapping[str, Any], expecte
     outcome.graphs = len(explanation.graphs)
     outcome.sites = len(explanation.sites)
     outcome.chains = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
-    outcome.refused = explanation.reasons
-    _complain(outcome, deviation(outcome.chains, outcome.refused, expected, min_chain_length))
+    outcome.rejected = explanation.reasons
+    _complain(outcome, deviation(outcome.chains, outcome.rejected, expected, min_chain_length))
 
 
-def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected, min_chain_length: int = 2) -> str:
+def deviation(chains: tuple[int, ...], rejected: Counter[str], expected: Expected, min_chain_length: int = 2) -> str:
     """In what a structure differs from the expected one, in one line; "" if it does not.
 
     Args:
         chains: the lengths that were found, the longest first.
-        refused: how many additions were left alone for each reason.
+        rejected: how many additions were left alone for each reason.
         expected: what the source says.
         min_chain_length: chains shorter than this are left alone.
     """
@@ -133,14 +135,14 @@ def deviation(chains: tuple[int, ...], refused: Counter[str], expected: Expected
     if chains != want:
         hint = f" ({expected.note})" if expected.note else ""
         return f"chains {_list(chains)}, expected {_list(want)}{hint}"
-    alone, short = refused[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_chain_length)
+    alone, short = rejected[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_chain_length)
     if alone < short:
         return f"{alone} sites in chains that are too short, expected {short}"
     if expected.reasons is not None:
         allowed = {reason.value for reason in expected.reasons}
-        others = sorted(set(refused) - allowed)
-        if others or not refused:
-            return f"refused as {', '.join(others) or 'nothing'}, expected {' or '.join(sorted(allowed))}"
+        others = sorted(set(rejected) - allowed)
+        if others or not rejected:
+            return f"rejected as {', '.join(others) or 'nothing'}, expected {' or '.join(sorted(allowed))}"
     return ""
 
 

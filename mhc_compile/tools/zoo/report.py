@@ -21,7 +21,7 @@ _STYLES = {"ok": "green", "deviates": "red", "failed": "red", "skipped": "yellow
 
 
 def table(outcomes: Sequence[Outcome], width: int) -> Table:
-    """One row per family and mode: structure found and expected, what was refused, how far the numbers are off."""
+    """One row per family and mode: structure found and expected, what was rejected, how far the numbers are off."""
     narrow = width < NARROW
     view = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     view.add_column("model", no_wrap=True, overflow="ellipsis", max_width=22 if narrow else 30)
@@ -30,7 +30,7 @@ def table(outcomes: Sequence[Outcome], width: int) -> Table:
             "g" if narrow and title == "graphs" else title, justify="left" if title == "mode" else "right", no_wrap=True
         )
     view.add_column("chains", overflow="fold", max_width=12 if narrow else 18)
-    view.add_column("refused by reason", overflow="fold")
+    view.add_column("rejected by reason", overflow="fold")
     for title in ("error",) if narrow else ("forward", "gradients"):
         view.add_column(title, justify="right", no_wrap=True)
     view.add_column("s", justify="right", no_wrap=True)
@@ -57,7 +57,9 @@ def summary(outcomes: Sequence[Outcome]) -> Text:
     text = Text(f"{len(outcomes)} checked: ")
     text.append(", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing")
     rewritten = sum(outcome.sites for outcome in outcomes)
-    text.append(f"; {rewritten} sites rewritten, {sum(sum(o.refused.values()) for o in outcomes)} additions left alone")
+    text.append(
+        f"; {rewritten} sites rewritten, {sum(sum(o.rejected.values()) for o in outcomes)} additions left alone"
+    )
     worst = max((o.error_gradients for o in outcomes if o.error_gradients is not None), default=None)
     if worst is not None:
         text.append(f"; largest gradient error {worst:.1e}")
@@ -96,7 +98,7 @@ def _lengths(lengths: tuple[int, ...]) -> str:
 
 def _remarks(outcome: Outcome) -> Text:
     """The additions that were left alone, by reason, and below them what is wrong."""
-    text = Text(", ".join(f"{reason} {count}" for reason, count in outcome.refused.most_common()) or "–")
+    text = Text(", ".join(f"{reason} {count}" for reason, count in outcome.rejected.most_common()) or "–")
     if outcome.message:
         text.append(f"\n{outcome.message}", style=_STYLES[outcome.status])
     return text

@@ -28,14 +28,14 @@ class Structure:
     Attributes:
         graphs: the graphs that Dynamo made.
         chains: for every chain its sites, each as one line: path, width, axis, number of adds.
-        refused: module and reason of every other addition, in the order of the graph.
+        rejected: module and reason of every other addition, in the order of the graph.
         layers: the depth.
         mode: "train" or "eval".
     """
 
     graphs: int
     chains: tuple[tuple[str, ...], ...]
-    refused: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
     layers: int
     mode: Mode
 
@@ -47,18 +47,18 @@ class Structure:
     @property
     def reasons(self) -> Counter[str]:
         """How often each reason was given."""
-        return Counter(reason for _, reason in self.refused)
+        return Counter(reason for _, reason in self.rejected)
 
     def __str__(self) -> str:
-        head = f"{self.layers} layers, {self.mode}: {sum(self.lengths)} sites, {len(self.refused)} additions left alone, {self.graphs} graphs"
+        head = f"{self.layers} layers, {self.mode}: {sum(self.lengths)} sites, {len(self.rejected)} additions left alone, {self.graphs} graphs"
         lines = [head]
         for number, chain in enumerate(self.chains, start=1):
             lines += ["", f"chain {number}", *(f"  {site}" for site in chain)]
-        if self.refused:
+        if self.rejected:
             lines += ["", "left alone"]
             lines += [
                 f"  {module or '(the model itself)'}  {reason}" + (f"  × {count}" if count > 1 else "")
-                for (module, reason), count in Counter(self.refused).items()
+                for (module, reason), count in Counter(self.rejected).items()
             ]
         return "\n".join(lines) + "\n"
 
@@ -72,7 +72,7 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
     chosen = Options.parse(options)
     model, args, kwargs = family.build(layers)
     chains: list[tuple[str, ...]] = []
-    refused: list[tuple[str, str]] = []
+    rejected: list[tuple[str, str]] = []
     sharing = Sharing(model)
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
@@ -80,11 +80,11 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
         plan = result.plan
         for module in sharing.modules(result.provenance.root):
             chains.extend(tuple(_line(site, module) for site in chain.sites) for chain in plan.chains)
-            refused.extend((below(module, refusal.where), refusal.reason.value) for refusal in plan.refusals)
+            rejected.extend((below(module, rejection.where), rejection.reason.value) for rejection in plan.rejections)
         return result.notes()
 
     graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)
-    return Structure(graphs, tuple(chains), tuple(refused), layers, mode)
+    return Structure(graphs, tuple(chains), tuple(rejected), layers, mode)
 
 
 def _line(site: Site, module: str) -> str:

@@ -87,7 +87,9 @@ def test_forward_and_gradients_equal_the_sites_by_hand(case, inner_backend):
     weight = torch.randn_like(want)
     parameters = dict(model.named_parameters())
     expected = torch.autograd.grad((want * weight).sum(), list(parameters.values()), allow_unused=True)
-    got = torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": inner_backend, "strict": True})(ids)
+    got = torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": inner_backend, "strict": True})(
+        ids
+    )
     assert (got - want).abs().max() < 1e-11
     found = torch.autograd.grad((got * weight).sum(), list(parameters.values()), allow_unused=True)
     for name, mine, theirs in zip(parameters, found, expected, strict=True):
@@ -110,7 +112,7 @@ def test_the_start_is_the_plain_model(case):
     plain = Decoder(width=WIDTH).double()
     model, ids = twin(plain), tokens()
     want, got = plain(ids), torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": "eager"})(ids)
-    loses = "sinkhorn_eps" in next(iter(mhc_compile.connections(model).values())).form
+    loses = "sinkhorn_eps" in next(iter(mhc_compile.connections(model).values())).spec
     assert (got - want).abs().max() < (5e-6 * 2 * LAYERS if loses else 1e-13)
     assert loses == (case in {"deepseek-v4", "glm5-next", "liger", "deepseek-v4.1"})
 
@@ -216,7 +218,7 @@ def test_what_is_given_goes_before_the_preset():
     assert mhc_compile.Options.parse({"preset": "glm5-next"}).eps == 1e-5
     assert mhc_compile.Options.parse({"preset": "glm5-next", "eps": 1e-6}).eps == 1e-6
     assert (
-        mhc_compile.Options(preset="glm5-next", mapping="identity").form == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
+        mhc_compile.Options(preset="glm5-next", mapping="identity").spec == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
     )
 
 
@@ -244,7 +246,9 @@ def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
 
 
 def test_patterns_fit_the_end_of_a_path():
-    options = mhc_compile.Options(overrides={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"token_dependent": False}})
+    options = mhc_compile.Options(
+        overrides={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"token_dependent": False}}
+    )
     assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
     assert not options.at("model.layers.3.mlp").dynamic
     assert options.at("model.layers.2.mlp").dynamic
@@ -323,7 +327,9 @@ def test_a_model_that_returns_its_trunk_is_whole():
 
     model, ids = Trunk(width=WIDTH), tokens()
     plain = twin(model)
-    compiled = torch.compile(model, backend="mhc", options={"read_out": "learned", "inner_backend": "eager", "strict": True})
+    compiled = torch.compile(
+        model, backend="mhc", options={"read_out": "learned", "inner_backend": "eager", "strict": True}
+    )
     assert (compiled(ids) - plain(ids)).abs().max() < 1e-5
     assert (Loop(compiled)(ids) - plain(ids)).abs().max() < 1e-5
     assert "blocks.1.mhc.mlp.read_out.weight" in dict(model.named_parameters())

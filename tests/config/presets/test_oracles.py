@@ -34,7 +34,7 @@ def our_site(native: Native, streams: Tensor, branch) -> Tensor:
         h, post, res = torch.ops.mhc.gated_read(streams, phi, second, third, options.eps)
     else:
         pre, post, res, _ = torch.ops.mhc.coefficients(
-            streams, phi, second, third, options.form, options.iterations, options.eps
+            streams, phi, second, third, options.spec, options.iterations, options.eps
         )
         h = torch.ops.mhc.collapse(streams, pre)
     return torch.ops.mhc.update(streams, branch(h), post, res)
@@ -151,20 +151,20 @@ def test_sinkhorn_of_the_package_hyper_connections(in_double):
 
 
 @pytest.mark.parametrize(
-    "form", ["sinkhorn;sinkhorn_eps=1e-06", "sinkhorn;last=columns", "sinkhorn;sinkhorn_eps=0.01;last=columns"]
+    "spec", ["sinkhorn;sinkhorn_eps=1e-06", "sinkhorn;last=columns", "sinkhorn;sinkhorn_eps=0.01;last=columns"]
 )
-def test_the_side_that_is_normalised_last_is_exact(form):
-    mapping = mapping_of(form)
+def test_the_side_that_is_normalised_last_is_exact(spec):
+    mapping = mapping_of(spec)
     logits = 3 * torch.randn(50, N * N, dtype=torch.float64)
     matrix = mapping.matrix(logits, N, ITERATIONS)
     rows, columns = (matrix.sum(axis).sub(1).abs().max().item() for axis in (-1, -2))
-    exact, other = (columns, rows) if "columns" in form else (rows, columns)
-    assert exact < 2 * float(0.01 if "0.01" in form else 1e-6)
+    exact, other = (columns, rows) if "columns" in spec else (rows, columns)
+    assert exact < 2 * float(0.01 if "0.01" in spec else 1e-6)
     assert other > 1e-3
 
 
 def test_gradcheck_with_an_epsilon_and_columns_last():
-    for form in (
+    for spec in (
         "sinkhorn;sinkhorn_eps=0.01",
         "sinkhorn;last=columns",
         "sinkhorn;pre_eps=0.1;post_range=3.0;post_eps=0.2",
@@ -175,7 +175,7 @@ def test_gradcheck_with_an_epsilon_and_columns_last():
             for shape in ((N * 2, 2 * N + N * N), (2 * N + N * N,), (3,))
         ]
 
-        def weights(*tensors: Tensor, form: str = form) -> tuple[Tensor, ...]:
-            return torch.ops.mhc.coefficients(*tensors, form, 5, 1e-6)[:3]
+        def weights(*tensors: Tensor, spec: str = spec) -> tuple[Tensor, ...]:
+            return torch.ops.mhc.coefficients(*tensors, spec, 5, 1e-6)[:3]
 
         assert torch.autograd.gradcheck(weights, (streams, *parameters))

@@ -83,18 +83,18 @@ def test_the_model_stays_as_it_is():
 def test_a_changed_plan_changes_explain_diff_and_rewrite(monkeypatch):
     """All three read the plan that `study` makes: take the last site out of it there, and it is out everywhere."""
 
-    def without_the_last(graph, provenance, *, refuse=None, **settings):
-        whole = plan_chains(graph, provenance, refuse=refuse, **settings)
+    def without_the_last(graph, provenance, *, reject=None, **settings):
+        whole = plan_chains(graph, provenance, reject=reject, **settings)
         last = max((site.add for site in whole.sites), default=None)
 
         def veto(site):
             if site.add is last:
-                return mhc_compile.passes.refuse_site(
+                return mhc_compile.passes.reject_site(
                     site, mhc_compile.passes.Reason.LONG_SKIP, lambda: "the test says so"
                 )
-            return refuse(site) if refuse is not None else None
+            return reject(site) if reject is not None else None
 
-        return plan_chains(graph, provenance, refuse=veto, **settings)
+        return plan_chains(graph, provenance, reject=veto, **settings)
 
     def seen(model):
         explained = mhc_compile.explain(model, tokens())
@@ -108,13 +108,13 @@ def test_a_changed_plan_changes_explain_diff_and_rewrite(monkeypatch):
             explained.reasons["long-skip"],
         )
 
-    sites, replaced, updates, refused = seen(decoder())
+    sites, replaced, updates, rejected = seen(decoder())
     assert sites == replaced
-    assert (len(sites), updates, refused) == (6, 6, 0)
+    assert (len(sites), updates, rejected) == (6, 6, 0)
     monkeypatch.setattr("mhc_compile.compilation.session.plan_chains", without_the_last)
-    fewer, replaced, updates, refused = seen(decoder())
+    fewer, replaced, updates, rejected = seen(decoder())
     assert fewer == replaced == sites[:-1]
-    assert (updates, refused) == (5, 1)
+    assert (updates, rejected) == (5, 1)
 
 
 def test_layers_that_are_changed_alike_are_one():
@@ -155,7 +155,7 @@ def test_stages():
     explained = mhc_compile.explain(model, tokens())
     assert [row.after.site for row in marked if row.after.role == "site"] == [site.path for site in explained.sites]
     assert Counter(row.after.reason for row in marked if row.after.role == "left-alone") == explained.reasons
-    fused = mhc_compile.diff(model, tokens(), stage="fuse-steps")
+    fused = mhc_compile.diff(model, tokens(), stage="fuse-sites")
     assert fused.before == "outline-regions"
     assert "mhc.step" in {row.after.target for row in of_kind(fused, Change.ADDED)}
     same = mhc_compile.diff(model, tokens(), stage="normalize..normalize")
@@ -186,7 +186,7 @@ def test_what_a_pass_does_is_seen():
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ("fuse-step", "did you mean 'fuse-steps'"),
+        ("fuse-step", "did you mean 'fuse-sites'"),
         ("expand..plan", "'expand' does not come before 'plan'"),
         ("", "stage '' is unknown; known stages: trace"),
     ],

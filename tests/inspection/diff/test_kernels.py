@@ -50,10 +50,12 @@ def test_counts():
     assert diff.to_dict()["counts"]["backward"]["mhc"] == [0, 1]
 
 
-def test_what_cannot_be_compiled_is_refused():
+def test_what_cannot_be_compiled_is_rejected():
     from mhc_compile.inspection.diff.kernels import kernels
 
-    with pytest.raises(mhc_compile.OptionError, match="option 'inner_backend' is 'eager'; kernels are those of 'inductor'"):
+    with pytest.raises(
+        mhc_compile.OptionError, match="option 'inner_backend' is 'eager'; kernels are those of 'inductor'"
+    ):
         kernels(Decoder(), tokens(), options={"inner_backend": "eager"})
     with torch.device("meta"):
         model = Decoder()

@@ -49,7 +49,7 @@ def test_names_cannot_become_markup():
     assert IMAGE not in page
     found = data(page)  # and yet they are all there
     assert found["model"] == SCRIPT + IMAGE
-    assert found["graphs"][0]["refusals"][0]["add"] == COMMENT
+    assert found["graphs"][0]["rejections"][0]["add"] == COMMENT
 
 
 def test_nothing_but_the_page_s_own_script_and_style_may_run_or_load():

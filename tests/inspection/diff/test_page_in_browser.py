@@ -92,7 +92,7 @@ def test_it_shows_the_model_its_changes_and_its_sites(page):
     assert counts == decoder().to_dict()["changes"]
     sites = [button.get_attribute("data-site") for button in page.all("#sites .site")]
     assert sites == [site.path for chain in decoder().graphs[0].chains for site in chain.sites]
-    assert len(page.all("#sites .refusal")) == len(decoder().graphs[0].refusals)
+    assert len(page.all("#sites .rejection")) == len(decoder().graphs[0].rejections)
     assert page.js("getComputedStyle(document.querySelector('#rows')).getPropertyValue('--n')") == "4"
 
 
@@ -218,7 +218,7 @@ def test_a_kind_of_change_can_be_hidden(page):
 
 def test_an_addition_that_is_left_alone_tells_why(page):
     page.open(hostile())
-    page.all("#sites .refusal")[0].click()
+    page.all("#sites .rejection")[0].click()
     assert page.selected
     assert "left alone" in page.one("#details").text
 

@@ -30,7 +30,7 @@ def test_data():
     assert {site.owner_kind for site in explanation.sites} == {"Block"}
     assert all("builders.py:" in site.source for site in explanation.sites)
     assert not mhc_compile.connections(model)  # nothing is changed
-    assert not explanation.refusals
+    assert not explanation.rejections
 
 
 def test_costs_are_those_of_the_attached_model():
@@ -99,11 +99,11 @@ def test_the_report_of_a_model_without_sites():
 
 
 def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
-    """Both read the plan that `study` makes: refuse a site there, and it is gone from both."""
+    """Both read the plan that `study` makes: reject a site there, and it is gone from both."""
     original = study.plan_chains
 
     def without_last_block(graph, provenance, **settings):
-        return original(graph, provenance, **{**settings, "refuse": _refuse_last})
+        return original(graph, provenance, **{**settings, "reject": _reject_last})
 
     monkeypatch.setattr(study, "plan_chains", without_last_block)
     model = Decoder()
@@ -112,11 +112,11 @@ def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
     assert len(mhc_compile.connections(model)) == 2 * LAYERS - 1
 
 
-def _refuse_last(site):
-    from mhc_compile.passes import Reason, refuse_site
+def _reject_last(site):
+    from mhc_compile.passes import Reason, reject_site
 
     if site.path == f"blocks.{LAYERS - 1}.mhc.mlp":
-        return refuse_site(site, Reason.NO_OWNER, lambda: "for the test")
+        return reject_site(site, Reason.NO_OWNER, lambda: "for the test")
     return None
 
 

@@ -1,4 +1,4 @@
-"""`why`: the full story of one add, against what the attached model has and what the refusals say."""
+"""`why`: the full story of one add, against what the attached model has and what the rejections say."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_story_of_a_site():
     assert (site.trunk.value, site.skip, site.shortcut) == ("[2, 5, 8] float32", site.trunk, ())
     assert (site.width, site.axis) == (8, 2)
     assert site.axis_from.startswith("the first operation of the branch")
-    assert (site.owner, site.owner_kind, site.carrier) == ("blocks.1", "Block", "blocks.1.attn")
+    assert (site.owner, site.owner_kind, site.declaring_module) == ("blocks.1", "Block", "blocks.1.attn")
     ops = [operation.op for operation in site.branch]
     assert ops.index("layer_norm") < ops.index("scaled_dot_product_attention")
     assert [o.op for o in site.branch if o.product] == ["linear", "scaled_dot_product_attention", "linear"]
@@ -79,34 +79,34 @@ def test_lifted_operations_and_an_axis_that_the_last_product_tells():
     assert [operation.op for operation in site.lifted] == ["mul"]
     assert site.trunk_from == "the sum of mhc.layers.0, by operations that run on the streams"
     assert "the last product of the branch" in site.axis_from
-    assert (site.owner, site.carrier) == ("", "layers.1")
+    assert (site.owner, site.declaring_module) == ("", "layers.1")
     assert tell("layers.1", Scaled(), torch.randn(2, 6)).sites == (site,)  # the module that ends the branch
 
 
-def test_the_story_of_a_refusal():
+def test_the_story_of_a_rejection():
     model, args, kwargs = zoo.get("trap-cubic-gelu").build(2)
-    (refusal,) = mhc_compile.why(model, *args, node="blocks.1", **kwargs).refusals
-    known = [each for each in mhc_compile.explain(model, *args, **kwargs).refusals if each.module == refusal.module]
-    assert [(each.add, each.reason, each.sentence) for each in known] == [
-        (refusal.adds[-1].node, refusal.reason, refusal.sentence)
+    (rejection,) = mhc_compile.why(model, *args, node="blocks.1", **kwargs).rejections
+    known = [each for each in mhc_compile.explain(model, *args, **kwargs).rejections if each.module == rejection.module]
+    assert [(each.add, each.reason, each.message) for each in known] == [
+        (rejection.adds[-1].node, rejection.reason, rejection.message)
     ]
-    assert refusal.reason == "no-contraction"
-    assert "tanh-GELU" in refusal.example
-    assert "without weights" in refusal.meaning
-    assert refusal.remedy.startswith("nothing")
-    assert len(refusal.terms) == 2
-    assert refusal.nearest == ""  # the only add of that module
+    assert rejection.reason == "no-contraction"
+    assert "tanh-GELU" in rejection.example
+    assert "without weights" in rejection.meaning
+    assert rejection.remedy.startswith("nothing")
+    assert len(rejection.terms) == 2
+    assert rejection.nearest == ""  # the only add of that module
 
 
-def test_a_module_with_a_site_and_a_refusal_tells_both():
+def test_a_module_with_a_site_and_a_rejection_tells_both():
     model, args, kwargs = zoo.get("trap-side-add").build(2)
     story = mhc_compile.why(model, *args, node="blocks.0", **kwargs)
     (site,) = story.sites
-    assert len(story.refusals) == 1
-    (refusal,) = story.refusals
-    assert (site.path, refusal.reason) == ("blocks.0.mhc.f", "side-add")
+    assert len(story.rejections) == 1
+    (rejection,) = story.rejections
+    assert (site.path, rejection.reason) == ("blocks.0.mhc.f", "side-add")
     line = site.adds[-1].source.rpartition("/")[2]
-    assert refusal.nearest == f"'{site.adds[-1].node}' is the site blocks.0.mhc.f ({line})"
+    assert rejection.nearest == f"'{site.adds[-1].node}' is the site blocks.0.mhc.f ({line})"
 
 
 def test_blocks_that_share_a_graph_have_stories_of_their_own():

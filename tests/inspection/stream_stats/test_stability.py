@@ -471,7 +471,7 @@ def test_options_are_those_of_the_hyper_connections():
         mhc_compile.stability(model, points, options={"mapping": "identity"})
 
 
-def test_a_plain_model_is_refused():
+def test_a_plain_model_is_rejected():
     with pytest.raises(mhc_compile.AttachError, match="Decoder has no hyper-connections to measure"):
         mhc_compile.stability(Decoder(), tokens())
 

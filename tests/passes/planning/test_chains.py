@@ -46,7 +46,7 @@ def test_a_view_of_the_features_ends_the_chain():
     assert [len(chain.sites) for chain in plan.chains] == [2, 1]
 
 
-def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_refused():
+def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_rejected():
     def forward(m, x):
         y = m.f(x + m.f(x))
         return m.g(y + m.g(y))
@@ -54,8 +54,8 @@ def test_a_projection_of_the_trunk_ends_the_chain_and_short_chains_are_refused()
     assert [len(chain.sites) for chain in planned(forward).chains] == [1, 1]
     plan = planned(forward, min_chain_length=2)
     assert not plan.chains
-    assert [refusal.reason for refusal in plan.refusals] == [Reason.CHAIN_TOO_SHORT] * 2
-    assert "its chain has 1 site; min_chain_length=2" in plan.refusals[0].sentence
+    assert [rejection.reason for rejection in plan.rejections] == [Reason.CHAIN_TOO_SHORT] * 2
+    assert "its chain has 1 site; min_chain_length=2" in plan.rejections[0].message
 
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def test_nested_blocks_have_chains_of_their_own_and_the_outer_block_carries_the_
 
     plan = planned(forward)
     assert sorted(len(chain.sites) for chain in plan.chains) == [2, 2, 2]
-    assert not plan.refusals
+    assert not plan.rejections
     names = [[str(site.add) for site in chain.sites] for chain in plan.chains]
     assert ["add_2", "add_5"] in names  # the outer trunk
 
@@ -141,7 +141,7 @@ def test_a_long_skip_is_no_site_and_the_chain_runs_through_it(weight):
 
     plan = planned(forward)
     assert [[str(site.add) for site in chain.sites] for chain in plan.chains] == [["add", "add_1", "add_2", "add_4"]]
-    assert [refusal.reason for refusal in plan.refusals] == [Reason.LONG_SKIP]
+    assert [rejection.reason for rejection in plan.rejections] == [Reason.LONG_SKIP]
     assert [str(node) for node in plan.chains[0].links[-1].nodes] == ["add_3"]
 
 
@@ -154,7 +154,7 @@ def test_a_branch_that_ends_in_a_residual_add_of_its_own_is_no_long_skip():
 
     plan = planned(forward, min_chain_length=2)
     assert [[str(site.add) for site in chain.sites] for chain in plan.chains] == [["add_1", "add_3"]]
-    assert [refusal.reason for refusal in plan.refusals] == [Reason.SIDE_ADD] * 2
+    assert [rejection.reason for rejection in plan.rejections] == [Reason.SIDE_ADD] * 2
 
 
 def test_a_chain_runs_through_an_add_of_something_else():
@@ -227,7 +227,7 @@ def test_the_plan_is_linear():
 
 def test_dim_one_inputs_do_not_break():
     plan = planned(lambda m, x: x + nn.functional.linear(x, m.weight), torch.randn(C))
-    assert [refusal.reason for refusal in plan.refusals] == [Reason.NO_FEATURE_AXIS]
+    assert [rejection.reason for rejection in plan.rejections] == [Reason.NO_FEATURE_AXIS]
 
 
 def test_a_skip_through_another_chain_is_no_site():
@@ -239,5 +239,5 @@ def test_a_skip_through_another_chain_is_no_site():
 
     plan = planned(forward)
     assert [len(chain.sites) for chain in plan.chains] == [2]
-    (crossing,) = [refusal for refusal in plan.refusals if refusal.reason is Reason.SIDE_ADD]
+    (crossing,) = [rejection for rejection in plan.rejections if rejection.reason is Reason.SIDE_ADD]
     assert "carries on" in str(crossing)

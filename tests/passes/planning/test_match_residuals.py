@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.graphs import C, planned
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, Refusal, Site, normalize, plan_chains
+from mhc_compile.passes import Provenance, Reason, Rejection, Site, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import op_name
 
 R = Reason
@@ -42,7 +42,7 @@ def test_residual_adds_are_sites(forward, adds):
     assert len(plan.sites[0].adds) == adds
     assert plan.sites[0].width == C
     assert str(plan.sites[0].skip) == "x"
-    assert not plan.refusals
+    assert not plan.rejections
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, sho
     plan = planned(forward)
     assert [str(site.skip) for site in plan.sites] == [skip]
     assert [op_name(node) for node in plan.sites[0].shortcut.nodes] == shortcut
-    assert not plan.refusals
+    assert not plan.rejections
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_the_skip_may_come_from_the_trunk_by_cheap_operations(forward, skip, sho
         (lambda m, x: ((t := x * 1.0), (h := t * 0.5), t[:, 0].zero_(), h + m.f(t))[3], R.MUTATED_OPERAND),
     ],
 )
-def test_other_adds_are_refused_with_the_right_reason(forward, reason):
+def test_other_adds_are_rejected_with_the_right_reason(forward, reason):
     plan = planned(forward)
     assert len(plan.sites) == (reason is R.SIDE_ADD)
-    assert reason in [refusal.reason for refusal in plan.refusals]
-    for refusal in plan.refusals:
-        assert not refusal  # a refusal is falsy
-        assert refusal.sentence
+    assert reason in [rejection.reason for rejection in plan.rejections]
+    for rejection in plan.rejections:
+        assert not rejection  # a rejection is falsy
+        assert rejection.message
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_the_feature_axis_is_read_off_the_branch(forward, axis):
     assert [site.axis for site in plan.sites] == [axis % 3]
 
 
-def test_an_add_round_streams_of_an_earlier_run_is_refused():
+def test_an_add_round_streams_of_an_earlier_run_is_rejected():
     def forward(m, x):
         first = x
         for _ in range(2):
@@ -129,19 +129,19 @@ def test_an_add_round_streams_of_an_earlier_run_is_refused():
 
     module = mhc_compile.rewrite(trace(forward), torch.randn(2, 4, C))
     plan = plan_chains(normalize(module.graph), Provenance(), min_chain_length=1)
-    assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
+    assert [rejection.reason for rejection in plan.rejections] == [R.REWRITTEN]
     assert not plan.sites
 
 
-def test_complex_tensors_are_refused():
+def test_complex_tensors_are_rejected():
     plan = planned(lambda m, x: torch.complex(x, x) + torch.complex(m.f(x), x))
-    assert [refusal.reason for refusal in plan.refusals] == [R.DTYPE]
-    assert "complex64" in plan.refusals[0].sentence
+    assert [rejection.reason for rejection in plan.rejections] == [R.DTYPE]
+    assert "complex64" in plan.rejections[0].message
 
 
 def test_integer_and_number_additions_are_no_candidates():
     plan = planned(lambda m, x: m.f(x) + 1.0 + (x.argmax(-1, keepdim=True) + x.argmin(-1, keepdim=True)).float() * 0)
-    assert [r.reason for r in plan.refusals] == [R.BROADCAST]  # the one addition of floats
+    assert [r.reason for r in plan.rejections] == [R.BROADCAST]  # the one addition of floats
 
 
 def test_a_site_inside_a_sum_that_is_none_is_found():
@@ -149,7 +149,7 @@ def test_a_site_inside_a_sum_that_is_none_is_found():
     memory = torch.randn(2, 4, C)
     plan = planned(lambda m, x: (x + m.f(x)) + m.vector.expand(2, 4, C), memory)
     assert [str(site.skip) for site in plan.sites] == ["x"]
-    assert [refusal.reason for refusal in plan.refusals] == [R.INDEPENDENT]
+    assert [rejection.reason for rejection in plan.rejections] == [R.INDEPENDENT]
 
 
 def test_branches_that_share_an_inner_trunk_are_not_parallel():
@@ -161,7 +161,7 @@ def test_branches_that_share_an_inner_trunk_are_not_parallel():
 
     plan = planned(forward)
     assert [str(site.skip) for site in plan.sites] == ["x"]
-    assert [refusal.reason for refusal in plan.refusals] == [R.SIDE_ADD]
+    assert [rejection.reason for rejection in plan.rejections] == [R.SIDE_ADD]
 
 
 def test_every_addition_has_exactly_one_verdict():
@@ -175,9 +175,11 @@ def test_every_addition_has_exactly_one_verdict():
     graph = trace(forward).graph
     additions = [n for n in graph.nodes if "add" in n.name]
     plan = planned(forward)
-    verdicts = [add.name for site in plan.sites for add in site.adds] + [refusal.add.name for refusal in plan.refusals]
+    verdicts = [add.name for site in plan.sites for add in site.adds] + [
+        rejection.add.name for rejection in plan.rejections
+    ]
     assert sorted(verdicts) == sorted(n.name for n in additions)
-    assert {type(v) for v in (*plan.sites, *plan.refusals)} <= {Site, Refusal}
+    assert {type(v) for v in (*plan.sites, *plan.rejections)} <= {Site, Rejection}
 
 
 def test_every_reason_is_documented():
@@ -225,4 +227,4 @@ aten = torch.ops.aten
 )
 def test_decomposed_operations_are_known_by_their_names_in_aten(forward, axis):
     plan = planned(forward)
-    assert [site.axis for site in plan.sites] == [axis % 3], plan.refusals
+    assert [site.axis for site in plan.sites] == [axis % 3], plan.rejections

@@ -45,14 +45,14 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("reason", PROGRAMS, ids=lambda reason: reason.value)
 def test_reasons_that_the_graph_decides(reason):
-    refusals = planned(PROGRAMS[reason]).refusals
-    assert reason in {refusal.reason for refusal in refusals}
-    assert all(refusal.sentence for refusal in refusals)
+    rejections = planned(PROGRAMS[reason]).rejections
+    assert reason in {rejection.reason for rejection in rejections}
+    assert all(rejection.message for rejection in rejections)
 
 
 def test_chain_too_short():
     plan = planned(lambda m, x: x + m.f(x), min_chain_length=2)
-    assert [refusal.reason for refusal in plan.refusals] == [R.CHAIN_TOO_SHORT]
+    assert [rejection.reason for rejection in plan.rejections] == [R.CHAIN_TOO_SHORT]
 
 
 def test_rewritten():
@@ -60,7 +60,7 @@ def test_rewritten():
 
     module = mhc_compile.rewrite(trace(lambda m, x: m.g(x + blocks(m, x))), torch.randn(2, 4, C))
     plan = plan_chains(normalize(module.graph), Provenance())
-    assert [refusal.reason for refusal in plan.refusals] == [R.REWRITTEN]
+    assert [rejection.reason for rejection in plan.rejections] == [R.REWRITTEN]
 
 
 def test_dynamic_width():
@@ -119,7 +119,7 @@ def test_no_owner():
     from helpers.graphs import trace
 
     plan = plan_chains(normalize(trace(blocks).graph), Nowhere())
-    assert {refusal.reason for refusal in plan.refusals} == {R.NO_OWNER}
+    assert {rejection.reason for rejection in plan.rejections} == {R.NO_OWNER}
 
 
 def test_no_carrier():
@@ -142,7 +142,9 @@ def test_not_declared(caplog):
     seen = []
     model.f._forward_pre_hooks.clear()
     with caplog.at_level("DEBUG", "mhc_compile.backend"):
-        torch.compile(model, backend="mhc", options={"inner_backend": lambda gm, inputs: seen.append(gm) or gm.forward})(x)
+        torch.compile(
+            model, backend="mhc", options={"inner_backend": lambda gm, inputs: seen.append(gm) or gm.forward}
+        )(x)
     assert not any(node.target is torch.ops.mhc.update.default for node in seen[0].graph.nodes)
     assert "not-declared" in caplog.text
 

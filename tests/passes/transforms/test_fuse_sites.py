@@ -1,4 +1,4 @@
-"""FuseSteps: it fires, it stays away, the numbers hold, a second run changes nothing."""
+"""FuseSites: it fires, it stays away, the numbers hold, a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers.graphs import C, Model
 from torch import fx, nn
 
 import mhc_compile
-from mhc_compile.passes import FuseSteps
+from mhc_compile.passes import FuseSites
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 OURS = {"read", "step", "close", "coefficients", "collapse", "update", "expand", "mean"}
@@ -24,7 +24,7 @@ def fused(forward, **options) -> tuple[fx.GraphModule, fx.GraphModule, torch.Ten
     for name, parameter in module.named_parameters():
         if "mhc" in name:
             nn.init.normal_(parameter, std=0.3)
-    graph = FuseSteps().apply(module.graph)
+    graph = FuseSites().apply(module.graph)
     graph.lint()
     return module, fx.GraphModule(module, graph), x
 
@@ -121,7 +121,7 @@ def test_a_reader_of_the_coefficients_keeps_them():
     out = graph.output_node()
     out.args = ((out.args[0], pre),)
     module.recompile()
-    after = fx.GraphModule(module, FuseSteps().apply(graph))
+    after = fx.GraphModule(module, FuseSites().apply(graph))
     assert operations(after)["coefficients"] == 1
     assert_equal(module, after, x)
 
@@ -132,18 +132,18 @@ def test_a_switch_of_gradients_between_two_sites_keeps_them_apart():
     update = next(node for node in graph.nodes if op_name(node) == "update")
     with graph.inserting_after(update):
         graph.call_function(torch._C._set_grad_enabled, (True,))
-    assert "step" not in operations(fx.GraphModule(module, FuseSteps().apply(graph)))
+    assert "step" not in operations(fx.GraphModule(module, FuseSites().apply(graph)))
 
 
 def test_a_second_run_and_a_plain_graph_change_nothing():
     _, after, _ = fused(sites("f", "g"))
-    assert FuseSteps().apply(after.graph) is after.graph
+    assert FuseSites().apply(after.graph) is after.graph
     plain = fx.symbolic_trace(Model(lambda m, x: x + m.f(x))).graph
-    assert FuseSteps().apply(plain) is plain
+    assert FuseSites().apply(plain) is plain
 
 
 def test_the_input_is_not_mutated():
     module, _, _ = fused(sites("f", "g"))
     text = str(module.graph)
-    FuseSteps().apply(module.graph)
+    FuseSites().apply(module.graph)
     assert str(module.graph) == text

@@ -13,7 +13,7 @@ from torch import fx
 
 import mhc_compile
 from mhc_compile import ops
-from mhc_compile.passes import LowerOperators, RaiseLayerNorms, SpellAten, run_passes
+from mhc_compile.passes import CanonicalizeAten, LowerOperators, RecomposeLayerNorms, run_passes
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def test_results_have_the_strides_that_the_operator_promises():
 def test_everything_else_stays_as_it_is():
     module = trace(lambda m, x: aten.layer_norm.default(x + m.f(x), [C]))
     other = {aten.layer_norm.default: lambda *_: 1 / 0}  # a table may say more than what is ours
-    for step in (LowerOperators({**ops.decompositions(), **other}), RaiseLayerNorms()):
+    for step in (LowerOperators({**ops.decompositions(), **other}), RecomposeLayerNorms()):
         assert str(step.apply(module.graph)) == str(module.graph)
 
 
@@ -115,10 +115,10 @@ def test_provenance_and_example_values():
 def test_a_second_run_changes_nothing_and_the_input_is_not_mutated():
     module, _ = streams_of(two_sites)
     text = str(module.graph)
-    once = run_passes(module.graph, (LowerOperators(), SpellAten()))
+    once = run_passes(module.graph, (LowerOperators(), CanonicalizeAten()))
     assert str(module.graph) == text
     assert str(once) != text
-    assert str(run_passes(once, (LowerOperators(), SpellAten()))) == str(once)
+    assert str(run_passes(once, (LowerOperators(), CanonicalizeAten()))) == str(once)
 
 
 def test_functions_and_methods_become_aten():
@@ -129,7 +129,7 @@ def test_functions_and_methods_become_aten():
         return F.gelu(left).flatten(0, 1), right, torch.clone(x)
 
     module = trace(forward)
-    after = lowered(module, SpellAten())
+    after = lowered(module, CanonicalizeAten())
     assert any(n.op == "call_method" for n in module.graph.nodes)
     assert {n.op for n in after.graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
     functions = [n.target for n in after.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
@@ -143,8 +143,8 @@ def test_functions_and_methods_become_aten():
 def test_spelling_goes_down_to_the_operations_of_a_table():
     module = trace(lambda m, x: torch.logsumexp(x, -1))
     table = dict(torch.export.default_decompositions())
-    assert core(SpellAten().apply(module.graph)) == ["aten.logsumexp.default"]
-    after = lowered(module, SpellAten(table))
+    assert core(CanonicalizeAten().apply(module.graph)) == ["aten.logsumexp.default"]
+    after = lowered(module, CanonicalizeAten(table))
     assert "aten.amax.default" in core(after.graph)
     x = torch.randn(2, 4, C)
     assert torch.allclose(after(x), module(x))
@@ -153,7 +153,7 @@ def test_spelling_goes_down_to_the_operations_of_a_table():
 def test_what_replaces_a_node_has_its_name():
     module = trace(lambda m, x: torch.sigmoid(torch.add(x, x) * m.vector))
     names = [n.name for n in module.graph.nodes]
-    assert [n.name for n in SpellAten().apply(module.graph).nodes] == names
+    assert [n.name for n in CanonicalizeAten().apply(module.graph).nodes] == names
 
 
 def norms(between):
@@ -168,9 +168,9 @@ def norms(between):
 
 def test_a_decomposed_layer_norm_is_raised_and_comes_back():
     module = norms(lambda packed: packed[0] * 2)
-    raised = lowered(module, RaiseLayerNorms())
+    raised = lowered(module, RecomposeLayerNorms())
     assert [op_name(n) for n in raised.graph.nodes if n.op == "call_function"] == ["layer_norm", "mul"]
-    back = lowered(raised, SpellAten())
+    back = lowered(raised, CanonicalizeAten())
     assert [op_name(n) for n in back.graph.nodes if n.op == "call_function"] == ["native_layer_norm", "getitem", "mul"]
     x = torch.randn(2, 4, C)
     assert torch.equal(raised(x), module(x))
@@ -180,4 +180,4 @@ def test_a_decomposed_layer_norm_is_raised_and_comes_back():
 @pytest.mark.parametrize("between", [lambda packed: packed[0] * packed[1], lambda packed: packed[2]])
 def test_a_layer_norm_whose_statistics_are_read_stays(between):
     module = norms(between)
-    assert str(RaiseLayerNorms().apply(module.graph)) == str(module.graph)
+    assert str(RecomposeLayerNorms().apply(module.graph)) == str(module.graph)

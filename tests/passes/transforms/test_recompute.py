@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 import mhc_compile
-from mhc_compile.passes import FuseSteps, RecomputeSteps
+from mhc_compile.passes import FuseSites, RecomputeSteps
 from mhc_compile.passes.transforms.recompute import block_length
 
 STEP = torch.ops.mhc.step.default
@@ -33,7 +33,7 @@ def chain(sites: int) -> fx.GraphModule:
         return x
 
     module = mhc_compile.rewrite(fx.symbolic_trace(Model(forward)), torch.randn(2, 4, 6))
-    return fx.GraphModule(module, FuseSteps().apply(module.graph))
+    return fx.GraphModule(module, FuseSites().apply(module.graph))
 
 
 def test_all_but_the_first_step_of_a_block_are_marked():

@@ -57,7 +57,7 @@ def test_json_has_every_figure():
     assert done.exit_code == 0, done.output
     (outcome,) = json.loads(done.stdout)["outcomes"]
     assert outcome["chains"] == outcome["expected_chains"] == [3, 3]
-    assert (outcome["sites"], outcome["layers"], outcome["refused"]) == (6, 3, {"independent": 1})
+    assert (outcome["sites"], outcome["layers"], outcome["rejected"]) == (6, 3, {"independent": 1})
     assert outcome["error_forward"] is None
 
 

@@ -59,7 +59,7 @@ def test_a_blind_finder_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chains", "refused", "words"),
+    ("chains", "rejected", "words"),
     [
         ((4, 2), {"chain-too-short": 1}, ""),
         ((4, 2), {}, "0 sites in chains that are too short, expected 1"),
@@ -67,10 +67,10 @@ def test_a_blind_finder_is_noticed(monkeypatch):
         ((4, 2, 2), {"chain-too-short": 1}, "chains 4 + 2 + 2, expected 4 + 2 (a note)"),
     ],
 )
-def test_a_deviation_is_one_line(chains, refused, words):
+def test_a_deviation_is_one_line(chains, rejected, words):
     from collections import Counter
 
-    assert deviation(chains, Counter(refused), Expected((2, 4, 1), note="a note")) == words
+    assert deviation(chains, Counter(rejected), Expected((2, 4, 1), note="a note")) == words
 
 
 def test_an_unknown_family_lists_near_names():

@@ -1,4 +1,4 @@
-"""Additions that look like residual adds. None may be rewritten, and each is refused for the reason that its family names."""
+"""Additions that look like residual adds. None may be rewritten, and each is rejected for the reason that its family names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOTH = {(2, "train"): "handwritten", (3, "eval"): "none"}
 
 
 @pytest.mark.zoo(layers_and_modes=BOTH, groups=TRAPS)
-def test_the_trap_is_refused_for_its_reason(family, layers, mode, traced):
+def test_the_trap_is_rejected_for_its_reason(family, layers, mode, traced):
     expected = family.expected(layers, mode)
     assert expected.reasons
     found = traced(family, layers, mode)

@@ -31,7 +31,7 @@ class Model {
         }
       }
     }
-    this.sentences = new Map(graph.refusals.map(refusal => [refusal.add, refusal]));
+    this.sentences = new Map(graph.rejections.map(rejection => [rejection.add, rejection]));
     this.expanded = graph.after.some(node => node.role === 'stream');
     this.spans = graph.chains.map(chain => this.span(chain)).filter(Boolean);
     this.texts = this.rows.map(row => this.text(row));
@@ -89,15 +89,15 @@ class Model {
     return own.find(row => row.change === 'replaced') || own.find(row => this.isSite(row)) || own[0];
   }
 
-  ofRefusal(refusal) {
+  ofRejection(rejection) {
     for (const side of SIDES) {
-      const row = this.row(side, refusal.add);
+      const row = this.row(side, rejection.add);
       if (row) return {row, side};
     }
     return null;
   }
 
-  refusal(node) {
+  rejection(node) {
     return node && node.role === 'left-alone' ? this.sentences.get(node.name) || null : null;
   }
 
@@ -107,8 +107,8 @@ class Model {
       const node = row[side];
       if (!node) continue;
       words.push(node.text, node.value, node.module, node.kind, node.site, node.reason, node.source);
-      const refusal = this.refusal(node);
-      if (refusal) words.push(refusal.sentence);
+      const rejection = this.rejection(node);
+      if (rejection) words.push(rejection.message);
     }
     return words.join('\n').toLowerCase();
   }

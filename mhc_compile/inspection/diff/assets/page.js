@@ -47,8 +47,8 @@ function select(row, side, quiet = false) {
     reveal(shown);
     const site = (row.after && row.after.site) || (row.before && row.before.site);
     markList(site ? `[data-site="${CSS.escape(site)}"]` : '');
-    const place = state.model.graph.refusals.findIndex(refusal => SIDES.some(name => row[name] && row[name].role === 'left-alone' && row[name].name === refusal.add));
-    if (place >= 0) markList(`[data-refusal="${place}"]`);
+    const place = state.model.graph.rejections.findIndex(rejection => SIDES.some(name => row[name] && row[name].role === 'left-alone' && row[name].name === rejection.add));
+    if (place >= 0) markList(`[data-rejection="${place}"]`);
   } else {
     root.removeAttribute('aria-activedescendant');
   }
@@ -199,8 +199,8 @@ document.addEventListener('click', event => {
     const row = state.model.ofSite(button.dataset.site);
     return row && select(row, 'after');
   }
-  if (button && button.dataset.refusal !== undefined) {
-    const found = state.model.ofRefusal(state.model.graph.refusals[button.dataset.refusal]);
+  if (button && button.dataset.rejection !== undefined) {
+    const found = state.model.ofRejection(state.model.graph.rejections[button.dataset.rejection]);
     return found && select(found.row, found.side);
   }
   if (button && button.dataset.name !== undefined) {

@@ -18,23 +18,23 @@ function fillSites(nav, model) {
     if (chain.lifted.length) nav.append(element('p', 'note', `${many(chain.lifted.length, 'trunk operation')} on all streams: ${[...new Set(chain.lifted)].join(', ')}`));
   });
   if (!model.graph.chains.length) nav.append(heading('No chain', 'nothing is rewritten in this graph'));
-  if (!model.graph.refusals.length) return;
-  nav.append(heading('Left alone', many(model.graph.refusals.length, 'addition')));
+  if (!model.graph.rejections.length) return;
+  nav.append(heading('Left alone', many(model.graph.rejections.length, 'addition')));
   const reasons = new Map();
-  model.graph.refusals.forEach((refusal, place) => {
-    if (!reasons.has(refusal.reason)) reasons.set(refusal.reason, []);
-    reasons.get(refusal.reason).push([refusal, place]);
+  model.graph.rejections.forEach((rejection, place) => {
+    if (!reasons.has(rejection.reason)) reasons.set(rejection.reason, []);
+    reasons.get(rejection.reason).push([rejection, place]);
   });
   for (const [reason, members] of reasons) {
     nav.append(element('h3', '', `${reason} × ${members.length}`));
     const list = element('ul');
     let told = '';
-    for (const [refusal, place] of members) {
-      const button = element('button', 'refusal', '', {type: 'button', 'data-refusal': place});
-      button.append(element('b', '', refusal.add), element('small', '', [refusal.module, brief(refusal.source)].filter(Boolean).join(' · ')));
-      button.title = refusal.sentence;
-      if (refusal.sentence !== told) button.append(element('span', 'sentence', refusal.sentence));
-      told = refusal.sentence;
+    for (const [rejection, place] of members) {
+      const button = element('button', 'rejection', '', {type: 'button', 'data-rejection': place});
+      button.append(element('b', '', rejection.add), element('small', '', [rejection.module, brief(rejection.source)].filter(Boolean).join(' · ')));
+      button.title = rejection.message;
+      if (rejection.message !== told) button.append(element('span', 'sentence', rejection.message));
+      told = rejection.message;
       const item = element('li');
       item.append(button);
       list.append(item);
@@ -99,9 +99,9 @@ function fillDetails(panel, model, row, side) {
   add('module', chosen.module && `${chosen.module}  ${chosen.kind}`);
   add('site', chosen.site || (row.before && row.before.site) || '');
   for (const name of sides) {
-    const refusal = model.refusal(row[name]);
-    if (refusal) {
-      add('left alone', `${refusal.reason}: ${refusal.sentence}`);
+    const rejection = model.rejection(row[name]);
+    if (rejection) {
+      add('left alone', `${rejection.reason}: ${rejection.message}`);
       break;
     }
   }
