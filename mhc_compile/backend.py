@@ -13,21 +13,15 @@ from mhc_compile._observe import observers
 from mhc_compile.attachment.sites import connections
 from mhc_compile.compilation.eager_graphs import run_eagerly
 from mhc_compile.compilation.session import Study, complain, report_broken, report_idle, study
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.distributed.guards import warn_of_pipeline
 from mhc_compile.errors import MhcError
 from mhc_compile.graph_breaks.runtime import StreamBoundary
-from mhc_compile.passes import (
-    FuseSites,
-    Pass,
-    Reason,
-    RecomputeSteps,
-    close_regions,
-    crossings,
-    expand_plan,
-    run_passes,
-)
+from mhc_compile.passes import Pass, Reason, close_regions, expand_plan, run_passes
 from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
+from mhc_compile.passes.planning.graph_boundary import crossings
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.recompute import RecomputeSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,7 +69,9 @@ def mhc(
         raise
 
 
-def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+def _compile(
+    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+) -> Callable[..., Any]:
     if not _torch.in_trace():
         raise MhcError(
             "the mhc backend was called outside torch.compile; for a graph module of your own use mhc_compile.rewrite(graph_module, ...)"
@@ -123,7 +119,12 @@ def _compile(graph_module: fx.GraphModule, inputs: list[Any], options: Options, 
 
 
 def _connected(
-    graph_module: fx.GraphModule, graph: fx.Graph, result: Study, inputs: list[Any], options: Options, mode: str | None
+    graph_module: fx.GraphModule,
+    graph: fx.Graph,
+    result: Study,
+    inputs: list[Any],
+    options: ResolvedOptions,
+    mode: str | None,
 ) -> Callable[..., Any]:
     """The compiled graph, in connection with the other graphs of its model."""
     arrivals, departures = crossings(graph)
@@ -147,7 +148,7 @@ def _connected(
     )
 
 
-def _prepare_kernels(result: Study, options: Options) -> None:
+def _prepare_kernels(result: Study, options: ResolvedOptions) -> None:
     if callable(options.inner_backend) or options.inner_backend == "eager" or options.recompute == "none":
         return
     kinds = {}
@@ -170,7 +171,7 @@ def _should_have_sites(result: Study) -> bool:
     return not _torch.ends_at_break() and not _torch.runs_inside_another(root)
 
 
-def joining(options: Options) -> tuple[Pass, ...]:
+def joining(options: ResolvedOptions) -> tuple[Pass, ...]:
     """The passes that run on the rewritten graph before the inner compiler gets it."""
     return () if callable(options.inner_backend) or options.inner_backend == "eager" else _FUSION[options.recompute]
 
@@ -194,7 +195,9 @@ def joined(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphMo
     return fused
 
 
-def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+def _inner(
+    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+) -> Callable[..., Any]:
     def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return _inner_of_piece(graph_module, inputs, options, mode)
 
@@ -202,7 +205,7 @@ def _inner(graph_module: fx.GraphModule, inputs: list[Any], options: Options, mo
 
 
 def _inner_of_piece(
-    graph_module: fx.GraphModule, inputs: list[Any], options: Options, mode: str | None
+    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
 ) -> Callable[..., Any]:
     if callable(options.inner_backend):
         return options.inner_backend(graph_module, inputs)  # type: ignore[no-any-return]

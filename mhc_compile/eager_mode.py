@@ -13,7 +13,7 @@ from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.backend import mhc
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.graph_breaks.runtime import StreamBoundary
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = Non
 class _Run:
     """Calls of a model on streams, and whether all its hyper-connections took part."""
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: ResolvedOptions) -> None:
         self.model, self.options = model, options
         self._used: set[int] = set()
         self._traced = self._again = self._told = False

@@ -42,7 +42,7 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from mhc_compile.config.options import OptimizerPolicy
+    from mhc_compile.config.options import ExistingOptimizers
 
     Group = dict[str, Any]
 
@@ -55,7 +55,7 @@ class _Waiting(NamedTuple):
     owner: weakref.ref[nn.Module]
     root: weakref.ref[nn.Module]
     path: str
-    policy: OptimizerPolicy
+    policy: ExistingOptimizers
 
 
 #: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every access is one atomic step: one thread may compile a
@@ -70,7 +70,7 @@ _hooked = False
 def expect(
     connection: HyperConnection,
     owner: nn.Module,
-    policy: OptimizerPolicy,
+    policy: ExistingOptimizers,
     *,
     root: nn.Module | None = None,
     path: str = "",
@@ -85,7 +85,7 @@ def expect(
         path: of the owner below the root.
     """
     global _hooked, _expected
-    if policy == "off":
+    if policy == "ignore":
         return
     if not _hooked:
         register_optimizer_step_pre_hook(_before_step)
@@ -95,7 +95,7 @@ def expect(
 
 
 def settle() -> None:
-    """Lets expected parameters with the policy "join" join the optimizers that exist."""
+    """Lets expected parameters with the policy "extend" join the optimizers that exist."""
     if _waiting:
         _settle(_living(), stepping=None)
 

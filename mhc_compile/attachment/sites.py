@@ -28,7 +28,7 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Site
 
 __all__ = [
@@ -141,7 +141,7 @@ def attach_site(
     owner: nn.Module,
     declaring_module: nn.Module,
     site: Site,
-    options: Options,
+    options: ResolvedOptions,
     *,
     index: int,
     last: bool = False,
@@ -195,7 +195,7 @@ def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection]
     return common[0] if len(common) == 1 else None
 
 
-def attach_like(root: nn.Module, like: nn.Module, site: Site, options: Options, *, index: int) -> None:
+def attach_like(root: nn.Module, like: nn.Module, site: Site, options: ResolvedOptions, *, index: int) -> None:
     """Gives `root` a hyper-connection where `site`, found in the block `like`, is. Does nothing where the blocks differ after all."""
     try:
         owner, declaring_module = root.get_submodule(site.owner.path), root.get_submodule(site.declaring_module.path)
@@ -235,7 +235,7 @@ def container_of(owner: nn.Module) -> HyperConnections:
 
 
 def _create(
-    owner: nn.Module, site: Site, options: Options, index: int, root: nn.Module | None, *, last: bool
+    owner: nn.Module, site: Site, options: ResolvedOptions, index: int, root: nn.Module | None, *, last: bool
 ) -> HyperConnection:
     value: Tensor = site.add.meta["example_value"]
     device = next((parameter.device for parameter in owner.parameters()), value.device)
@@ -255,7 +255,7 @@ def put_connection(
     owner: nn.Module,
     name: str,
     connection: HyperConnection,
-    options: Options,
+    options: ResolvedOptions,
     *,
     root: nn.Module | None,
     path: str,
@@ -267,7 +267,7 @@ def put_connection(
     expect(connection, owner, options.existing_optimizers, root=root, path=path)
 
 
-def _check(connection: HyperConnection, site: Site, options: Options) -> None:
+def _check(connection: HyperConnection, site: Site, options: ResolvedOptions) -> None:
     for name in ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out"):
         has, wants = getattr(connection, "end" if name == "read_out" else name), getattr(options, name)
         if has != wants:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mhc_compile import _torch
-from mhc_compile.passes import ModuleRef, Provenance
+from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
 from mhc_compile.compilation.bindings import bound_names
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.modules.gated import GatedConnection, create_connection
@@ -100,7 +100,7 @@ class _Plan:
     """One hyper-connection of the checkpoint: whose it is on the model, its options and its values."""
 
     def __init__(
-        self, model: nn.Module, place: str, values: dict[str, Tensor], options: Options, fixed: set[str]
+        self, model: nn.Module, place: str, values: dict[str, Tensor], options: ResolvedOptions, fixed: set[str]
     ) -> None:
         path = [part for part in place.split(".") if part != _COMPILED]
         cut = path.index(CONTAINER)
@@ -182,13 +182,15 @@ def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
     return module
 
 
-def _noted(checkpoint: Mapping[str, Any], place: str, options: Options, fixed: set[str]) -> Options:
+def _noted(checkpoint: Mapping[str, Any], place: str, options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
     """The options with the mapping that the hyper-connection at `place` had when it was saved, where the state dict still says it."""
     noted = (getattr(checkpoint, "_metadata", None) or {}).get(place, {}).get("mapping", options.mapping)
     return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
 
 
-def _fitting(place: str, owner: nn.Module, values: Mapping[str, Tensor], options: Options, fixed: set[str]) -> Options:
+def _fitting(
+    place: str, owner: nn.Module, values: Mapping[str, Tensor], options: ResolvedOptions, fixed: set[str]
+) -> ResolvedOptions:
     """The options with the number of streams and the mapping that `phi [n C, K]` was made for, and with what the names of the tensors tell."""
     if "phi" not in values:
         raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")

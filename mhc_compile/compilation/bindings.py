@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.config.coefficient_spec import parse
-from mhc_compile.passes import Binding, End
+from mhc_compile.passes.transforms.stream_builder import Binding, End
 
 if TYPE_CHECKING:
     from collections.abc import Callable

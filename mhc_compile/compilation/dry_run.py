@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.graph_breaks.split_branches import Notes
-    from mhc_compile.passes import Binding, BranchHead, Site
+    from mhc_compile.passes import Site
+    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
     OpenBranch = Mapping[nn.Module, Sequence[Site]]
 
@@ -52,7 +54,7 @@ def dry_run(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    options: Options,
+    options: ResolvedOptions,
     on_graph: Callable[[DryGraph], None],
     begun: OpenBranch | None = None,
 ) -> OpenBranch:

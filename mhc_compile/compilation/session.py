@@ -25,29 +25,22 @@ from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostEr
 from mhc_compile.graph_breaks.split_branches import Notes, find_tail
 from mhc_compile.graph_breaks.stream_registry import carried_axis
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.passes import (
-    Binding,
-    BoundaryInfo,
-    Plan,
-    Reason,
-    Rejection,
-    Site,
-    normalize,
-    plan_chains,
-    reject_site,
-    source_line,
-)
+from mhc_compile.passes import Plan, Reason, Rejection, Site, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import is_fused_layer, is_region, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import source_line
+from mhc_compile.passes.planning.chains import reject_site
+from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
 if TYPE_CHECKING:
+    from mhc_compile.passes.transforms.stream_builder import Binding
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.passes import BranchHead
+    from mhc_compile.passes.planning.split_branches import BranchHead
 
 __all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]
 
@@ -65,7 +58,7 @@ class Study:
     edges: BoundaryInfo
     _vetoes: dict[Node, Rejection] = field(default_factory=dict)
 
-    def attach(self, options: Options) -> bool:
+    def attach(self, options: ResolvedOptions) -> bool:
         """Gives every site its parameters; returns whether any were missing, so that the graph must be traced again to see them.
 
         Sites that cannot share the parameters of their module are rejected, and the plan is made anew.
@@ -138,7 +131,7 @@ class Study:
                 return bindings
             self._replan(vetoes)
 
-    def foresee(self, options: Options) -> tuple[dict[Site, Binding], frozenset[str]]:
+    def foresee(self, options: ResolvedOptions) -> tuple[dict[Site, Binding], frozenset[str]]:
         """What `bind` will find once the sites are attached, and the paths of the parameters for which graph inputs were added.
 
         Sites that cannot share the parameters of their module are rejected, as `attach` rejects them. The modules stay as they are.
@@ -169,7 +162,7 @@ class Study:
             self._replan(vetoes)
 
     def foresee_openings(
-        self, begun: Mapping[nn.Module, Sequence[Site]], options: Options
+        self, begun: Mapping[nn.Module, Sequence[Site]], options: ResolvedOptions
     ) -> tuple[dict[BranchHead, tuple[str, Binding]], frozenset[str]]:
         """What `openings` will find once the sites are attached whose branches begin in this graph; see `foresee`.
 
@@ -267,7 +260,7 @@ class Study:
         )
 
 
-def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Options) -> Study:
+def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> Study:
     """Normalises the graph that Dynamo handed over, finds its sites and plans its chains. The graph itself stays as it is."""
     graph = normalize(graph_module.graph)
     provenance = DynamoProvenance(graph, inputs)
@@ -282,7 +275,7 @@ def study(graph_module: torch.fx.GraphModule, inputs: list[Any], options: Option
     return Study(graph, provenance, plan, options.min_chain_length, edges)
 
 
-def _check_patterns(plan: Plan, options: Options) -> None:
+def _check_patterns(plan: Plan, options: ResolvedOptions) -> None:
     """Warns of patterns of the option `sites` that fit no site. Of a model in pieces each graph knows its own sites only: nothing is said there."""
     if not options.overrides or not plan.sites or _torch.graph_is_part():
         return
@@ -296,7 +289,7 @@ def _check_patterns(plan: Plan, options: Options) -> None:
             )
 
 
-def _check_whole(plan: Plan, edges: BoundaryInfo, options: Options, root: nn.Module | None) -> None:
+def _check_whole(plan: Plan, edges: BoundaryInfo, options: ResolvedOptions, root: nn.Module | None) -> None:
     """Streams that ride from graph to graph are read out as their mean where they end; other ends need the whole chain in one graph.
 
     Raises:
@@ -336,7 +329,7 @@ def _is_activation(node: Node) -> bool:
     return value is not None and value.is_floating_point() and value.dim() > 1
 
 
-def complain(rejections: Iterable[Rejection], options: Options, graphs: Iterable[Graph] = ()) -> None:
+def complain(rejections: Iterable[Rejection], options: ResolvedOptions, graphs: Iterable[Graph] = ()) -> None:
     """Says that nothing was rewritten in `graphs`, and why: a warning, or an error with `strict`.
 
     Raises:
@@ -371,7 +364,7 @@ def _hint(graphs: Iterable[Graph]) -> str:
     return ""
 
 
-def report_idle(idle: list[str], rejections: Iterable[Rejection], options: Options) -> None:
+def report_idle(idle: list[str], rejections: Iterable[Rejection], options: ResolvedOptions) -> None:
     """Says that hyper-connections of modules that run in a graph have no part in it, so that their residual adds are plain ones.
 
     Raises:
@@ -389,7 +382,7 @@ def report_idle(idle: list[str], rejections: Iterable[Rejection], options: Optio
     warn(message)
 
 
-def report_broken(rejection: Rejection, provenance: DynamoProvenance, options: Options) -> None:
+def report_broken(rejection: Rejection, provenance: DynamoProvenance, options: ResolvedOptions) -> None:
     """Says that a residual add stays plain, and ends the streams of its trunk, because of where its branch ran.
 
     Raises:

@@ -114,9 +114,10 @@ class Options:
         object.__setattr__(self, "_resolved", self._resolve())
 
     def _resolve(self) -> ResolvedOptions:
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen = get_preset(self.preset).defaults()
-        return ResolvedOptions(**{name: chosen.get(name) if value is None else value for name, value in given.items()})
+        values: dict[str, Any] = {n: chosen.get(n) if value is None else value for n, value in given.items()}
+        return ResolvedOptions(**values)
 
     @property
     def resolved(self) -> ResolvedOptions:

@@ -24,24 +24,15 @@ from torch.export.graph_signature import (
 from mhc_compile.compilation.session import complain
 from mhc_compile.errors import CaptureError
 from mhc_compile.export.program_parameters import ProgramParameters, ProgramProvenance
-from mhc_compile.passes import (
-    NORMALIZE,
-    CanonicalizeAten,
-    LowerOperators,
-    Pass,
-    Plan,
-    RecomposeLayerNorms,
-    RemoveDeclarations,
-    expand_plan,
-    plan_chains,
-    run_passes,
-)
+from mhc_compile.passes import NORMALIZE, Pass, Plan, expand_plan, plan_chains, run_passes
+from mhc_compile.passes.transforms.expand_streams import RemoveDeclarations
+from mhc_compile.passes.transforms.lower_to_aten import CanonicalizeAten, LowerOperators, RecomposeLayerNorms
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-    from mhc_compile.config.options import Options
-    from mhc_compile.passes import Hook
+    from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.passes.core.pass_base import Hook
 
 __all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]
 
@@ -49,7 +40,7 @@ __all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]
 PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
 
 
-def rewrite_program(program: ExportedProgram, options: Options) -> ExportedProgram:
+def rewrite_program(program: ExportedProgram, options: ResolvedOptions) -> ExportedProgram:
     """A program like `program`, on parallel residual streams; see `mhc_compile.rewrite`."""
     graph, parameters, plan = plan_program(program, options)
     if not plan.sites:
@@ -71,7 +62,7 @@ def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
 
 
 def plan_program(
-    program: ExportedProgram, options: Options, hook: Hook | None = None
+    program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None
 ) -> tuple[Graph, ProgramParameters, Plan]:
     """The normalised graph of a program, the parameters that its sites have or will have, and the plan for it.
 

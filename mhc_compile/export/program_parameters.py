@@ -15,16 +15,18 @@ from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.passes import Binding, ModuleRef, Plan, Provenance, Rejection, Site
 from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 
 if TYPE_CHECKING:
+    from mhc_compile.passes.transforms.stream_builder import Binding
+    from mhc_compile.passes import Plan, Rejection, Site
     from collections.abc import Iterable
 
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
 
 __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 
@@ -73,7 +75,7 @@ class ProgramParameters:
         options: number of streams, mapping and start.
     """
 
-    def __init__(self, graph: Graph, program: ExportedProgram, options: Options) -> None:
+    def __init__(self, graph: Graph, program: ExportedProgram, options: ResolvedOptions) -> None:
         self.graph = graph
         self.options = options
         #: Sites that cannot share the parameters of their module.
@@ -156,7 +158,7 @@ class ProgramParameters:
             )
         return connection
 
-    def _like(self, width: int, options: Options) -> HyperConnection:
+    def _like(self, width: int, options: ResolvedOptions) -> HyperConnection:
         """The shapes of a hyper-connection, without memory."""
         return create_connection(width, options, device="meta")
 

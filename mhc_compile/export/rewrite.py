@@ -16,26 +16,18 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from mhc_compile.attachment.sites import HyperConnections
 from mhc_compile.compilation.bindings import bind_connection
 from mhc_compile.compilation.session import complain, width_conflict
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, CaptureError
 from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.passes import (
-    Binding,
-    Chain,
-    Provenance,
-    Rejection,
-    Site,
-    adopt,
-    close_regions,
-    expand_plan,
-    normalize,
-    plan_chains,
-)
+from mhc_compile.passes import Chain, Rejection, Site, close_regions, expand_plan, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.analysis.provenance import Provenance
+from mhc_compile.passes.transforms.checkpoint_regions import adopt
 
 if TYPE_CHECKING:
+    from mhc_compile.passes.transforms.stream_builder import Binding
     from collections.abc import Mapping
 
 __all__ = ["rewrite"]
@@ -93,7 +85,9 @@ def rewrite(
     return _rewrite_graph_module(model, args, parsed)
 
 
-def _rewrite_graph_module(graph_module: fx.GraphModule, args: tuple[Any, ...], parsed: Options) -> fx.GraphModule:
+def _rewrite_graph_module(
+    graph_module: fx.GraphModule, args: tuple[Any, ...], parsed: ResolvedOptions
+) -> fx.GraphModule:
     flat = normalize(graph_module.graph)
     source = fx.GraphModule(flat.owning_module or graph_module, flat, type(graph_module).__name__)
     _keep_connections(graph_module, source)
@@ -156,7 +150,9 @@ def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
         ) from error
 
 
-def _attach(root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: Options) -> dict[fx.Node, Rejection]:
+def _attach(
+    root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: ResolvedOptions
+) -> dict[fx.Node, Rejection]:
     vetoes: dict[fx.Node, Rejection] = {}
     for site, index, chain in sites:
         last = site is chain.sites[-1]

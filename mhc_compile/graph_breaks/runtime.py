@@ -25,14 +25,14 @@ from mhc_compile.graph_breaks.stream_registry import (
     register_streams,
     registered_streams,
 )
-from mhc_compile.passes import BranchInput, BranchOutput, StreamInput, StreamOutput
+from mhc_compile.passes.planning.graph_boundary import BranchInput, BranchOutput, StreamInput, StreamOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mhc_compile.graph_breaks.split_branches import Notes
 
-__all__ = ["Crossing"]
+__all__ = ["StreamBoundary"]
 
 
 class StreamBoundary:

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from mhc_compile import _torch
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections
 from mhc_compile.graph_breaks.stream_registry import history, registered_streams
-from mhc_compile.passes import BranchTail, ModuleRef
+from mhc_compile.passes.planning.graph_boundary import BranchTail
 
 if TYPE_CHECKING:
+    from mhc_compile.passes.analysis.provenance import ModuleRef
     from collections.abc import Iterable, Mapping, Sequence
     from types import CodeType
 
     from torch.fx import Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
-    from mhc_compile.passes import BranchHead
+    from mhc_compile.passes.planning.split_branches import BranchHead
 
 __all__ = ["Beginning", "Notes", "find_tail"]
 

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
-    "Begun",
-    "Carried",
-    "Left",
-    "carried",
+    "Departed",
+    "OpenBranch",
+    "StreamEntry",
     "carried_axis",
-    "carry",
     "changed",
-    "find_carried",
+    "find_lost_streams",
+    "find_registered",
     "history",
-    "lost_before",
+    "register_streams",
+    "registered_streams",
 ]
 
 #: How far a tensor's history is followed to see whether it comes from one that had streams.

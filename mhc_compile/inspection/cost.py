@@ -24,7 +24,7 @@ from mhc_compile.mappings import get_mapping
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
 
 __all__ = ["Cost", "end_cost", "plain_flops", "site_cost"]
 
@@ -56,7 +56,7 @@ class Cost:
         return Cost(**{**values, "parameters": self.parameters})
 
 
-def site_cost(width: int, itemsize: int, options: Options) -> Cost:
+def site_cost(width: int, itemsize: int, options: ResolvedOptions) -> Cost:
     """Cost of one site of width C whose trunk has elements of `itemsize` bytes. `options` are those of the site (`Options.at`)."""
     n, c = options.streams, width
     parameters, coefficients = (_gated if options.rank else _weights)(n, c, options)
@@ -69,7 +69,7 @@ def site_cost(width: int, itemsize: int, options: Options) -> Cost:
     )
 
 
-def _weights(n: int, c: int, options: Options) -> tuple[int, int]:
+def _weights(n: int, c: int, options: ResolvedOptions) -> tuple[int, int]:
     """Parameters of a site with a weight for every stream, and the FLOPs of its coefficients. Static ones are computed once for all tokens."""
     mapping = get_mapping(options.mapping)
     k = 2 * n + mapping.logits(n)
@@ -78,13 +78,13 @@ def _weights(n: int, c: int, options: Options) -> tuple[int, int]:
     return n * c * k + k + 3, 2 * n * c * k + 2 * n * c + mapping.flops(n, options.iterations)
 
 
-def _gated(n: int, c: int, options: Options) -> tuple[int, int]:
+def _gated(n: int, c: int, options: ResolvedOptions) -> tuple[int, int]:
     """The same with a weight for every channel: a norm of the streams, down to the rank and up again, and the gates."""
     rank = options.rank
     return n * c * (rank + n) + n * c + rank * n * c, 2 * n * c * (rank + n) + 2 * rank * n * c + 5 * n * c
 
 
-def end_cost(width: int, options: Options) -> Cost:
+def end_cost(width: int, options: ResolvedOptions) -> Cost:
     """What the end of a chain costs beyond the mean of its streams, whose traffic is the same."""
     n, c = options.streams, width
     if options.read_out != "learned" or options.single_pass:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Site
 
 __all__ = ["MACHINES", "Machine", "Overhead", "Work", "overheads", "site_work", "traffic"]
@@ -127,7 +127,7 @@ def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
     )
 
 
-def site_work(site: Site, options: Options) -> tuple[Work, Work]:
+def site_work(site: Site, options: ResolvedOptions) -> tuple[Work, Work]:
     """What one site does beyond its plain add, for all tokens of the example inputs: as lowered now, and at the floor."""
     value = tensor_value(site.add)
     assert value is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile.config.options import MAX_STREAMS
+from mhc_compile.config.coefficient_spec import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -12,7 +12,7 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
 
 __all__ = ["GatedConnection", "create_connection"]
 
@@ -61,7 +61,7 @@ class GatedConnection(HyperConnection):
         return torch.ops.mhc.update(streams, branch(h), post, res)  # type: ignore[no-any-return]
 
 
-def create_connection(width: int, options: Options, **settings: Any) -> HyperConnection:
+def create_connection(width: int, options: ResolvedOptions, **settings: Any) -> HyperConnection:
     """The hyper-connection of the kind that the options ask for. `settings` are those of `HyperConnection`."""
     kind = GatedConnection if options.rank else HyperConnection
     return kind(width, options, **settings)

@@ -58,10 +58,10 @@ class ReadOut(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.width, self.streams, self.spec, self.eps, self.init = width, streams, spec, eps, start
+        self.width, self.streams, self.spec, self.eps, self.init = width, streams, spec, eps, init
         self.rank = parse(spec).rank
         self.names = self.NAMES[self.rank > 0]
-        self._init_gain = scale
+        self._init_gain = init_gain
         empty: dict[str, Any] = {"device": device, "dtype": dtype}
         features = streams * width
         self.weight = nn.Parameter(torch.empty(features, self.rank or streams, **empty))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["PROVENANCE", "inherit", "splice"]
+__all__ = ["PROVENANCE", "inherit", "trace_into"]
 
 #: What a new node takes over from the node in whose place, or for whose sake, it is written.
 PROVENANCE = ("nn_module_stack", "stack_trace", "mhc_region")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.aliases import Aliases
 
-__all__ = ["Stretch", "stretch_between"]
+__all__ = ["TrunkPath", "trunk_path_between"]
 
 #: More nodes than this are no stretch between two sites, but a branch.
 _LONGEST = 256

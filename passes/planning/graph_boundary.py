@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import ModuleRef
 
-__all__ = ["Arrival", "Closing", "Departure", "Edges", "Opening", "Tail", "crossings", "departures"]
+__all__ = [
+    "BoundaryInfo",
+    "BranchInput",
+    "BranchOutput",
+    "BranchTail",
+    "StreamInput",
+    "StreamOutput",
+    "crossings",
+    "departures",
+]
 
 #: The key of `Node.meta` of a graph input that receives streams, and of the output of a graph that hands streams on.
 ARRIVAL = "mhc_arrival"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.chains import Chain
     from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
-__all__ = ["Head", "find_heads"]
+__all__ = ["BranchHead", "find_heads"]
 
 
 @dataclass(frozen=True, eq=False)

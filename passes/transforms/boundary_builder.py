@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
 
-__all__ = ["EdgeWriter"]
+__all__ = ["BoundaryBuilder"]
 
 
 class BoundaryBuilder(StreamBuilder):

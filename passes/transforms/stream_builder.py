@@ -18,7 +18,7 @@ from mhc_compile.passes.core.emit import inherit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Binding", "End", "Writer"]
+__all__ = ["Binding", "End", "StreamBuilder"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mhc_compile.passes import Plan, Provenance, normalize, plan_chains
+from mhc_compile.passes import Plan, normalize, plan_chains
+from mhc_compile.passes.analysis.provenance import Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from helpers.builders import Decoder, distance, tokens, twin
 import mhc_compile
 from mhc_compile import HyperConnection, OptionError, Options
 from mhc_compile.inspection.cost import site_cost
-from mhc_compile.mappings import MAPPINGS, columns, get_mapping
+from mhc_compile.mappings import MAPPINGS, ResidualMapping, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import mhc_compile
-from mhc_compile.passes import FuseSites, Provenance, normalize, plan_chains
+from mhc_compile.passes import normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import Provenance
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from mhc_compile.attachment.sites import unwrap
 from mhc_compile.backend import joined, joining, with_graph
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.passes import Binding, BranchHead, Pass, Plan, Site
+    from mhc_compile.passes import Pass, Plan, Site
+    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["diff"]
 
@@ -80,7 +82,7 @@ def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:
     return ("trace", *opened, "capture", *rest, "normalize", "plan", *expanded, *(step.name for step in last), "lower")
 
 
-def _stages(dry: DryGraph, options: Options) -> Stages:
+def _stages(dry: DryGraph, options: ResolvedOptions) -> Stages:
     """All stages of one graph that Dynamo made."""
     study, module = dry.study, dry.modules[0]
     stages = Stages(study.provenance, module, study.plan, frozenset(below(module, path) for path in dry.foreseen))
@@ -121,7 +123,7 @@ def _expand(
     return expand_plan(graph, plan, bindings, see, openings=openings)
 
 
-def _program(program: ExportedProgram, options: Options, stage: str | None) -> ModelDiff:
+def _program(program: ExportedProgram, options: ResolvedOptions, stage: str | None) -> ModelDiff:
     passes = lowering(program)
     before, after = choose(stage, _names(PREPARE, passes))
     graph, parameters, plan = plan_program(program, options)

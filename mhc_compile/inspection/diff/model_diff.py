@@ -11,7 +11,7 @@ from mhc_compile.inspection.diff.rows import Change, Row
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.explain.explain import ChainReport, RejectionReport
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
@@ -55,7 +55,7 @@ class ModelDiff:
     """
 
     model: str
-    options: Options
+    options: ResolvedOptions
     before: str
     after: str
     graphs: tuple[GraphDiff, ...]

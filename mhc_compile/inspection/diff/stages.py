@@ -25,7 +25,8 @@ from mhc_compile.inspection.diff.views import NodeView, view
 if TYPE_CHECKING:
     from torch.fx import Graph
 
-    from mhc_compile.passes import Pass, Plan, Provenance
+    from mhc_compile.passes import Pass, Plan
+    from mhc_compile.passes.analysis.provenance import Provenance
 
 __all__ = ["DEFAULT", "STAGES", "Stages", "choose"]
 

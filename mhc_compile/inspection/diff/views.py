@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from mhc_compile.passes import BranchInput, source_line
 from mhc_compile.passes.analysis.op_info import leaf_module
-from mhc_compile.passes.planning.graph_boundary import ARRIVAL
+from mhc_compile.passes.analysis.provenance import source_line
+from mhc_compile.passes.planning.graph_boundary import ARRIVAL, BranchInput
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes import Plan, Provenance
+    from mhc_compile.passes import Plan
+    from mhc_compile.passes.analysis.provenance import Provenance
 
 __all__ = ["NodeView", "Operation", "Role", "view"]
 

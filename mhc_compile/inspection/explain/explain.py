@@ -12,13 +12,13 @@ from mhc_compile import _torch
 from mhc_compile.attachment.sites import unwrap
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.cost import Cost, end_cost, plain_flops, site_cost
 from mhc_compile.inspection.roofline import Overhead, Work, overheads, site_work, traffic
-from mhc_compile.passes import source_line
 from mhc_compile.passes.analysis.op_info import is_region, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import source_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,7 +134,7 @@ class Explanation:
     """
 
     model: str
-    options: Options
+    options: ResolvedOptions
     graphs: tuple[GraphReport, ...]
     cost: Cost
     parameters: int
@@ -243,7 +243,7 @@ def explain(
     return tally.explanation(type(target).__name__, dict(target.named_parameters()))
 
 
-def _explain_program(program: ExportedProgram, options: Options) -> Explanation:
+def _explain_program(program: ExportedProgram, options: ResolvedOptions) -> Explanation:
     graph, _, plan = plan_program(program, options)
     tally = _Tally(options)
     provenance = ProgramProvenance(graph, program.graph_signature.input_specs)
@@ -254,7 +254,7 @@ def _explain_program(program: ExportedProgram, options: Options) -> Explanation:
 class _Tally:
     """Adds up what the graphs of a model say."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ResolvedOptions) -> None:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.costs: dict[str, list[Cost]] = {}

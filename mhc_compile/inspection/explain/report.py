@@ -16,7 +16,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.explain.explain import ChainReport, Explanation, RejectionReport, SiteReport
 
 __all__ = ["render"]
@@ -54,7 +54,7 @@ def _headline(explanation: Explanation) -> Text:
     return text
 
 
-def _form(options: Options) -> str:
+def _form(options: ResolvedOptions) -> str:
     """What the hyper-connections are like, in a line; what is as in the paper is not mentioned."""
     parts = [
         f"preset {options.preset}" if options.preset != "paper" else "",

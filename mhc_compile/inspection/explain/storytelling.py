@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.inspection.explain.story import Operation, RejectionStory, SiteStory, Weight
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.passes import source_line
 from mhc_compile.passes.analysis.feature_axis import entry_axis
 from mhc_compile.passes.analysis.op_info import is_contraction, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import source_line
 from mhc_compile.passes.analysis.sum_terms import describe, operands
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.config.options import Options
-    from mhc_compile.passes import Chain, Plan, Provenance, Rejection, Site
+    from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.passes import Chain, Plan, Rejection, Site
+    from mhc_compile.passes.analysis.provenance import Provenance
 
 __all__ = ["Teller"]
 
@@ -38,7 +39,13 @@ class Teller:
     """
 
     def __init__(
-        self, graph: Graph, plan: Plan, provenance: Provenance, options: Options, module: str = "", number: int = 0
+        self,
+        graph: Graph,
+        plan: Plan,
+        provenance: Provenance,
+        options: ResolvedOptions,
+        module: str = "",
+        number: int = 0,
     ) -> None:
         self.plan, self.provenance, self.options = plan, provenance, options
         self.module, self.number = module, number

@@ -13,7 +13,7 @@ from mhc_compile.attachment.sites import CONTAINER, connections, find_connection
 from mhc_compile.backend import mhc
 from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import Study, study
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError
 from mhc_compile.inspection.stream_stats.batches import inputs_of
 from mhc_compile.inspection.stream_stats.recording import Recording, address, recorder
@@ -123,7 +123,7 @@ class Meter:
         return recorder(graph_module, lambda: self._recording)
 
 
-def _settings(model: nn.Module) -> Options:
+def _settings(model: nn.Module) -> ResolvedOptions:
     """The options that fit the hyper-connections of `model`."""
     found = connections(model)
     first = next(iter(found.values()))
@@ -145,7 +145,7 @@ def _settings(model: nn.Module) -> Options:
         rank=first.rank,
         init=first.init,
         overrides=own,
-    )
+    ).resolved
 
 
 def _has_sites(model: nn.Module) -> bool:

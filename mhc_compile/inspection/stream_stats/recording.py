@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from mhc_compile.inspection.stream_stats.chains import Chain
 from mhc_compile.inspection.stream_stats.moments import weights
-from mhc_compile.passes import InlineRegions
+from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from mhc_compile import _torch
 from mhc_compile._warn import warn
 from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError
 from mhc_compile.inspection.verification.comparison import Difference, differences, tolerance_of
 from mhc_compile.inspection.verification.liveness import live_sites, randomize
@@ -116,7 +116,7 @@ def _inputs(args: Any, kwargs: Any, dtype: torch.dtype | None) -> tuple[tuple[An
     return (tuple(args), dict(kwargs)) if dtype is None else (cast(tuple(args), dtype), cast(dict(kwargs), dtype))
 
 
-def _repeatable(options: Options) -> Options:
+def _repeatable(options: ResolvedOptions) -> ResolvedOptions:
     """With random numbers drawn as eager draws them: Inductor's own are others."""
     return (
         replace(options, inductor={"fallback_random": True, **options.inductor})
@@ -125,7 +125,7 @@ def _repeatable(options: Options) -> Options:
     )
 
 
-def _preserving(options: Options) -> Options:
+def _preserving(options: ResolvedOptions) -> ResolvedOptions:
     try:
         return replace(options, init="preserve")
     except OptionError as error:
@@ -142,7 +142,7 @@ class _Proof:
         model: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        options: Options,
+        options: ResolvedOptions,
         seed: int,
         tolerance: float | None,
     ) -> None:

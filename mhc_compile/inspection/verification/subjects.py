@@ -20,7 +20,7 @@ from mhc_compile.inspection.explain.explain import explain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
 
 __all__ = ["Side", "Subject", "subject_of"]
 
@@ -81,17 +81,17 @@ class Subject(Protocol):
     def plain(self, dtype: torch.dtype | None = None) -> Side:
         """Without hyper-connections; in another dtype if asked."""
 
-    def rewritten(self, options: Options, *, own: bool = False) -> Side:
+    def rewritten(self, options: ResolvedOptions, *, own: bool = False) -> Side:
         """On streams, compiled as `options` say; with `own` its hyper-connections are the ones that it has, otherwise fresh ones."""
 
-    def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
+    def other(self, side: Side, options: ResolvedOptions, dtype: torch.dtype | None = None) -> Side:
         """A rewritten side with the same parameters, run by another compiler than that of `options`."""
 
 
 class _Module:
     """A module, as `torch.compile(model, backend="mhc")` takes it."""
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: ResolvedOptions) -> None:
         self._model, self._options = unwrap(model), options
         self.name = type(self._model).__name__
         self.dtype = _narrowest(self._model.parameters())
@@ -105,10 +105,10 @@ class _Module:
         model = _to(self._copy(own=False), dtype)
         return Side(model, model)
 
-    def rewritten(self, options: Options, *, own: bool = False) -> Side:
+    def rewritten(self, options: ResolvedOptions, *, own: bool = False) -> Side:
         return _compiled(self._copy(own=own), options)
 
-    def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
+    def other(self, side: Side, options: ResolvedOptions, dtype: torch.dtype | None = None) -> Side:
         model = _to(copy.deepcopy(side.module), dtype)
         if options.inner_backend == "eager" and dtype is None:
             return _compiled(model, replace(options, inner_backend="aot_eager"))
@@ -139,11 +139,11 @@ class _Program:
         module = _to(copy.deepcopy(self._program.module()), dtype)
         return Side(module, module, graphs=1)
 
-    def rewritten(self, options: Options, *, own: bool = False) -> Side:  # noqa: ARG002
+    def rewritten(self, options: ResolvedOptions, *, own: bool = False) -> Side:  # noqa: ARG002
         module = copy.deepcopy(rewrite(self._program, options=options).module())
         return Side(_by_inner(module, options), module, graphs=1)
 
-    def other(self, side: Side, options: Options, dtype: torch.dtype | None = None) -> Side:
+    def other(self, side: Side, options: ResolvedOptions, dtype: torch.dtype | None = None) -> Side:
         module = _to(copy.deepcopy(side.module), dtype)
         call = (
             _by_inner(module, replace(options, inner_backend="aot_eager"))
@@ -153,7 +153,7 @@ class _Program:
         return Side(call, module, graphs=1)
 
 
-def subject_of(model: nn.Module | ExportedProgram, options: Options) -> Subject:
+def subject_of(model: nn.Module | ExportedProgram, options: ResolvedOptions) -> Subject:
     """The one or the other."""
     return _Program(model) if isinstance(model, ExportedProgram) else _Module(model, options)
 
@@ -167,7 +167,7 @@ def _to(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return model if dtype is None else model.to(dtype)
 
 
-def _compiled(model: nn.Module, options: Options) -> Side:
+def _compiled(model: nn.Module, options: ResolvedOptions) -> Side:
     side = Side(model, model)
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -179,7 +179,7 @@ def _compiled(model: nn.Module, options: Options) -> Side:
     return side
 
 
-def _by_inner(module: nn.Module, options: Options) -> Callable[..., Any]:
+def _by_inner(module: nn.Module, options: ResolvedOptions) -> Callable[..., Any]:
     if options.inner_backend == "eager":
         return module
     settings: Any = dict(options.inductor) if options.inner_backend == "inductor" else None

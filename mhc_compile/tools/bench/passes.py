@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.passes import Binding, Provenance, expand_plan, normalize, plan_chains
+from mhc_compile.passes import expand_plan, normalize, plan_chains
+from mhc_compile.passes.analysis.provenance import Provenance
+from mhc_compile.passes.transforms.stream_builder import Binding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from torch import nn
 
-    from mhc_compile.config.options import Options
+    from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.reporting.progress import Silent
 
 __all__ = ["TargetResult", "TargetWorkload", "measure_target"]
@@ -156,7 +156,7 @@ def measure_target(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    options: Options,
+    options: ResolvedOptions,
     *,
     rounds: int,
     busy: bool,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._warn import warn
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import MhcError, OptionError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class DefaultBackend:
             raise
         return mhc(graph_module, inputs, options=merged, mode=mode)
 
-    def _merge(self, settings: Mapping[str, Any], mode: str | None, known: Callable[[], list[str]]) -> Options:
+    def _merge(self, settings: Mapping[str, Any], mode: str | None, known: Callable[[], list[str]]) -> ResolvedOptions:
         options = Options.parse(self.options)
         given = {name.replace("-", "_"): value for name, value in settings.items()}  # Inductor takes both spellings
         for name in set(given) - set(known()) if given else ():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.config.options import Options
+from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.inspection.cost import Cost, site_cost
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Overhead, Work, overheads
@@ -104,7 +104,7 @@ def estimate(shape: Shape, options: Options | None = None) -> Estimate:
     )
 
 
-def _explained(shape: Shape, layers: int, options: Options) -> Explanation:
+def _explained(shape: Shape, layers: int, options: ResolvedOptions) -> Explanation:
     with torch.device("meta"):
         model = Decoder(shape, layers).to(torch.bfloat16)
         ids = torch.zeros(1, shape.tokens, dtype=torch.int64)

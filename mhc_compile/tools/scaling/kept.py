@@ -15,7 +15,7 @@ from mhc_compile.mappings import get_mapping
 from mhc_compile.passes.transforms.recompute import block_length
 
 if TYPE_CHECKING:
-    from mhc_compile.config.options import Options, Recompute
+    from mhc_compile.config.options import Recompute, ResolvedOptions
 
 __all__ = ["kept_bytes"]
 
@@ -23,7 +23,7 @@ __all__ = ["kept_bytes"]
 _FLOAT32 = 4
 
 
-def kept_bytes(width: int, itemsize: int, options: Options, sites: int, recompute: Recompute) -> int:
+def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, recompute: Recompute) -> int:
     """Bytes per token that all sites of a chain keep beyond what the plain model keeps.
 
     Args:

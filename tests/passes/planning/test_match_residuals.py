@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from helpers.graphs import C, planned
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, Rejection, Site, normalize, plan_chains
+from mhc_compile.passes import Reason, Rejection, Site, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import op_name
+from mhc_compile.passes.analysis.provenance import Provenance
 
 R = Reason
 

@@ -11,7 +11,8 @@ from helpers.graphs import C, Model, planned
 from torch import nn
 
 import mhc_compile
-from mhc_compile.passes import Provenance, Reason, normalize, plan_chains
+from mhc_compile.passes import Reason, normalize, plan_chains
+from mhc_compile.passes.analysis.provenance import Provenance
 
 if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef

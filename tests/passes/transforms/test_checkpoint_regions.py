@@ -18,9 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 from mhc_compile.compilation.eager_graphs import run_eagerly
-from mhc_compile.passes import InlineRegions, OutlineRegions
 from mhc_compile.passes.analysis.op_info import op_name, written_operands
-from mhc_compile.passes.transforms.checkpoint_regions import _FIXED, _PLACE, _Place, _Region
+from mhc_compile.passes.transforms.checkpoint_regions import (
+    _FIXED,
+    _PLACE,
+    InlineRegions,
+    OutlineRegions,
+    _Place,
+    _Region,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

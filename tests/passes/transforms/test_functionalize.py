@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from helpers.graphs import C, trace
 from torch import fx, nn
 
-from mhc_compile.passes import FunctionalizeWrites
 from mhc_compile.passes.analysis.op_info import written_operands
+from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
 
 
 def inplace(module: fx.GraphModule) -> fx.GraphModule:

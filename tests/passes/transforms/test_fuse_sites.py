@@ -10,8 +10,8 @@ from helpers.graphs import C, Model
 from torch import fx, nn
 
 import mhc_compile
-from mhc_compile.passes import FuseSites
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
 
 OURS = {"read", "step", "close", "coefficients", "collapse", "update", "expand", "mean"}
 

@@ -13,8 +13,9 @@ from torch import fx
 
 import mhc_compile
 from mhc_compile import ops
-from mhc_compile.passes import CanonicalizeAten, LowerOperators, RecomposeLayerNorms, run_passes
+from mhc_compile.passes import run_passes
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
+from mhc_compile.passes.transforms.lower_to_aten import CanonicalizeAten, LowerOperators, RecomposeLayerNorms
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ import torch
 from helpers.graphs import C, trace
 from torch import fx
 
-from mhc_compile.passes import NormalizeAdds
 from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, op_name
+from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
 
 
 def spellings(graph: fx.Graph) -> list[str]:

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 import mhc_compile
-from mhc_compile.passes import FuseSites, RecomputeSteps
-from mhc_compile.passes.transforms.recompute import block_length
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.recompute import RecomputeSteps, block_length
 
 STEP = torch.ops.mhc.step.default
 
