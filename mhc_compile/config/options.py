@@ -48,6 +48,12 @@ def _number(name: str, value: object, kind: type, low: float, high: float, unit:
         raise OptionError(f"option {name!r} is {value!r}; expected {unit}")
 
 
+def _counts(counts: tuple[int, ...]) -> str:
+    if counts == tuple(range(counts[0], counts[-1] + 1)):
+        return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What `torch.compile(model, backend="mhc", options={...})` accepts.
@@ -212,7 +218,7 @@ class ResolvedOptions(Options):
         counts = STREAM_COUNTS[self.mapping]
         if self.streams not in counts:
             raise OptionError(
-                f"mapping {self.mapping!r} has no matrices for {self.streams} streams, only for {', '.join(map(str, counts))};"
+                f"mapping {self.mapping!r} has no matrices for {self.streams} streams, only for {_counts(counts)};"
                 " choose another 'streams', or mapping 'sinkhorn'"
             )
         if self.init == "preserve":

@@ -132,7 +132,7 @@ def test_width_conflicts_are_rejected_as_the_rewrite_rejects_them():
         model,
         inputs,
         {},
-        Options(),
+        Options().resolved,
         lambda dry: rejections.extend(str(rejection) for rejection in dry.study.plan.rejections),
     )
     assert any("width-conflict: mix.mhc.f has width 8, and this call needs 6" in rejection for rejection in rejections)

@@ -9,6 +9,7 @@ import torch
 from helpers.builders import Decoder, tokens
 
 from mhc_compile import MhcError, OptionError, Options
+from mhc_compile.config.presets import PRESETS
 
 
 def test_defaults_are_the_paper():
@@ -48,6 +49,15 @@ def test_defaults_are_the_paper():
 def test_a_wrong_option_is_an_error_that_restates_it(given, words):
     with pytest.raises(OptionError, match=words):
         Options.parse(given)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_replacing_the_preset_keeps_what_was_given_and_nothing_else(preset):
+    given = {"init": "random"}  # one preset has no function-preserving init
+    assert dataclasses.replace(Options(**given), preset=preset) == Options(**given, preset=preset)
+    explicit = dataclasses.replace(Options(**given, read_out="mean", eps=1e-6), preset=preset)
+    assert (explicit.resolved.read_out, explicit.resolved.eps) == ("mean", 1e-6)
+    assert dataclasses.replace(Options(**given), preset=preset).resolved.eps == PRESETS[preset].eps
 
 
 def test_wrong_options_leave_torch_compile_as_themselves():

@@ -60,7 +60,7 @@ def unchanged() -> ModelDiff:
 
 def graphless() -> ModelDiff:
     """Of a model that Dynamo makes no graph of."""
-    return ModelDiff("Empty", Options(), "capture", "expand", ())
+    return ModelDiff("Empty", Options().resolved, "capture", "expand", ())
 
 
 @cache
@@ -109,10 +109,10 @@ def hostile() -> ModelDiff:
     chain = ChainReport(sites, 8, (), False, False)
     rejection = RejectionReport(COMMENT, paths[1], "broadcast", f"the terms {SCRIPT} & {IMAGE}", "model.py:3")
     graph = GraphDiff(("",), align(before, after), (chain,), (rejection,))
-    return ModelDiff(f"{SCRIPT}{IMAGE}", Options(), "capture", "expand", (graph,))
+    return ModelDiff(f"{SCRIPT}{IMAGE}", Options().resolved, "capture", "expand", (graph,))
 
 
 @cache
 def pieces() -> ModelDiff:
     """Two graphs, as a graph break leaves them."""
-    return ModelDiff("Pieces", Options(), "capture", "expand", (decoder().graphs[0], hostile().graphs[0]))
+    return ModelDiff("Pieces", Options().resolved, "capture", "expand", (decoder().graphs[0], hostile().graphs[0]))

@@ -248,9 +248,11 @@ def test_operators_reject_numbers_of_streams_that_the_mapping_does_not_have():
 
 
 def test_costs_are_those_of_the_mapping():
-    with_sinkhorn, without = (site_cost(64, 4, Options(mapping=name)) for name in ("sinkhorn", "unconstrained"))
+    with_sinkhorn, without = (
+        site_cost(64, 4, Options(mapping=name).resolved) for name in ("sinkhorn", "unconstrained")
+    )
     assert with_sinkhorn.flops - without.flops == 4 * 16 * 20
-    assert site_cost(64, 4, Options(mapping="kronecker")).parameters == 4 * 64 * 12 + 12 + 3
+    assert site_cost(64, 4, Options(mapping="kronecker").resolved).parameters == 4 * 64 * 12 + 12 + 3
 
 
 @pytest.mark.parametrize("name", NEW)

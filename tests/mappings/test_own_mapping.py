@@ -21,7 +21,7 @@ class Circulant(ResidualMapping):
     def logits(self, n):
         return n
 
-    def start(self, n):
+    def init_preserve(self, n):
         return 4.0 * (torch.arange(n) == 0)
 
     def matrix(self, logits, n, iterations):
@@ -140,7 +140,7 @@ class FromACell(ResidualMapping):
     def logits(self, n):
         return n
 
-    def start(self, n):
+    def init_preserve(self, n):
         return 4.0 * (torch.arange(n) == 0)
 
     def matrix(self, logits, n, iterations):

@@ -71,11 +71,11 @@ def test_the_estimate_is_that_of_the_whole_model() -> None:
 
 
 def test_what_is_kept_by_hand() -> None:
-    cheap = kept_bytes(8, 2, Options(), 10, "cheap")
+    cheap = kept_bytes(8, 2, Options().resolved, 10, "cheap")
     assert cheap == 10 * (4 * 8 * 2 + 8 * 2 + 24 * 4)
     assert block_length(10, 4) == 3
     # Four of ten sites keep streams and coefficients, ten a branch's output; six do not keep what their branch reads.
-    assert kept_bytes(8, 2, Options(), 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
+    assert kept_bytes(8, 2, Options().resolved, 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
 
 
 def test_a_shape_that_cannot_be_is_rejected() -> None:

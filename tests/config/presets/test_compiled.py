@@ -218,7 +218,8 @@ def test_what_is_given_goes_before_the_preset():
     assert mhc_compile.Options.parse({"preset": "glm5-next"}).eps == 1e-5
     assert mhc_compile.Options.parse({"preset": "glm5-next", "eps": 1e-6}).eps == 1e-6
     assert (
-        mhc_compile.Options(preset="glm5-next", mapping="identity").spec == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
+        mhc_compile.Options(preset="glm5-next", mapping="identity").resolved.spec
+        == "identity;pre_eps=1e-06;sinkhorn_eps=1e-06"
     )
 
 
@@ -248,10 +249,10 @@ def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
 def test_patterns_fit_the_end_of_a_path():
     options = mhc_compile.Options(
         overrides={"layers.*.mlp": {"mapping": "identity"}, "*.3.mlp": {"token_dependent": False}}
-    )
+    ).resolved
     assert options.at("model.layers.3.mhc.mlp").mapping == "identity"
-    assert not options.at("model.layers.3.mlp").dynamic
-    assert options.at("model.layers.2.mlp").dynamic
+    assert not options.at("model.layers.3.mlp").token_dependent
+    assert options.at("model.layers.2.mlp").token_dependent
     assert options.at("model.players.3.attn") is options
 
 
