@@ -23,8 +23,9 @@ from mhc_compile.errors import (
 )
 
 if TYPE_CHECKING:
+    from mhc_compile.attachment.model_tree import connections
     from mhc_compile.attachment.parameter_groups import parameter_groups
-    from mhc_compile.attachment.sites import connections, detach
+    from mhc_compile.attachment.sites import detach
     from mhc_compile.backend import mhc
     from mhc_compile.checkpoints.load import load_state_dict
     from mhc_compile.checkpoints.restore import restore

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.compilation.session import Study
+    from mhc_compile.compilation.session import GraphSession
 
 __all__ = ["observers"]
 
 #: Called while Dynamo traces, with the sites of the graph bound to their parameters and nothing rewritten yet.
-observers: list[Callable[[Study], None]] = []
+observers: list[Callable[[GraphSession], None]] = []

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mhc_compile import _torch
-from mhc_compile._warn import warn
-from mhc_compile.attachment.sites import connections, unwrap
-from mhc_compile.backend import mhc
+from mhc_compile import _torch, backend
+from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.config.options import Options, ResolvedOptions
+from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.runtime import StreamBoundary
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class _Run:
         return result
 
     def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
-        compiled = mhc(graph_module, inputs, options=self.options)
+        compiled = backend.mhc(graph_module, inputs, options=self.options)
         self._traced = True
         rewritten = compiled.compiled if isinstance(compiled, StreamBoundary) else compiled
         assert isinstance(rewritten, fx.GraphModule)

@@ -1,6 +1,10 @@
-"""Every error and warning that this package raises, all of them importable from `mhc_compile`."""
+"""The errors and warnings that this package raises, and how it warns."""
 
 from __future__ import annotations
+
+import os
+import sys
+import warnings
 
 __all__ = [
     "AttachError",
@@ -13,6 +17,7 @@ __all__ = [
     "ShapeError",
     "StreamsLostError",
     "UnknownAddError",
+    "warn",
 ]
 
 
@@ -54,3 +59,27 @@ class StreamsLostError(MhcError, RuntimeError):
 
 class MhcWarning(UserWarning):
     """Something that a user should know: nothing was rewritten, streams were dropped, an optimizer was left alone."""
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def warn(message: str, *, repeat: bool = False) -> None:
+    """Issue an `MhcWarning` that points at the innermost frame outside this package and torch.
+
+    Args:
+        message: what the user should know.
+        repeat: by default Python shows the same message at the same line once in a process. With
+            `repeat` every call is shown, unless the user's filters say otherwise.
+    """
+    torch = sys.modules.get("torch")
+    inside = (_HERE, os.path.dirname(torch.__file__)) if torch is not None and torch.__file__ else (_HERE,)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(inside):
+        frame, level = frame.f_back, level + 1
+    if repeat:
+        warnings.warn_explicit(
+            message, MhcWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), registry={}
+        )
+    else:
+        warnings.warn(message, MhcWarning, stacklevel=level)

@@ -13,7 +13,6 @@ try:
     from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
     from mhc_compile._torch.distributed import (
-        caller,
         ddp_parameters,
         fsdp_hooks,
         is_sharded,
@@ -29,19 +28,19 @@ try:
         forget_compiled,
         frame_code,
         frame_location,
+        frame_self,
         graph_is_part,
         has_compiled,
         in_trace,
         isolated_compile,
         make_room,
         module_by_id,
-        modules_in_use,
         name_input,
         numpy_draws_as_in_eager,
         raise_through_dynamo,
         restart_trace,
         root_module,
-        runs_inside_another,
+        running_objects,
         same_function,
         uncompiled,
     )
@@ -55,7 +54,9 @@ try:
         load_cpp,
     )
     from mhc_compile._torch.optim import (
+        before_average_update,
         lbfgs_has_memory,
+        living_optimizers,
         restart_lbfgs,
     )
 except ImportError as error:  # pragma: no cover - depends on the torch that is installed
@@ -69,8 +70,8 @@ __all__ = [
     "TensorWeakRef",
     "TorchDynamoException",
     "WeakTensorKeyDictionary",
+    "before_average_update",
     "cache_folder",
-    "caller",
     "compile_with_inductor",
     "cpp_compiler",
     "ddp_parameters",
@@ -79,6 +80,7 @@ __all__ = [
     "forget_compiled",
     "frame_code",
     "frame_location",
+    "frame_self",
     "fsdp_hooks",
     "graph_is_part",
     "has_compiled",
@@ -89,10 +91,10 @@ __all__ = [
     "is_sharded",
     "isolated_compile",
     "lbfgs_has_memory",
+    "living_optimizers",
     "load_cpp",
     "make_room",
     "module_by_id",
-    "modules_in_use",
     "name_input",
     "numpy_draws_as_in_eager",
     "pipeline_stage",
@@ -102,7 +104,7 @@ __all__ = [
     "restart_trace",
     "rewrite_before_ddp_splits",
     "root_module",
-    "runs_inside_another",
+    "running_objects",
     "same_function",
     "split_as_ddp_would",
     "uncompiled",

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 
-from mhc_compile._torch.dynamo import _tracer, in_trace
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
-    from types import FrameType
 
     from torch.nn.parallel import DistributedDataParallel
 
 
 __all__ = [
-    "caller",
     "ddp_parameters",
     "fsdp_hooks",
     "is_sharded",
@@ -33,34 +30,43 @@ __all__ = [
     "whole_graphs",
 ]
 
-T = TypeVar("T")
-
 #: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
 
 
-_split: Callable[..., Any] = DDPOptimizer.compile_fn
+_installing = threading.Lock()
+#: DDPOptimizer.compile_fn as torch defines it, once it is replaced.
+_split: Callable[..., Any] | None = None
 
 
-def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
-    """Makes Dynamo hand `backend` the whole graph of a model in DDP; every other backend gets its pieces as ever.
+def rewrite_before_ddp_splits() -> None:
+    """Make Dynamo hand a backend with `takes_whole_graphs = True` the whole graph of a model in DDP.
 
-    Under `DistributedDataParallel` Dynamo cuts a graph into a piece for each bucket of gradients and calls the backend for each piece, so that
-    buckets are reduced while the backward is still running. `backend` is called once instead, with the inputs that Dynamo traced, and cuts its own
-    result by `split_as_ddp_would`.
+    Under `DistributedDataParallel` Dynamo cuts a graph into a piece for each bucket of gradients and
+    calls the backend for each piece, so that buckets are reduced while the backward still runs. Such a
+    backend is called once, with the inputs that Dynamo traced, and cuts its own result by
+    `split_as_ddp_would`. Every other backend gets its pieces as ever. Idempotent.
     """
+    global _split
+    with _installing:
+        if _split is not None:
+            return
+        split: Callable[..., Any] = DDPOptimizer.compile_fn
 
-    @functools.wraps(_split)
-    def compile_fn(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
-        if _innermost(self.backend_compile_fn) is not backend:
-            return _split(self, graph_module, inputs, **settings)
-        token = _ddp_optimizer.set(self)
-        try:
-            return self.backend_compile_fn(graph_module, inputs, **settings)
-        finally:
-            _ddp_optimizer.reset(token)
+        @functools.wraps(split)
+        def compile_fn(
+            self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any
+        ) -> Any:
+            if not getattr(_innermost(self.backend_compile_fn), "takes_whole_graphs", False):
+                return split(self, graph_module, inputs, **settings)
+            token = _ddp_optimizer.set(self)
+            try:
+                return self.backend_compile_fn(graph_module, inputs, **settings)
+            finally:
+                _ddp_optimizer.reset(token)
 
-    DDPOptimizer.compile_fn = compile_fn  # type: ignore[assignment, method-assign]
+        DDPOptimizer.compile_fn = compile_fn  # type: ignore[assignment, method-assign]
+        _split = split
 
 
 def _innermost(backend: Any) -> Any:
@@ -81,7 +87,7 @@ def split_as_ddp_would(
 ) -> Callable[..., Any]:
     """Compiles a graph: in pieces where the model is in DDP and Dynamo is told to overlap its reductions, else as one."""
     optimizer = _ddp_optimizer.get()
-    if optimizer is None:
+    if optimizer is None or _split is None:
         return compiler(graph_module, inputs)  # type: ignore[no-any-return]
     pieces = DDPOptimizer(optimizer.bucket_bytes_cap, compiler, optimizer.first_bucket_cap)
     return _split(pieces, graph_module, inputs)  # type: ignore[no-any-return]
@@ -90,18 +96,6 @@ def split_as_ddp_would(
 def whole_graphs() -> AbstractContextManager[None]:
     """In this context Dynamo does not cut the graphs of models in DDP."""
     return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
-
-
-def caller(kind: type[T]) -> T | None:
-    """The nearest object of class `kind` whose method is running, Python's stack and the frame that Dynamo traces taken together."""
-    me = _tracer().output.local_scope.get("self") if in_trace() else None
-    source = sys.modules[kind.__module__].__file__
-    frame: FrameType | None = sys._getframe(1)
-    while not isinstance(me, kind) and frame is not None:
-        if frame.f_code.co_filename == source:  # looking at the locals of any other frame would keep them alive
-            me = frame.f_locals.get("self")
-        frame = frame.f_back
-    return me if isinstance(me, kind) else None
 
 
 def ddp_parameters(ddp: DistributedDataParallel) -> set[int]:
@@ -128,8 +122,9 @@ def fsdp_hooks(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return state._pre_forward, state._post_forward
 
 
-def pipeline_stage() -> tuple[int, int] | None:
-    """Number of the pipeline stage whose submodule is being traced, and how many there are; None outside pipelines of several stages."""
+def pipeline_stage(owner: Any) -> tuple[int, int] | None:
+    """Number of a pipeline stage and how many there are; None for any other object, and where there is only one."""
     module = sys.modules.get("torch.distributed.pipelining.stage")
-    stage = caller(module.PipelineStage) if module is not None else None
-    return (stage.stage_index, stage.num_stages) if stage is not None and stage.num_stages > 1 else None
+    if module is None or not isinstance(owner, module.PipelineStage) or owner.num_stages <= 1:
+        return None
+    return owner.stage_index, owner.num_stages

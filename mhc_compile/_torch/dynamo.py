@@ -36,19 +36,19 @@ __all__ = [
     "forget_compiled",
     "frame_code",
     "frame_location",
+    "frame_self",
     "graph_is_part",
     "has_compiled",
     "in_trace",
     "isolated_compile",
     "make_room",
     "module_by_id",
-    "modules_in_use",
     "name_input",
     "numpy_draws_as_in_eager",
     "raise_through_dynamo",
     "restart_trace",
     "root_module",
-    "runs_inside_another",
+    "running_objects",
     "same_function",
 ]
 
@@ -216,11 +216,6 @@ def root_module() -> nn.Module | None:
     return None
 
 
-def modules_in_use() -> list[nn.Module]:
-    """The modules whose calls surround this one in Python, the innermost first."""
-    return [module for _, module in _calls()]
-
-
 def example_size(size: int | torch.SymInt) -> int:
     """The number that a size is in the example inputs. Unlike `int(size)` this does not pin a dynamic size to it."""
     if isinstance(size, int):
@@ -230,44 +225,32 @@ def example_size(size: int | torch.SymInt) -> int:
     return int(getattr(symbolic_shapes, name)(size, fallback=0))
 
 
-def runs_inside_another(module: nn.Module, *, compiled_alone: bool = False) -> bool:
-    """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered.
+def frame_self() -> Any:
+    """`self` of the frame that is being traced; None where it has none."""
+    return _tracer().output.local_scope.get("self")
 
-    With `compiled_alone` also before that: `module` is then a part that was compiled by itself. What has nothing but `module` in it, as the module
-    that `torch.compile` returns and DDP, is no other then.
+
+def running_objects() -> list[tuple[Any, bool]]:
+    """The objects whose methods run around this one, the innermost first, each with whether since `torch.compile` was entered.
+
+    Only frames of torch's own files are read, those that call modules, DDP and pipeline stages:
+    reading the locals of a user's frame would keep them alive until that frame is left.
     """
-    return any(
-        (within or (compiled_alone and not _only_wraps(owner, module)))
-        and owner is not module
-        and any(one is module for one in owner.modules())
-        for within, owner in _calls()
-    )
-
-
-def _only_wraps(owner: nn.Module, module: nn.Module) -> bool:
-    while owner is not module:
-        children = list(owner.children())
-        if len(children) != 1:
-            return False
-        owner = children[0]
-    return True
-
-
-def _calls() -> Iterator[tuple[bool, nn.Module]]:
-    """Calls of modules round this frame, the innermost first, each with whether it came after `torch.compile` was entered.
-
-    Only local variables of torch's own frames are read: those of a user's frame would be kept alive by that until the frame is left.
-    """
+    stage = sys.modules.get("torch.distributed.pipelining.stage")
+    # The frames of DDP are those of its own file; `nn.Module` calls it as it calls any module.
+    files = {nn.Module.__call__.__code__.co_filename, getattr(stage, "__file__", None)}
+    found: list[tuple[Any, bool]] = []
     frame: FrameType | None = sys._getframe(1)
-    within = True
+    inside = True
     while frame is not None:
         code = frame.f_code
-        within = within and code.co_name != "compile_wrapper"
-        if code.co_filename == nn.Module.__call__.__code__.co_filename:
+        inside = inside and code.co_name != "compile_wrapper"
+        if code.co_filename in files:
             owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                yield within, owner
+            if owner is not None:
+                found.append((owner, inside))
         frame = frame.f_back
+    return found
 
 
 def module_by_id(identity: int) -> nn.Module | None:

@@ -1,8 +1,8 @@
 """Optimizers that were built before the hyper-connections were attached.
 
 An optimizer that exists by then has never heard of their parameters, and would train the model around them, silently. So the parameters join it
-as soon as they exist: gradient clipping over its groups and `GradScaler.unscale_` see them at the very first step. Torch has no list of its
-optimizers; the garbage collector does. A hook before every optimizer step looks after what was not settled then.
+as soon as they exist: gradient clipping over its groups and `GradScaler.unscale_` see them at the very first step. `_torch.living_optimizers`
+knows the optimizers of the process. A hook before every optimizer step looks after what was not settled then.
 
 Where a parameter goes:
 
@@ -24,9 +24,9 @@ groups in which neither is.
 from __future__ import annotations
 
 import bisect
-import gc
 import logging
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +36,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhc_compile import _torch
-from mhc_compile._warn import warn
+from mhc_compile.errors import warn
 from mhc_compile.modules.hyper_connection import HyperConnection
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ _waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKey
 _seen: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _expected = 0
 _hooked = False
+_lock = threading.Lock()
 
 
 def expect(
@@ -87,23 +88,24 @@ def expect(
     global _hooked, _expected
     if policy == "ignore":
         return
-    if not _hooked:
-        register_optimizer_step_pre_hook(_before_step)
-        _hooked = True
-    _expected += 1
+    with _lock:
+        if not _hooked:
+            register_optimizer_step_pre_hook(_before_step)
+            _hooked = True
+        _expected += 1
     _waiting[connection] = _Waiting(weakref.ref(owner), weakref.ref(owner if root is None else root), path, policy)
 
 
 def settle() -> None:
     """Lets expected parameters with the policy "extend" join the optimizers that exist."""
     if _waiting:
-        _settle(_living(), stepping=None)
+        _settle(_torch.living_optimizers(), stepping=None)
 
 
 def leave(parameters: Iterable[nn.Parameter]) -> None:
     """Takes parameters of no model any more out of every optimizer, with their state."""
     gone = {id(parameter) for parameter in parameters}
-    for optimizer in _living():
+    for optimizer in _torch.living_optimizers():
         for group in optimizer.param_groups:
             stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
             if len(stay) < len(group["params"]):
@@ -123,19 +125,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
     if _seen.get(optimizer) == now:
         return
     _seen[optimizer] = now
-    living = _living()
+    living = _torch.living_optimizers()
     if all(known is not optimizer for known in living):  # gc.freeze() hides what exists
         living.append(optimizer)
     _settle(living, stepping=optimizer)
-
-
-def _living() -> list[Optimizer]:
-    kinds = [Optimizer]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    known = {id(kind) for kind in kinds}
-    # `vars`: a wrapper may have groups that are a property, and then what it wraps is found as well.
-    return [found for found in gc.get_objects() if id(type(found)) in known and "param_groups" in vars(found)]
 
 
 def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
@@ -244,12 +237,7 @@ def _takes(optimizer: Optimizer, parameter: nn.Parameter, stepping: Optimizer | 
 
 
 def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
-    mine = {
-        id(p)
-        for inner_backend in module.modules()
-        if isinstance(inner_backend, HyperConnection)
-        for p in inner_backend.parameters()
-    }
+    mine = {id(p) for part in module.modules() if isinstance(part, HyperConnection) for p in part.parameters()}
     return [parameter for parameter in module.parameters() if id(parameter) not in mine]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mhc_compile.attachment.sites import connections, unwrap
+from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.errors import AttachError, OptionError
 
 if TYPE_CHECKING:

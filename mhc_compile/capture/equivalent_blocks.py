@@ -8,18 +8,20 @@ Dynamo gives up at its limit of recompiles and runs the rest without. Whoever at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mhc_compile import _torch
 from mhc_compile._torch import OptimizedModule
 
-__all__ = ["Siblings", "siblings"]
+if TYPE_CHECKING:
+    from mhc_compile.capture.frame import Frame
+
+__all__ = ["EquivalentBlocks", "equivalent_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
-class Siblings:
+class EquivalentBlocks:
     """The modules at one place of blocks that are alike, by the number of the block."""
 
     #: Number of the block that the question was asked for.
@@ -27,25 +29,26 @@ class Siblings:
     others: dict[int, nn.Module]
 
 
-def siblings(module: nn.Module) -> Siblings:
+def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
     """What stands in the place of `module` in the other blocks of its `nn.ModuleList` or `nn.Sequential`.
 
     A block counts if it has the same class and parameters of the same shapes, and is compiled by itself exactly if `module` is. Modules do not know
     their parents: the list is found below the modules whose calls surround this one. Where a function runs the blocks, there are none, and each block
     is traced for itself.
     """
-    for whole in _torch.modules_in_use():
+    for call in frame.calls:
+        whole = call.module
         if whole is module or isinstance(whole, OptimizedModule):
             continue
         path = next((path for path, one in whole.named_modules() if one is module), None)
         found = _in_list(whole, path.split("."), module) if path else None
         if found is not None:
             return found
-    return Siblings(0, {})
+    return EquivalentBlocks(0, {})
 
 
-def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> Siblings | None:
-    """The siblings of `whole.path`, which is `module`; None where it is in no list."""
+def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> EquivalentBlocks | None:
+    """The equivalent blocks of `whole.path`, which is `module`; None where it is in no list."""
     for length in range(len(path) - 1, -1, -1):
         holder = whole.get_submodule(".".join(path[:length]))
         if isinstance(holder, (nn.ModuleList, nn.Sequential)):
@@ -53,7 +56,7 @@ def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> Siblings |
     return None
 
 
-def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Siblings:
+def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> EquivalentBlocks:
     shape = _shape(module)
     others: dict[int, nn.Module] = {}
     number = 0
@@ -67,7 +70,7 @@ def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Sibli
             continue
         if other is not module and _shape(other) == shape:
             others[position] = other
-    return Siblings(number, others)
+    return EquivalentBlocks(number, others)
 
 
 def _shape(module: nn.Module) -> tuple[Any, ...]:

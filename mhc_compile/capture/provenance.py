@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
+    from mhc_compile.capture.frame import Frame
+
 __all__ = ["DynamoProvenance"]
 
 #: "L['self'].transformer.h.0" and "L['fn']" as Dynamo names modules; what follows the local is the path below the root.
@@ -27,15 +29,16 @@ class DynamoProvenance(Provenance):
     Args:
         graph: the graph as Dynamo made it.
         inputs: the example inputs of the backend, in the order of the graph's placeholders.
+        frame: the frame that is traced.
     """
 
-    def __init__(self, graph: Graph, inputs: Sequence[Any]) -> None:
+    def __init__(self, graph: Graph, inputs: Sequence[Any], frame: Frame) -> None:
+        self.frame = frame
         self.root: nn.Module | None = None
         self._paths: dict[int, str] = {}
         self._names: dict[str, str] = {}
-        root = _torch.root_module()
-        if root is not None:
-            self.adopt_root(root)
+        if frame.root is not None:
+            self.adopt_root(frame.root)
         names: dict[int, str] = (
             {id(parameter): path for path, parameter in self.root.named_parameters(remove_duplicate=False)}
             if self.root

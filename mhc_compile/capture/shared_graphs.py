@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhc_compile import _torch
-from mhc_compile.capture.equivalent_blocks import siblings
+from mhc_compile.capture.equivalent_blocks import equivalent_blocks
 
 if TYPE_CHECKING:
     from types import CodeType
 
     from torch import nn
+
+    from mhc_compile.capture.frame import Frame
 
 __all__ = ["Sharing", "below"]
 
@@ -23,12 +24,12 @@ class Sharing:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._foreseen: set[tuple[CodeType, str]] = set()
 
-    def modules(self, root: nn.Module | None) -> list[str]:
+    def modules(self, root: nn.Module | None, frame: Frame) -> list[str]:
         """The paths below the model of the modules that run the graph that is being traced for `root`; "" is the model itself."""
         if root is None or root is self.model:
             return [""]
-        code = _torch.frame_code()
-        paths = [self._paths.get(id(module), "") for module in (root, *siblings(root).others.values())]
+        code = frame.code
+        paths = [self._paths.get(id(module), "") for module in (root, *equivalent_blocks(root, frame).others.values())]
         if (code, paths[0]) in self._foreseen:  # it was not so like its sibling that it could use the graph
             self._foreseen.discard((code, paths[0]))
             return []

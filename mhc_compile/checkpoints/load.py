@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.attachment.sites import CONTAINER, connections, unwrap
+from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.state_dict import NAMES, guess_for

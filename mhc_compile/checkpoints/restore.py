@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile._torch import OptimizedModule
+from mhc_compile.attachment.declaration import declare_on
+from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections, connections, unwrap
 from mhc_compile.attachment.optimizers import settle
-from mhc_compile.attachment.sites import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
+from mhc_compile.attachment.sites import put_connection
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError

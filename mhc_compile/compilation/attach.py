@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.attachment.sites import connections, unwrap
+from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.capture.trace import capture
-from mhc_compile.compilation.session import complain, study
+from mhc_compile.compilation.messages import warn_nothing_rewritten
+from mhc_compile.compilation.session import GraphSession
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import check_unwrapped
 
@@ -25,7 +26,7 @@ __all__ = ["attach"]
 def attach(
     model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> dict[str, HyperConnection]:
-    """Attaches hyper-connections ahead of the first compiled call, without running the model.
+    """Attach hyper-connections ahead of the first compiled call, without running the model.
 
     The model is traced with the example inputs, as the compiled call would trace it; nothing of it is executed, and it may live on the meta
     device. Do this where the parameters must exist early: before an optimizer is built, before a checkpoint is loaded, before DDP or FSDP wraps
@@ -49,19 +50,16 @@ def attach(
     parsed = Options.parse(options)
     target = unwrap(model)
     check_unwrapped(target)
-    studies = []
+    sessions: list[GraphSession] = []
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
-        result = study(graph_module, inputs, parsed)
-        result.attach(parsed)
-        studies.append(result)
-        return result.notes()
+        session = GraphSession.analyze(graph_module, inputs, parsed)
+        session.attach()
+        sessions.append(session)
+        return session.annotations()
 
     capture(target, args, kwargs, on_graph)
-    if not any(result.plan.sites for result in studies):
-        complain(
-            [rejection for result in studies for rejection in result.plan.rejections],
-            parsed,
-            [result.graph for result in studies],
-        )
+    if not any(session.plan.sites for session in sessions):
+        rejections = [rejection for session in sessions for rejection in session.plan.rejections]
+        warn_nothing_rewritten(rejections, parsed, [session.graph for session in sessions])
     return connections(target)

@@ -1,6 +1,6 @@
 """The plan for every graph of a model, and what the rewrite would bind to it, while nothing is run and nothing changed.
 
-`explain` reports it, `diff` expands it, and the backend makes it again from the same `study` when the model is compiled.
+`explain` reports it, `diff` expands it, and the backend makes it again by the same `GraphSession` when the model is compiled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing
 from mhc_compile.capture.trace import capture
-from mhc_compile.compilation.session import Study, study
+from mhc_compile.compilation.module_parameters import PredictedParameters
+from mhc_compile.compilation.session import GraphSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mhc_compile.compilation.bindings import PlannedSite
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.passes import Site
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-    OpenBranch = Mapping[nn.Module, Sequence[Site]]
+    #: The sites that end the branches which a module begins.
+    Begun = Mapping[nn.Module, Sequence[PlannedSite]]
 
 __all__ = ["DryGraph", "dry_run"]
 
@@ -36,7 +39,7 @@ class DryGraph:
     Attributes:
         modules: paths of the modules that run it: the one that was traced, and blocks that are alike; ("",) is the model itself.
         captured: the graph as Dynamo handed it over.
-        study: the normalised graph and the plan for it.
+        session: the normalised graph and the plan for it.
         bindings: parameters for every site of the plan, as graph inputs: those that the model has, and inputs that stand for those it will get.
         openings: name and parameters of every branch that begins here and ends in another graph.
         foreseen: the paths of the parameters that it will get, below the traced module.
@@ -44,7 +47,7 @@ class DryGraph:
 
     modules: tuple[str, ...]
     captured: torch.fx.GraphModule
-    study: Study
+    session: GraphSession
     bindings: dict[Site, Binding]
     openings: dict[BranchHead, tuple[str, Binding]]
     foreseen: frozenset[str]
@@ -56,9 +59,9 @@ def dry_run(
     kwargs: dict[str, Any],
     options: ResolvedOptions,
     on_graph: Callable[[DryGraph], None],
-    begun: OpenBranch | None = None,
-) -> OpenBranch:
-    """Traces `model(*args, **kwargs)` as the compiled call would, and hands over what the backend would do with each graph.
+    begun: Begun | None = None,
+) -> Begun:
+    """Trace `model(*args, **kwargs)` as the compiled call would, and hand over what the backend would do with each graph.
 
     Args:
         model: any module.
@@ -76,20 +79,22 @@ def dry_run(
         CaptureError: the model cannot be traced with these inputs.
     """
     sharing = Sharing(model)
-    cut: dict[nn.Module, list[Site]] = {}
+    cut: dict[nn.Module, list[PlannedSite]] = {}
 
     def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
-        result = study(graph_module, inputs, options)
-        notes = result.notes()
-        for site in result.plan.sites:
-            for module in (module for head in site.heads for module in head.alive()):
-                cut.setdefault(module, []).append(site)
-        bindings, foreseen = result.foresee(options)
-        openings, more = result.foresee_openings(begun or {}, options)
-        modules = tuple(sharing.modules(result.provenance.root))
+        session = GraphSession.analyze(graph_module, inputs, options)
+        annotations = session.annotations()
+        for planned in session.sites:
+            for module in (module for head in planned.site.heads for module in head.alive()):
+                cut.setdefault(module, []).append(planned)
+        parameters = PredictedParameters(session.graph, session.provenance)
+        bindings = {one.site: parameters.bind(one) for one in parameters.resolve(session.planner, options)}
+        openings = parameters.predicted_openings(session.plan, begun or {})
+        modules = tuple(sharing.modules(session.provenance.root, session.provenance.frame))
         if modules:
-            on_graph(DryGraph(modules, graph_module, result, bindings, openings, foreseen | more))
-        return notes
+            foreseen = frozenset(parameters.added)
+            on_graph(DryGraph(modules, graph_module, session, bindings, openings, foreseen))
+        return annotations
 
     capture(model, args, kwargs, look)
     return cut

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as _shard
 
 from mhc_compile import _torch
-from mhc_compile.attachment.sites import HyperConnections
+from mhc_compile.attachment.model_tree import HyperConnections
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile import _torch
-from mhc_compile._warn import warn
-from mhc_compile.errors import AttachError
+from mhc_compile.errors import AttachError, warn
 from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from mhc_compile.capture.frame import Frame
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-__all__ = ["check_site", "check_unwrapped", "known_to_ddp", "warn_of_pipeline"]
+__all__ = ["check_site", "check_unwrapped", "ddp_parameters", "warn_of_pipeline"]
 
 _WAY_OUT = (
     "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled call finds the"
@@ -30,10 +30,9 @@ _WAY_OUT = (
 )
 
 
-def known_to_ddp() -> set[int] | None:
-    """`id` of every parameter that the `DistributedDataParallel` round the model being traced takes care of; None if there is none."""
-    ddp = _torch.caller(DistributedDataParallel)
-    return None if ddp is None else _torch.ddp_parameters(ddp)
+def ddp_parameters(frame: Frame) -> set[int] | None:
+    """Return the `id` of every parameter that the `DistributedDataParallel` around the frame takes care of; None if there is none."""
+    return None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
 
 
 def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, known: set[int] | None) -> None:
@@ -43,7 +42,7 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
         site: the site.
         owner: the module that performs it.
         connection: its hyper-connection, None where it has none yet.
-        known: what `known_to_ddp` says.
+        known: what `ddp_parameters` returned.
 
     Raises:
         AttachError: the model runs inside DDP, and DDP was built before `connection`; FSDP manages `owner`, and there is no `connection`; or the
@@ -103,11 +102,10 @@ def check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def warn_of_pipeline() -> None:
+def warn_of_pipeline(frame: Frame) -> None:
     """Says that streams end where a pipeline stage ends, if the model being traced is one of several stages."""
-    stage = _torch.pipeline_stage()
-    if stage is not None:
-        index, count = stage
+    if frame.pipeline_stage is not None:
+        index, count = frame.pipeline_stage
         warn(
             f"pipeline stage {index} of {count}: the next stage receives one tensor, so the streams are averaged where this stage ends and begin"
             " anew in the next one. That is another model than the unpipelined one as soon as the streams differ; train and evaluate it with the"

@@ -7,7 +7,7 @@ inputs for the new parameters behind the old ones, puts the graph on streams, an
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,20 +21,23 @@ from torch.export.graph_signature import (
     OutputSpec,
 )
 
-from mhc_compile.compilation.session import complain
+from mhc_compile.compilation.messages import warn_nothing_rewritten
 from mhc_compile.errors import CaptureError
 from mhc_compile.export.program_parameters import ProgramParameters, ProgramProvenance
-from mhc_compile.passes import NORMALIZE, Pass, Plan, expand_plan, plan_chains, run_passes
+from mhc_compile.passes import NORMALIZE, Pass, Plan, Site, expand_plan, run_passes
+from mhc_compile.passes.planning.planner import Planner
 from mhc_compile.passes.transforms.expand_streams import RemoveDeclarations
 from mhc_compile.passes.transforms.lower_to_aten import CanonicalizeAten, LowerOperators, RecomposeLayerNorms
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
+    from mhc_compile.compilation.bindings import PlannedSite
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes.core.pass_base import Hook
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["PREPARE", "lowering", "plan_program", "rewrite_program"]
+__all__ = ["PREPARE", "PlannedProgram", "lowering", "plan_program", "rewrite_program"]
 
 #: What runs on the graph of a program before its sites are looked for.
 PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
@@ -42,17 +45,17 @@ PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
 
 def rewrite_program(program: ExportedProgram, options: ResolvedOptions) -> ExportedProgram:
     """A program like `program`, on parallel residual streams; see `mhc_compile.rewrite`."""
-    graph, parameters, plan = plan_program(program, options)
-    if not plan.sites:
+    found = plan_program(program, options)
+    parameters, graph = found.parameters, found.graph
+    if not found.plan.sites:
         if not parameters.in_use:
-            complain(plan.rejections, options, [graph])
+            warn_nothing_rewritten(found.plan.rejections, options, [graph])
         graph = run_passes(program.graph, (RemoveDeclarations(), LowerOperators()))
         return _assemble(program, graph, list(program.graph_signature.input_specs), {})
-    bindings, specs = parameters.bind(plan)
-    graph = expand_plan(graph, plan, bindings)
+    graph = expand_plan(graph, found.plan, found.bind())
     kept = {node.name for node in graph.nodes}
     graph = run_passes(graph, lowering(program))
-    return _assemble(program, graph, specs, parameters.tensors, kept)
+    return _assemble(program, graph, parameters.specs, parameters.tensors, kept)
 
 
 def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
@@ -61,10 +64,22 @@ def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
     return LowerOperators({**table, **LowerOperators().decompositions}), CanonicalizeAten(table)
 
 
-def plan_program(
-    program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None
-) -> tuple[Graph, ProgramParameters, Plan]:
-    """The normalised graph of a program, the parameters that its sites have or will have, and the plan for it.
+@dataclass(frozen=True, eq=False)
+class PlannedProgram:
+    """The normalised graph of a program, the plan for it, and the parameters that its sites have or will have."""
+
+    graph: Graph
+    plan: Plan
+    sites: tuple[PlannedSite, ...]
+    parameters: ProgramParameters
+
+    def bind(self) -> dict[Site, Binding]:
+        """Return the parameters of every site, as inputs of the graph."""
+        return {planned.site: self.parameters.bind(planned) for planned in self.sites}
+
+
+def plan_program(program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None) -> PlannedProgram:
+    """Plan the graph of a program.
 
     Raises:
         CaptureError: the program is a joint graph of forward and backward.
@@ -77,17 +92,10 @@ def plan_program(
             " joint graph"
         )
     graph = run_passes(program.graph, PREPARE, hook)
-    provenance = ProgramProvenance(graph, program.graph_signature.input_specs)
-    parameters = ProgramParameters(graph, program, options)
-    while True:
-        plan = plan_chains(
-            graph,
-            provenance,
-            min_chain_length=options.min_chain_length,
-            reject=lambda site: parameters.vetoes.get(site.add),
-        )
-        if not parameters.claim(plan):
-            return graph, parameters, plan
+    planner = Planner(graph, ProgramProvenance(graph, signature.input_specs), options.min_chain_length)
+    parameters = ProgramParameters(graph, program)
+    sites = parameters.resolve(planner, options)
+    return PlannedProgram(graph, planner.plan, sites, parameters)
 
 
 def _assemble(

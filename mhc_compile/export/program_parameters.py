@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from mhc_compile.compilation.bindings import bind_connection, bound_names
-from mhc_compile.compilation.session import width_conflict
+from mhc_compile.attachment.model_tree import CONTAINER
+from mhc_compile.capture.shared_graphs import below
+from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection, bound_names
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import GatedConnection, create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
@@ -19,14 +20,13 @@ from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.transforms.stream_builder import Binding
-    from mhc_compile.passes import Plan, Rejection, Site
     from collections.abc import Iterable
 
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
-    from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.passes.transforms.stream_builder import Binding
+
 
 __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 
@@ -64,7 +64,7 @@ class ProgramProvenance(Provenance):
         return node.op == "placeholder" and str(node.target) in self._held
 
 
-class ProgramParameters:
+class ProgramParameters(SiteParameters):
     """The parameters of the hyper-connections of a program, those that it has and those that it gets.
 
     A program that was exported from a model with hyper-connections attached has them among its inputs, unread: they are used.
@@ -72,17 +72,14 @@ class ProgramParameters:
     Args:
         graph: the normalised graph; `bind` adds inputs to it.
         program: the program that it comes from.
-        options: number of streams, mapping and start.
     """
 
-    def __init__(self, graph: Graph, program: ExportedProgram, options: ResolvedOptions) -> None:
+    def __init__(self, graph: Graph, program: ExportedProgram) -> None:
         self.graph = graph
-        self.options = options
-        #: Sites that cannot share the parameters of their module.
-        self.vetoes: dict[Node, Rejection] = {}
         #: State dict entries that are new, by path.
         self.tensors: dict[str, nn.Parameter] = {}
-        self._specs = list(program.graph_signature.input_specs)
+        #: The specs of all inputs of the graph, in order.
+        self.specs = list(program.graph_signature.input_specs)
         self._nodes = {spec.target: node for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER}
         self._state = program.state_dict
         self._aliases = {path: names for names in _aliases(program) for path in names}
@@ -92,50 +89,18 @@ class ProgramParameters:
         """Whether the program reads parameters of hyper-connections already: it has been rewritten."""
         for name, node in self._nodes.items():
             path, _, part = str(name).rpartition(".")
-            siblings = any(all(f"{path}.{other}" in self._nodes for other in names[1:]) for names in _KINDS)
-            if part == "phi" and "mhc" in path.split(".") and siblings and node.users:
+            complete = any(all(f"{path}.{other}" in self._nodes for other in names[1:]) for names in _KINDS)
+            if part == "phi" and CONTAINER in path.split(".") and complete and node.users:
                 return True
         return False
 
-    def claim(self, plan: Plan) -> bool:
-        """Checks that every site of the plan can have the parameters at its path. Returns whether one cannot, so that a new plan is needed.
+    def existing(self, planned: PlannedSite) -> HyperConnection | None:
+        """Return the shapes of the hyper-connection that the program has for the site.
 
         Raises:
-            AttachError: the owner of a site has something else called `mhc`, or its hyper-connection contradicts the options.
+            AttachError: the owner of the site has something else called `mhc`, or its hyper-connection contradicts the options.
         """
-        before = len(self.vetoes)
-        claimed: dict[str, HyperConnection] = {}
-        for site in plan.sites:
-            path = self._path(site)
-            connection = claimed.setdefault(
-                path, self._existing(site, path) or self._like(site.width, self.options.at(path))
-            )
-            if connection.width != site.width:
-                self.vetoes[site.add] = width_conflict(site, connection)
-        return len(self.vetoes) > before
-
-    def bind(self, plan: Plan) -> tuple[dict[Site, Binding], list[InputSpec]]:
-        """Parameters for every site of the plan, as inputs of the graph, and the specs of all inputs of the graph."""
-        bindings = {}
-        for chain in plan.chains:
-            for index, site in enumerate(chain.sites):
-                path = self._path(site)
-                options, last = self.options.at(path), site is chain.sites[-1]
-                like = create_connection(site.width, options, last=last, device="meta")
-                names = [f"{path}.{part}" for part in bound_names(like)]
-                if any(name not in self._state and name not in self.tensors for name in names):
-                    self._create(site, path, index, last=last)
-                binding = bind_connection(like, lambda part, path=path: self._input(f"{path}.{part}"))  # type: ignore[misc]
-                assert binding is not None  # inputs are made for parameters that have none
-                bindings[site] = binding
-        return bindings, self._specs
-
-    def _path(self, site: Site) -> str:
-        """Where the parameters of `site` are. A module that the model holds under several names is one module: its first name counts."""
-        owner = self._aliases.get(site.owner.path, [site.owner.path])[0]
-        return ".".join(part for part in (owner, "mhc", site.name) if part)
-
-    def _existing(self, site: Site, path: str) -> HyperConnection | None:
+        site, path = planned.site, self.path(planned)
         container = path.removesuffix(f".{site.name}")
         inside = [name for name in self._state if name == container or name.startswith(f"{container}.")]
         foreign = [name for name in inside if not _is_part(name)]
@@ -146,9 +111,9 @@ class ProgramParameters:
             )
         if f"{path}.phi" not in self._state:
             return None
-        options = self.options.at(path)
+        options = planned.options
         rows = self._state[f"{path}.phi"].shape[0]
-        connection = self._like(max(1, rows // options.streams), options)
+        connection = create_connection(max(1, rows // options.streams), options, device="meta")
         wants = {part: list(getattr(connection, part).shape) for part in connection.names}
         has = {part: list(self._state[f"{path}.{part}"].shape) for part in wants if f"{path}.{part}" in self._state}
         if has != wants:
@@ -158,36 +123,53 @@ class ProgramParameters:
             )
         return connection
 
-    def _like(self, width: int, options: ResolvedOptions) -> HyperConnection:
-        """The shapes of a hyper-connection, without memory."""
-        return create_connection(width, options, device="meta")
+    def bind(self, planned: PlannedSite) -> Binding:
+        """Return the inputs of the graph that are the parameters of the site, added where they are missing."""
+        path = self.path(planned)
+        like = create_connection(planned.site.width, planned.options, last=planned.last, device="meta")
+        names = [f"{path}.{part}" for part in bound_names(like)]
+        if any(name not in self._state and name not in self.tensors for name in names):
+            self._create(planned, path)
+        binding = bind_connection(like, lambda part: self._input(f"{path}.{part}"))
+        assert binding is not None  # inputs are made for parameters that have none
+        return binding
 
-    def _create(self, site: Site, path: str, index: int, *, last: bool) -> None:
+    def path(self, planned: PlannedSite) -> str:
+        """Return where the parameters of a site are. A module that the model holds under several names is one module: its first name counts."""
+        owner = planned.site.owner.path
+        return below(self._aliases.get(owner, [owner])[0], f"{CONTAINER}.{planned.site.name}")
+
+    def _create(self, planned: PlannedSite, path: str) -> None:
+        site = planned.site
         value = tensor_value(site.add)
         assert value is not None
-        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         connection = create_connection(
-            site.width, self.options.at(path), index=index, last=last, device=value.device, dtype=dtype
+            site.width,
+            planned.options,
+            index=planned.index,
+            last=planned.last,
+            device=value.device,
+            dtype=planned.dtype,
         )
         new = [(part, p) for part, p in connection.named_parameters() if f"{path}.{part}" not in self._state]
         _, *others = self._aliases.get(site.owner.path, [site.owner.path])
         for owner in others:  # a state dict has shared tensors under every name
             for part, parameter in new:
-                self.tensors[f"{owner}.mhc.{site.name}.{part}"] = parameter
+                self.tensors[f"{owner}.{CONTAINER}.{site.name}.{part}"] = parameter
         for part, parameter in new:
             self.tensors[f"{path}.{part}"] = parameter
 
     def _input(self, target: str) -> Node:
         """The graph input that is this parameter, behind all other parameters if it is new."""
         if target not in self._nodes:
-            behind = [i for i, spec in enumerate(self._specs) if spec.kind in {InputKind.TOKEN, InputKind.PARAMETER}]
+            behind = [i for i, spec in enumerate(self.specs) if spec.kind in {InputKind.TOKEN, InputKind.PARAMETER}]
             place = behind[-1] + 1 if behind else 0
             following = [node for node in self.graph.nodes if node.op == "placeholder"][place:]
             with self.graph.inserting_before(following[0] if following else next(iter(self.graph.nodes))):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
                 node.target = node.name  # an argument of the graph's code; a module's name may be anything without dots
             node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
-            self._specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
+            self.specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node
         return self._nodes[target]
 

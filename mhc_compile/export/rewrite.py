@@ -13,22 +13,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mhc_compile.attachment.sites import HyperConnections
-from mhc_compile.compilation.bindings import bind_connection
-from mhc_compile.compilation.session import complain, width_conflict
+from mhc_compile.attachment.model_tree import HyperConnections, container_of, find_connection
+from mhc_compile.attachment.sites import check_options
+from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
+from mhc_compile.compilation.messages import warn_nothing_rewritten
 from mhc_compile.config.options import Options, ResolvedOptions
-from mhc_compile.errors import AttachError, CaptureError
+from mhc_compile.errors import CaptureError
 from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.passes import Chain, Rejection, Site, close_regions, expand_plan, normalize, plan_chains
-from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes import close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.provenance import Provenance
+from mhc_compile.passes.planning.planner import Planner
 from mhc_compile.passes.transforms.checkpoint_regions import adopt
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.transforms.stream_builder import Binding
     from collections.abc import Mapping
+
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["rewrite"]
 
@@ -51,7 +53,7 @@ def rewrite(
             result shares its parameters and leaf modules.
         *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes and dtypes and are not computed with. A
             program knows its own shapes, dynamic ones too, and takes none.
-        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`, `inductor` and `optimizer` play no part.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`, `inductor` and `existing_optimizers` play no part.
 
     Returns:
         A new one of the same kind; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` has the parameters
@@ -86,32 +88,49 @@ def rewrite(
 
 
 def _rewrite_graph_module(
-    graph_module: fx.GraphModule, args: tuple[Any, ...], parsed: ResolvedOptions
+    graph_module: fx.GraphModule, args: tuple[Any, ...], options: ResolvedOptions
 ) -> fx.GraphModule:
     flat = normalize(graph_module.graph)
     source = fx.GraphModule(flat.owning_module or graph_module, flat, type(graph_module).__name__)
     _keep_connections(graph_module, source)
     _propagate(source, args)
-    source.graph = normalize(
-        source.graph
-    )  # now that shapes are known, additions of tensors can be told from additions of numbers
-    vetoes: dict[fx.Node, Rejection] = {}
-
-    def veto(site: Site) -> Rejection | None:
-        return vetoes.get(site.add)
-
-    while True:
-        plan = plan_chains(source.graph, Provenance(), min_chain_length=parsed.min_chain_length, reject=veto)
-        sites = [(site, index, chain) for chain in plan.chains for index, site in enumerate(chain.sites)]
-        conflicts = _attach(source, sites, parsed)
-        if not conflicts:
-            break
-        vetoes.update(conflicts)  # without them the chains may be others
-    if not plan.sites:
+    # Shapes are known now: additions of tensors can be told from additions of numbers.
+    source.graph = normalize(source.graph)
+    planner = Planner(source.graph, Provenance(), options.min_chain_length)
+    parameters = AttributeParameters(source)
+    bindings = {one.site: parameters.bind(one) for one in parameters.resolve(planner, options)}
+    if not bindings:
         if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
-            complain(plan.rejections, parsed)
+            warn_nothing_rewritten(planner.plan.rejections, options)
         return _with_graph(source, close_regions(source.graph))
-    return _with_graph(source, expand_plan(source.graph, plan, {site: _binding(source, site) for site in plan.sites}))
+    return _with_graph(source, expand_plan(source.graph, planner.plan, bindings))
+
+
+class AttributeParameters(SiteParameters):
+    """The parameters of the sites of a graph module: its attributes, created where they are missing."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.root = root
+
+    def existing(self, planned: PlannedSite) -> HyperConnection | None:
+        """Return the hyper-connection at the path of the site."""
+        return find_connection(self.root.get_submodule(planned.site.owner.path), planned.site)
+
+    def bind(self, planned: PlannedSite) -> Binding:
+        """Return the paths of the site's parameters."""
+        site, connection = planned.site, self.existing(planned)
+        if connection is None:
+            device = site.add.meta["example_value"].device
+            connection = create_connection(
+                site.width, planned.options, index=planned.index, last=planned.last, device=device, dtype=planned.dtype
+            )
+            container_of(self.root.get_submodule(site.owner.path)).put(site.name, connection)
+        check_options(connection, site, planned.options)
+        if planned.last:
+            connection.end_chain()
+        binding = bind_connection(connection, lambda name: f"{site.path}.{name}")
+        assert binding is not None  # every name is a path
+        return binding
 
 
 def _with_graph(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -148,47 +167,3 @@ def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
         raise CaptureError(
             f"the example inputs ({shown}) do not fit the graph module: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-
-
-def _attach(
-    root: fx.GraphModule, sites: list[tuple[Site, int, Chain]], options: ResolvedOptions
-) -> dict[fx.Node, Rejection]:
-    vetoes: dict[fx.Node, Rejection] = {}
-    for site, index, chain in sites:
-        last = site is chain.sites[-1]
-        container = _container(root, site)
-        connection = container.get(site.name)
-        if connection is None:
-            value = tensor_value(site.add)
-            assert value is not None
-            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-            connection = create_connection(
-                site.width, options.at(site.path), index=index, last=last, device=value.device, dtype=dtype
-            )
-            container.put(site.name, connection)
-        elif connection.width != site.width:
-            vetoes[site.add] = width_conflict(site, connection)
-        elif last:
-            connection.end_chain()
-    return vetoes
-
-
-def _container(root: fx.GraphModule, site: Site) -> HyperConnections:
-    owner: nn.Module = root.get_submodule(site.owner.path)
-    container = getattr(owner, "mhc", None)
-    if container is None:
-        container = HyperConnections()
-        owner.add_module("mhc", container)
-    if not isinstance(container, HyperConnections):
-        raise AttachError(
-            f"{site}: module {site.owner.path!r} already has an attribute 'mhc' ({type(container).__name__})"
-        )
-    return container
-
-
-def _binding(root: fx.GraphModule, site: Site) -> Binding:
-    connection = root.get_submodule(site.path)
-    assert isinstance(connection, HyperConnection)
-    binding = bind_connection(connection, lambda name: f"{site.path}.{name}")
-    assert binding is not None  # every name is a path
-    return binding

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._warn import warn
-from mhc_compile.errors import StreamsLostError
+from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
     Departed,
     OpenBranch,

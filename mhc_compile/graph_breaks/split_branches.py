@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mhc_compile import _torch
-from mhc_compile.attachment.sites import CONTAINER, HyperConnections
+from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections
 from mhc_compile.graph_breaks.stream_registry import history, registered_streams
 from mhc_compile.passes.planning.graph_boundary import BranchTail
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.analysis.provenance import ModuleRef
     from collections.abc import Iterable, Mapping, Sequence
     from types import CodeType
 
     from torch.fx import Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
+    from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.planning.split_branches import BranchHead
 
 __all__ = ["Beginning", "Notes", "find_tail"]
@@ -77,7 +77,7 @@ class Notes:
         positions: Mapping[str, int],
         results: Sequence[Any],
     ) -> None:
-        code = weakref.ref(_torch.frame_code())
+        code = weakref.ref(provenance.frame.code)
         self._entries: list[tuple[int | None, int | None, dict[int, weakref.ref[nn.Module] | None], Beginning]] = []
         for head in heads:
             modules = [provenance.module(ref) for ref in head.modules]
@@ -203,7 +203,7 @@ def _find_root(provenance: DynamoProvenance, beginnings: Sequence[Beginning]) ->
         return
     for beginning in beginnings:
         root, code = beginning.root() if beginning.root is not None else None, beginning.code()
-        if root is not None and code is not None and _torch.same_function(code, _torch.frame_code()):
+        if root is not None and code is not None and _torch.same_function(code, provenance.frame.code):
             provenance.adopt_root(root)
 
 
@@ -217,7 +217,7 @@ def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail
         if len(roots) == 1:
             provenance.adopt_root(roots[0])
     ref, owner = _owner(provenance, add)
-    container = owner._modules.get(CONTAINER) if owner is not None else None
+    container = getattr(owner, CONTAINER, None)
     if ref is None or not isinstance(container, HyperConnections):
         return None
     names = [name for name in entry.open if container.get(name) is not None]
@@ -229,7 +229,7 @@ def _called(owner: nn.Module, path: str) -> str:
     parts = path.split(".")[:-1]
     module: Any = owner
     for length, part in enumerate(parts, 1):
-        module = module._modules[part]
+        module = module.get_submodule(part)
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return ".".join(parts[:length])
     return ".".join(parts) or "branch"

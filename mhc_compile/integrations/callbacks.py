@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mhc_compile.attachment.sites import connections, unwrap
+from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.errors import MhcError, OptionError
 from mhc_compile.inspection.stream_stats.batches import inputs_of, on_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from mhc_compile.attachment.sites import CONTAINER
+from mhc_compile.attachment.model_tree import CONTAINER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

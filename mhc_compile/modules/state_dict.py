@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._warn import warn
 from mhc_compile.config.coefficient_spec import MAX_STREAMS
+from mhc_compile.errors import warn
 from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 
 if TYPE_CHECKING:

@@ -69,6 +69,7 @@ def plan_chains(
     min_chain_length: int = 2,
     reject: Callable[[Site], Rejection | None] | None = None,
     edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
+    findings: Findings | None = None,
 ) -> Plan:
     """Finds the sites of a normalised graph and links them.
 
@@ -76,9 +77,9 @@ def plan_chains(
     value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_chain_length` is
     left alone, and so is a single site inside the branch of another one, however small `min_chain_length` is. `reject` lets the caller veto sites for
     reasons outside the graph (see `reject_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
-    judged by its length here.
+    judged by its length here. `findings` are those of `find`, where it has been called already.
     """
-    findings = find(graph, provenance, edges)
+    findings = find(graph, provenance, edges) if findings is None else findings
     vetoed = {
         site: rejection for site in findings.sites if reject is not None and (rejection := reject(site)) is not None
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import mhc_compile
+from mhc_compile import _torch
 
 EAGER = {"inner_backend": "eager"}
 SITES = 2 * LAYERS
@@ -670,12 +672,23 @@ def test_a_model_that_nobody_trains_is_looked_up_once(monkeypatch):
     teacher, student = Decoder(layers=1), nn.Linear(2, 2)
     mhc_compile.attach(teacher, tokens())
     searches = []
-    living = mhc_compile.attachment.optimizers._living
-    monkeypatch.setattr(mhc_compile.attachment.optimizers, "_living", lambda: searches.append(1) or living())
+    living = _torch.living_optimizers
+    monkeypatch.setattr(_torch, "living_optimizers", lambda: searches.append(1) or living())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(5):
         optimizer.step()
     assert len(searches) == 1
+
+
+def test_the_heap_is_searched_once_and_later_optimizers_are_known(monkeypatch):
+    _torch.living_optimizers()
+    monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("searched again"))
+    model = Decoder()
+    made = torch.optim.SGD(model.parameters(), lr=0.1)
+    unpickled = pickle.loads(pickle.dumps(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)))
+    assert {id(made), id(unpickled)} <= {id(optimizer) for optimizer in _torch.living_optimizers()}
+    step(compile_eagerly(model), made)
+    assert trained(model, made) == {1}
 
 
 def test_warn_and_off():

@@ -32,7 +32,7 @@ def foreseen(model, args, kwargs, **options):
     graphs = []
 
     def look(dry):
-        graphs.append(operations(expand_plan(dry.study.graph, dry.study.plan, dry.bindings)))
+        graphs.append(operations(expand_plan(dry.session.graph, dry.session.plan, dry.bindings)))
 
     dry_run(model, args, kwargs, Options.parse(options), look)
     return graphs
@@ -133,7 +133,7 @@ def test_width_conflicts_are_rejected_as_the_rewrite_rejects_them():
         inputs,
         {},
         Options().resolved,
-        lambda dry: rejections.extend(str(rejection) for rejection in dry.study.plan.rejections),
+        lambda dry: rejections.extend(str(rejection) for rejection in dry.session.plan.rejections),
     )
     assert any("width-conflict: mix.mhc.f has width 8, and this call needs 6" in rejection for rejection in rejections)
     before = foreseen(copy.deepcopy(model), inputs, {})

@@ -457,9 +457,9 @@ def test_sites_and_chains_are_those_that_dynamo_sees(name):
     want = [[f"{site.owner}.mhc.{site.branch}" for site in chain.sites] for chain in explanation.chains]
     assert sum(map(len, want)) >= 3
     program = export(model, (), inputs)
-    plans = [plan_program(program, mhc_compile.Options().resolved)[2]]
+    plans = [plan_program(program, mhc_compile.Options().resolved).plan]
     if name != "gpt2":  # torch 2.13 cannot decompose it: a view of attention's result does not fit its strides
-        plans.append(plan_program(program.run_decompositions(), mhc_compile.Options().resolved)[2])
+        plans.append(plan_program(program.run_decompositions(), mhc_compile.Options().resolved).plan)
     for plan in plans:
         assert [[site.path for site in chain.sites] for chain in plan.chains] == want
     reasons = Counter(rejection.reason.value for rejection in plans[0].rejections)
@@ -611,7 +611,7 @@ def test_a_module_that_is_called_with_two_widths_serves_one():
 
     x = torch.randn(2, 5, 8)
     program = export(Both(), (x,))
-    plan = plan_program(program, mhc_compile.Options().resolved)[2]
+    plan = plan_program(program, mhc_compile.Options().resolved).plan
     assert [[site.width for site in chain.sites] for chain in plan.chains] == [[8, 8]]
     assert Counter(rejection.reason.value for rejection in plan.rejections) == {"width-conflict": 2}
     assert_preserved(program, mhc_compile.rewrite(program), 1e-5, x)

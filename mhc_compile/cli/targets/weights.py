@@ -137,7 +137,7 @@ def _list(what: str, names: list[str]) -> list[str]:
 
 
 def _is_connection(name: str) -> bool:
-    from mhc_compile.attachment.sites import CONTAINER
+    from mhc_compile.attachment.model_tree import CONTAINER
 
     return CONTAINER in name.split(".")[:-1] and name.rpartition(".")[2] in {"phi", "bias", "scale"}
 

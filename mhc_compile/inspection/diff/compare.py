@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from mhc_compile.attachment.sites import unwrap
-from mhc_compile.backend import joined, joining, with_graph
+from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
+from mhc_compile.compilation.inner_compiler import fuse, fusion_passes, module_like
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
@@ -57,14 +57,14 @@ def diff(
     if isinstance(model, ExportedProgram):
         return _program(model, parsed, stage)
     target = unwrap(model)
-    names = _names(NORMALIZE, joining(parsed))
+    names = _names(NORMALIZE, fusion_passes(parsed))
     before, after = choose(stage, names)
     graphs: list[GraphDiff] = []
 
     def on_graph(dry: DryGraph) -> None:
         stages = _stages(dry, parsed)
         assert stages.names == names
-        report = graph_report(dry.captured, dry.study, dry.modules[0])
+        report = graph_report(dry.captured, dry.session, dry.modules[0])
         graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.rejections))
 
     cut = dry_run(target, args, kwargs, parsed, on_graph)
@@ -84,15 +84,15 @@ def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:
 
 def _stages(dry: DryGraph, options: ResolvedOptions) -> Stages:
     """All stages of one graph that Dynamo made."""
-    study, module = dry.study, dry.modules[0]
+    study, module = dry.session, dry.modules[0]
     stages = Stages(study.provenance, module, study.plan, frozenset(below(module, path) for path in dry.foreseen))
     stages.put("trace", dry.captured.graph)
     _normalize(stages, dry.captured.graph, NORMALIZE)
     graph = _expand(stages, study.graph, study.plan, dry.bindings, dry.openings)
-    whole = with_graph(dry.captured, graph)
-    passes = joining(options)
+    whole = module_like(dry.captured, graph)
+    passes = fusion_passes(options)
     for count, step in enumerate(passes, start=1):
-        stages.put(step.name, joined(whole, passes[:count]).graph)
+        stages.put(step.name, fuse(whole, passes[:count]).graph)
     stages.alias("lower")
     return stages
 
@@ -126,8 +126,9 @@ def _expand(
 def _program(program: ExportedProgram, options: ResolvedOptions, stage: str | None) -> ModelDiff:
     passes = lowering(program)
     before, after = choose(stage, _names(PREPARE, passes))
-    graph, parameters, plan = plan_program(program, options)
-    bindings, inputs = parameters.bind(plan)
+    found = plan_program(program, options)
+    graph, parameters, plan, bindings = found.graph, found.parameters, found.plan, found.bind()
+    inputs = parameters.specs
     stages = Stages(ProgramProvenance(graph, inputs), "", plan, frozenset(parameters.tensors))
     stages.put("trace", program.graph)
     _normalize(stages, program.graph, PREPARE)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from mhc_compile import _torch
-from mhc_compile.attachment.sites import unwrap
+from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, OptionError
 from mhc_compile.export.rewrite import rewrite

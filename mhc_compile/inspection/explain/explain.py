@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.attachment.sites import unwrap
+from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options, ResolvedOptions
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import Graph
 
-    from mhc_compile.compilation.session import Study
+    from mhc_compile.compilation.session import GraphSession
     from mhc_compile.passes import Chain, Plan, Rejection, Site
 
 __all__ = [
@@ -234,17 +234,18 @@ def explain(
     tally = _Tally(parsed)
 
     def on_graph(dry: DryGraph) -> None:
-        provenance = dry.study.provenance
-        moved = traffic(dry.study.graph, provenance.holds_weights)
+        provenance = dry.session.provenance
+        moved = traffic(dry.session.graph, provenance.holds_weights)
         for module in dry.modules:
-            tally.add(graph_report(dry.captured, dry.study, module), dry.study.plan, moved)
+            tally.add(graph_report(dry.captured, dry.session, module), dry.session.plan, moved)
 
     dry_run(target, args, kwargs, parsed, on_graph)
     return tally.explanation(type(target).__name__, dict(target.named_parameters()))
 
 
 def _explain_program(program: ExportedProgram, options: ResolvedOptions) -> Explanation:
-    graph, _, plan = plan_program(program, options)
+    found = plan_program(program, options)
+    graph, plan = found.graph, found.plan
     tally = _Tally(options)
     provenance = ProgramProvenance(graph, program.graph_signature.input_specs)
     tally.add(_graph_report(program.graph_module, graph, plan, ""), plan, traffic(graph, provenance.holds_weights))
@@ -289,7 +290,7 @@ class _Tally:
         return Explanation(name, self.options, tuple(self.graphs), total, own, plain, self.added, self.floor)
 
 
-def graph_report(graph_module: torch.fx.GraphModule, result: Study, module: str) -> GraphReport:
+def graph_report(graph_module: torch.fx.GraphModule, result: GraphSession, module: str) -> GraphReport:
     """What explain says about one graph, as `module` runs it."""
     return _graph_report(graph_module, result.graph, result.plan, module)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
-from mhc_compile.attachment.sites import unwrap
+from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
@@ -51,13 +51,14 @@ def why(
     parsed = Options.parse(options)
     search = _Search(node)
     if isinstance(model, ExportedProgram):
-        graph, _, plan = plan_program(model, parsed)
+        found = plan_program(model, parsed)
+        graph, plan = found.graph, found.plan
         search.look(Teller(graph, plan, ProgramProvenance(graph, model.graph_signature.input_specs), parsed))
         return search.story()
 
     def on_graph(dry: DryGraph) -> None:
         for number, module in enumerate(dry.modules):
-            search.look(Teller(dry.study.graph, dry.study.plan, dry.study.provenance, parsed, module, number))
+            search.look(Teller(dry.session.graph, dry.session.plan, dry.session.provenance, parsed, module, number))
 
     dry_run(unwrap(model), args, kwargs, parsed, on_graph)
     return search.story()

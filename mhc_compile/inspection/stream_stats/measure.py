@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from mhc_compile.attachment.sites import CONTAINER, connections, find_connection, unwrap
+from mhc_compile.attachment.model_tree import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture.trace import Probe
-from mhc_compile.compilation.session import Study, study
+from mhc_compile.compilation.session import GraphSession, analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError
 from mhc_compile.inspection.stream_stats.batches import inputs_of
@@ -106,10 +106,10 @@ class Meter:
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self._reject_to_attach(study(graph_module, inputs, self._options))
+        self._reject_to_attach(analyze_graph(graph_module, inputs, self._options))
         return mhc(graph_module, inputs, options=self._options)
 
-    def _reject_to_attach(self, found: Study) -> None:
+    def _reject_to_attach(self, found: GraphSession) -> None:
         """The backend would give a new site its parameters, and the optimizers too; a measurement leaves the model as it is."""
         for site in found.plan.sites:
             owner = found.provenance.module(site.owner)

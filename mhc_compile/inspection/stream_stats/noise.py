@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.attachment.sites import connections
+from mhc_compile.attachment.model_tree import connections
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile._warn import warn
 from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
 from mhc_compile.config.options import Options, ResolvedOptions
-from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError
+from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError, warn
 from mhc_compile.inspection.verification.comparison import Difference, differences, tolerance_of
 from mhc_compile.inspection.verification.liveness import live_sites, randomize
 from mhc_compile.inspection.verification.observation import Observation, observe, seeded

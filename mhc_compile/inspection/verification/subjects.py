@@ -11,7 +11,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.attachment.sites import CONTAINER, connections, detach, unwrap
+from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
+from mhc_compile.attachment.sites import detach
 from mhc_compile.backend import mhc
 from mhc_compile.eager_mode import eager
 from mhc_compile.export.rewrite import rewrite

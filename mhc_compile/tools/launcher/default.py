@@ -6,9 +6,8 @@ import difflib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile._warn import warn
 from mhc_compile.config.options import Options, ResolvedOptions
-from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.errors import MhcError, OptionError, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mhc_compile.compilation.session import Study
+    from mhc_compile.compilation.session import GraphSession
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.tools.launcher.order import Order
 
@@ -87,10 +87,10 @@ class Tally:
         self._models: weakref.WeakKeyDictionary[nn.Module | CodeType, int] = weakref.WeakKeyDictionary()
         self._left: weakref.WeakKeyDictionary[nn.Module | CodeType, Counter[CodeType]] = weakref.WeakKeyDictionary()
 
-    def note(self, study: Study) -> None:
+    def note(self, study: GraphSession) -> None:
         """Counts one graph; see `mhc_compile._observe`."""
         from mhc_compile import _torch
-        from mhc_compile.attachment.sites import find_connection
+        from mhc_compile.attachment.model_tree import find_connection
 
         code = _torch.frame_code()
         root = study.provenance.root

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing, below
 from mhc_compile.capture.trace import capture
-from mhc_compile.compilation.session import study
+from mhc_compile.compilation.session import analyze_graph
 from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
     sharing = Sharing(model)
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
-        result = study(graph_module, inputs, chosen)
+        result = analyze_graph(graph_module, inputs, chosen)
         plan = result.plan
-        for module in sharing.modules(result.provenance.root):
+        for module in sharing.modules(result.provenance.root, result.provenance.frame):
             chains.extend(tuple(_line(site, module) for site in chain.sites) for chain in plan.chains)
             rejected.extend((below(module, rejection.where), rejection.reason.value) for rejection in plan.rejections)
-        return result.notes()
+        return result.annotations()
 
     graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)
     return Structure(graphs, tuple(chains), tuple(rejected), layers, mode)

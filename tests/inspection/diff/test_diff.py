@@ -111,7 +111,7 @@ def test_a_changed_plan_changes_explain_diff_and_rewrite(monkeypatch):
     sites, replaced, updates, rejected = seen(decoder())
     assert sites == replaced
     assert (len(sites), updates, rejected) == (6, 6, 0)
-    monkeypatch.setattr("mhc_compile.compilation.session.plan_chains", without_the_last)
+    monkeypatch.setattr("mhc_compile.passes.planning.planner.plan_chains", without_the_last)
     fewer, replaced, updates, rejected = seen(decoder())
     assert fewer == replaced == sites[:-1]
     assert (updates, rejected) == (5, 1)

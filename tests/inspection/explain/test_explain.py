@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import mhc_compile
-from mhc_compile.compilation import session as study
+from mhc_compile.passes.planning import planner as study
 
 
 def text(explanation, width=100):

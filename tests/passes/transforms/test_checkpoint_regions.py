@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
-from mhc_compile.compilation.eager_graphs import run_eagerly
+from mhc_compile.compilation.inner_compiler import run_eagerly
 from mhc_compile.passes.analysis.op_info import op_name, written_operands
 from mhc_compile.passes.transforms.checkpoint_regions import (
     _FIXED,
@@ -365,7 +365,7 @@ def check(program, switches) -> tuple[int, int]:
     source = with_regions(traced, switches)
     options = {"min_chain_length": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhc_compile.export.rewrite.complain", lambda *_: None)
+        patch.setattr("mhc_compile.export.rewrite.warn_nothing_rewritten", lambda *_: None)
         flat = mhc_compile.rewrite(traced, x, options=options)
         got = mhc_compile.rewrite(source, x, options=options)
         once = mhc_compile.rewrite(source, x)

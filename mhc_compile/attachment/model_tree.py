@@ -1,0 +1,86 @@
+"""The place of hyper-connections in a model: `mhc.<branch>`, a submodule of the module that performs the residual add.
+
+So `parameters()`, `state_dict`, `to`, EMA and `deepcopy` treat `h.0.mhc.attn.phi` like the block's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from mhc_compile._torch import OptimizedModule
+from mhc_compile.errors import AttachError
+from mhc_compile.modules.hyper_connection import HyperConnection
+
+if TYPE_CHECKING:
+    from mhc_compile.passes import Site
+
+__all__ = ["CONTAINER", "HyperConnections", "connections", "container_of", "find_connection", "unwrap"]
+
+#: Name of the submodule that holds a module's hyper-connections.
+CONTAINER = "mhc"
+#: Where the second face of a model, made by `mhc_compile.eager`, keeps the model itself.
+BEHIND = "_mhc_behind"
+
+
+class HyperConnections(nn.Module):
+    """The hyper-connections of one module, by the name of the branch; a dotted name is a path of nested containers."""
+
+    def get(self, name: str) -> HyperConnection | None:
+        """Return the hyper-connection called `name`, None if there is none."""
+        module: nn.Module | None = self
+        for part in name.split("."):
+            module = dict(module.named_children()).get(part) if module is not None else None
+        return module if isinstance(module, HyperConnection) else None
+
+    def put(self, name: str, connection: HyperConnection) -> None:
+        """Add `connection` under `name`."""
+        *parents, last = name.split(".")
+        module: nn.Module = self
+        for part in parents:
+            child = dict(module.named_children()).get(part)
+            if child is None:
+                child = HyperConnections()
+                module.add_module(part, child)
+            module = child
+        module.add_module(last, connection)
+
+
+def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
+    """Return the hyper-connection of `site`, if its owner has one.
+
+    Raises:
+        AttachError: the owner has a `mhc` of its own.
+    """
+    container = getattr(owner, CONTAINER, None)
+    if container is None:
+        return None
+    if not isinstance(container, HyperConnections):
+        raise AttachError(
+            f"{site}: module {site.owner.path or type(owner).__name__!r} already has an attribute 'mhc' ({type(container).__name__});"
+            " hyper-connections need that name. Rename the attribute, or compile the model with another backend"
+        )
+    return container.get(site.name)
+
+
+def container_of(owner: nn.Module) -> HyperConnections:
+    """Return the container of a module's hyper-connections, made if there is none. `find_connection` rejects any other `mhc` before."""
+    container = getattr(owner, CONTAINER, None)
+    if container is None:
+        container = HyperConnections()
+        owner.add_module(CONTAINER, container)
+    assert isinstance(container, HyperConnections)
+    return container
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile(model)` and behind `mhc_compile.eager(model)`; any other model as it is."""
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return getattr(model, BEHIND, model)
+
+
+def connections(model: nn.Module) -> dict[str, HyperConnection]:
+    """Every hyper-connection of `model` by its path, in the order of `named_modules`: {"transformer.h.0.mhc.attn": ...}."""
+    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, HyperConnection)}

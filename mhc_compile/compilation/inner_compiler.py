@@ -1,0 +1,146 @@
+"""From the rewritten graph to a callable: fuse the operators, split for DDP, call the inner compiler, connect the streams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from mhc_compile import _torch, ops
+from mhc_compile.graph_breaks.runtime import StreamBoundary
+from mhc_compile.passes import Pass, run_passes
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.planning.graph_boundary import crossings
+from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.recompute import RecomputeSteps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mhc_compile.compilation.session import GraphSession
+    from mhc_compile.config.options import ResolvedOptions
+
+__all__ = ["compile_graph", "fuse", "fusion_passes", "module_like", "prepare_kernels", "run_eagerly"]
+
+#: What runs on the rewritten graph before the inner compiler, by the option `recompute`.
+_FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
+
+
+def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mode: str | None) -> Callable[..., Any]:
+    """Compile what `session.rewrite` returned, connected with the other graphs of its model.
+
+    Args:
+        session: of the graph.
+        graph: the rewritten graph. Streams that arrive are inputs after Dynamo's.
+        inputs: the example inputs of Dynamo's graph.
+        mode: as for Inductor.
+
+    Returns:
+        A callable with the inputs and results of Dynamo's graph.
+    """
+    options = session.options
+    arrivals, departures = crossings(graph)
+    annotations = session.annotations()
+    module = module_like(session.captured, graph)
+    if not arrivals and not departures and not annotations:
+        return _compile(module, inputs, options, mode)
+    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    positions = {target: position for position, target in enumerate(placeholders)}
+    for arrival in arrivals:
+        _torch.name_input(placeholders[arrival.target])
+    streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
+    return StreamBoundary(
+        _compile(module, [*inputs, *streams], options, mode),
+        arrivals,
+        departures,
+        positions=positions,
+        notes=annotations,
+        root=session.provenance.root,
+        where=session.provenance.frame.location,
+        strict=options.strict,
+    )
+
+
+def prepare_kernels(session: GraphSession) -> None:
+    """Start building the kernels that the sites will need, while the tracing goes on."""
+    if not fusion_passes(session.options):
+        return
+    kinds = {}
+    for planned in session.sites:
+        streams, branch, spec = (
+            tensor_value(planned.site.add),
+            tensor_value(planned.site.terms[0]),
+            planned.options.spec,
+        )
+        if streams is not None and branch is not None:
+            kinds[streams.device, streams.dtype, branch.dtype, spec] = streams, branch
+    for (*_, spec), (streams, branch) in kinds.items():
+        ops.prepare(streams, branch, session.options.streams, spec)
+
+
+def fusion_passes(options: ResolvedOptions) -> tuple[Pass, ...]:
+    """Return the passes that run on the rewritten graph before the inner compiler gets it."""
+    inner = options.inner_backend
+    return () if callable(inner) or inner == "eager" else _FUSION[options.recompute]
+
+
+def module_like(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module like `graph_module` with another graph, and with whatever Dynamo hung on the old one."""
+    root = graph.owning_module or graph_module  # where the bodies of regions are
+    new = fx.GraphModule(root, graph, type(graph_module).__name__)
+    new.meta.update(graph_module.meta)
+    for name, value in graph_module.__dict__.items():
+        new.__dict__.setdefault(name, value)
+    return new
+
+
+def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
+    """Run fusion passes on a graph and on the bodies of its regions, which are recomputed as a whole."""
+    fused = module_like(graph_module, run_passes(graph_module.graph, passes))
+    for name, body in graph_module.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(fused, name, fuse(body, passes[:1]))
+    return fused
+
+
+def _compile(
+    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+) -> Callable[..., Any]:
+    def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        inner = options.inner_backend
+        if callable(inner):
+            return inner(graph_module, inputs)
+        if inner == "eager":
+            return run_eagerly(graph_module)
+        graph_module = fuse(graph_module, fusion_passes(options))
+        if inner == "inductor":
+            tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
+            table = ops.fused_decompositions()
+            return _torch.compile_with_inductor(graph_module, inputs, table, mode, dict(options.inductor), tag)
+        return _torch.inner_backend(inner)(graph_module, inputs)
+
+    return _torch.split_as_ddp_would(graph_module, inputs, compiler)
+
+
+def run_eagerly(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph module itself, with checkpointed regions that keep the state of the random number generator.
+
+    torch's own backend "eager" runs `tag_activation_checkpoint` without keeping that state, which it leaves to the
+    partitioner of AOTAutograd: dropout in a region then has another mask in the backward, and gradients are wrong.
+    The graph module and its bodies are changed in place.
+    """
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(
+                op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
+            ):
+                node.target = _checkpoint
+            module.recompile()
+    return graph_module
+
+
+def _checkpoint(body: fx.GraphModule, *args: Any, use_reentrant: bool = False, **settings: Any) -> Any:  # noqa: ARG001 - torch, too, ignores it here
+    context = body.meta.get("_checkpoint_context_fn", noop_context_fn)
+    return checkpoint(body, *args, use_reentrant=False, context_fn=context, **settings)

@@ -1,0 +1,173 @@
+"""The parameters of the sites in a Dynamo graph: the graph inputs that Dynamo made of a model's parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from mhc_compile.attachment.declaration import begun_by
+from mhc_compile.attachment.model_tree import find_connection
+from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
+from mhc_compile.modules.gated import create_connection
+from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.planning.chains import reject_site
+from mhc_compile.passes.planning.verdict import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+    from torch.fx import Graph
+
+    from mhc_compile.capture.provenance import DynamoProvenance
+    from mhc_compile.modules.hyper_connection import HyperConnection
+    from mhc_compile.passes import Plan, Rejection, Site
+    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.transforms.stream_builder import Binding
+
+__all__ = ["ModuleParameters", "PredictedParameters"]
+
+
+class ModuleParameters(SiteParameters):
+    """The graph inputs that are parameters of hyper-connections attached to the modules.
+
+    Args:
+        graph: the normalised graph.
+        provenance: of it.
+    """
+
+    def __init__(self, graph: Graph, provenance: DynamoProvenance) -> None:
+        self.graph = graph
+        self.provenance = provenance
+        self.inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+
+    def modules(self, site: Site) -> tuple[nn.Module, nn.Module]:
+        """Return the owner of a site and its declaring module."""
+        owner, declaring_module = self.provenance.module(site.owner), self.provenance.module(site.declaring_module)
+        assert owner is not None, f"{site}: Dynamo names module {site.owner} that it does not know"
+        assert declaring_module is not None, (
+            f"{site}: Dynamo names module {site.declaring_module} that it does not know"
+        )
+        return owner, declaring_module
+
+    def existing(self, planned: PlannedSite) -> HyperConnection | None:
+        """Return the hyper-connection that is attached for the site."""
+        return find_connection(self.modules(planned.site)[0], planned.site)
+
+    def find(self, planned: PlannedSite) -> Binding | None:
+        """Return the parameters of a site where the graph has them."""
+        connection = self.existing(planned)
+        if connection is None:
+            return None
+        return _elsewhere(connection) if planned.site.tail else self._binding(connection)
+
+    def bind(self, planned: PlannedSite) -> Binding:
+        """Return the graph inputs of a site that was not rejected."""
+        binding = self.find(planned)
+        assert binding is not None
+        return binding
+
+    def undeclared(self, planned: tuple[PlannedSite, ...]) -> dict[Node, Rejection]:
+        """Reject sites whose parameters did not enter the graph."""
+        return {one.site.add: _not_declared(one.site) for one in planned if self.find(one) is None}
+
+    def openings(self, plan: Plan) -> dict[BranchHead, tuple[str, Binding]]:
+        """Return the heads of branches that are known to end in other graphs, with the names of their sites and the parameters."""
+        found: dict[BranchHead, tuple[str, Binding]] = {}
+        for head in plan.heads:
+            begun = begun_by([self.provenance.module(ref) for ref in head.modules])
+            binding = self._binding(begun[1]) if begun is not None else None
+            if begun is not None and binding is not None:
+                found[head] = begun[0], binding
+        return found
+
+    def _binding(self, connection: HyperConnection) -> Binding | None:
+        def find(name: str) -> Node | None:
+            target = self.provenance.target_of(connection.get_parameter(name))
+            return None if target is None else self.inputs[str(target)]
+
+        return bind_connection(connection, find)
+
+
+class PredictedParameters(ModuleParameters):
+    """What `ModuleParameters` will find once the sites are attached. The modules stay as they are.
+
+    Parameters to come are graph inputs that are added here.
+    """
+
+    def __init__(self, graph: Graph, provenance: DynamoProvenance) -> None:
+        super().__init__(graph, provenance)
+        #: The inputs that stand for parameters to come, by path.
+        self.added: dict[str, Node] = {}
+        self._predicted: dict[str, HyperConnection] = {}
+
+    def bind(self, planned: PlannedSite) -> Binding:
+        """Return the parameters that the graph has, or inputs that stand for them."""
+        site = planned.site
+        connection = self.existing(planned)
+        if connection is None or (planned.last and connection.lacks_end):
+            connection = self._predicted.get(site.path)
+            if connection is None:
+                connection = create_connection(site.width, planned.options, last=planned.last, device="meta")
+                self._predicted[site.path] = connection
+        found = _elsewhere(connection) if site.tail else self._binding(connection)
+        value = tensor_value(site.add)
+        assert value is not None
+        return found or self._stand_in(site.path, connection, value, planned.dtype)
+
+    def predicted_openings(
+        self, plan: Plan, begun: Mapping[nn.Module, Sequence[PlannedSite]]
+    ) -> dict[BranchHead, tuple[str, Binding]]:
+        """Return what `openings` will find once the sites are attached whose branches begin in this graph.
+
+        `begun` gives the sites that end the branches that a module begins.
+        """
+        found = self.openings(plan)
+        for head in plan.heads:
+            sites = [
+                begun.get(module, ()) for ref in head.modules if (module := self.provenance.module(ref)) is not None
+            ]
+            common = [site for site in sites[0] if all(site in more for more in sites[1:])] if sites else []
+            value = tensor_value(head.value)
+            if head not in found and len(common) == 1 and value is not None:
+                site, options = common[0].site, common[0].options
+                connection = create_connection(site.width, options, device="meta")
+                found[head] = site.name, self._stand_in(site.path, connection, value, common[0].dtype)
+        return found
+
+    def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, dtype: torch.dtype) -> Binding:
+        def stand_in(part: str) -> Node:
+            path = f"{site}.{part}"
+            if path not in self.added:
+                last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
+                with self.graph.inserting_after(last):
+                    node = self.added[path] = self.graph.placeholder(path.replace(".", "_"))
+                    node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
+                with like.fake_mode:  # type: ignore[attr-defined]
+                    shape = connection.get_parameter(part).shape
+                    node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.device)
+                self.provenance.name_parameter(node, path)
+            return self.added[path]
+
+        binding = bind_connection(connection, stand_in)
+        assert binding is not None
+        return binding
+
+
+def _elsewhere(connection: HyperConnection) -> Binding:
+    """Return a binding without parameters: they are inputs of the graph in which the branch begins."""
+    binding = bind_connection(connection, lambda name: "")  # noqa: ARG005
+    assert binding is not None
+    return binding
+
+
+def _not_declared(site: Site) -> Rejection:
+    return reject_site(
+        site,
+        Reason.NOT_DECLARED,
+        lambda: (
+            f"the call of {site.declaring_module.path or site.declaring_module.kind} did not declare {site.path} to the tracer"
+        ),
+    )
