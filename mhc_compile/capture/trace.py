@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,11 @@ from mhc_compile.errors import CaptureError, MhcError
 from mhc_compile.passes.analysis.op_info import is_random, written_operands
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import CodeType
 
-    from mhc_compile.graph_breaks.split_branches import Notes
 
-__all__ = ["Probe", "capture", "probe"]
+__all__ = ["Probe", "ResultAnnotator", "capture", "probe"]
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +26,20 @@ log = logging.getLogger(__name__)
 _VERSIONS = 1_000_000
 
 
+class ResultAnnotator(Protocol):
+    """What a compiled graph would write into the autograd history of its results."""
+
+    def __bool__(self) -> bool: ...
+
+    def write(self, inputs: Sequence[Any], results: Sequence[Any]) -> None:
+        """Write it, for one call of the graph."""
+
+
 def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    on_graph: Callable[[torch.fx.GraphModule, list[Any]], Notes],
+    on_graph: Callable[[torch.fx.GraphModule, list[Any]], ResultAnnotator],
 ) -> int:
     """Hands every graph that Dynamo makes of `model(*args, **kwargs)` to `on_graph`, with its example inputs, while it is being traced.
 
@@ -137,7 +145,7 @@ class _SingleUse:
             _torch.forget_compiled(code, all_entries=True)
 
 
-def _stub(graph_module: torch.fx.GraphModule, notes: Notes | None) -> Callable[..., Any]:
+def _stub(graph_module: torch.fx.GraphModule, notes: ResultAnnotator | None) -> Callable[..., Any]:
     nodes = list(graph_module.graph.nodes)
     positions = {node: position for position, node in enumerate(n for n in nodes if n.op == "placeholder")}
 

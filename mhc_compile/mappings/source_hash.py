@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import pickle
 import sys
 import types
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mhc_compile.mappings.base import ResidualMapping
+
+log = logging.getLogger(__name__)
 
 __all__ = ["code_of"]
 
@@ -32,6 +35,7 @@ def code_of(mapping: ResidualMapping) -> str:
     try:
         digest.update(pickle.dumps(vars(mapping)))
     except Exception:  # whatever a class raises that does not pickle: nothing is found in a cache then
+        log.debug("%s cannot be pickled; compiled graphs are not cached", type(mapping).__name__, exc_info=True)
         digest.update(str(id(mapping)).encode())
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +40,15 @@ _BROADCAST: dict[Any, Callable[..., Any]] = {
     _mhc.collapse_backward.default: reference.collapse_backward_fused,
     _mhc.update.default: reference.update_fused,
 }
-#: Operators that have kernels: their form in ATen, and where among their arguments are streams, branch, and n or what has n as its last size.
-_WITH_KERNELS: dict[Any, tuple[Any, ...]] = {
-    _mhc.read.default: (fused.read, 0, None, 4),
-    _mhc.read_backward.default: (fused.read_backward, 3, None, 7),
-    _mhc.step.default: (fused.step, 0, 1, 2),
-    _mhc.step_backward.default: (fused.step_backward, 4, 5, 6),
-    _mhc.close.default: (fused.close, 0, 1, 2),
-    _mhc.close_backward.default: (fused.close_backward, 1, 2, 3),
-    _mhc.update_backward.default: (reference.update_backward_fused, 1, 2, 3),
+#: Operators that have kernels, with their composition of ATen operations.
+_WITH_KERNELS: dict[Any, Callable[..., Any]] = {
+    _mhc.read.default: fused.read,
+    _mhc.read_backward.default: fused.read_backward,
+    _mhc.step.default: fused.step,
+    _mhc.step_backward.default: fused.step_backward,
+    _mhc.close.default: fused.close,
+    _mhc.close_backward.default: fused.close_backward,
+    _mhc.update_backward.default: reference.update_backward_fused,
 }
 
 
@@ -71,45 +72,50 @@ def fingerprint() -> str:
 
 
 def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
-    """Begins to build the kernels that a graph with such tensors will call, where they have to be built."""
+    """Begin to build the kernels that a graph with such tensors will call, where they have to be built."""
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operator overload to implementation, for Inductor: pointwise and reduction operations round one opaque Sinkhorn.
+    """Return operator overload to implementation, for Inductor: pointwise and reduction operations around one opaque Sinkhorn.
 
     The fused operators, and the backward of `mhc::update`, are decomposed only where there is no kernel for them.
     """
-    table: dict[Any, Callable[..., Any]] = {**_SINGLE, **_BROADCAST}
-    table |= {operator: _unless_kernel(form, *at) for operator, (form, *at) in _WITH_KERNELS.items()}
-    return table
+    with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
+    return {**_SINGLE, **_BROADCAST, **with_kernels}
 
 
-def _unless_kernel(decomposition: Callable[..., Any], streams: int, branch: int | None, n: int) -> Callable[..., Any]:
-    """The decomposition, which steps back where a kernel takes the tensors at these positions."""
+def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the composition, which steps back where a kernel takes its tensors. Its parameters are named as in the schema."""
+    names = tuple(inspect.signature(composition).parameters)
 
     def decompose(*args: Any) -> Any:
-        other = None if branch is None else args[branch].dtype
-        device, dtype = args[streams].device.type, args[streams].dtype
-        mapping = next((argument for argument in args if isinstance(argument, str)), None)
-        number = args[n] if isinstance(args[n], int) else args[n].shape[-1]
-        if device == "cpu" and cpu.takes(dtype, other, int(number), mapping):
+        given = dict(zip(names, args, strict=True))
+        streams, branch, mapping = given["streams"], given.get("branch"), given.get("mapping")
+        n = given["n"] if "n" in given else int(given["post"].shape[-1])
+        other = None if branch is None else branch.dtype
+        if streams.device.type == "cpu" and cpu.takes(streams.dtype, other, n, mapping):
             return NotImplemented
-        if device == "cuda":
+        if streams.device.type == "cuda":
             from mhc_compile.ops import triton
 
-            if triton.takes(dtype, other, mapping):
+            if triton.takes(streams.dtype, other, mapping):
                 return NotImplemented
-        return decomposition(*args)
+        return composition(*args)
 
     return decompose
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
-    table: dict[Any, Callable[..., Any]] = {**_SINGLE, **_BROADCAST}
-    table |= {operator: form for operator, (form, *_) in _WITH_KERNELS.items()}
-    for form in (reads.gated_read, reads.gated_read_out, reads.read_out):
-        table[getattr(_mhc, form.__name__).default] = form
-    return {**table, _mhc.sinkhorn.default: sinkhorn, _mhc.sinkhorn_backward.default: sinkhorn_backward}
+    """Return operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
+    return {
+        **_SINGLE,
+        **_BROADCAST,
+        **_WITH_KERNELS,
+        _mhc.gated_read.default: reads.gated_read,
+        _mhc.gated_read_out.default: reads.gated_read_out,
+        _mhc.read_out.default: reads.read_out,
+        _mhc.sinkhorn.default: sinkhorn,
+        _mhc.sinkhorn_backward.default: sinkhorn_backward,
+    }

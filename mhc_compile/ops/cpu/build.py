@@ -35,6 +35,7 @@ def library(headers: tuple[str, ...], **definitions: str | int) -> Any:
         return load_cpp(source)
     except Exception as error:  # whatever a broken or missing compiler raises: the eager forms are always there
         log.warning("the CPU kernels could not be built, eager operations are used instead: %s", error)
+        log.debug("building the CPU kernels failed", exc_info=True)
         return None
 
 

@@ -7,6 +7,7 @@ forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ __all__ = [
     "update_backward",
 ]
 
+log = logging.getLogger(__name__)
+
 _HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
 #: Mappings that have a header of their name in this folder.
 MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
@@ -52,6 +55,8 @@ _LARGEST = 8
 
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
 _BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
+#: Held while a library is built: the thread of `prepare` and the first call of a kernel may want the same one.
+_BUILDING = threading.Lock()
 
 
 def _definitions(convention: Convention) -> dict[str, str | int]:
@@ -75,16 +80,18 @@ def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | N
         return None
     if mapping is None:
         mapping = "sinkhorn"
-        if (streams, branch, n) in _BUILT:
-            return _BUILT[streams, branch, n]
+        with _BUILDING:
+            if (streams, branch, n) in _BUILT:
+                return _BUILT[streams, branch, n]
     convention = parse(mapping)
     if convention.mapping not in MAPPINGS or columns(convention.mapping, n) is None:
         return None
     store, other, compute = types
     headers = tuple(header.format(mapping=convention.mapping) for header in _HEADERS)
-    built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **_definitions(convention))
-    if built is not None:
-        _BUILT.setdefault((streams, branch, n), built)
+    with _BUILDING:
+        built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **_definitions(convention))
+        if built is not None:
+            _BUILT.setdefault((streams, branch, n), built)
     return built
 
 
@@ -97,15 +104,22 @@ def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, m
 
 
 def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> threading.Thread | None:
-    """Begins to build the kernels beside what the caller goes on to do: tracing takes longer than the C++ compiler does.
+    """Begin to build the kernels while the caller goes on: tracing takes longer than the C++ compiler does.
 
     Returns the thread, None where there is nothing to build.
     """
     if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST or parse(mapping).mapping not in MAPPINGS:
         return None
-    thread = threading.Thread(target=_library, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
+    thread = threading.Thread(target=_build, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
     thread.start()
     return thread
+
+
+def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> None:
+    try:
+        _library(streams, branch, n, mapping)
+    except Exception:  # the call that needs the library builds it again, and raises where a user sees it
+        log.debug("building the kernels ahead failed", exc_info=True)
 
 
 class _Call:
