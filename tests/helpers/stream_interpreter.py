@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mhc_compile.passes import ExpandChains
-from mhc_compile.passes.roles import is_contraction, op_name
+from mhc_compile.passes.roles import is_contraction, op_name, passes_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -202,7 +202,8 @@ class StreamInterpreter(fx.Interpreter):
     def _older(self, chain: Chain, node: fx.Node) -> Streams | None:
         """Return the streams of an older trunk value of the chain, or of one cheap operation on it: a long skip adds streams to streams."""
         streams = self._streams(chain, node)
-        if streams is not None or node in self.site_at or node.op == "placeholder" or is_contraction(node):
+        cheap = node not in self.site_at and node.op != "placeholder" and passes_value(node) and not is_contraction(node)
+        if streams is not None or not cheap:
             return streams
         behind = {o: s for o in node.all_input_nodes if (s := self._streams(chain, o)) is not None}
         return self._on_each(node, behind) if len(behind) == 1 else None
