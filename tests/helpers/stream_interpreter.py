@@ -33,6 +33,8 @@ class Expansion:
     graph: fx.Graph
     plan: Plan
     bindings: dict[Site, Binding]
+    #: Whether a branch begins or ends in another graph. The oracle does not know such graphs.
+    cut: bool
 
 
 @contextlib.contextmanager
@@ -42,7 +44,8 @@ def record_expansions() -> Iterator[list[Expansion]]:
     apply = ExpandChains.apply
 
     def record(self: ExpandChains, graph: fx.Graph) -> fx.Graph:
-        seen.append(Expansion(graph, self.plan, dict(self.bindings)))
+        cut = bool(self.openings) or any(site.tail for site in self.plan.sites)
+        seen.append(Expansion(graph, self.plan, dict(self.bindings), cut))
         return apply(self, graph)
 
     ExpandChains.apply = record
@@ -66,6 +69,7 @@ class StreamInterpreter(fx.Interpreter):
         readers     the branch of a site reads the collapsed streams, everything else the mean of the streams; an operation inside a
                     stretch of trunk operations that is read from outside is computed from such means, unless it draws random numbers or keeps
                     statistics: then its readers get the mean of its streams
+        edges       streams [..., n, C] that come from other graphs are the last inputs, those that go on the last results
 
     Args:
         module: holds the attributes that the graph reads.
@@ -74,9 +78,8 @@ class StreamInterpreter(fx.Interpreter):
 
     def __init__(self, module: torch.nn.Module, expansion: Expansion) -> None:
         super().__init__(module, garbage_collect_values=False, graph=expansion.graph)
+        assert not expansion.cut
         self.bindings = expansion.bindings
-        self.trunk: dict[tuple[Chain, fx.Node], Streams] = {}
-        self.read_by: dict[Site, tuple[Tensor, Streams, list[Streams]]] = {}
         self.chain_of: dict[Site, Chain] = {}
         self.site_at: dict[fx.Node, Site] = {}
         self.sites_on: dict[fx.Node, list[Site]] = {}
@@ -84,10 +87,12 @@ class StreamInterpreter(fx.Interpreter):
         self.merged: set[fx.Node] = set()
         self.trunk_ends: set[fx.Node] = set()
         # Where two chains begin at one value, the one with the larger first branch is expanded first.
-        for chain in sorted(expansion.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
-            assert not chain.arrives, "the oracle knows one graph only"
+        self.chains = sorted(expansion.plan.chains, key=lambda chain: -len(chain.sites[0].branch))
+        for chain in self.chains:
+            for departure in chain.departures:
+                for node in departure.nodes:
+                    self.lifted.setdefault(node, []).append((chain, departure.axes))
             for site, link in zip(chain.sites, chain.links, strict=True):
-                assert not site.tail
                 self.chain_of[site], self.site_at[site.add] = chain, site
                 self.sites_on.setdefault(site.trunk, []).append(site)
                 self.merged.update(site.adds[:-1])
@@ -95,6 +100,23 @@ class StreamInterpreter(fx.Interpreter):
                 for stretch in (link, site.shortcut):
                     for node in stretch.nodes:
                         self.lifted.setdefault(node, []).append((chain, stretch.axes))
+
+    def run(self, *args: Any) -> Any:
+        """Return what the graph returns, and the streams that go on in other graphs."""
+        self.trunk: dict[tuple[Chain, fx.Node], Streams] = {}
+        self.opened: dict[Site, tuple[Tensor, Streams, list[Streams]]] = {}
+        own = len(self.graph.find_nodes(op="placeholder"))
+        for chain, streams in zip((chain for chain in self.chains if chain.arrives), args[own:], strict=True):
+            axis = chain.links[0].axes[chain.start]
+            self.trunk[chain, chain.start] = [x.movedim(-1, axis) for x in streams.unbind(-2)]
+        results = super().run(*args[:own])
+        leaving = [
+            torch.stack([x.movedim(departure.axes[end], -1) for x in self.trunk[chain, end]], -2)
+            for chain in self.chains
+            for departure in chain.departures
+            for end in list(departure.axes)[-1:]
+        ]
+        return (*results, *leaving) if leaving else results
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the plain value of a node: for trunk values the mean of their streams."""
@@ -136,11 +158,11 @@ class StreamInterpreter(fx.Interpreter):
 
     def _open(self, site: Site) -> tuple[Tensor, Streams, list[Streams]]:
         """Return `(h, post, res)` of a site: what its branch reads, and the weights with which it writes."""
-        if site not in self.read_by:
+        if site not in self.opened:
             streams = self._streams(self.chain_of[site], site.trunk)
             pre, post, res = self._coefficients(site, streams, site.shortcut.axes[site.trunk])
-            self.read_by[site] = sum(p * x for p, x in zip(pre, streams, strict=True)), post, res
-        return self.read_by[site]
+            self.opened[site] = sum(p * x for p, x in zip(pre, streams, strict=True)), post, res
+        return self.opened[site]
 
     def _close(self, site: Site) -> Streams:
         """Return the new streams of a site."""
