@@ -86,8 +86,8 @@ class StreamInterpreter(fx.Interpreter):
         self.lifted: dict[fx.Node, list[tuple[Chain, dict[fx.Node, int]]]] = {}
         self.merged: set[fx.Node] = set()
         self.trunk_ends: set[fx.Node] = set()
-        # Where two chains begin at one value, the one with the larger first branch is expanded first.
-        self.chains = sorted(expansion.plan.chains, key=lambda chain: -len(chain.sites[0].branch))
+        # Where the branches of two sites share a reader of one trunk value, it reads for the one with the larger branch.
+        self.chains = sorted(expansion.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch)))
         for chain in self.chains:
             for departure in chain.departures:
                 for node in departure.nodes:

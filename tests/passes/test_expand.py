@@ -187,6 +187,7 @@ STRUCTURES = {
     "broadcast branch": lambda m, x: (y := x + m.f(x).mean(1, keepdim=True)) + m.g(y),
     "parallel branches": lambda m, x: (y := x + m.f(x) + m.g(m.norm(x))) + m.f(y),
     "nested": lambda m, x: (y := x + m.f((z := x + m.g(m.norm(x))) + m.f(z))) + m.g(y),
+    "nested, after a smaller site": lambda m, x: (y := x + m.g(x)) + m.f((z := y + m.g(m.norm(y))) + m.f(z)),
     "fork": lambda m, x: ((y := x + m.f(x)) + m.g(y)) * torch.sigmoid(y + m.f(torch.tanh(y))),
     "long skip": lambda m, x: (z := 0.5 * (y := x + m.f(x)) + ((w := y + m.g(y)) + m.f(w))) + m.g(z),
     "difference": lambda m, x: (y := x - m.f(x)) - m.g(y),
@@ -243,7 +244,7 @@ def test_lifting_of_channels_first_is_the_operation_on_each_stream(rule):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_streams_of_every_structure_are_those_of_the_definition(structure):
-    sites = {"nested": 4, "fork": 3, "long skip": 4}.get(structure, 2)
+    sites = {"nested": 4, "nested, after a smaller site": 4, "fork": 3, "long skip": 4}.get(structure, 2)
     assert_like_the_definition(STRUCTURES[structure], sites)
 
 
