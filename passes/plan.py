@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.edges import Edges, departures
 from mhc_compile.passes.find import Findings, find
 from mhc_compile.passes.heads import Head, find_heads
-from mhc_compile.passes.roles import is_contraction, tensor_value
+from mhc_compile.passes.roles import is_contraction, is_random, op_name, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
@@ -167,8 +167,17 @@ def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
     """The sites whose shortcut runs through trunk operations of another chain: what becomes streams there is no longer the value read here.
 
     before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
+
+    Two shortcuts may share an operation, which then runs on the streams of each, unless it must run once: because it draws random numbers or
+    keeps statistics.
+
+    before: y = dropout(x); z = y + f(x); out = y + g(x)   after: y belongs to the chain through z, `out` stays an addition
     """
     carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
+    shortcuts = [(node, chain) for chain in chains for site in chain.sites for node in site.shortcut.nodes]
+    for node, chain in shortcuts:
+        if is_random(node) or op_name(node) == "batch_norm":
+            carried.setdefault(node, chain)
     crossed: dict[Site, Refusal] = {}
     for chain in chains:
         for site in chain.sites:

@@ -185,7 +185,12 @@ class StreamInterpreter(fx.Interpreter):
     def _coefficients(self, site: Site, streams: Streams, axis: int) -> tuple[Streams, Streams, list[Streams]]:
         """Return pre [n], post [n] and res [n][n], each with the layout of the trunk and one feature."""
         binding, n = self.bindings[site], len(streams)
-        assert (binding.form, binding.gated, binding.single_pass, binding.end.kind) == ("sinkhorn", False, False, "mean")
+        assert (binding.form, binding.gated, binding.single_pass, binding.end.kind) == (
+            "sinkhorn",
+            False,
+            False,
+            "mean",
+        )
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
         phi, bias, scale = (self._parameter(name).to(dtype) for name in (binding.phi, binding.bias, binding.scale))
         v = torch.cat([x.movedim(axis, -1) for x in streams], -1).to(dtype)
@@ -224,7 +229,9 @@ class StreamInterpreter(fx.Interpreter):
     def _older(self, chain: Chain, node: fx.Node) -> Streams | None:
         """Return the streams of an older trunk value of the chain, or of one cheap operation on it: a long skip adds streams to streams."""
         streams = self._streams(chain, node)
-        cheap = node not in self.site_at and node.op != "placeholder" and passes_value(node) and not is_contraction(node)
+        cheap = (
+            node not in self.site_at and node.op != "placeholder" and passes_value(node) and not is_contraction(node)
+        )
         if streams is not None or not cheap:
             return streams
         behind = {o: s for o in node.all_input_nodes if (s := self._streams(chain, o)) is not None}

@@ -184,6 +184,8 @@ STRUCTURES = {
     "sliced skip": lambda m, x: (y := x + m.f(x))[:, 1:] + m.g(y)[:, 1:],
     "pooled skip": lambda m, x: F.max_pool1d(y := x + m.conv(x), 2) + F.max_pool1d(m.conv(y), 2),
     "dropped skip": lambda m, x: F.dropout(y := x + m.f(x), 0.3) + m.g(y),
+    "shared skip": lambda m, x: (h := 0.5 * (y := x + m.f(x)), h + m.g(y), h + m.f(m.norm(y))),
+    "shared dropped skip": lambda m, x: (h := F.dropout(y := x + m.f(x)), h + m.g(y), h + m.f(m.norm(y))),
     "broadcast branch": lambda m, x: (y := x + m.f(x).mean(1, keepdim=True)) + m.g(y),
     "parallel branches": lambda m, x: (y := x + m.f(x) + m.g(m.norm(x))) + m.f(y),
     "nested": lambda m, x: (y := x + m.f((z := x + m.g(m.norm(x))) + m.f(z))) + m.g(y),
@@ -244,7 +246,9 @@ def test_lifting_of_channels_first_is_the_operation_on_each_stream(rule):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_streams_of_every_structure_are_those_of_the_definition(structure):
-    sites = {"nested": 4, "nested, after a smaller site": 4, "fork": 3, "long skip": 4}.get(structure, 2)
+    sites = {"nested": 4, "nested, after a smaller site": 4, "shared skip": 3, "fork": 3, "long skip": 4}.get(
+        structure, 2
+    )
     assert_like_the_definition(STRUCTURES[structure], sites)
 
 
