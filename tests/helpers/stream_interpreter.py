@@ -86,7 +86,7 @@ class StreamInterpreter(fx.Interpreter):
         self.lifted: dict[fx.Node, list[tuple[Chain, dict[fx.Node, int]]]] = {}
         self.merged: set[fx.Node] = set()
         self.trunk_ends: set[fx.Node] = set()
-        # Where the branches of two sites share a reader of one trunk value, it reads for the one with the larger branch.
+        # Outer chains first. Where two sites claim one reader of a trunk value, it belongs to the chain that comes first.
         self.chains = sorted(expansion.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch)))
         for chain in self.chains:
             for departure in chain.departures:
@@ -138,22 +138,35 @@ class StreamInterpreter(fx.Interpreter):
             return fx.map_arg(node.args[0], value)
         return getattr(self, node.op)(node.target, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value))
 
-    def _read(self, operand: fx.Node, reader: fx.Node, without: Site | None = None) -> Any:
-        """Return what `reader` gets for `operand`: the collapsed streams inside a branch, that of the innermost site."""
-        around = [site for site in self.sites_on.get(operand, ()) if reader in site.branch and site is not without]
-        if not around:
-            return self.env[operand]
-        site = around[0]
-        while (inner := next((other for other in around if other.add in site.branch), None)) is not None:
-            site = inner
-        return self._open(site)[0]
+    def _read(self, operand: fx.Node, reader: fx.Node) -> Any:
+        """Return what `reader` gets for `operand`: inside a branch the collapsed streams, those of the innermost site."""
+        site = self._around(operand, reader)
+        return self.env[operand] if site is None else self._open(site)[0]
+
+    def _around(self, operand: fx.Node, reader: fx.Node, until: Chain | None = None) -> Site | None:
+        """Return the innermost site on `operand` whose branch `reader` belongs to. `until` leaves out its chain and those after it."""
+        found = None
+        for site in self.sites_on.get(operand, ()):
+            if self.chain_of[site] is until:
+                break
+            if reader in site.branch and self._outer(site) is found:
+                found = site
+        return found
+
+    def _outer(self, site: Site) -> Site | None:
+        """Return the site whose branch a chain begins in that begins with `site`."""
+        chain = self.chain_of[site]
+        if site is not chain.sites[0] or site.trunk is not chain.start:
+            return None
+        reader = next(one for one in (*site.shortcut.nodes[:1], *site.adds) if site.trunk in one.all_input_nodes)
+        return self._around(site.trunk, reader, until=chain)
 
     def _streams(self, chain: Chain, node: fx.Node) -> Streams | None:
         """Return the streams of a trunk value, None if the node is none of this chain."""
         if node is chain.start and (chain, node) not in self.trunk:
-            site = chain.sites[0]
-            reader = next(one for one in (*site.shortcut.nodes[:1], *site.adds) if node in one.all_input_nodes)
-            self.trunk[chain, node] = [self._read(node, reader, without=site)] * self.bindings[site].streams
+            outer = self._outer(chain.sites[0])
+            begun = self.env[node] if outer is None else self._open(outer)[0]
+            self.trunk[chain, node] = [begun] * self.bindings[chain.sites[0]].streams
         return self.trunk.get((chain, node))
 
     def _open(self, site: Site) -> tuple[Tensor, Streams, list[Streams]]:
