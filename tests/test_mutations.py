@@ -115,16 +115,13 @@ def a_dropout_mask_for_each_stream(patch):
 
 @caught_by(f"{FIRST}[batch norm: training]")
 def batch_norm_of_each_stream(patch):
-    """The rule is missing: what runs under vmap normalises every stream by itself, and keeps no statistics."""
-    patch.setattr(lift._BatchNorm, "emit", lambda self, *args: lift._AsWritten().emit(*args))
-    patch.setattr(lift._AsWritten, "emit", _without_statistics)
+    def emit(self, graph, step, lifted, before):
+        def normalise(streams):
+            return (streams - streams.mean((0, 1), True)) / (streams.var((0, 1), keepdim=True) + 1e-5).sqrt()
 
+        return lift.splice(graph, normalise, [lifted[step.operands[0]]], before=before, like=step.node)
 
-def _without_statistics(self, graph, step, lifted, before):
-    def normalise(streams):
-        return (streams - streams.mean((0, 1), keepdim=True)) / (streams.var((0, 1), keepdim=True) + 1e-5).sqrt()
-
-    return lift.splice(graph, normalise, [lifted[step.operands[0]]], before=before, like=step.node)
+    patch.setattr(lift._BatchNorm, "emit", emit)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------------------------
