@@ -66,8 +66,9 @@ class ExpandChains(Pass):
         """A copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
         expansion = _Expansion(copy, nodes, self.bindings, self.openings)
-        # Outer chains first: a chain in the branch of an outer site then starts from the streams collapsed for that branch. The outer
-        # chain starts no later, and of two that start at one value the outer one has the larger branch.
+        # Outer chains first: a chain in the branch of an outer site then starts from the streams
+        # collapsed for that branch. The outer chain starts no later, and of two that start at one
+        # value the outer one has the larger branch.
         for chain in sorted(self.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch))):
             expansion.run(chain)
         expansion.open_alone()

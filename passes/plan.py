@@ -168,8 +168,8 @@ def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
 
     before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
 
-    Two shortcuts may share an operation, which then runs on the streams of each, unless it must run once: because it draws random numbers or
-    keeps statistics.
+    Two shortcuts may share an operation, which then runs on the streams of each, unless it must run
+    once: because it draws random numbers or keeps statistics.
 
     before: y = dropout(x); z = y + f(x); out = y + g(x)   after: y belongs to the chain through z, `out` stays an addition
     """

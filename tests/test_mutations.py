@@ -1,7 +1,7 @@
 """Faults of passes and operators, each with the test that must turn red.
 
-A mutation is a small patch of the product. The named test runs in this process, in a pytest session of its own: it passes as the product is, and
-fails by an assertion under the mutation. A test that stays green tests nothing of what is broken here.
+A mutation is a small patch of the product. The named test runs in this process, in a pytest session
+of its own: it passes without the mutation, and fails by an assertion with it.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ class Reports:
 
 
 def run(tests) -> dict[str, type[BaseException] | None]:
-    """Run tests, given as `file.py::name`, in this process. Files are looked for by name, wherever they lie."""
+    """Run tests, given as `file.py::name`, in this process. Files are found by name in any folder."""
     files = {path.name: path for path in TESTS.rglob("test_*.py")}
     named = [f"{files[test.partition('::')[0]]}::{test.partition('::')[2]}" for test in tests]
     without = ("terminal", "cacheprovider", "xdist", "faulthandler", "logging", "hypothesispytest")

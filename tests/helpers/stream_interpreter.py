@@ -1,9 +1,10 @@
 """An oracle for the rewrite: the plain graph, interpreted on lists of n separate trunk tensors.
 
-A definition in place of an implementation. Lifting an operation of the trunk means applying it to each stream; a site is computed from the
-paper's equations (arXiv 2512.24880 v2, equations 5 to 9). Of the product only the plan is read: which nodes are on a trunk, and where sites are.
-Nothing of the code that lifts or writes operations is used, and no `mhc::` operator. The comparison means something at parameters
-that keep the streams apart; at the function-preserving start all streams are equal, and most faults of lifting invisible.
+Lifting an operation of the trunk means applying it to each stream; a site is computed from the
+paper's equations (arXiv 2512.24880 v2, equations 5 to 9). The oracle reads only the plan of the
+product (which nodes are on a trunk, where sites are) and the roles of operations. It uses no `mhc::`
+operator and none of the code that lifts or writes operations. Compare at random parameters: at the
+function-preserving start all streams are equal, and most faults of lifting are invisible.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """What `ExpandChains` was given: the normalised graph, the plan made on it, and the parameters of each site."""
+    """The arguments of one `ExpandChains`: the normalised graph, its plan, the parameters of each site."""
 
     graph: fx.Graph
     plan: Plan
@@ -56,20 +57,24 @@ def record_expansions() -> Iterator[list[Expansion]]:
 
 
 class StreamInterpreter(fx.Interpreter):
-    """Run the plain graph of an expansion on streams, in the paper's convention with the mean as read-out.
+    """Run the plain graph of an expansion on streams: the paper's convention, the mean as read-out.
 
     Definitions, for a chain of n streams:
 
         start       n copies of the trunk value that the first site reads
-        trunk op    the operation applied to each stream; what is no trunk value is the same for all. All streams see the random numbers
-                    of one plain call: one dropout mask
-        batch norm  in training the statistics are those of the tokens of all streams together. The running variance is corrected for N tokens,
-                    not n N, so that equal streams move it as the plain model does
-        site        X'_i = Σ_j res_ij X_j + post_i f(Σ_j pre_j X_j), coefficients from the trunk's streams
-        readers     the branch of a site reads the collapsed streams, everything else the mean of the streams; an operation inside a
-                    stretch of trunk operations that is read from outside is computed from such means, unless it draws random numbers or keeps
+        trunk op    the operation applied to each stream, with the same other operands. All streams
+                    see the random numbers of one plain call: one dropout mask
+        batch norm  in training the statistics are those of the tokens of all streams together. The
+                    running variance is corrected for N tokens, not n N, so that equal streams
+                    move it as the plain model does
+        site        X'_i = Σ_j res_ij X_j + post_i f(Σ_j pre_j X_j), coefficients from the streams of
+                    the trunk; post and res from those of the shortcut where it has other tokens
+        readers     the branch of a site reads the collapsed streams, everything else the mean of the
+                    streams. An operation inside a stretch of trunk operations that is read from
+                    outside is computed from such means, unless it draws random numbers or keeps
                     statistics: then its readers get the mean of its streams
-        edges       streams [..., n, C] that come from other graphs are the last inputs, those that go on the last results
+        edges       streams [..., n, C] that arrive from other graphs are the last inputs, those that
+                    leave are the last results
 
     Args:
         module: holds the attributes that the graph reads.
@@ -86,7 +91,8 @@ class StreamInterpreter(fx.Interpreter):
         self.lifted: dict[fx.Node, list[tuple[Chain, dict[fx.Node, int]]]] = {}
         self.merged: set[fx.Node] = set()
         self.trunk_ends: set[fx.Node] = set()
-        # Outer chains first. Where two sites claim one reader of a trunk value, it belongs to the chain that comes first.
+        # Outer chains first. Where two sites claim one reader of a trunk value, the chain that comes
+        # first has it.
         self.chains = sorted(expansion.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch)))
         for chain in self.chains:
             for departure in chain.departures:
@@ -139,12 +145,12 @@ class StreamInterpreter(fx.Interpreter):
         return getattr(self, node.op)(node.target, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value))
 
     def _read(self, operand: fx.Node, reader: fx.Node) -> Any:
-        """Return what `reader` gets for `operand`: inside a branch the collapsed streams, those of the innermost site."""
+        """Return the value of `operand` that `reader` gets: the innermost site's collapsed streams."""
         site = self._around(operand, reader)
         return self.env[operand] if site is None else self._open(site)[0]
 
     def _around(self, operand: fx.Node, reader: fx.Node, until: Chain | None = None) -> Site | None:
-        """Return the innermost site on `operand` whose branch `reader` belongs to. `until` leaves out its chain and those after it."""
+        """Return the innermost site on `operand` with `reader` in its branch, of chains before `until`."""
         found = None
         for site in self.sites_on.get(operand, ()):
             if self.chain_of[site] is until:
@@ -170,7 +176,7 @@ class StreamInterpreter(fx.Interpreter):
         return self.trunk.get((chain, node))
 
     def _open(self, site: Site) -> tuple[Tensor, Streams, list[Streams]]:
-        """Return `(h, post, res)` of a site: what its branch reads, and the weights with which it writes."""
+        """Return `(h, post, res)` of a site: the input of its branch, and the weights of its update."""
         if site not in self.opened:
             streams = self._streams(self.chain_of[site], site.trunk)
             pre, post, res = self._coefficients(site, streams, site.shortcut.axes[site.trunk])
@@ -240,7 +246,10 @@ class StreamInterpreter(fx.Interpreter):
         return results
 
     def _older(self, chain: Chain, node: fx.Node) -> Streams | None:
-        """Return the streams of an older trunk value of the chain, or of one cheap operation on it: a long skip adds streams to streams."""
+        """Return the streams of an older trunk value, or of one cheap operation on it.
+
+        A long skip adds streams to streams.
+        """
         streams = self._streams(chain, node)
         cheap = (
             node not in self.site_at and node.op != "placeholder" and passes_value(node) and not is_contraction(node)

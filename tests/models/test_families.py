@@ -153,9 +153,7 @@ def test_plain_compile_of_an_attached_model_is_the_plain_model():
     attached = mhc_compile.attach(case.model, **case.inputs)
     assert len(attached) == 2 * LAYERS
     for connection in mhc_compile.connections(case.model).values():
-        for (
-            parameter
-        ) in connection.parameters():  # that they have no part in the result is seen where they are no start
+        for parameter in connection.parameters():  # away from the start, where they would not show
             nn.init.normal_(parameter)
     compiled = torch.compile(case.model, backend="aot_eager")
     assert_same(run(case, compiled, case.model), run(case, plain, plain), 1e-6)

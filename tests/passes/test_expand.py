@@ -175,7 +175,7 @@ FIRST = {
     "vmapped: group norm": lambda m, y: F.group_norm(y, 2, m.rows),
     "vmapped: unflatten": lambda m, y: torch.relu(y.unflatten(2, (2, 3))).flatten(2),
 }
-#: What lies round the sites of a trunk.
+#: Programs with sites, by what is special about their readers, skips or branches.
 STRUCTURES = {
     "hidden states": lambda m, x: (y := x + m.f(x), y * m.vector, (z := y + m.g(y)) + m.f(z)),
     "an inner value is read elsewhere": lambda m, x: (z := torch.tanh(h := 0.5 * (x + m.f(x))), h, z + m.g(z)),

@@ -23,7 +23,7 @@ RUNS = {(2, "train"): "carried", (2, "eval"): "none"}
 
 
 class Graphs:
-    """An inner compiler that runs each graph as it is, or as its definition says, and counts the sites that run."""
+    """An inner compiler: runs each graph as it is, or by its definition, and counts sites that run."""
 
     def __init__(self, expansions) -> None:
         self.expansions = expansions
