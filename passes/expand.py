@@ -15,7 +15,7 @@ from mhc_compile.passes.base import Pass, copy_graph
 from mhc_compile.passes.edge_writer import EdgeWriter
 from mhc_compile.passes.edges import Departure
 from mhc_compile.passes.lift import lift, lifted_axis
-from mhc_compile.passes.roles import is_random, op_name, tensor_value
+from mhc_compile.passes.roles import runs_once, tensor_value
 from mhc_compile.passes.writer import End
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class _Expansion(EdgeWriter):
         self._follow(max(streams, self.nodes[site.add]), like=self.nodes[site.add])
         lifted = self._lift(departure, streams)
         old = self.nodes[target]
-        once = bool(departure.nodes) and (is_random(old) or op_name(old) == "batch_norm")
+        once = bool(departure.nodes) and runs_once(old)
         if once:
             self._read_out(old, lifted[target], departure.axes[target])
         axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
@@ -227,7 +227,7 @@ class _Expansion(EdgeWriter):
             return None
         axes = {behind[0]: self.known[behind[0]][1]}
         axis = lifted_axis(node, behind, axes)
-        if axis is None or is_random(node):
+        if axis is None or runs_once(node):
             return None
         old = self.nodes[node]
         given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
@@ -260,7 +260,7 @@ class _Expansion(EdgeWriter):
                 self.replaced[old] = old
                 continue
             self.lifted.append(old)
-            if is_random(old) or op_name(old) == "batch_norm":
+            if runs_once(old):
                 self._read_out(old, lifted[node], stretch.axes[node])
 
     def _start(self, site: Site) -> Node:

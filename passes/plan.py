@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.edges import Edges, departures
 from mhc_compile.passes.find import Findings, find
 from mhc_compile.passes.heads import Head, find_heads
-from mhc_compile.passes.roles import is_contraction, is_random, op_name, tensor_value
+from mhc_compile.passes.roles import is_contraction, runs_once, tensor_value
 from mhc_compile.passes.stretch import Stretch, stretch_between
 from mhc_compile.passes.verdict import Reason, Refusal, Site
 
@@ -176,7 +176,7 @@ def _crossings(chains: list[Chain]) -> dict[Site, Refusal]:
     carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
     shortcuts = [(node, chain) for chain in chains for site in chain.sites for node in site.shortcut.nodes]
     for node, chain in shortcuts:
-        if is_random(node) or op_name(node) == "batch_norm":
+        if runs_once(node):
             carried.setdefault(node, chain)
     crossed: dict[Site, Refusal] = {}
     for chain in chains:

@@ -111,6 +111,8 @@ class StreamInterpreter(fx.Interpreter):
         """Return what the graph returns, and the streams that go on in other graphs."""
         self.trunk: dict[tuple[Chain, fx.Node], Streams] = {}
         self.opened: dict[Site, tuple[Tensor, Streams, list[Streams]]] = {}
+        #: Nodes that draw random numbers or keep statistics.
+        self.once: set[fx.Node] = set()
         own = len(self.graph.find_nodes(op="placeholder"))
         for chain, streams in zip((chain for chain in self.chains if chain.arrives), args[own:], strict=True):
             axis = chain.links[0].axes[chain.start]
@@ -134,8 +136,12 @@ class StreamInterpreter(fx.Interpreter):
         for chain, axes in self.lifted.get(n, ()):
             torch.set_rng_state(before)
             own = self.trunk[chain, n] = self._lift(chain, n, axes)
-        drawn = not torch.equal(before, torch.get_rng_state())
-        if own is not None and (n in self.trunk_ends or drawn or op_name(n) == "batch_norm"):
+        value = None if own is not None else self._call(n, lambda operand: self._read(operand, n))
+        if op_name(n) == "batch_norm" or not torch.equal(before, torch.get_rng_state()):
+            self.once.add(n)
+        if own is None:
+            return value
+        if n in self.trunk_ends or n in self.once:
             return self._mean(own)
         return self._call(n, lambda operand: self._read(operand, n))
 
@@ -251,10 +257,8 @@ class StreamInterpreter(fx.Interpreter):
         A long skip adds streams to streams.
         """
         streams = self._streams(chain, node)
-        cheap = (
-            node not in self.site_at and node.op != "placeholder" and passes_value(node) and not is_contraction(node)
-        )
-        if streams is not None or not cheap:
+        plain = node in self.site_at or node in self.once or node.op == "placeholder"
+        if streams is not None or plain or is_contraction(node) or not passes_value(node):
             return streams
         behind = {o: s for o in node.all_input_nodes if (s := self._streams(chain, o)) is not None}
         return self._on_each(node, behind) if len(behind) == 1 else None
