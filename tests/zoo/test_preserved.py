@@ -35,7 +35,7 @@ class Graphs:
         bodies = [module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
         sites = sum(len(body.find_nodes(op="call_function", target=torch.ops.mhc.update.default)) for body in bodies)
         expansion = self.expansions.pop() if self.expansions else None
-        assert (expansion is not None) == bool(sites)
+        assert bool(expansion and expansion.plan.sites) == bool(sites)
         eager = run_eagerly(graph_module)
         self.cut |= bool(expansion and expansion.cut)
         oracle = StreamInterpreter(graph_module, expansion).run if expansion and not expansion.cut else eager
