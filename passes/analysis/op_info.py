@@ -32,6 +32,7 @@ __all__ = [
     "leaf_module",
     "op_name",
     "passes_value",
+    "runs_once",
     "sets_grad_mode",
     "tensor_value",
     "written_operands",
@@ -212,6 +213,11 @@ def is_random(node: Node) -> bool:
         part in op_name(node)
         for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
     )
+
+
+def runs_once(node: Node) -> bool:
+    """Whether a second run would change the model: the operation draws random numbers or keeps statistics."""
+    return is_random(node) or op_name(node) == "batch_norm"
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:

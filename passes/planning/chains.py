@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
+from mhc_compile.passes.analysis.op_info import is_contraction, runs_once, tensor_value
 from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, departures
 from mhc_compile.passes.planning.match_residuals import Findings, find
@@ -171,8 +171,17 @@ def _crossings(chains: list[Chain]) -> dict[Site, Rejection]:
     """The sites whose shortcut runs through trunk operations of another chain: what becomes streams there is no longer the value read here.
 
     before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
+
+    Two shortcuts may share an operation, which then runs on the streams of each, unless it must run
+    once: because it draws random numbers or keeps statistics.
+
+    before: y = dropout(x); z = y + f(x); out = y + g(x)   after: y belongs to the chain through z, `out` stays an addition
     """
     carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
+    shortcuts = [(node, chain) for chain in chains for site in chain.sites for node in site.shortcut.nodes]
+    for node, chain in shortcuts:
+        if runs_once(node):
+            carried.setdefault(node, chain)
     crossed: dict[Site, Rejection] = {}
     for chain in chains:
         for site in chain.sites:

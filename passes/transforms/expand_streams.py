@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from mhc_compile.errors import AttachError
-from mhc_compile.passes.analysis.op_info import is_random, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import runs_once, tensor_value
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 from mhc_compile.passes.lifting.rules import lift, lifted_axis
 from mhc_compile.passes.planning.graph_boundary import StreamOutput
@@ -66,8 +66,10 @@ class ExpandStreams(Pass):
         """A copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
         expansion = _Expansion(copy, nodes, self.bindings, self.openings)
-        # Outer chains first: what lies in the branch of an outer site then starts from the streams collapsed for that branch.
-        for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
+        # Outer chains first: a chain in the branch of an outer site then starts from the streams
+        # collapsed for that branch. The outer chain starts no later, and of two that start at one
+        # value the outer one has the larger branch.
+        for chain in sorted(self.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch))):
             expansion.run(chain)
         expansion.open_alone()
         expansion.sweep()
@@ -173,7 +175,7 @@ class _Expansion(BoundaryBuilder):
         self._follow(max(streams, self.nodes[site.add]), like=self.nodes[site.add])
         lifted = self._lift(departure, streams)
         old = self.nodes[target]
-        once = bool(departure.nodes) and (is_random(old) or op_name(old) == "batch_norm")
+        once = bool(departure.nodes) and runs_once(old)
         if once:
             self._read_out(old, lifted[target], departure.axes[target])
         axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
@@ -225,7 +227,7 @@ class _Expansion(BoundaryBuilder):
             return None
         axes = {behind[0]: self.known[behind[0]][1]}
         axis = lifted_axis(node, behind, axes)
-        if axis is None or is_random(node):
+        if axis is None or runs_once(node):
             return None
         old = self.nodes[node]
         given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
@@ -258,7 +260,7 @@ class _Expansion(BoundaryBuilder):
                 self.replaced[old] = old
                 continue
             self.lifted.append(old)
-            if is_random(old) or op_name(old) == "batch_norm":
+            if runs_once(old):
                 self._read_out(old, lifted[node], trunk_path.axes[node])
 
     def _start(self, site: Site) -> Node:

@@ -6,10 +6,42 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+from mhc_compile import passes
 from mhc_compile.tools.bench.passes import measure
+
+PASSES = str(Path(passes.__file__).parent)
+
+
+def lines_run(call) -> int:
+    """How many lines of the passes `call()` executes: the work, without a clock."""
+    count, before = 0, sys.gettrace()
+
+    def line(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return line
+
+    def enter(frame, event, argument):
+        return line if frame.f_code.co_filename.startswith(PASSES) else None
+
+    sys.settrace(enter)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_work_of_the_passes_is_linear():
+    sizes, lines = [], []
+    for nodes in (200, 600):
+        lines.append(lines_run(lambda nodes=nodes: sizes.append(measure(nodes, runs=1, memory=False).nodes)))
+    assert lines[0] > 10 * sizes[0]  # it counts something
+    assert lines[1] / sizes[1] < 1.05 * lines[0] / sizes[0]
 
 
 def test_the_benchmark_of_the_passes_measures_what_it_says():

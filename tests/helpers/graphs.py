@@ -31,6 +31,7 @@ class Model(nn.Module):
         self.weight = nn.Parameter(torch.randn(C, C))
         self.vector = nn.Parameter(torch.randn(C))
         self.register_buffer("rows", torch.ones(4))
+        self.register_buffer("zeros", torch.zeros(4))
         self._forward = forward
 
     def norm_f(self, x: torch.Tensor) -> torch.Tensor:

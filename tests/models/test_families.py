@@ -94,15 +94,25 @@ def test_identity_mapping_preserves():
     plain = twin(case.model)
     compiled = torch.compile(case.model, backend="mhc", options={"mapping": "identity", **EAGER})
     assert_same(run(case, compiled, case.model), run(case, plain, plain), 1e-5)
+    connections = mhc_compile.connections(case.model).values()
+    assert len(connections) == 2 * LAYERS
+    for connection in connections:
+        assert connection.phi.shape == (4 * 16, 2 * 4)  # no residual logits
+        _, _, res = connection.coefficients(torch.randn(3, 4, 16))
+        assert torch.equal(res, torch.eye(4).expand(3, 4, 4))
 
 
-def test_scratch_start_is_another_function_and_says_so():
+def test_scratch_start_is_another_function():
     case = build("gpt2")
     plain = twin(case.model)
     compiled = torch.compile(case.model, backend="mhc", options={"init": "random", **EAGER})
     want, got = run(case, plain, plain), run(case, compiled, case.model)
     assert relative(got.logits, want.logits) > 1e-3
-    assert "changes what the model computes" in (mhc_compile.Options.__doc__ or "").replace("\n            ", " ")
+    connections = mhc_compile.connections(case.model).values()
+    assert len(connections) == 2 * LAYERS
+    for connection in connections:
+        assert connection.phi.std().item() == pytest.approx((4 * 16) ** -0.5, rel=0.1)
+        assert not connection.bias.any()
 
 
 def test_dropout_draws_the_same_numbers():
@@ -113,6 +123,7 @@ def test_dropout_draws_the_same_numbers():
     first, second = run(case, plain, plain, seed=1), run(case, plain, plain, seed=2)
     assert not torch.equal(first.logits, second.logits)
     assert_same(run(case, compiled, case.model, seed=2), second, 1e-5)
+    assert len(mhc_compile.connections(case.model)) == 2 * LAYERS
 
 
 def test_autocast_keeps_coefficients_in_float32():
@@ -139,6 +150,11 @@ def test_autocast_keeps_coefficients_in_float32():
 def test_plain_compile_of_an_attached_model_is_the_plain_model():
     case = build("llama")
     plain = twin(case.model)
-    mhc_compile.attach(case.model, **case.inputs)
+    attached = mhc_compile.attach(case.model, **case.inputs)
+    assert len(attached) == 2 * LAYERS
+    for connection in mhc_compile.connections(case.model).values():
+        for parameter in connection.parameters():  # away from the start, where they would not show
+            nn.init.normal_(parameter)
     compiled = torch.compile(case.model, backend="aot_eager")
     assert_same(run(case, compiled, case.model), run(case, plain, plain), 1e-6)
+    assert all(p.grad is None for c in mhc_compile.connections(case.model).values() for p in c.parameters())

@@ -172,11 +172,19 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
 
 def test_the_kernels_are_what_runs(monkeypatch):
     """Rounding would not tell: the composition must not be called at all."""
-    monkeypatch.setattr(fused, "step", None)
-    monkeypatch.setattr(fused, "step_backward", None)
+
+    def composition(*_):
+        raise AssertionError("the composition runs where there is a kernel")
+
+    assert cpu.takes(torch.float32)
+    names = [f"{name}{direction}" for name in ("read", "step", "close") for direction in ("", "_backward")]
+    for name in names:
+        monkeypatch.setattr(fused, name, composition)
     tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
+    h, *_ = mhc.read(tensors[0], *tensors[4:], 4, *HOW)
     after, *_ = mhc.step(*tensors, *HOW)
-    after.sum().backward()
+    (h.sum() + after.sum() + mhc.close(*tensors[:4]).sum()).backward()
+    assert all(t.grad.any() for t in tensors)
 
 
 def test_without_a_compiler_the_composition_runs(monkeypatch):
@@ -250,11 +258,22 @@ def test_decompositions_step_back_for_kernels_only():
     assert len(decompositions()[mhc.step.default](*tensors, *HOW)) == 7
 
 
-def test_half_precision_takes_the_composition():
+def test_half_precision_takes_the_composition(monkeypatch):
+    called = []
+    for name in ("step", "step_backward"):
+        composition = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, f=composition, name=name: (called.append(name), f(*a))[1])
     tensors = [t.requires_grad_() for t in values(dtype=torch.float16)]
-    after, h, *_ = mhc.step(*tensors, *HOW)
-    (after.float().sum() + h.float().sum()).backward()
-    assert all(t.grad.isfinite().all() for t in tensors)
+    after, h, _, post, res, *_ = mhc.step(*tensors, *HOW)
+    got = torch.autograd.grad(weighted([t.float() for t in (after, h, post, res)]), tensors)
+    assert called == ["step", "step_backward"]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    want = by_reference(*exact, *HOW)
+    for one, other in zip((after, h, post, res), want, strict=True):
+        assert close(one, other, 1e-2)
+    for like, one, other in zip(tensors, got, torch.autograd.grad(weighted(want), exact), strict=True):
+        assert one.dtype == like.dtype
+        assert close(one, other, 1e-2)
 
 
 @pytest.mark.parametrize(

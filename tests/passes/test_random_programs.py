@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.graphs import C, Model
+from helpers.stream_interpreter import Expansion, StreamInterpreter, record_expansions
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -103,12 +104,12 @@ def forward_of(program) -> Callable[[Model, Tensor], tuple[Tensor, ...]]:
     return forward
 
 
-def outcome(module, model: Model, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def outcome(module, model: Model, x: Tensor, parameters=None) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(1)  # of dropout
     values = list(module(x))
     outputs = [o for o in values if o.requires_grad]
     assume(outputs)
-    parameters = list(model.parameters())
+    parameters = list(model.parameters() if parameters is None else parameters)
     loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [value.detach() for value in values], [torch.zeros(()) if g is None else g for g in gradients]
@@ -140,7 +141,8 @@ def check(program) -> int:
     model, traced, x, (want, want_gradients) = plain(program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mhc_compile.export.rewrite.warn_nothing_rewritten", lambda *_: None)
-        every = mhc_compile.rewrite(traced, x, options={"min_chain_length": 1})
+        with record_expansions() as expansions:
+            every = mhc_compile.rewrite(traced, x, options={"min_chain_length": 1})
         rewritten = mhc_compile.rewrite(traced, x)
         again = mhc_compile.rewrite(rewritten, x)
     for module in (every, rewritten):
@@ -149,19 +151,25 @@ def check(program) -> int:
         for one, other in zip([*got, *got_gradients], [*want, *want_gradients], strict=True):
             assert distance(one, other) <= tolerance(program), str(module.graph)
     assert str(again.graph) == str(rewritten.graph)
-    check_fused(program, every, model, x)
+    check_at_random_parameters(program, every, model, x, *expansions)
     return updates(every)
 
 
-def check_fused(program, module: fx.GraphModule, model: Model, x: Tensor) -> None:
-    """Fused operators compute what the others do, at parameters that are anything."""
+def check_at_random_parameters(program, module, model: Model, x: Tensor, *expansions: Expansion) -> None:
+    """The rewritten graph computes what its plan means, and fused operators compute the same."""
     for name, parameter in module.named_parameters():
         if "mhc" in name:
             torch.nn.init.normal_(parameter, std=0.5)
+    parameters = dict(module.named_parameters()).values()
+    got = outcome(module, model, x, parameters)
+    for expansion in expansions:
+        want = outcome(StreamInterpreter(module, expansion).run, model, x, parameters)
+        for one, other in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+            assert distance(one, other) <= tolerance(program), str(module.graph)
     fused = fx.GraphModule(module, FuseSites().apply(module.graph))
     fused.graph.lint()
-    want, got = outcome(module, model, x), outcome(fused, model, x)
-    for one, other in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+    again = outcome(fused, model, x, parameters)
+    for one, other in zip([*again[0], *again[1]], [*got[0], *got[1]], strict=True):
         assert distance(one, other) <= tolerance(program), str(fused.graph)
 
 

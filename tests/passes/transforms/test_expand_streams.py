@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.graphs import C, Model
+from helpers.stream_interpreter import StreamInterpreter, record_expansions
 from torch import fx
 
 import mhc_compile
@@ -132,6 +134,135 @@ def test_lifted_operations_keep_the_numbers_of_unequal_streams(between, on_strea
     streams = by_hand(module, x.unsqueeze(-2).expand(-1, -1, 4, -1), "f", model.f)
     want = by_hand(module, on_streams(model, streams), "g", model.g).mean(-2)
     assert torch.allclose(module(x), want, atol=1e-5)
+
+
+#: Trunk operations between two sites of a trunk [2, 4, C] with features last, by the rule that lifts them.
+LAST = {
+    "as written: relu": lambda m, y: torch.relu(y),
+    "as written: layer norm": lambda m, y: m.norm_f(y),
+    "as written: leaf layer norm": lambda m, y: m.norm(y),
+    "as written: vector": lambda m, y: y * m.vector + m.vector,
+    "as written: gate of tokens": lambda m, y: y * torch.arange(1.0, 3.0)[:, None, None],
+    "as written: rms norm": lambda m, y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-3),
+    "as written: cast": lambda m, y: y.float().clamp(-1.0, 1.0).double(),
+    "permuted: transpose": lambda m, y: y.transpose(0, 1),
+    "permuted: permute": lambda m, y: torch.tanh(y.permute(1, 2, 0)).permute(2, 0, 1),
+    "reshaped: reshape": lambda m, y: y.reshape(-1, C),
+    "reshaped: view": lambda m, y: y.view(4, 2, C),
+    "reshaped: flatten": lambda m, y: y.flatten(0, 1),
+    "dropped": lambda m, y: F.dropout(y, 0.4),
+    "dropped: after a transpose": lambda m, y: F.dropout(y.transpose(0, 1), 0.4),
+    "vmapped: softmax of tokens": lambda m, y: y.softmax(1),
+    "vmapped: roll": lambda m, y: y.roll(1, 1),
+    "vmapped: slice and pad": lambda m, y: F.pad(y[:, 1:], (0, 0, 0, 1)),
+    "vmapped: pool": lambda m, y: F.avg_pool1d(y.transpose(1, 2), 2).transpose(1, 2),
+    "vmapped: two operands": lambda m, y: torch.cat([y[:, 2:], torch.tanh(y)], 1),
+    "vmapped: a mask of the mean": lambda m, y: torch.where(y > 0, y, 0.1 * y),
+}
+#: The same for a trunk [2, 4, C] with features on axis 1.
+FIRST = {
+    "as written: gelu": lambda m, y: F.gelu(y),
+    "as written: gate of channels": lambda m, y: y * torch.arange(1.0, 5.0)[None, :, None],
+    "permuted": lambda m, y: torch.relu(y.transpose(1, 2)).transpose(1, 2),
+    "dropped": lambda m, y: F.dropout(y, 0.4),
+    "dropped: channels": lambda m, y: F.dropout1d(y, 0.4),
+    "batch norm: training": lambda m, y: F.batch_norm(y, m.zeros, m.rows, m.vector[:4], m.vector[2:], True, 0.3),
+    "batch norm: without statistics": lambda m, y: F.batch_norm(y, None, None, training=True),
+    "batch norm: eval": lambda m, y: F.batch_norm(y, m.zeros, m.rows),
+    "batch norm: ATen": lambda m, y: torch.batch_norm(y, None, None, m.zeros, m.rows, True, 0.3, 1e-5, False),
+    "vmapped: pool": lambda m, y: F.max_pool1d(y, 2),
+    "vmapped: interpolate": lambda m, y: F.interpolate(y, scale_factor=2.0, mode="linear"),
+    "vmapped: group norm": lambda m, y: F.group_norm(y, 2, m.rows),
+    "vmapped: unflatten": lambda m, y: torch.relu(y.unflatten(2, (2, 3))).flatten(2),
+}
+
+
+def long_skip_of_batch_norm(m, x):
+    y = x + m.conv(x)
+    z = y + m.conv(torch.tanh(y)) + F.batch_norm(y, m.zeros, m.rows, training=True)
+    return z + m.conv(z)
+
+
+#: Programs, by what is special about their readers, skips or branches, with the number of their sites.
+STRUCTURES = {
+    "hidden states": (3, lambda m, x: (y := x + m.f(x), y * m.vector, (z := y + m.g(y)) + m.f(z))),
+    "an inner value is read elsewhere": (2, lambda m, x: (z := torch.tanh(h := 0.5 * (x + m.f(x))), h, z + m.g(z))),
+    "dropout that is read elsewhere": (2, lambda m, x: (z := torch.tanh(h := F.dropout(x + m.f(x))), h, z + m.g(z))),
+    "scaled skip": (2, lambda m, x: 0.7 * (y := x + m.f(x)) + m.g(m.norm(y))),
+    "sliced skip": (2, lambda m, x: (y := x + m.f(x))[:, 1:] + m.g(y)[:, 1:]),
+    "pooled skip": (2, lambda m, x: F.max_pool1d(y := x + m.conv(x), 2) + F.max_pool1d(m.conv(y), 2)),
+    "dropped skip": (2, lambda m, x: F.dropout(y := x + m.f(x), 0.3) + m.g(y)),
+    "shared skip": (3, lambda m, x: (h := 0.5 * (y := x + m.f(x)), h + m.g(y), h + m.f(m.norm(y)))),
+    "shared dropped skip": (2, lambda m, x: (h := F.dropout(y := x + m.f(x)), h + m.g(y), h + m.f(m.norm(y)))),
+    "broadcast branch": (2, lambda m, x: (y := x + m.f(x).mean(1, keepdim=True)) + m.g(y)),
+    "parallel branches": (2, lambda m, x: (y := x + m.f(x) + m.g(m.norm(x))) + m.f(y)),
+    "nested": (4, lambda m, x: (y := x + m.f((z := x + m.g(m.norm(x))) + m.f(z))) + m.g(y)),
+    "nested, after a smaller site": (4, lambda m, x: (y := x + m.g(x)) + m.f((z := y + m.g(m.norm(y))) + m.f(z))),
+    "fork": (3, lambda m, x: ((y := x + m.f(x)) + m.g(y)) * torch.sigmoid(y + m.f(torch.tanh(y)))),
+    "long skip": (4, lambda m, x: (z := 0.5 * (y := x + m.f(x)) + ((w := y + m.g(y)) + m.f(w))) + m.g(z)),
+    "long skip of dropout": (3, lambda m, x: (z := ((y := x + m.f(x)) + m.g(y)) + F.dropout(y)) + m.f(z)),
+    "long skip of batch norm": (3, long_skip_of_batch_norm),
+    "difference": (2, lambda m, x: (y := x - m.f(x)) - m.g(y)),
+}
+
+
+def outcome(call, module, x) -> list[torch.Tensor]:
+    """Outputs, buffers, and the gradients of the input and of all parameters. Buffers are put back."""
+    torch.manual_seed(1)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    leaves = [x.clone().requires_grad_(), *module.parameters()]
+    got = call(leaves[0])
+    outputs = list(got) if isinstance(got, tuple) else [got]
+    loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    after = [buffer.clone() for buffer in module.buffers()]
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
+    return [*outputs, *after, *gradients]
+
+
+def assert_like_the_definition(forward, sites=2, tolerance=1e-10):
+    """The rewritten graph and its definition agree at random parameters. Every axis has a size of its own: n = 3."""
+    torch.manual_seed(0)
+    model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
+    options = {
+        "streams": 3,
+        "min_chain_length": 1,
+        "iterations": 3,
+    }  # far from convergence, where H_res hardly has a gradient
+    with record_expansions() as expansions:
+        module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options=options)
+    assert operations(module)["update"] == sites
+    for name, parameter in module.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if "mhc" in name else 1.0)
+    oracle = StreamInterpreter(module, *expansions)
+    for one, other in zip(outcome(module, module, x), outcome(oracle.run, module, x), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item())
+
+
+@pytest.mark.parametrize("rule", LAST)
+def test_lifting_is_the_operation_on_each_stream(rule):
+    def forward(m, x):
+        y = LAST[rule](m, x + m.f(m.norm(x)))
+        return y + m.g(torch.tanh(y))
+
+    assert_like_the_definition(forward, tolerance=1e-5 if "cast" in rule else 1e-10)
+
+
+@pytest.mark.parametrize("rule", FIRST)
+def test_lifting_of_channels_first_is_the_operation_on_each_stream(rule):
+    def forward(m, x):
+        y = FIRST[rule](m, x + m.conv(x))
+        return y + m.conv(torch.tanh(y))
+
+    assert_like_the_definition(forward)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_streams_of_every_structure_are_those_of_the_definition(structure):
+    sites, forward = STRUCTURES[structure]
+    assert_like_the_definition(forward, sites)
 
 
 def test_channels_first_trunks():

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from helpers.stream_interpreter import StreamInterpreter, record_expansions
+from torch import fx, nn
 
+import mhc_compile
+from mhc_compile.capture.tensor_tree import cast
+from mhc_compile.compilation.inner_compiler import run_eagerly
+from mhc_compile.inspection.verification.comparison import differences
+from mhc_compile.inspection.verification.observation import observe
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
 from mhc_compile.tools.zoo.family import Family, chains, no_chain
@@ -16,17 +22,68 @@ OPTIONS = {"streams": 3, "min_chain_length": 1}
 RUNS = {(2, "train"): "carried", (2, "eval"): "none"}
 
 
+class Graphs:
+    """An inner compiler: runs each graph as it is, or by its definition, and counts sites that run."""
+
+    def __init__(self, expansions) -> None:
+        self.expansions = expansions
+        self.compiled = self.sites = 0
+        self.cut = self.by_definition = False
+
+    def __call__(self, graph_module: fx.GraphModule, inputs):
+        self.compiled += 1
+        bodies = [module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+        sites = sum(len(body.find_nodes(op="call_function", target=torch.ops.mhc.update.default)) for body in bodies)
+        expansion = self.expansions.pop() if self.expansions else None
+        assert bool(expansion and expansion.plan.sites) == bool(sites)
+        eager = run_eagerly(graph_module)
+        self.cut |= bool(expansion and expansion.cut)
+        oracle = StreamInterpreter(graph_module, expansion).run if expansion and not expansion.cut else eager
+
+        def run(*flat):
+            self.sites += sites
+            return oracle(*flat) if self.by_definition else eager(*flat)
+
+        return run
+
+
 @pytest.mark.zoo(layers_and_modes=RUNS)
 def test_outputs_and_gradients_are_those_of_the_plain_model(family, layers, mode):
+    """At the start. Then, at random parameters, those of the plain graph interpreted on streams."""
     model, args, kwargs = family.build(layers)
-    errors = preservation(
-        (model.train(mode == "train"), args, kwargs),
-        OPTIONS,
-        double=family.double,
-        differentiable_inputs=family.differentiable_inputs,
-    )
+    model = model.train(mode == "train")
+    with record_expansions() as expansions:
+        graphs = Graphs(expansions)
+        options = {**OPTIONS, "inner_backend": graphs}
+        errors = preservation(
+            (model, args, kwargs), options, double=family.double, differentiable_inputs=family.differentiable_inputs
+        )
+    expected = family.expected(layers, mode)
+    assert graphs.sites == sum(expected.rewritten(OPTIONS["min_chain_length"]))
     assert errors.forward <= family.tolerance, errors
     assert errors.gradients <= family.tolerance, errors
+    if not graphs.cut:
+        assert_like_the_definition(family, (model, args, kwargs), options, graphs)
+
+
+def assert_like_the_definition(family, case, options, graphs):
+    model, args, kwargs = case
+    if family.double:
+        args, kwargs = cast(args, torch.float64), cast(kwargs, torch.float64)
+    compiled, before = torch.compile(model, backend="mhc", options=options), graphs.compiled
+    for connection in mhc_compile.connections(model).values():
+        for parameter in connection.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    seen = []
+    for graphs.by_definition in (False, True):
+        seen.append(observe(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs))
+        for buffer, old in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(old)
+    assert graphs.compiled == before
+    tolerance = 1e-9 if family.double else max(1e-3, family.tolerance)
+    wrong = [one for one in differences(*seen, tolerance) if not one.ok]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("name", ["resnet", "dit"])
