@@ -47,7 +47,7 @@ class _Lazy(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that `args` begins with; an unknown one is an error with near names."""
+        """Return the command in `args`; an unknown one is an error with near names."""
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], _COMMANDS, n=2)
             hint = f"near names: {', '.join(near)}" if near else f"known commands: {', '.join(sorted(_COMMANDS))}"
