@@ -9,7 +9,7 @@ import functools
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from click.shell_completion import CompletionItem
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from mhc_compile.cli.targets import Target
-    from mhc_compile.reporting.base import Renderable
 
 __all__ = [
     "Command",
@@ -77,6 +76,14 @@ class Command(click.Command):
         super().format_epilog(ctx, formatter)
 
 
+class Result(Protocol):
+    """A result with a registered renderer (`mhc_compile.reporting.base`)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON data."""
+        ...
+
+
 @dataclass(frozen=True)
 class ModelCall:
     """One call of a command made by `model_command`.
@@ -120,12 +127,12 @@ class ModelCall:
         """Return a context with a spinner on stderr that says "`doing` TARGET"."""
         return progress(f"{doing} {self.target}", quiet=self.quiet)
 
-    def show(self, result: Renderable, **settings: Any) -> None:
+    def show(self, result: Result, **settings: Any) -> None:
         """Print `result` as JSON, or by its renderer with the keywords `settings`."""
         from mhc_compile.reporting.base import render
 
         if self.as_json:
-            print_json(result.to_dict())  # type: ignore[attr-defined] # every result that a command shows has one
+            print_json(result.to_dict())
         else:
             write(render(result, **settings))
 

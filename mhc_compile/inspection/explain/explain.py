@@ -14,13 +14,7 @@ from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.cost import Cost, Work, end_cost, site_cost, site_work
-from mhc_compile.inspection.explain.results import (
-    ChainReport,
-    Explanation,
-    GraphReport,
-    RejectionReport,
-    SiteReport,
-)
+from mhc_compile.inspection.explain.results import ChainReport, Explanation, GraphReport, RejectionReport, SiteReport
 from mhc_compile.inspection.roofline import plain_flops, traffic
 from mhc_compile.passes.analysis.op_info import is_region, op_name, tensor_value
 from mhc_compile.passes.analysis.provenance import source_line

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from mhc_compile.inspection.explain.results import AddExplanation, Explanation
+from mhc_compile.inspection.explain.results import AddExplanation, Explanation, RejectionDetail, SiteDetail
 from mhc_compile.reporting.base import render
 
 if TYPE_CHECKING:
@@ -22,16 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import ResolvedOptions
-    from mhc_compile.inspection.explain.results import (
-        ChainReport,
-        Operation,
-        RejectionDetail,
-        RejectionReport,
-        SiteDetail,
-        SiteReport,
-    )
-
-__all__: list[str] = []
+    from mhc_compile.inspection.explain.results import ChainReport, Operation, RejectionReport, SiteReport
 
 
 @render.register(Explanation)
@@ -50,16 +41,14 @@ def _explanation(result: Explanation, *, every: bool = False) -> Group:
 
 
 def _headline(result: Explanation) -> Text:
-    sites, skipped = len(result.sites), len(result.rejections)
-    text = Text(f"{result.model}: {_count(sites, 'residual add')} rewritten", style="bold")
-    text.append(f", {_count(skipped, 'addition')} skipped", style="not bold")
+    rewritten = f"{result.model}: {_count(len(result.sites), 'residual add')} rewritten"
+    skipped = f", {_count(len(result.rejections), 'addition')} skipped\n"
     size = f"{_count(len(result.graphs), 'graph')}, {_count(len(result.chains), 'chain')}"
-    text.append(f"\n{size}; {_options(result.options)}", style="not bold dim")
-    for region, count in result.regions.items():
-        text.append(f"\n{_count(count, 'region')} not analyzed: {region}", style="not bold yellow")
-    if not sites:
-        text.append("\nNothing would be rewritten.", style="not bold yellow")
-    return text
+    warnings = [f"{_count(count, 'region')} not analyzed: {name}" for name, count in result.regions.items()]
+    if not result.sites:
+        warnings.append("Nothing would be rewritten.")
+    options = (f"{size}; {_options(result.options)}", "dim")
+    return Text.assemble((rewritten, "bold"), skipped, options, *((f"\n{line}", "yellow") for line in warnings))
 
 
 def _options(options: ResolvedOptions) -> str:

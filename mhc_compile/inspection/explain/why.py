@@ -17,12 +17,7 @@ from mhc_compile.errors import UnknownAddError
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance
 from mhc_compile.inspection.explain.explain import rejection_report, site_report
-from mhc_compile.inspection.explain.results import (
-    AddExplanation,
-    Operation,
-    RejectionDetail,
-    SiteDetail,
-)
+from mhc_compile.inspection.explain.results import AddExplanation, Operation, RejectionDetail, SiteDetail
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes.analysis.feature_axis import entry_axis
 from mhc_compile.passes.analysis.op_info import is_contraction, op_name, tensor_value

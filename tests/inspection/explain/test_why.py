@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import linecache
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -170,3 +173,12 @@ def test_the_model_is_not_changed():
     model = Decoder()
     explain_add("blocks.0", model)
     assert not mhc_compile.connections(model)
+
+
+def test_an_unpickled_result_has_its_renderer(tmp_path):
+    """Importing the result's class registers the renderer; nothing else of the package is needed."""
+    found = explain_add("blocks.1.mhc.attn")
+    (tmp_path / "found.pickle").write_bytes(pickle.dumps(found))
+    script = "import pickle, rich; rich.print(pickle.load(open('found.pickle', 'rb')))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("blocks.1.mhc.attn: rewritten\n"), done.stderr
