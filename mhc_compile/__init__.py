@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
     from mhc_compile.inspection.diff.model_diff import ModelDiff
-    from mhc_compile.inspection.explain.explain import Explanation, explain
-    from mhc_compile.inspection.explain.story import Story
+    from mhc_compile.inspection.explain.explain import explain
+    from mhc_compile.inspection.explain.results import AddExplanation, Explanation
     from mhc_compile.inspection.explain.why import why
     from mhc_compile.inspection.stream_stats.gain import Gain, gain
     from mhc_compile.inspection.stream_stats.measure import stability
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddExplanation",
     "AttachError",
     "CaptureError",
     "CheckResult",
@@ -67,7 +68,6 @@ __all__ = [
     "ShapeError",
     "Stability",
     "StabilityCallback",
-    "Story",
     "StreamsLostError",
     "UnknownAddError",
     "attach",
@@ -90,15 +90,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AddExplanation": "inspection.explain.results",
     "CheckResult": "inspection.verification.result",
-    "Explanation": "inspection.explain.explain",
+    "Explanation": "inspection.explain.results",
     "Gain": "inspection.stream_stats.gain",
     "HyperConnection": "modules.hyper_connection",
     "ResidualMapping": "mappings",
     "ModelDiff": "inspection.diff.model_diff",
     "Stability": "inspection.stream_stats.result",
     "StabilityCallback": "integrations.callbacks",
-    "Story": "inspection.explain.story",
     "attach": "compilation.attach",
     "check": "inspection.verification.check",
     "connections": "attachment.sites",

@@ -44,6 +44,7 @@ try:
         same_function,
         uncompiled,
     )
+    from mhc_compile._torch.flops import flop_counter
     from mhc_compile._torch.inductor import (
         cache_folder,
         compile_with_inductor,
@@ -77,6 +78,7 @@ __all__ = [
     "ddp_parameters",
     "ends_at_break",
     "example_size",
+    "flop_counter",
     "forget_compiled",
     "frame_code",
     "frame_location",

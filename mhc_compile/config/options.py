@@ -89,7 +89,7 @@ class Options:
             branches and the coefficients; it costs nothing, because the kernels have what they need at hand. "block": the streams as well, all
             but those of every `sqrt(n L / (n + 2))`-th of L sites; costs about one more forward of the hyper-connections, no branch runs again.
             "none": the operators stay apart, and each keeps what it was given; for comparison. With `inner_backend` "inductor" or "aot_eager".
-        inner: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
+        inner_backend: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
             `torch.compile` backend.
         existing_optimizers: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
             "extend" adds them to the groups of the block that they belong to, "warn" only says so, "ignore" does nothing.

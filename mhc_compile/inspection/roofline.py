@@ -1,53 +1,36 @@
-"""What share of a training step hyper-connections add, from the rooflines of known machines: an estimate, nothing is measured.
+"""Estimated overhead of a training step from the rooflines of known machines. Nothing is measured.
 
-    step time = FLOPs / F + bytes / B           F, B: the machine's peak arithmetic and memory bandwidth
-    overhead  = time of what the sites add / time of the plain model
+    step time = FLOPs / F + bytes / B     F, B: the machine's peak arithmetic and memory bandwidth
+    overhead  = time of the sites' added work / time of the plain model
 
-The plain model's bytes are counted on its graph. A product, a convolution, attention and a recurrence read their operands and write their results.
-The elementwise operations between them (norms, activations, adds) are taken as one kernel, which reads what enters it and writes what leaves it. A
-weight is read once per pass, however many tokens there are. A backward pass is taken as twice the forward pass, for both, so that the share is that
-of a training step as well.
+The bytes of the plain model are counted on its graph. A matrix product, a convolution, attention
+and a recurrence read their operands and write their results. The elementwise operations between
+them (norms, activations, adds) count as one kernel, which reads its inputs and writes its outputs.
+A weight is read once per pass, for any number of tokens. A backward pass counts as two forward
+passes, for both, so the share of a forward pass is that of a training step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from mhc_compile import _torch
-from mhc_compile.inspection.cost import site_cost
-from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name, tensor_value
+from mhc_compile.inspection.cost import Work
+from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from torch.fx import Graph, Node
+    from torch.fx import Graph, GraphModule, Node
 
-    from mhc_compile.config.options import ResolvedOptions
-    from mhc_compile.passes import Site
+__all__ = ["MACHINES", "Machine", "Overhead", "Work", "overheads", "plain_flops", "traffic"]
 
-__all__ = ["MACHINES", "Machine", "Overhead", "Work", "overheads", "site_work", "traffic"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one forward pass does.
-
-    Attributes:
-        flops: floating-point operations of products, convolutions and attention.
-        activations: elements of activations that are read and written; grows with the tokens.
-        weights: elements of weights that are read; the same for any number of tokens.
-    """
-
-    flops: int = 0
-    activations: int = 0
-    weights: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.activations + other.activations, self.weights + other.weights)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,11 +38,12 @@ class Machine:
     """Peak figures of one machine.
 
     Attributes:
-        name: as it is sold.
-        dtype: of the products, activations and weights, `itemsize` bytes each.
-        flops: dense products, per second.
+        name: product name.
+        dtype: of operands, activations and weights.
+        itemsize: bytes of one element.
+        flops: floating-point operations of dense matrix products per second.
         bandwidth: bytes per second.
-        source: where the figures are from.
+        source: origin of the figures.
     """
 
     name: str
@@ -70,16 +54,16 @@ class Machine:
     source: str
 
     def seconds(self, work: Work, *, weights: bool = True) -> float:
-        """Time of one forward pass; without `weights`, where so many tokens share them that their bytes do not count."""
+        """Return the time of a forward pass, with or without the time to read the weights."""
         elements = work.activations + work.weights * weights
         return work.flops / self.flops + elements * self.itemsize / self.bandwidth
 
 
-_FOREVER = float("inf")
-#: Dense bfloat16 figures of NVIDIA's data sheets. The two first rows are what any machine between them approaches.
+_INFINITE = float("inf")
+#: Dense bfloat16 figures of NVIDIA's data sheets. The first two are the limits of all machines.
 MACHINES = (
-    Machine("arithmetic alone", "bfloat16", 2, 1.0, _FOREVER, "a machine whose memory is never waited for"),
-    Machine("memory alone", "bfloat16", 2, _FOREVER, 1.0, "a machine whose arithmetic is never waited for"),
+    Machine("compute alone", "bfloat16", 2, 1.0, _INFINITE, "the limit of infinite memory bandwidth"),
+    Machine("memory alone", "bfloat16", 2, _INFINITE, 1.0, "the limit of infinite arithmetic"),
     Machine("NVIDIA A100 SXM 80GB", "bfloat16", 2, 312e12, 2.039e12, "NVIDIA A100 data sheet"),
     Machine("NVIDIA H100 SXM", "bfloat16", 2, 989e12, 3.35e12, "NVIDIA H100 data sheet"),
     Machine("NVIDIA H200 SXM", "bfloat16", 2, 989e12, 4.8e12, "NVIDIA H200 data sheet"),
@@ -88,13 +72,13 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Overhead:
-    """Expected overhead on one machine, as shares of the plain step: 0.05 is 5 % more time.
+    """Estimated overhead on one machine, as shares of the plain step: 0.05 is 5 % more time.
 
     Attributes:
-        machine: whose figures were used.
+        machine: the machine.
         here: with the tokens of the example inputs, which share the reading of the weights.
-        many_tokens: with so many tokens a pass that reading the weights does not count.
-        floor: as `many_tokens`, if every site moved no more bytes than it must (everything of a site in one kernel).
+        many_tokens: with so many tokens per pass that reading the weights is negligible.
+        floor: like `many_tokens`, if a site were one kernel that moves no more bytes than it must.
     """
 
     machine: Machine
@@ -102,13 +86,18 @@ class Overhead:
     many_tokens: float
     floor: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON data, without the infinite figures of a limit."""
+        machine = {name: value for name, value in asdict(self.machine).items() if value != _INFINITE}
+        return {**asdict(self), "machine": machine}
+
 
 def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
-    """The expected overhead on each of `MACHINES`.
+    """Return the estimated overhead on each of `MACHINES`.
 
     Args:
-        plain: one forward pass of the plain model.
-        added: what the sites do beyond the plain adds, as they are lowered now.
+        plain: work of one forward pass of the plain model.
+        added: work of the sites beyond the plain adds, as they are lowered now.
         floor: the same at the floor of bytes.
     """
 
@@ -127,41 +116,49 @@ def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
     )
 
 
-def site_work(site: Site, options: ResolvedOptions) -> tuple[Work, Work]:
-    """What one site does beyond its plain add, for all tokens of the example inputs: as lowered now, and at the floor."""
-    value = tensor_value(site.add)
-    assert value is not None
-    tokens = _torch.example_size(value.numel()) // site.width
-    cost = site_cost(site.width, 1, options)
-    lowered, floor = (
-        Work(cost.flops * tokens, (moved - cost.bytes_plain) * tokens, cost.parameters)
-        for moved in (cost.bytes_lowered, cost.bytes_floor)
-    )
-    return lowered, floor
+def plain_flops(graph_module: GraphModule) -> int | None:
+    """Return the FLOPs of one forward pass of a traced graph on its example values.
+
+    None if an operation cannot run on them.
+    """
+    inputs = [_example_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    counter = _torch.flop_counter()
+    try:
+        with mode, counter, torch.no_grad():
+            torch.fx.Interpreter(graph_module).run(*inputs)
+    except Exception:  # an estimate must not make a report fail, whatever a model's operations raise
+        log.debug("the FLOPs of a graph could not be counted", exc_info=True)
+        return None
+    return _torch.example_size(counter.get_total_flops())
 
 
 def traffic(graph: Graph, holds_weights: Callable[[Node], bool]) -> Work:
-    """The bytes of `Work` for a graph with example values; its `flops` are 0.
+    """Return the elements that a graph reads and writes on its example values, with 0 FLOPs.
 
     Args:
-        graph: a plain, normalised graph.
+        graph: a plain, normalized graph.
         holds_weights: whether a graph input is a parameter or a buffer.
     """
     return _Count(graph, holds_weights).work()
 
 
 class _Count:
-    """Operations between two products form one kernel: those that wait for the same number of products on their longest way from the inputs."""
+    """Count of reads and writes. In this class a product is any contraction or region.
+
+    Elementwise operations with the same number of products on their longest path from the inputs
+    form one kernel.
+    """
 
     def __init__(self, graph: Graph, holds_weights: Callable[[Node], bool]) -> None:
         self.holds_weights = holds_weights
-        #: What a view looks at.
+        #: The source of a view.
         self.seen: dict[Node, Node] = {}
-        #: The number of products on the longest way to a value, and with it the kernel that an elementwise operation belongs to.
+        #: The number of products on the longest path to a value: the kernel that computes it.
         self.depth: dict[Node, int] = {}
         self.products: set[Node] = set()
         self.inputs: set[Node] = set()
-        #: Weights, and what is computed from weights alone.
+        #: Weights, and values computed from weights alone.
         self.fixed: set[Node] = set()
         self.weights: set[Node] = set()
         self.reads: set[tuple[int, Node]] = set()
@@ -171,7 +168,7 @@ class _Count:
             self._visit(node)
 
     def work(self) -> Work:
-        """Everything that was counted."""
+        """Return the sums."""
         moved = sum(_elements(node) for _, node in self.reads) + sum(_elements(node) for node in self.writes)
         return Work(0, self.moved + moved, sum(_elements(node) for node in self.weights))
 
@@ -201,9 +198,8 @@ class _Count:
                 self._read_weight(source)
             else:
                 self._write(source)
-                self.moved += min(
-                    _elements(operand), _elements(source)
-                )  # a view may be of a part, or repeat what it sees
+                # A view may be of a part of its source, or repeat it.
+                self.moved += min(_elements(operand), _elements(source))
         self.moved += _elements(node)
         self.products.add(node)
         self.depth[node] += 1
@@ -215,7 +211,7 @@ class _Count:
         for source in sources:
             if source in self.fixed:
                 if op_name(node) == "embedding":
-                    self.moved += _elements(node)  # of the table, the rows that are looked up
+                    self.moved += _elements(node)  # the rows that are looked up
                 else:
                     self._read_weight(source)
             elif source in self.inputs or source in self.products or self.depth[source] != kernel:
@@ -227,13 +223,24 @@ class _Count:
             self.weights.add(source)
 
     def _write(self, source: Node) -> None:
-        """Notes that a value leaves its kernel. Products write their results anyhow."""
+        """Note that a value leaves its kernel. The results of products are counted already."""
         if source not in self.inputs and source not in self.products and source not in self.fixed:
             self.writes.add(source)
 
 
+def _example_value(node: Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def _elements(node: Node) -> int:
-    """Of all floating-point tensors that the node stands for."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    tensors = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    """Return the number of elements of all floating-point tensors in the value of `node`."""
+    tensors = _tensors(_example_value(node))
     return sum(_torch.example_size(tensor.numel()) for tensor in tensors if tensor.is_floating_point())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

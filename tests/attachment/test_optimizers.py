@@ -641,7 +641,6 @@ def test_optimizers_that_the_collector_does_not_show():
     try:
         compiled = compile_eagerly(model)
         loss_of(compiled).backward()
-        assert trained(model, optimizer) == {0}
         optimizer.step()
     finally:
         gc.unfreeze()

@@ -95,7 +95,7 @@ def test_the_console_script_is_installed():
 def test_explain_a_factory_of_a_file(factory):
     done = mhc("explain", "models.py:residual", cwd=factory)
     assert done.returncode == 0, done.stderr
-    assert "Sequential: 3 sites in 1 chain, 0 additions left alone, 1 graph" in done.stdout
+    assert "Sequential: 3 residual adds rewritten, 0 additions skipped\n1 graph, 1 chain;" in done.stdout
     assert "0 … 2  (3 × Block)" in done.stdout
     assert "x + down(x)  models.py:10" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -117,7 +117,7 @@ def test_explain_a_transformers_architecture_without_its_weights():
     started = time.monotonic()
     done = mhc("explain", "hf:gpt2", "--set", "n_layer=3")
     assert done.returncode == 0, done.stderr
-    assert "GPT2LMHeadModel: 6 sites in 1 chain" in done.stdout
+    assert "GPT2LMHeadModel: 6 residual adds rewritten" in done.stdout
     assert "124 M" not in done.stdout
     assert time.monotonic() - started < 120
 
@@ -181,12 +181,12 @@ def test_a_command_that_does_not_exist_has_near_names():
 
 
 def test_an_interrupted_command_says_so_and_exits_with_130(tmp_path):
-    # The factory says when it is waiting: a signal that comes while Python itself is still starting ends it without a word.
+    # The factory reports that it waits: a signal during the start of Python would end it silently.
     (tmp_path / "models.py").write_text(
         "import time\n\ndef waits():\n    print('waiting', flush=True)\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-m", "mhc_compile", "explain", "models:waits"]
-    # A shell may have told its background jobs to ignore SIGINT, and children inherit that.
+    # A shell may make its background jobs ignore SIGINT, and children inherit that.
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     running = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=restore, cwd=tmp_path
@@ -200,14 +200,14 @@ def test_an_interrupted_command_says_so_and_exits_with_130(tmp_path):
     assert "Traceback" not in trouble
 
 
-def test_a_reader_that_has_seen_enough_is_no_trouble():
+def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m mhc_compile zoo --list | head -1"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("family")
     assert done.stderr == ""
 
 
-def test_debug_shows_the_trace(factory, monkeypatch, capsys):
+def test_debug_shows_the_traceback(factory, monkeypatch, capsys):
     said = []
     for flags in ((), ("--debug",)):
         assert inside(monkeypatch, factory, "explain", "nomodule:x", *flags) == 2

@@ -1,4 +1,4 @@
-"""What `mhc explain` prints, as it was reviewed, in a narrow and in a wide terminal. `pytest --regenerate` writes the snapshots anew."""
+"""Output of `mhc explain` in a narrow and a wide terminal, as reviewed; `--regenerate` writes the snapshots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mhc(monkeypatch):
 
 
 def shown(output):
-    """Without the spaces at the ends of lines, and without line numbers, which change with every edit above them."""
+    """Return `output` without trailing spaces and line numbers, which change with every edit."""
     text = "\n".join(line.rstrip() for line in output.splitlines()) + "\n"
     return re.sub(r"(\w+\.py):\d+", r"\1:N", text)
 
@@ -61,7 +61,7 @@ def test_the_report_is_the_reviewed_one(mhc, family, width, request):
 
 
 @pytest.mark.parametrize("width", [80, pytest.param(140, marks=SLOW)])
-def test_the_stories_are_the_reviewed_ones(mhc, width, request):
+def test_the_details_are_the_reviewed_ones(mhc, width, request):
     site = mhc("zoo:resnet", "--why", "stages.1", width=width)
     rejection = mhc("zoo:resnet", "--why", "stages.2", width=width)
     assert (site.exit_code, rejection.exit_code) == (0, 0)
@@ -78,9 +78,9 @@ def test_a_source_line_is_never_cut(mhc):
         assert max(map(len, text.splitlines())) <= width
 
 
-def test_json_of_a_story_and_of_the_overhead(mhc):
-    story = json.loads(mhc("zoo:resnet", "--why", "stages.2", "--json").stdout)
-    assert story["rejections"][0]["reason"] == "projected-skip"
+def test_json_of_details_and_of_the_overhead(mhc):
+    found = json.loads(mhc("zoo:resnet", "--why", "stages.2", "--json").stdout)
+    assert found["rejections"][0]["reason"] == "projected-skip"
     overheads = json.loads(mhc("zoo:resnet", "--json").stdout)["overheads"]
     assert {"NVIDIA H100 SXM"} < {overhead["machine"]["name"] for overhead in overheads}
     assert all(overhead["here"] > 0 for overhead in overheads)
@@ -91,17 +91,17 @@ def test_an_exported_program(mhc, tmp_path):
     torch.export.save(torch.export.export(Decoder(), (tokens(),)), file)
     report = mhc(str(file))
     assert report.exit_code == 0, report.stderr
-    assert f"Decoder: {2 * LAYERS} sites in 1 chain, 0 additions left alone, 1 graph" in report.stdout
+    assert f"Decoder: {2 * LAYERS} residual adds rewritten, 0 additions skipped\n1 graph, 1 chain;" in report.stdout
     assert "x + attn(x)  builders.py:" in report.stdout
-    story = json.loads(mhc(str(file), "--why", "blocks.1.mhc.mlp", "--json").stdout)
-    assert [site["declaring_module"] for site in story["sites"]] == ["blocks.1.mlp"]
+    found = json.loads(mhc(str(file), "--why", "blocks.1.mhc.mlp", "--json").stdout)
+    assert [site["declaring_module"] for site in found["sites"]] == ["blocks.1.mlp"]
 
 
-def test_a_name_that_nothing_has_is_one_readable_paragraph(monkeypatch, capsys):
+def test_an_unknown_name_is_one_readable_paragraph(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["mhc", "explain", "zoo:resnet", "--why", "stage.2"])
     with pytest.raises(SystemExit) as end:
         main()
-    told = capsys.readouterr()
-    assert (end.value.code, told.out) == (2, "")
-    assert "no addition is called 'stage.2'" in told.err
-    assert "near names: stages.2" in told.err
+    output = capsys.readouterr()
+    assert (end.value.code, output.out) == (2, "")
+    assert "no addition is called 'stage.2'" in output.err
+    assert "near names: stages.2" in output.err

@@ -13,7 +13,7 @@ from mhc_compile.config.options import Options
 from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
 from mhc_compile.inspection.diff.rows import align
 from mhc_compile.inspection.diff.views import NodeView
-from mhc_compile.inspection.explain.explain import ChainReport, RejectionReport, SiteReport
+from mhc_compile.inspection.explain.results import ChainReport, RejectionReport, SiteReport
 
 SCRIPT = "</script><script>window.hacked = true</script>"
 IMAGE = "<img src=x onerror=window.hacked=true>"

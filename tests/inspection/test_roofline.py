@@ -1,4 +1,4 @@
-"""The expected overhead of a step, against counts by hand."""
+"""The estimated overhead of a step, compared with counts by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import mhc_compile
-from mhc_compile.inspection.roofline import MACHINES, Machine, Work
+from mhc_compile.inspection.cost import Work
+from mhc_compile.inspection.roofline import MACHINES, Machine
 
 TOKENS, C, H, N = 6, 8, 16, 4
 
@@ -110,7 +111,7 @@ def test_a_program_is_explained_as_its_model_is():
     assert program.sites == model.sites
     assert (program.model, program.cost, program.parameters) == (model.model, model.cost, model.parameters)
     assert (program.plain, program.added, program.floor) == (model.plain, model.added, model.floor)
-    assert all("test_overhead.py:" in site.source for site in program.sites)
+    assert all("test_roofline.py:" in site.source for site in program.sites)
     json.dumps(program.to_dict(), allow_nan=False)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import ResolvedOptions
-    from mhc_compile.inspection.explain.explain import ChainReport, RejectionReport
+    from mhc_compile.inspection.explain.results import ChainReport, RejectionReport
 
 __all__ = ["SCHEMA", "GraphDiff", "ModelDiff"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
-    from mhc_compile.inspection.explain.explain import ChainReport, SiteReport
+    from mhc_compile.inspection.explain.results import ChainReport, SiteReport
 
 __all__ = ["Lifted", "Note", "Part", "Picture", "Place", "Repeat", "Sketch", "Trunk", "sketch"]
 

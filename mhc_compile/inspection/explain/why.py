@@ -1,28 +1,40 @@
-"""`mhc_compile.why`: finds the adds that a name stands for, and tells their stories."""
+"""`mhc_compile.why`: single additions in full, found by name in the plan of the rewrite."""
 
 from __future__ import annotations
 
 import difflib
+import linecache
 import os
 from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
 from mhc_compile.attachment.model_tree import unwrap
+from mhc_compile.capture.shared_graphs import below
 from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
 from mhc_compile.export.exported_program import plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance
-from mhc_compile.inspection.explain.story import RejectionStory, SiteStory, Story
-from mhc_compile.inspection.explain.storytelling import Teller
+from mhc_compile.inspection.explain.explain import rejection_report, site_report
+from mhc_compile.inspection.explain.results import AddExplanation, Operation, RejectionDetail, SiteDetail
+from mhc_compile.modules.gated import create_connection
+from mhc_compile.passes.analysis.feature_axis import entry_axis
+from mhc_compile.passes.analysis.op_info import is_contraction, op_name, tensor_value
+from mhc_compile.passes.analysis.provenance import source_line
+from mhc_compile.passes.analysis.sum_terms import describe, operands
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
+    from torch.fx import Graph, Node
 
-__all__ = ["why"]
+    from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.passes import Chain, Plan, Rejection, Site
+    from mhc_compile.passes.analysis.provenance import Provenance
+
+__all__ = ["DetailBuilder", "why"]
 
 
 def why(
@@ -31,15 +43,20 @@ def why(
     node: str,
     options: Mapping[str, Any] | Options | None = None,
     **kwargs: Any,
-) -> Story:
-    """The full story of one add, or of several that share a name: why it becomes a hyper-connection, or why it does not. Nothing is run or changed.
+) -> AddExplanation:
+    """Explain why one addition, or several that share a name, is rewritten or skipped.
+
+    The model is traced, not run, and not changed.
 
     Args:
         model: as for `explain`.
-        *args: example inputs, as for `model(*args, **kwargs)`. A program has its own, and needs none.
-        node: the name of an operation in the graph ("add_3"; one that is no add stands for the site in whose branch it is), the path of a site
-            ("h.0.mhc.attn"), the path of a module ("h.0": all adds that it or a module below it performs; "h.0.attn", which performs none and ends
-            a branch: the site of that branch), or "file.py:12".
+        *args: example inputs, as for `model(*args, **kwargs)`; none for a program.
+        node: one of
+            - the name of an operation ("add_3"); an operation of a branch stands for its site;
+            - the path of a site ("h.0.mhc.attn");
+            - the path of a module: all additions in it ("h.0"), or, if it performs none and ends
+              a branch ("h.0.attn"), the site of that branch;
+            - "file.py:12".
         options: as for `torch.compile(model, backend="mhc", options=options)`.
         **kwargs: example inputs by name.
 
@@ -53,67 +70,214 @@ def why(
     if isinstance(model, ExportedProgram):
         found = plan_program(model, parsed)
         graph, plan = found.graph, found.plan
-        search.look(Teller(graph, plan, ProgramProvenance(graph, model.graph_signature.input_specs), parsed))
-        return search.story()
+        provenance = ProgramProvenance(graph, model.graph_signature.input_specs)
+        search.add(DetailBuilder(graph, plan, provenance, parsed))
+        return search.result()
 
     def on_graph(dry: DryGraph) -> None:
-        for number, module in enumerate(dry.modules):
-            search.look(Teller(dry.session.graph, dry.session.plan, dry.session.provenance, parsed, module, number))
+        session = dry.session
+        for block, module in enumerate(dry.modules):
+            search.add(DetailBuilder(session.graph, session.plan, session.provenance, parsed, module, block))
 
     dry_run(unwrap(model), args, kwargs, parsed, on_graph)
-    return search.story()
+    return search.result()
 
 
 class _Search:
-    """Goes through the verdicts of all graphs of a model."""
+    """Search for a name among the verdicts on all graphs of a model."""
 
-    def __init__(self, asked: str) -> None:
-        self.asked = asked
-        self.sites: list[SiteStory] = []
-        self.rejections: list[RejectionStory] = []
-        self.around: list[SiteStory] = []
-        self.names: dict[str, None] = {}
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sites: list[SiteDetail] = []
+        self.rejections: list[RejectionDetail] = []
+        #: Sites whose branch has the name; used if no addition has it.
+        self.of_branches: list[SiteDetail] = []
+        self.known: dict[str, None] = {}
 
-    def look(self, teller: Teller) -> None:
-        """The verdicts on one graph."""
-        for site, told in teller.sites():
-            self.names.update(dict.fromkeys((*told.names, told.owner, *_lines(told))))
-            if self._means(told, told.owner):
-                self.sites.append(told)
-            elif self.asked == told.declaring_module or self.asked in {node.name for node in site.branch}:
-                self.around.append(told)
-        for _, rejection in teller.rejections():
-            self.names.update(dict.fromkeys((*rejection.names, rejection.module, *_lines(rejection))))
-            if self._means(rejection, rejection.module):
+    def add(self, builder: DetailBuilder) -> None:
+        """Search the verdicts on one graph."""
+        for site, detail in builder.sites():
+            if self._names(detail, detail.owner, detail.path):
+                self.sites.append(detail)
+            elif self.name == detail.declaring_module or self.name in {node.name for node in site.branch}:
+                self.of_branches.append(detail)
+        for rejection in builder.rejections():
+            if self._names(rejection, rejection.module):
                 self.rejections.append(rejection)
 
-    def story(self) -> Story:
-        """What was found.
+    def result(self) -> AddExplanation:
+        """Return the verdicts that were found.
 
         Raises:
-            UnknownAddError: nothing was.
+            UnknownAddError: there are none.
         """
         if self.sites or self.rejections:
-            return Story(self.asked, tuple(self.sites), tuple(self.rejections))
-        if self.around:
-            return Story(self.asked, tuple(self.around), ())
-        names = [name for name in self.names if name]
-        near = difflib.get_close_matches(self.asked, names, n=5, cutoff=0.5) or names[:5]
-        known = f"near names: {', '.join(near)}" if near else "the model has no addition of floating-point tensors"
+            return AddExplanation(self.name, tuple(self.sites), tuple(self.rejections))
+        if self.of_branches:
+            return AddExplanation(self.name, tuple(self.of_branches), ())
+        names = [name for name in self.known if name]
+        near = difflib.get_close_matches(self.name, names, n=5, cutoff=0.5) or names[:5]
+        hint = f"near names: {', '.join(near)}" if near else "the model has no addition of floating-point tensors"
         raise UnknownAddError(
-            f"no addition is called {self.asked!r}, and no module or line of that name performs one; {known}. Expected the name of an operation,"
-            " the path of a site or of a module, or file.py:LINE; `mhc explain --all` lists them"
+            f"no addition is called {self.name!r}, and no module or line of that name performs one; {hint}."
+            " Expected the name of an operation, the path of a site or of a module, or file.py:LINE;"
+            " `mhc explain --all` lists them"
         )
 
-    def _means(self, told: SiteStory | RejectionStory, module: str) -> bool:
-        asked = self.asked
-        if asked in told.names or (asked and f"{module}.".startswith(f"{asked}.")):
+    def _names(self, detail: SiteDetail | RejectionDetail, module: str, *paths: str) -> bool:
+        """Whether the name stands for an addition in `module`; notes the names that would."""
+        nodes = [add.node for add in detail.add_operations]
+        sources = [add.source for add in detail.add_operations if add.source]
+        self.known.update(dict.fromkeys((*paths, *nodes, module, *map(os.path.basename, sources))))
+        name = self.name
+        if name in (*paths, *nodes) or (name and f"{module}.".startswith(f"{name}.")):
             return True
-        file, colon, line = asked.rpartition(":")
+        file, colon, line = name.rpartition(":")
         if not colon or not line.isdigit():
             return False
-        return any(f"/{add.source}".endswith(f"/{file.removeprefix('./')}:{line}") for add in told.adds)
+        return any(f"/{source}".endswith(f"/{file.removeprefix('./')}:{line}") for source in sources)
 
 
-def _lines(told: SiteStory | RejectionStory) -> list[str]:
-    return [os.path.basename(add.source) for add in told.adds if add.source]
+class DetailBuilder:
+    """Details of the verdicts on one graph, as one module runs it.
+
+    Args:
+        graph: the normalized graph.
+        plan: made on it.
+        provenance: of it.
+        options: of the backend.
+        module: path of the graph's root below the model.
+        block: number of equal blocks that run this graph before `module`. The rewrite numbers the
+            sites of all of them as one chain.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        provenance: Provenance,
+        options: ResolvedOptions,
+        module: str = "",
+        block: int = 0,
+    ) -> None:
+        self.plan, self.provenance, self.options = plan, provenance, options
+        self.module, self.block = module, block
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+
+    def sites(self) -> Iterator[tuple[Site, SiteDetail]]:
+        """Yield all sites, chain by chain."""
+        for number, chain in enumerate(self.plan.chains, start=1):
+            for index, site in enumerate(chain.sites):
+                yield site, self._site(chain, number, index)
+
+    def rejections(self) -> Iterator[RejectionDetail]:
+        """Yield all rejections, in graph order."""
+        for rejection in self.plan.rejections:
+            reason = rejection.reason
+            yield RejectionDetail(
+                **vars(rejection_report(rejection, self.module)),
+                add_operations=self._operations(rejection.adds),
+                code=_code(rejection.add),
+                terms=self._operations(operands(rejection.add)),
+                meaning=reason.meaning,
+                example=reason.example,
+                remedy=reason.remedy,
+                nearest=self._nearest(rejection),
+            )
+
+    def _site(self, chain: Chain, number: int, index: int) -> SiteDetail:
+        site, options = chain.sites[index], self.options
+        report = site_report(site, index, self.module)
+        position = self.block * len(chain.sites) + index
+        branch = sorted(site.branch, key=self.order.__getitem__)
+        connection = create_connection(site.width, options.at(site.path), device="meta")
+        paths = ["", *(below(self.module, each.path) for each in chain.sites), ""]
+        return SiteDetail(
+            **vars(report),
+            add_operations=self._operations(site.adds),
+            code=_code(site.add),
+            trunk=self._operation(site.trunk),
+            trunk_origin=self._trunk_origin(chain, index),
+            skip=self._operation(site.skip),
+            shortcut=self._operations(site.shortcut.nodes),
+            branch_operations=self._operations(branch),
+            axis=site.axis,
+            axis_origin=_axis_origin(site, branch),
+            declaring_module=below(self.module, site.declaring_module.path),
+            declaring_reason=_declaring_reason(site),
+            parameters={f"{report.path}.{name}": tuple(value.shape) for name, value in connection.named_parameters()},
+            chain=number,
+            chain_length=len(chain.sites),
+            previous=paths[index],
+            next=paths[index + 2],
+            lifted=self._operations(chain.links[index].nodes),
+            init_stream=position % options.streams if options.init == "preserve" else None,
+        )
+
+    def _trunk_origin(self, chain: Chain, index: int) -> str:
+        site = chain.sites[index]
+        if index:
+            lifted = ", after operations that run on all streams" if chain.links[index].nodes else ""
+            return f"the sum of {below(self.module, chain.sites[index - 1].path)}{lifted}"
+        if chain.arrives:
+            return "streams from another graph"
+        if site.trunk.op == "placeholder":
+            return "an input of the graph"
+        where = self._module(site.trunk) or "the model itself"
+        return f"'{op_name(site.trunk)}' in {where}; the streams start as copies of it"
+
+    def _nearest(self, rejection: Rejection) -> str:
+        """Return the verdict of the same module whose add is the fewest operations away."""
+        verdicts: dict[Node, str] = {
+            other.add: f"'{other.add}' is skipped too: {other.reason.value}"
+            for other in self.plan.rejections
+            if other is not rejection and other.where == rejection.where
+        }
+        for site in self.plan.sites:
+            if site.owner.path == rejection.where:
+                verdicts[site.add] = f"'{site.add}' is the site {below(self.module, site.path)}"
+        if not verdicts:
+            return ""
+        nearest = min(verdicts, key=lambda add: abs(self.order[add] - self.order[rejection.add]))
+        source = os.path.basename(source_line(nearest))
+        return verdicts[nearest] + (f" ({source})" if source else "")
+
+    def _operations(self, nodes: Iterable[Node]) -> tuple[Operation, ...]:
+        return tuple(self._operation(node) for node in nodes)
+
+    def _operation(self, node: Node) -> Operation:
+        value = tensor_value(node)
+        return Operation(
+            node=node.name,
+            op=op_name(node) or node.op,
+            value=describe(value) if value is not None else "",
+            module=self._module(node),
+            contraction=is_contraction(node),
+            source=source_line(node),
+        )
+
+    def _module(self, node: Node) -> str:
+        stack = self.provenance.stack(node)
+        return below(self.module, stack[-1].path) if stack else self.module
+
+
+def _axis_origin(site: Site, branch: list[Node]) -> str:
+    if site.tail:
+        return "the graph in which the branch begins"
+    if entry_axis(site.trunk, branch) is not None:
+        return "the first operation of the branch that normalizes or contracts the trunk"
+    return f"the result of '{site.anchor}', the last contraction of the branch"
+
+
+def _declaring_reason(site: Site) -> str:
+    if site.tail:
+        return "its call begins the branch, in another graph"
+    if site.declaring_module.key == site.owner.key:
+        return "the owner performs the last contraction of the branch with its own weights"
+    return f"its call ends the branch, with '{site.anchor}'"
+
+
+def _code(node: Node) -> str:
+    """Return the line of the model's code that made `node`."""
+    file, _, line = source_line(node).rpartition(":")
+    return linecache.getline(file, int(line)).strip() if file and line.isdigit() else ""

@@ -23,7 +23,7 @@ from mhc_compile.tools.scaling.model import Decoder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.inspection.explain.explain import Explanation
+    from mhc_compile.inspection.explain.results import Explanation
     from mhc_compile.tools.scaling.shapes import Shape
 
 __all__ = ["Estimate", "estimate"]

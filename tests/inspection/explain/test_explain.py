@@ -1,4 +1,4 @@
-"""`explain`: the same plan as the rewrite, as data and for people."""
+"""`explain`: the plan of the rewrite, as data and as text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_plain_flops_are_counted():
     assert explanation.plain_flops_per_token == pytest.approx(linear + attention)
 
 
-def test_flops_per_token_are_not_told_where_chains_have_different_numbers_of_tokens():
+def test_flops_per_token_are_unknown_if_chains_have_different_numbers_of_tokens():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -86,11 +86,11 @@ def test_the_report_collapses_layers_and_fits(width):
     case = build("gpt2")
     shown = text(mhc_compile.explain(case.model, **case.inputs), width)
     assert max(map(len, shown.splitlines())) <= width
-    assert f"GPT2LMHeadModel: {2 * LAYERS} sites in 1 chain" in shown
+    assert f"GPT2LMHeadModel: {2 * LAYERS} residual adds rewritten, {LAYERS + 1} additions skipped" in shown
     assert f"transformer.h.0 … transformer.h.{LAYERS - 1}  ({LAYERS} × GPT2Block)" in shown
     assert "x + attn(x)  modeling_gpt2.py:" in shown
     assert "no-contraction" in shown
-    assert "parameters" in shown
+    assert "Parameters" in shown
 
 
 def test_the_report_of_a_model_without_sites():
@@ -99,7 +99,7 @@ def test_the_report_of_a_model_without_sites():
 
 
 def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
-    """Both read the plan that `study` makes: reject a site there, and it is gone from both."""
+    """Both read the plan that `study` makes: a site rejected there is missing from both."""
     original = study.plan_chains
 
     def without_last_block(graph, provenance, **settings):
@@ -160,7 +160,7 @@ def test_gain_multiplies_over_depth():
 
 
 def test_integers_between_graphs_are_computed():
-    """A model that breaks its graph to count tokens goes the way that it goes when it runs; a zero would lead it astray."""
+    """A model that breaks its graph to count tokens takes the same path as when it runs; a zero would not."""
 
     class Net(torch.nn.Module):
         def __init__(self):
