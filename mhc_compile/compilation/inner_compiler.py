@@ -111,7 +111,7 @@ def _compile(
     def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         inner = options.inner_backend
         if callable(inner):
-            return inner(graph_module, inputs)
+            return inner(graph_module, inputs)  # type: ignore[no-any-return]
         if inner == "eager":
             return run_eagerly(graph_module)
         graph_module = fuse(graph_module, fusion_passes(options))
@@ -119,7 +119,7 @@ def _compile(
             tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
             table = ops.fused_decompositions()
             return _torch.compile_with_inductor(graph_module, inputs, table, mode, dict(options.inductor), tag)
-        return _torch.inner_backend(inner)(graph_module, inputs)
+        return _torch.inner_backend(inner)(graph_module, inputs)  # type: ignore[no-any-return]
 
     return _torch.split_as_ddp_would(graph_module, inputs, compiler)
 
