@@ -30,7 +30,8 @@ class Frame:
     """What a graph's frame and the Python stack around it say. Valid while Dynamo traces the frame.
 
     Attributes:
-        root: the module whose method is traced; None for a function, or where a graph break lost it.
+        root: the module whose method is traced; None for a function, or where a graph break lost
+            it.
         code: the code object of the frame.
         location: "file:line" of the code.
         ends_at_break: whether a graph break follows the graph.
@@ -52,8 +53,9 @@ class Frame:
     def runs_inside_another(self, module: nn.Module, *, compiled_alone: bool = False) -> bool:
         """Return True if the call of a module that holds `module` surrounds the frame, inside `torch.compile`.
 
-        With `compiled_alone` also calls outside `torch.compile` count: `module` is then a part that was
-        compiled by itself. Wrappers that hold nothing but `module`, such as DDP, do not count there.
+        With `compiled_alone` also calls outside `torch.compile` count: `module` is then a part that
+        was compiled by itself. Wrappers that hold nothing but `module`, such as DDP, do not count
+        there.
         """
         return any(
             (call.inside_compile or (compiled_alone and not _only_wraps(call.module, module)))

@@ -75,7 +75,8 @@ class SiteParameters(ABC):
         """Return the hyper-connection that the site has already. It may have shapes alone.
 
         Raises:
-            AttachError: its owner has something else called `mhc`, or a hyper-connection that contradicts the options.
+            AttachError: its owner has something else called `mhc`, or a hyper-connection that
+                contradicts the options.
         """
 
     @abstractmethod
@@ -98,7 +99,10 @@ class SiteParameters(ABC):
         return rejected
 
     def resolve(self, planner: Planner, options: ResolvedOptions) -> tuple[PlannedSite, ...]:
-        """Plan until every site of the plan can have its parameters. Return those sites; `planner.plan` is their plan."""
+        """Plan until every site of the plan can have its parameters.
+
+        Return those sites; `planner.plan` is their plan.
+        """
         return planned_sites(planner.settle(lambda plan: self.rejections(planned_sites(plan, options))), options)
 
 
@@ -113,7 +117,8 @@ def bind_connection(connection: HyperConnection, find: Callable[[str], Node | st
 
     Args:
         connection: whose settings count.
-        find: gives the graph input, or the path of an attribute, that is the parameter of this name; None where the graph does not have it.
+        find: gives the graph input, or the path of an attribute, that is the parameter of this
+            name; None where the graph does not have it.
 
     Returns:
         The binding; None where the graph lacks a parameter.

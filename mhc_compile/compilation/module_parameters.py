@@ -144,7 +144,8 @@ class PredictedParameters(ModuleParameters):
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
                 with self.graph.inserting_after(last):
                     node = self.added[path] = self.graph.placeholder(path.replace(".", "_"))
-                    node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
+                    # An argument of the graph's code; a path may begin with a digit: "1.mhc.f".
+                    node.target = node.name
                 with like.fake_mode:  # type: ignore[attr-defined]
                     shape = connection.get_parameter(part).shape
                     node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.device)

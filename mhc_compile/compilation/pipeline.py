@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_captured", "observe"]
 
-#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite when it was traced.
+#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite
+#: when it was traced.
 _plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Called with each session once its graph is rewritten.
 _observers: list[Callable[[GraphSession], None]] = []
@@ -47,7 +48,10 @@ def compile_captured(
 
 
 def observe(observer: Callable[[GraphSession], None]) -> Callable[[], None]:
-    """Call `observer` with the session of each graph that is compiled from now on. Return a function that ends this."""
+    """Call `observer` with the session of each graph that is compiled from now on.
+
+    Return a function that ends this.
+    """
     with _lock:
         _observers.append(observer)
 
@@ -59,13 +63,17 @@ def observe(observer: Callable[[GraphSession], None]) -> Callable[[], None]:
 
 
 def _trace_again() -> None:
-    """Start the trace again, in which the parameters are inputs of the graph. Raises; never returns."""
+    """Start the trace again, in which the parameters are inputs of the graph.
+
+    Raises; never returns.
+    """
     with _lock:
         codes = tuple(_plain)
         _plain.clear()
     for code in codes:
         _torch.forget_compiled(code, all_entries=False)
-    # A model that got its hyper-connections just now fits no compiled version of its class, and needs one of its own. (Once it has them, it
-    # shares those of other models like it.) Otherwise the ninth model of a process would meet Dynamo's limit and run without streams.
+    # A model that got its hyper-connections just now fits no compiled version of its class, and
+    # needs one of its own. (Once it has them, it shares those of other models like it.) Otherwise
+    # the ninth model of a process would meet Dynamo's limit and run without streams.
     _torch.make_room()
     _torch.restart_trace()

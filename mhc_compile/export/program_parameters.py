@@ -67,7 +67,8 @@ class ProgramProvenance(Provenance):
 class ProgramParameters(SiteParameters):
     """The parameters of the hyper-connections of a program, those that it has and those that it gets.
 
-    A program that was exported from a model with hyper-connections attached has them among its inputs, unread: they are used.
+    A program that was exported from a model with hyper-connections attached has them among its
+    inputs, unread: they are used.
 
     Args:
         graph: the normalised graph; `bind` adds inputs to it.
@@ -98,7 +99,8 @@ class ProgramParameters(SiteParameters):
         """Return the shapes of the hyper-connection that the program has for the site.
 
         Raises:
-            AttachError: the owner of the site has something else called `mhc`, or its hyper-connection contradicts the options.
+            AttachError: the owner of the site has something else called `mhc`, or its
+                hyper-connection contradicts the options.
         """
         site, path = planned.site, self.path(planned)
         container = path.removesuffix(f".{site.name}")
@@ -135,7 +137,10 @@ class ProgramParameters(SiteParameters):
         return binding
 
     def path(self, planned: PlannedSite) -> str:
-        """Return where the parameters of a site are. A module that the model holds under several names is one module: its first name counts."""
+        """Return where the parameters of a site are.
+
+        A module that the model holds under several names is one module: its first name counts.
+        """
         owner = planned.site.owner.path
         return below(self._aliases.get(owner, [owner])[0], f"{CONTAINER}.{planned.site.name}")
 
@@ -167,7 +172,8 @@ class ProgramParameters(SiteParameters):
             following = [node for node in self.graph.nodes if node.op == "placeholder"][place:]
             with self.graph.inserting_before(following[0] if following else next(iter(self.graph.nodes))):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
-                node.target = node.name  # an argument of the graph's code; a module's name may be anything without dots
+                # An argument of the graph's code; a module's name may be anything without dots.
+                node.target = node.name
             node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
             self.specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node

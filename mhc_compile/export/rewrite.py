@@ -49,26 +49,33 @@ def rewrite(
     """A graph module, or an exported program, like `model`, on parallel residual streams, with the new parameters registered.
 
     Args:
-        model: a graph module from `torch.fx.symbolic_trace`, or a program from `torch.export.export`, decomposed or not. It stays as it is; the
-            result shares its parameters and leaf modules.
-        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes and dtypes and are not computed with. A
-            program knows its own shapes, dynamic ones too, and takes none.
-        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`, `inductor` and `existing_optimizers` play no part.
+        model: a graph module from `torch.fx.symbolic_trace`, or a program from
+            `torch.export.export`, decomposed or not. It stays as it is; the result shares its
+            parameters and leaf modules.
+        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes
+            and dtypes and are not computed with. A program knows its own shapes, dynamic ones too,
+            and takes none.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`,
+            `inductor` and `existing_optimizers` play no part.
 
     Returns:
-        A new one of the same kind; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` has the parameters
-        `blocks.0.mhc.attn.phi`, `.bias` and `.scale`.
+        A new one of the same kind; one that was rewritten before comes back as a copy. The
+        hyper-connection of `blocks.0.attn` has the parameters `blocks.0.mhc.attn.phi`, `.bias` and
+        `.scale`.
 
-        A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile` takes it with any backend.
+        A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile`
+        takes it with any backend.
 
-        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and trained without this package. Its new
-        parameters are entries of its state dict and parameters of its signature; everything else of the signature is that of `model`.
+        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and
+        trained without this package. Its new parameters are entries of its state dict and
+        parameters of its signature; everything else of the signature is that of `model`.
 
     Raises:
         OptionError: the options are wrong.
         CaptureError: neither a graph module nor a program, or the example inputs do not fit.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that contradict the options.
+        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that
+            contradict the options.
     """
     parsed = Options.parse(options)
     if isinstance(model, ExportedProgram):
