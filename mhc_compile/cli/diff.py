@@ -33,7 +33,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 @click.option("--svg", type=_FILE, metavar="FILE", help="Draw the trunk before and after.")
 @click.option("--dot", type=_FILE, metavar="FILE", help="The same drawing for Graphviz.")
 @click.option("--mermaid", type=_FILE, metavar="FILE", help="The same drawing for Markdown.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; mhc_compile.ModelDiff.to_dict documents it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; mhc_compile.results.ModelDiff.to_dict documents it.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
     target: str,

@@ -1,4 +1,4 @@
-"""`mhc_compile.StabilityCallback`: the stability of a model while it is trained."""
+"""`mhc_compile.integrations.StabilityCallback`: the stability of a model while it is trained."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -228,7 +229,7 @@ def test_a_model_without_residual_adds_warns_and_runs():
 
 
 def test_a_model_without_residual_adds_is_an_error_with_strict():
-    with pytest.raises(mhc_compile.NothingRewrittenError, match="no addition of floating-point tensors"):
+    with pytest.raises(mhc_compile.errors.NothingRewrittenError, match="no addition of floating-point tensors"):
         torch.compile(Stack(), backend="mhc", options={"strict": True, **EAGER})(torch.randn(2, 4))
 
 
@@ -281,7 +282,7 @@ def test_other_streams_than_attached_are_an_error():
     model = Decoder()
     mhc_compile.attach(model, tokens(), options={"streams": 2})
     with pytest.raises(
-        mhc_compile.AttachError, match=r"blocks.0.mhc.attn: .* has streams=2, the options say streams=4"
+        mhc_compile.errors.AttachError, match=r"blocks.0.mhc.attn: .* has streams=2, the options say streams=4"
     ):
         torch.compile(model, backend="mhc", options=EAGER)(tokens())
 
@@ -289,7 +290,7 @@ def test_other_streams_than_attached_are_an_error():
 def test_a_module_with_an_mhc_of_its_own_is_an_error():
     model = Decoder()
     model.blocks[0].mhc = nn.Identity()
-    with pytest.raises(mhc_compile.AttachError, match=r"'blocks.0' already has an attribute 'mhc' \(Identity\)"):
+    with pytest.raises(mhc_compile.errors.AttachError, match=r"'blocks.0' already has an attribute 'mhc' \(Identity\)"):
         torch.compile(model, backend="mhc", options=EAGER)(tokens())
 
 

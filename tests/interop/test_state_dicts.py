@@ -8,8 +8,9 @@ from helpers.builders import Small, points
 from helpers.native_states import NAMES, WIDTH, native_state, same
 
 import mhc_compile
-from mhc_compile import AttachError, CheckpointError, OptionError, interop
+from mhc_compile import interop
 from mhc_compile.config.presets import get_preset
+from mhc_compile.errors import AttachError, CheckpointError, OptionError
 
 
 @pytest.fixture(params=NAMES, ids="-".join)

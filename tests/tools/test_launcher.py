@@ -15,8 +15,9 @@ import torch
 from helpers.builders import LAYERS, Decoder, tokens
 
 import mhc_compile
-from mhc_compile import OptionError, Options
+from mhc_compile import Options
 from mhc_compile._torch.default_backend import give_compile_a_default
+from mhc_compile.errors import OptionError
 from mhc_compile.tools.launcher.command import interpreter_flags
 from mhc_compile.tools.launcher.default import DefaultBackend
 from mhc_compile.tools.launcher.table import find_table

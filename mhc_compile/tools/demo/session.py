@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from mhc_compile import Explanation
+    from mhc_compile.results import Explanation
     from mhc_compile.tools.demo.interrupt import Interrupts
     from mhc_compile.tools.demo.progress import Silent
     from mhc_compile.tools.demo.training import Duel

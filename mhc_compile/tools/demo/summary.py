@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mhc_compile import Explanation
+    from mhc_compile.results import Explanation
 
 __all__ = ["CAUTION", "print_summary"]
 

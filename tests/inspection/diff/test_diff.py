@@ -11,6 +11,7 @@ from helpers.builders import Decoder, tokens
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.inspection.diff.fold import new_parameters, sections
 from mhc_compile.inspection.diff.rows import Change
 from mhc_compile.passes import plan_chains
@@ -192,7 +193,7 @@ def test_what_a_pass_does_is_seen():
     ],
 )
 def test_a_stage_that_does_not_exist(stage, words):
-    with pytest.raises(mhc_compile.OptionError, match=words):
+    with pytest.raises(mhc_compile.errors.OptionError, match=words):
         mhc_compile.diff(decoder(1), tokens(), stage=stage)
 
 

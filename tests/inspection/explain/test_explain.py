@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.passes.planning import planner as study
 
 
@@ -138,7 +139,7 @@ def test_a_graph_break_gives_two_graphs():
 
 
 def test_gain_needs_an_attached_model():
-    with pytest.raises(mhc_compile.AttachError, match="Decoder has no hyper-connections to measure"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="Decoder has no hyper-connections to measure"):
         mhc_compile.gain(Decoder(), tokens())
 
 
@@ -178,5 +179,5 @@ def test_integers_between_graphs_are_computed():
     explanation = mhc_compile.explain(Net(), torch.tensor([[3, 1, 3, 2]]))
     assert len(explanation.sites) == 2
     assert len(explanation.graphs) > 1
-    with pytest.raises(mhc_compile.CaptureError, match="expected two tokens 3"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match="expected two tokens 3"):
         mhc_compile.explain(Net(), torch.tensor([[3, 1, 1, 2]]))

@@ -14,6 +14,7 @@ from helpers.builders import LAYERS, Decoder, Small, build, points, tokens
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 MHC = {"backend": "mhc", "options": EAGER}
@@ -467,12 +468,12 @@ def test_options_are_those_of_the_hyper_connections():
     result = mhc_compile.stability(model, points)
     assert result.chains[0].streams == 2
     assert result.sites[0].mean == ((1.0, 0.0), (0.0, 1.0))
-    with pytest.raises(mhc_compile.AttachError, match="streams=2, the options say streams=4"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="streams=2, the options say streams=4"):
         mhc_compile.stability(model, points, options={"mapping": "identity"})
 
 
 def test_a_plain_model_is_rejected():
-    with pytest.raises(mhc_compile.AttachError, match="Decoder has no hyper-connections to measure"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="Decoder has no hyper-connections to measure"):
         mhc_compile.stability(Decoder(), tokens())
 
 
@@ -521,7 +522,9 @@ def test_a_site_that_the_model_did_not_run_before_gets_nothing_from_a_measuremen
 
     model, inputs = Growing(3), torch.randn(3, 4)
     mhc_compile.attach(model, inputs)
-    with pytest.raises(mhc_compile.AttachError, match=r"site mhc.parts.2 of Growing has no hyper-connection yet"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError, match=r"site mhc.parts.2 of Growing has no hyper-connection yet"
+    ):
         mhc_compile.stability(model, inputs, 3)
     assert list(mhc_compile.connections(model)) == ["mhc.parts.0", "mhc.parts.1"]
     mhc_compile.attach(model, inputs, 3)
