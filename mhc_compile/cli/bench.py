@@ -124,6 +124,7 @@ def command(
     rounds = _QUICK_ROUNDS if quick and "rounds" not in given else rounds
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     _check_device(device)
+    loaded: Target | None = None
     if target is not None:
         if foreign := ", ".join(_FLAGS.get(name, f"--{name}") for name in _NOT_OF_A_TARGET if name in given):
             raise click.UsageError(f"{foreign}: of the benchmark without TARGET; {target!r} has its own sizes")
@@ -142,24 +143,26 @@ def command(
     from rich.console import Console
 
     from mhc_compile.reporting.progress import choose_progress
+    from mhc_compile.tools.bench.measure import run
     from mhc_compile.tools.bench.report import target_view, view, write_png
+    from mhc_compile.tools.bench.workloads import Shape
 
     if threads is not None:
         torch.set_num_threads(threads)
+    width, cold = result_console().width, not quick
     result: Result | TargetResult
     with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-        if target is not None:
-            result = _time_target(loaded, options, device, dtype, rounds=rounds, cold=not quick, progress=progress)
-            shown = target_view(result, result_console().width)
+        if loaded is not None:
+            result = _time_target(loaded, options, device, dtype, rounds=rounds, cold=cold, progress=progress)
+            shown = target_view(result, width)
         else:
-            from mhc_compile.tools.bench.measure import run
-            from mhc_compile.tools.bench.workloads import Shape
-
             where = device or ("cuda" if torch.cuda.is_available() else "cpu")
             shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"), **sizes)
             kinds = ("site", "step") if kind == "both" else (kind,)
-            result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=not quick, progress=progress)
-            shown = view(result, result_console().width)
+            result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=cold, progress=progress)
+            shown = view(result, width)
+            if png_file is not None:
+                write_png(result, png_file)
     if json_file == Path("-"):
         print_json(result.to_dict())
     else:
@@ -167,8 +170,6 @@ def command(
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         write(shown)
-    if png_file is not None and target is None:
-        write_png(result, png_file)
     if result.interrupted:
         sys.exit(130)
     if result.failed:

@@ -123,7 +123,6 @@ def test_predicted_against_measured() -> None:
     from mhc_compile.tools.scaling.measured import compare
 
     got = compare(Measured(width=128, layers=4, tokens=256, vocabulary=64), rounds=3, cold=False)
-    print(got["kept_measured"] / got["kept_predicted"])
     assert got["kept_measured"] == pytest.approx(got["kept_predicted"], rel=0.1)
     assert 0 < got["floor"] < got["lowered"]
     assert got["plain_measured"] > 0.3 * got["plain_predicted"]  # nothing runs much faster than the roofline

@@ -23,7 +23,7 @@ machine before and after.
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,11 +78,7 @@ class Counters:
 
     def per_site(self, plain: Counters, sites: int) -> Counters:
         """Return `(self − plain) / sites`."""
-        return Counters(
-            (self.kernels - plain.kernels) / sites,
-            (self.externs - plain.externs) / sites,
-            (self.bytes - plain.bytes) / sites,
-        )
+        return Counters(*((one - other) / sites for one, other in zip(astuple(self), astuple(plain), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

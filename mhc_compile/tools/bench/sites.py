@@ -52,19 +52,29 @@ class Residual(nn.Module):
 
 
 class StreamEnds(nn.Module):
-    """Streams [1, T, n, C] as copies of the trunk [1, T, C], and their mean."""
+    """Streams [1, T, n, C] as copies of the trunk [1, T, C], and their mean.
 
-    def __init__(self, shape: Shape) -> None:
+    `enter` and `leave` replace them where an implementation has its own.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        enter: Callable[[Tensor], Tensor] | None = None,
+        leave: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.streams = shape.streams
+        self.streams, self._enter, self._leave = shape.streams, enter, leave
 
     def enter(self, x: Tensor) -> Tensor:
         """Return the streams in the layout of this implementation."""
+        if self._enter is not None:
+            return self._enter(x)
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.streams, x.shape[-1]).contiguous()
 
     def leave(self, streams: Tensor) -> Tensor:
         """Return the trunk [1, T, C]."""
-        return streams.mean(-2)
+        return self._leave(streams) if self._leave is not None else streams.mean(-2)
 
 
 class _Cell(nn.Module):
@@ -95,7 +105,7 @@ def own_cell(shape: Shape, mapping: str, *, fused: bool) -> tuple[nn.Module, tup
     """Return a site of this package; `fused` makes it one operator, if the device has a kernel."""
     site, ends = _OperatorsSite(shape, mapping), StreamEnds(shape)
     if fused and step_available(shape):
-        return _StepCell(shape, mapping), _inputs(shape, site, ends)
+        return _StepCell(site), _inputs(shape, site, ends)
     return cell(shape, site, ends)
 
 
@@ -120,18 +130,14 @@ def _inputs(shape: Shape, site: Residual, ends: StreamEnds) -> tuple[Tensor, ...
     return tuple(tensor.detach().clone().requires_grad_() for tensor in (branch, *held))
 
 
-def _connection(shape: Shape, mapping: str) -> HyperConnection:
-    # With the preserving init phi is zero: a product that no later step of a training has.
-    options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, init="random")
-    return HyperConnection(shape.width, options, device=shape.device)
-
-
 class _OperatorsSite(Residual):
     """`X' = H_res X + H_postᵀ f` by `mhc::coefficients`, `mhc::collapse` and `mhc::update`."""
 
     def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
         super().__init__()
-        self.connection = _connection(shape, mapping)
+        # With the preserving init phi is zero: a product that no later step of a training has.
+        options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, init="random")
+        self.connection = HyperConnection(shape.width, options, device=shape.device)
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         pre, post, res = self.connection.coefficients(streams)
@@ -144,9 +150,9 @@ class _OperatorsSite(Residual):
 class _StepCell(nn.Module):
     """The cell as one operator, `mhc::step`, which passes over the streams once."""
 
-    def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
+    def __init__(self, site: _OperatorsSite) -> None:
         super().__init__()
-        self.connection = _connection(shape, mapping)
+        self.connection = site.connection
 
     def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
         c = self.connection
@@ -155,12 +161,18 @@ class _StepCell(nn.Module):
         return h, new, new_post, new_res
 
 
-def _deepseek_config(shape: Shape) -> Any:
-    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+def _deepseek(shape: Shape, name: str, prefix: str) -> Any:
+    """Return a module of transformers' DeepSeek-V4, initialized."""
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
 
-    return DeepseekV4Config(
+    config = v4.DeepseekV4Config(
         hidden_size=shape.width, hc_mult=shape.streams, hc_sinkhorn_iters=shape.iterations, initializer_range=_STD
     )
+    module = getattr(v4, name)(config)
+    nn.init.normal_(getattr(module, f"{prefix}fn"), std=_STD)
+    nn.init.zeros_(getattr(module, f"{prefix}base"))
+    nn.init.ones_(getattr(module, f"{prefix}scale"))
+    return module.to(shape.device)
 
 
 class _DeepseekSite(Residual):
@@ -168,13 +180,7 @@ class _DeepseekSite(Residual):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
-
-        self.connection = DeepseekV4HyperConnection(_deepseek_config(shape))
-        nn.init.normal_(self.connection.fn, std=_STD)
-        nn.init.zeros_(self.connection.base)
-        nn.init.ones_(self.connection.scale)
-        self.to(shape.device)
+        self.connection = _deepseek(shape, "DeepseekV4HyperConnection", "")
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         post, comb, h = self.connection(streams)
@@ -187,21 +193,9 @@ class _DeepseekSite(Residual):
         return post.to(dtype).unsqueeze(-1) * branch.unsqueeze(-2) + mixed
 
 
-class _DeepseekEnds(StreamEnds):
-    """Copies, and the learned weighted sum of `DeepseekV4HyperHead`."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperHead
-
-        self.head = DeepseekV4HyperHead(_deepseek_config(shape))
-        nn.init.normal_(self.head.hc_fn, std=_STD)
-        nn.init.zeros_(self.head.hc_base)
-        nn.init.ones_(self.head.hc_scale)
-        self.to(shape.device)
-
-    def leave(self, streams: Tensor) -> Tensor:
-        return self.head(streams)  # type: ignore[no-any-return]
+def _deepseek_ends(shape: Shape) -> StreamEnds:
+    """Return copies, and the learned weighted sum of `DeepseekV4HyperHead`."""
+    return StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_"))
 
 
 class _PackageSite(Residual):
@@ -222,20 +216,11 @@ class _PackageSite(Residual):
         return self.connection.depth_connection(branch, held[0], beta=held[1])  # type: ignore[no-any-return]
 
 
-class _PackageEnds(StreamEnds):
-    """The package's own: copies, and their sum."""
+def _package_ends(shape: Shape) -> StreamEnds:
+    """Return the package's copies [n, T, C], and their sum."""
+    from hyper_connections import mc_get_expand_reduce_stream_functions
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        from hyper_connections import mc_get_expand_reduce_stream_functions
-
-        self.expand, self.reduce = mc_get_expand_reduce_stream_functions(shape.streams)
-
-    def enter(self, x: Tensor) -> Tensor:
-        return self.expand(x)  # type: ignore[no-any-return]
-
-    def leave(self, streams: Tensor) -> Tensor:
-        return self.reduce(streams)  # type: ignore[no-any-return]
+    return StreamEnds(shape, *mc_get_expand_reduce_stream_functions(shape.streams))
 
 
 class _LigerSite(Residual):
@@ -297,8 +282,8 @@ class _TileSite(Residual):
 #: Builders of a site, from the sizes and its place in the model, and of the ends of the streams.
 CONNECTIONS: dict[str, tuple[Callable[[Shape, int], Residual], Callable[[Shape], StreamEnds]]] = {
     "operators": (lambda shape, _: _OperatorsSite(shape), StreamEnds),
-    "deepseek": (lambda shape, _: _DeepseekSite(shape), _DeepseekEnds),
-    "package": (_PackageSite, _PackageEnds),
+    "deepseek": (lambda shape, _: _DeepseekSite(shape), _deepseek_ends),
+    "package": (_PackageSite, _package_ends),
     "liger": (lambda shape, _: _LigerSite(shape), StreamEnds),
     "tile": (lambda shape, _: _TileSite(shape), StreamEnds),
 }

@@ -157,7 +157,7 @@ class StreamsModel(PlainModel):
                 site: Any = next(sites)
                 h, held = site.read(streams)
                 streams = site.write(branch(h), *held)
-        return self.ends.leave(streams)  # type: ignore[no-any-return]
+        return self.ends.leave(streams)
 
 
 def batch(shape: Shape) -> tuple[Tensor, Tensor]:

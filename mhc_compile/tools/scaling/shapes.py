@@ -62,7 +62,7 @@ class Shape:
             raise OptionError(f"shape {self.name!r}: {self.active} active experts of {self.experts}")
 
     @classmethod
-    def of(cls, *, width: int, layers: int, heads: int | None = None, hidden: int | None = None, **sizes: int) -> Shape:
+    def of(cls, *, width: int, layers: int, heads: int | None = None, hidden: int | None = None, **sizes: Any) -> Shape:
         """Return a dense model; by default heads have 128 channels, `hidden` is about 8/3 C."""
         heads = max(1, width // 128) if heads is None else heads
         if heads < 1 or width % heads:
@@ -70,8 +70,8 @@ class Shape:
                 f"width {width} and {heads} heads: the heads do not divide the width. Name another number of heads"
             )
         hidden = max(64, round(8 * width / 3 / 64) * 64) if hidden is None else hidden
-        own = {"layers": layers, "width": width, "heads": heads, "head": width // heads, "hidden": hidden}
-        return cls(name="yours", **own, **sizes)
+        head = width // heads
+        return cls(name="yours", layers=layers, width=width, heads=heads, head=head, hidden=hidden, **sizes)
 
 
 _PAPER: dict[str, Any] = {

@@ -62,7 +62,8 @@ def test_deepseek_projects_all_streams_to_all_coefficients():
     (site,), ends = BY_NAME["deepseek-v4"].sites(SHAPE, 1)
     assert site.connection.fn.shape == (24, 4 * 16)
     assert site.connection.hc_sinkhorn_iters == 3
-    assert ends.head.hc_fn.shape == (4, 4 * 16)
+    (head,) = ends.children()
+    assert head.hc_fn.shape == (4, 4 * 16)
 
 
 def test_hyper_connections_projects_each_stream_separately():
