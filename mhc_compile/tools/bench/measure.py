@@ -6,6 +6,7 @@ import itertools
 import logging
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,14 +87,7 @@ def run(
 
 
 def measure(
-    kind: str,
-    shape: Shape,
-    candidates: Sequence[Candidate],
-    *,
-    limit: bool,
-    rounds: int,
-    cold: bool,
-    progress: Silent,
+    kind: str, shape: Shape, candidates: Sequence[Candidate], *, limit: bool, rounds: int, cold: bool, progress: Silent
 ) -> tuple[Benchmark, bool]:
     """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted.
 
@@ -101,18 +95,9 @@ def measure(
     """
     torch.compiler.reset()
     mine = [candidate for candidate in candidates if kind in candidate.kinds]
-    rows: dict[str, Row] = {}
-    workloads: dict[str, Workload] = {}
-    for index, candidate in enumerate(mine):
-        name = candidate.name
-        progress.phase(f"{kind}: compiling {name} ({index + 1} of {len(mine)})")
-        row = Row(name=name, title=candidate.title, status="missing", message=candidate.missing(shape) or "")
-        if row.message:
-            rows[name] = row
-            continue
-        prepare(row, rows, workloads, lambda c=candidate: _workload(kind, shape, c), cold=cold)  # type: ignore[misc]
-        if rows[name].status == "failed":
-            progress.note(f"{kind}: {name} failed: {rows[name].message}")
+    rows = {c.name: Row(name=c.name, title=c.title, status="missing", message=c.missing(shape) or "") for c in mine}
+    builds = {c.name: partial(_workload, kind, shape, c) for c in mine}
+    workloads = prepare(rows, builds, label=f"{kind}: ", cold=cold, progress=progress)
     if limit:
         # The bytes of a site's limit were counted by hand.
         size = sum(map(sum, moved(shape))) * shape.tokens * shape.real.itemsize
@@ -124,37 +109,44 @@ def measure(
 
 
 def prepare(
-    row: Row,
     rows: dict[str, Row],
-    workloads: dict[str, Workload],
-    build: Callable[[], tuple[nn.Module, Workload]],
+    builds: Mapping[str, Callable[[], tuple[nn.Module, Workload]]],
     *,
+    label: str = "",
     cold: bool,
-) -> None:
-    """Build, compile and run one candidate for the first time.
+    progress: Silent,
+) -> dict[str, Workload]:
+    """Build, compile and run every candidate for the first time, unless its row has a message.
 
-    Add its row, without times, to `rows`, and its workload to `workloads` unless it failed.
+    Update the rows, without times, and return the workloads of those that did not fail.
     """
-    try:
-        torch.manual_seed(0)
-        module, workload = build()
-        first = first_run(workload, cold=cold)
-        workload.timed()
-        memory = measure_memory(workload)
-    except Exception as error:  # any error of a candidate becomes its row; the others go on
-        log.debug("%s failed", row.name, exc_info=True)
-        rows[row.name] = replace(row, status="failed", message=_line(error))
-        return
-    workloads[row.name] = workload
-    rows[row.name] = replace(
-        row,
-        status="ok",
-        counters=first.counters,
-        compile_seconds=first.seconds,
-        saved_bytes=memory.saved,
-        peak_bytes=memory.peak,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-    )
+    workloads: dict[str, Workload] = {}
+    for index, (name, build) in enumerate(builds.items()):
+        progress.phase(f"{label}compiling {name} ({index + 1} of {len(builds)})")
+        if rows[name].message:
+            continue
+        try:
+            torch.manual_seed(0)
+            module, workload = build()
+            first = first_run(workload, cold=cold)
+            workload.timed()
+            memory = measure_memory(workload)
+        except Exception as error:  # any error of a candidate becomes its row; the others go on
+            log.debug("%s failed", name, exc_info=True)
+            rows[name] = replace(rows[name], status="failed", message=_line(error))
+            progress.note(f"{label}{name} failed: {_line(error)}")
+            continue
+        workloads[name] = workload
+        rows[name] = replace(
+            rows[name],
+            status="ok",
+            counters=first.counters,
+            compile_seconds=first.seconds,
+            saved_bytes=memory.saved,
+            peak_bytes=memory.peak,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+        )
+    return workloads
 
 
 def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,24 +91,17 @@ def measure_target(
         ),
         "eager": ("plain residual, eager", lambda own: own),
     }
-    rows: dict[str, Row] = {}
-    workloads: dict[str, Workload] = {}
-    for candidate, (title, compiler) in compilers.items():
-        progress.phase(f"compiling {candidate}")
 
-        def build(compiler: Callable[[nn.Module], Callable[..., Any]] = compiler) -> tuple[nn.Module, Workload]:
-            own = copy.deepcopy(model)
-            return own, _workload(compiler(own), own, args, kwargs)
+    def build(compiler: Callable[[nn.Module], Callable[..., Any]]) -> tuple[nn.Module, Workload]:
+        own = copy.deepcopy(model)
+        return own, _workload(compiler(own), own, args, kwargs)
 
-        prepare(Row(name=candidate, title=title, status="missing"), rows, workloads, build, cold=cold)
+    rows = {key: Row(name=key, title=title, status="missing") for key, (title, _) in compilers.items()}
+    builds = {key: partial(build, compiler) for key, (_, compiler) in compilers.items()}
+    workloads = prepare(rows, builds, cold=cold, progress=progress)
+    label = "step" if model.training else "forward"
     benchmark, interrupted = time_rows(
-        "step",
-        rows,
-        workloads,
-        rounds=rounds,
-        sites=max(1, sites),
-        progress=progress,
-        label="step" if model.training else "forward",
+        "step", rows, workloads, rounds=rounds, sites=max(1, sites), progress=progress, label=label
     )
     return TargetResult(
         name,

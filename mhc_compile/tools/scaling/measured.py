@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Machine
@@ -48,14 +48,9 @@ def this_machine(width: int, tokens: int) -> Machine:
     return Machine("this machine", "float32", 4, products, bandwidth, "measured: torch.mm and a copy")
 
 
-def _median(call: Callable[[], object], repeats: int = 15) -> float:
-    call()
-    spans = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        spans.append(time.perf_counter() - begin)
-    return statistics.median(spans)
+def _median(call: Callable[[], object]) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=1).median
 
 
 def compare(shape: Shape, *, rounds: int = 15, cold: bool = True) -> dict[str, Any]:
