@@ -163,12 +163,12 @@ class _StepCell(nn.Module):
 
 def _deepseek(shape: Shape, name: str, prefix: str) -> Any:
     """Return a module of transformers' DeepSeek-V4, initialized."""
-    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+    from transformers.models.deepseek_v4 import configuration_deepseek_v4, modeling_deepseek_v4
 
-    config = v4.DeepseekV4Config(
+    config = configuration_deepseek_v4.DeepseekV4Config(
         hidden_size=shape.width, hc_mult=shape.streams, hc_sinkhorn_iters=shape.iterations, initializer_range=_STD
     )
-    module = getattr(v4, name)(config)
+    module = getattr(modeling_deepseek_v4, name)(config)
     nn.init.normal_(getattr(module, f"{prefix}fn"), std=_STD)
     nn.init.zeros_(getattr(module, f"{prefix}base"))
     nn.init.ones_(getattr(module, f"{prefix}scale"))
