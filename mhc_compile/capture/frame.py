@@ -67,24 +67,18 @@ class Frame:
 
 def read_frame() -> Frame:
     """Read the frame that Dynamo is tracing and the stack around it."""
-    calls, ddp, stage = [], None, None
     running = _torch.running_objects()
-    for owner, inside in ((_torch.frame_self(), True), *running):
-        if isinstance(owner, DistributedDataParallel):
-            ddp = ddp or owner
-        stage = stage or _torch.pipeline_stage(owner)
-    for owner, inside in running:
-        if isinstance(owner, nn.Module):
-            calls.append(ModuleCall(owner, inside))
+    owners = [_torch.frame_self(), *(owner for owner, _ in running)]
+    stages = (_torch.pipeline_stage(owner) for owner in owners)
     return Frame(
         root=_torch.root_module(),
         code=_torch.frame_code(),
         location=_torch.frame_location(),
         ends_at_break=_torch.ends_at_break(),
         is_part=_torch.graph_is_part(),
-        calls=tuple(calls),
-        ddp=ddp,
-        pipeline_stage=stage,
+        calls=tuple(ModuleCall(owner, inside) for owner, inside in running if isinstance(owner, nn.Module)),
+        ddp=next((owner for owner in owners if isinstance(owner, DistributedDataParallel)), None),
+        pipeline_stage=next((stage for stage in stages if stage is not None), None),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.fx import Node
 
 from mhc_compile.attachment.declaration import begun_by
 from mhc_compile.attachment.model_tree import find_connection
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import nn
-    from torch.fx import Graph
+    from torch.fx import Graph, Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.modules.hyper_connection import HyperConnection

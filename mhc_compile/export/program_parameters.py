@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from mhc_compile.attachment.model_tree import CONTAINER
@@ -22,6 +20,8 @@ from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+    from torch import nn
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 

@@ -21,7 +21,6 @@ from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError
 from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.provenance import Provenance
 from mhc_compile.passes.planning.planner import Planner
@@ -30,6 +29,7 @@ from mhc_compile.passes.transforms.checkpoint_regions import adopt
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["rewrite"]

@@ -10,10 +10,9 @@ from experiment.cost_file import FILE
 from experiment.data import Batches
 from experiment.plan import write_json
 from experiment.training import Subject
-from mhc_compile.tools.bench import memory
-from mhc_compile.tools.bench.conditions import load
-from mhc_compile.tools.bench.rounds import interleave
-from mhc_compile.tools.bench.workload import StepWorkload
+from mhc_compile.reporting.conditions import load_average
+from mhc_compile.tools.bench.timing import interleave, measure_memory
+from mhc_compile.tools.bench.workloads import StepWorkload
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +42,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
         name: StepWorkload("cpu", subject.loss, subject.model, batches.held_out[0])
         for name, subject in subjects.items()
     }
-    before = load()
+    before = load_average()
     rounds = interleave(workloads, plan.rounds, WARM_UP, _silent)
     for error in rounds.failures.values():
         raise error
@@ -52,9 +51,9 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     content = {
         "settings": plan.deciding(),
         "seconds": {name: [round(one.total, 6) for one in times] for name, times in rounds.times.items()},
-        "peak": {name: memory.measure(workload).peak for name, workload in workloads.items()},
+        "peak": {name: measure_memory(workload).peak for name, workload in workloads.items()},
         "parameters": {name: sum(p.numel() for p in s.model.parameters()) for name, s in subjects.items()},
-        "load": [before, load()],
+        "load": [before, load_average()],
     }
     write_json(folder / FILE, content)
     return content

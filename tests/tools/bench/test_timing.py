@@ -1,9 +1,9 @@
-"""Rounds: everybody once in each, in turns, and nobody takes the others down."""
+"""Rounds: every candidate once in each, in turn, and a failure ends one candidate alone."""
 
 from __future__ import annotations
 
-from mhc_compile.tools.bench.rounds import interleave
-from mhc_compile.tools.bench.workload import Times, Workload
+from mhc_compile.tools.bench.timing import interleave
+from mhc_compile.tools.bench.workloads import Times, Workload
 
 
 class Counting(Workload):
@@ -28,7 +28,7 @@ def test_warm_up_rounds_do_not_count_and_the_order_turns():
     assert [times.total for times in measured.times["a"]] == [3, 4, 5]
 
 
-def test_who_raises_leaves_and_the_others_go_on():
+def test_failing_candidate_is_dropped():
     broken = Counting(raises_at=3)
     measured = interleave({"good": Counting(), "broken": broken}, 4, 1, lambda name: None)
     assert len(measured.times["good"]) == 4
@@ -37,7 +37,7 @@ def test_who_raises_leaves_and_the_others_go_on():
     assert broken.calls == 3
 
 
-def test_an_interrupt_keeps_complete_rounds_and_drops_the_begun_one():
+def test_interrupt_keeps_complete_rounds_only():
     interrupting = Counting(raises_at=3, error=KeyboardInterrupt())
     measured = interleave({"first": Counting(), "second": interrupting}, 5, 0, lambda name: None)
     assert measured.interrupted
@@ -45,5 +45,5 @@ def test_an_interrupt_keeps_complete_rounds_and_drops_the_begun_one():
     assert {len(times) for times in measured.times.values()} == {2}
 
 
-def test_rounds_of_nobody_end():
+def test_no_candidates():
     assert interleave({}, 2, 1, lambda name: None).times == {}

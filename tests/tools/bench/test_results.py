@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_compile.tools.bench.spread import Spread, paired_difference, paired_ratio, spread
+from mhc_compile.tools.bench.results import Spread, paired_difference, paired_ratio, spread
 
 
 def test_quartiles_are_those_of_the_values():

@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_is_timed_beside_itself(folder):
+def test_plain_rewritten_and_eager_are_timed(folder):
     done = bench(folder, "models.py:make", "--quick", "--json", "-", "--inner-backend", "aot_eager", "--streams", "2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Contenders compute what they say: n streams, the right projections, the same blocks, a training step."""
+"""Candidates compute what they say: n streams, the right projections, the same blocks, a training step."""
 
 from __future__ import annotations
 
@@ -9,41 +9,37 @@ import pytest
 import torch
 
 import mhc_compile
-from mhc_compile.tools.bench import contenders as table
-from mhc_compile.tools.bench.compiling import compiled
-from mhc_compile.tools.bench.contenders import CONTENDERS, choose
-from mhc_compile.tools.bench.model import batch
-from mhc_compile.tools.bench.names import LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError
-from mhc_compile.tools.bench.ours import StepCell
-from mhc_compile.tools.bench.residual import Ends, example
-from mhc_compile.tools.bench.shape import Shape
-from mhc_compile.tools.bench.workload import SiteWorkload, StepWorkload
+from mhc_compile.tools.bench import candidates as table
+from mhc_compile.tools.bench import sites
+from mhc_compile.tools.bench.candidates import CANDIDATES, LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError, choose
+from mhc_compile.tools.bench.measure import compiled
+from mhc_compile.tools.bench.workloads import Shape, SiteWorkload, StepWorkload, batch
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=3)
-BY_NAME = {contender.name: contender for contender in CONTENDERS}
-PEERS = ("deepseek-v4", "hyper-connections")
-STREAMS = ("ours-none", *PEERS)
+BY_NAME = {candidate.name: candidate for candidate in CANDIDATES}
+BASELINES = ("deepseek-v4", "hyper-connections")
+STREAMS = ("ours-none", *BASELINES)
 
 
-def test_an_unknown_name_gives_near_ones():
+def test_unknown_name_suggests_near_ones():
     with pytest.raises(UnknownNameError, match=r"'deepseek'.*did you mean 'deepseek-v4'"):
         choose(["deepseek"])
     with pytest.raises(UnknownNameError, match="known: plain, ours"):
         choose(["zzz"])
 
 
-def test_plain_is_always_there_and_the_order_is_the_table_s():
+def test_plain_is_always_included_in_the_order_of_the_table():
     chosen, limit = choose(["hyper-connections", "ours"])
-    assert [contender.name for contender in chosen] == ["plain", "ours", "hyper-connections"]
+    assert [candidate.name for candidate in chosen] == ["plain", "ours", "hyper-connections"]
     assert not limit
     assert choose(["limit"])[1]
-    everybody = tuple(name for name in NAMES if name not in ONLY_WHEN_NAMED)
-    assert (*(contender.name for contender in choose([])[0]), LIMIT) == everybody
-    assert (*(contender.name for contender in CONTENDERS), LIMIT) == NAMES
-    assert [contender.mapping for contender in choose(["ours-kronecker"])[0]] == ["sinkhorn", "kronecker"]
+    everything = tuple(name for name in NAMES if name not in ONLY_WHEN_NAMED)
+    assert (*(candidate.name for candidate in choose([])[0]), LIMIT) == everything
+    assert (*(candidate.name for candidate in CANDIDATES), LIMIT) == NAMES
+    assert [candidate.mapping for candidate in choose(["ours-kronecker"])[0]] == ["sinkhorn", "kronecker"]
 
 
-def test_what_is_missing_says_why(monkeypatch):
+def test_missing_candidate_says_why(monkeypatch):
     assert "CUDA" in BY_NAME["liger"].missing(SHAPE)
     on_cuda = dataclasses.replace(SHAPE, device="cuda")
     assert "bfloat16" in BY_NAME["tilekernels"].missing(on_cuda)
@@ -66,17 +62,18 @@ def test_deepseek_projects_all_streams_to_all_coefficients():
     (site,), ends = BY_NAME["deepseek-v4"].sites(SHAPE, 1)
     assert site.connection.fn.shape == (24, 4 * 16)
     assert site.connection.hc_sinkhorn_iters == 3
-    assert ends.head.hc_fn.shape == (4, 4 * 16)
+    (head,) = ends.children()
+    assert head.hc_fn.shape == (4, 4 * 16)
 
 
-def test_hyper_connections_projects_every_stream_by_itself():
+def test_hyper_connections_projects_each_stream_separately():
     (site,), _ = BY_NAME["hyper-connections"].sites(SHAPE, 1)
     assert site.connection.dynamic_alpha_fn.shape == (1, 16, 4 + 1)
     assert site.connection.residual_mix_constraint_fn.keywords == {"iters": 3}
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_there_are_n_streams_and_every_one_is_read_and_written(name):
+def test_all_n_streams_are_read_and_written(name):
     (site,), ends = BY_NAME[name].sites(SHAPE, 1)
     x = torch.randn(1, 6, 16)
     streams = ends.enter(x)
@@ -103,7 +100,7 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
     torch.testing.assert_close(out, torch.einsum("btji,btjc->btic", comb, streams))
 
 
-@pytest.mark.parametrize("name", ["plain", "ours", *PEERS, pytest.param("ours-kronecker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["plain", "ours", *BASELINES, pytest.param("ours-kronecker", marks=pytest.mark.slow)])
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
     workload = SiteWorkload("cpu", module, module, [inputs, inputs])
@@ -117,8 +114,7 @@ def test_a_site_gives_gradients_to_everything(name):
 
 
 def test_the_inputs_of_a_site_are_streams_that_differ():
-    (site,), _ = BY_NAME["deepseek-v4"].sites(SHAPE, 1)
-    _, streams, *_ = example(SHAPE, site, Ends(4))
+    _, (_, streams, *_) = BY_NAME["deepseek-v4"].site(SHAPE)
     assert (streams[..., 0, :] - streams[..., 1, :]).abs().min() > 0
 
 
@@ -132,7 +128,7 @@ def test_the_blocks_start_with_the_same_weights():
             assert torch.equal(models[name][key], value), (name, key)
 
 
-@pytest.mark.parametrize("name", ["plain", *PEERS])
+@pytest.mark.parametrize("name", ["plain", *BASELINES])
 def test_a_training_step(name):
     model = BY_NAME[name].model(SHAPE)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -179,7 +175,8 @@ def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
 
         monkeypatch.setattr(torch.ops.mhc, "step", step, raising=False)
     three, inputs = BY_NAME["ours-none"].site(SHAPE)
-    one = StepCell(SHAPE)
+    monkeypatch.setattr(sites, "step_available", lambda shape: True)
+    one, _ = sites.own_cell(SHAPE, "sinkhorn", fused=True)
     one.load_state_dict({key.removeprefix("site."): value for key, value in three.state_dict().items()})
     for mine, theirs in zip(one(*inputs), three(*inputs), strict=True):
         torch.testing.assert_close(mine, theirs)
