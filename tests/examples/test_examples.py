@@ -19,7 +19,7 @@ TINY = ["--steps", "3", "--layers", "1", "--width", "32", "--batch", "2", "--con
 def train(*args: str) -> tuple[list[float], int]:
     """Runs train.py: the losses that it printed, and how many parameters its optimizer trains."""
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / "train.py"), *TINY, *args],
+        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / "training" / "train.py"), *TINY, *args],
         capture_output=True,
         text=True,
         check=False,
@@ -48,7 +48,7 @@ def test_train_with_both_backends() -> None:
 
 
 def test_plain_training_and_the_output_that_its_readme_shows() -> None:
-    script = str(EXAMPLES / "plain_training.py")
+    script = str(EXAMPLES / "unmodified_script" / "plain_training.py")
     assert "mhc" not in Path(script).read_text()
     done = subprocess.run(
         [
@@ -70,7 +70,7 @@ def test_plain_training_and_the_output_that_its_readme_shows() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    readme = (EXAMPLES / "README.md").read_text().split("$ mhc run examples/plain_training.py\n")[1].split("```")[0]
+    readme = (EXAMPLES / "training" / "README.md").read_text().split("$ mhc run examples/plain_training.py\n")[1].split("```")[0]
 
     def words(text: str) -> str:
         return re.sub(r"\s+", " ", re.sub(r"[\d,]*\d(\.\d+)?", "#", text))
@@ -81,13 +81,13 @@ def test_plain_training_and_the_output_that_its_readme_shows() -> None:
 
 @pytest.mark.slow
 def test_export_program_and_the_output_that_its_readme_shows() -> None:
-    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "export_program.py")]
+    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "export" / "export_program.py")]
     tiny = ["--layers", "1", "--width", "16", "--steps", "2"]
     done = subprocess.run(
         [*command, *tiny], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    readme = (EXAMPLES / "README.md").read_text().split("$ python examples/export_program.py\n")[1].split("```")[0]
+    readme = (EXAMPLES / "training" / "README.md").read_text().split("$ python examples/export_program.py\n")[1].split("```")[0]
 
     def words(text: str) -> str:
         """Numbers left out: this run is smaller than the one shown."""
@@ -100,13 +100,13 @@ def test_export_program_and_the_output_that_its_readme_shows() -> None:
 
 
 def test_own_mapping_and_the_output_that_its_readme_shows() -> None:
-    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "own_mapping.py")]
+    command = [sys.executable, "-W", "error::UserWarning:__main__", str(EXAMPLES / "configuration" / "own_mapping.py")]
     tiny = ["--inner-backend", "eager", "--layers", "1", "--width", "16", "--steps", "2"]
     done = subprocess.run(
         [*command, *tiny], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    shown = (EXAMPLES / "README.md").read_text().split("$ python examples/own_mapping.py --inner-backend eager\n")[1]
+    shown = (EXAMPLES / "training" / "README.md").read_text().split("$ python examples/own_mapping.py --inner-backend eager\n")[1]
 
     def words(text: str) -> str:
         """Numbers left out: this run is smaller than the one shown."""
@@ -128,7 +128,7 @@ def test_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
 
     def run(folder: Path, steps: int) -> list[str]:
-        command = [sys.executable, str(EXAMPLES / "trainer.py"), "--output", str(folder), "--steps", str(steps)]
+        command = [sys.executable, str(EXAMPLES / "training" / "trainer.py"), "--output", str(folder), "--steps", str(steps)]
         tiny = ["--layers", "1", "--width", "32", "--batch", "2", "--context", "16", "--save-every", "2"]
         done = subprocess.run(
             [*command, *tiny, "--options", '{"inner_backend": "eager"}'],

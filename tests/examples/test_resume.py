@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "resume.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "training" / "resume.py"
 STEPS = 12
 
 #: Reads a command line and runs it in a fork of itself, which has loaded torch already; says its process id and, later, how it ended.
