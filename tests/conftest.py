@@ -27,5 +27,13 @@ def _fresh_torch():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--regenerate", action="store_true", help="write the snapshots of tests/zoo anew instead of comparing"
+        "--regenerate",
+        action="store_true",
+        help="write snapshots and the output that guides quote instead of comparing",
     )
+
+
+@pytest.fixture
+def regenerate(request):
+    """Whether snapshots and quoted output are to be written instead of compared."""
+    return request.config.getoption("regenerate")

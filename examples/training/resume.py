@@ -1,4 +1,4 @@
-"""Train a model on hyper-connections so that it may be killed at any moment: run it, kill it, run it again, and it goes on bit for bit."""
+"""Train a model that may be killed at any moment: started again, it prints the losses that it would have printed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ arguments = parser.parse_args()
 
 
 def save(path: Path, content: dict[str, object]) -> None:
-    """All of it or nothing: whoever is killed in here leaves the checkpoint before."""
+    """Write all or nothing: a process that is killed here leaves the previous checkpoint intact."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -34,7 +34,7 @@ def save(path: Path, content: dict[str, object]) -> None:
 
 
 def batch(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A denoiser's: smooth sequences with noise and without."""
+    """Return smooth sequences with noise, and without."""
     clean = torch.sin(torch.rand(8, 1, width) * 6 + torch.linspace(0, 6, 32)[None, :, None])
     return clean + 0.5 * torch.randn_like(clean), clean
 

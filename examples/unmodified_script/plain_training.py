@@ -1,4 +1,4 @@
-"""Train a small transformer to repeat what it read four tokens ago. An ordinary script: it compiles its model, and names no backend."""
+"""Train a small transformer to repeat the token of four positions before. The script compiles its model and names no backend."""
 
 from __future__ import annotations
 
