@@ -14,6 +14,7 @@ from helpers.guides import EXAMPLES, ROOT, blocks, environment, guides, quotes, 
 
 import mhc_compile
 from mhc_compile.config.options import Options
+from mhc_compile.passes import Reason
 
 GUIDES = pytest.mark.parametrize("guide", guides(), ids=lambda path: path.relative_to(ROOT).as_posix())
 #: Commands that train or measure; what they print is compared in other tests, or is a figure with conditions.
@@ -67,8 +68,8 @@ def test_python_blocks_name_what_exists(guide):
 
 def spoken(guide) -> list[list[str]]:
     """Every `mhc ...` command of a guide: in code blocks, and between backticks."""
-    text = "\n".join([*blocks(guide, "console"), *blocks(guide, "sh")])
-    lines = re.findall(r"^(?:\$ )?(mhc [a-z].*)", text, re.MULTILINE)
+    lines = [command for command, _ in quotes(guide) if command.startswith("mhc ")]
+    lines += re.findall(r"^(mhc [a-z].*)", "\n".join(blocks(guide, "sh")), re.MULTILINE)
     lines += re.findall(r"`(mhc [a-z][^`]*)`", guide.read_text())
     return [shlex.split(line.replace("[", "").replace("]", ""), comments=True)[1:] for line in lines]
 
@@ -92,6 +93,34 @@ def test_table_of_options():
     told = {name: ast.literal_eval(value) for name, value in rows if name in Options.names()}
     defaults = Options.parse(None)
     assert told == {name: getattr(defaults, name) for name in Options.names()}
+
+
+def test_every_room_is_on_the_map():
+    text = (ROOT / "mhc_compile" / "README.md").read_text()
+    rooms = [path for path in (ROOT / "mhc_compile").iterdir() if (path / "__init__.py").exists()]
+    assert rooms
+    for room in rooms:
+        assert f"| `{room.name}/` |" in text, room
+
+
+def test_quick_start():
+    """The code of README runs as it is printed, but for sizes and the inner compiler."""
+    code = blocks(ROOT / "README.md", "python")[1]
+    smaller = {'backend="mhc"': 'backend="mhc", options={"inner_backend": "eager"}', "n_embd=256": "n_embd=32"}
+    for old, new in (smaller | {"range(10)": "range(2)", "50257, (2, 128)": "50257, (2, 8)"}).items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    connections = mhc_compile.connections(names["model"])
+    assert len(connections) == 8
+    trained = {id(parameter) for group in names["optimizer"].param_groups for parameter in group["params"]}
+    assert all(id(connection.phi) in trained and connection.phi.any() for connection in connections.values())
+
+
+def test_table_of_reasons():
+    codes = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "passes" / "README.md").read_text(), re.MULTILINE)
+    assert codes == [reason.value for reason in Reason]
 
 
 def _quoted_commands():
