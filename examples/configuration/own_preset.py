@@ -1,4 +1,4 @@
-"""Register a preset: the choices of one system under one name, for programs and for the command line."""
+"""Register a preset: one system's choices under one name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a model that Dynamo cuts into several graphs, and compare it with the same model in one graph."""
+"""Compare a model that Dynamo cuts into several graphs with the same model in one graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give the parameters of a model with DeepSeek-V4's hyper-connections the names and layout that DeepSeek-V4 uses, and take them back."""
+"""Export a model to DeepSeek-V4's names and layout, and import it again."""
 
 from __future__ import annotations
 

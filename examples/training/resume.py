@@ -1,4 +1,4 @@
-"""Train a model that may be killed at any moment: started again, it prints the losses that it would have printed."""
+"""Train a model, resumably: killed at any moment and started again, it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ layer = nn.TransformerEncoderLayer(arguments.width, 4, 4 * arguments.width, norm
 model = nn.TransformerEncoder(layer, arguments.layers, nn.LayerNorm(arguments.width), enable_nested_tensor=False)
 compiled = torch.compile(model, backend="mhc", options=arguments.options)
 
-# The parameters must exist before an optimizer is built for them and before a checkpoint is loaded into them.
+# The parameters must exist before an optimizer is built and before a checkpoint is loaded.
 mhc_compile.attach(model, torch.zeros(8, 32, arguments.width), options=arguments.options)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))

@@ -1,4 +1,4 @@
-"""Train a small GPT-2 with the Trainer of transformers; started again, it resumes from the last checkpoint."""
+"""Train a small GPT-2 with the Trainer; started again, it resumes from the last checkpoint."""
 
 from __future__ import annotations
 

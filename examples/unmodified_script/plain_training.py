@@ -1,4 +1,4 @@
-"""Train a small transformer to repeat the token of four positions before. The script compiles its model and names no backend."""
+"""Train a small transformer to repeat tokens. The script compiles its model and names no backend."""
 
 from __future__ import annotations
 

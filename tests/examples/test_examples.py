@@ -1,4 +1,7 @@
-"""Every example runs as it is, in a process of its own, and prints what its guide quotes. `pytest --regenerate` takes over changed words."""
+"""Run every example as it is, in its own process, and compare its output with the guide's quote.
+
+`pytest --regenerate` writes changed words into the guide.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ def test_export_program(regenerate):
 
 @pytest.mark.slow
 def test_pictures(tmp_path):
-    """The pictures are those that the commands draw today; that of the page needs a browser and is not made here."""
+    """Compare with what the commands draw today; the picture of the page needs a browser."""
     run("examples/inspect/pictures/make.py", "--folder", str(tmp_path), "--no-page")
     folder = EXAMPLES / "inspect" / "pictures"
     for name in ("trunk.svg", "diff.svg", "kernels.svg"):
@@ -128,14 +131,14 @@ def test_pictures(tmp_path):
 
 
 def train(*arguments: str) -> tuple[list[float], int]:
-    """Run training/train.py; return the losses that it prints, and how many parameters its optimizer trains."""
+    """Run training/train.py; return its losses, and how many parameters its optimizer trains."""
     printed = example("training/train.py", *TINY_GPT, "--steps", "3", *arguments)
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
     return losses, int(re.search(r"trains ([\d,]+) parameters", printed)[1].replace(",", ""))
 
 
 def compare(plain: tuple[list[float], int], mhc: tuple[list[float], int], streams: int) -> None:
-    """Same start, and the optimizer that existed before the first call trains the hyper-connections of both sites."""
+    """Assert equal first losses, and that the optimizer trains the hyper-connections of both sites."""
     assert len(plain[0]) == len(mhc[0]) == 2
     assert plain[0][0] == pytest.approx(mhc[0][0], abs=2e-4)  # four decimals are printed
     columns = 2 * streams + streams**2
@@ -165,7 +168,7 @@ def test_trainer_resumes(tmp_path):
         return [line for line in done.stdout.splitlines() if not line.startswith("{")]  # the Trainer's own have times
 
     whole = steps(tmp_path / "whole")
-    # A schedule depends on how long the run is to be, so the interrupted one is the longer one's first half.
+    # The schedule depends on the number of steps: the interrupted run is half of one of equal length.
     (tmp_path / "half").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
     assert steps(tmp_path / "half") == whole

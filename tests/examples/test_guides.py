@@ -1,4 +1,4 @@
-"""What README and the guides say exists: links, files, commands, flags, Python names, options; and commands print what is quoted."""
+"""Check that what the guides name exists, and that commands print what is quoted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mhc_compile.config.options import Options
 from mhc_compile.passes import Reason
 
 GUIDES = pytest.mark.parametrize("guide", guides(), ids=lambda path: path.relative_to(ROOT).as_posix())
-#: Commands that train or measure; what they print is compared in other tests, or is a figure with conditions.
+#: Commands that train or measure: compared in other tests, or figures with conditions.
 LONG = {"run", "demo", "bench", "doctor"}
 #: Guides whose prose is wider than 100 columns still.
 UNWRAPPED = {"examples/stability", "mhc_compile/_torch", "mhc_compile/tools/bench"}

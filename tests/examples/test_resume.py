@@ -1,4 +1,4 @@
-"""Kill examples/training/resume.py and start it again: only the current step is lost, and the run continues bit for bit."""
+"""Kill examples/training/resume.py, start it again, and expect the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "training" / "resume.py"
 STEPS = 12
 
-#: Run each command line of stdin in a fork, which has loaded torch already; print its process id and, later, its exit code.
+#: Run each command line of stdin in a fork with torch loaded; print its id, then its exit code.
 SERVER = """
 import json, os, runpy, sys, traceback
 import torch._dynamo, torch._inductor.compile_fx, mhc_compile.backend
@@ -107,7 +107,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory) -> dict[int, str]:
-    """The losses of an uninterrupted run."""
+    """Return the losses of an uninterrupted run."""
     losses = server.start(tmp_path_factory.mktemp("whole"), STEPS).finish().losses
     assert list(losses) == list(range(1, STEPS + 1))
     assert len(set(losses.values())) == STEPS
@@ -116,7 +116,7 @@ def whole(server, tmp_path_factory) -> dict[int, str]:
 
 @pytest.fixture
 def three_steps(server, tmp_path, tmp_path_factory) -> Path:
-    """A folder with the checkpoint of three steps."""
+    """Return a folder with the checkpoint of three steps."""
     made = tmp_path_factory.getbasetemp() / "three-steps"
     if not made.exists():
         made.mkdir()
@@ -134,7 +134,7 @@ def three_steps(server, tmp_path, tmp_path_factory) -> Path:
     ],
 )
 def test_killed_while_saving(written, server, whole, three_steps):
-    """The temporary file is a pipe that takes a number of bytes and then blocks: the process is killed there."""
+    """Kill the process where the temporary file, a pipe, takes no more bytes."""
     checkpoint, temporary = three_steps / "resume.pt", three_steps / "resume.pt.tmp"
     good = checkpoint.read_bytes()
     os.mkfifo(temporary)

@@ -22,12 +22,12 @@ def guides() -> list[Path]:
 
 
 def blocks(guide: Path, language: str) -> list[str]:
-    """The code blocks of a language."""
+    """Return the code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def quotes(guide: Path) -> list[tuple[str, str]]:
-    """The commands of all console blocks, each with the output quoted below it."""
+    """Return the commands of all console blocks, each with the output quoted below it."""
     return [
         (command, output)
         for block in blocks(guide, "console")
@@ -36,19 +36,19 @@ def quotes(guide: Path) -> list[tuple[str, str]]:
 
 
 def quoted_output(guide: Path, command: str) -> str:
-    """The output that a guide quotes below `$ command`."""
+    """Return the output that a guide quotes below `$ command`."""
     found = [output for quoted, output in quotes(guide) if quoted.partition("  #")[0] == command]
     assert len(found) == 1, f"{guide.relative_to(ROOT)} quotes {command!r} {len(found)} times"
     return found[0]
 
 
 def words(text: str) -> str:
-    """The text without its numbers, and with single spaces: sizes, times and rounding differ from run to run."""
+    """Return the text without numbers and with single spaces, as figures differ from run to run."""
     return " ".join(NUMBER.sub("#", text).split())
 
 
 def same_words(folder: str, command: str, output: str, regenerate: bool) -> None:
-    """Compare output with what a guide of the examples quotes. It may come from a smaller run: numbers do not count."""
+    """Compare output, which may come from a smaller run, with a guide's quote, except for numbers."""
     guide = EXAMPLES / folder / "README.md"
     shown = quoted_output(guide, command)
     if regenerate and words(output) != words(shown):
@@ -67,6 +67,6 @@ def replace_output(guide: Path, shown: str, output: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a child process: this checkout, one thread, 100 columns, no colours."""
+    """Return the environment of a child process: this checkout, one thread, 100 columns."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}

@@ -1,6 +1,7 @@
 """Make the pictures of README and of this guide with the commands that they show.
 
-The picture of the page needs chromium, its driver and selenium; without them it is skipped, and a line says so.
+The picture of the page needs chromium, its driver and selenium; without them it is skipped, and
+a line says so.
 """
 
 from __future__ import annotations
