@@ -138,7 +138,7 @@ def train(*arguments: str) -> tuple[list[float], int]:
 
 
 def compare(plain: tuple[list[float], int], mhc: tuple[list[float], int], streams: int) -> None:
-    """Assert equal first losses, and that the optimizer trains the hyper-connections of both sites."""
+    """Assert equal first losses, and that the optimizer trains the parameters of both sites."""
     assert len(plain[0]) == len(mhc[0]) == 2
     assert plain[0][0] == pytest.approx(mhc[0][0], abs=2e-4)  # four decimals are printed
     columns = 2 * streams + streams**2
@@ -168,7 +168,7 @@ def test_trainer_resumes(tmp_path):
         return [line for line in done.stdout.splitlines() if not line.startswith("{")]  # the Trainer's own have times
 
     whole = steps(tmp_path / "whole")
-    # The schedule depends on the number of steps: the interrupted run is half of one of equal length.
+    # The schedule depends on the number of steps, so the interrupted run is half of a full one.
     (tmp_path / "half").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
     assert steps(tmp_path / "half") == whole

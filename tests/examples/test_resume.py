@@ -1,4 +1,4 @@
-"""Kill examples/training/resume.py, start it again, and expect the uninterrupted run bit for bit."""
+"""Kill examples/training/resume.py, start it again, and expect the uninterrupted run."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def words(text: str) -> str:
 
 
 def same_words(folder: str, command: str, output: str, regenerate: bool) -> None:
-    """Compare output, which may come from a smaller run, with a guide's quote, except for numbers."""
+    """Compare output, perhaps of a smaller run, with a guide's quote, except for numbers."""
     guide = EXAMPLES / folder / "README.md"
     shown = quoted_output(guide, command)
     if regenerate and words(output) != words(shown):
