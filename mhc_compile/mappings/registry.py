@@ -60,7 +60,7 @@ def columns(name: str, n: int) -> int | None:
 
 
 def register_mapping(mapping: ResidualMapping) -> None:
-    """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/own_mapping.py`.
+    """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/configuration/own_mapping.py`.
 
     A name that is taken is rejected, unless by an earlier version of the same class, as when a cell
     of a notebook runs again. Graphs that were compiled before keep what they were compiled with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._observe import observers
@@ -33,10 +34,12 @@ def activate(torch: ModuleType, order: str, after: Callable[[str, Callable[[Modu
     _tally = Tally(parsed)
     observers.append(_tally.note)
     backend = DefaultBackend(parsed.options)
-    if _torch.has_default_backend(torch):
-        after(_torch.REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
-    else:
+    if not _torch.has_default_backend(torch):
         _torch.give_compile_a_default(torch, backend)
+    elif _torch.REGISTRY in sys.modules:
+        torch.compiler.set_default_backend(backend)
+    else:
+        after(_torch.REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
 
 
 def say_last() -> None:

@@ -54,7 +54,7 @@ def _with_torch(torch: ModuleType) -> None:
     import importlib.util
 
     if "mhc_compile" not in sys.modules:
-        root = os.path.dirname(os.path.dirname(_HERE))
+        root = os.path.dirname(os.path.dirname(os.path.dirname(_HERE)))
         spec = importlib.util.spec_from_file_location(
             "mhc_compile", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
         )

@@ -1,4 +1,4 @@
-"""Export a model with dynamic shapes, put the program on hyper-connections, save it, load it, train it."""
+"""Export a model with dynamic shapes, rewrite the program, save it, load it, and train it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as folder:
 operators = {str(node.target) for node in loaded.graph.nodes if node.op == "call_function"}
 print(f"operators that are not ATen's: {sorted(name for name in operators if 'mhc' in name) or 'none'}")
 
-# A denoiser of smooth sequences, of another length than the example inputs.
+# Train on sequences of another length than that of the example inputs.
 train = loaded.module()
 optimizer = torch.optim.Adam(train.parameters(), lr=1e-3)
 for step in range(arguments.steps):
@@ -56,4 +56,4 @@ for step in range(arguments.steps):
 total = sum(loaded.state_dict[name].numel() for name in new if name.endswith("phi"))
 trained = dict(train.named_parameters())
 moved = sum(int(trained[name].count_nonzero()) for name in new if name.endswith("phi"))
-print(f"entries of phi that left zero: {moved / total:.0%}")
+print(f"entries of phi that are no longer zero: {moved / total:.0%}")

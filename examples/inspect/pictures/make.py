@@ -1,10 +1,12 @@
-"""Makes the pictures of the README, with the commands that they show: python examples/pictures/make.py
+"""Make the pictures of README and of this guide with the commands that they show.
 
-The page is photographed by a browser (chromium and its driver, with selenium); without one that picture stays as it is, and a line says so.
+The picture of the page needs chromium, its driver and selenium; without them it is skipped, and
+a line says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import shutil
@@ -17,7 +19,6 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-HERE = Path(__file__).parent
 COLUMNS = 100
 TERMINALS = {
     "diff": ("diff", "hf:llama", "--set", "num_hidden_layers=16"),
@@ -50,7 +51,7 @@ THEME = TerminalTheme(
         (140, 149, 159),
     ],
 )
-# rich's own frame loads a font from the network; this one takes what there is.
+# rich's own frame loads a font from the network; this one uses installed fonts.
 FRAME = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
 <title>{chrome}</title>
 <style>
@@ -70,7 +71,7 @@ def mhc(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
-def terminal(name: str, arguments: tuple[str, ...]) -> None:
+def terminal(folder: Path, name: str, arguments: tuple[str, ...]) -> None:
     line = "mhc " + " ".join(arguments)
     console = Console(
         record=True, file=io.StringIO(), width=COLUMNS, force_terminal=True, color_system="standard", highlight=False
@@ -78,13 +79,13 @@ def terminal(name: str, arguments: tuple[str, ...]) -> None:
     console.print(Text.assemble(("$ ", "dim"), (line, "bold"), "\n"))
     console.print(Text.from_ansi(mhc(*arguments)))
     svg = console.export_svg(title="", theme=THEME, code_format=FRAME.replace("{chrome}", line), unique_id=name)
-    (HERE / f"{name}.svg").write_text(svg)
+    (folder / f"{name}.svg").write_text(svg)
 
 
-def photograph(name: str, arguments: tuple[str, ...]) -> None:
+def photograph(target: Path, name: str, arguments: tuple[str, ...]) -> None:
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
-        print(f"no chromium here: {name}.png stays as it is")
+        print(f"no chromium: {name}.png is skipped")
         return
     from selenium import webdriver
     from selenium.webdriver.common.by import By
@@ -101,16 +102,21 @@ def photograph(name: str, arguments: tuple[str, ...]) -> None:
         try:
             window.get(f"{page.as_uri()}#g0:after:mhc_streams_1")
             window.find_element(By.TAG_NAME, "body")
-            window.save_screenshot(str(HERE / f"{name}.png"))
+            window.save_screenshot(str(target / f"{name}.png"))
         finally:
             window.quit()
 
 
 def main() -> None:
-    for name, arguments in TERMINALS.items():
-        terminal(name, arguments)
-    mhc(*DRAWING, str(HERE / "trunk.svg"))
-    photograph("page", PAGE)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where to write them")
+    parser.add_argument("--no-page", action="store_true", help="skip the picture that needs a browser")
+    arguments = parser.parse_args()
+    for name, command in TERMINALS.items():
+        terminal(arguments.folder, name, command)
+    mhc(*DRAWING, str(arguments.folder / "trunk.svg"))
+    if not arguments.no_page:
+        photograph(arguments.folder, "page", PAGE)
 
 
 if __name__ == "__main__":

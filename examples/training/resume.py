@@ -1,4 +1,4 @@
-"""Train a model on hyper-connections so that it may be killed at any moment: run it, kill it, run it again, and it goes on bit for bit."""
+"""Train a model, resumably: killed at any moment and started again, it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ arguments = parser.parse_args()
 
 
 def save(path: Path, content: dict[str, object]) -> None:
-    """All of it or nothing: whoever is killed in here leaves the checkpoint before."""
+    """Write all or nothing: a process that is killed here leaves the previous checkpoint intact."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -34,7 +34,7 @@ def save(path: Path, content: dict[str, object]) -> None:
 
 
 def batch(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A denoiser's: smooth sequences with noise and without."""
+    """Return smooth sequences with noise, and without."""
     clean = torch.sin(torch.rand(8, 1, width) * 6 + torch.linspace(0, 6, 32)[None, :, None])
     return clean + 0.5 * torch.randn_like(clean), clean
 
@@ -44,7 +44,7 @@ layer = nn.TransformerEncoderLayer(arguments.width, 4, 4 * arguments.width, norm
 model = nn.TransformerEncoder(layer, arguments.layers, nn.LayerNorm(arguments.width), enable_nested_tensor=False)
 compiled = torch.compile(model, backend="mhc", options=arguments.options)
 
-# The parameters must exist before an optimizer is built for them and before a checkpoint is loaded into them.
+# The parameters must exist before an optimizer is built and before a checkpoint is loaded.
 mhc_compile.attach(model, torch.zeros(8, 32, arguments.width), options=arguments.options)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))

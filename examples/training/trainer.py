@@ -1,4 +1,4 @@
-"""The Trainer of transformers with hyper-connections: trains a small GPT-2, and goes on where it was when it is started again."""
+"""Train a small GPT-2 with the Trainer; started again, it resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ for entry in trainer.state.log_history:
     if "loss" in entry:
         print(f"step {entry['step']:5d}  loss {float(entry['loss']):.4f}")
 connections = mhc_compile.connections(model)
-print(
-    f"{len(connections)} hyper-connections, of which {sum(bool(c.phi.any()) for c in connections.values())} have learnt"
-)
+print(f"{len(connections)} hyper-connections, {sum(bool(c.phi.any()) for c in connections.values())} of them trained")
 start = windows[:1, :8]
 text = model.eval().generate(
     start, max_new_tokens=min(32, given.context - 8), do_sample=False, pad_token_id=0

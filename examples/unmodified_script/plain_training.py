@@ -1,4 +1,4 @@
-"""Train a small transformer to repeat what it read four tokens ago. An ordinary script: it compiles its model, and names no backend."""
+"""Train a small transformer to repeat tokens. It is compiled, and no backend is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a small GPT-2 on the standard library's sources; the backend alone decides between residual and mHC."""
+"""Train a small GPT-2 on the standard library's sources, with the backend of your choice."""
 
 from __future__ import annotations
 
