@@ -80,7 +80,7 @@ def command(
     if origin and spelling:
         raise click.UsageError("--spelling is for --to: with --from it is detected from the names of the checkpoint")
     pairs = dict(_pair(branch) for branch in branches)
-    from mhc_compile.cli.targets.near import near_files
+    from mhc_compile.cli.targets.suggestions import near_files
     from mhc_compile.cli.trouble import TargetError
 
     if not checkpoint.exists():
