@@ -108,14 +108,13 @@ def _from_native(shapes: Shapes, layout: Layout, branches: Mapping[str, str], ex
         """Return our path of the hyper-connection of a native site."""
         known = spelling.sites[site]
         candidates = [ours for ours, theirs in branches.items() if theirs in known] or list(known)
-        prefixes = {branch: f"{_join(owner, branch)}." for branch in candidates}
-        for possible in (
-            candidates,
-            [branch for branch in candidates if f"{_join(owner, CONTAINER, branch)}.phi" in expected],
-            [branch for branch in candidates if any(plain.startswith(prefixes[branch]) for plain in names.values())],
-        ):
-            if len(possible) == 1:
-                return _join(owner, CONTAINER, possible[0])
+        if len(candidates) > 1:  # the branch of the model, else the one that has entries
+            present = [branch for branch in candidates if f"{_join(owner, CONTAINER, branch)}.phi" in expected]
+            prefixes = {branch: f"{_join(owner, branch)}." for branch in candidates}
+            entries = [b for b in candidates if any(plain.startswith(prefixes[b]) for plain in names.values())]
+            candidates = next((some for some in (present, entries) if len(some) == 1), candidates)
+        if len(candidates) == 1:
+            return _join(owner, CONTAINER, candidates[0])
         raise CheckpointError(
             f"{_join(owner, site.format('*'))} may belong to any of the branches {', '.join(candidates)} of {owner!r},"
             f" and it is not clear to which; say so with branches={{'<branch of your model>': {known[0]!r}}}"

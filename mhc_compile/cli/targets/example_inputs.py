@@ -22,7 +22,7 @@ _SPECIAL = 64
 #: Combinations tried per choice of names.
 _MOST = 12
 #: Names with a default that some models need: a CLIP takes text and image.
-_EXTRA = ("pixel_values", "input_ids", "input_features", "encoder_hidden_states", "attention_mask")
+_EXTRA = ("pixel_values", "input_ids", "input_features", "encoder_hidden_states")
 
 
 def needed(model: Any) -> list[str]:
