@@ -138,6 +138,37 @@ def test_without_strict_the_missing_keys_are_told_where_some_are_there():
         assert set(load(model, partial, strict=False).missing_keys) == missing
 
 
+def test_torch_shows_every_module_of_a_call_the_same_list_of_missing_keys():
+    """The record of a call is found by it; a torch that does otherwise must fail here."""
+    seen = []
+
+    class Listed(torch.nn.Linear):
+        def _load_from_state_dict(self, *args):
+            seen.append(args[4])
+            super()._load_from_state_dict(*args)
+
+    model = torch.nn.ModuleList(Listed(2, 2) for _ in range(3))
+    for _ in range(2):
+        model.load_state_dict(model.state_dict())
+    assert [one is seen[0] for one in seen] == [True] * 3 + [False] * 3
+    assert seen[3] is seen[4] is seen[5]
+
+
+def test_a_load_inside_a_load_does_not_disturb_it():
+    """What was found before the inner call counts after it: a checkpoint that lacks the last site is an error."""
+    model, other = attached(), attached()
+    state = {name: value for name, value in attached().state_dict().items() if not name.startswith("blocks.1.mhc")}
+
+    class Loading(torch.nn.Module):
+        def _load_from_state_dict(self, *args):
+            other.load_state_dict(attached().state_dict())
+
+    model.blocks.insert(1, Loading())
+    state = {name.replace("blocks.1", "blocks.2"): value for name, value in state.items()}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "blocks\.2\.mhc\.attn\.phi"'):
+        model.load_state_dict(state)
+
+
 def test_other_missing_and_unexpected_entries_stay_torch_s_business():
     plain, model = Decoder(), attached()
     state = plain.state_dict()

@@ -1,4 +1,4 @@
-"""Names near a wrong one, as the end of a message."""
+"""Names similar to a wrong one, as the end of a message."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ if TYPE_CHECKING:
 __all__ = ["near_files", "near_names"]
 
 
-def near_names(name: str, known: Iterable[str], count: int = 3) -> str:
-    """`; near names: one, other`, or nothing."""
+def near_names(name: str, known: Iterable[str], count: int = 3, *, prefix: str = "") -> str:
+    """Return "; near names: one, other", each below `prefix`, or ""."""
     known = list(known)
-    near = (
-        difflib.get_close_matches(name, known, n=count) or [other for other in known if name and name in other][:count]
-    )
-    return f"; near names: {', '.join(near)}" if near else ""
+    near = difflib.get_close_matches(name, known, n=count) or [k for k in known if name and name in k][:count]
+    return f"; near names: {', '.join(f'{prefix}.{entry}' if prefix else entry for entry in near)}" if near else ""
 
 
 def near_files(path: str) -> str:
-    """Files of the same kind in the directory of `path` with a name like its; its directory, if that is what is missing."""
+    """Return similar files in the directory of `path`, or say that it is missing."""
     directory, name = os.path.split(path)
     if directory and not os.path.isdir(directory):
         return f"; there is no directory {directory!r} either"

@@ -1,4 +1,7 @@
-"""`package.module:factory` and `path/to/file.py:factory`: code of the user's that makes a model and says how it is called."""
+"""Targets that users write: `package.module:factory`, `path/to/file.py:factory` and `file.pt2`.
+
+Loading any of them, an exported program included, can run code: they are trusted input.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.cli.error_handling import FactoryError, TargetError
-from mhc_compile.cli.targets.near import near_files, near_names
+from mhc_compile.cli.targets.suggestions import near_files, near_names
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -18,16 +21,44 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["load"]
+__all__ = ["load_factory", "load_program"]
 
 _EXPECTED = "(model, args) or (model, args, kwargs), args a tuple of example inputs"
 
 
-def load(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tuple[Any, ...], dict[str, Any]]:
-    """What the factory `name` of a module or file returns. An exported program may stand there itself: it knows its inputs.
+def load_program(path: str) -> tuple[ExportedProgram, tuple[Any, ...], dict[str, Any]]:
+    """Return a program that `torch.export.save` wrote, with the inputs that it was exported with.
 
     Raises:
-        TargetError: there is no such file, module or name, or what it names is no factory, or returns something else.
+        TargetError: no such file, no exported program, or one without example inputs.
+    """
+    if not os.path.isfile(path):
+        raise TargetError(f"there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
+    import torch
+
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # torch raises whatever its unpickler or a schema check meets
+        reason = str(error).strip().splitlines() or [""]
+        raise TargetError(
+            f"{path!r} is no program that torch {torch.__version__} can load ({type(error).__name__}: {reason[0]})."
+            " Expected what torch.export.save(torch.export.export(model, inputs), path) writes"
+        ) from error
+    if program.example_inputs is None:
+        raise TargetError(
+            f"{path!r} was saved without example inputs, and nothing else says how it is called. Export it again, or"
+            " write a factory that loads it and returns (program, args)"
+        )
+    args, kwargs = program.example_inputs
+    return program, tuple(args), dict(kwargs)
+
+
+def load_factory(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tuple[Any, ...], dict[str, Any]]:
+    """Return the result of the factory `name` of a module or file, or the exported program `name`.
+
+    Raises:
+        TargetError: there is no such file, module or name, it is no factory, or its result is not
+            a model with example inputs.
         FactoryError: the code of the file or of the factory raised.
     """
     from torch import nn
@@ -60,7 +91,8 @@ def _parts(made: Any, target: str) -> tuple[nn.Module | ExportedProgram, tuple[A
         return made, tuple(args), dict(kwargs)
     if isinstance(made, (nn.Module, ExportedProgram)):
         raise TargetError(
-            f"{target} is a model alone ({type(made).__name__}), and nothing says how it is called; expected a function that returns {_EXPECTED}"
+            f"{target} is a model alone ({type(made).__name__}), and nothing says how it is called; expected a function"
+            f" that returns {_EXPECTED}"
         )
     model, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in {2, 3} else (made, None, None)
     if (
@@ -76,7 +108,7 @@ def _parts(made: Any, target: str) -> tuple[nn.Module | ExportedProgram, tuple[A
 def _call(factory: Any, target: str) -> Any:
     try:
         return factory()
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything; the error names its line
         raise _failed(f"{target} raised", error) from error
 
 
@@ -93,7 +125,7 @@ def _module(name: str) -> ModuleType:
                 f"module {name!r} could not be imported: {error} (looked in {os.getcwd()} too){files}"
             ) from error
         raise _failed(f"module {name} could not be imported: it raised", error) from error
-    except Exception as error:
+    except Exception as error:  # as in `_call`
         raise _failed(f"module {name} could not be imported: it raised", error) from error
 
 
@@ -108,13 +140,13 @@ def _file(path: str) -> ModuleType:
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as `python path/to/file.py` does
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # as in `_call`
         raise _failed(f"{path} could not be run: it raised", error) from error
     return module
 
 
 def _failed(what: str, error: Exception) -> FactoryError:
-    """Names the innermost line of the user's own code, and that of a library below it."""
+    """Return an error with the innermost line of the user's code, and of a library below it."""
     every = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in every if not frame.filename.startswith("<frozen") and frame.filename != __file__]
     if isinstance(error, SyntaxError):
