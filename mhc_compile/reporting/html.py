@@ -1,4 +1,4 @@
-"""What a notebook shows of a result: the text of the terminal, as HTML."""
+"""HTML of a result for notebooks: the text of the terminal in one `<pre>` element."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FORMAT = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code
 
 
 def html_of(renderable: RenderableType, *, width: int = _WIDTH) -> str:
-    """`renderable` as HTML that stands alone: one `<pre>` element with its colours inline.
+    """Return `renderable` as one self-contained `<pre>` element with inline colours.
 
     Args:
         renderable: anything that rich prints.
-        width: characters a line.
+        width: characters per line.
     """
     console = Console(record=True, file=io.StringIO(), width=width, highlight=False)
     console.print(renderable)

@@ -1,0 +1,56 @@
+"""Rendering of results: a result class is data, and a module next to it registers how to print it.
+
+    results.py     @dataclass(frozen=True)
+                   class Explanation(Renderable): ...
+
+    tables.py      @render.register(Explanation)
+                   def _explanation(result: Explanation, *, every: bool = False) -> RenderableType: ...
+
+    __init__.py    from mhc_compile.inspection.explain import tables  # registers the renderers
+
+`tables` imports `results`, never the reverse. The `__init__` of their package imports `tables`, so
+a result has its renderer wherever its class can be imported, also after unpickling. Another medium
+(a page, a drawing) is another `singledispatch` function, declared in the module of the result.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.reporting.html import html_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Renderable", "render"]
+
+
+@singledispatch
+def render(result: object, **settings: Any) -> RenderableType:  # noqa: ARG001 - keywords of the renderers
+    """Return the text of a result for a terminal.
+
+    Args:
+        result: an instance of a class with a registered renderer, or of a subclass of one.
+        **settings: keywords of that renderer, e.g. `every=True`.
+
+    Raises:
+        TypeError: no renderer is registered for the class of `result`.
+    """
+    kind = type(result)
+    raise TypeError(
+        f"no renderer is registered for {kind.__module__}.{kind.__qualname__}; expected a function"
+        " decorated with render.register in a module that its package imports"
+    )
+
+
+class Renderable:
+    """Base class of results that rich prints and that a notebook shows."""
+
+    def __rich__(self) -> RenderableType:
+        """Return the registered rendering, for a rich console."""
+        return render(self)
+
+    def _repr_html_(self) -> str:
+        """Return the same text as HTML, for a notebook."""
+        return html_of(self)
