@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mhc_compile.eager_mode import eager
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
-    from mhc_compile.inspection.diff.model_diff import ModelDiff
+    from mhc_compile.inspection.diff.results import ModelDiff
     from mhc_compile.inspection.explain.explain import Explanation, explain
     from mhc_compile.inspection.explain.story import Story
     from mhc_compile.inspection.explain.why import why
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.stream_stats.measure import stability
     from mhc_compile.inspection.stream_stats.result import Stability
     from mhc_compile.inspection.verification.check import check
-    from mhc_compile.inspection.verification.result import CheckResult
+    from mhc_compile.inspection.verification.results import CheckResult
     from mhc_compile.integrations.accelerate import register_with_accelerate
     from mhc_compile.integrations.callbacks import StabilityCallback
     from mhc_compile.mappings import ResidualMapping, register_mapping
@@ -89,12 +89,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckResult": "inspection.verification.result",
+    "CheckResult": "inspection.verification.results",
     "Explanation": "inspection.explain.explain",
     "Gain": "inspection.stream_stats.gain",
     "HyperConnection": "modules.hyper_connection",
     "ResidualMapping": "mappings",
-    "ModelDiff": "inspection.diff.model_diff",
+    "ModelDiff": "inspection.diff.results",
     "Stability": "inspection.stream_stats.result",
     "StabilityCallback": "integrations.callbacks",
     "Story": "inspection.explain.story",

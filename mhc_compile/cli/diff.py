@@ -66,7 +66,7 @@ def command(
     Nothing of the model is run, but with --kernels. FILE may be - for stdout. Exit code 1 if nothing would be rewritten.
     """  # noqa: D301 - click's mark for lines that must stay
     from mhc_compile.inspection.diff.compare import diff
-    from mhc_compile.inspection.diff.text import render
+    from mhc_compile.reporting.base import render
 
     options = backend_options(flags)
     loaded = open_target(target, settings, full_size=full_size, train=train)
