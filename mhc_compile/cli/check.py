@@ -67,7 +67,7 @@ def command(
     import torch
 
     from mhc_compile.inspection.verification.check import check
-    from mhc_compile.inspection.verification.table import render
+    from mhc_compile.reporting.base import render
 
     torch.manual_seed(seed)  # a factory may draw its weights and inputs
     loaded = open_target(target, settings, full_size=full_size, train=train)
