@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.explain.explain import Explanation, explain
     from mhc_compile.inspection.explain.story import Story
     from mhc_compile.inspection.explain.why import why
-    from mhc_compile.inspection.stream_stats.gain import Gain, gain
     from mhc_compile.inspection.stream_stats.measure import stability
-    from mhc_compile.inspection.stream_stats.result import Stability
+    from mhc_compile.inspection.stream_stats.results import Stability
     from mhc_compile.inspection.verification.check import check
     from mhc_compile.inspection.verification.results import CheckResult
     from mhc_compile.integrations.accelerate import register_with_accelerate
@@ -54,7 +53,6 @@ __all__ = [
     "CheckResult",
     "CheckpointError",
     "Explanation",
-    "Gain",
     "HyperConnection",
     "MhcError",
     "MhcWarning",
@@ -76,7 +74,6 @@ __all__ = [
     "diff",
     "eager",
     "explain",
-    "gain",
     "load_state_dict",
     "mhc",
     "parameter_groups",
@@ -91,11 +88,10 @@ __all__ = [
 _HOMES = {
     "CheckResult": "inspection.verification.results",
     "Explanation": "inspection.explain.explain",
-    "Gain": "inspection.stream_stats.gain",
     "HyperConnection": "modules.hyper_connection",
     "ResidualMapping": "mappings",
     "ModelDiff": "inspection.diff.results",
-    "Stability": "inspection.stream_stats.result",
+    "Stability": "inspection.stream_stats.results",
     "StabilityCallback": "integrations.callbacks",
     "Story": "inspection.explain.story",
     "attach": "compilation.attach",
@@ -105,7 +101,6 @@ _HOMES = {
     "diff": "inspection.diff.compare",
     "eager": "eager_mode",
     "explain": "inspection.explain.explain",
-    "gain": "inspection.stream_stats.gain",
     "load_state_dict": "checkpoints.load",
     "mhc": "backend",
     "parameter_groups": "attachment.parameter_groups",

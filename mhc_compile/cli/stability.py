@@ -20,7 +20,7 @@ from mhc_compile.cli.shared import (
 
 if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
-    from mhc_compile.inspection.stream_stats.result import Stability
+    from mhc_compile.inspection.stream_stats.results import Stability
 
 __all__ = ["command"]
 
@@ -104,9 +104,8 @@ def _measure(loaded: Target, options: dict[str, Any], random_logits: float | Non
     from torch import nn
 
     from mhc_compile.compilation.attach import attach
-    from mhc_compile.inspection.stream_stats.measure import Meter
-    from mhc_compile.inspection.stream_stats.noise import fill_residual_logits
-    from mhc_compile.inspection.stream_stats.result import Stability
+    from mhc_compile.inspection.stream_stats.measure import Meter, fill_residual_logits
+    from mhc_compile.inspection.stream_stats.results import Stability
 
     model = loaded.model
     if not isinstance(model, nn.Module):

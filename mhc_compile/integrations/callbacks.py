@@ -14,17 +14,14 @@ from torch import nn
 from mhc_compile.attachment.sites import connections, unwrap
 from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.inspection.stream_stats.batches import inputs_of, on_device
-from mhc_compile.inspection.stream_stats.loaders import first_batch
-from mhc_compile.inspection.stream_stats.measure import Meter
-from mhc_compile.inspection.stream_stats.undisturbed import undisturbed
+from mhc_compile.inspection.stream_stats.measure import Meter, first_batch, inputs_of, on_device, undisturbed
 from mhc_compile.integrations.frameworks import dressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mhc_compile.config.options import Options
-    from mhc_compile.inspection.stream_stats.result import Stability
+    from mhc_compile.inspection.stream_stats.results import Stability
 
 __all__ = ["StabilityCallback"]
 

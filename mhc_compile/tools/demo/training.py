@@ -132,11 +132,11 @@ class Duel:
         self.plain.validation.append((self.step, validation.plain))
         self.mhc.validation.append((self.step, validation.mhc))
 
-    def gain(self) -> tuple[mhc_compile.Gain, ...]:
-        """The gain of the composite H_res and the distance of the streams, on the first validation batch."""
+    def stability(self) -> mhc_compile.Stability:
+        """Measure the hyper-connections on the first validation batch."""
         self.mhc.model.eval()
         try:
-            return mhc_compile.gain(self.mhc.model, self._held_out[0][0], options=mhc_options(self.settings))
+            return mhc_compile.stability(self.mhc.model, self._held_out[0][0], options=mhc_options(self.settings))
         finally:
             self.mhc.model.train()
 
