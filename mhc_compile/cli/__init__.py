@@ -1,4 +1,4 @@
-"""The `mhc` command. Commands are imported when they run: `mhc --help` must not wait for torch."""
+"""The `mhc` command. Commands are imported when they run: `mhc --help` must not import torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from mhc_compile import __version__
-from mhc_compile.cli.trouble import debug_option, report
+from mhc_compile.cli.error_handling import debug_option, report
 
 __all__ = ["main"]
 
-#: Command, its module below this package, and the line that `mhc --help` prints.
+#: The commands and their line in `mhc --help`. The module of a command has its name.
 _COMMANDS = {
     "bench": "Measure what hyper-connections cost: ours, other implementations, plain, and the physical limit.",
     "check": "Prove on this machine that a rewritten model computes what the plain one does.",
@@ -23,7 +23,7 @@ _COMMANDS = {
     "demo": "Train GPT-2 on the standard library's sources, plain and with hyper-connections.",
     "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
     "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
-    "explain": "Show what would be rewritten in a model, and why the rest would not.",
+    "explain": "Show which residual adds of a model are rewritten, and why the others are skipped.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
     "scaling": "Estimate what hyper-connections cost at 3B to 671B, and at a size of your own.",
     "stability": "Measure what the residual mixing does over depth: gains, products of H_res, streams.",
@@ -32,7 +32,7 @@ _COMMANDS = {
 
 
 class _Lazy(click.Group):
-    """A group whose commands live in modules of their own, `mhc_compile.cli.<name>`, under the name `command`."""
+    """A group that imports `command` from `mhc_compile.cli.<name>` when it runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return sorted(_COMMANDS)
@@ -47,7 +47,7 @@ class _Lazy(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that `args` begins with, or an error with names that are near."""
+        """Return the command that `args` begins with; an unknown one is an error with near names."""
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], _COMMANDS, n=2)
             hint = f"near names: {', '.join(near)}" if near else f"known commands: {', '.join(sorted(_COMMANDS))}"
@@ -72,7 +72,7 @@ _group.params.append(debug_option())
 
 
 def main() -> None:
-    """Console entry point."""
+    """Run the console entry point."""
     settings: dict[str, Any] = {}
     try:
         code = _group(obj=settings, standalone_mode=False)
@@ -83,7 +83,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("mhc: interrupted", err=True)
         code = 130
-    except BrokenPipeError:  # whoever read the result has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:

@@ -70,8 +70,8 @@ def command(
     if origin and spelling:
         raise click.UsageError("--spelling is for --to: with --from the names of the checkpoint tell it")
     pairs = dict(_pair(branch) for branch in branches)
+    from mhc_compile.cli.error_handling import TargetError
     from mhc_compile.cli.targets.near import near_files
-    from mhc_compile.cli.trouble import TargetError
 
     if not checkpoint.exists():
         raise TargetError(f"there is no file or folder {str(checkpoint)!r}{near_files(str(checkpoint))}")

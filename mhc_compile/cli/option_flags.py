@@ -1,4 +1,4 @@
-"""The options of the backend as flags of a command, made from `Options` itself: names, defaults, choices and help."""
+"""Command line flags for the fields of `Options`: names, types, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -19,26 +20,28 @@ __all__ = ["given_options", "option_flags"]
 
 
 def option_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command with one flag for every option; those that are not given are None, or ()."""
-    kinds, texts = get_type_hints(Options), _texts()
+    """Add one flag per option to a command; flags that are not given are None or ()."""
+    hints, texts, paper = get_type_hints(Options), _texts(), Options().resolved
     for field in reversed(fields(Options)):
-        flag, text, kind = f"--{field.name.replace('_', '-')}", texts.get(field.name, ""), kinds[field.name]
-        if kind is bool:
+        flag, text, kinds = f"--{field.name.replace('_', '-')}", texts.get(field.name, ""), _kinds(hints[field.name])
+        by_preset = field.default is None  # the preset decides
+        default = f"{getattr(paper, field.name)}, or the preset's" if by_preset else f"{field.default}"
+        if kinds == (bool,):
             option = click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
-        elif get_origin(kind) is Mapping:
+        elif get_origin(kinds[0]) is Mapping:
             option = click.option(flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{text} Repeatable.")
         else:
-            shown = f"{text}  [default: {field.default}]"
-            option = click.option(flag, field.name, type=_value, metavar=_metavar(kind), help=shown)
+            shown = f"{text}  [default: {default}]"
+            option = click.option(flag, field.name, type=_value, metavar=_metavar(kinds), help=shown)
         command = option(command)
     return command
 
 
 def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options among the parameters of a command that were given.
+    """Return the options among the parameters of a command that were given.
 
     Raises:
-        click.UsageError: one is wrong.
+        click.UsageError: one of them is wrong.
     """
     given = {name: value for name, value in values.items() if value not in (None, ())}
     try:
@@ -50,24 +53,29 @@ def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union without None, or the type itself."""
+    parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    return tuple(part for part in parts if part is not NoneType)
+
+
 def _value(text: str) -> Any:
-    """A Python literal, or else a string. What is right is for `Options` to say, in its own words."""
+    """Return a Python literal, or else the text. `Options` validates it, with its own messages."""
     try:
         return literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
-def _metavar(kind: Any) -> str:
-    literals = [kind, *get_args(kind)]
-    for part in literals:
+def _metavar(kinds: tuple[Any, ...]) -> str:
+    for part in (*kinds, *get_args(kinds[0])):
         if get_origin(part) is Literal:
             return "|".join(get_args(part))
-    return {int: "INTEGER", float: "NUMBER"}.get(kind, "NAME")
+    return {int: "INTEGER", float: "NUMBER"}.get(kinds[0], "NAME")
 
 
 def _texts() -> dict[str, str]:
-    """What the docstring of `Options` says first about each attribute, up to a colon or a full stop."""
+    """Return the docstring of each option, up to the first colon or full stop."""
     known = "|".join(Options.names())
     _, *parts = re.split(rf"^ *({known}): ", inspect.getdoc(Options) or "", flags=re.MULTILINE)
     texts = (re.split(r":\s|\.\s| \(e\.g", f"{text} ")[0].strip() for text in parts[1::2])

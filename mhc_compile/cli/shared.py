@@ -1,18 +1,21 @@
-"""What the commands that look at a model have in common: how they name it, the backend's options as flags, and how they write.
+"""Arguments, output and the target of the commands that look at one model: `model_command`.
 
-stdout is the result, stderr is progress and trouble. A command that takes `--json` writes JSON to stdout and nothing else there.
+stdout carries the result, stderr progress and errors. With `--json`, stdout is one JSON document.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from mhc_compile.cli.error_handling import debug_option
 from mhc_compile.cli.option_flags import given_options, option_flags
-from mhc_compile.cli.trouble import debug_option
 from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from mhc_compile.cli.targets import Target
+    from mhc_compile.reporting.base import Renderable
 
 __all__ = [
     "Command",
+    "ModelCall",
     "backend_options",
+    "model_command",
     "open_target",
     "optional_target",
     "print_json",
@@ -44,14 +50,14 @@ _TARGET_HELP = (
 
 
 class Command(click.Command):
-    """A command whose help lists the backend's options in a section of their own, and says what a target is."""
+    """A command with `--debug`, whose help lists backend options separately and explains TARGET."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(debug_option())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The command's own options first."""
+        """Write the options of the command, then those of the backend."""
         own: list[tuple[str, str]] = []
         backend: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
@@ -64,30 +70,138 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What a target is, where the command takes one."""
+        """Write the kinds of targets, if the command takes one."""
         if any(parameter.name == "target" for parameter in self.params):
             formatter.write_paragraph()
             formatter.write_text(_TARGET_HELP)
         super().format_epilog(ctx, formatter)
 
 
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a command made by `model_command`.
+
+    Attributes:
+        target: TARGET as it was written; "" where it is optional and missing.
+        settings: the values of `--set`.
+        full_size: whether `--full-size` was given.
+        train: whether the model is in training mode.
+        options: the options of the backend that were given, validated.
+        seed: of all random numbers, None for a command that does not run the model.
+        as_json: whether the result is printed as JSON.
+        quiet: whether progress is hidden.
+    """
+
+    target: str
+    settings: tuple[str, ...]
+    full_size: bool
+    train: bool
+    options: dict[str, Any]
+    seed: int | None
+    as_json: bool
+    quiet: bool
+
+    @functools.cached_property
+    def loaded(self) -> Target:
+        """The model and its example inputs, loaded on first use: wrong usage is found before that.
+
+        Raises:
+            TargetError: no such target, or no such file of weights.
+            FactoryError: the code of the target failed.
+            WeightsError: the weights do not fit the model.
+        """
+        if self.seed is not None:
+            import torch
+
+            torch.manual_seed(self.seed)  # a factory may draw its weights and inputs
+        return open_target(self.target, self.settings, full_size=self.full_size, train=self.train)
+
+    def progress(self, doing: str) -> AbstractContextManager[Any]:
+        """Return a context with a spinner on stderr that says "`doing` TARGET"."""
+        return progress(f"{doing} {self.target}", quiet=self.quiet)
+
+    def show(self, result: Renderable, **settings: Any) -> None:
+        """Print `result` as JSON, or by its renderer with the keywords `settings`."""
+        from mhc_compile.reporting.base import render
+
+        if self.as_json:
+            print_json(result.to_dict())  # type: ignore[attr-defined] # every result that a command shows has one
+        else:
+            write(render(result, **settings))
+
+
+def model_command(
+    name: str, *, runs_model: bool = False, optional: bool = False, json_flag: bool = True
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of `function(call: ModelCall, **own_options)`.
+
+    The command takes TARGET, `--set`, `--full-size`, `--weights`, `--train/--eval`, `--json`,
+    `--quiet`, `--debug` and the options of the backend. `function` gets them as a `ModelCall`, and
+    the options that its own click decorators declare as keywords. `mhc_compile.cli.main` turns its
+    exceptions into messages and exit codes.
+
+    Args:
+        name: of the command.
+        runs_model: add `--seed`, and refuse a model without memory (`--full-size` alone).
+        optional: TARGET may be missing.
+        json_flag: add `--json`; False for a command that has another one.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def call(
+            target: str | None,
+            settings: tuple[str, ...],
+            full_size: bool,
+            train: bool,
+            quiet: bool,
+            as_json: bool = False,
+            seed: int | None = None,
+            **rest: Any,
+        ) -> None:
+            if runs_model and full_size and weights_given() is None:
+                raise click.UsageError(
+                    f"--full-size models have no memory without --weights FILE, and {name} runs the model:"
+                    " leave it out, or --set sizes"
+                )
+            options = given_options({option: rest.pop(option) for option in Options.names()})
+            function(ModelCall(target or "", settings, full_size, train, options, seed, as_json, quiet), **rest)
+
+        decorated = _target_arguments(call, required=not optional)
+        command: click.Command = click.command(name, cls=Command)(decorated)
+        shared = [click.Option(["--quiet"], is_flag=True, help="Show no progress.")]
+        if json_flag:
+            shared.insert(0, click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."))
+        if runs_model:
+            seed = click.Option(
+                ["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers."
+            )
+            shared.insert(0, seed)
+        command.params[-1:-1] = shared  # --debug stays the last one
+        return command
+
+    return decorate
+
+
 def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
-    """Files, and the beginnings of the other kinds. Names behind them are not completed: shells take the colon for the end of a word."""
+    """Complete files and prefixes."""
+    # Shells split words at a colon: the names after a prefix cannot be completed.
     kinds = [CompletionItem(kind) for kind in ("hf:", "zoo:") if kind.startswith(incomplete)]
     return [*kinds, CompletionItem(incomplete, type="file")]
 
 
 def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a command with TARGET, what builds it (`--set`, `--full-size`, `--weights`, `--train/--eval`), and the options of the backend.
+    """Add TARGET, the options that build it and the options of the backend to a command.
 
-    The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`, and one keyword for each option of the
-    backend, None or () where it was not given: hand all but those four to `backend_options`. `--weights` is for `open_target` alone.
+    The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`,
+    and one keyword per option of the backend, None or () if it was not given: pass the latter to
+    `backend_options`. `open_target` reads `--weights` itself.
     """
     return _target_arguments(command, required=True)
 
 
 def optional_target(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Like `target_arguments`; `target` is None where none was given."""
+    """Add the same arguments as `target_arguments`; `target` is None if it was not given."""
     return _target_arguments(command, required=False)
 
 
@@ -101,17 +215,19 @@ def _target_arguments(command: Callable[..., Any], *, required: bool) -> Callabl
             metavar="FILE",
             expose_value=False,
             callback=_remember_weights,
-            help="A checkpoint for the model: .safetensors, or what torch.save wrote of a state dict.",
+            help="Checkpoint to load into the model: .safetensors, or a state dict written by torch.save.",
         ),
         click.option(
-            "--full-size", is_flag=True, help="hf: targets: the default config, on the meta device, without weights."
+            "--full-size",
+            is_flag=True,
+            help="hf: targets: use the default config, on the meta device, without weights.",
         ),
         click.option(
             "--set",
             "settings",
             multiple=True,
             metavar="NAME=VALUE",
-            help="A field of the config of an hf: target, or layers of a zoo: target; repeatable.",
+            help="Set a config field of an hf: target, or layers of a zoo: target; repeatable.",
         ),
         click.argument("target", required=required, shell_complete=_complete),
     ):
@@ -124,18 +240,18 @@ def _remember_weights(ctx: click.Context, _: click.Parameter, value: str | None)
 
 
 def weights_given() -> str | None:
-    """The file that `--weights` names, in a command that has `target_arguments`."""
+    """Return the file given with `--weights`, if any."""
     context = click.get_current_context(silent=True)
     return context.meta.get(_WEIGHTS) if context is not None else None
 
 
 def open_target(target: str, settings: tuple[str, ...], *, full_size: bool, train: bool) -> Target:
-    """The target, loaded, its model with what `--weights` names and in the mode asked for.
+    """Load a target, with the weights of `--weights`, in training or evaluation mode.
 
     Raises:
         TargetError: no such target, or no such file of weights.
         FactoryError: the code of the target failed.
-        WeightsError: the weights are not those of the model.
+        WeightsError: the weights do not fit the model.
     """
     from mhc_compile.cli.targets import load_target, parse_settings
 
@@ -154,14 +270,14 @@ backend_options = given_options
 
 
 def result_console() -> Console:
-    """Where results are printed: stdout, as wide as the terminal or COLUMNS says, 80 in a pipe, in colour unless NO_COLOR is set."""
+    """Return a console on stdout. Its width is COLUMNS or the terminal's, 80 in a pipe."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def write(result: RenderableType) -> None:
-    """Prints a result; in a pipe, without the blanks with which tables fill their lines."""
+    """Print a result; in a pipe, without the spaces that fill the lines of tables."""
     console = result_console()
     if console.is_terminal:
         console.print(result)
@@ -172,14 +288,12 @@ def write(result: RenderableType) -> None:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Prints `data`, and nothing else, on stdout."""
+    """Print `data` as JSON."""
     click.echo(json.dumps(data, indent=2))
 
 
-def progress(text: str, *, quiet: bool) -> Any:
-    """A context in which a spinner with `text` turns on stderr; nothing in a pipe, or with `quiet`."""
-    from contextlib import nullcontext
-
+def progress(text: str, *, quiet: bool) -> AbstractContextManager[Any]:
+    """Return a context with a spinner and `text` on stderr; empty in a pipe or with `quiet`."""
     from rich.console import Console
 
     console = Console(stderr=True)

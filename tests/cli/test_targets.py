@@ -12,7 +12,7 @@ from torch import nn
 import mhc_compile
 from mhc_compile.cli.targets import FactoryError, TargetError, load_target, parse_settings
 from mhc_compile.cli.targets.weights import load_weights
-from mhc_compile.cli.trouble import WeightsError
+from mhc_compile.cli.error_handling import WeightsError
 
 MODELS = """
 import os

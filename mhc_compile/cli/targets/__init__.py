@@ -16,7 +16,7 @@ import ast
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.trouble import FactoryError, TargetError
+from mhc_compile.cli.error_handling import FactoryError, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,8 +9,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.cli.error_handling import FactoryError, TargetError
 from mhc_compile.cli.targets.near import near_files, near_names
-from mhc_compile.cli.trouble import FactoryError, TargetError
 
 if TYPE_CHECKING:
     from types import ModuleType

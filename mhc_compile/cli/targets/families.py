@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.trouble import TargetError
+from mhc_compile.cli.error_handling import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

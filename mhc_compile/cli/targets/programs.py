@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.cli.error_handling import TargetError
 from mhc_compile.cli.targets.near import near_files
-from mhc_compile.cli.trouble import TargetError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

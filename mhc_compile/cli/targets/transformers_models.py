@@ -7,7 +7,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.trouble import TargetError
+from mhc_compile.cli.error_handling import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

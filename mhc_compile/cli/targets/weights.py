@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.cli.error_handling import TargetError, WeightsError
 from mhc_compile.cli.targets.near import near_files
-from mhc_compile.cli.trouble import TargetError, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""How a command fails: one paragraph on stderr and an exit code; with `--debug` the trace above it."""
+"""Errors of the command line: a message on stderr, an exit code, and `--debug` for a traceback."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ _FLAG = "mhc_compile.debug"
 
 
 class TargetError(MhcError):
-    """The command line names a model that cannot be had."""
+    """No model can be made of the TARGET that was given."""
 
 
 class FactoryError(MhcError):
-    """The target is there, and the code that makes the model failed."""
+    """The code of the target exists and failed."""
 
 
 class WeightsError(MhcError):
-    """A checkpoint cannot be loaded into the model of a target."""
+    """A checkpoint does not fit the model of the target."""
 
 
 def debug_option() -> click.Option:
-    """`--debug`, for the group and for every command."""
+    """Return `--debug`, an option of the group and of every command."""
     return click.Option(
-        ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set, help="Show the trace of an error."
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set,
+        help="Show the traceback of an error.",
     )
 
 
@@ -39,11 +44,14 @@ def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def report(error: Exception, settings: dict[str, Any]) -> int:
-    """Writes `error` on stderr and returns the exit code: 2 for a target, an option or an add that does not exist, 1 for any other trouble.
+    """Write `error` to stderr and return the exit code.
 
     Args:
-        error: what was raised.
-        settings: the object of the click group, in which `--debug` left its mark.
+        error: the exception that ended the command.
+        settings: the object of the click group, in which `--debug` is recorded.
+
+    Returns:
+        2 for a target, an option or an addition that does not exist, 1 for every other error.
     """
     from mhc_compile.tools.zoo import UnknownFamilyError
 
@@ -51,6 +59,6 @@ def report(error: Exception, settings: dict[str, Any]) -> int:
         traceback.print_exception(error)
     expected = isinstance(error, MhcError)
     text = str(error) if expected else f"{type(error).__name__}: {error}"
-    hint = "" if expected or settings.get(_FLAG) else " (not an error that mhc foresaw; --debug shows the trace)"
+    hint = "" if expected or settings.get(_FLAG) else " (unexpected error; --debug shows the traceback)"
     click.echo(f"mhc: {text}{hint}", err=True)
     return 2 if isinstance(error, OptionError | TargetError | UnknownAddError | UnknownFamilyError) else 1
