@@ -112,8 +112,12 @@ def _table(title: str | None, *columns: str) -> Table:
     )
     for name in columns:
         folded = name in {"tensor", "of"}
-        side = "right" if name.endswith(">") else "left"
-        table.add_column(name.rstrip(">"), justify=side, no_wrap=not folded, overflow="fold" if folded else "ellipsis")
+        table.add_column(
+            name.rstrip(">"),
+            justify="right" if name.endswith(">") else "left",
+            no_wrap=not folded,
+            overflow="fold" if folded else "ellipsis",
+        )
     return table
 
 
