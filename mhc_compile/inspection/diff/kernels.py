@@ -122,21 +122,16 @@ def kernels(
             f"option 'inner_backend' is {parsed.to_dict()['inner_backend']!r}; kernels are those of 'inductor'"
         )
     if isinstance(model, ExportedProgram):
-        plain, ours = model.module(), rewrite(model, options=parsed).module()
         args, kwargs = model.example_inputs or ((), {})
-        compiled = [torch.compile(plain), torch.compile(ours)]
-        name = "ExportedProgram"
+        name, programs = "ExportedProgram", (model, rewrite(model, options=parsed))
+        compiled = [torch.compile(program.module()) for program in programs]
     else:
         target = unwrap(model)
-        if any(tensor.is_meta for tensor in (*target.parameters(), *target.buffers())):
-            raise CaptureError(
-                f"{type(target).__name__} is on the meta device and cannot be run; kernels need a model with weights"
-            )
-        compiled = [
-            torch.compile(copy.deepcopy(target)),
-            torch.compile(copy.deepcopy(target), backend="mhc", options=parsed.to_dict()),
-        ]
         name = type(target).__name__
+        if any(tensor.is_meta for tensor in (*target.parameters(), *target.buffers())):
+            raise CaptureError(f"{name} is on the meta device and cannot be run; kernels need a model with weights")
+        plain, ours = copy.deepcopy(target), copy.deepcopy(target)
+        compiled = [torch.compile(plain), torch.compile(ours, backend="mhc", options=parsed.to_dict())]
     before, after = (tuple(_launches(call, args, kwargs)) for call in compiled)
     return KernelDiff(name, before, after)
 

@@ -50,12 +50,7 @@ class Place:
 class Lifted:
     """An operation on the trunk, which afterwards runs on all streams: "relu"."""
 
-    label: str
-
-    @property
-    def text(self) -> str:
-        """The text of its box."""
-        return self.label
+    text: str
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Picture:
-    """One graph: its title, its chains and its notes."""
+    """One graph."""
 
     title: str
     trunks: tuple[Trunk, ...]

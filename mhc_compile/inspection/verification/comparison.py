@@ -151,9 +151,9 @@ def differences(
     Args:
         got: of the rewritten model.
         want: of the plain one.
-        tolerance: largest relative error.
-        exact: of the plain model in a wider dtype, which shows the rounding of `want` itself.
-        dtype: of the model; single tensors may have others.
+        tolerance: see `compare`.
+        exact: of the plain model in a wider dtype.
+        dtype: see `compare`.
         prefix: of the names of the groups.
     """
     for group, field, share in (
@@ -191,8 +191,8 @@ def compare(
         tolerance: largest relative error.
         group: name of the group.
         share: magnitudes count as at least this share of the largest of all in `want`.
-        exact: those of the plain model in a wider dtype.
-        dtype: of the model.
+        exact: those of the plain model in a wider dtype, which show the rounding of `want`.
+        dtype: of the model; single tensors may have others.
     """
     largest = max((_magnitude(value) for value in want.values()), default=0.0) if share else 0.0
     floor, noise = share * largest, min(tolerance, _NOISE) * largest
