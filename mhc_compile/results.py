@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mhc_compile.inspection.diff.model_diff import ModelDiff
+from mhc_compile.inspection.diff.results import ModelDiff
 from mhc_compile.inspection.explain.results import AddExplanation, Explanation
-from mhc_compile.inspection.stream_stats.result import Stability
-from mhc_compile.inspection.verification.result import CheckResult
+from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.inspection.verification.results import CheckResult
 
 __all__ = ["AddExplanation", "CheckResult", "Explanation", "ModelDiff", "Stability"]

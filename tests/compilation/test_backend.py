@@ -138,11 +138,12 @@ def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_los
             assert (change[2 * n :] > 0).all(), name
         if position >= 3 and name.endswith("phi"):
             assert (change[:, 2 * n :] > 0).any(), name
-    (gain,) = mhc_compile.gain(case.model, **case.inputs, options=options)
-    assert gain.streams_distance[0] == 0.0  # copies
-    assert min(gain.streams_distance[1:]) > 1e-3
-    assert gain.amax_forward == pytest.approx(1.0, abs=1e-5)
-    assert gain.amax_backward < 1.6
+    (chain,) = mhc_compile.stability(case.model, **case.inputs, options=options).chains
+    first, *others = chain.sites
+    assert first.entering.distance == 0.0  # copies
+    assert min(site.entering.distance for site in others) > 1e-3
+    assert max(site.composite_forward for site in chain.sites) == pytest.approx(1.0, abs=1e-5)
+    assert max(site.composite_backward for site in chain.sites) < 1.6
 
 
 @pytest.mark.slow

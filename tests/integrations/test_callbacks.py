@@ -71,21 +71,25 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
     assert distances[0] < distances[1] < distances[2]
 
 
-def test_it_is_traced_once_and_only_until_it_is_closed(monkeypatch):
-    from mhc_compile.inspection.stream_stats import measure
+def test_it_is_traced_once_and_only_until_it_is_closed():
+    def attached():
+        model = Small()
+        mhc_compile.attach(model, points())
+        return model
 
-    traced = []
-    plain = measure.mhc
-    monkeypatch.setattr(measure, "mhc", lambda *args, **kwargs: traced.append(1) or plain(*args, **kwargs))
+    def traced(model, step):
+        """The number of graphs that a measurement traces."""
+        before = counters["stats"]["unique_graphs"]
+        assert callback.step(model, step) is not None
+        return counters["stats"]["unique_graphs"] - before
+
+    counters = torch._dynamo.utils.counters
     callback = mhc_compile.integrations.StabilityCallback(every=1, batch=points())
-    train(callback, steps=4)
-    assert len(callback.history) == 4
-    assert len(traced) == 1
+    model = attached()
+    assert [traced(model, step) for step in range(4)] == [1, 0, 0, 0]
     callback.close()
-    model = Small()
-    mhc_compile.attach(model, points())
-    callback.step(model, 5)
-    assert len(traced) == 2
+    assert traced(model, 4) == 1
+    assert traced(attached(), 5) == 1
 
 
 @pytest.mark.slow
@@ -185,7 +189,7 @@ def test_the_trainer_of_transformers(tmp_path, monkeypatch):
 
 
 def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
-    from mhc_compile.inspection.stream_stats.loaders import first_batch
+    from mhc_compile.inspection.stream_stats.measure import first_batch
 
     loader = DataLoader(TensorDataset(torch.arange(6.0), torch.arange(6)), batch_size=2, shuffle=True)
     state = torch.get_rng_state()
@@ -197,7 +201,7 @@ def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
         def __iter__(self):
             return iter(range(3))
 
-    with pytest.raises(mhc_compile.MhcError, match=r"over Stream without moving it on.*batch="):
+    with pytest.raises(mhc_compile.MhcError, match=r"over Stream without advancing it.*batch="):
         first_batch(DataLoader(Stream()), 2)
 
 

@@ -231,7 +231,7 @@ def test_validation_changes_nothing(data: corpus.Corpus) -> None:
     before = [copy.deepcopy(side.model.state_dict()) for side in duel.sides]
     first, second = duel.validate(), duel.validate()
     assert first == second  # no dropout
-    assert max(duel.gain()[0].streams_distance) > 0
+    assert max(site.entering.distance for site in duel.stability().sites) > 0
     for side, state in zip(duel.sides, before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in side.model.state_dict().items())
         assert all(module.training for module in side.model.modules())

@@ -49,7 +49,7 @@ def collect(duel: Duel, corpus: Corpus) -> dict[str, Any]:
     tokens = duel.task.tokens
     plain = _side(duel.plain, duel.step, final.plain, tokens)
     mhc = _side(duel.mhc, duel.step, final.mhc, tokens)
-    gains = duel.gain()
+    sites = duel.stability().sites
     return {
         "model": type(duel.plain.model).__name__,
         "steps": duel.step,
@@ -72,10 +72,10 @@ def collect(duel: Duel, corpus: Corpus) -> dict[str, Any]:
         },
         "ratio": mhc["tokens_per_second"] / plain["tokens_per_second"],
         "gain": {
-            "forward": max(gain.amax_forward for gain in gains),
-            "backward": max(gain.amax_backward for gain in gains),
+            "forward": max(site.composite_forward for site in sites),
+            "backward": max(site.composite_backward for site in sites),
         },
-        "streams_distance": [distance for gain in gains for distance in gain.streams_distance],
+        "streams_distance": [site.entering.distance for site in sites],
     }
 
 

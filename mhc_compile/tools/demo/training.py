@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mhc_compile
+import mhc_compile.results
 from mhc_compile.errors import MhcError
 from mhc_compile.tools.demo.models import build_model
 from mhc_compile.tools.demo.side import Side
@@ -132,11 +133,11 @@ class Duel:
         self.plain.validation.append((self.step, validation.plain))
         self.mhc.validation.append((self.step, validation.mhc))
 
-    def gain(self) -> tuple[mhc_compile.Gain, ...]:
-        """The gain of the composite H_res and the distance of the streams, on the first validation batch."""
+    def stability(self) -> mhc_compile.results.Stability:
+        """Measure the hyper-connections on the first validation batch."""
         self.mhc.model.eval()
         try:
-            return mhc_compile.gain(self.mhc.model, self._held_out[0][0], options=mhc_options(self.settings))
+            return mhc_compile.stability(self.mhc.model, self._held_out[0][0], options=mhc_options(self.settings))
         finally:
             self.mhc.model.train()
 

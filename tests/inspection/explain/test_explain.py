@@ -138,28 +138,6 @@ def test_a_graph_break_gives_two_graphs():
     assert len(explanation.sites) == 2 * LAYERS
 
 
-def test_gain_needs_an_attached_model():
-    with pytest.raises(mhc_compile.errors.AttachError, match="Decoder has no hyper-connections to measure"):
-        mhc_compile.gain(Decoder(), tokens())
-
-
-def test_gain_multiplies_over_depth():
-    model = Decoder()
-    options = {"inner_backend": "eager"}
-    mhc_compile.attach(model, tokens(), options=options)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            connection.bias.normal_(std=2.0)
-    (gain,) = mhc_compile.gain(model, tokens(), options=options)
-    product = torch.eye(4)
-    for index, connection in enumerate(mhc_compile.connections(model).values()):
-        streams = torch.zeros(1, 4, 8)
-        product = connection.coefficients(streams)[2][0].detach() @ product  # phi = 0: the same for every token
-        assert gain.forward[index] == pytest.approx(product.sum(-1).max().item(), abs=1e-5)
-        assert gain.backward[index] == pytest.approx(product.sum(-2).max().item(), abs=1e-5)
-    assert gain.amax_backward > 1.0
-
-
 def test_integers_between_graphs_are_computed():
     """A model that breaks its graph to count tokens takes the same path as when it runs; a zero would not."""
 

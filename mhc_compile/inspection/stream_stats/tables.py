@@ -1,4 +1,4 @@
-"""Renders a `Stability` for the terminal: a headline and a table with a row for each site, for every chain."""
+"""Terminal rendering of a `Stability`: for every chain a table with a row for each site."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.reporting.base import render
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from mhc_compile.inspection.stream_stats.result import ChainStability, SiteStability, Stability, Weights
+    from mhc_compile.inspection.stream_stats.results import ChainStability, SiteStability, Weights
 
-__all__ = ["render"]
+__all__: list[str] = []
 
-#: How much of a site is shown: all, without single sites and weights, only what a chain is judged by.
+#: Columns of a site: all; without single sites and weights; only the gains of the chain.
 _DETAILS = (2, 1, 0)
 
 _LEGEND = (
-    "Amax, averaged over tokens: ↑ largest absolute row sum, which a signal can grow by, ↓ column sum, which a gradient can grow by; 1 is neither"
-    " growth nor decay. So far: of the product of H_res from the chain's start; to the end: from the site on. Off: the largest deviation of a row or"
-    " column sum from 1. Of the streams at the site's entry: cos, the mean cosine of two; rank, their effective rank."
+    "Amax, averaged over tokens: ↑ largest absolute row sum, which a signal can grow by, ↓ column sum, which a gradient"
+    " can grow by; 1 is neither growth nor decay. So far: of the product of H_res from the chain's start; to the end:"
+    " from the site on. Off: the largest deviation of a row or column sum from 1. Of the streams at the site's entry:"
+    " cos, the mean cosine of two; rank, their effective rank."
 )
 
 
-def render(result: Stability) -> RenderableType:
-    """The report: every chain, what the columns mean, and remarks."""
+@render.register(Stability)
+def _stability(result: Stability) -> RenderableType:
+    """Render every chain, the legend of the columns, and the remarks."""
     parts: list[RenderableType] = [_headline(result)]
     for number, chain in enumerate(result.chains):
         parts += [Text(), _chain_line(chain, number, len(result.chains)), _Sites(chain)]
@@ -39,7 +44,7 @@ def render(result: Stability) -> RenderableType:
 
 
 class _Sites:
-    """The table of a chain, with as many columns as the terminal has room for."""
+    """The table of a chain, with as many columns as fit the terminal."""
 
     def __init__(self, chain: ChainStability) -> None:
         self._chain = chain
@@ -51,26 +56,19 @@ class _Sites:
 
 
 def _headline(result: Stability) -> Text:
-    text = Text()
-    text.append(f"{result.model}: residual mixing over depth", style="bold")
-    chains = len(result.chains)
-    text.append(
-        f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {len(result.sites)} sites in {chains} chain{'s'[: chains != 1]}"
-    )
-    return text
+    chains = f"{len(result.chains)} chain{'s'[: len(result.chains) != 1]}"
+    conditions = f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {len(result.sites)} sites in {chains}"
+    return Text.assemble((f"{result.model}: residual mixing over depth", "bold"), conditions)
 
 
 def _chain_line(chain: ChainStability, number: int, count: int) -> Text:
-    text = Text()
-    if count > 1:
-        text.append(f"chain {number + 1}: ", style="cyan")
-    text.append(f"{len(chain.sites)} sites, {chain.streams} streams of {chain.width}, {chain.sites[0].tokens} tokens; ")
-    text.append("largest gain ")
-    text.append(f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", style="bold")
-    text.append(
-        f"; streams leave with cosine {_cosine(chain.leaving.similarity)}, rank {chain.leaving.effective_rank:.2f}"
+    leaving = chain.leaving
+    return Text.assemble(
+        (f"chain {number + 1}: " if count > 1 else "", "cyan"),
+        f"{len(chain.sites)} sites, {chain.streams} streams of {chain.width}, {chain.sites[0].tokens} tokens; largest gain ",
+        (f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", "bold"),
+        f"; streams leave with cosine {_cosine(leaving.similarity)}, rank {leaving.effective_rank:.2f}",
     )
-    return text
 
 
 def _sites(chain: ChainStability, detail: int) -> Table:
@@ -84,16 +82,14 @@ def _sites(chain: ChainStability, detail: int) -> Table:
 
 
 def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:
-    """The cells of a site behind its name, each under its heading."""
-    so_far, behind = (
-        (site.composite_forward, site.composite_backward),
-        (site.remainder_forward, site.remainder_backward),
-    )
+    """Return the cells of a site after its name, each with its heading."""
     entering = site.entering
     places = [("cos", _cosine(entering.similarity)), ("rank", f"{entering.effective_rank:.2f}")]
     if detail == 0:
-        return [("so far ↑", _gain(so_far[0])), ("to the end ↓", _gain(behind[1])), *places]
-    gains = [("so far ↑", so_far[0]), ("↓", so_far[1]), ("to the end ↑", behind[0]), ("↓", behind[1])]
+        gains = [("so far ↑", site.composite_forward), ("to the end ↓", site.remainder_backward)]
+        return [*_gains(gains), *places]
+    gains = [("so far ↑", site.composite_forward), ("↓", site.composite_backward)]
+    gains += [("to the end ↑", site.remainder_forward), ("↓", site.remainder_backward)]
     if detail == 1:
         return [*_gains(gains), ("off", _error(max(site.row_error, site.column_error))), *places]
     gains += [("site ↑", site.forward), ("↓", site.backward)]

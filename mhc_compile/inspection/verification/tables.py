@@ -1,4 +1,4 @@
-"""Renders a `CheckResult` for the terminal: a line for every group of tensors, the worst of them, and the verdict."""
+"""Terminal rendering of a `CheckResult`: each group, the worst tensors, and the verdict."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mhc_compile.inspection.verification.results import CheckResult
+from mhc_compile.reporting.base import render
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mhc_compile.inspection.verification.comparison import Difference
-    from mhc_compile.inspection.verification.result import CheckResult
+    from mhc_compile.inspection.verification.results import Difference
 
-__all__ = ["render"]
+__all__: list[str] = []
 
 _WORST = 8
 
 
-def render(result: CheckResult, *, every: bool = False) -> RenderableType:
-    """The report: what was compared, groups, the worst tensors (`every` one, if asked), and the verdict in the last lines."""
+@render.register(CheckResult)
+def _result(result: CheckResult, *, every: bool = False) -> RenderableType:
+    """Render the result, with the worst tensors or with `every` one; the verdict comes last."""
     parts: list[RenderableType] = [_headline(result), Text(), _groups(result)]
     shown = _chosen(result, every)
     if shown:
@@ -31,33 +34,21 @@ def render(result: CheckResult, *, every: bool = False) -> RenderableType:
 
 
 def _headline(result: CheckResult) -> Text:
-    text = Text()
-    text.append(f"{result.model}: plain beside rewritten", style="bold")
-    text.append(f", {result.mode}, {result.dtype}, {result.inner_backend}, seed {result.seed}")
-    return text
+    conditions = f", {result.mode}, {result.dtype}, {result.inner_backend}, seed {result.seed}"
+    return Text.assemble((f"{result.model}: plain and rewritten", "bold"), conditions)
 
 
 def _groups(result: CheckResult) -> Table:
-    table = _table()
-    table.add_column("compared", no_wrap=True)
-    table.add_column("ok", justify="right", no_wrap=True)
-    table.add_column("worst", justify="right", no_wrap=True)
-    table.add_column("of", overflow="fold")
+    table = _table(None, "compared", "ok>", "worst>", "of")
     for group in result.groups:
-        table.add_row(
-            group.group, f"{group.ok}/{group.count}", _number(group.worst), group.worst.name, style=_style(group.worst)
-        )
+        worst = group.worst
+        counts = f"{group.ok}/{group.count}"
+        table.add_row(group.group, counts, _number(worst), worst.name, style=_style(worst))
     return table
 
 
 def _tensors(shown: list[Difference], title: str) -> Table:
-    table = _table(title)
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("largest", justify="right", no_wrap=True)
-    table.add_column("error", justify="right", no_wrap=True)
-    table.add_column("relative", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = _table(title, "tensor", "shape", "largest>", "error>", "relative>", "")
     for one in shown:
         prefix = one.group.rpartition(": ")[0]
         table.add_row(
@@ -66,7 +57,7 @@ def _tensors(shown: list[Difference], title: str) -> Table:
             f"{one.magnitude:.1e}",
             f"{one.absolute:.1e}" if one.absolute != float("inf") else "",
             _number(one),
-            _mark(one),
+            "DIFFERS" if not one.ok else "rounding" if one.excused else "noise" if one.floored else "",
             style=_style(one),
         )
     return table
@@ -85,22 +76,18 @@ def _facts(result: CheckResult) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("sites", f"{result.sites} of {result.planned} planned, {result.live} live")
-    more = f", {result.recompiles} more in further calls"
     batch = result.other_batch
-    if batch is not None:
-        more += f", {batch.recompiles} more with a batch of {batch.size}"
-    table.add_row("graphs", f"{result.graphs}{more}")
-    seconds = result.seconds
-    table.add_row(
-        "seconds", f"plain {seconds.plain:.3f}, first {seconds.first:.1f} with compilation, then {seconds.compiled:.3f}"
-    )
+    more = f", {batch.recompiles} more with a batch of {batch.size}" if batch is not None else ""
+    table.add_row("graphs", f"{result.graphs}, {result.recompiles} more in further calls{more}")
+    plain, first, compiled = result.seconds.plain, result.seconds.first, result.seconds.compiled
+    table.add_row("seconds", f"plain {plain:.3f}, first {first:.1f} with compilation, then {compiled:.3f}")
     notes = []
     if any(one.floored for one in result.tensors):
-        notes.append("noise: small beside the largest of its kind, and compared with that")
+        notes.append("noise: far below the largest of its kind, and compared with that")
     if any(one.excused for one in result.tensors):
         notes.append(f"rounding: at most 4 times as far from {result.wider} as the plain model")
     if result.own:
-        notes.append("live: with the hyper-connections that the model came with")
+        notes.append("live: with the hyper-connections that the model had")
     if notes:
         table.add_row("notes", "; ".join(notes))
     return table
@@ -108,10 +95,8 @@ def _facts(result: CheckResult) -> Table:
 
 def _verdict(result: CheckResult) -> Text:
     if result.ok:
-        return Text(
-            f"ok: {len(result.tensors)} tensors are the same to {result.tolerance:.0e}, {result.live} sites are live",
-            style="green",
-        )
+        same = f"ok: {len(result.tensors)} tensors are the same to {result.tolerance:.0e}, {result.live} sites are live"
+        return Text(same, style="green")
     text = Text()
     for finding in result.findings:
         text.append("not ok: ", style="bold red")
@@ -120,18 +105,24 @@ def _verdict(result: CheckResult) -> Text:
     return text
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(
+def _table(title: str | None, *columns: str) -> Table:
+    """Return an empty table. Columns that end with > are right-aligned; the last may be folded."""
+    table = Table(
         title=title, title_justify="left", title_style="cyan", box=None, padding=(0, 1, 0, 0), header_style="dim"
     )
+    for name in columns:
+        folded = name in {"tensor", "of"}
+        table.add_column(
+            name.rstrip(">"),
+            justify="right" if name.endswith(">") else "left",
+            no_wrap=not folded,
+            overflow="fold" if folded else "ellipsis",
+        )
+    return table
 
 
 def _number(one: Difference) -> str:
     return f"{one.relative:.1e}" if one.relative != float("inf") else "missing"
-
-
-def _mark(one: Difference) -> str:
-    return "DIFFERS" if not one.ok else "rounding" if one.excused else "noise" if one.floored else ""
 
 
 def _style(one: Difference) -> str:
