@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
 from torch._dynamo.exc import (
     ShortenTraceback,
@@ -36,6 +37,7 @@ __all__ = [
     "forget_compiled",
     "frame_code",
     "frame_location",
+    "graph_break",
     "graph_is_part",
     "has_compiled",
     "in_trace",
