@@ -153,7 +153,7 @@ def _prepare_kernels(result: Study, options: ResolvedOptions) -> None:
         return
     kinds = {}
     for site in result.plan.sites:
-        streams, branch, spec = tensor_value(site.add), tensor_value(site.terms[0]), options.at(site.path).spec
+        streams, branch, spec = tensor_value(site.add), tensor_value(site.branch_outputs[0]), options.at(site.path).spec
         if streams is not None and branch is not None:
             kinds[streams.device, streams.dtype, branch.dtype, spec] = streams, branch
     for (*_, spec), (streams, branch) in kinds.items():

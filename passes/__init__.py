@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.core.pass_base import Hook, Pass, run_passes
 from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
-from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions, OutlineRegions
+from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions
 from mhc_compile.passes.transforms.expand_streams import ExpandStreams, RemoveDeclarations
 from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
 from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
+from mhc_compile.passes.transforms.outline_regions import OutlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -388,7 +388,7 @@ def report_broken(rejection: Rejection, provenance: DynamoProvenance, options: R
     Raises:
         StreamsLostError: `options.strict`.
     """
-    owner = rejection.where or (type(provenance.root).__name__ if provenance.root is not None else "a function")
+    owner = rejection.module_path or (type(provenance.root).__name__ if provenance.root is not None else "a function")
     message = (
         f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end there: {rejection.message}."
         " Let a module that is compiled be the first to read the trunk in the branch (a norm, a projection)"

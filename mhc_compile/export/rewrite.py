@@ -24,7 +24,7 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import Chain, Rejection, Site, close_regions, expand_plan, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.analysis.provenance import Provenance
-from mhc_compile.passes.transforms.checkpoint_regions import adopt
+from mhc_compile.passes.transforms.outline_regions import adopt
 
 if TYPE_CHECKING:
     from mhc_compile.passes.transforms.stream_builder import Binding

@@ -1,12 +1,17 @@
-"""Joins sites into chains: the sites that share one set of streams. The plan is the dry run; reports and the rewrite both read it."""
+"""Plan chains: link the sites that share one set of streams. Reports and the rewrite read the same plan."""
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mhc_compile._torch import trace_artifact
 from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
-from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
+from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, departures
 from mhc_compile.passes.planning.match_residuals import Findings, find
 from mhc_compile.passes.planning.split_branches import BranchHead, find_heads
@@ -22,23 +27,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Chain", "Plan", "plan_chains", "reject_site"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Sites in order, from the first to the last that share streams in this graph."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams. Those of the first
-    #: are empty, but where its streams arrive from another graph.
+    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams.
+    #: Those of the first are empty, unless its streams arrive from another graph.
     links: tuple[TrunkPath, ...]
-    #: Whether the chain begins at a graph input, beside which its streams arrive from another graph.
+    #: Whether the chain begins at a graph input whose streams arrive from another graph, as one more input.
     arrives: bool = False
-    #: From the last sum to each result of the graph beside which the streams leave.
+    #: The paths from the last sum to each result of the graph whose streams leave as one more result.
     departures: tuple[TrunkPath, ...] = ()
 
     @property
     def start(self) -> Node:
-        """The value that the streams are copies of at the start, or whose streams arrive."""
+        """The value whose copies the streams are at first, or whose streams arrive."""
         return self.links[0].source
 
     @property
@@ -49,7 +56,7 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that is going to be rewritten, and everything that is not, with reasons. Nodes belong to the normalised graph."""
+    """The additions to rewrite, and those that are rejected, with reasons. Nodes belong to the normalised graph."""
 
     chains: tuple[Chain, ...]
     rejections: tuple[Rejection, ...]
@@ -70,14 +77,20 @@ def plan_chains(
     reject: Callable[[Site], Rejection | None] | None = None,
     edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
 ) -> Plan:
-    """Finds the sites of a normalised graph and links them.
+    """Find the sites of a normalised graph and link them into chains.
 
-    A site follows another where its trunk is the other's sum, directly or through liftable trunk operations. Where several sites read one trunk
-    value (nested blocks, forks), one of them carries the chain on and the others begin chains of their own. A chain of fewer than `min_chain_length` is
-    left alone, and so is a single site inside the branch of another one, however small `min_chain_length` is. `reject` lets the caller veto sites for
-    reasons outside the graph (see `reject_site`). `edges` says what is known of the other graphs of the model: a chain that goes on in them is not
-    judged by its length here.
+    A site follows another if its trunk is the other's sum, directly or through liftable trunk operations. Where several
+    sites read one trunk value (nested blocks, forks), one of them continues the chain and the others begin their own.
+
+    Args:
+        graph: a normalised graph with example values.
+        provenance: names its modules and parameters.
+        min_chain_length: shorter chains are rejected, unless they go on in other graphs. A single site inside the branch
+            of another one is always rejected.
+        reject: vetoes sites for reasons outside the graph; see `reject_site`.
+        edges: what is known of the other graphs of the model.
     """
+    started = time.perf_counter()
     findings = find(graph, provenance, edges)
     vetoed = {
         site: rejection for site in findings.sites if reject is not None and (rejection := reject(site)) is not None
@@ -87,43 +100,70 @@ def plan_chains(
     while True:
         sites = [site for site in kept if site not in vetoed]
         by_sum = {site.add: site for site in sites}
-        trunk_paths = {site: _trunk_path(site, by_sum, aliases, edges) for site in sites}
+        trunk_paths, blocked = _trunk_paths(sites, by_sum, aliases, edges)
         rejected = _long_skips(sites, trunk_paths, by_sum, aliases)
         if not rejected:
             chains = [_at_edges(chain, graph, edges, aliases) for chain in _link(sites, trunk_paths, by_sum)]
             rejected = _sides(chains) or _crossings(chains)
         if not rejected:
-            rejected = _short([chain for chain in chains if not _goes_on(chain, edges)], min_chain_length)
+            rejected = _short([chain for chain in chains if not _goes_on(chain, edges)], min_chain_length, blocked)
         if not rejected:
             heads = find_heads(graph, provenance, chains, edges, aliases)
-            return Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
-        vetoed |= rejected  # what is left may run through the adds that stay
+            plan = Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
+            _report(plan, time.perf_counter() - started)
+            return plan
+        vetoed |= rejected  # the remaining chains may run through the adds that stay
 
 
 def reject_site(site: Site, reason: Reason, message: Callable[[], str]) -> Rejection:
-    """A rejection in the place of a site."""
+    """Return the rejection of a site that was found."""
     return Rejection(site.add, reason, message, site.owner.path, site.adds[:-1])
+
+
+def _report(plan: Plan, seconds: float) -> None:
+    """Log how many verdicts of each kind a plan has, and write all of them to torch's structured trace."""
+    reasons = Counter(rejection.reason.value for rejection in plan.rejections)
+    log.debug(
+        "plan: %d sites in %d chains, %d additions rejected (%s), %.1f ms",
+        len(plan.sites),
+        len(plan.chains),
+        len(plan.rejections),
+        ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())) or "none",
+        seconds * 1e3,
+    )
+
+    def verdicts() -> str:
+        chains = [[{"site": site.path, "add": site.add.name} for site in chain.sites] for chain in plan.chains]
+        rejections = [
+            {"add": rejection.add.name, "reason": rejection.reason.value, "message": rejection.message}
+            for rejection in plan.rejections
+        ]
+        return json.dumps({"chains": chains, "rejections": rejections}, indent=1)
+
+    trace_artifact("mhc_plan", verdicts, encoding="json")
 
 
 def _long_skips(
     sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> dict[Site, Rejection]:
-    """The sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
+    """Reject the sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
 
-    before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on behind it
+    before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on after it
     """
     long: dict[Site, Rejection] = {}
     for site in sites:
-        last = _nearest_sum(site.terms[0], by_sum, aliases) if len(site.terms) == 1 else None
+        last = _nearest_sum(site.branch_outputs[0], by_sum, aliases) if len(site.branch_outputs) == 1 else None
         if last is None or last is site.add:
             continue
-        if trunk_path_between(last, site.terms[0], by_sum[last].axis, aliases) is None:
+        if isinstance(trunk_path_between(last, site.branch_outputs[0], by_sum[last].axis, aliases), Obstacle):
             continue
         if _follows(by_sum[last], site, trunk_paths, by_sum, aliases):
             long[site] = reject_site(
                 site,
                 Reason.LONG_SKIP,
-                lambda site=site: f"'{site.skip}' is added to its own trunk some sites later, '{site.terms[0]}'",  # type: ignore[misc]
+                lambda site=site: (
+                    f"'{site.skip}' is added to its own trunk some sites later, '{site.branch_outputs[0]}'"
+                ),  # type: ignore[misc]
             )
     return long
 
@@ -131,24 +171,23 @@ def _long_skips(
 def _follows(
     last: Site, site: Site, trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> bool:
-    """Whether the trunk of `last`, followed backwards from site to site, comes through the trunk value of `site`."""
+    """Return whether the trunk of `last`, followed backwards from site to site, passes the trunk value of `site`."""
     step: Site | None = last
     while step is not None:
         trunk_path = trunk_paths[step]
         if site.trunk is step.trunk or (trunk_path is not None and site.trunk in trunk_path.axes):
             return True
         if trunk_path is None or trunk_path.source not in by_sum:
-            before = aliases.order[site.trunk] < aliases.order[step.trunk]
-            return (
-                before
-                and trunk_path_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases) is not None
-            )
+            if aliases.order[site.trunk] >= aliases.order[step.trunk]:
+                return False
+            path = trunk_path_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases)
+            return isinstance(path, TrunkPath)
         step = by_sum[trunk_path.source]
     return False
 
 
 def _sides(chains: list[Chain]) -> dict[Site, Rejection]:
-    """The sites that stand alone inside the branch of another site."""
+    """Reject the sites that stand alone inside the branch of another site."""
     inside: dict[Node, Site] = {}
     for chain in chains:
         for site in chain.sites:
@@ -167,7 +206,7 @@ def _sides(chains: list[Chain]) -> dict[Site, Rejection]:
 
 
 def _crossings(chains: list[Chain]) -> dict[Site, Rejection]:
-    """The sites whose shortcut runs through trunk operations of another chain: what becomes streams there is no longer the value read here.
+    """Reject the sites whose shortcut runs through trunk operations of another chain, which become streams there.
 
     before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
     """
@@ -187,12 +226,15 @@ def _crossings(chains: list[Chain]) -> dict[Site, Rejection]:
     return crossed
 
 
-def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Rejection]:
+def _short(chains: list[Chain], min_chain_length: int, blocked: dict[Site, Obstacle]) -> dict[Site, Rejection]:
     def too_short(site: Site, size: int) -> Rejection:
+        why = f". It ends because {blocked[site]}" if site in blocked else ""
         return reject_site(
             site,
             Reason.CHAIN_TOO_SHORT,
-            lambda: f"its chain has {size} site{'s'[: size > 1]}; min_chain_length={min_chain_length} asks for more",
+            lambda: (
+                f"its chain has {size} site{'s'[: size > 1]}; min_chain_length={min_chain_length} asks for more{why}"
+            ),
         )
 
     short = [chain for chain in chains if len(chain.sites) < min_chain_length]
@@ -200,7 +242,7 @@ def _short(chains: list[Chain], min_chain_length: int) -> dict[Site, Rejection]:
 
 
 def _at_edges(chain: Chain, graph: Graph, edges: BoundaryInfo, aliases: Aliases) -> Chain:
-    """The chain with what arrives and what leaves."""
+    """Return the chain with the streams that arrive and leave."""
     arrives = chain.start in edges.inputs and not aliases.writers(chain.start)
     inner = len(chain.sites) == 1 or any(link.nodes for link in chain.links[1:])
     far = edges.part or (arrives and inner)
@@ -209,7 +251,7 @@ def _at_edges(chain: Chain, graph: Graph, edges: BoundaryInfo, aliases: Aliases)
 
 
 def _goes_on(chain: Chain, edges: BoundaryInfo) -> bool:
-    """Whether there is reason to believe that other graphs carry the chain on."""
+    """Return whether other graphs are likely to continue the chain."""
     if any(site.tail for site in chain.sites):
         return True
     if chain.arrives and (chain.start in edges.arriving or all(map(edges.attached, chain.sites))):
@@ -241,10 +283,10 @@ def _link(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: 
 
 
 def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[Site]:
-    """The sites that carry a trunk on, where several read the same one.
+    """Return the sites that continue a trunk, one of those that read the same trunk value.
 
-    Of a block and the residual blocks nested in its branch, the outer one carries the trunk on; the inner ones have a chain of their own, which
-    starts from what the outer branch reads. Of a fork the first goes on.
+    Of a block and the residual blocks nested in its branch, the outer one continues the trunk; the inner ones have their
+    own chain, which starts from what the outer branch reads. Of a fork the first continues.
     """
     rivals: dict[Node, list[Site]] = {}
     for site in sites:
@@ -258,17 +300,38 @@ def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[
     return chosen
 
 
-def _trunk_path(site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo) -> TrunkPath | None:
-    """What lies between the previous site's sum, or an input with streams, and this site's trunk value; None where streams cannot come through."""
+def _trunk_paths(
+    sites: list[Site], by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo
+) -> tuple[dict[Site, TrunkPath | None], dict[Site, Obstacle]]:
+    """Return the path to each site, None where streams cannot reach it, and the unexpected obstacles on the way.
+
+    An obstacle is listed for the site before it too, if there is one: both chains may be too short because of it.
+    """
+    paths: dict[Site, TrunkPath | None] = {}
+    blocked: dict[Site, Obstacle] = {}
+    for site in sites:
+        source, path = _trunk_path(site, by_sum, aliases, edges)
+        paths[site] = path if isinstance(path, TrunkPath) else None
+        if isinstance(path, Obstacle) and path.unexpected:
+            blocked[site] = path
+            if source in by_sum:
+                blocked[by_sum[source]] = path
+    return paths, blocked
+
+
+def _trunk_path(
+    site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo
+) -> tuple[Node, TrunkPath | Obstacle | None]:
+    """Return the previous site's sum, or an input with streams, and the path from there to the site's trunk value."""
     source = _nearest_sum(site.trunk, by_sum, aliases, edges)
     if source is None or aliases.writers(site.trunk):
-        return None
+        return site.trunk, None
     axis = by_sum[source].axis if source in by_sum else edges.axis(source)
     assert axis is not None
-    trunk_path = trunk_path_between(source, site.trunk, axis, aliases)
-    return (
-        trunk_path if trunk_path is not None and trunk_path.axes[site.trunk] == site.shortcut.axes[site.trunk] else None
-    )
+    path = trunk_path_between(source, site.trunk, axis, aliases)
+    if isinstance(path, TrunkPath) and path.axes[site.trunk] != site.shortcut.axes[site.trunk]:
+        return source, None
+    return source, path
 
 
 def _nearest_sum(
@@ -278,7 +341,7 @@ def _nearest_sum(
     edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
     limit: int = 64,
 ) -> Node | None:
-    """The last sum of a site, or input with streams, among those that lie behind `trunk`, nothing but trunk operations in between.
+    """Return the last sum of a site, or input with streams, from which trunk operations alone lead to `trunk`, or None.
 
     The trunk operations between two sites are few: a longer search would find a branch.
     """

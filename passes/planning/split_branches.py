@@ -1,12 +1,12 @@
-"""Branches that a graph break cuts in two.
+"""Branches that a graph break splits.
 
-A break inside a branch puts its beginning, the head, into one graph and its end, with the residual add, into a later one:
+A break inside a branch puts its beginning, the head, into one graph, and its end with the residual add into a later one:
 
     x1 = x + attn(norm1(x)); h = norm2(x1)     results x1 and h: norm2 is the head of a branch
     (the routing of experts, outside of any graph)
     out = x1 + expert_sum                      inputs x1 and expert_sum: the tail
 
-The head reads the streams as the branch of a site does, and hands on the coefficients that the tail needs.
+The head reads the streams as the branch of a site does, and returns the coefficients that the tail needs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["BranchHead", "find_heads"]
 
 @dataclass(frozen=True, eq=False)
 class BranchHead:
-    """A value that lives on behind the graph, and what modules compute from it for other results. Perhaps the head of a branch."""
+    """A value that later graphs read, and what modules compute from it for other results: perhaps the head of a branch."""
 
     #: The trunk value: a graph input, or the last sum of a chain.
     value: Node
@@ -51,7 +51,7 @@ class BranchHead:
 def find_heads(
     graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: BoundaryInfo, aliases: Aliases
 ) -> tuple[BranchHead, ...]:
-    """The heads of branches whose tails may lie in other graphs."""
+    """Return the heads of branches whose tails may lie in other graphs."""
     chains = tuple(chains)
     if not edges.inputs and not edges.part:
         return ()
@@ -81,7 +81,9 @@ def _head(
         return None
     readers = [user for user in value.users if user.op != "output" and user not in taken and passes_value(user)]
     reached = _forward(readers, aliases)
-    numbers = {places[node]: _anchor(node, reached, provenance, weights) for node in sorted(reached & places.keys())}
+    numbers = {
+        places[node]: _last_module(node, reached, provenance, weights) for node in sorted(reached & places.keys())
+    }
     readers = [reader for reader in readers if any(node in places for node in _forward([reader], aliases))]
     if not numbers or taken & reached:
         return None
@@ -96,8 +98,10 @@ def _head(
     )
 
 
-def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]) -> ModuleRef | None:
-    """The module, directly below the root, of the last product with weights among the nodes `reached` that lead to `result`."""
+def _last_module(
+    result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]
+) -> ModuleRef | None:
+    """Return the module, below the root, of the last product with weights among the nodes `reached` that lead to `result`."""
     behind: set[Node] = set()
     stack = [result]
     while stack:
@@ -110,7 +114,7 @@ def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: f
 
 
 def _forward(starts: Iterable[Node], aliases: Aliases) -> set[Node]:
-    """Everything that is computed from `starts`, and they themselves."""
+    """Return `starts` and everything that is computed from them."""
     reached: set[Node] = set()
     stack = list(starts)
     while stack:

@@ -352,7 +352,7 @@ def _site(site: Site, index: int, module: str) -> SiteReport:
 def _rejection(rejection: Rejection, module: str) -> RejectionReport:
     return RejectionReport(
         add=rejection.add.name,
-        module=below(module, rejection.where),
+        module=below(module, rejection.module_path),
         reason=rejection.reason.value,
         message=rejection.message,
         source=source_line(rejection.add),

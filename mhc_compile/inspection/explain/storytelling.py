@@ -117,7 +117,7 @@ class Teller:
         return RejectionStory(
             adds=self._operations(rejection.adds),
             code=_code(rejection.add),
-            module=below(self.module, rejection.where),
+            module=below(self.module, rejection.module_path),
             terms=self._operations(operands(rejection.add)),
             reason=reason.value,
             message=rejection.message,
@@ -131,10 +131,10 @@ class Teller:
         """The other verdict of the same module whose add is the fewest operations away."""
         told: dict[Node, str] = {}
         for other in self.plan.rejections:
-            if other is not rejection and other.where == rejection.where:
+            if other is not rejection and other.module_path == rejection.module_path:
                 told[other.add] = f"'{other.add}' is left alone as well: {other.reason.value}"
         for site in self.plan.sites:
-            if site.owner.path == rejection.where:
+            if site.owner.path == rejection.module_path:
                 told[site.add] = f"'{site.add}' is the site {below(self.module, site.path)}"
         if not told:
             return ""
@@ -166,7 +166,7 @@ def _axis_from(site: Site, branch: list[Node]) -> str:
         return "the graph in which the branch began"
     if entry_axis(site.trunk, branch) is not None:
         return "the first operation of the branch that normalises or contracts the trunk"
-    return f"the way in which '{site.anchor}', the last product of the branch, leaves it"
+    return f"the way in which '{site.last_contraction}', the last product of the branch, leaves it"
 
 
 def _carrier_because(site: Site) -> str:
@@ -176,7 +176,7 @@ def _carrier_because(site: Site) -> str:
         return (
             "the owner does the last product with weights of its own, and its call shows the parameters to the tracer"
         )
-    return f"it ends the branch ('{site.anchor}'), and its call shows the parameters to the tracer"
+    return f"it ends the branch ('{site.last_contraction}'), and its call shows the parameters to the tracer"
 
 
 def _code(node: Node) -> str:
