@@ -49,6 +49,7 @@ try:
     )
     from mhc_compile._torch.fx import (
         FakeTensorMode,
+        checkpoint_context,
         copy_node,
         is_higher_order,
         is_operator,
@@ -83,6 +84,7 @@ try:
         write_count,
     )
     from mhc_compile._torch.optim import (
+        before_averaging,
         lbfgs_has_memory,
         restart_lbfgs,
     )
@@ -99,8 +101,10 @@ __all__ = [
     "TensorWeakRef",
     "TorchDynamoException",
     "WeakTensorKeyDictionary",
+    "before_averaging",
     "cache_folder",
     "caller",
+    "checkpoint_context",
     "child_module",
     "compile_with_inductor",
     "copy_node",

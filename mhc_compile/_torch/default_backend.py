@@ -1,4 +1,4 @@
-"""Private names of torch that setting a default backend needs. Torch is there already; nothing more of it is imported than the script asks for."""
+"""A default backend for `torch.compile`. Imports nothing of torch: the script that runs may never need Dynamo."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ if TYPE_CHECKING:
 
 __all__ = ["REGISTRY", "captured_graphs", "give_compile_a_default", "has_default_backend"]
 
-#: The module that keeps the default backend (torch 2.13). It is loaded by the first `torch.compile`, together with the whole of Dynamo, which a
-#: script that only imports torch need not wait for.
+#: The module that holds the default backend (torch 2.13). The first `torch.compile` loads it, together with all of Dynamo,
+#: for which a script that only imports torch need not wait.
 REGISTRY = "torch._dynamo.backends.registry"
 
 
 def has_default_backend(torch: ModuleType) -> bool:
-    """Whether this torch can be told a default backend."""
+    """Return whether this torch has a setting for the default backend."""
     return hasattr(torch.compiler, "set_default_backend")
 
 
 def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> None:
-    """For a torch that cannot be told: `torch.compile` with another default for `backend`. `nn.Module.compile` looks it up there at each call."""
+    """Patch `torch.compile` to use `backend` by default, on a torch without `set_default_backend`. Repeated calls change nothing.
+
+    `nn.Module.compile` looks `torch.compile` up at each call.
+    """
     plain = torch.compile
+    if getattr(plain, "mhc_default", None) is backend:
+        return
 
     @functools.wraps(plain)
     def compile(model: Any = None, **settings: Any) -> Any:  # noqa: A001 - torch's name
@@ -32,10 +37,11 @@ def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> No
             settings["backend"] = backend
         return plain(model, **settings)
 
+    compile.mhc_default = backend  # type: ignore[attr-defined]
     setattr(torch, "compile", compile)  # noqa: B010 - mypy would compare the signatures
 
 
 def captured_graphs() -> int:
-    """How many graphs Dynamo has captured in this process, for whatever backend; 0 where it was never loaded."""
+    """Return how many graphs Dynamo has captured in this process, for any backend; 0 if it was never loaded."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["stats"]["unique_graphs"]) if utils is not None else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,26 +42,35 @@ _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer"
 
 _split: Callable[..., Any] = DDPOptimizer.compile_fn
 
+#: The backends that get whole graphs, and the lock of the patch that asks for them.
+_whole_graph_backends: list[Callable[..., Any]] = []
+_lock = threading.Lock()
+
 
 def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
-    """Makes Dynamo hand `backend` the whole graph of a model in DDP; every other backend gets its pieces as ever.
+    """Patch Dynamo to give `backend` the whole graph of a model in DDP. Other backends get its pieces, as before.
 
-    Under `DistributedDataParallel` Dynamo cuts a graph into a piece for each bucket of gradients and calls the backend for each piece, so that
-    buckets are reduced while the backward is still running. `backend` is called once instead, with the inputs that Dynamo traced, and cuts its own
-    result by `split_as_ddp_would`.
+    Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of gradients and calls the backend
+    for each piece, so that buckets are reduced while the backward still runs. `backend` is called once instead, with the
+    inputs that Dynamo traced, and splits its own result by `split_as_ddp_would`. Repeated calls change nothing.
     """
+    with _lock:
+        if not any(known is backend for known in _whole_graph_backends):
+            _whole_graph_backends.append(backend)
+        if DDPOptimizer.compile_fn is not _compile_whole:
+            DDPOptimizer.compile_fn = _compile_whole  # type: ignore[assignment, method-assign]
 
-    @functools.wraps(_split)
-    def compile_fn(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
-        if _innermost(self.backend_compile_fn) is not backend:
-            return _split(self, graph_module, inputs, **settings)
-        token = _ddp_optimizer.set(self)
-        try:
-            return self.backend_compile_fn(graph_module, inputs, **settings)
-        finally:
-            _ddp_optimizer.reset(token)
 
-    DDPOptimizer.compile_fn = compile_fn  # type: ignore[assignment, method-assign]
+@functools.wraps(_split)
+def _compile_whole(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
+    innermost = _innermost(self.backend_compile_fn)
+    if not any(known is innermost for known in _whole_graph_backends):
+        return _split(self, graph_module, inputs, **settings)
+    token = _ddp_optimizer.set(self)
+    try:
+        return self.backend_compile_fn(graph_module, inputs, **settings)
+    finally:
+        _ddp_optimizer.reset(token)
 
 
 def _innermost(backend: Any) -> Any:

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch.fx import Node
+    from torch.fx import GraphModule, Node
 
 __all__ = [
     "FakeTensorMode",
+    "checkpoint_context",
     "copy_node",
     "is_higher_order",
     "is_operator",
@@ -97,6 +98,12 @@ def written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+
+
+def checkpoint_context(body: GraphModule) -> Callable[[], Any] | None:
+    """Return the context function of a checkpointed region, which holds its policy; None if it has none."""
+    context: Callable[[], Any] | None = body.meta.get("_checkpoint_context_fn")
+    return context
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:

@@ -8,11 +8,9 @@ method is wrapped; a model without hyper-connections passes through.
 from __future__ import annotations
 
 import copy
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch.optim.swa_utils import AveragedModel
-
+from mhc_compile._torch import before_averaging, child_module
 from mhc_compile.attachment.sites import (
     BEGUN,
     CONTAINER,
@@ -29,33 +27,25 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["follow_averages", "share_connections"]
 
-_following = False
-
 
 def follow_averages() -> None:
-    """From now on, averaged copies receive hyper-connections at the update that finds them without: their average begins there."""
-    global _following
-    if _following:
-        return
-    _following = True
-    update = AveragedModel.update_parameters
+    """Let averaged copies receive hyper-connections at the update that finds them without: their average begins there."""
+    before_averaging(_before_update)
 
-    @functools.wraps(update)
-    def update_parameters(self: AveragedModel, model: nn.Module) -> Any:
-        has, wants = connections(self.module), connections(model)
-        if len(has) < len(wants):
-            share_connections(model, self.module)
-        elif len(has) > len(wants):
-            raise AttachError(
-                f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they were taken off"
-                " after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
-            )
-        return update(self, model)
 
-    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
+def _before_update(averaged: AveragedModel, model: nn.Module) -> None:
+    has, wants = connections(averaged.module), connections(model)
+    if len(has) < len(wants):
+        share_connections(model, averaged.module)
+    elif len(has) > len(wants):
+        raise AttachError(
+            f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they were taken off"
+            " after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
+        )
 
 
 def share_connections(model: nn.Module, twin: nn.Module) -> None:
@@ -67,7 +57,7 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
     pairs = _pairs(model, twin)
     copies: dict[HyperConnection, HyperConnection] = {}
     for owner, other in pairs:
-        container = owner._modules.get(CONTAINER)
+        container = child_module(owner, CONTAINER)
         if not isinstance(container, HyperConnections):
             continue
         theirs = container_of(other)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._torch import OptimizedModule
+from mhc_compile._torch import child_module, original_module
 from mhc_compile._warn import warn
 from mhc_compile.attachment.optimizers import expect, leave
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection, parameter_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ class HyperConnections(nn.Module):
         """The hyper-connection called `name`, None if there is none."""
         module: nn.Module | None = self
         for part in name.split("."):
-            module = module._modules.get(part) if module is not None else None
+            module = child_module(module, part) if module is not None else None
         return module if isinstance(module, HyperConnection) else None
 
     def put(self, name: str, connection: HyperConnection) -> None:
@@ -75,7 +75,7 @@ class HyperConnections(nn.Module):
         *parents, last = name.split(".")
         module: nn.Module = self
         for part in parents:
-            child = module._modules.get(part)
+            child = child_module(module, part)
             if child is None:
                 child = HyperConnections()
                 module.add_module(part, child)
@@ -226,7 +226,7 @@ def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool
 
 def container_of(owner: nn.Module) -> HyperConnections:
     """The container of a module's hyper-connections, made if there is none. What else may be called `mhc`, `find_connection` has rejected."""
-    container = owner._modules.get(CONTAINER)
+    container = child_module(owner, CONTAINER)
     if container is None:
         container = HyperConnections()
         owner.add_module(CONTAINER, container)
@@ -245,7 +245,7 @@ def _create(
         index=index,
         last=last,
         device=device,
-        dtype=torch.float64 if value.dtype == torch.float64 else torch.float32,
+        dtype=parameter_dtype(value),
     )
     put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
     return connection
@@ -279,8 +279,7 @@ def _check(connection: HyperConnection, site: Site, options: ResolvedOptions) ->
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile(model)` and behind `mhc_compile.eager(model)`; any other model as it is."""
-    if isinstance(model, OptimizedModule):
-        model = model._orig_mod
+    model = original_module(model)
     return getattr(model, BEHIND, model)
 
 
@@ -301,8 +300,8 @@ def detach(model: nn.Module) -> int:
     target = unwrap(model)
     gone = connections(target)
     for module in list(target.modules()):
-        if isinstance(module._modules.get(CONTAINER), HyperConnections):
-            del module._modules[CONTAINER]
+        if isinstance(child_module(module, CONTAINER), HyperConnections):
+            delattr(module, CONTAINER)
         module.__dict__.pop(DECLARED, None)
         module.__dict__.pop(BEGUN, None)
         hook = module.__dict__.pop(HOOK, None)

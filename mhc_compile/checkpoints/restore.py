@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._torch import OptimizedModule
+from mhc_compile._torch import COMPILED_ATTRIBUTE, child_module, original_module, state_metadata
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import CONTAINER, HyperConnections, connections, declare_on, put_connection, unwrap
 from mhc_compile.compilation.bindings import bound_names
@@ -41,8 +41,6 @@ _FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: What `torch.compile` puts before the names of parameters.
-_COMPILED = "_orig_mod"
 
 
 def restore(
@@ -102,7 +100,7 @@ class _Plan:
     def __init__(
         self, model: nn.Module, place: str, values: dict[str, Tensor], options: ResolvedOptions, fixed: set[str]
     ) -> None:
-        path = [part for part in place.split(".") if part != _COMPILED]
+        path = [part for part in place.split(".") if part != COMPILED_ATTRIBUTE]
         cut = path.index(CONTAINER)
         self.place, self.values = place, values
         self.root, self.path = model, ".".join(path[:cut])
@@ -172,19 +170,19 @@ def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
 def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
     module = model
     for step in path:
-        child = module._modules.get(step)
+        child = child_module(module, step)
         if child is None:
             raise AttachError(
                 f"{place}: the checkpoint has a hyper-connection there, but {type(model).__name__} has no module {'.'.join(path)!r}."
                 " Build the model that was saved"
             )
-        module = child._orig_mod if isinstance(child, OptimizedModule) else child
+        module = original_module(child)
     return module
 
 
 def _noted(checkpoint: Mapping[str, Any], place: str, options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
     """The options with the mapping that the hyper-connection at `place` had when it was saved, where the state dict still says it."""
-    noted = (getattr(checkpoint, "_metadata", None) or {}).get(place, {}).get("mapping", options.mapping)
+    noted = (state_metadata(checkpoint) or {}).get(place, {}).get("mapping", options.mapping)
     return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
 
 

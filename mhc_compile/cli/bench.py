@@ -188,8 +188,8 @@ def _time(
 ) -> TargetResult:
     import torch
     from rich.console import Console
-    from torch.utils import _pytree as pytree
 
+    from mhc_compile._torch import map_tensors
     from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.bench.target import measure_target
 
@@ -207,7 +207,7 @@ def _time(
             return value.to(device, real if value.is_floating_point() else None)
 
         model = model.to(device=device, dtype=real)
-        inputs = pytree.tree_map_only(torch.Tensor, move, inputs)
+        inputs = map_tensors(move, inputs)
     args, kwargs = inputs
     with choose_progress(Console(stderr=True), quiet=quiet) as progress:
         return measure_target(

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from mhc_compile._torch import checkpoint_context
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,5 +34,5 @@ def run_eagerly(graph_module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _checkpoint(body: fx.GraphModule, *args: Any, use_reentrant: bool = False, **settings: Any) -> Any:  # noqa: ARG001 - torch, too, ignores it here
-    context = body.meta.get("_checkpoint_context_fn", noop_context_fn)
+    context = checkpoint_context(body) or noop_context_fn
     return checkpoint(body, *args, use_reentrant=False, context_fn=context, **settings)

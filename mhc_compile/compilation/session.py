@@ -25,6 +25,7 @@ from mhc_compile.errors import AttachError, NothingRewrittenError, StreamsLostEr
 from mhc_compile.graph_breaks.split_branches import Notes, find_tail
 from mhc_compile.graph_breaks.stream_registry import carried_axis
 from mhc_compile.modules.gated import create_connection
+from mhc_compile.modules.hyper_connection import parameter_dtype
 from mhc_compile.passes import Plan, Reason, Rejection, Site, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import is_fused_layer, is_region, op_name, tensor_value
 from mhc_compile.passes.analysis.provenance import source_line
@@ -32,7 +33,6 @@ from mhc_compile.passes.planning.chains import reject_site
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.transforms.stream_builder import Binding
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["Study", "complain", "report_broken", "report_idle", "study", "width_conflict"]
 
@@ -183,7 +184,7 @@ class Study:
 
     def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, new: dict[str, Node]) -> Binding:
         """Graph inputs for the parameters at the path `site`, of the kind that a trunk value `like` asks for."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = parameter_dtype(like)
 
         def stand_in(part: str) -> Node:
             path = f"{site}.{part}"

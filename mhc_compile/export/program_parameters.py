@@ -5,28 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from mhc_compile.compilation.bindings import bind_connection, bound_names
 from mhc_compile.compilation.session import width_conflict
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import GatedConnection, create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection, parameter_dtype
 from mhc_compile.modules.readout import ReadOut
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.transforms.stream_builder import Binding
-    from mhc_compile.passes import Plan, Rejection, Site
     from collections.abc import Iterable
 
+    import torch
+    from torch import nn
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.passes import Plan, Rejection, Site
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
 
@@ -165,7 +165,7 @@ class ProgramParameters:
     def _create(self, site: Site, path: str, index: int, *, last: bool) -> None:
         value = tensor_value(site.add)
         assert value is not None
-        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        dtype = parameter_dtype(value)
         connection = create_connection(
             site.width, self.options.at(path), index=index, last=last, device=value.device, dtype=dtype
         )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from mhc_compile._torch import FakeTensorMode
 from mhc_compile.attachment.sites import HyperConnections
 from mhc_compile.compilation.bindings import bind_connection
 from mhc_compile.compilation.session import complain, width_conflict
@@ -20,15 +20,16 @@ from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, CaptureError
 from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
+from mhc_compile.modules.hyper_connection import HyperConnection, parameter_dtype
 from mhc_compile.passes import Chain, Rejection, Site, close_regions, expand_plan, normalize, plan_chains
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.analysis.provenance import Provenance
 from mhc_compile.passes.transforms.outline_regions import adopt
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.transforms.stream_builder import Binding
     from collections.abc import Mapping
+
+    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["rewrite"]
 
@@ -161,7 +162,7 @@ def _attach(
         if connection is None:
             value = tensor_value(site.add)
             assert value is not None
-            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+            dtype = parameter_dtype(value)
             connection = create_connection(
                 site.width, options.at(site.path), index=index, last=last, device=value.device, dtype=dtype
             )

@@ -19,13 +19,13 @@ from mhc_compile.graph_breaks.stream_registry import history, registered_streams
 from mhc_compile.passes.planning.graph_boundary import BranchTail
 
 if TYPE_CHECKING:
-    from mhc_compile.passes.analysis.provenance import ModuleRef
     from collections.abc import Iterable, Mapping, Sequence
     from types import CodeType
 
     from torch.fx import Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
+    from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.planning.split_branches import BranchHead
 
 __all__ = ["Beginning", "Notes", "find_tail"]
@@ -217,7 +217,7 @@ def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail
         if len(roots) == 1:
             provenance.adopt_root(roots[0])
     ref, owner = _owner(provenance, add)
-    container = owner._modules.get(CONTAINER) if owner is not None else None
+    container = _torch.child_module(owner, CONTAINER) if owner is not None else None
     if ref is None or not isinstance(container, HyperConnections):
         return None
     names = [name for name in entry.open if container.get(name) is not None]
@@ -229,7 +229,7 @@ def _called(owner: nn.Module, path: str) -> str:
     parts = path.split(".")[:-1]
     module: Any = owner
     for length, part in enumerate(parts, 1):
-        module = module._modules[part]
+        module = _torch.child_module(module, part)
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return ".".join(parts[:length])
     return ".".join(parts) or "branch"

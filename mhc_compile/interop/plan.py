@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile._torch import set_state_metadata, state_metadata
 from mhc_compile.errors import CheckpointError
 from mhc_compile.interop.tensors import across, resized, turned
 
@@ -90,9 +91,9 @@ class Plan:
             (target, self.value(target, [state[source] for source in sources]))
             for target, sources in self.entries.items()
         )
-        metadata = getattr(state, "_metadata", None)
+        metadata = state_metadata(state)
         if metadata is not None:
-            result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+            set_state_metadata(result, metadata)
         return result
 
     def value(self, target: str, values: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile._torch import state_metadata
 from mhc_compile.attachment.sites import CONTAINER, connections, unwrap
 from mhc_compile.checkpoints.load import load_state_dict, plain_name
 from mhc_compile.config.presets import get_preset
@@ -46,7 +47,7 @@ def to_native(
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     plan = plan_to_native(shapes, preset, spelling=spelling, branches=branches)
     mapping = get_preset(preset).convention.mapping
-    for path, entry in getattr(state, "_metadata", {}).items():
+    for path, entry in (state_metadata(state) or {}).items():
         if CONTAINER in path.split("."):
             for name, wanted in (("preset", preset), ("mapping", mapping)):
                 if entry.get(name, wanted) != wanted:

@@ -195,8 +195,7 @@ def test_two_trunks_are_two_chains():
 
 def test_the_plan_is_linear():
     """Steps of `find` and `plan` grow with the graph and not with its square, though a bias made at the start is added in every layer."""
-    from mhc_compile.passes.analysis import aliases
-    from mhc_compile.passes.analysis import dependence
+    from mhc_compile.passes.analysis import aliases, dependence
 
     def steps(depth: int) -> int:
         seen = 0
