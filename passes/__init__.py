@@ -1,7 +1,9 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ NORMALIZE ─> one spelling ─ plan_chains ─> Plan ─ expand_plan ─> graph with mhc:: operators
-          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators, CanonicalizeAten ─> plain ATen (exported programs)
+    graph ─ NORMALIZE ─> one spelling ─ plan_chains ─> Plan ─ expand_plan ─> graph with mhc::
+    operators
+          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators,
+          CanonicalizeAten ─> plain ATen (exported programs)
 
 `README.md` in this folder has the map, the contract of a pass, and the glossary.
 """
@@ -61,7 +63,8 @@ def expand_plan(
 ) -> Graph:
     """Return the rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites.
 
-    `openings` gives names and parameters to those heads of the plan whose tails lie in other graphs.
+    `openings` gives names and parameters to those heads of the plan whose tails lie in other
+    graphs.
     """
     return run_passes(graph, (ExpandStreams(plan, bindings, openings or {}), OutlineRegions()), hook)
 

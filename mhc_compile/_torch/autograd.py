@@ -23,7 +23,8 @@ _KEYS = (
 def autograd_inside_operators() -> Iterator[None]:
     """What happens here is recorded, for `torch.autograd.grad` before the end.
 
-    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition, which does not know them.
+    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition,
+    which does not know them.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _KEYS:

@@ -32,8 +32,8 @@ def has_kernel(operator: str, device: str) -> bool:
 def caches(*, cold: bool) -> Iterator[None]:
     """In here every graph is lowered anew.
 
-    With `cold`, nothing that was compiled before is found, on disk or in this process, and nothing is left behind. Without, machine code is
-    found where the same source was compiled before.
+    With `cold`, nothing that was compiled before is found, on disk or in this process, and nothing
+    is left behind. Without, machine code is found where the same source was compiled before.
     """
     if cold:
         with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):
@@ -47,9 +47,10 @@ def caches(*, cold: bool) -> Iterator[None]:
 def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
     """Calls `see(kernels, externs, bytes)` for every graph that Inductor compiles.
 
-    kernels: that Inductor generated (`metrics.generated_kernel_count`; on CPU a kernel is a parallel loop nest). externs: calls of operators
-    that it did not generate. bytes: read and written, as `GraphLowering.count_bytes` has it, which is what `metrics.num_bytes_accessed` adds up
-    when its log is on.
+    kernels: that Inductor generated (`metrics.generated_kernel_count`; on CPU a kernel is a
+        parallel loop nest). externs: calls of operators
+    that it did not generate. bytes: read and written, as `GraphLowering.count_bytes` has it, which
+    is what `metrics.num_bytes_accessed` adds up when its log is on.
     """
     original = GraphLowering.compile_to_module
 
@@ -69,7 +70,8 @@ def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
 def memory_events(profile: torch.profiler.profile) -> list[tuple[int, str, int]]:
     """`(nanoseconds, name, bytes)` of everything that a profile with `profile_memory=True` saw, in order.
 
-    Allocations have the name "[memory]" and positive bytes, frees the same name and negative bytes; bytes of other events mean nothing.
+    Allocations have the name "[memory]" and positive bytes, frees the same name and negative bytes;
+    bytes of other events mean nothing.
     """
     results: Any = profile.profiler
     events = results.kineto_results.events()

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["REGISTRY", "captured_graphs", "give_compile_a_default", "has_default_backend"]
 
-#: The module that holds the default backend (torch 2.13). The first `torch.compile` loads it, together with all of Dynamo,
-#: for which a script that only imports torch need not wait.
+#: The module that holds the default backend (torch 2.13). The first `torch.compile` loads it,
+#: together with all of Dynamo, for which a script that only imports torch need not wait.
 REGISTRY = "torch._dynamo.backends.registry"
 
 

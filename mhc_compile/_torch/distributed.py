@@ -36,7 +36,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works on the whole one.
+#: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works
+#: on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
 
 
@@ -50,9 +51,10 @@ _lock = threading.Lock()
 def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
     """Patch Dynamo to give `backend` the whole graph of a model in DDP. Other backends get its pieces, as before.
 
-    Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of gradients and calls the backend
-    for each piece, so that buckets are reduced while the backward still runs. `backend` is called once instead, with the
-    inputs that Dynamo traced, and splits its own result by `split_as_ddp_would`. Repeated calls change nothing.
+    Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of
+    gradients and calls the backend for each piece, so that buckets are reduced while the backward
+    still runs. `backend` is called once instead, with the inputs that Dynamo traced, and splits its
+    own result by `split_as_ddp_would`. Repeated calls change nothing.
     """
     with _lock:
         if not any(known is backend for known in _whole_graph_backends):
@@ -108,7 +110,8 @@ def caller(kind: type[T]) -> T | None:
     source = sys.modules[kind.__module__].__file__
     frame: FrameType | None = sys._getframe(1)
     while not isinstance(me, kind) and frame is not None:
-        if frame.f_code.co_filename == source:  # looking at the locals of any other frame would keep them alive
+        # looking at the locals of any other frame would keep them alive
+        if frame.f_code.co_filename == source:
             me = frame.f_locals.get("self")
         frame = frame.f_back
     return me if isinstance(me, kind) else None

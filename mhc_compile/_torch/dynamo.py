@@ -66,14 +66,16 @@ def in_trace() -> bool:
     """Whether Dynamo is tracing a frame at this moment, so that there is something to restart."""
     try:
         return _tracer() is not None
-    except AttributeError:  # torch stores the tracer in a thread-local that first exists when something was traced
+    # torch stores the tracer in a thread-local that first exists when something was traced
+    except AttributeError:
         return False
 
 
 def restart_trace() -> None:
     """Asks Dynamo to trace the current frame again from its beginning. Raises; never returns.
 
-    The log of speculations must be empty, or the second trace would be held to the graph breaks of the first.
+    The log of speculations must be empty, or the second trace would be held to the graph breaks of
+    the first.
     """
     _tracer().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason="mhc_compile attached hyper-connections")
@@ -133,8 +135,9 @@ def has_compiled(code: CodeType) -> bool:
 def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
     """Makes Dynamo trace `code` again at its next call.
 
-    `all_entries` drops everything that is known of the code, which must not happen while it is being traced. Otherwise the compiled versions
-    stay in their list with guards that always fail, as Dynamo itself does when a guarded object dies.
+    `all_entries` drops everything that is known of the code, which must not happen while it is
+    being traced. Otherwise the compiled versions stay in their list with guards that always fail,
+    as Dynamo itself does when a guarded object dies.
     """
     if all_entries:
         reset_code(code)
@@ -147,8 +150,9 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
 def make_room() -> None:
     """Makes room for one more compiled version of the frame that is being traced, whose guards will hold for what they did not hold for before.
 
-    Versions of the same backend whose guards hold now would be its duplicates: they are dropped, and whoever used them will use the new one. The
-    others stay valid and no longer count towards the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
+    Versions of the same backend whose guards hold now would be its duplicates: they are dropped,
+    and whoever used them will use the new one. The others stay valid and no longer count towards
+    the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
     and a name that no frame has makes them such.
     """
     output = _tracer().output
@@ -171,7 +175,8 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 
     `settings` that this torch does not know are left out.
     """
-    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them, on the model, which then cannot be pickled.
+    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
+    # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
@@ -182,7 +187,8 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """In this context the compiled versions that modules of `model` call themselves, after `module.compile()` or as results of `torch.compile`, rest.
 
-    Called inside another `torch.compile`, they would run as they were compiled, and whoever compiles the model would not see them.
+    Called inside another `torch.compile`, they would run as they were compiled, and whoever
+    compiles the model would not see them.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
@@ -235,8 +241,9 @@ def example_size(size: int | torch.SymInt) -> int:
 def runs_inside_another(module: nn.Module, *, compiled_alone: bool = False) -> bool:
     """Whether the method of a module that holds `module` runs round the current frame, in Python, since `torch.compile` was entered.
 
-    With `compiled_alone` also before that: `module` is then a part that was compiled by itself. What has nothing but `module` in it, as the module
-    that `torch.compile` returns and DDP, is no other then.
+    With `compiled_alone` also before that: `module` is then a part that was compiled by itself.
+    What has nothing but `module` in it, as the module that `torch.compile` returns and DDP, is no
+    other then.
     """
     return any(
         (within or (compiled_alone and not _only_wraps(owner, module)))
@@ -258,7 +265,8 @@ def _only_wraps(owner: nn.Module, module: nn.Module) -> bool:
 def _calls() -> Iterator[tuple[bool, nn.Module]]:
     """Calls of modules round this frame, the innermost first, each with whether it came after `torch.compile` was entered.
 
-    Only local variables of torch's own frames are read: those of a user's frame would be kept alive by that until the frame is left.
+    Only local variables of torch's own frames are read: those of a user's frame would be kept alive
+    by that until the frame is left.
     """
     frame: FrameType | None = sys._getframe(1)
     within = True

@@ -37,8 +37,8 @@ def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
 
     Args:
         graph: the graph to imitate.
-        codegen: also take over how the graph's code is generated. An exported program's graph flattens its inputs there, so
-            that the graph of a region inside it must not.
+        codegen: also take over how the graph's code is generated. An exported program's graph
+            flattens its inputs there, so that the graph of a region inside it must not.
     """
     new = Graph(tracer_cls=graph._tracer_cls)
     if codegen:
@@ -49,8 +49,8 @@ def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
 def copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
     """Copy `node` to the end of `graph`, reading `nodes[operand]` for each operand. Metadata is copied shallowly.
 
-    Dynamo stores the source of every graph input on the node itself, where `Graph.node_copy` loses it; AOTAutograd asks
-    for it later.
+    Dynamo stores the source of every graph input on the node itself, where `Graph.node_copy` loses
+    it; AOTAutograd asks for it later.
     """
     copy = graph.node_copy(node, nodes.__getitem__)
     if hasattr(node, "_dynamo_source"):
@@ -109,11 +109,13 @@ def checkpoint_context(body: GraphModule) -> Callable[[], Any] | None:
 def storage_key(tensor: torch.Tensor) -> int | None:
     """Return the identity of a tensor's storage, equal for tensors that share memory; None for tensors without a storage.
 
-    The number is valid as long as the tensor is alive. `data_ptr` does not exist for example values, which own no memory.
+    The number is valid as long as the tensor is alive. `data_ptr` does not exist for example
+    values, which own no memory.
     """
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse tensors, and tensors wrapped by vmap, have none
+    # sparse tensors, and tensors wrapped by vmap, have none
+    except (RuntimeError, NotImplementedError):
         return None
 
 

@@ -83,8 +83,9 @@ def inductor_code() -> Iterator[list[str]]:
 def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> None:
     """Patch Inductor's table of decompositions, once for each operator. Repeated calls change nothing.
 
-    A table that is passed with the call cannot be hashed, and Inductor would then bypass its caches of compiled graphs. An
-    operator that its decomposition does not decompose is called as it is; its kernel takes any strides.
+    A table that is passed with the call cannot be hashed, and Inductor would then bypass its caches
+    of compiled graphs. An operator that its decomposition does not decompose is called as it is;
+    its kernel takes any strides.
     """
     with _lock:
         new = {op: function for op, function in decompositions.items() if op not in inductor_decompositions}
@@ -114,14 +115,15 @@ def compile_with_inductor(
         decompositions: see `register_decompositions`.
         mode: as for `torch.compile`.
         settings: as for `torch.compile(options=...)`.
-        tag: part of the key of Inductor's caches. They know operators by name only, and must not return what another
-            version of an operator was compiled to.
+        tag: part of the key of Inductor's caches. They know operators by name only, and must not
+            return what another version of an operator was compiled to.
     """
     from torch._inductor import list_mode_options
 
     register_decompositions(decompositions)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
-    config: Any = torch.compiler.config  # mypy does not see that it has the methods of a configuration
+    # mypy does not see that it has the methods of a configuration
+    config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
         compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]

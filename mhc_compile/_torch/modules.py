@@ -25,7 +25,8 @@ __all__ = [
     "write_count",
 ]
 
-#: The attribute of what `torch.compile(model)` returns that holds `model`; it appears in the names of its parameters.
+#: The attribute of what `torch.compile(model)` returns that holds `model`; it appears in the names
+#: of its parameters.
 COMPILED_ATTRIBUTE = "_orig_mod"
 
 

@@ -1,7 +1,8 @@
 """Alias analysis: which values of a graph share memory, and which operations write into it.
 
-A tracer's example values share storage exactly where the model's tensors do (views, results of in-place operations, a
-`to` that had nothing to do), so storages answer the question, not a list of view operations.
+A tracer's example values share storage exactly where the model's tensors do (views, results of
+in-place operations, a `to` that had nothing to do), so storages answer the question, not a list of
+view operations.
 """
 
 from __future__ import annotations

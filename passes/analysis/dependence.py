@@ -1,7 +1,7 @@
 """Dependence analysis: which values are computed from which, for a whole graph in one sweep.
 
-Every node carries one bit for each source that it depends on. The sweep is linear in the nodes; a bit set is one Python
-integer, so a step costs a few machine words even with thousands of sources.
+Every node carries one bit for each source that it depends on. The sweep is linear in the nodes; a
+bit set is one Python integer, so a step costs a few machine words even with thousands of sources.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ __all__ = ["Dependence", "contracts", "weights_of"]
 class Dependence:
     """Dependence of every node of `graph` on `sources`: at all, by a value, by a value through a contraction with weights.
 
-    A value that is written in place into a tensor reaches all later readers of the tensor, by any of its names.
+    A value that is written in place into a tensor reaches all later readers of the tensor, by any
+    of its names.
     """
 
     def __init__(self, graph: Graph, sources: Iterable[Node], aliases: Aliases, weights: frozenset[Node]) -> None:
@@ -120,7 +121,8 @@ def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
 def contracts(node: Node, weights: frozenset[Node]) -> bool:
     """Return whether the node contracts with a weight or constant. Activation-only products do not count.
 
-    Attention counts without weights of its own, and so does a region that the passes do not look into.
+    Attention counts without weights of its own, and so does a region that the passes do not look
+    into.
     """
     if is_attention(node) or is_region(node):
         return True

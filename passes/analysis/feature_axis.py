@@ -1,8 +1,9 @@
 """Which axis of a trunk holds the features.
 
-Streams are kept as [..., n, C], so a pass must know which axis is C: the last one in a transformer, axis 1 in a
-convolutional network. Shapes do not tell ([2, 16, 16] may be either); the branch does, by the way it reads the trunk
-(`entry_axis`), or else by the way its last contraction leaves the features (`exit_axis`).
+Streams are kept as [..., n, C], so a pass must know which axis is C: the last one in a transformer,
+axis 1 in a convolutional network. Shapes do not tell ([2, 16, 16] may be either); the branch does,
+by the way it reads the trunk (`entry_axis`), or else by the way its last contraction leaves the
+features (`exit_axis`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _ADDED_FIRST = frozenset({"addmm", "addbmm", "baddbmm", "addmv"})
 def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
     """Return the axis of `skip` over which its first reader in the branch normalises or contracts, None if none does.
 
-    The walk passes through operations that keep the shape (activations, casts) and through permutations.
+    The walk passes through operations that keep the shape (activations, casts) and through
+    permutations.
     """
     value = tensor_value(skip)
     if value is None:
@@ -103,12 +105,13 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
 def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | None:
     """Return the axis of `term` that holds the features which `contraction` produced, None if views in between lose it.
 
-    `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and every other
-    contraction on the last one.
+    `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and
+    every other contraction on the last one.
     """
     value = tensor_value(contraction)
     if value is None:
-        # Attention returns (output, weights); `getitem` takes the tensor out, and its features are last as well.
+        # Attention returns (output, weights); `getitem` takes the tensor out, and its features are
+        # last as well.
         axes: dict[Node, int | None] = {contraction: -1}
     else:
         axes = {contraction: 1 if is_convolution(contraction) else value.dim() - 1}

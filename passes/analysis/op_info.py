@@ -1,7 +1,7 @@
 """Facts about single operations, independent of their spelling. The only place that knows operations by name.
 
-A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf module; `op_name` gives one
-name for all spellings, and the tables below classify that name.
+A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf
+module; `op_name` gives one name for all spellings, and the tables below classify that name.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ _VIEWS = frozenset(
     " narrow slice chunk split split_with_sizes unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
 )
 
-#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value flows from skip to branch through it.
+#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value
+#: flows from skip to branch through it.
 _NO_VALUE = frozenset(
     "size shape dim numel ones_like zeros_like full_like empty_like rand_like randn_like randint_like new_ones new_zeros new_full"
     " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
@@ -150,8 +151,8 @@ def is_fused_layer(node: Node) -> bool:
 def is_region(node: Node) -> bool:
     """Return whether the node calls graphs that the passes do not look into: `cond`, `invoke_subgraph`.
 
-    Regions of activation checkpointing are inlined before (`InlineRegions`), and the graphs of flexible attention only
-    change scores.
+    Regions of activation checkpointing are inlined before (`InlineRegions`), and the graphs of
+    flexible attention only change scores.
     """
     return is_higher_order(node.target) and not is_attention(node)
 
@@ -238,5 +239,6 @@ def passes_value(node: Node) -> bool:
     value = example_value(node)
     if isinstance(value, torch.Tensor):
         return value.dtype.is_floating_point or value.dtype.is_complex
-    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets the benefit of the doubt.
+    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets
+    # the benefit of the doubt.
     return not isinstance(value, (bool, int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))

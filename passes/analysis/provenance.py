@@ -1,7 +1,8 @@
 """Provenance of nodes: the modules whose calls surround a node, and the parameters that it reads.
 
-Planning needs module paths and nothing else from outside the graph. A graph from `torch.fx.symbolic_trace` carries them
-(`Provenance`); a Dynamo graph knows modules by identity, and has its own provenance (`mhc_compile.capture.provenance`).
+Planning needs module paths and nothing else from outside the graph. A graph from
+`torch.fx.symbolic_trace` carries them (`Provenance`); a Dynamo graph knows modules by identity, and
+has its own provenance (`mhc_compile.capture.provenance`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ModuleRef:
     path: str
     #: Class name, for reports.
     kind: str
-    #: False for the module whose own `forward` was handed to the tracer: its call, and so its hooks, lie outside the graph.
+    #: False for the module whose own `forward` was handed to the tracer: its call, and so its
+    #: hooks, lie outside the graph.
     called: bool = True
 
 

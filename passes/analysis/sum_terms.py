@@ -28,7 +28,8 @@ __all__ = [
     "same_size",
 ]
 
-#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad, scale).
+#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad,
+#: scale).
 SHORTCUT = 8
 
 

@@ -1,8 +1,9 @@
 """Writing nodes: their provenance, their marks, their example values, and whole Python functions as ATen operations.
 
-Some operations are best written as a function: an operation under `torch.func.vmap`, an `mhc::` operator in plain ATen.
-`trace_into` traces the function on example values and inserts the traced operations, so that the graph stays readable and
-holds nothing that a cache or an exported file could not.
+Some operations are best written as a function: an operation under `torch.func.vmap`, an `mhc::`
+operator in plain ATen. `trace_into` traces the function on example values and inserts the traced
+operations, so that the graph stays readable and holds nothing that a cache or an exported file
+could not.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def trace_into(
 
     Args:
         graph: where to write.
-        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is called once, on fake tensors.
+        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is
+            called once, on fake tensors.
         operands: nodes with example values.
         before: the node before which to write.
         like: the node whose provenance the new nodes get.

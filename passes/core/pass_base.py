@@ -49,7 +49,8 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
 def run_passes(graph: Graph, passes: Iterable[Pass], hook: Hook | None = None) -> Graph:
     """Run `passes` in order, linting after each that changes something.
 
-    Every pass is logged (`TORCH_LOGS="+mhc_compile"`), and its graphs go to torch's structured trace (`TORCH_TRACE`).
+    Every pass is logged (`TORCH_LOGS="+mhc_compile"`), and its graphs go to torch's structured
+    trace (`TORCH_TRACE`).
 
     Args:
         graph: the graph to rewrite; it is not mutated.

@@ -49,8 +49,9 @@ class Dropped(Rule):
 
     def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
         streams = lifted[op.operands[0]]
-        # The mask is drawn in memory order, so the layout must be the trunk's. Copies of the trunk still have it; an example
-        # value may not (max_pool1d lays out its result otherwise where it keeps indices).
+        # The mask is drawn in memory order, so the layout must be the trunk's. Copies of the trunk
+        # still have it; an example value may not (max_pool1d lays out its result otherwise where it
+        # keeps indices).
         dense = not is_copies(streams) and op.before.is_contiguous()
         layout = torch.contiguous_format if dense else torch.preserve_format
         with graph.inserting_before(before):
@@ -68,11 +69,13 @@ class Dropped(Rule):
 class BatchNorm(Rule):
     """Batch norm of features on axis 1, with statistics over the tokens of all streams.
 
-    Where the streams are equal, running statistics move as in the plain model: it corrects the running variance for N
-    tokens, and n N values that are copies of N are no larger a sample, so the correction stays.
+    Where the streams are equal, running statistics move as in the plain model: it corrects the
+    running variance for N tokens, and n N values that are copies of N are no larger a sample, so
+    the correction stays.
 
     before: y = batch_norm(x, mean, var, w, b, True)   after: flat = streams.reshape(-1, C); ys = batch_norm(flat, ...).reshape(...)
-                                                              mean.lerp_(flat.mean(0), momentum); var.lerp_(...)
+                                                              mean.lerp_(flat.mean(0), momentum);
+                                                              var.lerp_(...)
     """
 
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -83,7 +86,8 @@ class BatchNorm(Rule):
 
     def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
         given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-        # ATen (and `torch.batch_norm`) take weight and bias first, the functional form the running statistics.
+        # ATen (and `torch.batch_norm`) take weight and bias first, the functional form the running
+        # statistics.
         functional = op.node.target is F.batch_norm
         names = self.names if functional else ("input", *self.names[3:5], *self.names[1:3], *self.names[5:])
         given.update(zip(names, op.node.args, strict=False))
@@ -128,7 +132,8 @@ class Vmapped(Rule):
         try:
             with torch.no_grad():
                 result = self._function(op, carried)(*streams, *others)
-        except Exception as error:  # a batching rule may raise anything; the chain ends here, and the verdict says why
+        # a batching rule may raise anything; the chain ends here, and the verdict says why
+        except Exception as error:
             log.debug("%s cannot run under vmap", node, exc_info=True)
             return Obstacle(node, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", unexpected=True)
         wanted = [size for position, size in enumerate(value.shape) if position != carried]

@@ -22,7 +22,8 @@ _UNARY = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh softplus softsign sigmoid tanh clamp clamp_min clamp_max neg"
     " abs square sqrt rsqrt exp log pow __pow__ reciprocal to _to_copy float half bfloat16 double type contiguous clone".split()
 )
-#: Two operands, value by value; the second a number, a vector of C, or a tensor with the trunk's axes.
+#: Two operands, value by value; the second a number, a vector of C, or a tensor with the trunk's
+#: axes.
 _BINARY = frozenset("add sub mul div truediv __mul__ __rmul__ __truediv__ __sub__ maximum minimum".split())
 _NORMS = frozenset({"layer_norm", "rms_norm"})
 #: Reductions over the feature axis, as a norm written by hand has them.
@@ -77,7 +78,8 @@ class AsWritten(Rule):
         with graph.inserting_before(before):
             copy = graph.node_copy(op.node, operand)
         copy.meta = {}
-        if op_name(op.node) in _REDUCTIONS:  # the same axis, counted from the end: [..., n, C] has one axis more
+        # the same axis, counted from the end: [..., n, C] has one axis more
+        if op_name(op.node) in _REDUCTIONS:
             copy.args = (copy.args[0], -1, *copy.args[2:])
             copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != "dim"}
         return copy

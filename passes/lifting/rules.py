@@ -1,11 +1,12 @@
 """Lifting: run a trunk operation on all streams at once.
 
-Between two sites of a chain there may be operations on the trunk itself: a norm (post-norm models), an activation
-(ResNet), a cast, a view, a pooling; and between the trunk and the shortcut value of one site a scale (DeepNorm) or a slice.
-Streams are [..., n, C] with the token axes in the trunk's order, so most of these operations act on streams as they are
-written, and some need their axes renumbered (`direct_rules`). Dropout draws the plain model's mask and applies it to every
-stream; batch norm takes its statistics over all of them; other operations run under `torch.func.vmap` where they can
-(`compound_rules`). Contractions (a projection) are expensive: they end the chain.
+Between two sites of a chain there may be operations on the trunk itself: a norm (post-norm models),
+an activation (ResNet), a cast, a view, a pooling; and between the trunk and the shortcut value of
+one site a scale (DeepNorm) or a slice. Streams are [..., n, C] with the token axes in the trunk's
+order, so most of these operations act on streams as they are written, and some need their axes
+renumbered (`direct_rules`). Dropout draws the plain model's mask and applies it to every stream;
+batch norm takes its statistics over all of them; other operations run under `torch.func.vmap` where
+they can (`compound_rules`). Contractions (a projection) are expensive: they end the chain.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Obstacle", "lift", "lifted_axis"]
 
-#: The first that applies is used. Rules that keep the graph readable come before those that trace a function.
+#: The first that applies is used. Rules that keep the graph readable come before those that trace a
+#: function.
 _RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), BatchNorm(), Vmapped())
 
 

@@ -54,7 +54,9 @@ def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) 
     for node in sorted(ancestors, key=order.__getitem__):
         operands = [operand for operand in node.all_input_nodes if operand in axes]
         if not operands or not passes_value(node):
-            continue  # an operation that takes only a shape from the trunk, or is detached from it, reads the streams' mean
+            # an operation that takes only a shape from the trunk, or is detached from it, reads the
+            # streams' mean
+            continue
         carried = lifted_axis(node, operands, axes)
         if isinstance(carried, Obstacle):
             return carried

@@ -35,12 +35,15 @@ class Chain:
     """Sites in order, from the first to the last that share streams in this graph."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's sum and its trunk value, which run on the streams.
-    #: Those of the first are empty, unless its streams arrive from another graph.
+    #: For each site, the trunk operations between the previous site's sum and its trunk value,
+    #: which run on the streams. Those of the first are empty, unless its streams arrive from
+    #: another graph.
     links: tuple[TrunkPath, ...]
-    #: Whether the chain begins at a graph input whose streams arrive from another graph, as one more input.
+    #: Whether the chain begins at a graph input whose streams arrive from another graph, as one
+    #: more input.
     arrives: bool = False
-    #: The paths from the last sum to each result of the graph whose streams leave as one more result.
+    #: The paths from the last sum to each result of the graph whose streams leave as one more
+    #: result.
     departures: tuple[TrunkPath, ...] = ()
 
     @property
@@ -79,14 +82,15 @@ def plan_chains(
 ) -> Plan:
     """Find the sites of a normalised graph and link them into chains.
 
-    A site follows another if its trunk is the other's sum, directly or through liftable trunk operations. Where several
-    sites read one trunk value (nested blocks, forks), one of them continues the chain and the others begin their own.
+    A site follows another if its trunk is the other's sum, directly or through liftable trunk
+    operations. Where several sites read one trunk value (nested blocks, forks), one of them
+    continues the chain and the others begin their own.
 
     Args:
         graph: a normalised graph with example values.
         provenance: names its modules and parameters.
-        min_chain_length: shorter chains are rejected, unless they go on in other graphs. A single site inside the branch
-            of another one is always rejected.
+        min_chain_length: shorter chains are rejected, unless they go on in other graphs. A single
+            site inside the branch of another one is always rejected.
         reject: vetoes sites for reasons outside the graph; see `reject_site`.
         edges: what is known of the other graphs of the model.
     """
@@ -285,8 +289,9 @@ def _link(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: 
 def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[Site]:
     """Return the sites that continue a trunk, one of those that read the same trunk value.
 
-    Of a block and the residual blocks nested in its branch, the outer one continues the trunk; the inner ones have their
-    own chain, which starts from what the outer branch reads. Of a fork the first continues.
+    Of a block and the residual blocks nested in its branch, the outer one continues the trunk; the
+    inner ones have their own chain, which starts from what the outer branch reads. Of a fork the
+    first continues.
     """
     rivals: dict[Node, list[Site]] = {}
     for site in sites:
@@ -305,7 +310,8 @@ def _trunk_paths(
 ) -> tuple[dict[Site, TrunkPath | None], dict[Site, Obstacle]]:
     """Return the path to each site, None where streams cannot reach it, and the unexpected obstacles on the way.
 
-    An obstacle is listed for the site before it too, if there is one: both chains may be too short because of it.
+    An obstacle is listed for the site before it too, if there is one: both chains may be too short
+    because of it.
     """
     paths: dict[Site, TrunkPath | None] = {}
     blocked: dict[Site, Obstacle] = {}

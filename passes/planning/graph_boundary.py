@@ -1,8 +1,9 @@
 """The boundary of a graph that is a part of a model: where streams may enter, and where they may leave.
 
-Dynamo cuts a model into several graphs at a graph break, and every block is its own graph where blocks are compiled one by
-one. A chain then runs through several graphs: its streams leave one graph as an additional result, together with the value
-that they stand for, and enter the next as an additional input.
+Dynamo cuts a model into several graphs at a graph break, and every block is its own graph where
+blocks are compiled one by one. A chain then runs through several graphs: its streams leave one
+graph as an additional result, together with the value that they stand for, and enter the next as an
+additional input.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ __all__ = [
     "departures",
 ]
 
-#: The keys of `Node.meta` of a graph input that receives streams, and of the output of a graph that returns streams.
+#: The keys of `Node.meta` of a graph input that receives streams, and of the output of a graph that
+#: returns streams.
 ARRIVAL = "mhc_arrival"
 DEPARTURES = "mhc_departures"
 
@@ -49,7 +51,8 @@ def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contr
 class BranchTail:
     """A residual add whose branch began in another graph: its owner, its name below it, and the feature axis (< 0) of its trunk.
 
-    The name is that of the module in which the other graphs had the last product with weights; None where they had none.
+    The name is that of the module in which the other graphs had the last product with weights; None
+    where they had none.
     """
 
     owner: ModuleRef
@@ -67,12 +70,14 @@ class BoundaryInfo:
     part: bool = False
     #: Graph inputs whose streams may arrive: floating-point tensors that are no weights.
     inputs: frozenset[Node] = frozenset()
-    #: Those whose example value has streams at this moment, with their feature axis, counted from the end.
+    #: Those whose example value has streams at this moment, with their feature axis, counted from
+    #: the end.
     arriving: Mapping[Node, int] = field(default_factory=dict)
     #: Whether a site has hyper-connections from an earlier trace or from `attach`.
     attached: Callable[[Site], bool] = _never
-    #: Takes the sum, its term that is an input, the inputs that each other term comes from, and whether this graph has a
-    #: product with weights on the way. Returns the tail of a branch, or why its branch is lost, or None if it is no tail.
+    #: Takes the sum, its term that is an input, the inputs that each other term comes from, and
+    #: whether this graph has a product with weights on the way. Returns the tail of a branch, or
+    #: why its branch is lost, or None if it is no tail.
     tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], BranchTail | str | None] = _no_tail
 
     def axis(self, node: Node) -> int | None:
@@ -109,8 +114,8 @@ class BranchInput:
 class StreamOutput:
     """Streams that leave a graph: result number `streams`, for result number `value`, whose features lie on `axis` (< 0).
 
-    `mean`: whether the value is their mean. A trunk operation at the end of a graph yields one value from the mean, and
-    another from each stream.
+    `mean`: whether the value is their mean. A trunk operation at the end of a graph yields one
+    value from the mean, and another from each stream.
     """
 
     value: int
@@ -124,7 +129,8 @@ class StreamOutput:
 class BranchOutput:
     """A branch that begins in this graph and ends in another: results number `post` and `res` are its coefficients.
 
-    They belong to a trunk value: result number `result`, or else the input `value`, whose streams are the input `arrival`.
+    They belong to a trunk value: result number `result`, or else the input `value`, whose streams
+    are the input `arrival`.
     """
 
     value: str | None
@@ -139,8 +145,8 @@ class BranchOutput:
 def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[TrunkPath, ...]:
     """Return the paths to the results of `graph` from which the chain that ends with `last` may continue elsewhere.
 
-    These are the sum itself, or else, where `far`, what trunk operations make of it: a block that ends with a norm returns
-    normed streams.
+    These are the sum itself, or else, where `far`, what trunk operations make of it: a block that
+    ends with a norm returns normed streams.
     """
     results = [node for node in dict.fromkeys(graph.output_node().all_input_nodes) if node.op != "placeholder"]
     if last.add in results:

@@ -1,9 +1,9 @@
 """Match residual adds in a normalised graph: every addition of two floating-point tensors gets one verdict.
 
-A residual add is a sum in which every term but one, the skip, is computed from the trunk value x, differentiably and
-through at least one contraction (a matrix product, a convolution, attention). The skip is x itself, or comes from it by
-operations that can run on every stream: a scale (DeepNorm), a cast, a slice, a pooling. Names of models and modules do not
-matter.
+A residual add is a sum in which every term but one, the skip, is computed from the trunk value x,
+differentiably and through at least one contraction (a matrix product, a convolution, attention).
+The skip is x itself, or comes from it by operations that can run on every stream: a scale
+(DeepNorm), a cast, a slice, a pooling. Names of models and modules do not matter.
 
 The cost is linear in the size of the graph plus, for every site, the size of its branch.
 """
@@ -63,7 +63,8 @@ class _Finder(SumSplitter):
         self.decided: set[Node] = set()
 
     def run(self) -> Findings:
-        # From the last add to the first, so that the outermost add of a sum tree is seen before its parts.
+        # From the last add to the first, so that the outermost add of a sum tree is seen before its
+        # parts.
         for node in reversed(self.candidates):
             if node not in self.decided:
                 self._decide(node)
@@ -283,8 +284,8 @@ class _Finder(SumSplitter):
     def _name(self, owner: ModuleRef, child: ModuleRef | None, last: Node) -> tuple[str, ModuleRef | None]:
         """Return the site's name below its owner, and the module whose call declares it.
 
-        The name is the path of the module that ends the branch ("attn", "blocks.3"), or of the parameter if the owner
-        itself performs the last contraction.
+        The name is the path of the module that ends the branch ("attn", "blocks.3"), or of the
+        parameter if the owner itself performs the last contraction.
         """
         if child is not None:
             return _below(owner.path, child.path) or child.kind.lower(), child

@@ -6,7 +6,8 @@ A break inside a branch puts its beginning, the head, into one graph, and its en
     (the routing of experts, outside of any graph)
     out = x1 + expert_sum                      inputs x1 and expert_sum: the tail
 
-The head reads the streams as the branch of a site does, and returns the coefficients that the tail needs.
+The head reads the streams as the branch of a site does, and returns the coefficients that the tail
+needs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class BranchHead:
     readers: tuple[Node, ...]
     #: The modules that hold the readers, in order. Their calls can declare parameters.
     modules: tuple[ModuleRef, ...]
-    #: The numbers of the results that are computed from the readers, each with the module of the last product with weights on the way, if any.
+    #: The numbers of the results that are computed from the readers, each with the module of the
+    #: last product with weights on the way, if any.
     results: dict[int, ModuleRef | None]
     #: The feature axis of the value.
     axis: int

@@ -92,7 +92,8 @@ class SumSplitter:
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
         """Return whether a term is computed from another one, or from a value that the other cheaply comes from.
 
-        Then they are no parallel branches, and the adds are judged one by one: `x + (dropout(y) + f(y))`.
+        Then they are no parallel branches, and the adds are judged one by one: `x + (dropout(y) +
+        f(y))`.
         """
         for one in terms if len(terms) > 1 else ():
             others = [other for other in terms if other is not one]

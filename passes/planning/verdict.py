@@ -23,7 +23,8 @@ class Reason(Enum):
     Attributes:
         meaning: what the code says about the addition.
         example: code that gets it.
-        remedy: what the user can do; "nothing" where the addition is no residual add, or where streams must end.
+        remedy: what the user can do; "nothing" where the addition is no residual add, or where
+            streams must end.
     """
 
     _value_: str
@@ -191,9 +192,8 @@ class Reason(Enum):
 class Site:
     """One residual add `x + f(x)`, or several that read the same trunk value (`x + attention(x) + mlp(x)`).
 
-    Nodes belong to the normalised graph:
-    `trunk -> shortcut -> skip`,
-    `trunk -> branch -> branch_outputs`, and `add = skip + sum(branch_outputs)`. In most models the skip is the trunk
+    Nodes belong to the normalised graph: `trunk -> shortcut -> skip`, `trunk -> branch ->
+    branch_outputs`, and `add = skip + sum(branch_outputs)`. In most models the skip is the trunk
     itself, and the shortcut is empty.
     """
 
@@ -217,7 +217,8 @@ class Site:
     last_contraction: Node
     #: C.
     width: int
-    #: The axis of the sum that holds the features: the last in a transformer, 1 in a convolutional network.
+    #: The axis of the sum that holds the features: the last in a transformer, 1 in a convolutional
+    #: network.
     axis: int
     #: The module that performs the site, and whose submodule the hyper-connection becomes.
     owner: ModuleRef
@@ -225,7 +226,8 @@ class Site:
     name: str
     #: The module called in the graph, whose pre-hook declares the parameters to the tracer.
     declaring_module: ModuleRef
-    #: Whether the branch began in another graph (see `split_branches`). Then `branch` is empty, and the coefficients arrive as inputs.
+    #: Whether the branch began in another graph (see `split_branches`). Then `branch` is empty, and
+    #: the coefficients arrive as inputs.
     tail: bool = False
     #: The planner's caller may note the modules that begin the branch; the passes do not read it.
     heads: tuple[Any, ...] = ()

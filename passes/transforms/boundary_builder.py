@@ -35,7 +35,8 @@ class BoundaryBuilder(StreamBuilder):
     Args:
         graph: see `StreamBuilder`.
         nodes: see `StreamBuilder`.
-        openings: the heads of branches that end in other graphs, with the names and parameters of their sites.
+        openings: the heads of branches that end in other graphs, with the names and parameters of
+            their sites.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Activation checkpointing: inline its regions into the graph, and keep the place of every operation.
 
-Under Dynamo, `torch.utils.checkpoint` puts the operations of a block into their own graph, the body of a
-`tag_activation_checkpoint`. The passes between `InlineRegions` and `OutlineRegions` see one flat graph, so that chains run
-through regions as if they were not there.
+Under Dynamo, `torch.utils.checkpoint` puts the operations of a block into their own graph, the body
+of a `tag_activation_checkpoint`. The passes between `InlineRegions` and `OutlineRegions` see one
+flat graph, so that chains run through regions as if they were not there.
 
 In the flat graph every operation of the model has a place, the number of its section:
 
@@ -12,9 +12,10 @@ In the flat graph every operation of the model has a place, the number of its se
     ├ g = f(y); z = y + g            3  second region
     out = norm(z)                    4  outside
 
-A nested region has its own sections in the middle of the outer one's. Nodes that later passes write inherit the place of
-the node that they stand for as a preference, and get it as far as data flow permits (`outline_regions`). Operations of the
-model never change their order: random numbers, in-place writes and switches of autocast stay where they are.
+A nested region has its own sections in the middle of the outer one's. Nodes that later passes write
+inherit the place of the node that they stand for as a preference, and get it as far as data flow
+permits (`outline_regions`). Operations of the model never change their order: random numbers,
+in-place writes and switches of autocast stay where they are.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FIXED", "PLACE", "InlineRegions", "Place", "Region", "attribute_of", "with_attributes"]
 
-#: The key of `Node.meta` of a node's place, between the two passes. New nodes inherit it (see `emit.PROVENANCE`).
+#: The key of `Node.meta` of a node's place, between the two passes. New nodes inherit it (see
+#: `emit.PROVENANCE`).
 PLACE = "mhc_region"
 #: The key that marks the nodes of the model. New nodes do not inherit it.
 FIXED = "mhc_fixed"
@@ -72,8 +74,9 @@ class InlineRegions(Pass):
     before: body = self.wrap_body_0; out = tag_activation_checkpoint(body, x, weight); y = out[0]
     after:  h = linear(x, weight); y = x + h                                 (each with its place)
 
-    Other regions (`cond`, `invoke_subgraph`) stay calls, and so does a checkpoint whose call has another form. Placeholders
-    of a body become the arguments of its call. A body that is called twice is written twice.
+    Other regions (`cond`, `invoke_subgraph`) stay calls, and so does a checkpoint whose call has
+    another form. Placeholders of a body become the arguments of its call. A body that is called
+    twice is written twice.
     """
 
     name: ClassVar[str] = "inline-regions"

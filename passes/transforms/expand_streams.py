@@ -43,15 +43,17 @@ class ExpandStreams(Pass):
             (the same for g, giving S2)
             out = norm(S2.mean(-2))
 
-    Streams start as copies and end as their mean. A reader of a trunk value inside the branch of its site gets the
-    collapsed streams; every other reader (a final norm, a hidden state that is returned) gets the mean of the streams at
-    that point. Trunk operations between two sites run on the streams.
+    Streams start as copies and end as their mean. A reader of a trunk value inside the branch of
+    its site gets the collapsed streams; every other reader (a final norm, a hidden state that is
+    returned) gets the mean of the streams at that point. Trunk operations between two sites run on
+    the streams.
 
-    A chain may also end with the sum or with a learned read-out (`Binding.end`); in a single pass (`Binding.single_pass`)
-    the weights of one site collapse the streams for the next, `mhc.collapse(S1, pre)`, and the first one reads x0.
+    A chain may also end with the sum or with a learned read-out (`Binding.end`); in a single pass
+    (`Binding.single_pass`) the weights of one site collapse the streams for the next,
+    `mhc.collapse(S1, pre)`, and the first one reads x0.
 
-    Where a chain comes from another graph, S0 is a new graph input; where it goes on in another one, S2 is an additional
-    result. `graph_boundary.crossings` lists both.
+    Where a chain comes from another graph, S0 is a new graph input; where it goes on in another
+    one, S2 is an additional result. `graph_boundary.crossings` lists both.
     """
 
     name: ClassVar[str] = "expand-streams"
@@ -67,7 +69,8 @@ class ExpandStreams(Pass):
         """Return a copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
         expansion = _Expansion(copy, nodes, self.bindings, self.openings)
-        # Outer chains first: chains in the branch of an outer site then start from the streams collapsed for that branch.
+        # Outer chains first: chains in the branch of an outer site then start from the streams
+        # collapsed for that branch.
         for chain in sorted(self.plan.chains, key=lambda chain: -len(chain.sites[0].branch)):
             expansion.run(chain)
         expansion.open_alone()
@@ -111,7 +114,8 @@ class _Expansion(BoundaryBuilder):
         self.bindings = bindings
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
-        #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
+        #: Trunk values of the chain at hand: their streams, and where the plain value has its
+        #: features.
         self.known: dict[Node, tuple[Node, int]] = {}
         #: The residual adds of all chains.
         self.sums = {add for site in bindings for add in site.adds}
@@ -150,7 +154,8 @@ class _Expansion(BoundaryBuilder):
         for departure in chain.departures:
             self._leave(chain.sites[-1], departure, streams)
         self._open(chain.sites[-1].add, streams)
-        # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
+        # Backwards, so that a value has lost the readers that disappear before its own readers are
+        # counted.
         for site, link, lifted, after in reversed(stages):
             last = self.bindings[site] if site is chain.sites[-1] else None
             self._read_out(self.nodes[site.add], after, site.axis, last)
@@ -221,7 +226,8 @@ class _Expansion(BoundaryBuilder):
         """
         if node in self.known:
             return self.known[node]
-        if node in self.sums:  # the sum of another chain is read as that chain gives it: as the mean of its streams
+        # the sum of another chain is read as that chain gives it: as the mean of its streams
+        if node in self.sums:
             return None
         behind = [operand for operand in node.all_input_nodes if operand in self.known]
         if len(behind) != 1 or node.op == "placeholder":
@@ -253,7 +259,8 @@ class _Expansion(BoundaryBuilder):
     def _dispose(self, trunk_path: TrunkPath, lifted: dict[Node, Node]) -> None:
         """Erase the trunk operations that have no readers any more. One that is read elsewhere stays, and reads the mean.
 
-        An operation that draws random numbers or keeps statistics must run once: its readers get the streams' mean instead.
+        An operation that draws random numbers or keeps statistics must run once: its readers get
+        the streams' mean instead.
         """
         for node in reversed(trunk_path.nodes):
             old = self.nodes[node]
@@ -281,7 +288,8 @@ class _Expansion(BoundaryBuilder):
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in trunk.users if user in branch]
         if readers:
-            # Directly before their first reader, where the branch's gradient mode holds: the trunk's may differ (no_grad).
+            # Directly before their first reader, where the branch's gradient mode holds: the
+            # trunk's may differ (no_grad).
             self._follow(min(readers).prev, like=add)
         if site.tail:
             post, res = self._close(site, streams)
@@ -290,7 +298,8 @@ class _Expansion(BoundaryBuilder):
             collapsed = self._features_back(collapsed, axis, trunk)
         if (
             site.shortcut.nodes
-        ):  # before the branch reads the collapsed streams: it may read an operation of the shortcut
+            # before the branch reads the collapsed streams: it may read an operation of the shortcut
+        ):
             lifted.update(self._lift(site.shortcut, streams))
         for reader in readers:
             reader.replace_input_with(trunk, collapsed)

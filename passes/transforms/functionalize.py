@@ -44,7 +44,8 @@ _METHODS = frozenset(
     " masked_fill addcmul addcdiv lerp sin cos erf reciprocal round floor ceil relu6 leaky_relu elu hardtanh silu selu celu hardswish"
     " hardsigmoid threshold nan_to_num".split()
 )
-#: Activation modules with an `inplace` flag: the function, and the attributes that are its arguments.
+#: Activation modules with an `inplace` flag: the function, and the attributes that are its
+#: arguments.
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
     nn.ReLU: (F.relu, ()),
     nn.ReLU6: (F.relu6, ()),
@@ -68,11 +69,12 @@ class FunctionalizeWrites(Pass):
     before: add_ = y.add_(x); z = f(y)                 after: add = y.add(x); z = f(add)
     before: r = relu(y, inplace=True); z = g(r, y)     after: r = relu(y); z = g(r, r)
 
-    Dynamo records an in-place statement without an edge to the readers that follow; this pass adds the edges. It changes an
-    operation only if it knows every name of the memory that is written: the tensor was made in this graph, and no earlier
-    view of it is read afterwards. A graph input that is added to in place is copied first and written back at the end, as
-    its owner expects. Other writes (to a part of a tensor, under `no_grad`) stay, and planning rejects the additions that
-    they touch as MUTATED_OPERAND.
+    Dynamo records an in-place statement without an edge to the readers that follow; this pass adds
+    the edges. It changes an operation only if it knows every name of the memory that is written:
+    the tensor was made in this graph, and no earlier view of it is read afterwards. A graph input
+    that is added to in place is copied first and written back at the end, as its owner expects.
+    Other writes (to a part of a tensor, under `no_grad`) stay, and planning rejects the additions
+    that they touch as MUTATED_OPERAND.
     """
 
     name: ClassVar[str] = "functionalize-writes"

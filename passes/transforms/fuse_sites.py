@@ -1,7 +1,8 @@
 """Fuse the operators of neighbouring sites, so that one kernel passes over the streams instead of three.
 
-This is the last pass before a compiler. The fused operators compute the same numbers (`mhc_compile.ops.fused_reference`);
-their kernels are in `mhc_compile.ops.cpu` and `mhc_compile.ops.triton`.
+This is the last pass before a compiler. The fused operators compute the same numbers
+(`mhc_compile.ops.fused_reference`); their kernels are in `mhc_compile.ops.cpu` and
+`mhc_compile.ops.triton`.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ class FuseSites(Pass):
     """Fuse update, coefficients and collapse of neighbouring sites, and fold copies and means into them.
 
     before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1); pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
-            S1 = mhc.update(S0, y, post, res); pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1 = mhc.collapse(S1, pre1); y1 = g(h1)
-            S2 = mhc.update(S1, y1, post1, res1); out = S2.mean(-2)
+            S1 = mhc.update(S0, y, post, res); pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1
+            = mhc.collapse(S1, pre1); y1 = g(h1) S2 = mhc.update(S1, y1, post1, res1); out =
+            S2.mean(-2)
 
     after:  X = x.unsqueeze(-2); h, _, post, res, ... = mhc.read(X, ...); y = f(h)
             S1, h1, _, post1, res1, ... = mhc.step(X, y, post, res, ...); y1 = g(h1)
             out = mhc.close(S1, y1, post1, res1)
 
-    An update whose streams go through a trunk operation first (a norm after the add) stays, and so do the operators of a
-    mapping that has no kernel.
+    An update whose streams go through a trunk operation first (a norm after the add) stays, and so
+    do the operators of a mapping that has no kernel.
     """
 
     name: ClassVar[str] = "fuse-sites"
@@ -100,7 +102,8 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
         return
     collapse = readers[0]
     value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
-    if projection is not None and projection.shape[1] == 0:  # static coefficients need no pass over the streams
+    # static coefficients need no pass over the streams
+    if projection is not None and projection.shape[1] == 0:
         return
     if value is None or modes[collapse] != modes[coefficients]:
         return
@@ -110,7 +113,8 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
         fused = _emit(graph, coefficients, _READ, (streams, phi, bias, scale, value.shape[-2], *settings))
         first = 0
     else:
-        for parameter in (phi, bias, scale):  # attributes may stand between the two; they have no operands
+        # attributes may stand between the two; they have no operands
+        for parameter in (phi, bias, scale):
             if parameter.op == "get_attr" and parameter > update:  # type: ignore[union-attr, operator]
                 update.prepend(parameter)  # type: ignore[union-attr, arg-type]
         fused = _emit(graph, update, _STEP, (*update.args, phi, bias, scale, *settings))  # type: ignore[union-attr, arg-type]

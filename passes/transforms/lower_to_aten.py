@@ -1,8 +1,9 @@
 """Lower a rewritten graph to plain ATen, so that neither this package nor Python is needed to run it.
 
-A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An exported program is a file
-that other processes and other languages read: there every `mhc::` operator becomes the ATen operations of its reference
-(`LowerOperators`), and the torch functions and tensor methods that passes wrote become ATen too (`CanonicalizeAten`).
+A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An
+exported program is a file that other processes and other languages read: there every `mhc::`
+operator becomes the ATen operations of its reference (`LowerOperators`), and the torch functions
+and tensor methods that passes wrote become ATen too (`CanonicalizeAten`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CanonicalizeAten", "LowerOperators", "RecomposeLayerNorms"]
 
-#: Functions that are one ATen operation with the same arguments: the node itself is kept, with its name and metadata.
+#: Functions that are one ATen operation with the same arguments: the node itself is kept, with its
+#: name and metadata.
 _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}
 
 
@@ -37,8 +39,9 @@ class LowerOperators(Pass):
     before: h = mhc.collapse(streams, pre)             after: unsqueeze = aten.unsqueeze(pre, -1); mul = aten.mul(unsqueeze, streams)
                                                               h = aten.sum(mul, [-2])
 
-    Operators that an operator consists of (`mhc::sinkhorn` inside `mhc::coefficients`) are replaced too. Results have the
-    strides that the operator promises. Sizes that are numbers in the example values are written as numbers.
+    Operators that an operator consists of (`mhc::sinkhorn` inside `mhc::coefficients`) are replaced
+    too. Results have the strides that the operator promises. Sizes that are numbers in the example
+    values are written as numbers.
     """
 
     name: ClassVar[str] = "lower-operators"
@@ -61,7 +64,8 @@ class CanonicalizeAten(Pass):
 
     before: add = torch.add(a, b); y = x.movedim(1, -1)    after: add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
 
-    Operations of ATen and of other operator libraries, higher-order operations, `getitem` and arithmetic on sizes stay as they are.
+    Operations of ATen and of other operator libraries, higher-order operations, `getitem` and
+    arithmetic on sizes stay as they are.
     """
 
     name: ClassVar[str] = "canonicalize-aten"

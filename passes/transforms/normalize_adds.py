@@ -26,8 +26,9 @@ class NormalizeAdds(Pass):
     before: y = x - out            (the same shape)    after: neg = torch.neg(out); y = torch.add(x, neg)
     before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
 
-    In-place additions that could be replaced already were (`FunctionalizeWrites`); the others stay, and planning rejects
-    them as MUTATED_OPERAND. Additions of numbers, integers and sizes stay as well.
+    In-place additions that could be replaced already were (`FunctionalizeWrites`); the others stay,
+    and planning rejects them as MUTATED_OPERAND. Additions of numbers, integers and sizes stay as
+    well.
     """
 
     name: ClassVar[str] = "normalize-adds"

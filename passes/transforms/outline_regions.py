@@ -1,6 +1,7 @@
 """Put the operations of activation-checkpointed regions back into bodies, after the rewrite.
 
-`checkpoint_regions` opened them; every operation of the model still has its place, and new nodes get one here.
+`checkpoint_regions` opened them; every operation of the model still has its place, and new nodes
+get one here.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class OutlineRegions(Pass):
     before: h = linear(x, weight); S1 = mhc.update(S0, h, post, res)         (each with its place)
     after:  body = self.wrap_body_0; out = tag_activation_checkpoint(body, S0, weight, phi, bias, scale); S1 = out[0]
 
-    Streams enter a region and streams leave it; only they are saved between two regions for the backward. A mean of streams
-    that is read outside, where the streams themselves are needed too, is computed outside: nothing more is saved, and
-    nothing is computed twice.
+    Streams enter a region and streams leave it; only they are saved between two regions for the
+    backward. A mean of streams that is read outside, where the streams themselves are needed too,
+    is computed outside: nothing more is saved, and nothing is computed twice.
     """
 
     name: ClassVar[str] = "outline-regions"
@@ -61,10 +62,11 @@ def adopt(module: nn.Module, graph: Graph) -> None:
 class _Places:
     """A place for every node of a flat graph, such that no value flows backwards. Operations of the model keep theirs.
 
-    A new node may lie no earlier than its operands and no later than its readers; within these bounds it gets the place it
-    prefers. If that is too late (the coefficients of a site whose branch begins before the region that holds its add), it
-    gets the latest permitted place that lies in no region except those around the preferred one. A new node without a
-    preference stays where it was written.
+    A new node may lie no earlier than its operands and no later than its readers; within these
+    bounds it gets the place it prefers. If that is too late (the coefficients of a site whose
+    branch begins before the region that holds its add), it gets the latest permitted place that
+    lies in no region except those around the preferred one. A new node without a preference stays
+    where it was written.
     """
 
     def __init__(self, graph: Graph, layout: Sequence[Region | None]) -> None:
@@ -98,7 +100,8 @@ class _Places:
         for node in reversed(self.new):
             latest = min((self.of[user] for user in node.users), default=max(preferred[node], earliest[node]))
             self.of[node] = self._nearest(preferred[node], earliest[node], latest)
-        for node in self.new:  # only tensors cross the boundary of a region: parts of a tuple stay with it
+        # only tensors cross the boundary of a region: parts of a tuple stay with it
+        for node in self.new:
             if node.target is operator.getitem:
                 self.of[node] = self.of[node.args[0]]
 
@@ -113,7 +116,8 @@ class _Places:
     def _leave(self) -> None:
         """Move read-outs at the end of a region out of it, where that saves nothing more for the backward.
 
-        These are new nodes whose readers are all outside, and whose operands are outside, or have other readers outside.
+        These are new nodes whose readers are all outside, and whose operands are outside, or have
+        other readers outside.
         """
         leaving = {
             node for node in self.new if op_name(node) in _READ_OUT and node.users and self.region(node) is not None

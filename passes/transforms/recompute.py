@@ -24,7 +24,8 @@ _STEP = torch.ops.mhc.step.default
 def block_length(sites: int, streams: int) -> int:
     """Return how many sites share one set of saved streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
 
-    Source: arXiv 2512.24880 v2, section 4.3: it minimises the memory saved for all blocks plus that of recomputing one.
+    Source: arXiv 2512.24880 v2, section 4.3: it minimises the memory saved for all blocks plus that
+        of recomputing one.
     """
     return max(1, round(math.sqrt(streams * sites / (streams + 2))))
 
@@ -36,8 +37,9 @@ class RecomputeSteps(Pass):
     before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...); S3, h3, ... = mhc.step(S2, y2, ...)
     after:  the same, the second step marked with CheckpointPolicy.MUST_RECOMPUTE where blocks have two sites
 
-    AOTAutograd's partitioner reads the marks. It saves the branch outputs, which a step needs, and recomputes no branch.
-    Only steps of one chain are marked; streams that a trunk operation has changed are saved.
+    AOTAutograd's partitioner reads the marks. It saves the branch outputs, which a step needs, and
+    recomputes no branch. Only steps of one chain are marked; streams that a trunk operation has
+    changed are saved.
     """
 
     name: ClassVar[str] = "recompute-steps"

@@ -26,8 +26,8 @@ class End:
     """The end of a chain: how its streams become one value.
 
     Attributes:
-        kind: "mean" or "sum" of the streams; "pre", their sum with the weights of the last site; "learned" or "gated", an operator with
-            parameters.
+        kind: "mean" or "sum" of the streams; "pre", their sum with the weights of the last site;
+            "learned" or "gated", an operator with parameters.
         parameters: of that operator.
         pre_eps: its epsilon.
     """
