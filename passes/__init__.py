@@ -61,7 +61,7 @@ def expand_plan(
     *,
     openings: Mapping[BranchHead, tuple[str, Binding]] | None = None,
 ) -> Graph:
-    """Return the rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites.
+    """Return the rewritten graph. `plan` belongs to `graph`, `bindings` to the sites of `plan`.
 
     `openings` gives names and parameters to those heads of the plan whose tails lie in other
     graphs.

@@ -1,4 +1,4 @@
-"""Every private name of torch that this package uses, in one place; `README.md` lists each with its purpose.
+"""All private torch names that this package uses; `README.md` lists each with its purpose.
 
 Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, with the version in
 the message, and nowhere else.

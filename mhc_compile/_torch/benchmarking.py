@@ -1,4 +1,4 @@
-"""Every private name of torch that the benchmark uses, each with what it is for. Checked on torch 2.13.0 (CPU)."""
+"""Kernel counts, caches and memory events for benchmarks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caches(*, cold: bool) -> Iterator[None]:
 
 @contextmanager
 def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
-    """Calls `see(kernels, externs, bytes)` for every graph that Inductor compiles.
+    """Call `see(kernels, externs, bytes)` for every graph that Inductor compiles.
 
     kernels: that Inductor generated (`metrics.generated_kernel_count`; on CPU a kernel is a
         parallel loop nest). externs: calls of operators
@@ -68,7 +68,7 @@ def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
 
 
 def memory_events(profile: torch.profiler.profile) -> list[tuple[int, str, int]]:
-    """`(nanoseconds, name, bytes)` of everything that a profile with `profile_memory=True` saw, in order.
+    """Return `(nanoseconds, name, bytes)` of every event of a profile with `profile_memory=True`.
 
     Allocations have the name "[memory]" and positive bytes, frees the same name and negative bytes;
     bytes of other events mean nothing.

@@ -1,4 +1,4 @@
-"""A default backend for `torch.compile`. Imports nothing of torch: the script that runs may never need Dynamo."""
+"""A default backend for `torch.compile`. Imports nothing of torch, which is slow to import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def has_default_backend(torch: ModuleType) -> bool:
 
 
 def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> None:
-    """Patch `torch.compile` to use `backend` by default, on a torch without `set_default_backend`. Repeated calls change nothing.
+    """Patch `torch.compile` to use `backend` by default. Repeated calls change nothing.
 
     `nn.Module.compile` looks `torch.compile` up at each call.
     """
@@ -42,6 +42,6 @@ def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> No
 
 
 def captured_graphs() -> int:
-    """Return how many graphs Dynamo has captured in this process, for any backend; 0 if it was never loaded."""
+    """Return how many graphs Dynamo has captured in this process; 0 if it was never loaded."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["stats"]["unique_graphs"]) if utils is not None else 0

@@ -49,7 +49,7 @@ _lock = threading.Lock()
 
 
 def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
-    """Patch Dynamo to give `backend` the whole graph of a model in DDP. Other backends get its pieces, as before.
+    """Patch Dynamo to give `backend` the whole graph of a model in DDP; other backends get pieces.
 
     Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of
     gradients and calls the backend for each piece, so that buckets are reduced while the backward

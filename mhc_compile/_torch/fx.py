@@ -47,7 +47,7 @@ def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
 
 
 def copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
-    """Copy `node` to the end of `graph`, reading `nodes[operand]` for each operand. Metadata is copied shallowly.
+    """Copy `node` to the end of `graph`, with operands from `nodes` and a shallow copy of `meta`.
 
     Dynamo stores the source of every graph input on the node itself, where `Graph.node_copy` loses
     it; AOTAutograd asks for it later.
@@ -59,7 +59,7 @@ def copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
 
 
 def is_overload(target: object) -> TypeGuard[OpOverload]:
-    """Return whether a node's target is one overload of an operator, such as `torch.ops.aten.add.Tensor`."""
+    """Return whether a node's target is an operator overload, as `torch.ops.aten.add.Tensor`."""
     return isinstance(target, OpOverload)
 
 
@@ -74,7 +74,7 @@ def is_higher_order(target: object) -> TypeGuard[HigherOrderOperator]:
 
 
 def operator_name(target: object) -> str | None:
-    """Return the name of an operator with its namespace, "aten::add", or None for any other function."""
+    """Return an operator's name, "aten::add", or None for any other function."""
     if isinstance(target, OpOverload):
         return str(target._schema.name)
     if isinstance(target, OpOverloadPacket):
@@ -83,7 +83,7 @@ def operator_name(target: object) -> str | None:
 
 
 def overload_like(packet: Any, target: OpOverload) -> OpOverload | None:
-    """Return the overload of `packet` that has the name of the overload `target`, or None if there is none."""
+    """Return the overload of `packet` with the name of the overload `target`, or None."""
     overload: OpOverload | None = getattr(packet, target._overloadname, None)
     return overload
 
@@ -101,13 +101,15 @@ def written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def checkpoint_context(body: GraphModule) -> Callable[[], Any] | None:
-    """Return the context function of a checkpointed region, which holds its policy; None if it has none."""
+    """Return the context function of a checkpointed region, which holds its policy, or None."""
     context: Callable[[], Any] | None = body.meta.get("_checkpoint_context_fn")
     return context
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's storage, equal for tensors that share memory; None for tensors without a storage.
+    """Return the identity of a tensor's storage, or None if it has no storage.
+
+    Tensors that share memory have the same.
 
     The number is valid as long as the tensor is alive. `data_ptr` does not exist for example
     values, which own no memory.

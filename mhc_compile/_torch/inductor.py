@@ -39,7 +39,7 @@ def inner_backend(name: str) -> Callable[..., Any]:
 
 
 def inductor_settings() -> list[str]:
-    """Return the names of Inductor's settings, which `torch.compile(options=...)` takes with that backend."""
+    """Return the names of Inductor's settings, as in `torch.compile(options=...)`."""
     from torch._inductor import list_options
 
     return list_options()
@@ -69,7 +69,7 @@ def cache_folder() -> str:
 
 @contextmanager
 def inductor_code() -> Iterator[list[str]]:
-    """Collect the Python modules that Inductor writes in this context, in order, with its caches disabled."""
+    """Collect the Python modules that Inductor writes in this context, with caches disabled."""
     import torch._inductor.config as config
     from torch._inductor.graph import GraphLowering
 
@@ -81,7 +81,7 @@ def inductor_code() -> Iterator[list[str]]:
 
 
 def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> None:
-    """Patch Inductor's table of decompositions, once for each operator. Repeated calls change nothing.
+    """Patch Inductor's table of decompositions. Repeated calls change nothing.
 
     A table that is passed with the call cannot be hashed, and Inductor would then bypass its caches
     of compiled graphs. An operator that its decomposition does not decompose is called as it is;
@@ -130,7 +130,7 @@ def compile_with_inductor(
 
 
 def load_cpp(source: str) -> Any:
-    """Compile C++ with Inductor's compiler and flags, once for all processes, and load it with ctypes."""
+    """Compile C++ as Inductor does, once for all processes, and load it with ctypes."""
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)

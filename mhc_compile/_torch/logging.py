@@ -14,7 +14,7 @@ __all__ = ["show_compiler_errors_only", "trace_artifact"]
 
 
 def trace_artifact(name: str, text: Callable[[], str], *, encoding: str = "string") -> None:
-    """Write the artifact `name` to torch's structured trace. `text` is called only where a trace is being written.
+    """Write an artifact to torch's structured trace. `text` is called only if a trace is written.
 
     Args:
         name: as `tlparse` lists it.
@@ -30,5 +30,5 @@ def trace_artifact(name: str, text: Callable[[], str], *, encoding: str = "strin
 
 
 def show_compiler_errors_only(*, inductor: bool = False) -> None:
-    """Silence the warnings of Dynamo, or of Inductor: commands report graph breaks and fallbacks themselves."""
+    """Silence warnings of Dynamo, or of Inductor, that a command reports itself."""
     logging.getLogger("torch._inductor" if inductor else "torch._dynamo").setLevel(logging.ERROR)

@@ -36,17 +36,17 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def has_compiled_call(module: nn.Module) -> bool:
-    """Return whether `module.compile()` was called, so that calling the module runs compiled code."""
+    """Return whether `module.compile()` was called."""
     return module._compiled_call_impl is not None
 
 
 def child_module(module: nn.Module, name: str) -> nn.Module | None:
-    """Return the submodule registered as `name`, or None. Other attributes of that name do not count."""
+    """Return the submodule registered as `name`, or None. Other attributes do not count."""
     return module._modules.get(name)
 
 
 def shallow_copy(module: nn.Module | None) -> nn.Module:
-    """Return a module with the attributes of `module`, to which attributes can be added without changing `module`."""
+    """Return a module with the attributes of `module`; adding some does not change `module`."""
     copy = nn.Module()
     for name, value in (module.__dict__ if module is not None else {}).items():
         copy.__dict__[name] = dict(value) if name in {"_modules", "_parameters", "_buffers"} else value
@@ -54,7 +54,7 @@ def shallow_copy(module: nn.Module | None) -> nn.Module:
 
 
 def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """Return what modules noted in a state dict, by module path; None where the state dict keeps no notes."""
+    """Return the notes of modules in a state dict, by module path, or None if it has none."""
     metadata: dict[str, dict[str, Any]] | None = getattr(state, "_metadata", None)
     return metadata
 
@@ -65,7 +65,7 @@ def set_state_metadata(state: OrderedDict[str, Any], metadata: Mapping[str, dict
 
 
 def write_count(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written in place; None in inference mode, where torch does not count."""
+    """Return how often a tensor was written in place; None for an inference tensor."""
     return None if tensor.is_inference() else tensor._version
 
 

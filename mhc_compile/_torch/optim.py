@@ -22,7 +22,7 @@ _lock = threading.Lock()
 
 
 def before_averaging(hook: Callable[[AveragedModel, nn.Module], None]) -> None:
-    """Patch `AveragedModel` to call `hook(averaged, model)` before every update. Repeated calls change nothing."""
+    """Patch `AveragedModel` to call `hook(averaged, model)` before each update, once."""
     with _lock:
         if hook not in _before_update:
             _before_update.append(hook)
@@ -38,12 +38,12 @@ def _update_parameters(self: AveragedModel, model: nn.Module) -> Any:
 
 
 def lbfgs_has_memory(optimizer: torch.optim.LBFGS) -> bool:
-    """Return whether the optimizer holds flat vectors (directions, gradients) as long as all its parameters together."""
+    """Return whether the optimizer holds flat vectors as long as all its parameters together."""
     return any(state.get("n_iter") for state in optimizer.state.values())
 
 
 def restart_lbfgs(optimizer: torch.optim.LBFGS) -> None:
-    """Clear its vectors and their length, because its parameters are about to change. Not in the middle of a step."""
+    """Clear its vectors before its parameters change. Not in the middle of a step."""
     if lbfgs_has_memory(optimizer):
         optimizer.state.clear()
     optimizer._numel_cache = None

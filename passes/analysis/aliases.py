@@ -40,11 +40,11 @@ class Aliases:
                     self._unknown.setdefault(operand, node)
 
     def of(self, node: Node) -> list[Node]:
-        """Return the nodes whose values share memory with that of `node`, itself included, in graph order."""
+        """Return the nodes that share memory with `node`, itself included, in graph order."""
         return list(dict.fromkeys(member for key in storages(node) for member in self._members[key])) or [node]
 
     def writers(self, node: Node) -> list[Node]:
-        """Return the operations that write in place into the memory of `node`, by any of its names, in graph order."""
+        """Return the operations that write into the memory of `node`, in graph order."""
         if not self._writers and not self._unknown:
             return []
         found = [writer for key in storages(node) for writer in self._writers[key]]
@@ -59,12 +59,12 @@ class Aliases:
             self._members[key] = [*dict.fromkeys(new if member is old else member for member in self._members[key])]
 
     def written_after(self, node: Node, position: int) -> Node | None:
-        """Return the first operation after `position` that writes into the memory of `node`, or None."""
+        """Return the first write into the memory of `node` after `position`, or None."""
         return next((writer for writer in self.writers(node) if self.order[writer] > position), None)
 
 
 def storages(node: Node) -> tuple[int, ...]:
-    """Return the identities of the storages of a node's value: several for a tuple of tensors, none if unknown."""
+    """Return the storages of a node's value: several for a tuple, none if unknown."""
     value = example_value(node)
     values = value if isinstance(value, (tuple, list)) else (value,)
     keys = (storage_key(part) for part in values if isinstance(part, torch.Tensor))

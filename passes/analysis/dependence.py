@@ -30,7 +30,7 @@ __all__ = ["Dependence", "contracts", "weights_of"]
 
 
 class Dependence:
-    """Dependence of every node of `graph` on `sources`: at all, by a value, by a value through a contraction with weights.
+    """Dependence of every node on `sources`: at all, by value, by value through a contraction.
 
     A value that is written in place into a tensor reaches all later readers of the tensor, by any
     of its names.
@@ -77,15 +77,15 @@ class Dependence:
         return bool(self._value[node] & self._bits[source])
 
     def contracted(self, source: Node, node: Node) -> bool:
-        """Return whether a value flows from `source` to `node` through a contraction with weights, or attention."""
+        """Return whether a value flows from `source` to `node` through a contraction."""
         return bool(self._contracted[node] & self._bits[source])
 
     def contracted_twice(self, source: Node, node: Node) -> bool:
-        """Return whether a value flows from `source` to `node` through two contractions, one after the other."""
+        """Return whether a value flows from `source` to `node` through two contractions in turn."""
         return bool(self._twice[node] & self._bits[source])
 
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
-        """Return the nodes that carry a value from `source` to `terms`, the terms included, in graph order."""
+        """Return the nodes from `source` to `terms`, the terms included, in graph order."""
         order, found = self._aliases.order, set()
         # Writes that complete the source come before everything that is computed from it.
         own = set(self._aliases.writers(source))
@@ -102,7 +102,7 @@ class Dependence:
 
 
 def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
-    """Return the weights of a graph: parameters, buffers, and values computed from them alone (a transposed weight)."""
+    """Return the weights of a graph: parameters, buffers, and values computed from them alone."""
     weights: set[Node] = set()
     for node in graph.nodes:
         if provenance.holds_weights(node):
@@ -119,10 +119,10 @@ def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
 
 
 def contracts(node: Node, weights: frozenset[Node]) -> bool:
-    """Return whether the node contracts with a weight or constant. Activation-only products do not count.
+    """Return whether the node contracts with a weight or constant.
 
-    Attention counts without weights of its own, and so does a region that the passes do not look
-    into.
+    Activation-only products (the state of a linear recurrence) do not count. Attention counts
+    without weights of its own, and so does a region that the passes do not look into.
     """
     if is_attention(node) or is_region(node):
         return True

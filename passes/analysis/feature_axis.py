@@ -48,7 +48,7 @@ _ADDED_FIRST = frozenset({"addmm", "addbmm", "baddbmm", "addmv"})
 
 
 def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
-    """Return the axis of `skip` over which its first reader in the branch normalises or contracts, None if none does.
+    """Return the axis of `skip` over which its first reader normalises or contracts, or None.
 
     The walk passes through operations that keep the shape (activations, casts) and through
     permutations.
@@ -103,7 +103,7 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
 
 
 def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | None:
-    """Return the axis of `term` that holds the features which `contraction` produced, None if views in between lose it.
+    """Return the axis of `term` that holds the features of `contraction`, None if views lose it.
 
     `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and
     every other contraction on the last one.
@@ -125,7 +125,7 @@ def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | N
 
 
 def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
-    """Return the axis on which `node` puts the axis `axis` of its operand, None if it splits or merges it."""
+    """Return where `node` puts the axis `axis` of its operand, None if it splits or merges it."""
     before, after = tensor_value(operand), tensor_value(node)
     if after is None or axis is None:
         return axis if axis == -1 else None
@@ -144,7 +144,7 @@ def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
 
 
 def whole_axis(before: Tensor, after: Tensor, axis: int) -> int | None:
-    """Return the axis of a reshaped tensor that is the axis `axis` of `before`, neither split nor merged, or None."""
+    """Return the axis of `after` that is the axis `axis` of `before`, neither split nor merged."""
     leading = _product(before.shape[:axis])
     for candidate in range(after.dim()):
         same = after.shape[candidate] == before.shape[axis] and _product(after.shape[:candidate]) == leading
@@ -158,7 +158,7 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
-    """Return the axes of the operand in the order in which `node` puts them, None if it does not permute."""
+    """Return the operand's axes in their new order, None if `node` does not permute."""
     name = op_name(node)
     if name in {"transpose", "swapaxes"}:
         first, second = (int(_argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))

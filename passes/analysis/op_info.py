@@ -1,4 +1,4 @@
-"""Facts about single operations, independent of their spelling. The only place that knows operations by name.
+"""Facts about single operations. The only place that knows operations by name.
 
 A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf
 module; `op_name` gives one name for all spellings, and the tables below classify that name.
@@ -106,7 +106,7 @@ INPLACE_FLAG = {
 
 
 def op_name(node: Node) -> str:
-    """Return one name for every spelling of an operation; "" for a node that is no call of a function or method.
+    """Return one name for every spelling of an operation; "" if the node calls none.
 
     `+`, `torch.add`, `Tensor.add` and `aten.add.Tensor` are all "add".
     """
@@ -149,7 +149,7 @@ def is_fused_layer(node: Node) -> bool:
 
 
 def is_region(node: Node) -> bool:
-    """Return whether the node calls graphs that the passes do not look into: `cond`, `invoke_subgraph`.
+    """Return whether the node calls graphs that the passes do not read: `cond`.
 
     Regions of activation checkpointing are inlined before (`InlineRegions`), and the graphs of
     flexible attention only change scores.
@@ -158,7 +158,7 @@ def is_region(node: Node) -> bool:
 
 
 def is_contraction(node: Node) -> bool:
-    """Return whether the node mixes features or tokens: a matrix product, convolution, attention or recurrence."""
+    """Return whether the node is a matrix product, convolution, attention or recurrence."""
     if node.op == "call_module":
         return isinstance(leaf_module(node), _CONTRACTING_MODULES)
     return op_name(node) in _CONTRACTIONS
@@ -199,7 +199,7 @@ def written_operands(node: Node) -> tuple[Node, ...]:
 
 
 def sets_grad_mode(node: Node) -> bool | None:
-    """Return whether gradients are recorded from `node` on, or None where the node does not change that."""
+    """Return whether gradients are recorded from `node` on, None if it does not change that."""
     if op_name(node) in {"_set_grad_enabled", "set_grad_enabled"} and node.args:
         return node.args[0] is True
     return False if op_name(node) == "_enter_inference_mode" else None
@@ -219,12 +219,12 @@ def is_random(node: Node) -> bool:
 
 
 def example_value(node: Node) -> Any:
-    """Return the example value that a tracer or a pass recorded for a node: a fake tensor, a tuple, a size; None if there is none."""
+    """Return the recorded example value of a node (a fake tensor, a tuple, a size), or None."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def tensor_value(node: Node) -> torch.Tensor | None:
-    """Return the example (fake) tensor of a node, or None if its value is unknown or no single tensor."""
+    """Return the example tensor of a node, or None if its value is unknown or no tensor."""
     value = example_value(node)
     return value if isinstance(value, torch.Tensor) else None
 

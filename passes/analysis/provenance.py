@@ -36,10 +36,10 @@ class ModuleRef:
 
 
 class Provenance:
-    """Provenance of graphs from `torch.fx.symbolic_trace`: paths are the keys of `nn_module_stack`."""
+    """Provenance of graphs from `torch.fx.symbolic_trace`, read from `nn_module_stack`."""
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
-        """Return the modules whose calls surround `node`, from the root to the innermost; a called leaf is the last."""
+        """Return the calls around `node`, from the root to the innermost, or to a called leaf."""
         stack = node.meta.get("nn_module_stack", {})
         # `torch.export` writes the class by its qualified name.
         calls = (
@@ -50,11 +50,11 @@ class Provenance:
         return (ModuleRef("", "", "root"), *calls)
 
     def parameter_name(self, node: Node) -> str | None:
-        """Return the dotted path, below the root, of the parameter that `node` stands for, or None."""
+        """Return the path of the parameter that `node` stands for, or None."""
         return str(node.target) if node.op == "get_attr" else None
 
     def holds_weights(self, node: Node) -> bool:
-        """Return whether `node` stands for a parameter or buffer of the model, not for a value computed from its inputs."""
+        """Return whether `node` stands for a parameter or buffer of the model."""
         return (
             node.op == "get_attr"
             or isinstance(tensor_value(node), nn.Parameter)
@@ -65,7 +65,7 @@ class Provenance:
 def common_owner(
     outer: tuple[ModuleRef, ...], inner: tuple[ModuleRef, ...]
 ) -> tuple[ModuleRef | None, ModuleRef | None]:
-    """Return the deepest call that both stacks share, and the next call on `inner` below it (None if `inner` ends there)."""
+    """Return the deepest call that both stacks share, and the next one on `inner` (or None)."""
     depth = 0
     while depth < min(len(outer), len(inner)) and outer[depth].key == inner[depth].key:
         depth += 1
@@ -75,7 +75,7 @@ def common_owner(
 
 
 def source_line(node: Node) -> str:
-    """Return `file:line` in the model's source that wrote this node, "" if the tracer did not record it."""
+    """Return `file:line` of the model's source for this node, "" if it was not recorded."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not frames:

@@ -1,4 +1,4 @@
-"""The terms of a sum: which additions are candidates, which adds form one sum, and where a term comes from."""
+"""The terms of a sum: which adds form one sum, and where each term comes from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_parameter(node: Node) -> bool:
 
 
 def cheap_path(term: Node) -> Iterator[Node]:
-    """Yield `term` and the values that it comes from by cheap operations, up to and including the first contraction."""
+    """Yield `term` and the values that it cheaply comes from, the first contraction included."""
     node: Node | None = term
     for _ in range(SHORTCUT + 1):
         if node is None:
@@ -83,7 +83,10 @@ def operands(node: Node) -> tuple[Node, ...]:
 
 
 def flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """Return the adds, `add` last, and the terms of the sum tree that ends in `add`. No inner sum has other readers."""
+    """Return the adds, `add` last, and the terms of the sum tree that ends in `add`.
+
+    Inner sums are read by this tree alone.
+    """
     if op_name(add) in INPLACE_ADDS:
         return (add,), operands(add)
     adds: list[Node] = []
@@ -100,7 +103,7 @@ def flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
 
 
 def same_shape(one: Tensor | None, other: Tensor | None) -> bool:
-    """Return whether two shapes are known to be equal. Equal symbolic sizes need not look alike (Mamba)."""
+    """Return whether two shapes are known to be equal. Equal symbols need not look alike."""
     if one is None or other is None or one.dim() != other.dim():
         return False
     return all(same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Writing nodes: their provenance, their marks, their example values, and whole Python functions as ATen operations.
+"""Writing nodes: provenance, marks, example values, and Python functions as ATen operations.
 
 Some operations are best written as a function: an operation under `torch.func.vmap`, an `mhc::`
 operator in plain ATen. `trace_into` traces the function on example values and inserts the traced
@@ -46,7 +46,7 @@ def is_copies(streams: Node) -> bool:
 
 
 def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:
-    """Return the result of an operation on the example values of its operands, or None if one of them has none.
+    """Return an operation's result on example values, or None if an operand has none.
 
     Args:
         op: "call_function" or "call_method".
@@ -90,7 +90,7 @@ def trace_into(
         operands: nodes with example values.
         before: the node before which to write.
         like: the node whose provenance the new nodes get.
-        decompositions: functions to write in place of operators, wherever the function or one of these uses them.
+        decompositions: functions to write in place of operators, wherever they are used.
 
     Returns:
         The node that stands for the result, or a tuple of nodes.
@@ -127,5 +127,5 @@ def _example(node: Node) -> Any:
 
 
 def _fake_mode(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the mode of the example values: tensors that the function creates (`torch.eye`) must belong to it too."""
+    """Return the mode of the example values, which tensors that the function creates need too."""
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

@@ -23,7 +23,7 @@ Hook = Callable[["Pass", Graph, Graph], None]
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One rewrite of a graph, as a value: a valid graph in, a valid graph out. The fields of a subclass are its options.
+    """One rewrite, as a value: a valid graph in, a valid graph out. Its fields are its options.
 
     A subclass shows the graph before and after in its docstring. The input graph is never mutated.
     """
@@ -37,7 +37,7 @@ class Pass(ABC):
 
 
 def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """Return a copy of `graph` with its output, and the map from old to new nodes. Node metadata is copied shallowly."""
+    """Return a copy of `graph`, and the map from old to new nodes. `meta` is copied shallowly."""
     copy = new_graph_like(graph)
     nodes: dict[Node, Node] = {}
     for node in graph.nodes:
@@ -70,7 +70,7 @@ def run_passes(graph: Graph, passes: Iterable[Pass], hook: Hook | None = None) -
 
 
 def _report(step: Pass, before: Graph, after: Graph, seconds: float) -> None:
-    """Log one pass, and write its graphs to torch's structured trace. Graphs are printed only where a trace is written."""
+    """Log one pass, and write its graphs to torch's structured trace if there is one."""
     changed = after is not before
     log.debug(
         "pass %s: %d nodes before, %d after, %.1f ms%s",

@@ -1,4 +1,4 @@
-"""Rules that write other operations for streams than for the trunk: dropout, batch norm, anything under `vmap`."""
+"""Rules that write other operations for streams: dropout, batch norm, anything under `vmap`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 class Dropped(Rule):
     """Dropout, with one mask for all streams: the random numbers that the plain model draws.
 
-    before: y = dropout(x, 0.1)                        after: ys = streams * dropout(ones_like(x), 0.1).unsqueeze(-2)
+    before: y = dropout(x, 0.1)
+    after:  ys = streams * dropout(ones_like(x), 0.1).unsqueeze(-2)
     """
 
     def axis(self, op: TrunkOp) -> int | None:
@@ -73,9 +74,9 @@ class BatchNorm(Rule):
     running variance for N tokens, and n N values that are copies of N are no larger a sample, so
     the correction stays.
 
-    before: y = batch_norm(x, mean, var, w, b, True)   after: flat = streams.reshape(-1, C); ys = batch_norm(flat, ...).reshape(...)
-                                                              mean.lerp_(flat.mean(0), momentum);
-                                                              var.lerp_(...)
+    before: y = batch_norm(x, mean, var, w, b, True)
+    after:  flat = streams.reshape(-1, C); ys = batch_norm(flat, ...).reshape(...)
+            mean.lerp_(flat.mean(0), momentum); var.lerp_(...)
     """
 
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -114,9 +115,10 @@ class BatchNorm(Rule):
 
 
 class Vmapped(Rule):
-    """Any other operation that `torch.func.vmap` can run and that keeps the features on an axis of their own.
+    """Any other operation that `torch.func.vmap` runs and that keeps the features' axis whole.
 
-    before: y = max_pool2d(x, 2)                       after: (the same under vmap, as ATen operations)
+    before: y = max_pool2d(x, 2)
+    after:  (the same under vmap, as ATen operations)
     """
 
     def axis(self, op: TrunkOp) -> int | Obstacle | None:
@@ -154,7 +156,7 @@ class Vmapped(Rule):
 
     @staticmethod
     def _function(op: TrunkOp, carried: int) -> Callable[..., Tensor]:
-        """Return the operation as a function from streams [..., n, C] and its other arguments to streams."""
+        """Return the operation as a function from streams and its other arguments to streams."""
         node, others = op.node, op.others
 
         def one(*values: Any) -> Any:

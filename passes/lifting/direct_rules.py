@@ -88,7 +88,8 @@ class AsWritten(Rule):
 class Permuted(Rule):
     """Permutations, with the token axes renumbered.
 
-    before: y = x.permute(0, 2, 1)                     after: ys = streams (only the feature axis moved)
+    before: y = x.permute(0, 2, 1)
+    after:  ys = streams (only the feature axis moved)
     """
 
     def axis(self, op: TrunkOp) -> int | None:

@@ -1,4 +1,4 @@
-"""Trunk paths: the operations between two sites of a chain, or between the trunk and the shortcut value of one site."""
+"""Trunk paths: the operations between two sites, or between a site's trunk and skip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST = 256
 
 
 class TrunkPath:
-    """The trunk operations from `source`, the sum of a site, to a later trunk value, in graph order, that value last.
+    """The trunk operations from `source`, a site's sum, to a later trunk value, which is the last.
 
     `axes` gives for every operation, and for the sum itself, the axis that holds the features.
     """
@@ -36,7 +36,7 @@ class TrunkPath:
 
 
 def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) -> TrunkPath | Obstacle:
-    """Return the path from `source`, whose features lie on `axis`, to `target`, or the operation that cannot be lifted."""
+    """Return the path from `source` (features on `axis`) to `target`, or what cannot be lifted."""
     if source is target:
         return TrunkPath.empty(source, axis)
     order = aliases.order

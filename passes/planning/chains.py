@@ -1,4 +1,4 @@
-"""Plan chains: link the sites that share one set of streams. Reports and the rewrite read the same plan."""
+"""Plan chains: link the sites that share one set of streams."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The additions to rewrite, and those that are rejected, with reasons. Nodes belong to the normalised graph."""
+    """The additions to rewrite, and those rejected. Nodes belong to the normalised graph."""
 
     chains: tuple[Chain, ...]
     rejections: tuple[Rejection, ...]
@@ -125,7 +125,7 @@ def reject_site(site: Site, reason: Reason, message: Callable[[], str]) -> Rejec
 
 
 def _report(plan: Plan, seconds: float) -> None:
-    """Log how many verdicts of each kind a plan has, and write all of them to torch's structured trace."""
+    """Log a plan's verdicts by reason, and write all of them to torch's structured trace."""
     reasons = Counter(rejection.reason.value for rejection in plan.rejections)
     log.debug(
         "plan: %d sites in %d chains, %d additions rejected (%s), %.1f ms",
@@ -150,9 +150,10 @@ def _report(plan: Plan, seconds: float) -> None:
 def _long_skips(
     sites: list[Site], trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> dict[Site, Rejection]:
-    """Reject the sums `x + x'` of a trunk value and the same trunk some sites later, either of them perhaps scaled.
+    """Reject the sums `x + x'` of a trunk value and the same trunk some sites later.
 
-    before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2     after: y is no site, and a chain through x2 goes on after it
+    before: x1 = x + f(x); x2 = x1 + g(x1); y = x + x2
+    after:  y is no site, and a chain through x2 goes on after it
     """
     long: dict[Site, Rejection] = {}
     for site in sites:
@@ -175,7 +176,7 @@ def _long_skips(
 def _follows(
     last: Site, site: Site, trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> bool:
-    """Return whether the trunk of `last`, followed backwards from site to site, passes the trunk value of `site`."""
+    """Return whether the trunk of `last`, followed back, passes the trunk value of `site`."""
     step: Site | None = last
     while step is not None:
         trunk_path = trunk_paths[step]
@@ -210,9 +211,10 @@ def _sides(chains: list[Chain]) -> dict[Site, Rejection]:
 
 
 def _crossings(chains: list[Chain]) -> dict[Site, Rejection]:
-    """Reject the sites whose shortcut runs through trunk operations of another chain, which become streams there.
+    """Reject the sites whose shortcut runs through trunk operations of another chain.
 
-    before: y = norm(x); z = y + f(y); out = y + g(x)      after: x -> norm -> y belongs to the chain through z, `out` stays an addition
+    before: y = norm(x); z = y + f(y); out = y + g(x)
+    after:  x -> norm -> y belongs to the chain through z, and `out` stays an addition
     """
     carried = {node: chain for chain in chains for link in chain.links for node in link.nodes}
     crossed: dict[Site, Rejection] = {}
@@ -308,7 +310,7 @@ def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[
 def _trunk_paths(
     sites: list[Site], by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo
 ) -> tuple[dict[Site, TrunkPath | None], dict[Site, Obstacle]]:
-    """Return the path to each site, None where streams cannot reach it, and the unexpected obstacles on the way.
+    """Return the path to each site, None if streams cannot reach it, and unexpected obstacles.
 
     An obstacle is listed for the site before it too, if there is one: both chains may be too short
     because of it.
@@ -328,7 +330,7 @@ def _trunk_paths(
 def _trunk_path(
     site: Site, by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo
 ) -> tuple[Node, TrunkPath | Obstacle | None]:
-    """Return the previous site's sum, or an input with streams, and the path from there to the site's trunk value."""
+    """Return the previous sum, or input with streams, and the path from it to the site's trunk."""
     source = _nearest_sum(site.trunk, by_sum, aliases, edges)
     if source is None or aliases.writers(site.trunk):
         return site.trunk, None
@@ -347,7 +349,7 @@ def _nearest_sum(
     edges: BoundaryInfo = BoundaryInfo(),  # noqa: B008 - frozen
     limit: int = 64,
 ) -> Node | None:
-    """Return the last sum of a site, or input with streams, from which trunk operations alone lead to `trunk`, or None.
+    """Return the last sum, or input with streams, from which trunk operations lead to `trunk`.
 
     The trunk operations between two sites are few: a longer search would find a branch.
     """

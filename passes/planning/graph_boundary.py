@@ -1,4 +1,4 @@
-"""The boundary of a graph that is a part of a model: where streams may enter, and where they may leave.
+"""The boundary of a part of a model: where streams may enter and leave its graph.
 
 Dynamo cuts a model into several graphs at a graph break, and every block is its own graph where
 blocks are compiled one by one. A chain then runs through several graphs: its streams leave one
@@ -49,7 +49,7 @@ def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contr
 
 @dataclass(frozen=True)
 class BranchTail:
-    """A residual add whose branch began in another graph: its owner, its name below it, and the feature axis (< 0) of its trunk.
+    """A residual add whose branch began elsewhere: owner, name, and the trunk's feature axis (< 0).
 
     The name is that of the module in which the other graphs had the last product with weights; None
     where they had none.
@@ -64,7 +64,7 @@ class BranchTail:
 
 @dataclass(frozen=True)
 class BoundaryInfo:
-    """What is known of the graphs around a graph. The default is a graph that is a whole model: no streams enter or leave."""
+    """What is known of the graphs around a graph. By default it is a whole model."""
 
     #: Whether the graph ends at a graph break, or begins after one.
     part: bool = False
@@ -88,7 +88,10 @@ class BoundaryInfo:
 
 @dataclass(frozen=True)
 class StreamInput:
-    """Streams that enter a graph: the input `target` [..., n, C]. Their mean is the input `value`, with features on `axis` (< 0)."""
+    """Streams that enter a graph: the input `target` [..., n, C].
+
+    Their mean is the input `value`, with features on `axis` (< 0).
+    """
 
     target: str
     value: str
@@ -99,7 +102,10 @@ class StreamInput:
 
 @dataclass(frozen=True)
 class BranchInput:
-    """A coefficient of a branch that ends in this graph and began in another: the input `target`, post [..., n] or res [..., n, n]."""
+    """A coefficient of a branch that began in another graph.
+
+    It is the input `target`, post [..., n] or res [..., n, n].
+    """
 
     target: str
     value: str
@@ -112,7 +118,7 @@ class BranchInput:
 
 @dataclass(frozen=True)
 class StreamOutput:
-    """Streams that leave a graph: result number `streams`, for result number `value`, whose features lie on `axis` (< 0).
+    """Streams that leave: result number `streams`, for result `value` with features on `axis` < 0.
 
     `mean`: whether the value is their mean. A trunk operation at the end of a graph yields one
     value from the mean, and another from each stream.
@@ -127,7 +133,7 @@ class StreamOutput:
 
 @dataclass(frozen=True)
 class BranchOutput:
-    """A branch that begins in this graph and ends in another: results number `post` and `res` are its coefficients.
+    """A branch that ends in another graph: results `post` and `res` are its coefficients.
 
     They belong to a trunk value: result number `result`, or else the input `value`, whose streams
     are the input `arrival`.
@@ -143,7 +149,7 @@ class BranchOutput:
 
 
 def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[TrunkPath, ...]:
-    """Return the paths to the results of `graph` from which the chain that ends with `last` may continue elsewhere.
+    """Return the paths from `last` to the results of `graph` at which its chain may continue.
 
     These are the sum itself, or else, where `far`, what trunk operations make of it: a block that
     ends with a norm returns normed streams.
@@ -162,6 +168,6 @@ def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tupl
 
 
 def crossings(graph: Graph) -> tuple[tuple[StreamInput | BranchInput, ...], tuple[StreamOutput | BranchOutput, ...]]:
-    """Return what enters and leaves an expanded graph in addition to Dynamo's inputs and results, in their order."""
+    """Return what an expanded graph takes and returns beyond Dynamo's inputs and results."""
     arrivals = tuple(node.meta[ARRIVAL] for node in graph.find_nodes(op="placeholder") if ARRIVAL in node.meta)
     return arrivals, graph.output_node().meta.get(DEPARTURES, ())

@@ -1,4 +1,4 @@
-"""Match residual adds in a normalised graph: every addition of two floating-point tensors gets one verdict.
+"""Match residual adds: every addition of two floating-point tensors gets one verdict.
 
 A residual add is a sum in which every term but one, the skip, is computed from the trunk value x,
 differentiably and through at least one contraction (a matrix product, a convolution, attention).
@@ -42,7 +42,7 @@ __all__ = ["Findings", "find"]
 
 @dataclass(frozen=True)
 class Findings:
-    """The verdicts on a graph, `sites` and `rejections` each in graph order, and its alias analysis."""
+    """The verdicts on a graph, each kind in graph order, and its alias analysis."""
 
     sites: tuple[Site, ...]
     rejections: tuple[Rejection, ...]
@@ -50,7 +50,7 @@ class Findings:
 
 
 def find(graph: Graph, provenance: Provenance, edges: BoundaryInfo = BoundaryInfo()) -> Findings:  # noqa: B008 - frozen
-    """Return one verdict for every addition of two floating-point tensors in `graph`, which must carry example values."""
+    """Return a verdict for every floating-point addition in `graph`, which has example values."""
     return _Finder(graph, provenance, edges).run()
 
 
@@ -107,7 +107,7 @@ class _Finder(SumSplitter):
         return self._site(add, adds, split, branch)
 
     def _tail(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Rejection | None:
-        """Return the verdict on a sum whose branch began in another graph; None if it is no such sum."""
+        """Return the verdict on a sum whose branch began in another graph, or None."""
         for skip in terms:
             others = tuple(term for term in terms if term is not skip)
             if skip not in self.edges.inputs:
@@ -187,7 +187,7 @@ class _Finder(SumSplitter):
         return None
 
     def _written(self, add: Node, split: Split, branch: tuple[Node, ...]) -> Rejection | None:
-        """Return the rejection of a site whose values are written in place where streams could not follow, or None."""
+        """Return the rejection of a site whose values are written where streams cannot follow."""
         victims: list[tuple[Node, Node]] = []
         victims += [(add, writer) for writer in self.aliases.writers(add)[:1]]
         for term in split.others:
@@ -261,7 +261,7 @@ class _Finder(SumSplitter):
         )
 
     def _shortcut(self, split: Split, branch: tuple[Node, ...], last: Node) -> TrunkPath | str | None:
-        """Return the operations from the trunk to the skip, or None if the feature axis is unknown, or why they cannot be lifted."""
+        """Return the path to the skip, None without a feature axis, or what cannot be lifted."""
         output = max(split.others, key=self.order.__getitem__)
         entry, leaving = entry_axis(split.trunk, branch), exit_axis(last, output, branch)
         known = [axis for axis in (entry, leaving) if axis is not None and axis >= 0]
@@ -296,7 +296,7 @@ class _Finder(SumSplitter):
 
 
 def _fixed(size: object) -> int | None:
-    """Return a size that is a number, else None. A symbolic size may be one too, where a norm's weights fixed it."""
+    """Return a size as a number, else None. A norm's weights may have fixed a symbolic one."""
     return int(size) if isinstance(size, int) or (isinstance(size, torch.SymInt) and is_concrete_int(size)) else None
 
 

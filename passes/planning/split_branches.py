@@ -1,6 +1,7 @@
 """Branches that a graph break splits.
 
-A break inside a branch puts its beginning, the head, into one graph, and its end with the residual add into a later one:
+A break inside a branch puts its beginning, the head, into one graph, and its end, with the
+residual add, into a later one:
 
     x1 = x + attn(norm1(x)); h = norm2(x1)     results x1 and h: norm2 is the head of a branch
     (the routing of experts, outside of any graph)
@@ -35,7 +36,7 @@ __all__ = ["BranchHead", "find_heads"]
 
 @dataclass(frozen=True, eq=False)
 class BranchHead:
-    """A value that later graphs read, and what modules compute from it for other results: perhaps the head of a branch."""
+    """A value that later graphs read, and its readers here: perhaps the head of a branch."""
 
     #: The trunk value: a graph input, or the last sum of a chain.
     value: Node
@@ -103,7 +104,7 @@ def _head(
 def _last_module(
     result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]
 ) -> ModuleRef | None:
-    """Return the module, below the root, of the last product with weights among the nodes `reached` that lead to `result`."""
+    """Return the module of the last contraction among the nodes `reached` that lead to `result`."""
     behind: set[Node] = set()
     stack = [result]
     while stack:

@@ -31,7 +31,7 @@ __all__ = ["Split", "SumSplitter"]
 
 @dataclass(frozen=True)
 class Split:
-    """A sum whose term `skip` comes from `trunk` by cheap operations, and every other term through a contraction."""
+    """A sum: `skip` comes from `trunk` by cheap operations, the others through contractions."""
 
     trunk: Node
     skip: Node
@@ -66,7 +66,7 @@ class SumSplitter:
         return Rejection(add, reason, message, stack[-1].path if stack else "")
 
     def split(self, add: Node, terms: tuple[Node, ...]) -> Split | Rejection:
-        """Return which term is the shortcut value and which are branch outputs, or why that cannot be told."""
+        """Return which term is the skip and which are branch outputs, or why there are none."""
         if len(set(terms)) != len(terms):
             twice = next(term for term in terms if terms.count(term) > 1)
             return self.reject(add, Reason.SAME_VALUE, lambda: f"'{twice}' is added to itself")
@@ -90,7 +90,7 @@ class SumSplitter:
             node = carried(node)
 
     def _related(self, trunk: Node, terms: tuple[Node, ...]) -> bool:
-        """Return whether a term is computed from another one, or from a value that the other cheaply comes from.
+        """Return whether a term is computed from another, or from a value before that one.
 
         Then they are no parallel branches, and the adds are judged one by one: `x + (dropout(y) +
         f(y))`.
@@ -140,7 +140,7 @@ class SumSplitter:
         )
 
     def _projected(self, add: Node, terms: tuple[Node, ...]) -> Rejection | None:
-        """Return the rejection of a merge whose skip is itself a contraction of the trunk, None if it is no such merge."""
+        """Return the rejection of a merge whose skip is a contraction of the trunk, or None."""
         for skip in terms:
             product = next((node for node in cheap_path(skip) if is_contraction(node)), None)
             if product is None:
@@ -166,7 +166,7 @@ class SumSplitter:
         return None
 
     def _behind(self, product: Node) -> Iterator[Node]:
-        """Yield the values that a contraction reads, and the values that these cheaply come from."""
+        """Yield the values that a contraction reads, and what they cheaply come from."""
         for operand in product.all_input_nodes:
             if tensor_value(operand) is not None and operand not in self.weights:
                 yield from self._origins(operand)

@@ -18,7 +18,7 @@ __all__ = ["Reason", "Rejection", "Site"]
 
 
 class Reason(Enum):
-    """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print.
+    """Why an addition is not rewritten. The value is the code that reports print.
 
     Attributes:
         meaning: what the code says about the addition.
@@ -190,7 +190,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One residual add `x + f(x)`, or several that read the same trunk value (`x + attention(x) + mlp(x)`).
+    """One residual add `x + f(x)`, or a sum of several branches (`x + attention(x) + mlp(x)`).
 
     Nodes belong to the normalised graph: `trunk -> shortcut -> skip`, `trunk -> branch ->
     branch_outputs`, and `add = skip + sum(branch_outputs)`. In most models the skip is the trunk

@@ -69,10 +69,11 @@ class BoundaryBuilder(StreamBuilder):
             self._open(value, self._arrive(value, head.axis, binding.streams, name))
 
     def _open(self, value: Node, streams: Node) -> None:
-        """Let the head of a branch at `value`, if there is one, read the streams, and return the weights for its tail.
+        """Let the head of a branch at `value`, if any, read streams, and return its tail's weights.
 
-        before: h = norm2(x1)                              after: pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
-                output (x1, h)                                    h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
+        before: h = norm2(x1); output (x1, h)
+        after:  pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
+                h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
         """
         if value not in self.openings:
             return
@@ -111,7 +112,7 @@ class BoundaryBuilder(StreamBuilder):
         return streams
 
     def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
-        """Add the graph inputs that receive post and res of a branch that began in another graph."""
+        """Add the inputs that receive post and res of a branch that began in another graph."""
         wide, branch = tensor_value(streams), tensor_value(site.branch_outputs[0])
         assert wide is not None
         assert branch is not None

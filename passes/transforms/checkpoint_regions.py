@@ -1,4 +1,4 @@
-"""Activation checkpointing: inline its regions into the graph, and keep the place of every operation.
+"""Inline the regions of activation checkpointing, and keep every operation's place.
 
 Under Dynamo, `torch.utils.checkpoint` puts the operations of a block into their own graph, the body
 of a `tag_activation_checkpoint`. The passes between `InlineRegions` and `OutlineRegions` see one
@@ -55,7 +55,7 @@ class Region:
     parent: Region | None
 
     def lies_in(self, other: Region | None) -> bool:
-        """Return whether this is `other`, or lies in it. Everything lies in None, the outermost graph."""
+        """Return whether this is `other` or lies in it. All lie in None, the outermost graph."""
         return other is None or self is other or (self.parent is not None and self.parent.lies_in(other))
 
 
@@ -82,14 +82,14 @@ class InlineRegions(Pass):
     name: ClassVar[str] = "inline-regions"
 
     def apply(self, graph: Graph) -> Graph:
-        """Return a flat copy of `graph`, or the graph itself if it has no region that can be inlined."""
+        """Return a flat copy of `graph`, or the graph itself if it has no such region."""
         if not any(_body(node) is not None for node in graph.nodes):
             return graph
         return _Inliner(graph).run()
 
 
 def _body(call: Node) -> fx.GraphModule | None:
-    """Return the body of a checkpointed region, None for every other node and for calls of an unknown form."""
+    """Return the body of a checkpointed region, None for other nodes and unknown forms."""
     if call.target is not _CHECKPOINT or not call.args or not isinstance(call.args[0], Node):
         return None
     body = attribute_of(call.args[0])
@@ -180,7 +180,7 @@ class _Inliner:
 
 
 def with_attributes(owner: nn.Module | None, attributes: Mapping[str, Any]) -> Any:
-    """Return a module with the attributes of `owner` and some more. `owner` is the user's and is not changed."""
+    """Return a module with the attributes of `owner` and some more. `owner` is not changed."""
     if not attributes:
         return owner
     twin = shallow_copy(owner)

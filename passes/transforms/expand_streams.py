@@ -167,7 +167,7 @@ class _Expansion(BoundaryBuilder):
                 self._dispose(link, lifted)
 
     def sweep(self) -> None:
-        """Erase the trunk operations whose other readers belonged to a chain that was expanded later."""
+        """Erase the trunk operations whose other readers belonged to a later chain."""
         for node in sorted(self.lifted, reverse=True):
             if node not in self.replaced and not node.users:
                 self.graph.erase_node(node)
@@ -220,7 +220,7 @@ class _Expansion(BoundaryBuilder):
         return lifted
 
     def _known(self, node: Node) -> tuple[Node, int] | None:
-        """Return the streams of an older trunk value of this chain, and its feature axis: a long skip adds streams to streams.
+        """Return the streams and feature axis of an older trunk value, for a long skip.
 
         before: x3 = x2 + w * x0                           after: S3 = S2 + w * S0
         """
@@ -257,7 +257,7 @@ class _Expansion(BoundaryBuilder):
         return list(zip(given, now, strict=True))
 
     def _dispose(self, trunk_path: TrunkPath, lifted: dict[Node, Node]) -> None:
-        """Erase the trunk operations that have no readers any more. One that is read elsewhere stays, and reads the mean.
+        """Erase the trunk operations without readers. One that is read elsewhere reads the mean.
 
         An operation that draws random numbers or keeps statistics must run once: its readers get
         the streams' mean instead.
@@ -298,7 +298,7 @@ class _Expansion(BoundaryBuilder):
             collapsed = self._features_back(collapsed, axis, trunk)
         if (
             site.shortcut.nodes
-            # before the branch reads the collapsed streams: it may read an operation of the shortcut
+            # Before the branch reads collapsed streams: it may read an operation of the shortcut.
         ):
             lifted.update(self._lift(site.shortcut, streams))
         for reader in readers:
@@ -331,7 +331,7 @@ class _Expansion(BoundaryBuilder):
         return self._call("collapsed", torch.ops.mhc.collapse.default, streams, passed), post, res
 
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
-        """Write the new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
+        """Write the new streams, in the dtype of the plain sum. The branch may be broadcast."""
         total, value, wide = tensor_value(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
         assert total is not None
         if wide is not None and wide.dtype != total.dtype:
@@ -345,7 +345,7 @@ class _Expansion(BoundaryBuilder):
         return self._call("streams", torch.ops.mhc.update.default, streams, features, post, res)
 
     def _read_out(self, value: Node, streams: Node, axis: int, last: Binding | None = None) -> None:
-        """Let the readers of a trunk value read the result of its streams. `last` belongs to the site that ends the chain."""
+        """Let readers of a trunk value read its streams' result. `last`: of the last site."""
         self.replaced[value] = value
         if value.users:
             self._follow(streams, like=value)
@@ -363,6 +363,6 @@ class _Expansion(BoundaryBuilder):
 
 
 def _tokens(streams: Node, more: int = 2) -> list[str]:
-    """Return the token axes of streams [..., n, C] as text, since sizes may be symbolic. `more`: how many axes follow."""
+    """Return the token axes of streams as text: sizes may be symbolic. `more`: axes that follow."""
     value = tensor_value(streams)
     return [] if value is None else [str(size) for size in value.shape[:-more]]

@@ -64,7 +64,7 @@ _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class FunctionalizeWrites(Pass):
-    """Replace in-place operations by out-of-place ones, whose result every later reader of the tensor reads.
+    """Replace in-place operations by out-of-place ones, whose result all later readers read.
 
     before: add_ = y.add_(x); z = f(y)                 after: add = y.add(x); z = f(add)
     before: r = relu(y, inplace=True); z = g(r, y)     after: r = relu(y); z = g(r, r)
@@ -102,7 +102,7 @@ class FunctionalizeWrites(Pass):
 
 
 def _protect_inputs(graph: Graph) -> None:
-    """Copy the graph inputs that are added to in place, and write them back before the graph returns.
+    """Copy the graph inputs that are added to in place, and write them back at the end.
 
     before: x = placeholder; iadd = operator.iadd(x, y)
     after:  x = placeholder; own = x.clone(); iadd = operator.iadd(own, y); ...; x.copy_(own)
@@ -137,7 +137,7 @@ def _protect_inputs(graph: Graph) -> None:
 
 
 def _same_tensor(target: Node, aliases: Aliases, names: dict[Node, Node]) -> list[Node]:
-    """Return the nodes that are the tensor `target`: itself, and the results of operations that return their operand."""
+    """Return the nodes that are the tensor `target`: itself, and results that are that operand."""
     root = names.get(target, target)
     value = tensor_value(target)
     return [
@@ -148,7 +148,7 @@ def _same_tensor(target: Node, aliases: Aliases, names: dict[Node, Node]) -> lis
 
 
 def _private(node: Node, same: list[Node], aliases: Aliases) -> bool:
-    """Return whether every later reader of the memory that `node` writes reads it by one of the names in `same`."""
+    """Return whether all later readers of the memory that `node` writes read a node in `same`."""
     target = written_operands(node)[0]
     if len(storages(target)) != 1:
         return False
@@ -192,7 +192,7 @@ def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names
 
 
 def _out_of_place(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Return opcode, target, arguments and keywords of the out-of-place form of an operation, None if none is known."""
+    """Return opcode, target, arguments and keywords of the out-of-place form, None if unknown."""
     args, kwargs = node.args, dict(node.kwargs)
     if node.op == "call_module":
         module = leaf_module(node)

@@ -1,4 +1,4 @@
-"""Fuse the operators of neighbouring sites, so that one kernel passes over the streams instead of three.
+"""Fuse the operators of neighbouring sites: one kernel reads the streams instead of three.
 
 This is the last pass before a compiler. The fused operators compute the same numbers
 (`mhc_compile.ops.fused_reference`); their kernels are in `mhc_compile.ops.cpu` and
@@ -38,12 +38,13 @@ _FOLDING = (_READ, _STEP, _CLOSE)
 
 @dataclass(frozen=True)
 class FuseSites(Pass):
-    """Fuse update, coefficients and collapse of neighbouring sites, and fold copies and means into them.
+    """Fuse update, coefficients and collapse of neighbouring sites, with copies and means.
 
-    before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1); pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
-            S1 = mhc.update(S0, y, post, res); pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1
-            = mhc.collapse(S1, pre1); y1 = g(h1) S2 = mhc.update(S1, y1, post1, res1); out =
-            S2.mean(-2)
+    before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1)
+            pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
+            S1 = mhc.update(S0, y, post, res)
+            pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1 = mhc.collapse(S1, pre1)
+            y1 = g(h1); S2 = mhc.update(S1, y1, post1, res1); out = S2.mean(-2)
 
     after:  X = x.unsqueeze(-2); h, _, post, res, ... = mhc.read(X, ...); y = f(h)
             S1, h1, _, post1, res1, ... = mhc.step(X, y, post, res, ...); y1 = g(h1)
@@ -56,7 +57,7 @@ class FuseSites(Pass):
     name: ClassVar[str] = "fuse-sites"
 
     def apply(self, graph: Graph) -> Graph:
-        """Return a copy of `graph` with fused operators, or the graph itself where there is nothing to fuse."""
+        """Return a copy of `graph` with fused operators, or the graph itself if nothing fuses."""
         targets = {node.target for node in graph.nodes}
         if _COEFFICIENTS not in targets and _UPDATE not in targets:
             return graph
@@ -73,7 +74,7 @@ class FuseSites(Pass):
 
 
 def _modes(graph: Graph) -> dict[Node, int]:
-    """Number the sections of the graph between switches of the gradient mode, for each node."""
+    """Return each node's section of the graph between switches of the gradient mode."""
     modes, number = {}, 0
     for node in graph.nodes:
         number += sets_grad_mode(node) is not None
@@ -82,7 +83,7 @@ def _modes(graph: Graph) -> dict[Node, int]:
 
 
 def _parts(packed: Node) -> dict[int, Node] | None:
-    """Return the readers of a tuple by index, or None if one reads it whole, or two read the same part."""
+    """Return the readers of a tuple by index, None if one reads it whole or two the same part."""
     parts: dict[int, Node] = {}
     for user in packed.users:
         if user.target is not operator.getitem or user.args[1] in parts:

@@ -1,4 +1,4 @@
-"""Lower a rewritten graph to plain ATen, so that neither this package nor Python is needed to run it.
+"""Lower a rewritten graph to plain ATen, which runs without this package and Python.
 
 A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An
 exported program is a file that other processes and other languages read: there every `mhc::`
@@ -36,8 +36,9 @@ _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}
 class LowerOperators(Pass):
     """Replace every `mhc::` operator by the ATen operations that compute it.
 
-    before: h = mhc.collapse(streams, pre)             after: unsqueeze = aten.unsqueeze(pre, -1); mul = aten.mul(unsqueeze, streams)
-                                                              h = aten.sum(mul, [-2])
+    before: h = mhc.collapse(streams, pre)
+    after:  unsqueeze = aten.unsqueeze(pre, -1); mul = aten.mul(unsqueeze, streams)
+            h = aten.sum(mul, [-2])
 
     Operators that an operator consists of (`mhc::sinkhorn` inside `mhc::coefficients`) are replaced
     too. Results have the strides that the operator promises. Sizes that are numbers in the example
@@ -50,7 +51,7 @@ class LowerOperators(Pass):
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=ops.decompositions)
 
     def apply(self, graph: Graph) -> Graph:
-        """Return a copy of `graph` without `mhc::` operators, whose operands must have example values."""
+        """Return a copy of `graph` without `mhc::` operators. Operands must have example values."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             if node.op == "call_function" and node.target in self.decompositions and _is_mhc(node):
@@ -62,7 +63,8 @@ class LowerOperators(Pass):
 class CanonicalizeAten(Pass):
     """Write tensor methods and torch functions as ATen operations.
 
-    before: add = torch.add(a, b); y = x.movedim(1, -1)    after: add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
+    before: add = torch.add(a, b); y = x.movedim(1, -1)
+    after:  add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
 
     Operations of ATen and of other operator libraries, higher-order operations, `getitem` and
     arithmetic on sizes stay as they are.
@@ -74,7 +76,7 @@ class CanonicalizeAten(Pass):
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def apply(self, graph: Graph) -> Graph:
-        """Return a copy of `graph` in ATen. Operands of methods and functions must have example values."""
+        """Return a copy of `graph` in ATen. Operands must have example values."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             if node.op == "call_function" and node.target in _OVERLOADS and len(node.args) == 2 and not node.kwargs:
@@ -145,7 +147,7 @@ def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any
 
 
 def _replace(node: Node, result: Any) -> None:
-    """Replace `node` by `result`: a node, which takes over the name if it is new, a number or a tuple of nodes."""
+    """Replace `node` by `result`: a number, nodes, or one node, which gets its name if new."""
     fresh = isinstance(result, torch.fx.Node) and result not in node.all_input_nodes
     for user in list(node.users):
         if isinstance(result, (tuple, list)):  # every reader of a tuple is a `getitem`

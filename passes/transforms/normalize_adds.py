@@ -22,9 +22,12 @@ class NormalizeAdds(Pass):
     """Write every addition of two tensors as `torch.add(a, b)`.
 
     before: y = operator.add(out, identity)            after: y = torch.add(out, identity)
-    before: y = out.add(identity, alpha=2)             after: mul = torch.mul(identity, 2); y = torch.add(out, mul)
-    before: y = x - out            (the same shape)    after: neg = torch.neg(out); y = torch.add(x, neg)
-    before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
+    before: y = out.add(identity, alpha=2)
+    after:  mul = torch.mul(identity, 2); y = torch.add(out, mul)
+    before: y = x - out            (the same shape)
+    after:  neg = torch.neg(out); y = torch.add(x, neg)
+    before: y = torch.addcmul(x, gate, out)
+    after:  mul = torch.mul(gate, out); y = torch.add(x, mul)
 
     In-place additions that could be replaced already were (`FunctionalizeWrites`); the others stay,
     and planning rejects them as MUTATED_OPERAND. Additions of numbers, integers and sizes stay as
@@ -34,7 +37,7 @@ class NormalizeAdds(Pass):
     name: ClassVar[str] = "normalize-adds"
 
     def apply(self, graph: Graph) -> Graph:
-        """Return a copy of `graph` in which every addition of two tensors is `torch.add`, in-place ones excepted."""
+        """Return a copy of `graph` whose additions are `torch.add`, except in-place ones."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             if op_name(node) == "addcmul":
@@ -77,7 +80,7 @@ def _split_addcmul(node: Node) -> None:
 
 
 def _negate(node: Node) -> None:
-    """Write a difference of two floating-point tensors of one shape as a sum; other differences are no residual adds."""
+    """Write a difference of two floating-point tensors of one shape as a sum."""
     terms = _terms(node)
     if terms is None:
         return

@@ -32,10 +32,11 @@ _READ_OUT = frozenset({"mean", "movedim", "contiguous", "clone"})
 
 @dataclass(frozen=True)
 class OutlineRegions(Pass):
-    """Put the operations of every region into a body again, with the values that cross its boundary now.
+    """Put the operations of every region into a body again.
 
     before: h = linear(x, weight); S1 = mhc.update(S0, h, post, res)         (each with its place)
-    after:  body = self.wrap_body_0; out = tag_activation_checkpoint(body, S0, weight, phi, bias, scale); S1 = out[0]
+    after:  body = self.wrap_body_0
+            out = tag_activation_checkpoint(body, S0, weight, phi, bias, scale); S1 = out[0]
 
     Streams enter a region and streams leave it; only they are saved between two regions for the
     backward. A mean of streams that is read outside, where the streams themselves are needed too,
@@ -60,7 +61,7 @@ def adopt(module: nn.Module, graph: Graph) -> None:
 
 
 class _Places:
-    """A place for every node of a flat graph, such that no value flows backwards. Operations of the model keep theirs.
+    """A place for every node of a flat graph. The model's operations keep theirs.
 
     A new node may lie no earlier than its operands and no later than its readers; within these
     bounds it gets the place it prefers. If that is too late (the coefficients of a site whose
@@ -114,7 +115,7 @@ class _Places:
         return next(around, latest)
 
     def _leave(self) -> None:
-        """Move read-outs at the end of a region out of it, where that saves nothing more for the backward.
+        """Move read-outs at the end of a region out of it, if that saves nothing more.
 
         These are new nodes whose readers are all outside, and whose operands are outside, or have
         other readers outside.
@@ -164,7 +165,7 @@ class _Outliner:
         written: dict[Node, Node],
         bodies: dict[str, Any],
     ) -> None:
-        """Write `nodes`, which lie in `region`, to `graph`; those of a region inside it as a call."""
+        """Write the `nodes` of `region` to `graph`, those of a region inside it as a call."""
         for inner, members in groupby(nodes, lambda node: self._child(node, region)):
             if inner is not None:  # a region's places are consecutive, and so are its nodes
                 self._close(graph, list(members), inner, written, bodies)
@@ -174,7 +175,7 @@ class _Outliner:
                 written[node].meta = _clean(node.meta)
 
     def _child(self, node: Node, region: Region | None) -> Region | None:
-        """Return the region directly below `region` that holds `node`, None if `region` itself does."""
+        """Return the region directly below `region` that holds `node`, or None."""
         inner = self.places.region(node)
         while inner is not region and inner is not None and inner.parent is not region:
             inner = inner.parent

@@ -1,4 +1,4 @@
-"""Choose which streams are saved for the backward, and which are recomputed from them: memory for time."""
+"""Choose the streams that are saved for the backward; the others are recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEP = torch.ops.mhc.step.default
 
 
 def block_length(sites: int, streams: int) -> int:
-    """Return how many sites share one set of saved streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
+    """Return how many sites share saved streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
 
     Source: arXiv 2512.24880 v2, section 4.3: it minimises the memory saved for all blocks plus that
         of recomputing one.
@@ -34,8 +34,9 @@ def block_length(sites: int, streams: int) -> int:
 class RecomputeSteps(Pass):
     """Mark fused steps to be recomputed in the backward, except the first of every block.
 
-    before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...); S3, h3, ... = mhc.step(S2, y2, ...)
-    after:  the same, the second step marked with CheckpointPolicy.MUST_RECOMPUTE where blocks have two sites
+    before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...)
+            S3, h3, ... = mhc.step(S2, y2, ...)
+    after:  the same; where blocks have two sites, CheckpointPolicy.MUST_RECOMPUTE marks the second
 
     AOTAutograd's partitioner reads the marks. It saves the branch outputs, which a step needs, and
     recomputes no branch. Only steps of one chain are marked; streams that a trunk operation has
@@ -69,7 +70,7 @@ def _streams(step: Node) -> int:
 
 
 def _chains(graph: Graph) -> list[list[Node]]:
-    """Return the steps of every chain in order: each reads the streams that the one before it writes."""
+    """Return the steps of every chain: each reads the streams that the previous one writes."""
     chains: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node.target is _STEP:

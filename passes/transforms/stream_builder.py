@@ -1,4 +1,4 @@
-"""Write operations on streams into a graph, one after the other, each with its example value and its provenance."""
+"""Write operations on streams into a graph, with example values and provenance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class End:
 
 @dataclass(frozen=True)
 class Binding:
-    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes.
+    """The parameters (graph inputs in a Dynamo graph, else attribute paths) and settings of a site.
 
     Attributes:
         phi: its projection.
@@ -72,7 +72,7 @@ class Binding:
 
 
 class StreamBuilder:
-    """Writes into a copy of a graph, after the node `cursor`, with the provenance of the node `like`.
+    """Writes into a copy of a graph, after the node `cursor`, with the provenance of `like`.
 
     Args:
         graph: the copy.
@@ -88,7 +88,7 @@ class StreamBuilder:
         self._coefficients_like: dict[tuple[Any, ...], Any] = {}
 
     def _follow(self, node: Node, like: Node) -> None:
-        """Move the cursor after `node` and after all graph inputs; new nodes get the provenance of `like`."""
+        """Set the cursor to `node` and all graph inputs; new nodes get the provenance of `like`."""
         while node.op == "placeholder" and node.next.op == "placeholder":
             node = node.next
         self.cursor, self.like = node, like
@@ -118,7 +118,7 @@ class StreamBuilder:
         return node
 
     def _attribute(self, path: str) -> Any:
-        """Return the example value of a parameter that is an attribute: a fake tensor, as the graph's example values are."""
+        """Return the example value of a parameter that is an attribute: a fake tensor."""
         mode = next(
             (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
             None,
@@ -136,7 +136,7 @@ class StreamBuilder:
         return self._emit("features_last", "call_method", "movedim", (value, axis, -1))
 
     def _features_back(self, value: Node, axis: int, like: Node) -> Node:
-        """Move the features back, [..., C] to the layout of `like`, in memory too: a later `view` relies on its strides."""
+        """Move the features back to the layout of `like`, in memory too: views rely on strides."""
         example = tensor_value(like)
         if example is None or axis == example.dim() - 1:
             return value
@@ -161,7 +161,10 @@ class StreamBuilder:
         return node
 
     def _read(self, binding: Binding, streams: Node) -> list[Node]:
-        """Write a branch's input [..., C] and its site's weights: `[h, pre, post, res]`; a gated read has no pre."""
+        """Write a branch's input [..., C] and its site's weights: `[h, pre, post, res]`.
+
+        A gated read has no pre.
+        """
         if binding.gated:
             parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
             packed = self._call("read", torch.ops.mhc.gated_read.default, streams, *parameters, binding.eps)
@@ -173,7 +176,10 @@ class StreamBuilder:
         return [self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre), pre, post, res]
 
     def _end(self, end: End, eps: float, streams: Node, pre: Node | None) -> Node:
-        """Write the result of a chain, [..., C]. `eps` is for a learned end's norm, `pre` are the last site's weights."""
+        """Write the result of a chain, [..., C].
+
+        `eps` is for the norm of a learned end, `pre` are the weights of the last site.
+        """
         if end.kind == "pre":
             assert pre is not None
             return self._call("read_out", torch.ops.mhc.collapse.default, streams, pre)
@@ -194,7 +200,7 @@ class StreamBuilder:
         return parts
 
     def _shapes(self, packed: Node) -> tuple[Any, ...]:
-        """Return what the example values of coefficients depend on, so that sites of one shape share them."""
+        """Return what the example values of coefficients depend on: equal sites share them."""
         operands = [tensor_value(operand) for operand in packed.all_input_nodes]
         return tuple((str(value.shape), value.dtype, value.device) if value is not None else None for value in operands)
 
