@@ -59,7 +59,7 @@ def rewrite_before_ddp_splits(backend: Callable[..., Any]) -> None:
     with _lock:
         if not any(known is backend for known in _whole_graph_backends):
             _whole_graph_backends.append(backend)
-        if DDPOptimizer.compile_fn is not _compile_whole:
+        if vars(DDPOptimizer)["compile_fn"] is not _compile_whole:
             DDPOptimizer.compile_fn = _compile_whole  # type: ignore[assignment, method-assign]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,6 @@ needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.fx import Graph, Node
@@ -21,34 +20,17 @@ from torch.fx import Graph, Node
 from mhc_compile.passes.analysis.dependence import contracts, weights_of
 from mhc_compile.passes.analysis.feature_axis import entry_axis
 from mhc_compile.passes.analysis.op_info import passes_value, tensor_value
-from mhc_compile.passes.analysis.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
+from mhc_compile.passes.planning.plan import BranchHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mhc_compile.passes.analysis.aliases import Aliases
-    from mhc_compile.passes.analysis.provenance import Provenance
-    from mhc_compile.passes.planning.chains import Chain
+    from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
     from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
+    from mhc_compile.passes.planning.plan import Chain
 
 __all__ = ["BranchHead", "find_heads"]
-
-
-@dataclass(frozen=True, eq=False)
-class BranchHead:
-    """A value that later graphs read, and its readers here: perhaps the head of a branch."""
-
-    #: The trunk value: a graph input, or the last sum of a chain.
-    value: Node
-    #: The operations that read it.
-    readers: tuple[Node, ...]
-    #: The modules that hold the readers, in order. Their calls can declare parameters.
-    modules: tuple[ModuleRef, ...]
-    #: The numbers of the results that are computed from the readers, each with the module of the
-    #: last product with weights on the way, if any.
-    results: dict[int, ModuleRef | None]
-    #: The feature axis of the value.
-    axis: int
 
 
 def find_heads(

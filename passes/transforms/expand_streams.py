@@ -12,9 +12,8 @@ from mhc_compile.errors import AttachError
 from mhc_compile.passes.analysis.op_info import is_random, op_name, tensor_value
 from mhc_compile.passes.core.emit import mark_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
-from mhc_compile.passes.lifting.rules import Obstacle, lift, lifted_axis
 from mhc_compile.passes.planning.graph_boundary import StreamOutput
-from mhc_compile.passes.transforms.boundary_builder import BoundaryBuilder
+from mhc_compile.passes.transforms.path_builder import PathBuilder
 from mhc_compile.passes.transforms.stream_builder import End
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class RemoveDeclarations(Pass):
         return copy
 
 
-class _Expansion(BoundaryBuilder):
+class _Expansion(PathBuilder):
     """Expands chains in place, in a copy of the graph."""
 
     def __init__(
@@ -110,15 +109,10 @@ class _Expansion(BoundaryBuilder):
         bindings: Mapping[Site, Binding],
         openings: Mapping[BranchHead, tuple[str, Binding]],
     ) -> None:
-        super().__init__(graph, nodes, openings)
+        super().__init__(graph, nodes, openings, sums={add for site in bindings for add in site.adds})
         self.bindings = bindings
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
-        #: Trunk values of the chain at hand: their streams, and where the plain value has its
-        #: features.
-        self.known: dict[Node, tuple[Node, int]] = {}
-        #: The residual adds of all chains.
-        self.sums = {add for site in bindings for add in site.adds}
         #: What readers inside the chain at hand get of its streams.
         self.between = End()
         #: The weights of the last site, where they collapse the streams for the next one.
@@ -194,67 +188,6 @@ class _Expansion(BoundaryBuilder):
         streams = self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
         mark_copies(streams)
         return streams
-
-    def _lift(self, trunk_path: TrunkPath, streams: Node) -> dict[Node, Node]:
-        """Return the streams that stand for the path's values, by the nodes of the plan."""
-        lifted = {trunk_path.source: streams}
-        self.known[trunk_path.source] = streams, trunk_path.axes[trunk_path.source]
-        for node in trunk_path.nodes:
-            old = self.nodes[node]
-            self._follow(old, like=old)
-            # The operands may have been replaced by what another chain made of them.
-            operands = self._operands(node)
-            given = {new: lifted[before] for before, new in operands if before in lifted}
-            axes = {
-                **{new: trunk_path.axes[before] for before, new in operands if before in lifted},
-                old: trunk_path.axes[node],
-            }
-            older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
-            wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
-            if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
-                given |= {new: older_streams for new, (older_streams, _) in older.items()}
-                axes = wide
-            new = self._emit_lifted(old, given, axes)
-            lifted[node] = new
-            self.known[node] = new, trunk_path.axes[node]
-        return lifted
-
-    def _known(self, node: Node) -> tuple[Node, int] | None:
-        """Return the streams and feature axis of an older trunk value, for a long skip.
-
-        before: x3 = x2 + w * x0                           after: S3 = S2 + w * S0
-        """
-        if node in self.known:
-            return self.known[node]
-        # the sum of another chain is read as that chain gives it: as the mean of its streams
-        if node in self.sums:
-            return None
-        behind = [operand for operand in node.all_input_nodes if operand in self.known]
-        if len(behind) != 1 or node.op == "placeholder":
-            return None
-        axes = {behind[0]: self.known[behind[0]][1]}
-        axis = lifted_axis(node, behind, axes)
-        if isinstance(axis, Obstacle) or is_random(node):
-            return None
-        old = self.nodes[node]
-        given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
-        new = self._emit_lifted(old, given, {**dict.fromkeys(given, axes[behind[0]]), old: axis})
-        self.known[node] = new, axis
-        return self.known[node]
-
-    def _emit_lifted(self, old: Node, given: dict[Node, Node], axes: dict[Node, int]) -> Node:
-        new = lift(self.graph, old, given, axes, self.cursor.next)
-        while self.cursor is not new:
-            self._finish(self.cursor.next)
-        return new
-
-    def _operands(self, node: Node) -> list[tuple[Node, Node]]:
-        """Return the operands of a node of the plan, each with its current replacement."""
-        given: list[Node] = []
-        now: list[Node] = []
-        for one, operands in ((node, given), (self.nodes[node], now)):
-            torch.fx.map_arg((one.args, one.kwargs), operands.append)
-        return list(zip(given, now, strict=True))
 
     def _dispose(self, trunk_path: TrunkPath, lifted: dict[Node, Node]) -> None:
         """Erase the trunk operations without readers. One that is read elsewhere reads the mean.
