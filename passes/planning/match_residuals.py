@@ -182,7 +182,7 @@ class _Finder(SumSplitter):
             return self.reject(add, Reason.DTYPE, lambda: f"terms {shown} give {describe(total)}")
         if total.dim() < 2:
             return self.reject(
-                add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis beside a feature axis"
+                add, Reason.NO_FEATURE_AXIS, lambda: f"terms {shown} have no token axis next to a feature axis"
             )
         return None
 

@@ -97,7 +97,7 @@ class Reason(Enum):
             "before such a merge, and the next one starts from its sum."
         ),
         "`conv(x) + f(x)` where a ResNet stage begins, channels padded with zeros",
-        "nothing: streams end and begin anew here",
+        "nothing: one chain ends here and another begins",
     )
     MULTI_STREAM = (
         "multi-stream",
@@ -125,7 +125,7 @@ class Reason(Enum):
     )
     REWRITTEN = (
         "rewritten",
-        "The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.",
+        "The branch holds streams of an earlier run of the passes, which rejected the add then.",
         "any of these, in a graph that was rewritten before",
         "nothing: the earlier run decided",
     )
