@@ -30,11 +30,12 @@ __all__ = [
     "whole_graphs",
 ]
 
-#: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works on the whole one.
+#: The optimizer of DDP's graphs that waits for the rewritten graph, while this package's backend
+#: works on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
 
 
-_installing = threading.Lock()
+_lock = threading.Lock()
 #: DDPOptimizer.compile_fn as torch defines it, once it is replaced.
 _split: Callable[..., Any] | None = None
 
@@ -48,7 +49,7 @@ def rewrite_before_ddp_splits() -> None:
     `split_as_ddp_would`. Every other backend gets its pieces as ever. Idempotent.
     """
     global _split
-    with _installing:
+    with _lock:
         if _split is not None:
             return
         split: Callable[..., Any] = DDPOptimizer.compile_fn

@@ -26,7 +26,7 @@ __all__ = ["follow_averages", "share_connections"]
 
 def follow_averages() -> None:
     """From now on, give averaged copies hyper-connections at the update that finds them without: their average begins there."""
-    _torch.before_average_update(_complete)
+    _torch.before_averaging(_complete)
 
 
 def _complete(averaged: AveragedModel, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import OptimizedModule
 
 if TYPE_CHECKING:
@@ -77,6 +78,6 @@ def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Equiv
 
 
 def _shape(module: nn.Module) -> tuple[Any, ...]:
-    plain = module._orig_mod if isinstance(module, OptimizedModule) else module
+    plain = _torch.original_module(module)
     parameters = ((name, tuple(value.shape)) for name, value in plain.named_parameters() if ".mhc." not in f".{name}")
-    return type(module), type(plain), module._compiled_call_impl is None, tuple(parameters)
+    return type(module), type(plain), not _torch.has_compiled_call(module), tuple(parameters)

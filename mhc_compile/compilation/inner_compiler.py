@@ -71,7 +71,7 @@ def prepare_kernels(session: GraphSession) -> None:
     for planned in session.sites:
         streams, branch, spec = (
             tensor_value(planned.site.add),
-            tensor_value(planned.site.terms[0]),
+            tensor_value(planned.site.branch_outputs[0]),
             planned.options.spec,
         )
         if streams is not None and branch is not None:

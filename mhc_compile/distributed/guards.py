@@ -72,13 +72,15 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
 
 def _share(site: Site) -> tuple[Any, ...] | None:
     """The placements of the sum: those of a DTensor, or of one whose local part a term is. None where every rank has all of it."""
-    todo = [site.add, *site.terms]
+    todo = [site.add, *site.branch_outputs]
     seen = set(todo)
     while todo:
         node = todo.pop()
         placements = _torch.placements(tensor_value(node))
         if placements is not None:
-            if node in (site.add, *site.terms) or not all(placement.is_replicate() for placement in placements):
+            if node in (site.add, *site.branch_outputs) or not all(
+                placement.is_replicate() for placement in placements
+            ):
                 return placements
             continue  # what is whole on every rank may be computed in shares
         news = [operand for operand in node.all_input_nodes if operand in site.branch and operand not in seen]

@@ -24,7 +24,7 @@ from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes import close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.provenance import Provenance
 from mhc_compile.passes.planning.planner import Planner
-from mhc_compile.passes.transforms.checkpoint_regions import adopt
+from mhc_compile.passes.transforms.outline_regions import adopt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

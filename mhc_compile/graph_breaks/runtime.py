@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile._torch import has_hooks
 from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
     Departed,
@@ -157,7 +158,7 @@ def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
     """The streams, connected in autograd with whoever waits for the gradient of the tensor that they are taken for."""
     if not value.requires_grad:
         return entry.streams.detach()
-    waits = value is not other or bool(value._backward_hooks) or value.retains_grad
+    waits = value is not other or has_hooks(value) or value.retains_grad
     streams: Tensor = _Through.apply(value, entry.streams, entry) if waits else entry.streams
     return streams
 

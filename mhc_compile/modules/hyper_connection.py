@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile._torch import state_metadata
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
@@ -18,10 +19,15 @@ from mhc_compile.modules.state_dict import NAMES, SETTINGS, LoadsPartially, expl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HyperConnection"]
+__all__ = ["HyperConnection", "parameter_dtype"]
 
 #: logit of the only pre weight when n = 1: sigmoid(16) = 1 - 1.1e-7. (With one stream, `sum(pre) = 1` is a saturated sigmoid.)
 _SATURATED = 16.0
+
+
+def parameter_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype of a site's parameters: float64 for a float64 trunk value, else float32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 class HyperConnection(LoadsPartially):
@@ -174,7 +180,7 @@ class HyperConnection(LoadsPartially):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
+        metadata = state_metadata(destination)
         if metadata is not None:
             metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
 
