@@ -12,9 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from mhc_compile.config.coefficient_spec import parse
+from mhc_compile.modules.hyper_connection import parameter_dtype
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.chains import reject_site
 from mhc_compile.passes.planning.verdict import Reason
@@ -23,6 +22,7 @@ from mhc_compile.passes.transforms.stream_builder import Binding, End
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch.fx import Node
 
     from mhc_compile.config.options import ResolvedOptions
@@ -51,11 +51,16 @@ class PlannedSite:
     options: ResolvedOptions
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the site's parameters."""
+    def value(self) -> torch.Tensor:
+        """The example value of the site's sum."""
         value = tensor_value(self.site.add)
         assert value is not None
-        return torch.float64 if value.dtype == torch.float64 else torch.float32
+        return value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the site's parameters."""
+        return parameter_dtype(self.value)
 
 
 def planned_sites(plan: Plan, options: ResolvedOptions) -> tuple[PlannedSite, ...]:

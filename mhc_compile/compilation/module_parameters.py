@@ -112,9 +112,7 @@ class PredictedParameters(ModuleParameters):
                 connection = create_connection(site.width, planned.options, last=planned.last, device="meta")
                 self._predicted[site.path] = connection
         found = _elsewhere(connection) if site.tail else self._binding(connection)
-        value = tensor_value(site.add)
-        assert value is not None
-        return found or self._stand_in(site.path, connection, value, planned.dtype)
+        return found or self._stand_in(site.path, connection, planned.value, planned.dtype)
 
     def predicted_openings(
         self, plan: Plan, begun: Mapping[nn.Module, Sequence[PlannedSite]]

@@ -146,14 +146,12 @@ class ProgramParameters(SiteParameters):
 
     def _create(self, planned: PlannedSite, path: str) -> None:
         site = planned.site
-        value = tensor_value(site.add)
-        assert value is not None
         connection = create_connection(
             site.width,
             planned.options,
             index=planned.index,
             last=planned.last,
-            device=value.device,
+            device=planned.value.device,
             dtype=planned.dtype,
         )
         new = [(part, p) for part, p in connection.named_parameters() if f"{path}.{part}" not in self._state]

@@ -127,7 +127,7 @@ class AttributeParameters(SiteParameters):
         """Return the paths of the site's parameters."""
         site, connection = planned.site, self.existing(planned)
         if connection is None:
-            device = site.add.meta["example_value"].device
+            device = planned.value.device
             connection = create_connection(
                 site.width, planned.options, index=planned.index, last=planned.last, device=device, dtype=planned.dtype
             )
