@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.tools.demo.corpus import load_corpus
-from mhc_compile.tools.demo.tasks import stable_seed
+from mhc_compile.tools.demo.data import load_corpus, stable_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from experiment.plan import Plan
-    from mhc_compile.tools.demo.corpus import Split
+    from mhc_compile.tools.demo.data import Split
 
 __all__ = ["Batches"]
 

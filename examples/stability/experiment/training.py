@@ -15,7 +15,7 @@ import mhc_compile
 from experiment.model import Decoder
 from experiment.plan import RATES, VARIANTS, ExperimentError, Run
 from mhc_compile.inspection.stream_stats.measure import Meter
-from mhc_compile.tools.demo.tasks import stable_seed
+from mhc_compile.tools.demo.data import stable_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import torch
 from experiment.data import Batches
 from experiment.plan import ExperimentError, Run, write_json
 from experiment.training import Subject
-from mhc_compile.tools.demo.determinism import deterministic
+from mhc_compile.tools.demo.train import deterministic
 
 if TYPE_CHECKING:
     from pathlib import Path
