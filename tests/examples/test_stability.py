@@ -127,8 +127,6 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert "| HC (unconstrained) | 1.9000 [" in text
     assert "12 of 12 runs" in text
     (tmp_path / "runs" / "HC-calm-0.json").unlink()
-    report(plan, tmp_path)
-    text = (tmp_path / "RESULTS.md").read_text()
     write_json(tmp_path / "again.json", {"plain-calm-1": True, "HC-calm-1": False})
     report(plan, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
@@ -136,6 +134,23 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert "NOT the same: HC-calm-1." in text
     assert "11 of 12 runs" in text
     assert "Not all runs are finished" in text
+
+
+def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
+    """The results in git: the summary alone gives the page and the pictures that are there, byte for byte."""
+    names = ("summary.json", "cost.json", "again.json")
+    for name in names:
+        (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
+    written = [path.name for path in report(Plan(), tmp_path)]
+    assert set(written) == {path.name for path in (FOLDER / "results").iterdir() if path.is_file()} - set(names[1:])
+    for name in ("summary.json", "RESULTS.md"):
+        assert (tmp_path / name).read_bytes() == (FOLDER / "results" / name).read_bytes()
+    with pytest.raises(ExperimentError, match=r"summary\.json was made with seeds 5, not 4"):
+        report(Plan(seeds=4), tmp_path)
+    for name in names:
+        (tmp_path / name).unlink()
+    with pytest.raises(ExperimentError, match="no run of this plan is finished"):
+        report(Plan(), tmp_path)
 
 
 def test_runs_of_other_settings_are_rejected(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
-"""The model of every variant: a pre-norm decoder as anybody writes it. Nothing in it knows of streams."""
+"""The model of every variant: a plain pre-norm decoder."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["Attention", "Block", "Decoder", "Feedforward"]
 
 
 class Attention(nn.Module):

@@ -10,21 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "SPIKE",
-    "SURGE",
-    "TAIL",
-    "WINDOW",
-    "Interval",
-    "diverged",
-    "mean_interval",
-    "median_interval",
-    "proportion_interval",
-    "spikes",
-    "surges",
-    "trailing",
-]
-
 #: A spike is a gradient norm above so many medians of the `WINDOW` steps before it.
 SPIKE, WINDOW = 3.0, 50
 #: A surge is a trailing mean over `TAIL` losses that is so many nats above the lowest one before it.
@@ -38,19 +23,15 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the ends of its 95 % confidence interval; infinite ends where one observation says nothing about the spread."""
+    """A value and its 95 % confidence interval, infinite where one observation says nothing about the spread."""
 
     value: float
     low: float
     high: float
 
-    def apart_from(self, other: float) -> bool:
-        """Whether `other` lies outside."""
-        return not self.low <= other <= self.high
-
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of up to 31 values and its t-interval: mean ± t(0.975, N − 1) · s / sqrt(N)."""
+    """Return the mean of up to 31 values and its t-interval: mean ± t(0.975, N − 1) · s / sqrt(N)."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf)
@@ -59,7 +40,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Median and the narrowest pair of order statistics that holds it with 95 % confidence, whatever the distribution.
+    """Return the median and the narrowest pair of order statistics that holds it with 95 % confidence.
 
     The k-th smallest and the k-th largest of N values miss the median with probability 2 · P(Binomial(N, 1/2) < k).
     """
@@ -73,7 +54,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def proportion_interval(hits: int, count: int) -> Interval:
-    """Clopper and Pearson's exact interval for `hits` of `count`: the proportions under which neither tail is below 2.5 %."""
+    """Return Clopper and Pearson's interval for `hits` of `count`: proportions with no tail below 2.5 %."""
 
     def at_most(k: int, p: float) -> float:
         return sum(math.comb(count, i) * p**i * (1 - p) ** (count - i) for i in range(k + 1))
@@ -91,12 +72,12 @@ def proportion_interval(hits: int, count: int) -> Interval:
 
 
 def trailing(losses: Sequence[float]) -> list[float]:
-    """Means over the last `TAIL` losses, from the first step that has so many."""
+    """Return means over the last `TAIL` losses, from the first step that has so many."""
     return [statistics.fmean(losses[i - TAIL : i]) for i in range(TAIL, len(losses) + 1)]
 
 
 def spikes(norms: Sequence[float]) -> list[int]:
-    """Steps (from 0) whose gradient norm is above `SPIKE` medians of the `WINDOW` steps before it, or not finite. The first `WINDOW` are none."""
+    """Return the steps whose norm is above `SPIKE` medians of the `WINDOW` steps before it, or not finite."""
     return [
         step
         for step in range(WINDOW, len(norms))
@@ -105,7 +86,7 @@ def spikes(norms: Sequence[float]) -> list[int]:
 
 
 def surges(losses: Sequence[float]) -> int:
-    """How often the trailing mean rises to `SURGE` above its lowest value so far. One that stays above counts once."""
+    """Count how often the trailing mean rises to `SURGE` above its lowest value so far."""
     lowest, above, count = math.inf, False, 0
     for mean in trailing(losses):
         lowest = min(lowest, mean)
@@ -116,7 +97,7 @@ def surges(losses: Sequence[float]) -> int:
 
 
 def diverged(losses: Sequence[float], norms: Sequence[float]) -> bool:
-    """Whether a loss or gradient norm is not finite, or the run ends in a surge."""
+    """Return whether a loss or gradient norm is not finite, or the run ends in a surge."""
     if not all(map(math.isfinite, (*losses, *norms))):
         return True
     means = trailing(losses)
