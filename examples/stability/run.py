@@ -1,4 +1,4 @@
-"""Train, measure and report. After an interruption the same command continues with the runs that are not finished."""
+"""Train, measure and report. The same command continues after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/stability: its statistics against numbers from elsewhere, and the whole of it in miniature."""
+"""examples/stability: statistics against independent numbers, and all of it in miniature."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PLAN = Plan.from_json(json.dumps(MINI | REST))
 
 
 def student_below(t: float, freedom: int) -> float:
-    """The distribution function, from the density by Simpson's rule."""
+    """Return the distribution function, from the density by Simpson's rule."""
     scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
     width = t / 20_000
     values = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(20_001)]
@@ -137,7 +137,7 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
 
 
 def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
-    """The results in git: the summary alone gives the page and the pictures that are there, byte for byte."""
+    """The summary alone gives the page that is in git, byte for byte."""
     names = ("summary.json", "cost.json", "again.json")
     for name in names:
         (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
@@ -177,7 +177,7 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path: Path) -> None:
-    """Trained, measured, reported; what is there is kept; a run that follows another is what it is in a process of its own."""
+    """Finished runs are kept; a run that follows another equals one in its own process."""
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 runs" in done.stderr

@@ -1,4 +1,4 @@
-"""`mhc demo`: the data, the two models, resuming bit for bit, interruption, the summary and the files."""
+"""`mhc demo`: data, models, resuming bit for bit, interruption, summary and files."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ SETTINGS = Settings(inner_backend="eager", layers=1, width=32, batch=2, context=
 
 
 def demo(*args: str | Path, tiny: list[str] | None = None) -> Result:
-    """The command in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(command, [*(TINY if tiny is None else tiny), "--quiet", *map(str, args)])
 
 
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """Start the command in its own process."""
     return subprocess.Popen(
         [sys.executable, "-m", "mhc_compile", "demo", *TINY, "--out", str(out), *args],
         stdout=subprocess.PIPE,
@@ -69,7 +69,7 @@ def start(out: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(out: Path, process: subprocess.Popen[str], steps: int) -> None:
-    """Returns when the checkpoint in `out` has that many."""
+    """Return when the checkpoint in `out` has that many."""
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
         if (out / CHECKPOINT).exists() and load_checkpoint(out / CHECKPOINT)["run"]["step"] >= steps:
@@ -99,7 +99,7 @@ def same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from more, and the processes that are compared must have equally many."""
+    """Use one thread: the processes that are compared must have equally many."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -113,9 +113,9 @@ def data() -> Corpus:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A run of 12 steps in one go: `out` (folder), `result` (output), `training`, and its initial `weights` by name.
+    """Run 12 steps in one go, and keep the initial weights and the checkpoint after 5 steps.
 
-    `step5.pt` in its folder is the checkpoint after 5 steps.
+    Attributes: `out` (folder, with `step5.pt`), `result` (output), `training`, `weights` by name.
     """
     run = SimpleNamespace(out=tmp_path_factory.mktemp("whole"))
 
@@ -158,7 +158,7 @@ def test_split_is_by_file_and_disjoint(data: Corpus) -> None:
 
 
 def test_split_depends_on_the_path_alone() -> None:
-    # Written down, so that a change of the hash, which would mix training and validation of old checkpoints, is seen.
+    # A change of the hash would mix training and validation of old checkpoints.
     names = ["argparse.py", "asyncio/locks.py", "json/decoder.py", "netrc.py", "operator.py", "typing.py", "uuid.py"]
     assert [name for name in names if is_validation(name)] == ["asyncio/locks.py", "netrc.py", "operator.py"]
 
@@ -530,7 +530,7 @@ def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_
 
 
 def _documented_keys(prefix: str) -> set[str]:
-    """The names on the left of the table in the docstring of `collect`."""
+    """Return the names on the left of the table in the docstring of `collect`."""
     rows = re.findall(rf"^{prefix}(\w[\w, ]*?)  +\S", inspect.cleandoc(collect.__doc__ or ""), re.MULTILINE)
     return {name for row in rows for name in row.split(", ")}
 

@@ -52,7 +52,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Next-byte model: ids int64 [B, T] to logits [B, T, vocabulary].
 
-    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 layers), as in GPT-2.
+    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2
+    layers), as in GPT-2.
     """
 
     def __init__(self, *, layers: int, width: int, heads: int, length: int, vocabulary: int = 256) -> None:

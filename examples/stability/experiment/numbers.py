@@ -1,4 +1,4 @@
-"""The statistics of the report, each by its definition and with nothing but the standard library."""
+"""The statistics of the report, each by its definition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 #: A spike is a gradient norm above so many medians of the `WINDOW` steps before it.
 SPIKE, WINDOW = 3.0, 50
-#: A surge is a trailing mean over `TAIL` losses that is so many nats above the lowest one before it.
+#: A surge is a trailing mean over `TAIL` losses that is so many nats above the lowest one before
+#: it.
 SURGE, TAIL = 0.5, 20
 #: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 _T = (
@@ -23,7 +24,7 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % confidence interval, infinite where one observation says nothing about the spread."""
+    """A value and its 95 % confidence interval, infinite for a single observation."""
 
     value: float
     low: float
@@ -31,7 +32,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of up to 31 values and its t-interval: mean ± t(0.975, N − 1) · s / sqrt(N)."""
+    """Return the mean of up to 31 values ± t(0.975, N − 1) · s / sqrt(N)."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf)
@@ -40,9 +41,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Return the median and the narrowest pair of order statistics that holds it with 95 % confidence.
+    """Return the median and the narrowest order statistics that hold it with 95 % confidence.
 
-    The k-th smallest and the k-th largest of N values miss the median with probability 2 · P(Binomial(N, 1/2) < k).
+    The k-th smallest and the k-th largest of N values miss the median with probability 2 ·
+    P(Binomial(N, 1/2) < k).
     """
     ordered, count = sorted(values), len(values)
     k, below = 0, 0.0
@@ -54,7 +56,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def proportion_interval(hits: int, count: int) -> Interval:
-    """Return Clopper and Pearson's interval for `hits` of `count`: proportions with no tail below 2.5 %."""
+    """Return Clopper and Pearson's interval for `hits` of `count`: no tail is below 2.5 %."""
 
     def at_most(k: int, p: float) -> float:
         return sum(math.comb(count, i) * p**i * (1 - p) ** (count - i) for i in range(k + 1))
@@ -77,7 +79,7 @@ def trailing(losses: Sequence[float]) -> list[float]:
 
 
 def spikes(norms: Sequence[float]) -> list[int]:
-    """Return the steps whose norm is above `SPIKE` medians of the `WINDOW` steps before it, or not finite."""
+    """Return steps with a norm above `SPIKE` medians of the `WINDOW` before, or not finite."""
     return [
         step
         for step in range(WINDOW, len(norms))

@@ -1,4 +1,4 @@
-"""The plan: variants, learning rates, seeds, sizes, and the files of results. Torch is not imported here."""
+"""The plan: variants, learning rates, seeds, sizes, and files of results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 #: Files of the runs that were trained again, and of the measurement of cost.
 AGAIN, COST = "again.json", "cost.json"
-#: Mapping of `options={"mapping": ...}` by variant; None is the unmodified model. The slowest first: two processes then
-#: end together.
+#: Mapping of `options={"mapping": ...}` by variant; None is the unmodified model. The slowest
+#: first: two processes then end together.
 VARIANTS: dict[str, str | None] = {
     "permutations": "permutations",
     "HC": "unconstrained",
@@ -50,14 +50,14 @@ class Plan:
     Attributes:
         variants: names of `VARIANTS`, in the order of the tables.
         rates: names of `RATES`.
-        seeds: number of seeds; a seed decides initial weights and batches, the same for all variants.
-        steps, batch, length: steps of a run, sequences a step, bytes a sequence.
-        layers, width, heads: of the decoder; a layer has two residual adds.
-        warm_up: steps over which the learning rate rises.
-        measured: validations and measurements of the gain in a run, evenly spread, the last one at its end.
-        held_out: batches of the last validation; the others take an eighth of them.
-        rounds: of the measurement of cost.
-        inner: the compiler of all variants: "inductor", "aot_eager" or "eager".
+        seeds: number of seeds; a seed decides initial weights and batches, the same for all
+            variants.
+        steps, batch, length: steps of a run, sequences a step, bytes a sequence. layers, width,
+        heads: of the decoder; a layer has two residual adds. warm_up: steps over which the learning
+        rate rises. measured: validations and measurements of the gain in a run, evenly spread, the
+        last one at its end. held_out: batches of the last validation; the others take an eighth of
+        them. rounds: of the measurement of cost. inner: the compiler of all variants: "inductor",
+        "aot_eager" or "eager".
     """
 
     variants: tuple[str, ...] = ("plain", "HC", "mHC", "identity", "permutations", "kronecker")
@@ -89,7 +89,7 @@ class Plan:
                     yield Run(variant, rate, seed)
 
     def deciding(self) -> dict[str, Any]:
-        """Return the settings that decide the numbers of a run, apart from its variant, rate and seed."""
+        """Return what decides the numbers of a run, apart from variant, rate and seed."""
         settings = asdict(self)
         for name in ("variants", "rates", "seeds", "rounds"):
             del settings[name]
@@ -113,7 +113,7 @@ class Plan:
         return content
 
     def compare(self, path: Path, then: dict[str, Any], now: dict[str, Any] | None = None) -> None:
-        """Raise ExperimentError if the settings of a file differ from `now`, by default `deciding()`."""
+        """Raise ExperimentError if settings of a file differ from `now` (`deciding()`)."""
         now = now or self.deciding()
         wrong = [f"{name} {then.get(name)!r}, not {value!r}" for name, value in now.items() if then.get(name) != value]
         if wrong:
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    """Write all or nothing: a killed process leaves no half file that a later run would take for a whole one."""
+    """Write all or nothing: a killed process leaves no half file that looks like a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     separators = (",", ":") if indent is None else None

@@ -23,7 +23,7 @@ STYLES: dict[str, tuple[str, Any]] = {
 
 
 def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the pictures that the summary has figures for, with a palette of 255 colours: a third of the size."""
+    """Write the pictures that there are figures for, in 255 colours: a third of the size."""
     import numpy
     from PIL import Image
 

@@ -29,7 +29,7 @@ def start(plan: Plan, folder: Path, *arguments: str, **options: Any) -> subproce
 
 
 def train_all(plan: Plan, folder: Path, count: int, progress: Silent) -> None:
-    """Train what is not finished. Ctrl-C ends the processes; the next call continues after the finished runs.
+    """Train what is not finished. Ctrl-C ends the processes and keeps the finished runs.
 
     Raises:
         ExperimentError: a process failed, or a finished run has other settings.
@@ -76,7 +76,7 @@ def train_all(plan: Plan, folder: Path, count: int, progress: Silent) -> None:
 
 
 def train_variant(plan: Plan, variant: str, folder: Path) -> None:
-    """Train the runs of `variant` that have no file yet; print progress on stdout as lines of JSON."""
+    """Train the runs of `variant` without a file; print progress as lines of JSON."""
     import torch
 
     from experiment.training import Subject
@@ -99,7 +99,7 @@ def train_variant(plan: Plan, variant: str, folder: Path) -> None:
 
 
 def train_again(plan: Plan, run: Run, folder: Path) -> bool:
-    """Train a finished run again, as the first of this process. Return whether every loss and weight is the same.
+    """Train a finished run again, first in this process. Return whether all bits are the same.
 
     Raises:
         ExperimentError: the run is not finished.
@@ -121,7 +121,7 @@ def train_again(plan: Plan, run: Run, folder: Path) -> bool:
 
 
 def measure_cost(plan: Plan, folder: Path) -> None:
-    """Time `plan.rounds` rounds of one step (loss, gradients, AdamW) of every variant in turn, then measure its memory.
+    """Time a step (loss, gradients, AdamW) of every variant in turn, then measure its memory.
 
     Write `cost.json`: seconds by variant and round, bytes at the peak of a step, parameters.
     """

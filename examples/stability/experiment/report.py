@@ -52,7 +52,7 @@ def report(plan: Plan, folder: Path) -> list[Path]:
 
 
 def results(summary: dict[str, Any], pictures: Sequence[str]) -> str:
-    """The whole page."""
+    """Return the page."""
     parts = [
         "# Results",
         "Made by `run.py` from `runs/` and `cost.json`; `README.md` has the definitions. Brackets are 95 % confidence intervals.",
@@ -254,7 +254,7 @@ def _stability(entries: dict[str, Any]) -> str:
 
 
 def _end_of(points: Sequence[Sequence[Any]], name: str) -> str:
-    """At the last measurement; errors of sums are small and need an exponent."""
+    """Return the last measurement; errors of sums are small and need an exponent."""
     if not points:
         return ""
     _, value, low, high = points[-1]

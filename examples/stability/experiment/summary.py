@@ -1,23 +1,24 @@
 """Every figure of the report, with its interval, from the files of the runs.
 
-    runs, planned          how many are finished, how many there are to be
-    settings, conditions   what was run, and with what
-    rates[r][v]            one entry for each learning rate and variant, with what begins with a dot here
+    runs, planned          number of finished runs, and of all
+    settings, conditions   of the plan, and of the machine
+    rates[r][v]            for each learning rate and variant, with what begins with a dot here
     .validation            loss at the end: mean over seeds, t-interval, and the value of every seed
     .difference            the same of `variant − plain`, seed by seed
     .start                 largest distance of a first loss from the plain model's
-    .spikes, .surges       how many a run: mean over seeds, t-interval, values
-    .diverged              runs that did, of how many, Clopper-Pearson interval of the share
-    .more_spikes           how many more than plain's run of the same seed
+    .spikes, .surges       number a run: mean over seeds, t-interval, values
+    .diverged              number of runs, of how many, Clopper-Pearson interval of the share
+    .more_spikes           number of spikes above that of plain's run of the same seed
     .largest               the largest Amax of any run and measurement, forward and backward
-    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum;
-                           the mean of Amax is the geometric one
-    .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, of its difference to plain, and of log10 of the gradient norm
+    .gain                  [step, mean, low, high] of Amax forward and backward (geometric means),
+                           distance, largest error of a sum, at every measurement
+    .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, its difference to
+                           plain, and log10 of the gradient norm
     pairs[r]               final validation loss of one mapping minus another's, seed by seed
-    again                  runs that were trained once more, and whether they were the same bit for bit
-    cost[v]                milliseconds a step, their ratio to plain in the same round, parameters, bytes at the peak
+    again                  runs that were trained again, and whether they were the same bit for bit
+    cost[v]                milliseconds a step, ratio to plain in the same round, parameters, memory
 
-An interval is {"value", "low", "high"}; an end that nothing is known about is null.
+An interval is {"value", "low", "high"}; an unknown end is null.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
     from experiment.plan import Plan
 
-#: One in so many trailing means is kept, so that they share no losses; of gradient norms twice as many.
+#: One in so many trailing means is kept, so that they share no losses; of gradient norms twice as
+#: many.
 EVERY = 20
 
 
@@ -183,7 +185,7 @@ def _geometric(step: int, values: Sequence[float]) -> list[Any]:
 
 
 def _curve(curves: Sequence[Sequence[float]], first: int, every: int = EVERY) -> list[list[Any]]:
-    """Return the mean of all curves at some steps and the last; a run that has ended leaves the mean."""
+    """Return the mean of the curves at some steps and the last; an ended run leaves it."""
     longest = max((len(curve) for curve in curves), default=0)
     chosen = [i for i in range(longest) if i % every == 0 or i == longest - 1]
     at: Callable[[int], list[float]] = lambda i: [c[i] for c in curves if i < len(c) and math.isfinite(c[i])]  # noqa: E731

@@ -34,7 +34,8 @@ SAME = 1e-4
 class Batches:
     """Batches as a function of the seed and the step, the same for every variant.
 
-    A batch is ids and targets, int64 [batch, length] each, one byte apart, from the standard library's sources.
+    A batch is ids and targets, int64 [batch, length] each, one byte apart, from the standard
+    library's sources.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -57,7 +58,7 @@ class Batches:
 
 
 def schedule(step: int, peak: float, warm_up: int, steps: int) -> float:
-    """Return the learning rate: a linear rise over `warm_up` steps, then a cosine down to a tenth of the peak."""
+    """Return the rate: a linear rise over `warm_up` steps, then a cosine to a tenth of the peak."""
     if step < warm_up:
         return peak * (step + 1) / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
@@ -71,7 +72,7 @@ def build(plan: Plan, seed: int) -> Decoder:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return parameter groups in which matrices decay: those of `mhc_compile.parameter_groups`, for plain as well."""
+    """Return the groups of `mhc_compile.parameter_groups`, for plain too: matrices decay."""
     parameters = list(model.parameters())
     decayed, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -100,19 +101,20 @@ class Subject:
         return F.cross_entropy(self.compiled(ids).flatten(0, 1), targets.flatten())
 
     def validate(self, count: int) -> float:
-        """Return the mean loss over `count` validation batches, with gradients: one compiled graph instead of two."""
+        """Return the mean loss of `count` batches, with gradients: one compiled graph, not two."""
         return statistics.fmean(self.loss(*batch).item() for batch in self.batches.held_out[:count])
 
     def train(self, run: Run, show: Callable[[float], None] | None = None) -> dict[str, Any]:
-        """Train from the initial weights of the run's seed. A loss or gradient that is not finite ends the run.
+        """Train from the weights of the run's seed until a loss or gradient is not finite.
 
         Args:
             run: of this variant.
             show: called with the loss of every step.
 
         Returns:
-            The content of the run's file: `loss` and `norm` (global gradient norm; nothing is clipped) of every step,
-            `validation` and `gain` as lists of [step, figures], `digest` of all losses and final weights, and settings.
+            The content of the run's file: `loss` and `norm` (global gradient norm; nothing is
+            clipped) of every step, `validation` and `gain` as lists of [step, figures], `digest` of
+            all losses and final weights, and settings.
 
         Raises:
             ExperimentError: the first loss is not that of the plain model.
@@ -172,7 +174,7 @@ class Subject:
         }
 
     def gain(self) -> tuple[float, float, float, float]:
-        """Measure Amax forward and backward, the largest distance of the streams, and the largest error of a sum."""
+        """Measure Amax forward and backward, the largest distance and the largest sum error."""
         if self.meter is None:
             return 1.0, 1.0, 0.0, 0.0
         seen = self.meter.measure((self.batches.held_out[0][0],), {})
@@ -182,5 +184,5 @@ class Subject:
 
 
 def _short(value: float) -> float | None:
-    """Round to six digits, None if not finite: files stay small and are JSON; the digest has all bits."""
+    """Round to six digits, None if not finite; the digest has all bits."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

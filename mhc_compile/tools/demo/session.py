@@ -179,7 +179,7 @@ class Session:
         return result, self.training.explanation, [*files, self.checkpoint]
 
     def _settle(self, content: dict[str, Any] | None, digest: str, now: dict[str, Any]) -> tuple[Settings, int]:
-        """Return settings and length of the run, after comparing the checkpoint with the request."""
+        """Return settings and length of the run; compare the checkpoint with the request."""
         if content is None:
             return Settings.choose(self.given), self.steps or STEPS
         problem = f"cannot resume {self.checkpoint}:"
