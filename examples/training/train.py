@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mhc_compile.tools.demo.corpus import load_corpus
+from mhc_compile.tools.demo.data import load_corpus
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(

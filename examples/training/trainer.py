@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import mhc_compile
-from mhc_compile.tools.demo.corpus import load_corpus
+from mhc_compile.tools.demo.data import load_corpus
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--output", type=Path, default=Path("runs/trainer"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import torch
@@ -21,15 +23,21 @@ def in_threads(call) -> None:
         thread.join()
 
 
-def test_ddp_is_patched_once_for_each_backend(monkeypatch):
-    monkeypatch.setattr(distributed, "_whole_graph_backends", [])
+def test_ddp_is_patched_when_the_backend_is_looked_up_and_not_on_import():
+    script = (
+        "from torch._dynamo.backends.distributed import DDPOptimizer as D; from torch._dynamo import lookup_backend\n"
+        "import mhc_compile.backend, mhc_compile.eager_mode\n"
+        "from mhc_compile._torch import distributed\n"
+        "assert D.compile_fn is distributed._split\n"
+        "lookup_backend('mhc')\n"
+        "assert D.compile_fn is distributed._compile_whole"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_ddp_is_patched_once(monkeypatch):
     monkeypatch.setattr(DDPOptimizer, "compile_fn", distributed._split)
-
-    def backend(graph_module, inputs):
-        return graph_module
-
-    in_threads(lambda: distributed.rewrite_before_ddp_splits(backend))
-    assert distributed._whole_graph_backends == [backend]
+    in_threads(distributed.rewrite_before_ddp_splits)
     assert DDPOptimizer.compile_fn is distributed._compile_whole
 
 
@@ -37,14 +45,13 @@ def test_ddp_leaves_other_backends_their_pieces(monkeypatch):
     pieces = []
     monkeypatch.setattr(distributed, "_split", lambda optimizer, graph, inputs: pieces.append(graph) or graph)
 
-    def ours(graph_module, inputs):
+    def backend(graph_module, inputs):
         return ("whole", distributed._ddp_optimizer.get())
 
-    optimizer = DDPOptimizer(1, ours, first_bucket_cap=1)
-    monkeypatch.setattr(distributed, "_whole_graph_backends", [])
+    optimizer = DDPOptimizer(1, backend, first_bucket_cap=1)
     assert distributed._compile_whole(optimizer, "graph", []) == "graph"
     assert pieces == ["graph"]
-    monkeypatch.setattr(distributed, "_whole_graph_backends", [ours])
+    backend.takes_whole_graphs = True
     assert distributed._compile_whole(optimizer, "graph", []) == ("whole", optimizer)
     assert distributed._ddp_optimizer.get() is None
 

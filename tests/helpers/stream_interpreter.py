@@ -211,7 +211,7 @@ class StreamInterpreter(fx.Interpreter):
     def _coefficients(self, site: Site, streams: Streams, axis: int) -> tuple[Streams, Streams, list[Streams]]:
         """Return pre [n], post [n] and res [n][n], each with the layout of the trunk and one feature."""
         binding, n = self.bindings[site], len(streams)
-        assert (binding.form, binding.gated, binding.single_pass, binding.end.kind) == (
+        assert (binding.spec, binding.gated, binding.single_pass, binding.end.kind) == (
             "sinkhorn",
             False,
             False,
