@@ -50,20 +50,8 @@ def test_passes_import_no_room_above_them():
 #: Private names of torch outside `_torch/`, each with its reason. Entries may only be removed.
 PRIVATE_NAMES = {
     # The only way for a module to act on the loading and saving of its own state, hooks aside, which pickling would have to restore.
-    ("mhc_compile/modules/hyper_connection.py", "_load_from_state_dict"),
+    ("mhc_compile/modules/state_dict.py", "_load_from_state_dict"),
     ("mhc_compile/modules/hyper_connection.py", "_save_to_state_dict"),
-    ("mhc_compile/modules/readout.py", "_load_from_state_dict"),
-    # To be replaced by `_torch` when these rooms are merged: `tensor_leaves`, `map_tensors`, `is_operator`, `FakeTensorMode`,
-    # `torch.compiler.reset`, `show_compiler_errors_only`.
-    ("mhc_compile/inspection/cost.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"),
-    ("mhc_compile/inspection/diff/kernels.py", "torch.utils._pytree"),
-    ("mhc_compile/inspection/diff/views.py", "torch._ops"),
-    ("mhc_compile/inspection/roofline.py", "torch.utils._pytree"),
-    ("mhc_compile/inspection/stream_stats/undisturbed.py", "_buffers"),
-    ("mhc_compile/tools/bench/measure.py", "torch._dynamo"),
-    ("mhc_compile/tools/bench/passes.py", "torch._subclasses.fake_tensor.FakeTensorMode"),
-    ("mhc_compile/tools/bench/run.py", "torch._inductor"),
-    ("mhc_compile/tools/bench/target.py", "torch.utils._pytree"),
 }
 
 
@@ -123,21 +111,20 @@ def test_every_private_name_and_patch_is_in_the_table():
     names = {use.name for file in room.glob("*.py") for use in private_names(file.read_text())}
     assert not sorted(name for name in names if not re.search(rf"{re.escape(name)}\b", table))
     patching = "rewrite_before_ddp_splits register_decompositions inductor_code observe_graphs make_room restart_trace uncompiled"
-    for function in (*patching.split(), "before_averaging", "give_compile_a_default"):
+    for function in (*patching.split(), "before_averaging", "living_optimizers", "patch_compile"):
         assert re.search(rf"^\| `\w+\.{function}`", table, re.MULTILINE), function
     listed = re.findall(r"^\| `(\w+)\.(\w+)` \|", table.partition("## Patches")[2], re.MULTILINE)
-    assert len(listed) == 9
+    assert len(listed) == 10
     assert all(f"def {function}(" in (room / f"{module}.py").read_text() for module, function in listed)
 
 
 def test_importing_the_rooms_patches_nothing():
-    """Except for the backend, whose import still installs the DDP patch."""
     code = """
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.optim.swa_utils import AveragedModel
 import torch
 before = (DDPOptimizer.compile_fn, AveragedModel.update_parameters, torch.compile)
-import mhc_compile._torch, mhc_compile.passes, mhc_compile.attachment.averaged_model, mhc_compile.attachment.sites
+import mhc_compile._torch, mhc_compile.passes, mhc_compile.attachment.averaged_model, mhc_compile.attachment.sites, mhc_compile.backend
 assert before == (DDPOptimizer.compile_fn, AveragedModel.update_parameters, torch.compile)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -45,6 +45,11 @@ def child_module(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)
 
 
+def set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Put `value` back as the registered buffer `name`. No check and no hook of the module runs."""
+    module._buffers[name] = value
+
+
 def shallow_copy(module: nn.Module | None) -> nn.Module:
     """Return a module with the attributes of `module`; adding some does not change `module`."""
     copy = nn.Module()

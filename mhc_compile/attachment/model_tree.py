@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mhc_compile._torch import OptimizedModule
+from mhc_compile import _torch
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.hyper_connection import HyperConnection
 
@@ -80,8 +80,7 @@ def container_of(owner: nn.Module) -> HyperConnections:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile(model)` and behind `mhc_compile.eager(model)`; any other model as it is."""
-    if isinstance(model, OptimizedModule):
-        model = model._orig_mod
+    model = _torch.original_module(model)
     return getattr(model, BEHIND, model)
 
 

@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
@@ -51,12 +52,11 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
     target = unwrap(model)
     actual = {plain_name(name): name for name in target.state_dict()}
     renamed = OrderedDict((actual.get(plain_name(name), plain_name(name)), value) for name, value in state.items())
-    metadata = getattr(state, "_metadata", None)
+    metadata = _torch.state_metadata(state)
     if metadata is not None:
         paths = {plain_name(path): path for path, _ in target.named_modules()}
-        renamed._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (paths.get(plain_name(path), plain_name(path)), dict(entry)) for path, entry in metadata.items()
-        )
+        notes = {paths.get(plain_name(path), plain_name(path)): dict(entry) for path, entry in metadata.items()}
+        _torch.set_state_metadata(renamed, notes)
     if strict:
         _compare(target, renamed)
     return target.load_state_dict(renamed, strict=strict, assign=assign)
@@ -64,7 +64,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
 
 def plain_name(name: str) -> str:
     """Return the name of a parameter or module without the `_orig_mod` of `torch.compile`."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != _torch.COMPILED_ATTRIBUTE)
 
 
 def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:

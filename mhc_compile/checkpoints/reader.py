@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER
 from mhc_compile.modules.gated import GatedConnection
 from mhc_compile.modules.hyper_connection import HyperConnection
@@ -58,7 +59,7 @@ def read_connections(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> 
         FileNotFoundError: there is no such file, or no checkpoint in the directory.
     """
     entries = _read(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
-    metadata: Mapping[str, Any] = getattr(entries, "_metadata", None) or {}
+    metadata: Mapping[str, Any] = _torch.state_metadata(entries) or {}
     found: dict[str, SavedConnection] = {}
     for name, value in entries.items():
         entry = split_entry(name)

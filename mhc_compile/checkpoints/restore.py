@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile.attachment.declaration import declare_on
 from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections, connections, unwrap
 from mhc_compile.attachment.optimizers import settle
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["restore"]
 
 #: The prefix that `torch.compile` adds to the names of parameters.
-_COMPILED = "_orig_mod"
+_COMPILED = _torch.COMPILED_ATTRIBUTE
 
 
 def restore(

@@ -142,5 +142,5 @@ def run_eagerly(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _checkpoint(body: fx.GraphModule, *args: Any, use_reentrant: bool = False, **settings: Any) -> Any:  # noqa: ARG001 - torch, too, ignores it here
-    context = body.meta.get("_checkpoint_context_fn", noop_context_fn)
+    context = _torch.checkpoint_context(body) or noop_context_fn
     return checkpoint(body, *args, use_reentrant=False, context_fn=context, **settings)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import HyperConnections, container_of, find_connection
 from mhc_compile.attachment.sites import check_options
 from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
@@ -166,7 +166,7 @@ def _has(root: nn.Module, path: str) -> bool:
 
 
 def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
     try:
         FakeTensorProp(graph_module, mode).propagate(*args)
     except Exception as error:

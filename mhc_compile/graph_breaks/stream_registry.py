@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def register_streams(value: Tensor, streams: Tensor, axis: int, path: str, *, me
 
     `path` names the site that they come from.
     """
-    entry = StreamEntry(streams, _version(value), axis, Departed(path), mean)
+    entry = StreamEntry(streams, _torch.write_count(value), axis, Departed(path), mean)
     with _lock:
         _carried[value] = entry
     if value.grad_fn is not None:
@@ -104,11 +105,6 @@ def carried_axis(value: Any) -> int | None:
     """The feature axis (< 0) of the streams that `value` has, None if it has none."""
     entry = registered_streams(value) if isinstance(value, Tensor) else None
     return None if entry is None else entry.axis
-
-
-def _version(value: Tensor) -> int | None:
-    """How often the tensor was written to; not known in inference mode."""
-    return None if value.is_inference() else value._version
 
 
 def find_registered(value: Tensor) -> tuple[Tensor, StreamEntry] | None:
@@ -137,7 +133,7 @@ def _is_alias(value: Tensor, other: Tensor) -> bool:
 
 def changed(value: Tensor, other: Tensor, entry: StreamEntry) -> str | None:
     """Why `value` is no longer the tensor beside which the streams were put, None if it still is."""
-    if _version(value) != entry.version:
+    if _torch.write_count(value) != entry.version:
         return "the tensor was written to in place on the way"
     if value is not other and not _is_connected(value, other):
         return "the tensor was cut off from its history on the way, as in a reentrant checkpoint"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile import _torch
 from mhc_compile.errors import CheckpointError
 from mhc_compile.interop.layout import Part, shape_of, solve
 
@@ -111,9 +112,9 @@ class Plan:
             change = self.changes.get(target)
             values = [state[source] for source in sources]
             result[target] = values[0] if change is None else change.apply(values)
-        metadata = getattr(state, "_metadata", None)
+        metadata = _torch.state_metadata(state)
         if metadata is not None:
-            result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+            _torch.set_state_metadata(result, metadata)
         return result
 
     def to_dict(self) -> dict[str, Any]:

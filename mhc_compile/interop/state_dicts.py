@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
 from mhc_compile.checkpoints.load import load_state_dict, plain_name
 from mhc_compile.config.presets import get_preset
@@ -47,7 +48,7 @@ def to_native(
     """
     plan = plan_to_native(_shapes(state), preset, spelling=spelling, branches=branches)
     mapping = get_preset(preset).convention.mapping
-    for path, entry in getattr(state, "_metadata", {}).items():
+    for path, entry in (_torch.state_metadata(state) or {}).items():
         if CONTAINER in path.split("."):
             for name, wanted in (("preset", preset), ("mapping", mapping)):
                 if entry.get(name, wanted) != wanted:

@@ -317,7 +317,7 @@ def test_a_branch_that_python_begins_is_rejected_and_said():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", mhc_compile.MhcWarning)
         compiled(x)
-    told = r"a residual add of a function \(.*test_boundary.py:\d+\) .* ran outside of this graph"
+    told = r"a residual add of a function \(.*test_runtime.py:\d+\) .* ran outside of this graph"
     assert re.match(told, str(said[0].message))
     assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
     torch._dynamo.reset()
@@ -329,7 +329,7 @@ def test_a_branch_that_python_begins_is_rejected_and_said():
 def test_without_the_crossing_the_streams_are_lost(monkeypatch):
     model, x = attached()
     expected = whole(model, x)
-    monkeypatch.setattr(boundary, "carry", lambda *_, **__: None)
+    monkeypatch.setattr(boundary, "register_streams", lambda *_, **__: None)
     output, _ = run(model, per_block(model), x)
     assert (output - expected[0]).abs().max() > 1e-2
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
 from mhc_compile.capture.tensor_tree import map_tensors
@@ -262,7 +263,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, mode in modes:
                 module.training = mode
             for module, name, value, before in buffers:
-                module._buffers[name] = value
+                _torch.set_buffer(module, name, value)
                 if value is not None and before is not None and not _same(value, before):
                     value.copy_(before)
             random.setstate(python)

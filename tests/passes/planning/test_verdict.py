@@ -142,7 +142,7 @@ def test_not_declared(caplog):
     mhc_compile.attach(model, x)
     seen = []
     model.f._forward_pre_hooks.clear()
-    with caplog.at_level("DEBUG", "mhc_compile.backend"):
+    with caplog.at_level("DEBUG", "mhc_compile"):
         torch.compile(
             model, backend="mhc", options={"inner_backend": lambda gm, inputs: seen.append(gm) or gm.forward}
         )(x)
@@ -163,7 +163,7 @@ def test_width_conflict(caplog):
     mhc_compile.attach(model, torch.randn(2, 4, 6), options={"min_chain_length": 1})
     compiled = torch.compile(model, backend="mhc", options={"min_chain_length": 1, "inner_backend": "eager"})
     told = pytest.warns(mhc_compile.MhcWarning, match=r"no part in a graph .*\(mhc\.f\).* 1 × width-conflict")
-    with told, caplog.at_level("DEBUG", "mhc_compile.backend"):
+    with told, caplog.at_level("DEBUG", "mhc_compile"):
         compiled(torch.randn(2, 4, 8))
     assert "width-conflict" in caplog.text
 

@@ -1,3 +1,0 @@
-from mhc_compile.errors import warn
-
-__all__ = ["warn"]
