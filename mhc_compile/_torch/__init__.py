@@ -74,6 +74,7 @@ try:
     from mhc_compile._torch.logging import show_compiler_errors_only, trace_artifact
     from mhc_compile._torch.modules import (
         COMPILED_ATTRIBUTE,
+        buffers_of,
         child_module,
         has_compiled_call,
         has_hooks,
@@ -104,6 +105,7 @@ __all__ = [
     "TorchDynamoException",
     "WeakTensorKeyDictionary",
     "before_averaging",
+    "buffers_of",
     "cache_folder",
     "checkpoint_context",
     "child_module",

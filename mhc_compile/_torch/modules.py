@@ -45,6 +45,11 @@ def child_module(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the buffers registered on `module` itself, those that are None included."""
+    return module._buffers
+
+
 def set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Put `value` back as the registered buffer `name`. No check and no hook of the module runs."""
     module._buffers[name] = value

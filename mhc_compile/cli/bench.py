@@ -145,7 +145,7 @@ def command(
     from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.bench.measure import run
     from mhc_compile.tools.bench.report import target_view, view, write_png
-    from mhc_compile.tools.bench.workloads import Shape
+    from mhc_compile.tools.bench.sites import Shape
 
     if threads is not None:
         torch.set_num_threads(threads)

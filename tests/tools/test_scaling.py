@@ -119,7 +119,7 @@ def test_the_page_is_what_its_program_writes() -> None:
 @pytest.mark.slow
 def test_predicted_against_measured() -> None:
     """Memory is predicted to a tenth. SCALING.md has the times, which depend on the machine."""
-    from mhc_compile.tools.bench.workloads import Shape as Measured
+    from mhc_compile.tools.bench.sites import Shape as Measured
     from mhc_compile.tools.scaling.measured import compare
 
     got = compare(Measured(width=128, layers=4, tokens=256, vocabulary=64), rounds=3, cold=False)

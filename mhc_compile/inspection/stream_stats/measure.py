@@ -252,7 +252,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, value, value.detach().clone() if value is not None else None)
         for module in model.modules()
-        for name, value in module._buffers.items()
+        for name, value in _torch.buffers_of(module).items()
     ]
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({value.device.index for value in tensors if value.device.type == "cuda"})

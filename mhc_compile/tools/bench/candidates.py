@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from mhc_compile.tools.bench.sites import Residual, StreamEnds
-    from mhc_compile.tools.bench.workloads import Shape
+    from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
 __all__ = ["CANDIDATES", "LIMIT", "NAMES", "ONLY_WHEN_NAMED", "PLAIN", "Candidate", "UnknownNameError"]
 __all__ += ["check_names", "choose"]

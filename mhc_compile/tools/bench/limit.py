@@ -14,7 +14,7 @@ from mhc_compile.tools.bench.workloads import SITES, Times, Workload
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.tools.bench.workloads import Shape
+    from mhc_compile.tools.bench.sites import Shape
 
 __all__ = ["Limit", "Moved", "flops", "in_step", "moved"]
 

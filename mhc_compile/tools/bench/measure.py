@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from mhc_compile.reporting.progress import Silent
     from mhc_compile.tools.bench.candidates import Candidate, Compiler
-    from mhc_compile.tools.bench.workloads import Shape, Times, Workload
+    from mhc_compile.tools.bench.sites import Shape
+from mhc_compile.tools.bench.workloads import Times, Workload
 
 __all__ = ["compiled", "measure", "prepare", "run", "time_rows"]
 

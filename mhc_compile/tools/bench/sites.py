@@ -20,6 +20,7 @@ Other packages are imported when their site is built.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +32,58 @@ from mhc_compile._torch.benchmarking import has_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.tools.bench.workloads import Shape
 
-__all__ = ["CONNECTIONS", "Residual", "StreamEnds", "cell", "own_cell", "plain_cell", "step_available"]
+__all__ = ["CONNECTIONS", "Residual", "Shape", "StreamEnds", "cell", "own_cell", "plain_cell", "step_available"]
 
 #: As published: initializer_range of DeepSeek-V4, and the initialization of Liger's module.
 _STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of the model and of one site. The batch is 1.
+
+    Attributes:
+        width: C, a multiple of 2.
+        layers: transformer blocks of two sites.
+        tokens: T, the sequence length.
+        vocabulary: rows of the tied embedding.
+        streams: n.
+        iterations: of Sinkhorn.
+        device: "cpu" or "cuda".
+        dtype: of trunk, streams and blocks, as torch names it. Coefficients are float32.
+    """
+
+    width: int = 256
+    layers: int = 4
+    tokens: int = 1024
+    vocabulary: int = 50257
+    streams: int = 4
+    iterations: int = 20
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def sites(self) -> int:
+        """Residual adds of the model: attention and MLP of every block."""
+        return 2 * self.layers
+
+    @property
+    def heads(self) -> int:
+        """_Attention heads of 64 channels, as in GPT-2; one if 64 does not divide the width."""
+        return self.width // 64 if self.width % 64 == 0 else 1
+
+    @property
+    def coefficients(self) -> int:
+        """Columns of the projection of one site, n² + 2n."""
+        return self.streams**2 + 2 * self.streams
+
+    @property
+    def real(self) -> torch.dtype:
+        """The `torch.dtype` that `dtype` names."""
+        value = getattr(torch, self.dtype)
+        assert isinstance(value, torch.dtype)
+        return value
 
 
 class Residual(nn.Module):

@@ -13,61 +13,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from mhc_compile.tools.bench.sites import Residual, StreamEnds
+    from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["SITES", "Block", "PlainModel", "Shape", "SiteWorkload", "StepWorkload", "StreamsModel", "Times"]
+__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times"]
 __all__ += ["Workload", "batch"]
 
 _LR = 1e-4
 #: Sites that the benchmark of one site runs in turn, each with its own tensors.
 SITES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of the model and of one site. The batch is 1.
-
-    Attributes:
-        width: C, a multiple of 2.
-        layers: transformer blocks of two sites.
-        tokens: T, the sequence length.
-        vocabulary: rows of the tied embedding.
-        streams: n.
-        iterations: of Sinkhorn.
-        device: "cpu" or "cuda".
-        dtype: of trunk, streams and blocks, as torch names it. Coefficients are float32.
-    """
-
-    width: int = 256
-    layers: int = 4
-    tokens: int = 1024
-    vocabulary: int = 50257
-    streams: int = 4
-    iterations: int = 20
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    @property
-    def sites(self) -> int:
-        """Residual adds of the model: attention and MLP of every block."""
-        return 2 * self.layers
-
-    @property
-    def heads(self) -> int:
-        """_Attention heads of 64 channels, as in GPT-2; one if 64 does not divide the width."""
-        return self.width // 64 if self.width % 64 == 0 else 1
-
-    @property
-    def coefficients(self) -> int:
-        """Columns of the projection of one site, n² + 2n."""
-        return self.streams**2 + 2 * self.streams
-
-    @property
-    def real(self) -> torch.dtype:
-        """The `torch.dtype` that `dtype` names."""
-        value = getattr(torch, self.dtype)
-        assert isinstance(value, torch.dtype)
-        return value
 
 
 class _Attention(nn.Module):

@@ -25,7 +25,8 @@ from mhc_compile.reporting.progress import Silent
 from mhc_compile.tools.bench.candidates import PLAIN
 from mhc_compile.tools.bench.measure import run
 from mhc_compile.tools.bench.results import paired_ratio
-from mhc_compile.tools.bench.workloads import PlainModel, Shape, batch
+from mhc_compile.tools.bench.sites import Shape
+from mhc_compile.tools.bench.workloads import PlainModel, batch
 from mhc_compile.tools.scaling.estimate import kept_bytes
 
 if TYPE_CHECKING:

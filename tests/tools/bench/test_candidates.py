@@ -13,7 +13,8 @@ from mhc_compile.tools.bench import candidates as table
 from mhc_compile.tools.bench import sites
 from mhc_compile.tools.bench.candidates import CANDIDATES, LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError, choose
 from mhc_compile.tools.bench.measure import compiled
-from mhc_compile.tools.bench.workloads import Shape, SiteWorkload, StepWorkload, batch
+from mhc_compile.tools.bench.sites import Shape
+from mhc_compile.tools.bench.workloads import SiteWorkload, StepWorkload, batch
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=3)
 BY_NAME = {candidate.name: candidate for candidate in CANDIDATES}

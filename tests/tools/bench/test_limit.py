@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mhc_compile.tools.bench.limit import Limit, flops, in_step, moved
-from mhc_compile.tools.bench.workloads import SITES, Shape, Times
+from mhc_compile.tools.bench.sites import Shape
+from mhc_compile.tools.bench.workloads import SITES, Times
 
 
 @pytest.mark.parametrize("width", [8, 256])

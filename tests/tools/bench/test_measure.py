@@ -12,8 +12,9 @@ from mhc_compile._torch.benchmarking import caches, observe_graphs
 from mhc_compile.reporting.progress import Silent
 from mhc_compile.tools.bench.candidates import CANDIDATES, Candidate
 from mhc_compile.tools.bench.measure import measure
+from mhc_compile.tools.bench.sites import Shape
 from mhc_compile.tools.bench.timing import measure_memory
-from mhc_compile.tools.bench.workloads import Shape, Workload
+from mhc_compile.tools.bench.workloads import Workload
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=2)
 EAGER = {
