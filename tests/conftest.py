@@ -1,6 +1,5 @@
 """Fixtures for all tests."""
 
-import gc
 import os
 
 # Threads that spin while they wait for each other make a step many times slower on busy cores. Read
@@ -11,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from helpers.cheap_compiles import make_compiles_cheap
 from helpers.time_budget import TimeBudget, add_options
 
 # Kernels for CUDA run in Triton's interpreter, where Triton is installed; read when it is imported.
@@ -29,22 +29,7 @@ def _fresh_torch():
 
 @pytest.fixture(autouse=True, scope="session")
 def _cheap_compiles():
-    """Leave out of every compile what costs as much as a small model does, and tests nothing.
-
-    Collections would look at the half million objects of the libraries again and again, and Dynamo
-    flushes the caches of the processor to log how long guards take (20 ms each time).
-    """
-    if gc.get_freeze_count():  # a session in a test of another one
-        yield
-        return
-    gc.freeze()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(10_000, *thresholds[1:])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
-        yield
-    gc.set_threshold(*thresholds)
-    gc.unfreeze()
+    make_compiles_cheap()
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.builders import LAYERS, build
+from helpers.builders import build
 
 import mhc_compile
 
@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 EAGER = {"inner_backend": "eager"}
+LAYERS = 1
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -28,7 +29,7 @@ def data() -> list[dict[str, torch.Tensor]]:
 
 def model(name: str = "gpt2"):
     torch.manual_seed(2)
-    return build(name).model
+    return build(name, LAYERS).model
 
 
 def trainer(model, folder: Path, **settings):
