@@ -2,8 +2,8 @@
 
 import os
 
-# Threads that spin while they wait for each other make a step many times slower on busy cores. Read
-# when torch is loaded.
+# Threads that spin while they wait make a step many times slower on a busy machine. Read when torch
+# is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _fresh_torch():
-    """Every test starts with an empty Dynamo, no leftover graphs of another test's models, and one seed."""
+    """Start every test with an empty Dynamo and one seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
@@ -34,7 +34,9 @@ def _cheap_compiles():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--regenerate", action="store_true", help="write the snapshots of the tests instead of comparing with them"
+        "--regenerate",
+        action="store_true",
+        help="write snapshots and the output that guides quote instead of comparing",
     )
     add_options(parser)
 
@@ -42,3 +44,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.seconds is not None:
         config.pluginmanager.register(TimeBudget(config.option))
+
+
+@pytest.fixture
+def regenerate(request):
+    """Whether snapshots and quoted output are to be written instead of compared."""
+    return request.config.getoption("regenerate")

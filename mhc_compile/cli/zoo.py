@@ -101,15 +101,15 @@ def _check_all(
     jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
 ) -> list[Outcome]:
     """The outcomes in order, with a bar on a terminal; in a log only what deviates is printed as it happens."""
-    import logging
     import warnings
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from mhc_compile._torch import show_compiler_errors_only
     from mhc_compile.tools.zoo.check import check
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks are counted, not told
+    show_compiler_errors_only()  # graph breaks are counted
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

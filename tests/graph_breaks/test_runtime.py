@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.graph_breaks import runtime as boundary
 from mhc_compile.graph_breaks import stream_registry as carried
 
@@ -344,13 +345,13 @@ def test_a_branch_that_python_begins_is_rejected_and_said():
     assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
     torch._dynamo.reset()
     strict = torch.compile(copy.deepcopy(model), backend="mhc", options={**EAGER, "strict": True})
-    with pytest.raises(mhc_compile.StreamsLostError, match="outside of this graph"):
+    with pytest.raises(mhc_compile.errors.StreamsLostError, match="outside of this graph"):
         strict(x)
 
 
 def test_without_the_crossing_the_streams_are_lost(monkeypatch):
     model, x, expected = prepared()
-    monkeypatch.setattr(boundary, "carry", lambda *_, **__: None)
+    monkeypatch.setattr(boundary, "register_streams", lambda *_, **__: None)
     output, _ = run(model, per_block(model), x)
     assert (output - expected[0]).abs().max() > 1e-2
 
@@ -472,7 +473,7 @@ def test_a_changed_tensor_starts_as_copies_and_is_reported(change):
 
     strict, _ = attached()
     strict.__class__ = Changed
-    with pytest.raises(mhc_compile.StreamsLostError, match=change):
+    with pytest.raises(mhc_compile.errors.StreamsLostError, match=change):
         per_block(strict, strict=True)(x)
 
 

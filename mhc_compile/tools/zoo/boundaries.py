@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhc_compile import _torch
 from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode, chains
 from mhc_compile.tools.zoo.parts import WIDTH, FeedForward, vectors
 
@@ -24,7 +25,7 @@ class BreakInBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         return x + self.down(h)
 
 
@@ -37,7 +38,7 @@ class BreakBetween(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(x)
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         return x
 
 
@@ -53,7 +54,7 @@ class BreakInMiddle(nn.Module):
         x = self.into(x)
         for mlp in self.first:
             x = x + mlp(x)
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         for mlp in self.second:
             x = x + mlp(x)
         return self.out(x)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.stream_interpreter import StreamInterpreter, record_expansions
+from mhc_compile.inspection.verification.observation import observe
 from torch import fx, nn
 
 import mhc_compile
 from mhc_compile.capture.tensor_tree import cast
 from mhc_compile.compilation.inner_compiler import run_eagerly
 from mhc_compile.inspection.verification.comparison import differences
-from mhc_compile.inspection.verification.observation import observe
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
 from mhc_compile.tools.zoo.family import Family, chains, no_chain
