@@ -10,10 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from helpers.cheap_compiles import make_compiles_cheap
+from helpers.time_budget import TimeBudget, add_options
 
-if (
-    not torch.cuda.is_available()
-):  # the kernels for CUDA then run in Triton's interpreter, where Triton is installed; read when Triton is imported
+# Kernels for CUDA run in Triton's interpreter, where Triton is installed; read when it is imported.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -26,12 +27,23 @@ def _fresh_torch():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cheap_compiles():
+    make_compiles_cheap()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--regenerate",
         action="store_true",
         help="write snapshots and the output that guides quote instead of comparing",
     )
+    add_options(parser)
+
+
+def pytest_configure(config):
+    if config.option.seconds is not None:
+        config.pluginmanager.register(TimeBudget(config.option))
 
 
 @pytest.fixture

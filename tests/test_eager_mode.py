@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -38,12 +39,18 @@ def restless(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def attached(layers: int = 1) -> tuple[nn.Module, nn.Module]:
-    """A model with hyper-connections, and the plain one."""
+@functools.cache
+def _attached(layers: int) -> tuple[nn.Module, nn.Module]:
     model = Decoder(layers=layers)
     plain = twin(model)
     mhc_compile.attach(model, tokens())
     return scatter(model), plain
+
+
+def attached(layers: int = 1) -> tuple[nn.Module, nn.Module]:
+    """Return a model with hyper-connections, and the plain one."""
+    model, plain = _attached(layers)
+    return twin(model), twin(plain)
 
 
 def told(*calls) -> list[str]:
@@ -132,7 +139,7 @@ def test_eager_is_the_model_itself_but_for_the_call():
 
 
 def test_eager_attaches_like_the_first_compiled_call():
-    model = Decoder()
+    model = Decoder(layers=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     debug = mhc_compile.eager(model, options={"streams": 2})
     debug(tokens()).sum().backward()
@@ -302,7 +309,7 @@ def test_generate_compiled_in_place():
 
 
 def test_generate_of_an_optimized_module_runs_the_model_and_is_told():
-    case = build("gpt2")
+    case = build("gpt2", layers=1)
     compiled = torch.compile(case.model, backend="mhc", options=EAGER)
     mhc_compile.attach(compiled, **case.inputs)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 30}

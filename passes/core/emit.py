@@ -41,8 +41,11 @@ def mark_copies(streams: Node) -> None:
 
 
 def is_copies(streams: Node) -> bool:
-    """Return whether `streams` [..., n, C] are n copies of its first operand [..., 1, C]."""
-    return streams.meta.get(_ROLE) == _COPIES
+    """Return whether `streams` [..., n, C] are n copies of its first operand [..., 1, C].
+
+    A placeholder has no operand. It gets the marks of the copies where DDP cuts a graph after them.
+    """
+    return streams.op != "placeholder" and streams.meta.get(_ROLE) == _COPIES
 
 
 def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:

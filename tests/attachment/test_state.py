@@ -107,8 +107,10 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_state_goes_from_a_model_that_ran_to_one_that_did_not(way, tmp_path):
+@pytest.fixture(scope="module")
+def ran():
+    """A model that ran before its parameters changed, what it computes since, and one that did not run."""
+    torch._dynamo.reset()
     model, other = Small(), attached()
     compiled = compile_(model)
     with torch.no_grad():
@@ -117,6 +119,13 @@ def test_state_goes_from_a_model_that_ran_to_one_that_did_not(way, tmp_path):
         want = compiled(points())
     assert not torch.allclose(want, start)
     assert not same(model, other)
+    return model, want, other
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_state_goes_from_a_model_that_ran_to_one_that_did_not(way, ran, tmp_path):
+    model, want, other = ran
+    other = twin(other)
     way(model, other, tmp_path)
     assert same(model, other)
     assert torch.equal(outputs(other), want)
@@ -185,17 +194,23 @@ def save_and_load(model):
 
 
 @pytest.mark.parametrize(
-    "ran",
+    "called",
     [pytest.param(False, id="before the first call"), pytest.param(True, id="after it", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in copies()])
-def test_a_copy_is_a_model_of_its_own(make, ran):
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.slow if name in ("deepcopy", "pickle") else ())
+        for name, make in copies()
+    ],
+)
+def test_a_copy_is_a_model_of_its_own(make, called):
     model = Small()
-    if ran:
+    if called:
         compile_(model)(points())
         disturb(model)
     other = make(model)
-    assert list(mhc_compile.connections(other)) == (SITES if ran else [])
+    assert list(mhc_compile.connections(other)) == (SITES if called else [])
     assert torch.equal(outputs(other), outputs(model))
     assert other.pair.first._mhc_declared == (other.pair.mhc.first,)
     assert other.pair.second._mhc_declared == (other.pair.mhc.second,)
@@ -296,7 +311,7 @@ def test_averages_that_cannot_follow():
 # Devices and dtypes
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_model_that_ran_is_cast_and_runs_on(dtype):
     model = Small()
     compiled = compile_(model)

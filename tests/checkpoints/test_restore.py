@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 
@@ -18,7 +19,13 @@ EAGER = {"inner_backend": "eager"}
 
 
 def saved(layers: int = LAYERS, **options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The plain model, and the state of the same with hyper-connections that are not as they started."""
+    """Return the plain model, and the state of the same with hyper-connections that have left their start."""
+    plain, model = _saved(layers, **options)
+    return twin(plain), twin(model).state_dict()
+
+
+@functools.cache
+def _saved(layers: int, **options) -> tuple[nn.Module, nn.Module]:
     model = Decoder(layers=layers)
     plain = twin(model)
     mhc_compile.attach(model, tokens(), options=options)
@@ -26,7 +33,7 @@ def saved(layers: int = LAYERS, **options) -> tuple[nn.Module, dict[str, torch.T
         for connection in mhc_compile.connections(model).values():
             for parameter in connection.parameters():
                 parameter.add_(torch.randn_like(parameter))
-    return plain, model.state_dict()
+    return plain, model
 
 
 def ours(state) -> set[str]:

@@ -40,7 +40,14 @@ class Failing:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(MemoryError("no memory"), marks=pytest.mark.slow),
+        torch.OutOfMemoryError("no memory"),
+        KeyboardInterrupt(),
+    ],
+)
 def test_no_memory_while_compiling(error):
     model = Small()
     plain = twin(model)

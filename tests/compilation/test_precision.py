@@ -97,7 +97,9 @@ def test_autocast_touches_no_coefficient_and_no_stream(inner_backend):
     assert distance(got["output"], want["output"]) < SINGLE
 
 
-@pytest.mark.parametrize("inner_backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "inner_backend", ["aot_eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eager", "inductor"))]
+)
 def test_a_decoder_under_autocast(inner_backend):
     model = attached(Decoder(WIDTH, layers=1), tokens())
     want = exact(model, tokens())
@@ -111,7 +113,11 @@ def test_a_decoder_under_autocast(inner_backend):
 
 @pytest.mark.parametrize(
     ("inner_backend", "attach_first"),
-    [("eager", False), ("eager", True), ("aot_eager", True), pytest.param("aot_eager", False, marks=pytest.mark.slow)],
+    [
+        ("eager", False),
+        ("aot_eager", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("eager", True), ("aot_eager", False))),
+    ],
 )
 def test_a_bfloat16_decoder(inner_backend, attach_first):
     """`to` casts hyper-connections that are there already, as any module; those of a bfloat16 model start in float32. Both are computed alike."""
@@ -182,7 +188,7 @@ def test_gradients_under_autocast_are_those_of_float64(streams_dtype, fused):
         assert distance(value, right) < SINGLE
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_coefficients_inside_a_bfloat16_model(autocast):
     """As the rewritten graph computes them, at every site."""
     calls = []
@@ -206,7 +212,7 @@ def test_coefficients_inside_a_bfloat16_model(autocast):
         assert all(distance(value.detach(), right.detach()) < 2e-6 for value, right in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("settings", [pytest.param({"foreach": True}, marks=pytest.mark.slow), {"fused": True}])
 def test_one_optimizer_for_two_dtypes(settings):
     """A bfloat16 model whose hyper-connections are float32, in the same group."""
     model = Decoder(WIDTH, layers=1).to(torch.bfloat16)

@@ -45,9 +45,9 @@ def test_the_work_of_the_passes_is_linear():
 
 
 def test_the_benchmark_of_the_passes_measures_what_it_says():
-    one, two = measure(400, runs=1), measure(800, runs=1)
-    assert abs(one.nodes - 400) < 60
-    assert abs(two.nodes - 800) < 60
+    one, two = measure(150, runs=1), measure(300, runs=1)
+    assert abs(one.nodes - 150) < 60
+    assert abs(two.nodes - 300) < 60
     assert two.sites > one.sites > 0
     assert min(one.normalize, one.plan, one.expand) > 0
     assert one.peak < two.peak

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from helpers.cheap_compiles import make_compiles_cheap
 
 import mhc_compile
 
@@ -100,6 +101,7 @@ class Ranks:
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))  # tasks have the module names that pytest gives them
     torch.set_num_threads(1)
+    make_compiles_cheap()
     warnings.filterwarnings("error", category=mhc_compile.MhcWarning)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.builders import Decoder, tokens
@@ -26,13 +28,13 @@ def wrap(model, place, backend="mhc", options=None, **settings):
 
 def compare(rank, places=("outside", "inside"), inner_backend=None, optimize=True, kind=Decoder, **settings):
     """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner_backend` compiles them."""
-    model = build(**SIZES)
+    model, start = build(**SIZES), build(**SIZES, kind=kind)
     want = train(torch.compile(model, backend="mhc", options={"inner_backend": inner_backend or "eager"}), model)
     pieces = []
     for place in places:
         torch._dynamo.reset()
         spy = Spy()
-        model = build(**SIZES, kind=kind)
+        model = copy.deepcopy(start)
         with torch._dynamo.config.patch(optimize_ddp=optimize):
             got = train(wrap(model, place, options={"inner_backend": inner_backend or spy}, **settings), model, rank, 2)
         got.assert_close(want)
@@ -46,12 +48,12 @@ def test_training(ranks):
         assert inside >= 3
 
 
-def late(rank):
-    """Errors of models that were wrapped before they were attached, and what is left of the models."""
+def late(rank, cases):
+    """Return errors of models that were wrapped before they were attached, and check what is left of the models."""
     said = []
-    for case in ("outside", "inside", "attached in DDP", "attach", "python_reducer"):
+    for case in cases:
         torch._dynamo.reset()
-        model = Decoder()
+        model = Decoder(layers=1)
         with torch._dynamo.config.patch(optimize_ddp="python_reducer" if case == "python_reducer" else True):
             call = ddp = wrap(model, "outside" if case == "attached in DDP" else case, options=EAGER)
         if case == "attached in DDP":
@@ -73,8 +75,13 @@ def late(rank):
     return said
 
 
-def test_attaching_too_late(ranks):
-    for said in ranks.run(late):
+@pytest.mark.parametrize(
+    "cases",
+    [("outside", "attached in DDP", "attach"), pytest.param(("inside", "python_reducer"), marks=pytest.mark.slow)],
+)
+def test_attaching_too_late(ranks, cases):
+    for said in ranks.run(late, cases):
+        assert len(said) == len(cases)
         assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
         assert all("DistributedDataParallel" in message for message in said)
 

@@ -123,36 +123,39 @@ class Case:
 FAMILIES = ("gpt2", "llama", "qwen2", "mistral", "opt", "vit", "encoder")
 
 
-def build(name: str) -> Case:
-    """One of FAMILIES, tiny, randomly initialised, with every dropout at its default."""
+def build(name: str, layers: int = LAYERS) -> Case:
+    """Build one of FAMILIES, tiny, randomly initialised, with every dropout at its default."""
     if name == "encoder":
         layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True)
         return Case(
-            name, nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False), {"src": torch.randn(2, 7, 16)}
+            name,
+            nn.TransformerEncoder(layer, layers, enable_nested_tensor=False),
+            {"src": torch.randn(2, 7, 16)},
+            layers,
         )
     import transformers as t
 
     t.logging.set_verbosity_error()
-    common = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    common = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}
     text = {"vocab_size": 31, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
     ids = {"input_ids": torch.arange(14).reshape(2, 7) * 5 % 31}
     glu = {**common, **text, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": None}
     match name:
         case "gpt2":
-            config = t.GPT2Config(n_layer=LAYERS, n_embd=16, n_head=2, n_positions=32, **text)
-            return Case(name, t.GPT2LMHeadModel(config), ids)
+            config = t.GPT2Config(n_layer=layers, n_embd=16, n_head=2, n_positions=32, **text)
+            return Case(name, t.GPT2LMHeadModel(config), ids, layers)
         case "llama":
-            return Case(name, t.LlamaForCausalLM(t.LlamaConfig(**glu)), ids)
+            return Case(name, t.LlamaForCausalLM(t.LlamaConfig(**glu)), ids, layers)
         case "qwen2":
-            return Case(name, t.Qwen2ForCausalLM(t.Qwen2Config(**glu)), ids)
+            return Case(name, t.Qwen2ForCausalLM(t.Qwen2Config(**glu)), ids, layers)
         case "mistral":
-            return Case(name, t.MistralForCausalLM(t.MistralConfig(**glu)), ids)
+            return Case(name, t.MistralForCausalLM(t.MistralConfig(**glu)), ids, layers)
         case "opt":
             config = t.OPTConfig(ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16, **common, **text)
-            return Case(name, t.OPTForCausalLM(config), ids)
+            return Case(name, t.OPTForCausalLM(config), ids, layers)
         case "vit":
             config = t.ViTConfig(**common, intermediate_size=24, image_size=16, patch_size=8, num_labels=5)
-            return Case(name, t.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)})
+            return Case(name, t.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, layers)
     raise ValueError(name)
 
 

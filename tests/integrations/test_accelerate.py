@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.builders import LAYERS, Decoder
+from helpers.builders import Decoder
 from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile
@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
 EAGER = {"inner_backend": "eager"}
+LAYERS = 1
 
 
 def _forget():
@@ -53,7 +54,7 @@ class Loop:
     def __init__(self, accelerator: Accelerator, *, compiled: bool = False, attach: bool = False, restore=None) -> None:
         torch._dynamo.reset()
         torch.manual_seed(2)
-        self.plain = Decoder()
+        self.plain = Decoder(layers=LAYERS)
         self.accelerator = accelerator
         if attach:
             mhc_compile.attach(self.plain, torch.zeros(2, 5, dtype=torch.long))

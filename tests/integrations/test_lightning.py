@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.builders import LAYERS, Decoder
+from helpers.builders import Decoder
 from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile
@@ -18,6 +18,7 @@ lightning = pytest.importorskip("lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 EAGER = {"inner_backend": "eager"}
+LAYERS = 1
 
 
 class Learner(lightning.LightningModule):
@@ -26,7 +27,7 @@ class Learner(lightning.LightningModule):
     def __init__(self, compiled: dict[str, Any] | None = None) -> None:
         super().__init__()
         torch.manual_seed(2)
-        net = Decoder()
+        net = Decoder(layers=LAYERS)
         self.net = torch.compile(net, backend="mhc", options=compiled) if compiled else net
         self.losses: list[float] = []
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.builders import LAYERS, build
+from helpers.builders import build
 
 import mhc_compile
 import mhc_compile.integrations
@@ -20,6 +20,7 @@ pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 EAGER = {"inner_backend": "eager"}
+LAYERS = 1
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -27,9 +28,9 @@ def data() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def model(name: str = "gpt2"):
+def model(name: str = "gpt2", layers: int = LAYERS):
     torch.manual_seed(2)
-    return build(name).model
+    return build(name, layers).model
 
 
 def trainer(model, folder: Path, **settings):
@@ -186,7 +187,7 @@ def test_gradient_checkpointing(tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_accumulation_and_the_best_model(tmp_path):
-    each = model()
+    each = model(layers=2)
     each.compile(backend="mhc", options=EAGER)
     run = trainer(
         each,
@@ -203,6 +204,6 @@ def test_evaluation_accumulation_and_the_best_model(tmp_path):
     assert evaluated[1] < evaluated[0]
     assert run.evaluate()["eval_loss"] == pytest.approx(evaluated[0], rel=1e-6)
     # On streams: without them the loss is another one.
-    bare = model()
+    bare = model(layers=2)
     bare.load_state_dict(each.state_dict(), strict=False)
     assert trainer(bare, tmp_path).evaluate()["eval_loss"] != pytest.approx(evaluated[0], rel=1e-5)

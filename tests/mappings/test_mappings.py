@@ -24,9 +24,7 @@ NEW = ["permutations", "kronecker", "unconstrained"]
 SIZES = [(name, n) for name in ("sinkhorn", "identity", *NEW) for n in (1, 2, 3, 4, 8) if columns(name, n)]
 #: Sizes at which operators run: each is a library of its own, which takes seconds to build.
 BUILT = [
-    pytest.param(
-        name, n, marks=() if (name, n) in {("sinkhorn", 4), ("permutations", 4), ("kronecker", 2)} else pytest.mark.slow
-    )
+    pytest.param(name, n, marks=() if (name, n) in {("permutations", 4), ("kronecker", 4)} else pytest.mark.slow)
     for name, n in SIZES
 ]
 EXACT = [(name, n) for name, n in SIZES if name in ("identity", "permutations", "kronecker")]

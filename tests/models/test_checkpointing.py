@@ -29,8 +29,10 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 class Checkpointed(Decoder):
     """A decoder that runs its blocks as `how` says; `how(call, blocks, x)` calls `call(f, *operands)` where a region is wanted."""
 
-    def __init__(self, how: Callable[..., Any], *, reentrant: bool = False, **settings: Any) -> None:
-        super().__init__(WIDTH, LAYERS)
+    def __init__(
+        self, how: Callable[..., Any], *, layers: int = LAYERS, reentrant: bool = False, **settings: Any
+    ) -> None:
+        super().__init__(WIDTH, layers)
         self.how, self.reentrant, self.settings = how, reentrant, settings
         self.on = True
 
@@ -185,7 +187,23 @@ def pair(how: Callable[..., Any], **settings: Any) -> tuple[Checkpointed, Checkp
     return model, off
 
 
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: how.__name__)
+#: Ways whose outputs and gradients only slow tests compare, and the usual one.
+SITES = (
+    every_block,
+    all_blocks_in_one,
+    hidden_states_of_the_middle,
+    a_norm_between_regions,
+    every_branch,
+    a_region_that_nobody_reads,
+    a_region_that_returns_its_operand,
+)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=() if how in SITES else pytest.mark.slow) for how in WAYS],
+    ids=lambda how: how.__name__,
+)
 def test_the_sites_are_those_of_the_model_without_checkpointing(how):
     model, off = pair(how)
     got, want = (mhc_compile.explain(m, tokens(), options={"min_chain_length": 1}) for m in (model, off))
@@ -207,14 +225,11 @@ def test_one_chain_runs_through_all_blocks():
 #: "eager" computes regions again as autograd meets them, "aot_eager" in a graph that a partitioner cuts. (AOTAutograd drops what nobody reads,
 #: random numbers included, in the plain model as well.)
 QUICK = {
-    (every_block, "aot_eager"),
-    (regions_in_a_region, "aot_eager"),
     (dropout, "aot_eager"),
     (a_site_across_two_regions, "aot_eager"),
+    (regions_in_a_region, "eager"),
     (hidden_states, "eager"),
-    (a_norm_between_regions, "eager"),
     (in_place, "eager"),
-    (every_branch, "eager"),
 }
 RUNS = [
     pytest.param(how, inner_backend, marks=() if (how, inner_backend) in QUICK else pytest.mark.slow)
@@ -305,7 +320,7 @@ def test_a_region_without_sites_is_the_region_of_the_model():
 
 
 def test_a_second_length_is_compiled_with_dynamic_shapes():
-    model, off = pair(every_block)
+    model, off = pair(every_block, layers=1)
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})
     for length in (5, 7):
         ids = tokens(length=length)
@@ -336,7 +351,7 @@ def test_regions_of_other_operations_are_named_in_the_report():
     model.blocks = nn.ModuleList(Nested(WIDTH) for _ in range(LAYERS))
     explanation = mhc_compile.explain(model, tokens())
     assert explanation.regions == {"invoke_subgraph": LAYERS}
-    with pytest.warns(mhc_compile.MhcWarning, match=r"not looked into \(invoke_subgraph\)"):
+    with pytest.warns(mhc_compile.MhcWarning, match=r"not analyzed \(invoke_subgraph\)"):
         got = step(torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"}), model, tokens())
     torch._dynamo.reset()
     assert_same(got, step(torch.compile(model, backend="aot_eager"), model, tokens()), 1e-6)
@@ -369,7 +384,9 @@ def kept(graph: fx.Graph) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-@pytest.mark.parametrize("partition", [default_partition, min_cut_rematerialization_partition])
+@pytest.mark.parametrize(
+    "partition", [pytest.param(default_partition, marks=pytest.mark.slow), min_cut_rematerialization_partition]
+)
 def test_only_the_streams_between_blocks_are_kept_and_the_rest_is_computed_again(partition):
     model, off = pair(every_block)
     batch, length, n = 2, 5, 4
@@ -406,7 +423,8 @@ def checkpointing(case: Case, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reentrant"), [("gpt2", True), ("gpt2", False), pytest.param("llama", False, marks=pytest.mark.slow)]
+    ("name", "reentrant"),
+    [("gpt2", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", True), ("llama", False)))],
 )
 def test_gradient_checkpointing_of_transformers(name, reentrant):
     case = build(name)
@@ -428,6 +446,15 @@ def test_gradient_checkpointing_of_transformers(name, reentrant):
 
 
 def test_through_inductor():
+    model = Checkpointed(every_block, layers=1)
+    plain = twin(model)
+    compiled = torch.compile(model, backend="mhc")
+    assert_same(step(compiled, model, tokens()), step(plain, plain, tokens()), 1e-5)
+    assert len(mhc_compile.connections(model)) == 2
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_through_inductor():
     case = build("gpt2")
     without_dropout(case.model).train()
     plain = twin(case.model)

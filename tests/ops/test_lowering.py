@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+
+import mhc_compile
 
 
 class Deep(nn.Module):
@@ -26,42 +29,35 @@ class Deep(nn.Module):
         return self.behind(x)
 
 
-def calls(model, x, **options) -> tuple[Counter[str], str]:
-    """Calls of our operators in the generated code of forward and backward."""
-    torch.compile(model, backend="mhc", options=options)(x)  # attaches
-    torch._dynamo.reset()
+DEPTH = 3
+
+
+@functools.cache
+def calls(dtype: torch.dtype = torch.float32, **options: int) -> tuple[Counter[str], str]:
+    """Return how often the generated code calls each operator, and the code of forward and backward."""
+    torch.manual_seed(0)
+    model, x = Deep(DEPTH).to(dtype), torch.randn(2, 8, 16, dtype=dtype)
+    mhc_compile.attach(model, x, options=options)
     compiled = torch.compile(model, backend="mhc", options=options)
     _, sources = run_and_get_code(lambda: compiled(x).square().sum().backward())
     code = "\n".join(sources)
     return Counter(re.findall(r"torch\.ops\.mhc\.(\w+)\.default\(", code)), code
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_site_is_one_call_forward_and_one_backward(dtype):
-    depth = 4
-    counts, _ = calls(Deep(depth).to(dtype), torch.randn(2, 8, 16, dtype=dtype))
+    counts, _ = calls(dtype)
     assert counts == {
         "read": 1,
         "read_backward": 1,
-        "step": depth - 1,
-        "step_backward": depth - 1,
+        "step": DEPTH - 1,
+        "step_backward": DEPTH - 1,
         "close": 1,
         "close_backward": 1,
     }
 
 
 def test_iterations_do_not_change_the_code():
-    codes = []
-    for iterations in (1, 20):
-        torch.manual_seed(0)
-        counts, code = calls(Deep(2), torch.randn(2, 8, 16), iterations=iterations)
-        assert counts["step"] == 1
-        codes.append(len(code.splitlines()))
-    assert codes[0] == codes[1]
-
-
-@pytest.mark.slow
-def test_apart_without_kernels():
-    counts, _ = calls(Deep(2), torch.randn(2, 8, 16), recompute="none")
-    assert not counts["step"]
-    assert counts["sinkhorn"] == 2
+    (counts, default), (_, short) = calls(torch.float32), calls(torch.float32, iterations=1)
+    assert counts["step"] == DEPTH - 1
+    assert len(default.splitlines()) == len(short.splitlines())

@@ -39,7 +39,7 @@ def test_opcheck_coefficients(dtype, mapping):
     torch.library.opcheck(mhc.coefficients.default, site(dtype=dtype, mapping=mapping))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_opcheck_the_rest(dtype):
     streams, branch, pre, post, res = mixing(dtype)
     torch.library.opcheck(mhc.collapse.default, (streams, pre))

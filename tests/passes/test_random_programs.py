@@ -224,13 +224,19 @@ def test_thousands_of_random_programs(start):
     assert sum(number > 0 for number in fired) > len(fired) // 3
 
 
-@settings(max_examples=100, **common)
-@given(programs)
-def test_random_programs_are_preserved(program):
-    check(program)
+def test_random_programs_are_preserved():
+    fired = []
+
+    @settings(max_examples=30, **common)
+    @given(programs)
+    def run(program):
+        fired.append(check(program))
+
+    run()
+    assert sum(number > 0 for number in fired) >= 8  # programs that no pass changes would prove nothing
 
 
-@settings(max_examples=100, **common)
+@settings(max_examples=25, **common)
 @given(programs)
 def test_every_addition_of_a_random_program_has_one_verdict(program):
     seen, candidates = verdicts(program)

@@ -403,13 +403,13 @@ common = {
 def test_regions_of_random_programs():
     seen = []
 
-    @settings(max_examples=60, **common)
+    @settings(max_examples=15, **common)
     @given(programs, switches)
     def run(program, switches):
         seen.append(check(program, switches))
 
     run()
-    assert sum(regions > 0 and sites > 0 for regions, sites in seen) > 15
+    assert sum(regions > 0 and sites > 0 for regions, sites in seen) > 3
 
 
 @pytest.mark.slow

@@ -102,7 +102,11 @@ def test_a_norm_behind_the_add_keeps_the_update():
     assert_equal(module, after, x)
 
 
-@pytest.mark.parametrize("mapping", ["identity", "permutations", "kronecker", "unconstrained"])
+#: Each mapping is a C++ library of its own, which takes seconds to build.
+@pytest.mark.parametrize(
+    "mapping",
+    ["permutations", *(pytest.param(m, marks=pytest.mark.slow) for m in ("identity", "kronecker", "unconstrained"))],
+)
 def test_other_mappings_have_kernels_too(mapping):
     module, after, x = fused(sites("f", "g"), mapping=mapping)
     assert operations(after) == {"read": 1, "step": 1, "close": 1}
