@@ -97,10 +97,7 @@ class KernelDiff(Renderable):
 
 
 def kernels(
-    model: nn.Module | ExportedProgram,
-    *args: Any,
-    options: Mapping[str, Any] | Options | None = None,
-    **kwargs: Any,
+    model: nn.Module | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> KernelDiff:
     """Compile and run copies of `model`, plain and with `backend="mhc"`, and read Inductor's code.
 

@@ -33,10 +33,7 @@ __all__ = ["explain", "graph_report", "plan_reports", "rejection_report", "site_
 
 
 def explain(
-    model: nn.Module | ExportedProgram,
-    *args: Any,
-    options: Mapping[str, Any] | Options | None = None,
-    **kwargs: Any,
+    model: nn.Module | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> Explanation:
     """Explain which additions of `model` are rewritten, which are skipped and why, and the cost.
 

@@ -32,10 +32,7 @@ __all__ = ["Meter", "fill_residual_logits", "first_batch", "inputs_of", "on_devi
 
 
 def stability(
-    model: nn.Module,
-    *inputs: Any,
-    options: Mapping[str, Any] | Options | None = None,
-    **kwargs: Any,
+    model: nn.Module, *inputs: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> Stability:
     """Run a model with hyper-connections once, without gradients, and measure them over depth.
 
