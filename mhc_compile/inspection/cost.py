@@ -74,13 +74,7 @@ class Work:
 
 
 def site_cost(width: int, itemsize: int, options: ResolvedOptions) -> Cost:
-    """Return the cost of one site.
-
-    Args:
-        width: C.
-        itemsize: bytes of one element of the trunk.
-        options: those of the site (`Options.at`).
-    """
+    """Return the cost of one site of width C whose trunk has elements of `itemsize` bytes."""
     n, c = options.streams, width
     parameters, coefficients = (_gated if options.rank else _sigmoid)(n, c, options)
     return Cost(
@@ -95,8 +89,7 @@ def site_cost(width: int, itemsize: int, options: ResolvedOptions) -> Cost:
 def site_work(site: Site, options: ResolvedOptions) -> tuple[Work, Work]:
     """Return the work of a site beyond its plain add, for all tokens of the example inputs.
 
-    Returns:
-        As it is lowered now, and at the floor of bytes.
+    As it is lowered now, and at the floor of bytes.
     """
     value = tensor_value(site.add)
     assert value is not None

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile import _torch
+from mhc_compile.capture.tensor_tree import tensors
 from mhc_compile.inspection.cost import Work
 from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch.fx import Graph, GraphModule, Node
 
@@ -100,20 +101,14 @@ def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
         added: work of the sites beyond the plain adds, as they are lowered now.
         floor: the same at the floor of bytes.
     """
-
-    def share(machine: Machine, more: Work, *, weights: bool) -> float:
-        whole = machine.seconds(plain, weights=weights)
-        return machine.seconds(more, weights=weights) / whole if whole else 0.0
-
-    return tuple(
-        Overhead(
-            machine,
-            share(machine, added, weights=True),
-            share(machine, added, weights=False),
-            share(machine, floor, weights=False),
-        )
-        for machine in MACHINES
-    )
+    found = []
+    for machine in MACHINES:
+        shares = []
+        for more, weights in ((added, True), (added, False), (floor, False)):
+            whole = machine.seconds(plain, weights=weights)
+            shares.append(machine.seconds(more, weights=weights) / whole if whole else 0.0)
+        found.append(Overhead(machine, *shares))
+    return tuple(found)
 
 
 def plain_flops(graph_module: GraphModule) -> int | None:
@@ -136,11 +131,12 @@ def plain_flops(graph_module: GraphModule) -> int | None:
 def traffic(graph: Graph, holds_weights: Callable[[Node], bool]) -> Work:
     """Return the elements that a graph reads and writes on its example values, with 0 FLOPs.
 
-    Args:
-        graph: a plain, normalized graph.
-        holds_weights: whether a graph input is a parameter or a buffer.
+    The graph is plain and normalized. `holds_weights` says whether an input of it is a parameter or
+    a buffer.
     """
-    return _Count(graph, holds_weights).work()
+    count = _Count(graph, holds_weights)
+    moved = count.moved + sum(_elements(node) for _, node in count.reads) + sum(map(_elements, count.writes))
+    return Work(0, moved, sum(map(_elements, count.weights)))
 
 
 class _Count:
@@ -166,11 +162,6 @@ class _Count:
         self.moved = 0
         for node in graph.nodes:
             self._visit(node)
-
-    def work(self) -> Work:
-        """Return the sums."""
-        moved = sum(_elements(node) for _, node in self.reads) + sum(_elements(node) for node in self.writes)
-        return Work(0, self.moved + moved, sum(_elements(node) for node in self.weights))
 
     def _visit(self, node: Node) -> None:
         operands = {operand: self.seen.get(operand, operand) for operand in node.all_input_nodes}
@@ -234,13 +225,5 @@ def _example_value(node: Node) -> Any:
 
 def _elements(node: Node) -> int:
     """Return the number of elements of all floating-point tensors in the value of `node`."""
-    tensors = _tensors(_example_value(node))
-    return sum(_torch.example_size(tensor.numel()) for tensor in tensors if tensor.is_floating_point())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+    found = tensors(_example_value(node), "")
+    return sum(_torch.example_size(value.numel()) for _, value in found if value.is_floating_point())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mhc_compile.attachment.model_tree import connections, unwrap
-from mhc_compile.capture.tensor_tree import fresh
+from mhc_compile.capture.tensor_tree import fresh, map_tensors
 from mhc_compile.errors import MhcError, OptionError
 from mhc_compile.inspection.stream_stats.measure import Meter, first_batch, inputs_of, on_device, undisturbed
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.stream_stats.results import Stability
 
 __all__ = ["StabilityCallback"]
-
 
 #: Classes whose instances trainers accept as callbacks.
 _BASES = (
@@ -72,7 +71,10 @@ class StabilityCallback:
     history: list[tuple[int, Stability]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:  # noqa: ARG004, D102 - for __init__
-        made: StabilityCallback = object.__new__(_with_bases(cls))
+        kind: type = cls
+        found = (getattr(sys.modules.get(module), name, None) for module, name in _BASES)
+        bases = tuple(base for base in found if isinstance(base, type))
+        made: StabilityCallback = object.__new__(_subclass(kind, bases))
         return made
 
     def __init__(
@@ -132,7 +134,7 @@ class StabilityCallback:
         if not self._due(trainer.global_step):
             return
         if self.batch is None:
-            self.batch = _copied(batch)
+            self.batch = map_tensors(batch, fresh)
         self._measure(pl_module, trainer.global_step, self.batch, trainer.precision_plugin.forward_context())
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -157,11 +159,13 @@ class StabilityCallback:
             result = self._meter.measure(*inputs_of(model, (on_device(batch, some.phi.device),), {}))
         self._measured = step
         self.history.append((step, result))
-        if _is_first():
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
             self._write(step, result)
         return result
 
     def _write(self, step: int, result: Stability) -> None:
+        """Write and report the figures; only the first process does."""
         if self.file is not None:
             line = {"step": step, "time": time.time(), **result.to_dict()}
             with self.file.open("a", encoding="utf-8") as file:
@@ -171,27 +175,16 @@ class StabilityCallback:
 
     def __reduce__(self) -> Any:
         """Copy without the traced graph, and with the callback classes of the new process."""
-        return _restored, (self.__dict__ | {"_meter": None},)
-
-
-def _with_bases(kind: type) -> type:
-    """Return a subclass of `kind` and, with lower precedence, of the imported callback classes."""
-    found = (getattr(sys.modules.get(module), name, None) for module, name in _BASES)
-    return _subclass(kind, tuple(base for base in found if isinstance(base, type)))
+        return StabilityCallback, (), self.__dict__ | {"_meter": None}
 
 
 @functools.cache
 def _subclass(kind: type, bases: tuple[type, ...]) -> type:
+    """Return a subclass of `kind` and, with lower precedence, of `bases`."""
     if not bases:
         return kind
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind, *bases), names)
-
-
-def _restored(state: dict[str, Any]) -> StabilityCallback:
-    callback = StabilityCallback()
-    callback.__dict__.update(state)
-    return callback
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -201,19 +194,3 @@ def _inner(model: nn.Module) -> nn.Module:
         if inside is model:
             return inside
         model = inside
-
-
-def _copied(batch: Any) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return fresh(batch)
-    if isinstance(batch, dict):
-        return {key: _copied(entry) for key, entry in batch.items()}
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return type(batch)(map(_copied, batch))
-    return batch
-
-
-def _is_first() -> bool:
-    """Return whether this process writes the results."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -15,6 +15,7 @@ a result has its renderer wherever its class can be imported, also after unpickl
 
 from __future__ import annotations
 
+import math
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from mhc_compile.reporting.html import html_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Renderable", "render"]
+__all__ = ["Renderable", "finite", "render"]
 
 
 @singledispatch
@@ -54,3 +55,12 @@ class Renderable:
     def _repr_html_(self) -> str:
         """Return the same text as HTML, for a notebook."""
         return html_of(self)
+
+
+def finite(value: Any) -> Any:
+    """Return nested data for JSON: numbers that are not finite are None, and tuples are lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -12,17 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["html_of"]
 
-_WIDTH = 110
 _FORMAT = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
 
 
-def html_of(renderable: RenderableType, *, width: int = _WIDTH) -> str:
-    """Return `renderable` as standalone HTML: one `<pre>` element with inline colours.
-
-    Args:
-        renderable: anything that rich prints.
-        width: characters per line.
-    """
-    console = Console(record=True, file=io.StringIO(), width=width, highlight=False)
+def html_of(renderable: RenderableType) -> str:
+    """Return `renderable` as standalone HTML with inline colours, 110 characters a line."""
+    console = Console(record=True, file=io.StringIO(), width=110, highlight=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format=_FORMAT)

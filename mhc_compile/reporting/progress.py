@@ -11,7 +11,7 @@ with choose_progress(Console(stderr=True), quiet=quiet) as progress:
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -54,17 +54,11 @@ class Lines(Silent):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def phase(self, text: str) -> None:
-        """Print it."""
-        self.note(text)
-
     def note(self, text: str) -> None:
         """Print it."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def log(self, text: str) -> None:
-        """Print it."""
-        self.note(text)
+    phase = log = note
 
     def count(self, text: str, total: int, done: int = 0) -> None:
         """Print the name and the length of the work."""
@@ -93,32 +87,26 @@ class Bars(Silent):
         self._name = ""
         self._progress.start()
 
-    def _replace(self, text: str, total: int | None, done: int = 0) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._name, self._task = text, self._progress.add_task(text, total=total, completed=done)
-        self._progress.refresh()
-
     def phase(self, text: str) -> None:
         """Show it until other work begins."""
-        self._replace(text, None)
+        self.count(text, None)
 
     def note(self, text: str) -> None:
         """Print it above the bar."""
         self._console.print(text, markup=False, highlight=False)
 
-    def count(self, text: str, total: int, done: int = 0) -> None:
-        """Show the bar."""
-        self._replace(text, total, done)
+    def count(self, text: str, total: int | None, done: int = 0) -> None:
+        """Show the bar in the place of the last display."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._name, self._task = text, self._progress.add_task(text, total=total, completed=done)
+        self._progress.refresh()
 
     def advance(self, text: str = "", *, done: int | None = None) -> None:
         """Move the bar."""
         assert self._task is not None, "`count` begins the work"
-        description = f"{self._name} {text}".rstrip()
-        if done is None:
-            self._progress.update(self._task, advance=1, description=description)
-        else:
-            self._progress.update(self._task, completed=done, description=description)
+        step: dict[str, Any] = {"advance": 1} if done is None else {"completed": done}
+        self._progress.update(self._task, description=f"{self._name} {text}".rstrip(), **step)
         self._progress.refresh()
 
     def __exit__(

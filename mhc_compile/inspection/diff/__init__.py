@@ -12,12 +12,7 @@ from mhc_compile.inspection.diff.results import ModelDiff, export
 
 __all__: list[str] = []
 
-_MEDIA = {
-    "html": page.render_page,
-    "svg": drawing_svg.to_svg,
-    "dot": drawing.to_dot,
-    "mermaid": drawing.to_mermaid,
-}
+_MEDIA = {"html": page.render_page, "svg": drawing_svg.to_svg, "dot": drawing.to_dot, "mermaid": drawing.to_mermaid}
 
 
 @export.register(ModelDiff)

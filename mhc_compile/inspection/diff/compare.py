@@ -32,7 +32,7 @@ from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.diff.results import Change, GraphDiff, ModelDiff, Row
 from mhc_compile.inspection.diff.views import view
-from mhc_compile.inspection.explain.explain import graph_report, plan_reports
+from mhc_compile.inspection.explain.explain import plan_reports
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
     from mhc_compile.inspection.diff.results import NodeView
-    from mhc_compile.passes import Pass, Plan, Site
+    from mhc_compile.passes import Pass, Plan
     from mhc_compile.passes.analysis.provenance import Provenance
-    from mhc_compile.passes.planning.split_branches import BranchHead
-    from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["align", "diff"]
 
@@ -91,8 +89,8 @@ def diff(
     def on_graph(dry: DryGraph) -> None:
         stages = _stages(dry, parsed)
         assert stages.names == names
-        report = graph_report(dry.captured, dry.session, dry.modules[0])
-        graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), report.chains, report.rejections))
+        reports = plan_reports(dry.session.plan, dry.modules[0])
+        graphs.append(GraphDiff(dry.modules, align(*stages.pair(before, after)), *reports))
 
     cut = dry_run(target, args, kwargs, parsed, on_graph)
     if cut:
@@ -105,14 +103,13 @@ def _program(program: ExportedProgram, options: ResolvedOptions, stage: str | No
     passes = lowering(program)
     before, after = _choose(stage, _names(PREPARE, passes))
     found = plan_program(program, options)
-    graph, plan, bindings = found.graph, found.plan, found.bind()
-    parameters = found.parameters
+    graph, plan, bindings, parameters = found.graph, found.plan, found.bind(), found.parameters
     stages = _Stages(ProgramProvenance(graph, parameters.specs), "", plan, frozenset(parameters.tensors))
     stages.normalize(program.graph, PREPARE)
-    run_passes(stages.expand(graph, bindings), passes, stages.see)
+    run_passes(expand_plan(graph, plan, bindings, stages.see), passes, stages.see)
     stages.alias("lower")
-    graphs = [GraphDiff(("",), align(*stages.pair(before, after)), *plan_reports(plan, ""))]
-    return ModelDiff(root_kind(program), options, before, after, tuple(graphs))
+    compared = GraphDiff(("",), align(*stages.pair(before, after)), *plan_reports(plan, ""))
+    return ModelDiff(root_kind(program), options, before, after, (compared,))
 
 
 def _stages(dry: DryGraph, options: ResolvedOptions) -> _Stages:
@@ -121,7 +118,8 @@ def _stages(dry: DryGraph, options: ResolvedOptions) -> _Stages:
     foreseen = frozenset(below(module, path) for path in dry.foreseen)
     stages = _Stages(study.provenance, module, study.plan, foreseen)
     stages.normalize(dry.captured.graph, NORMALIZE)
-    whole = module_like(dry.captured, stages.expand(study.graph, dry.bindings, dry.openings))
+    expanded = expand_plan(study.graph, study.plan, dry.bindings, stages.see, openings=dry.openings)
+    whole = module_like(dry.captured, expanded)
     passes = fusion_passes(options)
     for count, step in enumerate(passes, start=1):
         stages.put(step.name, fuse(whole, passes[:count]).graph)
@@ -133,11 +131,8 @@ def _stages(dry: DryGraph, options: ResolvedOptions) -> _Stages:
 class _Stages:
     """The graphs of one run of the passes, in order; `see` is a hook of `run_passes`.
 
-    Args:
-        provenance: of the graph.
-        prefix: path of the module that the graph belongs to.
-        plan: gives the roles of the adds.
-        foreseen: names of parameters that become graph inputs when the graph is expanded.
+    `prefix` is the path of the module that the graph belongs to, `foreseen` are names of parameters
+    that become graph inputs when the graph is expanded.
     """
 
     provenance: Provenance
@@ -153,15 +148,6 @@ class _Stages:
         run_passes(graph, passes, self.see)
         self.alias("normalize")
         self.alias("plan")
-
-    def expand(
-        self,
-        graph: Graph,
-        bindings: Mapping[Site, Binding],
-        openings: Mapping[BranchHead, tuple[str, Binding]] | None = None,
-    ) -> Graph:
-        """Record the stages of the expansion and return the expanded graph."""
-        return expand_plan(graph, self.plan, bindings, self.see, openings=openings)
 
     def put(self, name: str, graph: Graph) -> None:
         """Record `graph` under the name of a stage."""
@@ -199,11 +185,9 @@ class _Stages:
 
 def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:
     """Return all stages of a model, or of a program, in order."""
-    names = ["trace"]
-    for group in ((step.name for step in first), ("normalize", "plan", "expand-streams", "outline-regions")):
-        for name in group:
-            names += [name, _ALIASES[name]] if name in _ALIASES else [name]
-    return (*names, *(step.name for step in last), "lower")
+    names = (*(step.name for step in first), "normalize", "plan", "expand-streams", "outline-regions")
+    aliased = [other for name in names for other in (name, _ALIASES.get(name)) if other]
+    return ("trace", *aliased, *(step.name for step in last), "lower")
 
 
 def _without_verdicts(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:
@@ -235,17 +219,13 @@ def _choose(stage: str | None, known: tuple[str, ...]) -> tuple[str, str]:
                 f"stage {name!r} is unknown; {hint}known stages: {', '.join(known)}; two of them as capture..lower"
             )
     if not dots:
-        before, after = _predecessor(stage, known), stage
+        order = _STAGES if stage in _STAGES else known
+        before, after = order[max(0, order.index(stage) - 1)], stage
+        if stage == "lower" and "outline-regions" in known:  # like its own graph, with regions outlined
+            before = "outline-regions"
     if known.index(before) > known.index(after):
         raise OptionError(f"stage {before!r} does not come before {after!r}; the order is: {', '.join(known)}")
     return before, after
-
-
-def _predecessor(stage: str, known: tuple[str, ...]) -> str:
-    if stage == "lower" and "outline-regions" in known:  # like its own graph, with regions outlined
-        return "outline-regions"
-    order = _STAGES if stage in _STAGES else known
-    return order[max(0, order.index(stage) - 1)]
 
 
 def align(before: Sequence[NodeView], after: Sequence[NodeView]) -> tuple[Row, ...]:
@@ -302,8 +282,7 @@ def _ordered(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         previous.append(ends[length - 1] if length else -1)
         tails[length : length + 1] = [right]
         ends[length : length + 1] = [index]
-    chosen = []
-    index = ends[-1] if ends else -1
+    chosen, index = [], ends[-1] if ends else -1
     while index >= 0:
         chosen.append(pairs[index])
         index = previous[index]

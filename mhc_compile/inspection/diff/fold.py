@@ -23,11 +23,9 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 class Section:
     """Consecutive rows of one layer, or between layers, without inputs and parameters.
 
-    Attributes:
-        path: of the layer ("transformer.h.0"); the common path of rows that belong to no layer.
-        rows: in order.
-        like: path of an earlier layer that changes in the same way, or "".
-        others: paths of the layers that follow and are like the same one.
+    `path` is that of the layer ("transformer.h.0"), or common to rows that belong to none; `like`
+    is that of an earlier layer that changes in the same way, or ""; `others` are those of the
+    layers that follow and are like the same one.
     """
 
     path: str
@@ -43,12 +41,9 @@ class Section:
 
 @dataclass(frozen=True)
 class NewParameters:
-    """New parameters of hyper-connections whose paths differ in numbers only.
+    """New parameters of `count` hyper-connections whose paths differ in numbers only.
 
-    Attributes:
-        path: of the first hyper-connection.
-        count: of hyper-connections.
-        parts: name and value of each parameter: ("phi", "float32[256, 24]").
+    `path` is that of the first; `parts` are names and values: ("phi", "float32[256, 24]").
     """
 
     path: str

@@ -30,17 +30,13 @@ def render_page(diff: ModelDiff) -> str:
     """Return the text of the HTML file."""
     style = f"\n{_asset('page.css')}"
     script = f"\n(() => {{\n'use strict';\n{''.join(map(_asset, _SCRIPTS))}}})();\n"
-    policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    parts = {
-        "policy": policy,
-        "title": html.escape(f"{diff.model}: {diff.before} → {diff.after}"),
-        "style": style,
-        "data": _json(_data(diff)),
-        "script": script,
-    }
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style))
+    policy = "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; base-uri 'none'; "
+    title = html.escape(f"{diff.model}: {diff.before} → {diff.after}")
+    parts = {"policy": policy.format(*digests) + "form-action 'none'", "title": title, "style": style, "script": script}
+    # Text inside a script element; `json` escapes all but ASCII.
+    data = json.dumps(_data(diff), separators=(",", ":"))
+    parts["data"] = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     head, *rest = _asset("page.html").split("{{")
     page = [head]
     for piece in rest:  # one pass: braces in the data are not placeholders
@@ -51,17 +47,6 @@ def render_page(diff: ModelDiff) -> str:
 
 def _asset(name: str) -> str:
     return (files("mhc_compile.inspection.diff") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _source(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
-
-
-def _json(data: Any) -> str:
-    """Return JSON that stays text inside a script element; `json` escapes all but ASCII."""
-    text = json.dumps(data, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _data(diff: ModelDiff) -> dict[str, Any]:

@@ -22,14 +22,10 @@ __all__ = ["Lifted", "Note", "Part", "Picture", "Place", "Repeat", "Sketch", "Tr
 
 @dataclass(frozen=True)
 class Place:
-    """A site: a branch, and the add that becomes a hyper-connection.
+    """A site, with the class of the module that performs its adds.
 
-    Attributes:
-        path: of the hyper-connection.
-        label: the last parts of the branch's path: "h.0.attn".
-        kind: class of the module that performs the add.
-        adds: number of adds in the site.
-        holds: sites of other chains inside the branch; they are not drawn.
+    `label` is the end of the branch's path, "h.0.attn"; `holds` is the number of sites of other
+    chains inside the branch, which are not drawn.
     """
 
     path: str
@@ -72,24 +68,12 @@ Part = Place | Lifted | Repeat
 
 @dataclass(frozen=True)
 class Trunk:
-    """One chain.
-
-    Attributes:
-        width: C.
-        parts: in the order along the trunk.
-        arrives: its streams come from another graph.
-        departs: its streams continue in another graph.
-    """
+    """One chain of width C; its streams may arrive from another graph, or depart to one."""
 
     width: int
     parts: tuple[Part, ...]
     arrives: bool
     departs: bool
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The sites that are drawn."""
-        return tuple(part for part in self.parts if isinstance(part, Place))
 
     def ends(self, streams: int, *, after: bool) -> tuple[str, str]:
         """Return the texts at both ends of the trunk, before or after the rewrite."""
@@ -158,7 +142,13 @@ def sketch(diff: ModelDiff) -> Sketch:
 
 
 def _picture(graph: GraphDiff, pieces: bool) -> Picture:
-    rows = _rows(graph)
+    # The row of every site's add, or of the last node of the site.
+    rows = {
+        node.site: place
+        for place, row in enumerate(graph.rows)
+        for node in (row.before, row.after)
+        if node is not None and node.op == "call" and node.site
+    }
     holds: Counter[str] = Counter()
     outermost = []
     for chain in graph.chains:
@@ -167,29 +157,12 @@ def _picture(graph: GraphDiff, pieces: bool) -> Picture:
         if not around:
             outermost.append(chain)
     homes = {row.node.site: layer for layer in layers(graph.rows) for row in layer.rows}
-    trunks = tuple(
-        Trunk(
-            chain.width,
-            tuple(_folded(_parts(graph, chain, rows, holds), homes)),
-            chain.arrives,
-            chain.departs and pieces,
-        )
-        for chain in outermost
-    )
+    drawn = [(chain, tuple(_folded(_parts(graph, chain, rows, holds), homes))) for chain in outermost]
+    trunks = tuple(Trunk(chain.width, parts, chain.arrives, chain.departs and pieces) for chain, parts in drawn)
     reasons: dict[str, list[str]] = {}
     for rejection in graph.rejections:
         reasons.setdefault(rejection.reason, []).append(rejection.add)
     return Picture(graph.title, trunks, tuple(Note(reason, tuple(adds)) for reason, adds in reasons.items()))
-
-
-def _rows(graph: GraphDiff) -> dict[str, int]:
-    """Return the row of every site's add, or of the last node of the site."""
-    found: dict[str, int] = {}
-    for place, row in enumerate(graph.rows):
-        for node in (row.before, row.after):
-            if node is not None and node.op == "call" and node.site:
-                found[node.site] = place
-    return found
 
 
 def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> SiteReport | None:
@@ -202,14 +175,11 @@ def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> Sit
     start = -1
     for site in outer.sites:
         end = rows[site.path]
-        if all(start < rows[held.path] < end and _is_below(held.owner, site.owner) for held in inner.sites):
+        above = f"{site.owner}." if site.owner else ""
+        if all(start < rows[held.path] < end and held.owner and held.owner.startswith(above) for held in inner.sites):
             return site
         start = end
     return None
-
-
-def _is_below(path: str, above: str) -> bool:
-    return path != above and (not above or path.startswith(f"{above}."))
 
 
 def _parts(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.inspection.diff.fold import NewParameters
     from mhc_compile.inspection.diff.results import GraphDiff, NodeView
 
 __all__ = ["LOOK"]
@@ -71,7 +70,11 @@ def _headline(diff: ModelDiff) -> Text:
 def _graph(graph: GraphDiff, side_by_side: bool, every: bool) -> Iterator[RenderableType]:
     if parameters := new_parameters(graph.rows):
         yield Text()
-        yield from map(_parameters, parameters)
+    for new in parameters:
+        sign, style, _ = LOOK[Change.ADDED]
+        times = f"  × {new.count}" if new.count > 1 else ""
+        shapes = ", ".join(f"{name} {value}" for name, value in new.parts)
+        yield Text.assemble((f"  {sign} {new.path}{times}", style), (f"  {shapes}", "dim"))
     for section in [Section("", graph.rows)] if every else sections(graph.rows):
         if section.like:
             more = f" … {section.others[-1]} ({len(section.others) + 1} layers)" if section.others else ""
@@ -118,16 +121,14 @@ def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
     while place < len(rows):
         row, place = rows[place], place + 1
         parts = []
-        while place < len(rows) and _is_part(rows[place], row):
-            parts.append(rows[place].node.name)
+        whole = (Change.ADDED, "getitem", (row.node.name,))  # of an entry of the new tuple in this row
+        while row.change is Change.ADDED and place < len(rows):
+            part = rows[place]
+            if (part.change, part.node.target, part.node.reads) != whole:
+                break
+            parts.append(part.node.name)
             place += 1
         yield Row(row.change, None, replace(row.node, name=", ".join(parts))) if parts else row
-
-
-def _is_part(row: Row, whole: Row) -> bool:
-    """Whether both are new, and the row is an entry of the tuple that `whole` computes."""
-    added = (row.change, whole.change) == (Change.ADDED, Change.ADDED)
-    return added and (row.node.target, row.node.reads) == ("getitem", (whole.node.name,))
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:
@@ -167,13 +168,6 @@ def _folded(rows: Sequence[Row]) -> Text:
     listed = ", ".join(f"{name} × {count}" if count > 1 else name for name, count in counts.most_common(6))
     more = ", …" if len(counts) > 6 else ""
     return Text(f"⋯ {len(rows)} unchanged: {listed}{more}", style="dim")
-
-
-def _parameters(parameters: NewParameters) -> Text:
-    sign, style, _ = LOOK[Change.ADDED]
-    shapes = ", ".join(f"{name} {value}" for name, value in parameters.parts)
-    times = f"  × {parameters.count}" if parameters.count > 1 else ""
-    return Text.assemble((f"  {sign} {parameters.path}{times}", style), (f"  {shapes}", "dim"))
 
 
 def _columns(lines: Sequence[Row | tuple[Row, ...]]) -> Table:

@@ -29,13 +29,10 @@ _OURS = "mhc_"
 
 
 def view(graph: Graph, provenance: Provenance, plan: Plan | None = None, prefix: str = "") -> tuple[NodeView, ...]:
-    """Return the nodes of `graph`, in order.
+    """Return the nodes of `graph`, in order; it has example values, as every stage leaves it.
 
-    Args:
-        graph: with example values, as every stage of the rewrite leaves it.
-        provenance: of the graph, or of the one that it was made from.
-        plan: made on this graph or a copy of it; gives the roles of its adds.
-        prefix: path of the module that the graph belongs to, below the model.
+    Provenance and plan may be those of the graph that it was made from. `prefix` is the path of the
+    module that the graph belongs to.
     """
     return tuple(_Viewer(provenance, plan, prefix).graph(graph))
 
@@ -75,9 +72,12 @@ class _Viewer:
         template, reads = _template(node)
         stack = [ref for ref in self.provenance.stack(node) if ref.path] if node.op != "placeholder" else []
         role, site, reason = self.verdicts.get(node.name, self._ours(node))
+        op: Operation = "output" if node.op == "output" else "call"
+        if node.op in {"placeholder", "get_attr"}:
+            op = "parameter" if self._parameter(node) else "input"
         return NodeView(
             name=name,
-            op=self._operation(node),
+            op=op,
             target=_target(node),
             template=template,
             reads=tuple(self.names[operand] for operand in reads),
@@ -89,13 +89,6 @@ class _Viewer:
             site=site,
             reason=reason,
         )
-
-    def _operation(self, node: Node) -> Operation:
-        if node.op == "placeholder":
-            return "parameter" if self._parameter(node) else "input"
-        if node.op == "get_attr":
-            return "parameter"
-        return "output" if node.op == "output" else "call"
 
     def _ours(self, node: Node) -> tuple[Role, str, str]:
         """Return role and site of a node of the rewrite, by its parameters or coefficients."""
@@ -120,9 +113,7 @@ class _Viewer:
     def _parameter(self, node: Node) -> str:
         if node.op == "get_attr":
             return str(node.target)
-        if node.op != "placeholder":
-            return ""
-        return self.provenance.parameter_name(node) or ""
+        return (self.provenance.parameter_name(node) or "") if node.op == "placeholder" else ""
 
     def _name(self, node: Node) -> str:
         path = self._parameter(node)

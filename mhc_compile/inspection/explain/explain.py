@@ -20,23 +20,21 @@ from mhc_compile.passes.analysis.op_info import is_region, op_name, tensor_value
 from mhc_compile.passes.analysis.provenance import source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    import torch
     from torch import nn
     from torch.fx import Graph, GraphModule
 
-    from mhc_compile.compilation.session import GraphSession
-    from mhc_compile.passes import Chain, Plan, Rejection, Site
+    from mhc_compile.passes import Plan, Rejection, Site
+    from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["explain", "graph_report", "plan_reports", "rejection_report", "site_report"]
+    Modules = tuple[str, ...]
+
+__all__ = ["explain", "plan_graphs", "plan_reports", "rejection_report", "site_report"]
 
 
 def explain(
-    model: nn.Module | ExportedProgram,
-    *args: Any,
-    options: Mapping[str, Any] | Options | None = None,
-    **kwargs: Any,
+    model: nn.Module | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> Explanation:
     """Explain which additions of `model` are rewritten, which are skipped and why, and the cost.
 
@@ -54,79 +52,76 @@ def explain(
             of forward and backward.
     """
     parsed = Options.parse(options)
-    totals = _Totals(parsed)
+    graphs: list[GraphReport] = []
+    costs: dict[str, list[Cost]] = {}
+    plain, added, floor = Work(), Work(), Work()
+
+    def on_graph(captured: GraphModule, graph: Graph, plan: Plan, provenance: Provenance, modules: Modules) -> None:
+        nonlocal plain, added, floor
+        moved = traffic(graph, provenance.holds_weights)
+        for module in modules:
+            report = _graph_report(captured, graph, plan, module)
+            graphs.append(report)
+            plain += moved + Work(report.flops or 0)
+            for site in plan.sites:
+                value = tensor_value(site.add)
+                assert value is not None
+                path = below(module, site.path)
+                own = parsed.at(path)
+                costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), own))
+                lowered, least = site_work(site, own)
+                added, floor = added + lowered, floor + least
+            for chain in plan.chains:
+                if not chain.departures:
+                    end = below(module, f"{chain.sites[-1].path}.read_out")
+                    costs.setdefault(end, []).append(end_cost(chain.width, parsed))
+
+    target = plan_graphs(model, args, kwargs, parsed, on_graph)
+    return Explanation(
+        model=root_kind(target) if isinstance(target, ExportedProgram) else type(target).__name__,
+        options=parsed,
+        graphs=tuple(graphs),
+        # A layer that runs twice pays twice and has one set of parameters.
+        cost=sum((calls[0].times(len(calls)) for calls in costs.values()), Cost()),
+        parameters=sum(p.numel() for path, p in target.named_parameters() if ".mhc." not in f".{path}"),
+        plain=plain if all(graph.flops is not None for graph in graphs) else None,
+        added=added,
+        floor=floor,
+    )
+
+
+def plan_graphs(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: ResolvedOptions,
+    on_graph: Callable[[GraphModule, Graph, Plan, Provenance, Modules], None],
+) -> nn.Module | ExportedProgram:
+    """Call `on_graph` with every graph of a model or a program, and return it unwrapped.
+
+    Its arguments: the captured graph, the normalized one, the plan, and the paths of the modules
+    that run the graph.
+    """
     if isinstance(model, ExportedProgram):
-        found = plan_program(model, parsed)
-        graph, plan = found.graph, found.plan
-        provenance = ProgramProvenance(graph, model.graph_signature.input_specs)
-        report = _graph_report(model.graph_module, graph, plan, "")
-        totals.add(report, plan, traffic(graph, provenance.holds_weights))
-        return totals.explanation(root_kind(model), dict(model.named_parameters()))
+        found = plan_program(model, options)
+        provenance = ProgramProvenance(found.graph, model.graph_signature.input_specs)
+        on_graph(model.graph_module, found.graph, found.plan, provenance, ("",))
+        return model
     target = unwrap(model)
 
-    def on_graph(dry: DryGraph) -> None:
+    def on_dry_graph(dry: DryGraph) -> None:
         session = dry.session
-        moved = traffic(session.graph, session.provenance.holds_weights)
-        for module in dry.modules:
-            totals.add(graph_report(dry.captured, session, module), session.plan, moved)
+        on_graph(dry.captured, session.graph, session.plan, session.provenance, dry.modules)
 
-    dry_run(target, args, kwargs, parsed, on_graph)
-    return totals.explanation(type(target).__name__, dict(target.named_parameters()))
-
-
-class _Totals:
-    """Sums over the graphs of a model."""
-
-    def __init__(self, options: ResolvedOptions) -> None:
-        self.options = options
-        self.graphs: list[GraphReport] = []
-        self.costs: dict[str, list[Cost]] = {}
-        self.plain, self.added, self.floor = Work(), Work(), Work()
-
-    def add(self, report: GraphReport, plan: Plan, moved: Work) -> None:
-        """Add one graph, as one module runs it. `moved` is the traffic of the plain graph."""
-        self.graphs.append(report)
-        self.plain += moved + Work(report.flops or 0)
-        for site in plan.sites:
-            value = tensor_value(site.add)
-            assert value is not None
-            path = below(report.module, site.path)
-            options = self.options.at(path)
-            self.costs.setdefault(path, []).append(site_cost(site.width, value.element_size(), options))
-            added, floor = site_work(site, options)
-            self.added += added
-            self.floor += floor
-        for chain in plan.chains:
-            if not chain.departures:
-                end = below(report.module, f"{chain.sites[-1].path}.read_out")
-                self.costs.setdefault(end, []).append(end_cost(chain.width, self.options))
-
-    def explanation(self, name: str, parameters: Mapping[str, torch.Tensor]) -> Explanation:
-        """Return the sums for the model `name` with all its `parameters`."""
-        # A layer that runs twice pays twice and has one set of parameters.
-        total = sum((calls[0].times(len(calls)) for calls in self.costs.values()), Cost())
-        own = sum(p.numel() for path, p in parameters.items() if ".mhc." not in f".{path}")
-        known = all(graph.flops is not None for graph in self.graphs)
-        return Explanation(
-            model=name,
-            options=self.options,
-            graphs=tuple(self.graphs),
-            cost=total,
-            parameters=own,
-            plain=self.plain if known else None,
-            added=self.added,
-            floor=self.floor,
-        )
-
-
-def graph_report(captured: GraphModule, session: GraphSession, module: str) -> GraphReport:
-    """Return the report on a captured graph, as the module with the path `module` runs it."""
-    return _graph_report(captured, session.graph, session.plan, module)
+    dry_run(target, args, kwargs, options, on_dry_graph)
+    return target
 
 
 def _graph_report(captured: GraphModule, graph: Graph, plan: Plan, module: str) -> GraphReport:
+    """Return the report on a captured graph, as the module with the path `module` runs it."""
     chains, rejections = plan_reports(plan, module)
-    tokens = {_tokens(chain) for chain in plan.chains}
+    values = [(tensor_value(chain.start), chain.width) for chain in plan.chains]
+    tokens = {_torch.example_size(value.numel()) // width for value, width in values if value is not None}
     return GraphReport(
         module=module,
         nodes=len(captured.graph.nodes),
@@ -136,12 +131,6 @@ def _graph_report(captured: GraphModule, graph: Graph, plan: Plan, module: str) 
         tokens=tokens.pop() if len(tokens) == 1 else 0,
         flops=plain_flops(captured),
     )
-
-
-def _tokens(chain: Chain) -> int:
-    value = tensor_value(chain.start)
-    assert value is not None
-    return _torch.example_size(value.numel()) // chain.width
 
 
 def plan_reports(plan: Plan, module: str) -> tuple[tuple[ChainReport, ...], tuple[RejectionReport, ...]]:

@@ -7,16 +7,10 @@ import linecache
 import os
 from typing import TYPE_CHECKING, Any
 
-from torch.export import ExportedProgram
-
-from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.capture.shared_graphs import below
-from mhc_compile.compilation.dry_run import DryGraph, dry_run
 from mhc_compile.config.options import Options
 from mhc_compile.errors import UnknownAddError
-from mhc_compile.export.exported_program import plan_program
-from mhc_compile.export.program_parameters import ProgramProvenance
-from mhc_compile.inspection.explain.explain import rejection_report, site_report
+from mhc_compile.inspection.explain.explain import plan_graphs, rejection_report, site_report
 from mhc_compile.inspection.explain.results import AddExplanation, Operation, RejectionDetail, SiteDetail
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes.analysis.feature_axis import entry_axis
@@ -28,13 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
-    from torch.fx import Graph, Node
+    from torch.export import ExportedProgram
+    from torch.fx import Graph, GraphModule, Node
 
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Chain, Plan, Rejection, Site
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["DetailBuilder", "why"]
+__all__ = ["why"]
 
 
 def why(
@@ -67,19 +62,12 @@ def why(
     """
     parsed = Options.parse(options)
     search = _Search(node)
-    if isinstance(model, ExportedProgram):
-        found = plan_program(model, parsed)
-        graph, plan = found.graph, found.plan
-        provenance = ProgramProvenance(graph, model.graph_signature.input_specs)
-        search.add(DetailBuilder(graph, plan, provenance, parsed))
-        return search.result()
 
-    def on_graph(dry: DryGraph) -> None:
-        session = dry.session
-        for block, module in enumerate(dry.modules):
-            search.add(DetailBuilder(session.graph, session.plan, session.provenance, parsed, module, block))
+    def on_graph(_: GraphModule, graph: Graph, plan: Plan, provenance: Provenance, modules: tuple[str, ...]) -> None:
+        for block, module in enumerate(modules):
+            search.add(_DetailBuilder(graph, plan, provenance, parsed, module, block))
 
-    dry_run(unwrap(model), args, kwargs, parsed, on_graph)
+    plan_graphs(model, args, kwargs, parsed, on_graph)
     return search.result()
 
 
@@ -94,7 +82,7 @@ class _Search:
         self.of_branches: list[SiteDetail] = []
         self.known: dict[str, None] = {}
 
-    def add(self, builder: DetailBuilder) -> None:
+    def add(self, builder: _DetailBuilder) -> None:
         """Search the verdicts on one graph."""
         for site, detail in builder.sites():
             if self._names(detail, detail.owner, detail.path):
@@ -106,11 +94,7 @@ class _Search:
                 self.rejections.append(rejection)
 
     def result(self) -> AddExplanation:
-        """Return the verdicts that were found.
-
-        Raises:
-            UnknownAddError: there are none.
-        """
+        """Return the verdicts that were found; none is an UnknownAddError."""
         if self.sites or self.rejections:
             return AddExplanation(self.name, tuple(self.sites), tuple(self.rejections))
         if self.of_branches:
@@ -138,17 +122,11 @@ class _Search:
         return any(f"/{source}".endswith(f"/{file.removeprefix('./')}:{line}") for source in sources)
 
 
-class DetailBuilder:
-    """Details of the verdicts on one graph, as one module runs it.
+class _DetailBuilder:
+    """Details of the verdicts on one normalized graph, as the module at the path `module` runs it.
 
-    Args:
-        graph: the normalized graph.
-        plan: made on it.
-        provenance: of it.
-        options: of the backend.
-        module: path of the graph's root below the model.
-        block: number of equal blocks that run this graph before `module`. The rewrite numbers the
-            sites of all of them as one chain.
+    `block` is the number of equal blocks that run this graph before. The rewrite numbers the sites
+    of all of them as one chain.
     """
 
     def __init__(
@@ -157,8 +135,8 @@ class DetailBuilder:
         plan: Plan,
         provenance: Provenance,
         options: ResolvedOptions,
-        module: str = "",
-        block: int = 0,
+        module: str,
+        block: int,
     ) -> None:
         self.plan, self.provenance, self.options = plan, provenance, options
         self.module, self.block = module, block

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from glob import escape
@@ -19,11 +17,12 @@ from mhc_compile.attachment.model_tree import CONTAINER, connections, find_conne
 from mhc_compile.backend import mhc
 from mhc_compile.capture.tensor_tree import map_tensors
 from mhc_compile.capture.trace import Probe
-from mhc_compile.compilation.session import GraphSession, analyze_graph
+from mhc_compile.compilation.session import analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
 from mhc_compile.inspection.stream_stats.recorder import Recording, address, has_sites, recorder
 from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.inspection.verification.comparison import kept_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,10 +31,7 @@ __all__ = ["Meter", "fill_residual_logits", "first_batch", "inputs_of", "on_devi
 
 
 def stability(
-    model: nn.Module,
-    *inputs: Any,
-    options: Mapping[str, Any] | Options | None = None,
-    **kwargs: Any,
+    model: nn.Module, *inputs: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> Stability:
     """Run a model with hyper-connections once, without gradients, and measure them over depth.
 
@@ -72,13 +68,7 @@ def stability(
 class Meter:
     """Measures one model repeatedly, traced at the first call only; `close` drops the traces.
 
-    Args:
-        model: see `stability`.
-        options: see `stability`.
-
-    Raises:
-        AttachError: the model has no hyper-connections.
-        OptionError: the options are wrong.
+    See `stability` for the arguments and errors.
     """
 
     def __init__(self, model: nn.Module, *, options: Mapping[str, Any] | Options | None = None) -> None:
@@ -117,12 +107,8 @@ class Meter:
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self._check_attached(analyze_graph(graph_module, inputs, self._options))
-        return mhc(graph_module, inputs, options=self._options)
-
-    def _check_attached(self, found: GraphSession) -> None:
-        """Raise for a site without parameters, which the backend would attach to the model."""
-        for site in found.plan.sites:
+        found = analyze_graph(graph_module, inputs, self._options)
+        for site in found.plan.sites:  # one without parameters would be attached to the model
             owner = found.provenance.module(site.owner)
             if owner is not None and find_connection(owner, site) is None:
                 raise AttachError(
@@ -130,6 +116,7 @@ class Meter:
                     " mode, it runs residual adds that it did not run before. Call the compiled model so once, or"
                     " mhc_compile.attach(model, ...), and measure then"
                 )
+        return mhc(graph_module, inputs, options=self._options)
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002
         return recorder(graph_module, lambda: self._recording)
@@ -147,39 +134,24 @@ def _settings(model: nn.Module) -> ResolvedOptions:
         for path, one in found.items()
         if (one.mapping, one.token_dependent) != (first.mapping, first.token_dependent)
     }
-    return Options(
-        preset=first.preset,
-        streams=first.streams,
-        mapping=first.mapping,
-        token_dependent=first.token_dependent,
-        read_out=first.end,
-        single_pass=first.single_pass,
-        rank=first.rank,
-        init=first.init,
-        overrides=own,
-    ).resolved
+    names = ("preset", "streams", "mapping", "token_dependent", "single_pass", "rank", "init")
+    same = {name: getattr(first, name) for name in names}
+    return Options(**same, read_out=first.end, overrides=own).resolved
 
 
 @torch.no_grad()
-def fill_residual_logits(model: nn.Module, std: float, generator: torch.Generator | None = None) -> int:
+def fill_residual_logits(model: nn.Module, std: float) -> int:
     """Fill the static residual logits of every hyper-connection with N(0, std) noise, in place.
 
     What a mapping makes of random logits shows what it guarantees. With phi = 0, as initially, each
-    site's H_res is the same for all tokens.
-
-    Args:
-        model: with hyper-connections.
-        std: standard deviation of the logits.
-        generator: of the noise, on the CPU; torch's own if None.
-
-    Returns:
-        The number of logits: 0 for the mapping "identity", which has none.
+    site's H_res is the same for all tokens. Return the number of logits: 0 for the mapping
+    "identity", which has none.
     """
     count = 0
     for connection in connections(model).values():
         if "bias" in connection.names:
             logits = connection.bias[2 * connection.streams :]
-            logits.copy_(torch.randn(logits.shape, generator=generator) * std)
+            logits.copy_(torch.randn(logits.shape) * std)
             count += logits.numel()
     return count
 
@@ -220,14 +192,9 @@ def on_device(value: Any, device: torch.device) -> Any:
 def first_batch(loader: Any, size: int) -> Any:
     """Return the first examples of a loader's data set as a batch, without advancing the loader.
 
-    Iterating would start workers, draw random numbers, and begin an epoch in accelerate.
-
-    Args:
-        loader: a `torch.utils.data.DataLoader`, or a wrapper of one.
-        size: largest number of examples.
-
-    Raises:
-        MhcError: the data set has no length or no items, or the loader has no `collate_fn`.
+    Iterating would start workers, draw random numbers, and begin an epoch in accelerate. `loader`
+    is a `torch.utils.data.DataLoader`, or a wrapper of one. A data set without a length or items,
+    or a loader without a `collate_fn`, is an MhcError.
     """
     data: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
@@ -246,8 +213,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Gradients are disabled, so that parameters and their gradients do not change. Buffers that did
     not change are not written.
     """
-    numpy: Any = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, value, value.detach().clone() if value is not None else None)
@@ -256,7 +221,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({value.device.index for value in tensors if value.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with kept_random_state(devices), torch.no_grad():
         try:
             yield
         finally:
@@ -266,9 +231,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 _torch.set_buffer(module, name, value)
                 if value is not None and before is not None and not _same(value, before):
                     value.copy_(before)
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(arrays)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -70,7 +70,9 @@ def _chain(figure: Any, chain: ChainStability, title: str) -> None:
     signed = any(value < 0 for row in matrices for index in chosen for line in row[index] for value in line)
     for row, (kind, every) in enumerate(zip(("site", "composite"), matrices, strict=True)):
         for column, index in enumerate(chosen):
-            name = chain.sites[index].name if kind == "site" else _product(index)
+            name = chain.sites[index].name
+            if kind == "composite":
+                name = ("$H_1$", "$H_{2} H_1$")[index] if index < 2 else f"$H_{{{index + 1}}} \\cdots H_1$"
             image = _heat(axes[row][column], every[index], tops[row], signed=signed)
             axes[row][column].set_title(_short(name), fontsize=8.5)
         bar = maps.colorbar(image, ax=list(axes[row]), fraction=0.02, pad=0.01)
@@ -138,8 +140,11 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
     """Draw a matrix with its entries, its row sums at the right and its column sums below."""
-    n = len(matrix)
-    norm = _norm(top, signed=signed)
+    from matplotlib.colors import Normalize, SymLogNorm
+
+    # From 0, or −top, to top; logarithmic beyond 1 for large products.
+    n, low = len(matrix), -top if signed else 0.0
+    norm = SymLogNorm(1.0, vmin=low, vmax=top) if top > 10 else Normalize(low, top)
     image = axis.imshow(matrix, cmap="RdBu_r" if signed else "Blues", norm=norm)
     size = 7.5 if n <= 4 else 5.5
     for i, row in enumerate(matrix):
@@ -156,14 +161,6 @@ def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
     return image
 
 
-def _norm(top: float, *, signed: bool) -> Any:
-    """Return colours from 0, or −top, to top; logarithmic beyond 1 for large products."""
-    from matplotlib.colors import Normalize, SymLogNorm
-
-    low = -top if signed else 0.0
-    return SymLogNorm(1.0, vmin=low, vmax=top) if top > 10 else Normalize(low, top)
-
-
 def _largest(matrices: Sequence[Matrix], chosen: Sequence[int]) -> float:
     """Return the largest finite magnitude, at least 1."""
     every = (abs(value) for index in chosen for row in matrices[index] for value in row)
@@ -175,10 +172,6 @@ def _spread(count: int, wanted: int) -> list[int]:
     if count <= wanted:
         return list(range(count))
     return [round(number * (count - 1) / (wanted - 1)) for number in range(wanted)]
-
-
-def _product(index: int) -> str:
-    return "$H_1$" if index == 0 else f"$H_{{{index + 1}}} H_1$" if index == 1 else f"$H_{{{index + 1}}} \\cdots H_1$"
 
 
 def _short(name: str) -> str:

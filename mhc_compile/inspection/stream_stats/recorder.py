@@ -7,6 +7,7 @@ its hyper-connection, because equivalent blocks share one graph. All figures are
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,9 +49,8 @@ class _Pending(NamedTuple):
 class Recording:
     """The sites of one call of a model.
 
-    Args:
-        paths: of the hyper-connections, by the address of their second parameter (see `address`),
-            which is never empty.
+    `paths` are those of the hyper-connections, by the address of their second parameter, which is
+    never empty.
     """
 
     def __init__(self, paths: Mapping[int, str]) -> None:
@@ -97,7 +97,7 @@ class Recording:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a rewritten graph and passes its sites to a recording."""
+    """Runs a rewritten graph and passes its sites to the current `recording()`."""
 
     def __init__(self, graph_module: fx.GraphModule, recording: Callable[[], Recording]) -> None:
         flat = InlineRegions().apply(graph_module.graph)
@@ -184,16 +184,7 @@ class _Chain:
     _left: tuple[weakref.ref[Tensor], Geometry] | None = None
 
     def add(self, path: str, pre: Weights | None, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
-        """Add a site.
-
-        Args:
-            path: of its hyper-connection.
-            pre: read weights, reduced, if there are any.
-            post: [..., n].
-            res: [..., n, n], multiplied with the streams from the left.
-            streams: [..., n, C], before the site.
-            after: [..., n, C], after it.
-        """
+        """Add a site: post [..., n], res [..., n, n], streams [..., n, C] before and after it."""
         self.width = streams.shape[-1]
         n = res.shape[-1]
         kept = res.detach().reshape(-1, n, n).cpu()
@@ -204,6 +195,7 @@ class _Chain:
         self._matrices.append(kept)
         mean = matrices.mean(0)
         alone, composite = _amax(matrices), _amax(product)
+        left = self._left  # the geometry of streams that left the last site is known
         self.sites.append(
             SiteStability(
                 path=path,
@@ -223,7 +215,7 @@ class _Chain:
                 lowest=matrices.amin().item(),
                 pre=pre,
                 post=_weights(post),
-                entering=self._entering(streams),
+                entering=left[1] if left is not None and left[0]() is streams else geometry(streams),
             )
         )
         self._left = weakref.ref(after), geometry(after)
@@ -246,13 +238,6 @@ class _Chain:
             return product
         self.merged = True
         return product.mean(0, keepdim=True).expand(tokens, -1, -1)
-
-    def _entering(self, streams: Tensor) -> Geometry:
-        """Return the geometry of the streams, which is known if they left the last site."""
-        if self._left is not None and self._left[0]() is streams:
-            return self._left[1]
-        with torch.no_grad():
-            return geometry(streams)
 
 
 def _amax(matrices: Tensor) -> tuple[float, float]:
@@ -293,13 +278,11 @@ def geometry(streams: Tensor, chunk: int = _CHUNK) -> Geometry:
         trunk += mean.square().sum().item()
         grams.append((wide @ wide.mT).cpu())
     gram = torch.cat(grams)
-    distance = (deviation / trunk) ** 0.5 if trunk > 0 else (float("inf") if deviation > 0 else 0.0)
+    distance = (deviation / trunk) ** 0.5 if trunk > 0 else (math.inf if deviation > 0 else 0.0)
     if not bool(gram.isfinite().all()):
-        return Geometry(float("nan"), float("nan"), float("nan"))
+        return Geometry(math.nan, math.nan, math.nan)
     gram = gram[gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0]
-    if not len(gram):
-        return Geometry(1.0, 1.0, distance)
-    return Geometry(_similarity(gram), _rank(gram), distance)
+    return Geometry(_similarity(gram), _rank(gram), distance) if len(gram) else Geometry(1.0, 1.0, distance)
 
 
 def _similarity(gram: Tensor) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.reporting.base import Renderable
+from mhc_compile.reporting.base import Renderable, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -225,13 +225,13 @@ class Stability(Renderable):
         {schema, model, mode, dtype, chains: [{..., sites: [...]}], idle, summary, remarks}, with
         the fields of the classes.
         """
-        data: dict[str, Any] = _finite(asdict(self))
+        data = {"schema": "mhc-compile/stability/1", **asdict(self)}
         for chain, plain in zip(self.chains, data["chains"], strict=True):
-            plain["amax_forward"], plain["amax_backward"] = _finite([chain.amax_forward, chain.amax_backward])
+            plain |= {"amax_forward": chain.amax_forward, "amax_backward": chain.amax_backward}
             for site, row in zip(chain.sites, plain["sites"], strict=True):
                 row["name"] = site.name
-        more = {"summary": _finite(self.summary()), "remarks": list(self.remarks)}
-        return {"schema": "mhc-compile/stability/1"} | data | more
+        plain_data: dict[str, Any] = finite(data | {"summary": self.summary(), "remarks": self.remarks})
+        return plain_data
 
     def plot(self, path: str | Path) -> None:
         """Write a PNG: H_res and composites as heat maps; gains, similarity and rank over depth.
@@ -252,11 +252,3 @@ def _largest(values: Iterable[float]) -> float:
     """Return the maximum: NaN if any value is NaN, 1 if there is none."""
     known = list(values)
     return float("nan") if any(map(math.isnan, known)) else max(known, default=1.0)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

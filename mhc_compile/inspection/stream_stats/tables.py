@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.stream_stats.results import ChainStability, SiteStability, Weights
 
-__all__: list[str] = []
-
 #: Columns of a site: all; without single sites and weights; only the gains of the chain.
 _DETAILS = (2, 1, 0)
 
@@ -33,9 +31,12 @@ _LEGEND = (
 @render.register(Stability)
 def _stability(result: Stability) -> RenderableType:
     """Render every chain, the legend of the columns, and the remarks."""
-    parts: list[RenderableType] = [_headline(result)]
-    for number, chain in enumerate(result.chains):
-        parts += [Text(), _chain_line(chain, number, len(result.chains)), _Sites(chain)]
+    count = len(result.chains)
+    chains = f"{len(result.sites)} sites in {count} chain{'s'[: count != 1]}"
+    conditions = f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {chains}"
+    parts: list[RenderableType] = [Text.assemble((f"{result.model}: residual mixing over depth", "bold"), conditions)]
+    for number, chain in enumerate(result.chains, start=1):
+        parts += [Text(), _chain_line(chain, f"chain {number}: " if count > 1 else ""), _Sites(chain)]
     parts += [Text(), Text(_LEGEND, style="dim")]
     if result.remarks:
         parts.append(Text())
@@ -55,16 +56,10 @@ class _Sites:
         yield next((one for one in tables if Measurement.get(console, boundless, one).maximum <= room), tables[-1])
 
 
-def _headline(result: Stability) -> Text:
-    chains = f"{len(result.chains)} chain{'s'[: len(result.chains) != 1]}"
-    conditions = f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {len(result.sites)} sites in {chains}"
-    return Text.assemble((f"{result.model}: residual mixing over depth", "bold"), conditions)
-
-
-def _chain_line(chain: ChainStability, number: int, count: int) -> Text:
+def _chain_line(chain: ChainStability, name: str) -> Text:
     leaving = chain.leaving
     return Text.assemble(
-        (f"chain {number + 1}: " if count > 1 else "", "cyan"),
+        (name, "cyan"),
         f"{len(chain.sites)} sites, {chain.streams} streams of {chain.width}, {chain.sites[0].tokens} tokens; largest gain ",
         (f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", "bold"),
         f"; streams leave with cosine {_cosine(leaving.similarity)}, rank {leaving.effective_rank:.2f}",
@@ -86,19 +81,14 @@ def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:
     entering = site.entering
     places = [("cos", _cosine(entering.similarity)), ("rank", f"{entering.effective_rank:.2f}")]
     if detail == 0:
-        gains = [("so far ↑", site.composite_forward), ("to the end ↓", site.remainder_backward)]
-        return [*_gains(gains), *places]
-    gains = [("so far ↑", site.composite_forward), ("↓", site.composite_backward)]
-    gains += [("to the end ↑", site.remainder_forward), ("↓", site.remainder_backward)]
+        return [("so far ↑", _gain(site.composite_forward)), ("to the end ↓", _gain(site.remainder_backward)), *places]
+    gains = [("so far ↑", _gain(site.composite_forward)), ("↓", _gain(site.composite_backward))]
+    gains += [("to the end ↑", _gain(site.remainder_forward)), ("↓", _gain(site.remainder_backward))]
     if detail == 1:
-        return [*_gains(gains), ("off", _error(max(site.row_error, site.column_error))), *places]
-    gains += [("site ↑", site.forward), ("↓", site.backward)]
+        return [*gains, ("off", _error(max(site.row_error, site.column_error))), *places]
+    gains += [("site ↑", _gain(site.forward)), ("↓", _gain(site.backward))]
     errors = [("off ↑", _error(site.row_error)), ("↓", _error(site.column_error))]
-    return [*_gains(gains), *errors, *places, ("pre", _means(site.pre)), ("post", _means(site.post))]
-
-
-def _gains(gains: list[tuple[str, float]]) -> list[tuple[str, str]]:
-    return [(name, _gain(value)) for name, value in gains]
+    return [*gains, *errors, *places, ("pre", _means(site.pre)), ("post", _means(site.post))]
 
 
 def _gain(value: float) -> str:
@@ -114,6 +104,4 @@ def _error(value: float) -> str:
 
 
 def _means(weights: Weights | None) -> str:
-    if weights is None:
-        return ""
-    return " ".join(f"{value:.2f}".removeprefix("0") for value in weights.mean)
+    return " ".join(f"{value:.2f}".removeprefix("0") for value in weights.mean) if weights is not None else ""

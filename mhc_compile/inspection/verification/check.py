@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
+from mhc_compile.capture.tensor_tree import cast, fresh, map_tensors, tensors
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError, warn
 from mhc_compile.inspection.verification.comparison import (
     TOLERANCES,
     RunRecord,
     differences,
+    kept_random_state,
     live_sites,
     randomize,
     record_run,
-    seeded,
+    set_seed,
 )
 from mhc_compile.inspection.verification.results import CheckResult, Difference, OtherBatch, Seconds
 from mhc_compile.inspection.verification.runners import Run, runner_of
@@ -103,21 +104,17 @@ def check(
             )
         if not args and not kwargs and model.example_inputs is not None:
             args, kwargs = model.example_inputs
-    with seeded(seed), _torch.numpy_draws_as_in_eager(), warnings.catch_warnings(record=True) as caught:
+    with kept_random_state(), _torch.numpy_draws_as_in_eager(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        set_seed(seed)
         if wanted is not None and isinstance(model, nn.Module):
             model, args, kwargs = deepcopy(model).to(wanted), cast(tuple(args), wanted), cast(dict(kwargs), wanted)
-        comparison = _Comparison(model, tuple(args), dict(kwargs), _repeatable(Options.parse(options)), seed, tolerance)
-        result = comparison.run()
+        parsed = Options.parse(options)
+        if parsed.inner_backend == "inductor":  # with the random numbers of eager mode
+            parsed = replace(parsed, inductor={"fallback_random": True, **parsed.inductor})
+        result = _Comparison(model, (tuple(args), dict(kwargs)), parsed, seed, tolerance).run()
     messages = dict.fromkeys(str(entry.message) for entry in caught if isinstance(entry.message, MhcWarning))
     return replace(result, warnings=tuple(messages))
-
-
-def _repeatable(options: ResolvedOptions) -> ResolvedOptions:
-    """Return options with which Inductor draws the random numbers of eager mode."""
-    if options.inner_backend != "inductor":
-        return options
-    return replace(options, inductor={"fallback_random": True, **options.inductor})
 
 
 def _preserving(options: ResolvedOptions) -> ResolvedOptions:
@@ -136,18 +133,15 @@ class _Comparison:
     def __init__(
         self,
         model: nn.Module | ExportedProgram,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
         options: ResolvedOptions,
         seed: int,
         tolerance: float | None,
     ) -> None:
         self.runner = runner_of(model, options)
         self.mode = ("train" if model.training else "eval") if isinstance(model, nn.Module) else "exported"
-        self.inputs, self.options, self.seed = (args, kwargs), options, seed
-        self.strict = tolerance is not None
-        default = TOLERANCES.get(self.runner.dtype, TOLERANCES[torch.float32])
-        self.tolerance = default if tolerance is None else tolerance
+        self.inputs, self.options, self.seed, self.strict = inputs, options, seed, tolerance is not None
+        self.tolerance = tolerance or TOLERANCES.get(self.runner.dtype, TOLERANCES[torch.float32])
         self.differentiable = True
         self.wider = ""
 
@@ -159,29 +153,29 @@ class _Comparison:
             planned = None
             warn(f"no dry run, so that the number of sites is not known: {error}")
         run = self.runner.rewritten(_preserving(self.options))
-        buffers = _Buffers(run.module)
+        restore = _saved_buffers(run.module)
         started = time.perf_counter()
         got = self._compiled(run)
         first = time.perf_counter() - started
         if run.graphs > 1:  # both halves of a branch that a graph break splits work from the second call on
-            buffers.restore()
+            restore()
             got = self._compiled(run)
         compared = self._differences(got, want, self.runner.plain, self.inputs)
         graphs = run.graphs
         for _ in range(_FURTHER_CALLS):
-            buffers.restore()
+            restore()
             started = time.perf_counter()
             self._compiled(run)
             compiled_seconds = time.perf_counter() - started
         recompiles = run.graphs - graphs
         sites = len(run.connections())
-        other_batch, further = self._other_batch(run, buffers)
-        live, live_tensors = self._live(run, buffers) if sites else (set(), [])
+        other_batch, further = self._other_batch(run, restore)
+        live, live_tensors = self._live(run, restore) if sites else (set(), [])
         inner = self.options.inner_backend
         return CheckResult(
             model=self.runner.name,
             mode=self.mode,
-            dtype=_name(self.runner.dtype),
+            dtype=str(self.runner.dtype).removeprefix("torch."),
             inner_backend=inner if isinstance(inner, str) else getattr(inner, "__name__", "callable"),
             seed=self.seed,
             tolerance=self.tolerance,
@@ -246,10 +240,10 @@ class _Comparison:
         except Exception:  # any model code; a dtype may be written into the model
             log.debug("%s does not run in %s", self.runner.name, wider, exc_info=True)
             return found
-        self.wider = _name(wider)
+        self.wider = str(wider).removeprefix("torch.")
         return list(differences(got, want, self.tolerance, exact=exact, dtype=self.runner.dtype, prefix=prefix))
 
-    def _other_batch(self, run: Run, buffers: _Buffers) -> tuple[OtherBatch | None, list[Difference]]:
+    def _other_batch(self, run: Run, restore: Callable[[], None]) -> tuple[OtherBatch | None, list[Difference]]:
         doubled = _doubled(self.inputs)
         if doubled is None:
             return None, []
@@ -260,33 +254,33 @@ class _Comparison:
             log.debug("%s does not run with a batch of %d", self.runner.name, size, exc_info=True)
             return None, []
         before = run.graphs
-        buffers.restore()
+        restore()
         got = self._compiled(run, inputs)
         found = self._differences(got, want, self.runner.plain, inputs, f"batch {size}: ")
         return OtherBatch(size, run.graphs - before), found
 
-    def _live(self, run: Run, buffers: _Buffers) -> tuple[set[str], list[Difference]]:
+    def _live(self, run: Run, restore: Callable[[], None]) -> tuple[set[str], list[Difference]]:
         """Return the sites that take part, and the comparison with another compiler."""
         if self.runner.attached:
             run = self.runner.rewritten(self.options, own=True)
-            buffers = _Buffers(run.module)
+            restore = _saved_buffers(run.module)
             self._compiled(run)
         else:
-            randomize([*run.connections().values(), *run.read_outs().values()], self.seed)
-        buffers.restore()
+            randomize([*run.connections().values(), *run.connections(read_outs=True).values()], self.seed)
+        restore()
         other = self.runner.other(run, self.options)
         got, want = self._settled(run), self._settled(other)
 
         def wide(dtype: torch.dtype) -> Run:
-            buffers.restore()
+            restore()
             copied = self.runner.other(run, self.options, dtype)
-            start = _Buffers(copied.module)
+            restore_copied = _saved_buffers(copied.module)
             self._record(copied, cast(self.inputs, dtype))
-            start.restore()
+            restore_copied()
             return copied
 
         def outputs() -> dict[str, Tensor]:
-            buffers.restore()
+            restore()
             return self._compiled(run).outputs
 
         compared = self._differences(got, want, wide, self.inputs, "live: ")
@@ -294,25 +288,23 @@ class _Comparison:
 
     def _settled(self, run: Run) -> RunRecord:
         """Return the record of the second call, in which both halves of split branches work."""
-        buffers = _Buffers(run.module)
+        restore = _saved_buffers(run.module)
         self._compiled(run)
-        buffers.restore()
+        restore()
         return self._compiled(run)
 
 
-class _Buffers:
-    """A copy of the buffers of a module, to be restored before another call."""
+def _saved_buffers(module: nn.Module) -> Callable[[], None]:
+    """Return a function that restores the present values of the buffers, before another call."""
+    saved = {name: fresh(value) for name, value in module.named_buffers()}
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = {name: value.detach().clone() for name, value in module.named_buffers()}
-
-    def restore(self) -> None:
-        """Write the values into the module's buffers."""
+    def restore() -> None:
         with torch.no_grad():
-            for name, value in self._module.named_buffers():
-                if name in self._values and value.shape == self._values[name].shape:
-                    value.copy_(self._values[name])
+            for name, value in module.named_buffers():
+                if name in saved and value.shape == saved[name].shape:
+                    value.copy_(saved[name])
+
+    return restore
 
 
 def _doubled(inputs: Any) -> tuple[int, Any] | None:
@@ -326,7 +318,3 @@ def _doubled(inputs: Any) -> tuple[int, Any] | None:
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -18,7 +18,10 @@ from mhc_compile.inspection.verification.results import Difference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["FLOOR", "TOLERANCES", "RunRecord", "compare", "differences", "live_sites", "randomize", "record_run"]
+__all__ = [
+    "FLOOR", "TOLERANCES", "RunRecord", "compare", "differences", "kept_random_state", "live_sites", "randomize",
+    "record_run", "set_seed",
+]  # fmt: skip
 
 #: Gradients and buffers count as at least this share of the largest one. Some are zero in exact
 #: arithmetic (the bias of k in attention): rounding noise must not be compared with rounding noise.
@@ -37,16 +40,10 @@ _FOREIGN = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Tensors of one forward and backward pass, by name: detached copies.
+    """Tensors of one forward and backward pass: detached copies by name (`output.logits`) or path.
 
-    Attributes:
-        outputs: `output`, `output.logits`, `output.0`, of any dtype.
-        inputs: floating-point inputs after the call: `input.0.0`, `input.1.mask`.
-        buffers: floating-point buffers after the call, by path.
-        gradients: of parameters that have one, by path.
-        input_gradients: of inputs that have one.
-        parameters: paths of all parameters.
-        written: inputs that the call changed.
+    Inputs and buffers are the floating-point ones after the call. `parameters` are the paths of all
+    parameters, `written` the inputs that the call changed.
     """
 
     outputs: dict[str, Tensor]
@@ -69,16 +66,9 @@ def record_run(
 ) -> RunRecord:
     """Call `call` with copies of the inputs, and differentiate a weighted sum of all outputs.
 
-    Earlier gradients of `model` are dropped, and the random state of the caller advances.
-
-    Args:
-        call: the model, or a compiled version of it.
-        model: owner of the parameters and buffers.
-        args: inputs.
-        kwargs: inputs by name.
-        differentiable_inputs: record gradients of floating-point inputs. Impossible for models that
-            write into them.
-        seed: of the random numbers of torch, Python and NumPy.
+    `call` is `model` or a compiled version of it. Earlier gradients of `model` are dropped, and the
+    random state of the caller advances. With `differentiable_inputs`, impossible for models that
+    write into their inputs, gradients of floating-point inputs are recorded too.
     """
     model.zero_grad(set_to_none=True)
     args, kwargs = map_tensors(args, fresh), map_tensors(kwargs, fresh)
@@ -87,7 +77,7 @@ def record_run(
     if differentiable_inputs:
         for value in inputs.values():
             value.requires_grad_()
-    _seed(seed)
+    set_seed(seed)
     outputs = dict(tensors(call(*args, **kwargs), "output"))
     loss = sum((_weigh(value) for value in outputs.values() if value.requires_grad), torch.zeros(()))
     if loss.requires_grad:
@@ -104,13 +94,12 @@ def record_run(
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, Python and NumPy inside the context, and restore their states afterwards."""
+def kept_random_state(devices: Iterable[int] | None = None) -> Iterator[None]:
+    """Restore the random state of torch (on CUDA `devices`, by default all), Python and NumPy."""
     numpy: Any = sys.modules.get("numpy")
     python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices):
         try:
-            _seed(seed)
             yield
         finally:
             random.setstate(python)
@@ -118,7 +107,8 @@ def seeded(seed: int) -> Iterator[None]:
                 numpy.random.set_state(arrays)
 
 
-def _seed(seed: int) -> None:
+def set_seed(seed: int) -> None:
+    """Seed torch, Python and NumPy."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
@@ -146,15 +136,8 @@ def differences(
 ) -> Iterator[Difference]:
     """Yield the difference of every tensor of `want` and its counterpart in `got`.
 
-    Parameters and buffers that only `got` has belong to the rewrite and are omitted.
-
-    Args:
-        got: of the rewritten model.
-        want: of the plain one.
-        tolerance: see `compare`.
-        exact: of the plain model in a wider dtype.
-        dtype: see `compare`.
-        prefix: of the names of the groups.
+    Parameters and buffers that only `got` has belong to the rewrite and are omitted. `prefix` is
+    that of the names of the groups; see `compare` for the rest.
     """
     for group, field, share in (
         ("outputs", "outputs", 0.0),
@@ -183,16 +166,11 @@ def compare(
     exact: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Difference]:
-    """Yield the differences of one group of tensors.
+    """Yield the differences of one group of tensors of the rewritten model from the plain one's.
 
-    Args:
-        got: tensors of the rewritten model.
-        want: those of the plain one.
-        tolerance: largest relative error.
-        group: name of the group.
-        share: magnitudes count as at least this share of the largest of all in `want`.
-        exact: those of the plain model in a wider dtype, which show the rounding of `want`.
-        dtype: of the model; single tensors may have others.
+    Magnitudes count as at least `share` of the largest in `want`. `exact` are the tensors of the
+    plain model in a wider dtype, which show the rounding of `want`. `dtype` is that of the model;
+    single tensors may have others.
     """
     largest = max((_magnitude(value) for value in want.values()), default=0.0) if share else 0.0
     floor, noise = share * largest, min(tolerance, _NOISE) * largest
@@ -283,12 +261,10 @@ def live_sites(
 ) -> set[str]:
     """Return the hyper-connections that have a gradient, or that change an output when they change.
 
-    Args:
-        connections: parameters by path.
-        gradients: of all parameters, by name.
-        outputs: runs the model.
+    `connections` are parameters by path, `gradients` by name; `outputs` runs the model.
     """
-    live = {path for path in connections if any(_moved(gradients.get(f"{path}.{part}")) for part in ("phi", "bias"))}
+    moved = {name for name, value in gradients.items() if value.isfinite().all() and value.any()}
+    live = {path for path in connections if not moved.isdisjoint((f"{path}.phi", f"{path}.bias"))}
     rest = [path for path in connections if path not in live]
     before = outputs() if rest else {}
     for path in rest:
@@ -302,7 +278,3 @@ def live_sites(
         with torch.no_grad():
             bias.copy_(old)
     return live
-
-
-def _moved(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.abs().max() > 0)

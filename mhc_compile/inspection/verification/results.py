@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mhc_compile.reporting.base import Renderable
+from mhc_compile.reporting.base import Renderable, finite
 
 __all__ = ["CheckResult", "Difference", "GroupSummary", "OtherBatch", "Seconds"]
 
@@ -51,8 +51,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that are not finite are None."""
-        numbers = {name: _finite(getattr(self, name)) for name in ("magnitude", "absolute", "relative", "allowed")}
-        return asdict(self) | {"shape": list(self.shape)} | numbers | {"ok": self.ok}
+        return {**finite(asdict(self)), "ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,13 @@ class CheckResult(Renderable):
             )
         elif self.sites != self.planned:
             found.append(f"{self.planned} sites were planned, and the compiled model has {self.sites}")
-        found += [_sentence(group) for group in self.groups if group.ok < group.count]
+        for group in self.groups:
+            worst, bad = group.worst, group.count - group.ok
+            error = f"{worst.relative:.1e}, allowed {worst.allowed:.0e}"
+            if worst.relative == float("inf"):
+                error = "missing, not finite, or of another shape or dtype"
+            if bad:
+                found.append(f"{group.group}: {bad} of {group.count} deviate, worst {worst.name} ({error})")
         if self.live < self.sites:
             found.append(
                 f"{self.sites - self.live} of {self.sites} sites are not live: neither gradients nor outputs depend on"
@@ -163,27 +168,12 @@ class CheckResult(Renderable):
         grouped: dict[str, list[Difference]] = {}
         for one in self.tensors:
             grouped.setdefault(one.group, []).append(one)
+        worst = {name: max(all_, key=lambda one: (not one.ok, one.relative)) for name, all_ in grouped.items()}
         return tuple(
-            GroupSummary(
-                name, len(all_), sum(one.ok for one in all_), max(all_, key=lambda one: (not one.ok, one.relative))
-            )
-            for name, all_ in grouped.items()
+            GroupSummary(name, len(all_), sum(one.ok for one in all_), worst[name]) for name, all_ in grouped.items()
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; errors that are not finite are None."""
-        tensors = [one.to_dict() for one in self.tensors]
-        data = asdict(self) | {"tensors": tensors, "warnings": list(self.warnings)}
-        return {"ok": self.ok, "findings": list(self.findings)} | data
-
-
-def _sentence(group: GroupSummary) -> str:
-    worst, bad = group.worst, group.count - group.ok
-    error = f"{worst.relative:.1e}, allowed {worst.allowed:.0e}"
-    if worst.relative == float("inf"):
-        error = "missing, not finite, or of another shape or dtype"
-    return f"{group.group}: {bad} of {group.count} deviate, worst {worst.name} ({error})"
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) != float("inf") and value == value else None
+        more = {"tensors": [one.to_dict() for one in self.tensors]}
+        return {"ok": self.ok, "findings": list(self.findings), **finite(asdict(self)), **more}

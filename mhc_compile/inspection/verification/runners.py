@@ -28,29 +28,17 @@ __all__ = ["Run", "Runner", "runner_of"]
 
 @dataclass
 class Run:
-    """One form of the model, a copy.
-
-    Attributes:
-        call: the callable.
-        module: owner of the parameters, gradients and buffers.
-        graphs: number of graphs compiled for it so far.
-    """
+    """A callable form of a copy of the model, with the number of graphs compiled for it so far."""
 
     call: Callable[..., Any]
     module: nn.Module
     graphs: int = 0
 
-    def connections(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """Return phi, bias and scale of each hyper-connection, by path."""
-        return self._parts("phi", "")
-
-    def read_outs(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """Return weight, bias and scale of each learned read-out, by path."""
-        return self._parts("weight", ".read_out")
-
-    def _parts(self, first: str, end: str) -> dict[str, tuple[nn.Parameter, ...]]:
+    def connections(self, *, read_outs: bool = False) -> dict[str, tuple[nn.Parameter, ...]]:
+        """Return phi (of learned read-outs, weight), bias and scale of each one, by path."""
         found = dict(self.module.named_parameters())
-        paths = (name.removesuffix(f".{first}") for name in found if name.endswith(f"{end}.{first}"))
+        first, end = ("weight", ".read_out.weight") if read_outs else ("phi", ".phi")
+        paths = (name.removesuffix(f".{first}") for name in found if name.endswith(end))
         names = {path: [f"{path}.{part}" for part in (first, "bias", "scale")] for path in paths}
         return {
             path: tuple(found[name] for name in parts)
@@ -62,10 +50,8 @@ class Run:
 class _Module:
     """A module, compiled by `torch.compile(model, backend="mhc")`.
 
-    Attributes:
-        name: class of the model.
-        dtype: the narrowest dtype of its floating-point parameters, which bounds the accuracy.
-        attached: it has hyper-connections already.
+    `dtype` is the narrowest of its parameters, which bounds the accuracy; `attached` says whether
+    it has hyper-connections already.
     """
 
     def __init__(self, model: nn.Module, options: ResolvedOptions) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -16,35 +16,25 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.verification.results import Difference
 
-__all__: list[str] = []
-
 _WORST = 8
 
 
 @render.register(CheckResult)
 def _result(result: CheckResult, *, every: bool = False) -> RenderableType:
     """Render the result, with the worst tensors or with `every` one; the verdict comes last."""
-    parts: list[RenderableType] = [_headline(result), Text(), _groups(result)]
+    conditions = f", {result.mode}, {result.dtype}, {result.inner_backend}, seed {result.seed}"
+    headline = Text.assemble((f"{result.model}: plain and rewritten", "bold"), conditions)
+    groups = _table(None, "compared", "ok>", "worst>", "of")
+    for group in result.groups:
+        worst, counts = group.worst, f"{group.ok}/{group.count}"
+        groups.add_row(group.group, counts, _number(worst), worst.name, style="" if worst.ok else "red")
+    parts: list[RenderableType] = [headline, Text(), groups]
     shown = _chosen(result, every)
     if shown:
         parts += [Text(), _tensors(shown, "Tensors" if every else "Largest errors")]
     parts += [Text(), _facts(result)]
     parts += [Text(f"warning: {message}", style="yellow") for message in result.warnings]
     return Group(*parts, Text(), _verdict(result))
-
-
-def _headline(result: CheckResult) -> Text:
-    conditions = f", {result.mode}, {result.dtype}, {result.inner_backend}, seed {result.seed}"
-    return Text.assemble((f"{result.model}: plain and rewritten", "bold"), conditions)
-
-
-def _groups(result: CheckResult) -> Table:
-    table = _table(None, "compared", "ok>", "worst>", "of")
-    for group in result.groups:
-        worst = group.worst
-        counts = f"{group.ok}/{group.count}"
-        table.add_row(group.group, counts, _number(worst), worst.name, style=_style(worst))
-    return table
 
 
 def _tensors(shown: list[Difference], title: str) -> Table:
@@ -58,7 +48,7 @@ def _tensors(shown: list[Difference], title: str) -> Table:
             f"{one.absolute:.1e}" if one.absolute != float("inf") else "",
             _number(one),
             "DIFFERS" if not one.ok else "rounding" if one.excused else "noise" if one.floored else "",
-            style=_style(one),
+            style="" if one.ok else "red",
         )
     return table
 
@@ -107,23 +97,13 @@ def _verdict(result: CheckResult) -> Text:
 
 def _table(title: str | None, *columns: str) -> Table:
     """Return an empty table. Columns that end with > are right-aligned; the last may be folded."""
-    table = Table(
-        title=title, title_justify="left", title_style="cyan", box=None, padding=(0, 1, 0, 0), header_style="dim"
-    )
+    looks: Any = {"title_justify": "left", "title_style": "cyan", "header_style": "dim"}
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), **looks)
     for name in columns:
-        folded = name in {"tensor", "of"}
-        table.add_column(
-            name.rstrip(">"),
-            justify="right" if name.endswith(">") else "left",
-            no_wrap=not folded,
-            overflow="fold" if folded else "ellipsis",
-        )
+        wrap: Any = {"overflow": "fold"} if name in {"tensor", "of"} else {"no_wrap": True}
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", **wrap)
     return table
 
 
 def _number(one: Difference) -> str:
     return f"{one.relative:.1e}" if one.relative != float("inf") else "missing"
-
-
-def _style(one: Difference) -> str:
-    return "" if one.ok else "red"

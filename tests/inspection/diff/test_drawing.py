@@ -79,7 +79,7 @@ def test_the_svg_has_a_box_for_each_site_on_either_side_and_a_line_for_each_stre
     kinds = Counter(element.get("class") for element in root.iter())
     drawn = sketch(made())
     trunks = [trunk for picture in drawn.pictures for trunk in picture.trunks]
-    assert kinds["site"] == kinds["box"] == 2 * sum(len(trunk.places) for trunk in trunks)
+    assert kinds["site"] == kinds["box"] == 2 * sum(isinstance(part, Place) for trunk in trunks for part in trunk.parts)
     assert kinds["add"] == kinds["update"] == kinds["site"] // 2
     assert kinds["trunk"] == len(trunks)
     assert kinds["stream"] == len(trunks) * drawn.streams

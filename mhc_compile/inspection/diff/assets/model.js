@@ -7,6 +7,7 @@ const signs = new Map(data.legend.map(entry => [entry.change, entry.sign]));
 const streams = data.options.streams;
 /** The node of a row after the change; of a removed one, before it. */
 const nodeOf = row => row.after || row.before;
+const isCall = row => nodeOf(row).op === 'call';
 
 /** One graph: its rows with their nodes, and the users of each node. */
 class Model {
@@ -46,7 +47,7 @@ class Model {
 
   /** The rows of calls that belong to the sites of `paths`. */
   calls(paths) {
-    return this.rows.filter(row => this.isCall(row) && this.sides(row).some(side => paths.has(row[side].site)));
+    return this.rows.filter(row => isCall(row) && this.sides(row).some(side => paths.has(row[side].site)));
   }
 
   /** The rows where the streams of a chain begin and end. */
@@ -70,18 +71,11 @@ class Model {
     return {first, last};
   }
 
-  isCall(row) {
-    return nodeOf(row).op === 'call';
-  }
-
   /** "" off the trunk, else the part of a span that the row is. */
   lane(place) {
-    for (const {first, last} of this.spans) {
-      if (place === first) return 'first';
-      if (place === last) return 'last';
-      if (place > first && place < last) return 'middle';
-    }
-    return '';
+    const span = this.spans.find(({first, last}) => place >= first && place <= last);
+    if (!span) return '';
+    return place === span.first ? 'first' : place === span.last ? 'last' : 'middle';
   }
 
   isSite(row) {

@@ -97,7 +97,7 @@ function search(text, jump = true) {
   for (const marked of $('rows').querySelectorAll('.hit')) marked.classList.remove('hit');
   // Calls first: parameters contain the names of all modules.
   const found = query ? state.model.rows.filter(row => state.model.texts[row.place].includes(query)) : [];
-  state.hits = [...found.filter(row => state.model.isCall(row)), ...found.filter(row => !state.model.isCall(row))];
+  state.hits = [...found.filter(isCall), ...found.filter(row => !isCall(row))];
   state.hit = -1;
   for (const row of state.hits) state.view.stand(row.place).classList.add('hit');
   for (const button of $('sites').querySelectorAll('li button')) {
@@ -121,7 +121,7 @@ function countHits(query) {
 }
 
 function move(step) {
-  const rows = state.view.visible();
+  const rows = [...$('rows').querySelectorAll('.row')].filter(row => row.offsetParent !== null); // the visible ones
   const at = state.selected ? rows.indexOf(state.view.elements[state.selected.row.place]) : step > 0 ? -1 : rows.length;
   const next = rows[Math.max(0, Math.min(rows.length - 1, at + step))];
   if (next) select(state.model.rows[next.dataset.place], state.selected ? state.selected.side : 'after');

@@ -17,6 +17,7 @@ class Group {
     this.body.hidden = true;
     this.box = element('div', `group depth${depth}`, [this.head, this.body], {role: 'rowgroup'});
     for (const place of members) view.owners[place] = this;
+    view.groups.push(this);
   }
 
   get open() {
@@ -53,16 +54,10 @@ class RowsView {
     if (layer.kind) label.push(element('i', '', layer.kind));
     if (layer.like) label.push(element('span', 'note', `as ${layer.like}`));
     const note = changed ? `${changed} of ${rows.length} changed` : `${rows.length} unchanged`;
-    const group = this.group(null, 1, layer.rows, label, note);
+    const group = new Group(this, null, 1, layer.rows, label, note);
     group.build = () => this.fill(group, layer);
     this.root.append(group.box);
     if (this.isOpen(group, layer)) group.toggle(true);
-  }
-
-  group(parent, depth, members, label, note = '') {
-    const group = new Group(this, parent, depth, members, label, note);
-    this.groups.push(group);
-    return group;
   }
 
   /** The modules of a layer, and the rows of the layer itself between them; unchanged ones folded. */
@@ -106,7 +101,7 @@ class RowsView {
     const label = [element('span', 'path', `.${name}`)];
     if (own) label.push(element('i', '', own.kind));
     if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
-    const inner = this.group(group, 2, places, label, changed ? '' : operations(rows));
+    const inner = new Group(this, group, 2, places, label, changed ? '' : operations(rows));
     inner.build = () => this.stretch(inner, places, Boolean(changed));
     group.body.append(inner.box);
     if (changed || this.everything) inner.toggle(true);
@@ -124,7 +119,7 @@ class RowsView {
   fold(group, places, names, build) {
     const also = names.length ? `, also in ${names.join(', ')}` : '';
     const label = element('span', 'note', `⋯ ${places.length} unchanged${also}`);
-    const fold = this.group(group, 3, places, label, operations(places.map(place => this.model.rows[place])));
+    const fold = new Group(this, group, 3, places, label, operations(places.map(place => this.model.rows[place])));
     fold.build = () => build(fold);
     group.body.append(fold.box);
     if (this.everything) fold.toggle(true);
@@ -196,10 +191,6 @@ class RowsView {
   isOpen(group, layer = this.model.layers.find(candidate => candidate.rows === group.members)) {
     const changed = this.changes(group.members) || (layer && !this.changes(this.model.rows.keys()));
     return Boolean(changed) && !(layer && (layer.like || layer.inputs));
-  }
-
-  visible() {
-    return [...this.root.querySelectorAll('.row')].filter(row => row.offsetParent !== null);
   }
 }
 
