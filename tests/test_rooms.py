@@ -20,7 +20,8 @@ ROOMS = """
     mhc_compile
     results
     integrations
-    inspection.verification  inspection.diff  inspection.stream_stats
+    inspection.diff  inspection.stream_stats
+    inspection.verification
     inspection.explain
     inspection.roofline
     inspection.cost
