@@ -1,7 +1,4 @@
-"""Residual mappings: the families from which H_res is taken.
-
-A new one is one file and one line in `registry`.
-"""
+"""Residual mappings: the families from which H_res is taken. `registry` lists them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The `mhc::` operators. Importing this package registers them.
 
 `decompositions()` gives every operator as plain ATen, so that an exported program runs without this
-package. `fused_decompositions()` is for Inductor: broadcast forms that fuse, `mhc::sinkhorn` kept as
-one node, and the fused operators kept where there are kernels for them: `cpu` (C++), `triton` (CUDA).
+package. `fused_decompositions()` is for Inductor: broadcast forms that fuse, `mhc::sinkhorn` as one
+node, and the fused operators where there are kernels for them: `cpu` (C++), `triton` (CUDA).
 """
 
 from __future__ import annotations

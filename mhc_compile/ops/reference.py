@@ -92,7 +92,7 @@ def coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the coefficients of one site: `(pre, post, res, z)`.
 
-        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [n C, 0]
+        z    = (vec(X) phi) / rms(vec(X))         multiply, then divide; zero with phi [n C, 0]
         pre  = sigmoid(a_pre z_pre + b_pre)       + pre_eps of the convention, 0 in the paper
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))

@@ -1,4 +1,4 @@
-"""DeepSeek-V4: the paper's equations with an epsilon in Sinkhorn and in pre, and a learned read-out.
+"""DeepSeek-V4: the paper's equations, an epsilon in Sinkhorn and in pre, a learned read-out.
 
 The module computes `comb` with a row softmax and columns last, and applies it transposed, `combᵀ
 X`: H_res = combᵀ has its rows normalised last, as the paper's. What is left of the transpose is the

@@ -1,4 +1,4 @@
-"""Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn, applied without the transpose, so that columns are the side that is exact."""
+"""Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn without the transpose: columns are exact."""
 
 from __future__ import annotations
 

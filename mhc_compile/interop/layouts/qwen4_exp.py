@@ -22,10 +22,7 @@ QWEN4_EXP = Layout(
     spellings=(
         Spelling(
             name="transformers",
-            sites={
-                "attn_hyper_connection.{}": ("self_attn", "linear_attn"),
-                "mlp_hyper_connection.{}": ("mlp",),
-            },
+            sites={"attn_hyper_connection.{}": ("self_attn", "linear_attn"), "mlp_hyper_connection.{}": ("mlp",)},
             read_out="hyper_connection_mixer.{}",
         ),
     ),
