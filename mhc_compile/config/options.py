@@ -29,14 +29,9 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise OptionError(
-            f"option {name!r} is {value!r} ({type(value).__name__}); expected one of {', '.join(map(repr, known))}"
-        )
-    if value not in known:
-        raise OptionError(
-            f"option {name!r} is {value!r}; {_nearest(value, list(known))}expected one of {', '.join(map(repr, known))}"
-        )
+    if not isinstance(value, str) or value not in known:
+        hint = f"; {_nearest(value, list(known))}" if isinstance(value, str) else f" ({type(value).__name__}); "
+        raise OptionError(f"option {name!r} is {value!r}{hint}expected one of {', '.join(map(repr, known))}")
 
 
 def _number(name: str, value: object, kind: type, low: float, high: float, unit: str) -> None:

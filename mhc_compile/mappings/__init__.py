@@ -1,7 +1,5 @@
 """Residual mappings: the families from which H_res is taken. `registry` lists them."""
 
-from __future__ import annotations
-
 from mhc_compile.mappings.base import ResidualMapping
 from mhc_compile.mappings.identity import Identity
 from mhc_compile.mappings.kronecker import Kronecker

@@ -110,6 +110,7 @@ def checked(check: Callable[..., None] | None, kernel: Callable[..., Any]) -> Ca
 
 
 def _by_name(name: str) -> Callable[..., Any]:
+    # Looked up at each call, so that a changed reference changes the operator.
     return lambda *args: getattr(reference, name)(*args)
 
 

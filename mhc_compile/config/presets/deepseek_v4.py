@@ -5,8 +5,6 @@ X`: H_res = combᵀ has its rows normalised last, as the paper's. What is left o
 order of the 16 residual columns in a checkpoint (`mhc_compile.interop`).
 """
 
-from __future__ import annotations
-
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 

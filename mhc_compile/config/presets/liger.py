@@ -1,7 +1,5 @@
 """Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn without the transpose: columns are exact."""
 
-from __future__ import annotations
-
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 

@@ -8,8 +8,6 @@
 No parameters make this the plain residual add, so a model must be trained from scratch.
 """
 
-from __future__ import annotations
-
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 

@@ -4,8 +4,6 @@ Our phi is the concatenation of the two projections of the normalized streams. B
 of their own. The n-gram layers (`ple`), which write to all streams, are no sites.
 """
 
-from __future__ import annotations
-
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
 __all__ = ["QWEN4_EXP"]
