@@ -55,7 +55,7 @@ def read_backward(
     pre: Tensor, post: Tensor, z: Tensor,
     inverse: Tensor,  # noqa: ARG001 - kernels take it; here it is computed again, fused with what reads it
     mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `read` for `(streams, phi, bias, scale)`; None stands for zero."""
     n = pre.shape[-1]
     wide = _spread(streams, n)
@@ -89,7 +89,7 @@ def step_backward(
     grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
     next_pre: Tensor, next_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `step` for its tensors. The new streams are computed again."""
     wide = _spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)

@@ -92,7 +92,11 @@ def _check_collapse(streams: Tensor, pre: Tensor) -> None:
         raise ShapeError(f"mhc::collapse: streams {shown(streams)} need pre [..., n], got {shown(pre)}")
 
 
-_CHECKS = {"coefficients": _check_coefficients, "collapse": _check_collapse, "update": _check_update}
+_CHECKS: dict[str, Callable[..., None]] = {
+    "coefficients": _check_coefficients,
+    "collapse": _check_collapse,
+    "update": _check_update,
+}
 
 
 def checked(check: Callable[..., None] | None, kernel: Callable[..., Any]) -> Callable[..., Any]:
