@@ -27,27 +27,16 @@ END = "read_out"
 _PARTS = frozenset((*HyperConnection.names, *GatedConnection.names))
 _END_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
 #: The files of `save_pretrained` and the Trainer, in the order in which transformers tries them.
-_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_FILES = tuple(f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
 
 @dataclass
 class SavedConnection:
-    """One hyper-connection of a checkpoint.
+    """One hyper-connection of a checkpoint."""
 
-    Attributes:
-        path: its path as the checkpoint spells it, with `_orig_mod` where a module was compiled.
-        values: its tensors by name, those of a read-out as "read_out.weight".
-        mapping: the mapping that it was saved with, None if the checkpoint does not say.
-    """
-
-    path: str
-    values: dict[str, Tensor] = field(default_factory=dict)
-    mapping: str | None = None
+    path: str  # as the checkpoint spells it, with `_orig_mod` where a module was compiled
+    values: dict[str, Tensor] = field(default_factory=dict)  # those of a read-out as "read_out.weight"
+    mapping: str | None = None  # None if the checkpoint does not say
 
 
 def read_connections(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> list[SavedConnection]:

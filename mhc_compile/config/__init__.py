@@ -1,1 +1,1 @@
-"""Options, presets and the coefficient specification: everything a user can say. Imports no torch."""
+"""Options, presets and the specification of the coefficients. Torch-free."""

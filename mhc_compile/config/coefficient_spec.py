@@ -1,11 +1,8 @@
-"""How a system computes its coefficients, as one value that fits into a string.
+"""`Convention`: how a system computes its coefficients, as one value and as a string. Torch-free.
 
-Torch is not imported here.
-
-The operators take the convention in the place of the mapping's name (`str mapping`): "sinkhorn" is
-the paper's, and settings that differ from the paper's stand behind it:
-"sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06". So a graph says what it computes, and a kernel is built
-for what it says.
+The operators take the string (`str mapping`): "sinkhorn" is the paper's convention, and settings
+that differ from it are appended: "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06". So a graph contains
+all that it computes, and a kernel is built for one string.
 """
 
 from __future__ import annotations
@@ -23,9 +20,8 @@ Last = Literal["rows", "columns"]
 #: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
 MAX_STREAMS = 8
 
-#: The residual mappings by name, each with the numbers of streams it supports. `register_mapping`
-#: adds to it. It lives here, not with the mappings, so that options are validated without importing
-#: torch.
+#: The numbers of streams that each residual mapping supports; `register_mapping` adds to it. It is
+#: not with the mappings, so that options are validated without importing torch.
 STREAM_COUNTS: dict[str, tuple[int, ...]] = {
     "sinkhorn": tuple(range(1, MAX_STREAMS + 1)),
     "identity": tuple(range(1, MAX_STREAMS + 1)),
@@ -66,7 +62,7 @@ class Convention:
     rank: int = 0
 
     def __str__(self) -> str:
-        """What `parse` reads: the mapping's name, and the settings that are not the paper's."""
+        """Return the name of the mapping and the settings that are not the paper's, for `parse`."""
         paper = Convention(mapping=self.mapping)
         settings = [f.name for f in fields(self) if getattr(self, f.name) != getattr(paper, f.name)]
         return ";".join([self.mapping, *(f"{name}={getattr(self, name)}" for name in settings)])
@@ -74,10 +70,10 @@ class Convention:
 
 @functools.cache
 def parse(spec: str) -> Convention:
-    """The convention that `str(convention)` gave.
+    """Return the convention of a string, the inverse of `str(convention)`.
 
     Raises:
-        OptionError: a setting that there is not, or a value that cannot be read.
+        OptionError: an unknown setting, or a value that cannot be read.
     """
     mapping, *settings = spec.split(";")
     kinds: dict[str, type] = {f.name: type(getattr(Convention(), f.name)) for f in fields(Convention)}

@@ -1,4 +1,4 @@
-"""The options of the backend, one frozen and validated value. Torch is not imported here."""
+"""The options of the backend, one frozen and validated value. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ ExistingOptimizers = Literal["extend", "warn", "ignore"]
 Recompute = Literal["none", "cheap", "block"]
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
 
-#: What `overrides` may set for some sites. The others hold for a whole chain, or for the whole
-#: compilation.
+#: The options that `overrides` may set; the others hold for a whole chain or compilation.
 PER_SITE = ("mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "eps")
 
 
@@ -30,14 +29,9 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise OptionError(
-            f"option {name!r} is {value!r} ({type(value).__name__}); expected one of {', '.join(map(repr, known))}"
-        )
-    if value not in known:
-        raise OptionError(
-            f"option {name!r} is {value!r}; {_nearest(value, list(known))}expected one of {', '.join(map(repr, known))}"
-        )
+    if not isinstance(value, str) or value not in known:
+        hint = f"; {_nearest(value, list(known))}" if isinstance(value, str) else f" ({type(value).__name__}); "
+        raise OptionError(f"option {name!r} is {value!r}{hint}expected one of {', '.join(map(repr, known))}")
 
 
 def _number(name: str, value: object, kind: type, low: float, high: float, unit: str) -> None:
@@ -133,26 +127,23 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_resolved", self._resolve())
-
-    def _resolve(self) -> ResolvedOptions:
-        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        given: dict[str, Any] = {name: getattr(self, name) for name in self.names()}
         chosen = get_preset(self.preset).defaults()
         values: dict[str, Any] = {n: chosen.get(n) if value is None else value for n, value in given.items()}
-        return ResolvedOptions(**values)
+        object.__setattr__(self, "_resolved", ResolvedOptions(**values))
 
     @property
     def resolved(self) -> ResolvedOptions:
-        """These options with the choices of the preset filled in."""
+        """Return these options with the choices of the preset filled in."""
         return self._resolved  # type: ignore[attr-defined, no-any-return]
 
     @classmethod
     def names(cls) -> list[str]:
-        """The known option names."""
+        """Return the names of the options."""
         return [f.name for f in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON. An `inner_backend` that is a function is given by its name."""
+        """Return plain data for JSON; an `inner_backend` that is a function by its name."""
         values = {name: getattr(self, name) for name in self.names()}
         if callable(self.inner_backend):
             values["inner_backend"] = getattr(self.inner_backend, "__name__", "callable")
@@ -188,7 +179,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(Options):
-    """Options in which every value is set: those the user gave, else those of the preset. `Options.parse` returns them."""
+    """Options in which every value is set, by the user or by the preset; see `Options.parse`."""
 
     mapping: str
     read_out: ReadOut
@@ -227,7 +218,7 @@ class ResolvedOptions(Options):
 
     @property
     def resolved(self) -> ResolvedOptions:
-        """These options."""
+        """Return these options."""
         return self
 
     def _check_together(self) -> None:
@@ -282,19 +273,14 @@ class ResolvedOptions(Options):
                 raise OptionError(f"option 'overrides': {pattern!r}: {error}") from None
 
     def at(self, path: str) -> ResolvedOptions:
-        """The options for one site.
-
-        Args:
-            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection,
-                "layers.0.mhc.mlp").
-        """
+        """Return the options for the site whose branch, or hyper-connection, has this path."""
         values: dict[str, Any] = {}
         for pattern in self.matching(path):
             values.update(self.overrides[pattern])
         return replace(self, overrides={}, **values) if values else self
 
     def matching(self, path: str) -> list[str]:
-        """The patterns of `overrides` that fit the path of a branch, or of its hyper-connection, or the end of it."""
+        """Return the patterns of `overrides` that fit `path`, or the end of it."""
         branch = path.replace(".mhc.", ".").removeprefix("mhc.")
         return [
             pattern
@@ -304,6 +290,6 @@ class ResolvedOptions(Options):
 
     @property
     def spec(self) -> str:
-        """The convention by which coefficients are computed, as the operators take it."""
+        """Return the convention of the coefficients as a string, as the operators take it."""
         convention = get_preset(self.preset).convention
         return str(replace(convention, mapping=self.mapping, rank=self.rank))

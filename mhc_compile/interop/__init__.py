@@ -8,8 +8,6 @@ safetensors_io     safetensors files and folders, tensor by tensor
 convert            files and folders, for `mhc convert`
 """
 
-from __future__ import annotations
-
 from mhc_compile.interop.state_dicts import export_state_dict, from_native, import_state_dict, to_native
 
 __all__ = ["export_state_dict", "from_native", "import_state_dict", "to_native"]

@@ -99,14 +99,8 @@ def convert(
     )
     with _appearing(out, folder=checkpoint.path.is_dir()) as place:
         files = _write(checkpoint, plan, place)
-    return Conversion(
-        checkpoint.path,
-        out,
-        plan,
-        files,
-        tuple(item.name for item in checkpoint.other),
-        tuple(item.name for item in checkpoint.left),
-    )
+    copied, left = (tuple(item.name for item in items) for items in (checkpoint.other, checkpoint.left))
+    return Conversion(checkpoint.path, out, plan, files, copied, left)
 
 
 def _reject(checkpoint: Checkpoint, out: Path, *, force: bool) -> None:
@@ -169,9 +163,7 @@ def _write(checkpoint: Checkpoint, plan: Plan, place: Path) -> dict[str, int]:
         metadata = {name: value for name, value in checkpoint.files[file].items() if name != _MARK}
         if not plan.native:
             metadata[_MARK] = plan.preset
-        sizes[file.name if folder else checkpoint.path.name] = write(
-            place / file.name if folder else place, entries, metadata
-        )
+        sizes[file.name] = write(place / file.name if folder else place, entries, metadata)
     for item in checkpoint.other:
         shutil.copyfile(item, place / item.name)
     if checkpoint.index is not None:

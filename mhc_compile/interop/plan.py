@@ -170,16 +170,10 @@ def site_changes(
     read_out: bool,
     native: bool,
 ) -> list[Change]:
-    """Return the changes of one site, or of a read-out.
+    """Return the changes of one site, or of a read-out, to the native side if `native`.
 
-    Args:
-        members: names in the state dict by parameter: native parameters, or ours if `native`.
-        shapes: shapes of the state dict.
-        layout: the layout of the native side.
-        where: name of the site for errors.
-        target: template of the names in the result.
-        read_out: whether it is a read-out.
-        native: whether the result is the native side.
+    `members` are names in the state dict by parameter, `where` is the name of the site for errors,
+    `target` the template of the names in the result.
 
     Raises:
         CheckpointError: parameters are missing, or have shapes that no number of streams gives.
@@ -189,7 +183,7 @@ def site_changes(
         ours = (Part(entry.ours, entry.shape),)
         moves.append((entry.kind, ours, entry.native) if native else (entry.kind, entry.native, ours))
     letters = {part.name: part.shape for _, sources, _ in moves for part in sources}
-    sizes = _sizes(members, shapes, letters, layout, where)
+    sizes = _sizes(members, shapes, letters, layout.preset, where)
     # nC alone does not determine n.
     known = any("n" in axis for axes in letters.values() for axis in axes.split() if axis != "nC")
     changes = []
@@ -217,7 +211,7 @@ def _sizes(
     members: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     letters: Mapping[str, str],
-    layout: Layout,
+    preset: str,
     where: str,
 ) -> dict[str, int]:
     """Return the sizes of the letters in the shapes of one site."""
@@ -226,7 +220,7 @@ def _sizes(
     missing = [name for name in letters if name not in members]
     if missing:
         raise CheckpointError(
-            f"preset {layout.preset!r}: {where} has {', '.join(members)} and no {', '.join(missing)}; expected {wanted}"
+            f"preset {preset!r}: {where} has {', '.join(members)} and no {', '.join(missing)}; expected {wanted}"
         )
     pairs = {name: (letters[name], tuple(shapes[members[name]])) for name in letters}
     sizes = solve(pairs.values())
@@ -234,7 +228,7 @@ def _sizes(
         found = ", ".join(f"{name} {list(shape)}" for name, (_, shape) in pairs.items())
         transposed = solve((axes, shape[::-1]) for axes, shape in pairs.values()) is not None
         raise CheckpointError(
-            f"preset {layout.preset!r}: {where} has {found}; expected {wanted}"
+            f"preset {preset!r}: {where} has {found}; expected {wanted}"
             + (". They would fit if the projection were transposed" if transposed else "")
         )
     return sizes

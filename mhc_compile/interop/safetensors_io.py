@@ -148,23 +148,14 @@ def write(path: Path, tensors: Sequence[tuple[str, Written]], metadata: Mapping[
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk of which the headers have been read.
-
-    Attributes:
-        path: the file or the folder.
-        files: its safetensors files, with the metadata of each.
-        tensors: the tensors of all files, by name.
-        index: path of the index, or None.
-        other: the other files of the folder: configs, tokenizers.
-        left: subfolders, which are not converted.
-    """
+    """A checkpoint on disk, a file or a folder, of which the headers have been read."""
 
     path: Path
-    files: dict[Path, dict[str, str]]
-    tensors: dict[str, Stored]
+    files: dict[Path, dict[str, str]]  # with the metadata of each
+    tensors: dict[str, Stored]  # of all files
     index: Path | None
-    other: tuple[Path, ...]
-    left: tuple[Path, ...]
+    other: tuple[Path, ...]  # files of the folder that are copied: configs, tokenizers
+    left: tuple[Path, ...]  # subfolders, which are not converted
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -205,14 +196,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{index}: {lost[0]!r} is not where the index says ({len(lost)} such): index and files do not belong together"
         )
     rest = [item for item in sorted(path.iterdir()) if item not in files and item != index]
-    return Checkpoint(
-        path,
-        files,
-        all_tensors,
-        index,
-        tuple(item for item in rest if item.is_file()),
-        tuple(item for item in rest if not item.is_file()),
-    )
+    other, left = (tuple(item for item in rest if item.is_file() == is_file) for is_file in (True, False))
+    return Checkpoint(path, files, all_tensors, index, other, left)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -1,9 +1,4 @@
-"""Residual mappings: the families from which H_res is taken.
-
-A new one is one file and one line in `registry`.
-"""
-
-from __future__ import annotations
+"""Residual mappings: the families from which H_res is taken. `registry` lists them."""
 
 from mhc_compile.mappings.base import ResidualMapping
 from mhc_compile.mappings.identity import Identity

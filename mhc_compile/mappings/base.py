@@ -1,4 +1,4 @@
-"""What a residual mapping is: logits in, a mixing matrix out, and the logits it starts from."""
+"""`ResidualMapping`: from logits to a mixing matrix, and the initial logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ResidualMapping:
     """A family of matrices H_res. `n` is the number of streams, K_res = `logits(n)`.
 
     Instances are stateless; one serves every site. Values are float32 or float64, with any number
-    of token axes in front. A family of one's own is a subclass with a name, `logits`,
-    `init_preserve` and `matrix`; `mhc_compile.register_mapping` takes it. What it computes is
-    traced by compilers, so it is written in torch operations, without a look at values.
+    of token axes in front. To add a family, write a subclass with a name, `logits`,
+    `init_preserve` and `matrix`, and call `mhc_compile.register_mapping`. Its methods are traced by
+    compilers: they consist of torch operations, and do not depend on the values of tensors.
     """
 
-    #: What `Options(mapping=...)` calls it.
+    #: The name for `Options(mapping=...)`.
     name: ClassVar[str]
 
     #: Whether rows and columns of the matrices sum to one (the columns of sinkhorn nearly so).
@@ -31,29 +31,28 @@ class ResidualMapping:
     iterative: ClassVar[bool] = False
 
     def check(self, n: int) -> None:
-        """Raises OptionError for a number of streams that the family does not have."""
+        """Raise OptionError for a number of streams that the family does not support."""
 
     def logits(self, n: int) -> int:
-        """How many logits H_res takes: columns of phi beside the 2 n of pre and post."""
+        """Return the number of logits of H_res: columns of phi besides the 2 n of pre and post."""
         raise NotImplementedError
 
     def init_preserve(self, n: int) -> Tensor:
-        """Static logits [K_res], float32, of a start that is row-stochastic, close to the identity, and still learns."""
+        """Return initial logits [K_res], float32: row-stochastic, near the identity, learning."""
         raise NotImplementedError
 
     def init_random(self, n: int) -> Tensor:
-        """Static logits [K_res], float32, of a model that is trained from random projections: 0 here, which mixes evenly."""
+        """Return initial logits [K_res], float32, for random projections: 0, for even mixing."""
         return torch.zeros(self.logits(n))
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:
-        """The matrices [..., n, n] of logits [..., K_res]; index -2 is the new stream, index -1 the old one."""
+        """Return the matrices [..., n, n] of logits [..., K_res]; index -2 is the new stream."""
         raise NotImplementedError
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:
-        """Gradient [..., K_res] with respect to the logits, given the gradient [..., n, n] of the matrices.
+        """Return the gradient [..., K_res] of the logits for `grad` [..., n, n] of the matrices.
 
-        Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it
-            with a derivation by hand saves that.
+        By default autograd differentiates `matrix`, which is computed again.
         """
         from mhc_compile._torch.autograd import autograd_inside_operators
 
@@ -65,14 +64,11 @@ class ResidualMapping:
             return torch.autograd.grad(matrix, leaf, grad)[0]
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
-        """Floating-point operations of `matrix` for one token.
-
-        Here: a guess, two for every pair of an entry and a logit.
-        """
+        """Return the floating-point operations of `matrix` for one token, by default a guess."""
         return 2 * n * n * self.logits(n)
 
     def reject(self, n: int, those: str) -> OptionError:
-        """The error of `check`: which numbers of streams there are instead of `n`."""
+        """Return the error of `check`; `those` are the numbers of streams that are supported."""
         return OptionError(
             f"mapping {self.name!r} has no matrices for {n} streams, only for {those}; choose another 'streams', or mapping 'sinkhorn'"
         )

@@ -2,7 +2,7 @@
 
 Source: arXiv 2601.21579 (KromHC), with factors of size 2, so n = 2^K:
 
-    H = U_1 (x) ... (x) U_K,   U_k = [[p_k, q_k], [q_k, p_k]],   (p_k, q_k) = softmax(z_k),   logits z_1, ..., z_K of two each
+    H = U_1 (x) ... (x) U_K,   U_k = [[p_k, q_k], [q_k, p_k]],   (p_k, q_k) = softmax(z_k)
 
 Products of doubly stochastic matrices are doubly stochastic, exactly. With the bits of i and j (the
 first bit is the highest), H_ij depends on where they differ only: H_ij = h[i xor j], and h = (p_1,
@@ -26,7 +26,7 @@ LARGEST = 8
 
 
 def _fold(grad: Tensor, factors: int) -> Tensor:
-    """d_h [..., 2^K] of the gradient [..., 2^K, 2^K] of H, one bit after the other, the highest first."""
+    """Return d_h [..., 2^K] for the gradient [..., 2^K, 2^K] of H, from the highest bit on."""
     if factors == 0:
         return grad.squeeze(-1)
     half = grad.shape[-1] // 2
@@ -43,21 +43,21 @@ class Kronecker(ResidualMapping):
     diagonal = 0.95
 
     def check(self, n: int) -> None:
-        """Rejects an n that is no power of two."""
+        """Reject an n that is no power of two."""
         if not 1 <= n <= LARGEST or n & (n - 1):
             raise self.reject(n, "1, 2, 4 and 8 (it is a product of 2 x 2 matrices)")
 
     def logits(self, n: int) -> int:
-        """2 log2(n)."""
+        """Return 2 log2(n)."""
         return 2 * self.factors(n)
 
     def factors(self, n: int) -> int:
-        """K, the number of 2 x 2 matrices."""
+        """Return K, the number of 2 x 2 matrices."""
         self.check(n)
         return n.bit_length() - 1
 
     def init_preserve(self, n: int) -> Tensor:
-        """For every factor a logit for p and 0 for q, such that H_ii = `diagonal`."""
+        """Return a logit for p and 0 for q of each factor, such that H_ii = `diagonal`."""
         factors = self.factors(n)
         if factors == 0:
             return torch.empty(0)
@@ -65,19 +65,18 @@ class Kronecker(ResidualMapping):
         return torch.tensor([math.log(p / (1 - p)), 0.0]).repeat(factors)
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
-        """[..., 2 log2(n)] to [..., n, n]."""
+        """Compute [..., n, n] from [..., 2 log2(n)]."""
         pairs = torch.softmax(logits.unflatten(-1, (-1, 2)), -1) if n > 1 else logits
         out = logits.new_ones((*logits.shape[:-1], 1, 1))
         for k in range(self.factors(n)):
             p, q = (pairs[..., k, side, None, None] for side in (0, 1))
-            # Each block of the rows and columns so far is the same matrix: the factors that come
-            # later are the inner ones.
+            # The factors that come later are the inner ones.
             out = torch.stack([torch.stack([out * p, out * q], -1), torch.stack([out * q, out * p], -1)], -3)
             out = out.flatten(-4, -3).flatten(-2)
         return out
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
-        """[..., n, n] to [..., 2 log2(n)]."""
+        """Compute [..., 2 log2(n)] from [..., n, n]."""
         factors = self.factors(n)
         if factors == 0:
             return logits.new_zeros(logits.shape)
@@ -85,8 +84,7 @@ class Kronecker(ResidualMapping):
         folded = _fold(grad, factors)
         grads = []
         for k in range(factors):
-            # The other factors are summed over: those above from the front, those below from the
-            # back.
+            # Sums over the factors before k from the front, over those after it from the back.
             u = folded
             for other in range(k):
                 p, q = (pairs[..., other, side, None] for side in (0, 1))
@@ -100,6 +98,6 @@ class Kronecker(ResidualMapping):
         return torch.cat(grads, -1)
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
-        """A softmax of two for every factor, and products that grow to n²."""
+        """Return those of K softmaxes of two, and of products that grow to n²."""
         factors = self.factors(n)
         return 8 * factors + sum(1 << 2 * k for k in range(1, factors + 1))

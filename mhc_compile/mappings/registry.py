@@ -1,4 +1,4 @@
-"""All mappings by name: those of this package, and those that a program adds."""
+"""All mappings by name: those of this package and registered ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAPPINGS: dict[str, ResidualMapping] = {mapping.name: mapping for mapping in _OU
 
 
 def get_mapping(name: str) -> ResidualMapping:
-    """The mapping registered under `name`.
+    """Return the mapping registered under `name`.
 
     Raises:
         OptionError: no such mapping.
@@ -32,16 +32,14 @@ def get_mapping(name: str) -> ResidualMapping:
         raise OptionError(f"mapping {name!r} is unknown; known: {', '.join(sorted(MAPPINGS))}") from None
 
 
-@functools.cache
-def _sinkhorn(eps: float, last: str) -> Sinkhorn:
-    return Sinkhorn(eps, last)
+_sinkhorn = functools.cache(Sinkhorn)
 
 
 def mapping_of(spec: str) -> ResidualMapping:
-    """The mapping of a convention that is given as a string, with the convention's settings (see `mhc_compile.config.coefficient_spec`).
+    """Return the mapping of a convention (see `mhc_compile.config.coefficient_spec`).
 
     Raises:
-        OptionError: no such mapping, or no such setting.
+        OptionError: an unknown mapping or setting.
     """
     convention = parse(spec)
     if convention.mapping == "sinkhorn":
@@ -50,7 +48,7 @@ def mapping_of(spec: str) -> ResidualMapping:
 
 
 def columns(name: str, n: int) -> int | None:
-    """K, the columns of phi for n streams under a mapping: 2 n and its logits. None where the mapping does not have n streams."""
+    """Return K, the columns of phi for n streams; None if the mapping does not support n."""
     mapping = get_mapping(name)
     try:
         mapping.check(n)
@@ -60,19 +58,18 @@ def columns(name: str, n: int) -> int | None:
 
 
 def register_mapping(mapping: ResidualMapping) -> None:
-    """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/configuration/own_mapping.py`.
+    """Register a mapping for `options={"mapping": mapping.name}`.
 
-    A name that is taken is rejected, unless by an earlier version of the same class, as when a cell
-    of a notebook runs again. Graphs that were compiled before keep what they were compiled with.
-    Compiled code that a cache on disk holds is found again only while the code of the class, of its
-    module, and the attributes of the object are the same.
+    A later version of the same class replaces an earlier one, as when a cell of a notebook runs
+    again; graphs that were compiled before do not change. A cache of compiled code on disk is valid
+    while the code of the class, of its module, and the attributes of the object are the same.
+    `examples/configuration/own_mapping.py` shows a whole mapping.
 
     Args:
         mapping: an object of a subclass of `mhc_compile.ResidualMapping`.
 
     Raises:
-        OptionError: the name is taken or is no word, or what the mapping gives does not fit
-            together.
+        OptionError: the name is taken or no word, or the methods contradict each other.
     """
     if not isinstance(mapping, ResidualMapping):
         raise OptionError(

@@ -36,7 +36,7 @@ __all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
 
 
 def _tokens_last(matrices: Tensor) -> Tensor:
-    """[..., n, n] to [n, n, T], contiguous: sums over rows or columns then add whole vectors of T tokens."""
+    """Return [n, n, T], contiguous, so that sums over rows or columns add vectors of T tokens."""
     n = matrices.shape[-1]
     return matrices.reshape(-1, n, n).permute(1, 2, 0).contiguous()
 
@@ -46,10 +46,7 @@ def _tokens_first(matrices: Tensor, like: Tensor) -> Tensor:
 
 
 def _first_round(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns, then rows, on logarithms.
-
-    Returns the logarithms after each of the two steps, [n, n, T].
-    """
+    """Return the logarithms after the first column step and the first row step, [n, n, T]."""
     columns = logits - torch.logsumexp(logits, 0, keepdim=True)
     return columns, columns - torch.logsumexp(columns, 1, keepdim=True)
 
@@ -60,10 +57,7 @@ def _sums(matrix: Tensor, axis: int, eps: float) -> Tensor:
 
 
 def _first_round_with(logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A softmax over columns plus eps, then rows.
-
-    Returns the softmax, the matrix, and the row sums, plus eps, by which it was divided.
-    """
+    """Return the softmax over columns, the matrix after the row step, and its divisors."""
     columns = torch.softmax(logits, 0)
     matrix = columns + eps
     row = _sums(matrix, 1, eps)
@@ -71,7 +65,10 @@ def _first_round_with(logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """Matrices [..., n, n] of logits [..., n, n]; rows sum to 1 (with eps, to 1 - eps), columns nearly so. Float32 or float64."""
+    """Return matrices [..., n, n] of logits [..., n, n], float32 or float64.
+
+    Rows sum to 1 (with eps, to 1 - eps), columns nearly so.
+    """
     tokens_last = _tokens_last(logits)
     matrix = _first_round_with(tokens_last, eps)[1] if eps else _first_round(tokens_last)[1].exp()
     for _ in range(iterations - 1):
@@ -81,7 +78,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
 
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """Gradient [..., n, n] with respect to the logits of `sinkhorn`, exact for any number of iterations."""
+    """Return the gradient [..., n, n] of the logits, exact for any number of iterations."""
     if eps:
         columns, matrix, first = _first_round_with(_tokens_last(logits), eps)
     else:
@@ -130,27 +127,26 @@ class Sinkhorn(ResidualMapping):
     diagonal: ClassVar[float] = 4.0
 
     def logits(self, n: int) -> int:
-        """n²."""
+        """Return n²."""
         return n * n
 
     def init_preserve(self, n: int) -> Tensor:
-        """`diagonal` on the diagonal, 0 elsewhere."""
+        """Return `diagonal` on the diagonal, 0 elsewhere."""
         return (self.diagonal * torch.eye(n)).flatten()
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:
-        """[..., n²] to [..., n, n], through the op, so that a compiler sees one node and can bring its own kernel."""
+        """Compute [..., n, n] from [..., n²] by the operator, for which a compiler has a kernel."""
         return self._turned(torch.ops.mhc.sinkhorn(self._turned(logits.unflatten(-1, (n, n))), iterations, self.eps))
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:
-        """[..., n, n] to [..., n²]."""
+        """Compute [..., n²] from [..., n, n]."""
         turned = self._turned(logits.unflatten(-1, (n, n)))
-        return self._turned(torch.ops.mhc.sinkhorn_backward(self._turned(grad), turned, iterations, self.eps)).flatten(
-            -2
-        )
+        d_logits = torch.ops.mhc.sinkhorn_backward(self._turned(grad), turned, iterations, self.eps)
+        return self._turned(d_logits).flatten(-2)
 
     def _turned(self, matrices: Tensor) -> Tensor:
         return matrices.transpose(-1, -2) if self.last == "columns" else matrices
 
     def flops(self, n: int, iterations: int) -> int:
-        """An addition and a multiplication for every entry, of the columns and of the rows."""
+        """Return two for every entry in each column step and each row step."""
         return 4 * n * n * iterations

@@ -1,4 +1,7 @@
-"""The code of a mapping as a hash: compiled graphs are cached under the names of operators, which do not tell what a registered mapping computes."""
+"""The hash of a mapping's code.
+
+Compiled graphs are cached under the names of operators, which do not identify a mapping's code.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ __all__ = ["code_of"]
 
 
 def code_of(mapping: ResidualMapping) -> str:
-    """A hash of what a registered mapping computes: the modules of its classes, or their code where there is no file, and its attributes."""
+    """Return a hash of the attributes of a mapping and the code of its classes.
+
+    The code is the source of their modules, or byte code where there is no file.
+    """
     digest = hashlib.sha256()
     for cls in type(mapping).__mro__:
         if cls.__module__.startswith("mhc_compile.mappings") or cls is object:
@@ -41,7 +47,7 @@ def code_of(mapping: ResidualMapping) -> str:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Global names that code uses, in the functions and comprehensions inside of it too."""
+    """Yield the global names that code uses, also in nested functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -49,7 +55,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _code(thing: Any, seen: set[int]) -> Iterator[bytes]:
-    """The byte code and constants of a class or a function, and of functions of the same module that it calls."""
+    """Yield the byte code and constants of a class or function, and of its module's functions."""
     if id(thing) in seen:
         return
     seen.add(id(thing))

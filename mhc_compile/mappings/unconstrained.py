@@ -22,25 +22,25 @@ class Unconstrained(ResidualMapping):
     doubly_stochastic = False
 
     def logits(self, n: int) -> int:
-        """n²."""
+        """Return n²."""
         return n * n
 
     def init_preserve(self, n: int) -> Tensor:
-        """The identity. Nothing saturates here: every entry receives its whole gradient."""
+        """Return the identity. Nothing saturates: every entry receives its whole gradient."""
         return torch.eye(n).flatten()
 
     def init_random(self, n: int) -> Tensor:
-        """The identity too: with zeros there would be no residual path."""
+        """Return the identity: with zeros there would be no residual path."""
         return self.init_preserve(n)
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
-        """[..., n²] to [..., n, n]."""
+        """Compute [..., n, n] from [..., n²]."""
         return logits.clone().unflatten(-1, (n, n))  # type: ignore[no-any-return]
 
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
-        """[..., n, n] to [..., n²]."""
+        """Compute [..., n²] from [..., n, n]."""
         return grad.flatten(-2).clone()
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
-        """None."""
+        """Return 0."""
         return 0

@@ -1,4 +1,4 @@
-"""Holds a mapping that a program registers against what the rest of the package takes for granted."""
+"""Validation of registered mappings."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _try_starts(mapping: ResidualMapping, n: int) -> None:
 
 @torch.no_grad()
 def _try_matrix(mapping: ResidualMapping, n: int) -> None:
-    """Holds the start for n streams against what every start must be."""
+    """Check that the initial matrix for n streams is row-stochastic."""
     what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
     matrix = mapping.matrix(mapping.init_preserve(n).double().expand(2, 3, logits), n, 20)
     if tuple(matrix.shape) != (2, 3, n, n):
@@ -73,7 +73,7 @@ def _try_matrix(mapping: ResidualMapping, n: int) -> None:
 
 
 def _try_backward(mapping: ResidualMapping, n: int) -> None:
-    """Holds `backward` against autograd through `matrix`: a subclass that changes one may have inherited the other."""
+    """Compare `backward` with autograd: a subclass may have changed only one of the methods."""
     what, logits = f"mapping {mapping.name!r}, {n} streams", mapping.logits(n)
     generator = torch.Generator().manual_seed(0)
     given = mapping.init_preserve(n).double() + torch.randn(3, logits, dtype=torch.float64, generator=generator)
@@ -98,8 +98,6 @@ def _try_backward(mapping: ResidualMapping, n: int) -> None:
 
 
 def _difference(one: Tensor, other: Tensor) -> str:
-    return (
-        f"{float((one - other).abs().max()):.1e}"
-        if one.shape == other.shape
-        else f"shape, {list(one.shape)} and {list(other.shape)}"
-    )
+    if one.shape != other.shape:
+        return f"shape, {list(one.shape)} and {list(other.shape)}"
+    return f"{float((one - other).abs().max()):.1e}"

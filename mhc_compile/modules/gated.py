@@ -1,4 +1,4 @@
-"""`GatedConnection`: the parameters of a site that reads every channel with a weight of its own, and who makes which kind of connection."""
+"""`GatedConnection`: the parameters of a site that reads with one weight per channel."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ __all__ = ["GatedConnection", "create_connection"]
 
 
 class GatedConnection(HyperConnection):
-    """A hyper-connection whose read has a weight for every channel: `X' = X + H_postᵀ f(h)`, `h = mean_j gate_j ∘ rmsnorm(X_j)`.
+    """A hyper-connection whose read has a weight for every channel.
 
-    Source: `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`; equations in `mhc_compile.ops.gated_reference.gated_read`. Shapes, with rank r:
+    `X' = X + H_postᵀ f(h)`, `h = mean_j gate_j ∘ rmsnorm(X_j)`. Source:
+    `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`; equations in
+    `mhc_compile.ops.gated_reference.gated_read`. Shapes, with rank r:
 
         phi  [n C, r + n]   projections of the normalised streams: to the gate's rank, and to post
         norm [n C]          weight of the norm, less one
         up   [r, n C]       from the rank to the gates
 
-    There is no function-preserving start: the branch reads a normalised value.
+    There is no function-preserving init: the branch reads a normalised value.
     """
 
     names: tuple[str, str, str] = ("phi", "norm", "up")
@@ -42,13 +44,13 @@ class GatedConnection(HyperConnection):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Writes the start: projections of unit variance, and a norm that does nothing more."""
+        """Write the init: projections of unit variance, and a norm without weights."""
         nn.init.normal_(self.phi, std=(self.streams * self.width) ** -0.5)
         nn.init.normal_(self.up, std=self.rank**-0.5)
         self.norm.zero_()
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(h [..., C], post [..., n], res [..., n, n])`: what the branch reads stands in the place of `pre`.
+        """Return `(h [..., C], post [..., n], res [..., n, n])`: the branch input, not `pre`.
 
         Raises:
             ShapeError: the streams do not fit n and C.
@@ -56,12 +58,12 @@ class GatedConnection(HyperConnection):
         return torch.ops.mhc.gated_read(streams, self.phi, self.norm, self.up, self.eps)  # type: ignore[no-any-return]
 
     def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """One site by hand: streams [..., n, C] and `branch`, a function of [..., C], to new streams [..., n, C]."""
+        """Return new streams [..., n, C]; `branch` is a function of [..., C]."""
         h, post, res = self.coefficients(streams)
         return torch.ops.mhc.update(streams, branch(h), post, res)  # type: ignore[no-any-return]
 
 
 def create_connection(width: int, options: ResolvedOptions, **settings: Any) -> HyperConnection:
-    """The hyper-connection of the kind that the options ask for. `settings` are those of `HyperConnection`."""
+    """Return the kind of `HyperConnection` that the options need, with these settings."""
     kind = GatedConnection if options.rank else HyperConnection
     return kind(width, options, **settings)

@@ -1,4 +1,4 @@
-"""`HyperConnection`: the parameters of one site, and the reference mathematics to use them by hand."""
+"""`HyperConnection`: the parameters of one site, and their use by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HyperConnection", "parameter_dtype"]
 
-#: logit of the only pre weight when n = 1: sigmoid(16) = 1 - 1.1e-7. (With one stream, `sum(pre) = 1` is a saturated sigmoid.)
+#: Logit of the only pre weight when n = 1, where `sum(pre) = 1` is a saturated sigmoid: 1 - 1.1e-7.
 _SATURATED = 16.0
 
 
@@ -31,29 +31,32 @@ def parameter_dtype(value: Tensor) -> torch.dtype:
 
 
 class HyperConnection(LoadsPartially):
-    """One residual add as a manifold-constrained hyper-connection: `X' = H_res X + H_postᵀ f(H_pre X)`.
+    """A residual add as a hyper-connection: `X' = H_res X + H_postᵀ f(H_pre X)`.
 
-    Source: arXiv 2512.24880 v2, equations 5 to 9. Convention: the paper's, or that of the preset. Shapes, with `K = 2 n + n²` for Sinkhorn:
+    Source: arXiv 2512.24880 v2, equations 5 to 9, or the preset. Shapes, with `K = 2 n + n²` for
+    Sinkhorn and streams [..., n, C]:
 
-        phi    [n C, K]   projection of the flattened, rms-normalised streams; columns pre (n), post (n), residual (n², row-major)
+        phi    [n C, K]   projection of the flattened, rms-normalised streams; columns pre (n),
+                          post (n), residual (n², row-major)
         bias   [K]        static logits
         scale  [3]        a_pre, a_post, a_res
-        streams [..., n, C]
 
-    With token_dependent=False phi is [n C, 0] and scale [0]: the coefficients are functions of bias alone.
+    With token_dependent=False phi is [n C, 0] and scale [0]: coefficients depend on bias alone.
+    Coefficients are computed in float32 or wider, whatever the dtype of the streams.
 
-    Parameters are created in float32 (float64 on request); coefficients are computed in float32 or wider whatever the dtype of the streams.
+    A state dict without hyper-connections, that of a plain model, is loaded with a warning, and the
+    parameters here do not change; one with only some of them, or with other shapes, is an error
+    (see `mhc_compile.load_state_dict`).
 
     Args:
         width: C, the width of the residual stream.
-        options: number of streams, mapping, start and so on; defaults to `Options()`.
-        index: position of the site in its chain. With init="preserve" the branch leans to stream `index mod n`.
-        last: whether the site ends its chain. With read_out="learned" it then has a submodule `read_out`, a `ReadOut`.
-        device: where the parameters live.
+        options: number of streams, mapping, init and so on; defaults to `Options()`.
+        index: position of the site in its chain. With init="preserve" the branch leans to stream
+            `index mod n`.
+        last: whether the site ends its chain. With read_out="learned" it then has a submodule
+            `read_out`, a `ReadOut`.
+        device: device of the parameters.
         dtype: dtype of the parameters.
-
-    A state dict without hyper-connections, that of a plain model, is loaded with a warning, and the parameters here stay as they are; one that
-    has only some of them is an error, as one with other shapes is (see `mhc_compile.load_state_dict`).
 
     Raises:
         OptionError: `width` is not a positive integer.
@@ -111,33 +114,27 @@ class HyperConnection(LoadsPartially):
 
     @property
     def lacks_end(self) -> bool:
-        """Whether the options ask for a learned read-out that is not there. Only the last site of a chain needs one."""
+        """Whether the learned read-out is missing that the last site of this chain needs."""
         return self.end == "learned" and not self.single_pass and self.read_out is None
 
     def end_chain(self) -> bool:
-        """Gives the site the learned read-out of its chain, if its options ask for one. Returns whether it was missing."""
+        """Add the learned read-out if the options ask for one; return whether it was missing."""
         if not self.lacks_end:
             return False
-        self.read_out = ReadOut(
-            self.width,
-            self.streams,
-            spec=self.spec,
-            eps=self.eps,
-            init=self.init,
-            init_gain=self._init_gain,
-            device=self.phi.device,
-            dtype=self.phi.dtype,
-        )
+        like = {"device": self.phi.device, "dtype": self.phi.dtype}
+        settings = {"spec": self.spec, "eps": self.eps, "init": self.init, "init_gain": self._init_gain}
+        self.read_out = ReadOut(self.width, self.streams, **settings, **like)  # type: ignore[arg-type]
         return True
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Writes the start that the options chose.
+        """Write the init of the options.
 
-        "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near the identity. With equal streams this is the
-        plain residual add, in value and in every gradient of the original parameters, and phi receives a gradient from the first step.
-        "random": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post = 1 and uniform mixing
-        (under "unconstrained" the identity: 0 would be no mixing at all).
+        "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near
+        the identity. With equal streams this is the plain residual add, in value and in every
+        gradient of the original parameters, and phi receives a gradient from the first step.
+        "random": phi ~ N(0, 1/(n C)), so that `z` has unit variance; bias 0, hence pre = 1/2, post
+        = 1 and uniform mixing (under "unconstrained" the identity).
         """
         n, convention = self.streams, parse(self.spec)
         self.scale.fill_(self._init_gain)
@@ -162,7 +159,7 @@ class HyperConnection(LoadsPartially):
             self.bias[2 * self.streams :] = logits.to(self.bias)
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C], float32 or wider.
+        """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].
 
         Raises:
             ShapeError: the streams do not fit n and C.
@@ -173,7 +170,7 @@ class HyperConnection(LoadsPartially):
         return pre, post, res
 
     def forward(self, streams: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """One site by hand: streams [..., n, C] and `branch`, a function of [..., C], to new streams [..., n, C]."""
+        """Return new streams [..., n, C]; `branch` is a function of [..., C]."""
         pre, post, res = self.coefficients(streams)
         out = branch(torch.ops.mhc.collapse(streams, pre))
         return torch.ops.mhc.update(streams, out, post, res)  # type: ignore[no-any-return]
@@ -188,6 +185,6 @@ class HyperConnection(LoadsPartially):
         explain_misfits(self, *args)
 
     def extra_repr(self) -> str:
-        """Sizes, as other modules print them."""
+        """Return the sizes for `repr`."""
         static = "" if self.token_dependent else ", static"
         return f"width={self.width}, streams={self.streams}, mapping={self.spec}, iterations={self.iterations}{static}"

@@ -1,4 +1,4 @@
-"""`ReadOut`: the parameters of a learned end of a chain, a sum of the streams with weights that depend on the token."""
+"""`ReadOut`: the parameters of the learned end of a chain."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["ReadOut"]
 
 
 class ReadOut(LoadsPartially):
-    """The learned read-out: streams [..., n, C] to [..., C].
+    """The learned read-out: a sum of the streams with weights that depend on the token.
 
     Two forms (see `mhc_compile.ops.gated_reference`), by the rank of the convention:
 
-        rank 0   weight [n C, n], bias [n], scale [1]            one weight a stream: DeepSeek-V4, HY-V4
-        rank r   weight [n C, r], norm [n C], up [r, n C]        one weight a channel: Qwen4-Exp
+        rank 0   weight [n C, n], bias [n], scale [1]       a weight per stream: DeepSeek-V4, HY-V4
+        rank r   weight [n C, r], norm [n C], up [r, n C]   a weight per channel: Qwen4-Exp
 
-    It belongs to the last site of the chain: `layers.3.mhc.mlp.read_out`.
+    It is a submodule of the last site of the chain: `layers.3.mhc.mlp.read_out`.
 
     Args:
         width: C.
         streams: n.
         spec: the convention, as a string.
         eps: added to the mean square under the root mean square.
-        init: "preserve" starts as the mean of the streams, whatever they are; "random" from a random projection. With a rank there is only
-            the latter.
+        init: "preserve" for the mean of the streams, "random" for a random projection. With a rank
+            it is always random.
         init_gain: initial value of `scale`.
-        device: where the parameters live.
+        device: device of the parameters.
         dtype: dtype of the parameters.
     """
 
@@ -72,7 +72,7 @@ class ReadOut(LoadsPartially):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Writes the init: the mean of the streams, or random projections of unit variance."""
+        """Write the init: the mean of the streams, or random projections of unit variance."""
         features = self.streams * self.width
         if self.rank:
             nn.init.normal_(self.weight, std=features**-0.5)
@@ -85,12 +85,12 @@ class ReadOut(LoadsPartially):
             self.bias.zero_()
             return
         self.weight.zero_()
-        # One stream alone would need the logit of 1: the read-out of n = 1 starts next to it.
+        # For n = 1 it would be the logit of 1.
         share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.spec).pre_eps
         self.bias.copy_(torch.logit(torch.full((self.streams,), share, dtype=torch.float64)))
 
     def forward(self, streams: Tensor) -> Tensor:
-        """Streams [..., n, C] to [..., C], in their dtype.
+        """Return [..., C] of streams [..., n, C], in their dtype.
 
         Raises:
             ShapeError: the streams do not fit n and C.
@@ -101,5 +101,5 @@ class ReadOut(LoadsPartially):
         return torch.ops.mhc.read_out(streams, self.weight, self.bias, self.scale, pre_eps, self.eps)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """Sizes, as other modules print them."""
+        """Return the sizes for `repr`."""
         return f"width={self.width}, streams={self.streams}, form={self.spec}"

@@ -27,8 +27,8 @@ __all__ = ["NAMES", "SETTINGS", "LoadsPartially", "explain_misfits", "guess_for"
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
-#: Settings that change the function of these parameters. A state dict carries them as metadata,
-#: which torch.save keeps and safetensors does not.
+#: Settings that change the function of these parameters: metadata of a state dict, which torch.save
+#: keeps and safetensors does not.
 SETTINGS = ("mapping", "iterations", "eps", "preset")
 
 #: The number of streams of every system that ships mHC.
@@ -37,19 +37,12 @@ _USUAL = 4
 
 @dataclass
 class _Load:
-    """The record of one call of `load_state_dict`.
+    """The record of one call of `load_state_dict`."""
 
-    Attributes:
-        missing: torch's list of missing keys.
-        kept: keys of hyper-connections that kept their values.
-        found: whether the state dict has values for a hyper-connection.
-        said: sentences that were said once in this call.
-    """
-
-    missing: list[str]
-    kept: list[str] = field(default_factory=list)
-    found: bool = False
-    said: set[str] = field(default_factory=set)
+    missing: list[str]  # torch's list of missing keys
+    kept: list[str] = field(default_factory=list)  # keys of hyper-connections that kept their values
+    found: bool = False  # whether the state dict has values for a hyper-connection
+    said: set[str] = field(default_factory=set)  # sentences that were said once in this call
 
     def once(self, sentence: str) -> str:
         new = sentence not in self.said
@@ -88,18 +81,11 @@ class LoadsPartially(nn.Module):
     names: tuple[str, str, str]
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         load = _loads.of(missing_keys)
         keys = [prefix + name for name in self.names]
         if not all(key in missing_keys for key in keys):
@@ -135,22 +121,12 @@ class _Connection(Protocol):
 
 
 def explain_misfits(
-    connection: _Connection,
-    state: Mapping[str, Any],
-    prefix: str,
-    metadata: Mapping[str, Any],
-    errors: list[str],
+    connection: _Connection, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str],
     load: _Load,
-) -> None:
+) -> None:  # fmt: skip
     """Explain the tensors of `state` that do not fit `connection`, and warn of non-finite values.
 
-    Args:
-        connection: the hyper-connection, just loaded.
-        state: the state dict.
-        prefix: path of `connection`, with a trailing dot.
-        metadata: the saved `SETTINGS`, as far as they are in the state dict.
-        errors: torch's errors so far; changed in place.
-        load: the record of the call.
+    `metadata` are the saved `SETTINGS`; `errors`, torch's so far, are changed in place.
     """
     path = prefix.removesuffix(".")
     shapes = {

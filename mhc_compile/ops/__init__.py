@@ -1,8 +1,8 @@
 """The `mhc::` operators. Importing this package registers them.
 
-`decompositions()` gives every operator as plain ATen, so that an exported program needs nothing of ours at run time.
-`fused_decompositions()` is what Inductor gets: broadcast forms that fuse, with `mhc::sinkhorn` kept as one node, and the fused operators kept where
-there are kernels for them: `cpu` (C++) and `triton` (CUDA).
+`decompositions()` gives every operator as plain ATen, so that an exported program runs without this
+package. `fused_decompositions()` is for Inductor: broadcast forms that fuse, `mhc::sinkhorn` as one
+node, and the fused operators where there are kernels for them: `cpu` (C++), `triton` (CUDA).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SINGLE: dict[Any, Callable[..., Any]] = {
     _mhc.coefficients.default: reference.coefficients,
     _mhc.coefficients_backward.default: reference.coefficients_backward,
 }
-#: Products written as broadcasts: a batched matrix product would stay an extern kernel, and nothing would fuse round it.
+#: Products written as broadcasts: nothing fuses with a batched matrix product.
 _BROADCAST: dict[Any, Callable[..., Any]] = {
     _mhc.collapse.default: reference.collapse_fused,
     _mhc.collapse_backward.default: reference.collapse_backward_fused,
@@ -64,7 +64,10 @@ def _files() -> bytes:
 
 
 def fingerprint() -> str:
-    """A hash of the code behind the operators, with registered mappings. Compiled graphs that are cached under their names depend on it."""
+    """Return a hash of the code of the operators and registered mappings.
+
+    Graphs that are cached under the names of operators depend on it.
+    """
     digest = hashlib.sha256(_files())
     for name, mapping in sorted(mappings.MAPPINGS.items()):
         digest.update(f"{name} {mappings.code_of(mapping)}".encode())
@@ -72,22 +75,26 @@ def fingerprint() -> str:
 
 
 def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
-    """Begin to build the kernels that a graph with such tensors will call, where they have to be built."""
+    """Start to build the kernels that a graph with such tensors will call."""
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return operator overload to implementation, for Inductor: pointwise and reduction operations around one opaque Sinkhorn.
+    """Return implementations by operator overload for Inductor, around one opaque Sinkhorn.
 
-    The fused operators, and the backward of `mhc::update`, are decomposed only where there is no kernel for them.
+    The fused operators, and the backward of `mhc::update`, are decomposed only where there is no
+    kernel for them.
     """
     with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
     return {**_SINGLE, **_BROADCAST, **with_kernels}
 
 
 def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the composition, which steps back where a kernel takes its tensors. Its parameters are named as in the schema."""
+    """Return `composition`, made to return NotImplemented where a kernel takes its tensors.
+
+    Its parameters have the names of the schema.
+    """
     names = tuple(inspect.signature(composition).parameters)
 
     def decompose(*args: Any) -> Any:
@@ -108,7 +115,10 @@ def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return operator overload to implementation in plain ATen, for every operator that computes (`mhc::declare` computes nothing)."""
+    """Return implementations in plain ATen by operator overload.
+
+    `mhc::declare` computes nothing and has none.
+    """
     return {
         **_SINGLE,
         **_BROADCAST,

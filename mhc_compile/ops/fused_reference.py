@@ -1,11 +1,12 @@
-"""The fused operators as compositions of the reference mathematics: one site's end together with the next one's beginning.
+"""The fused operators as compositions: the end of one site together with the start of the next.
 
-    read   coefficients and collapse: what a site takes from its streams
+    read   coefficients and collapse: the part of a site before its branch
     step   the update of one site and the read of the next
-    close  the update of a chain's last site and the mean that ends the chain; its streams are never written
+    close  the update of a chain's last site and the mean of its streams, which are never written
 
-Streams are [..., m, C] with m = n, or m = 1 for n equal streams, of which one is kept in memory. These functions are the kernels of devices that have
-none of their own, and the decompositions that Inductor gets there; `mhc_compile.ops.cpu` and `mhc_compile.ops.triton` are held against them.
+Streams are [..., m, C] with m = n, or m = 1 for n equal streams, of which one is kept in memory.
+These functions are the kernels of devices that have none of their own, and the decompositions that
+Inductor gets there; `mhc_compile.ops.cpu` and `mhc_compile.ops.triton` are tested against them.
 """
 
 from __future__ import annotations
@@ -23,26 +24,24 @@ __all__ = ["close", "close_backward", "read", "read_backward", "step", "step_bac
 
 
 def _spread(streams: Tensor, n: int) -> Tensor:
-    """[..., m, C] to [..., n, C]: equal streams are written out as a view."""
+    """Expand [..., m, C] to [..., n, C], as a view."""
     return streams.expand(*streams.shape[:-2], n, streams.shape[-1])
 
 
 def _gathered(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of `_spread`."""
+    """Return the gradient of `_spread`."""
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 def read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a site takes from its streams [..., m, C]: `(h, pre, post, res, z, inverse)`.
+    """Return `(h, pre, post, res, z, inverse)` of one site for streams [..., m, C].
 
-    `h` [..., C] is the input of the branch in the dtype of the streams; `pre` [..., n], `post` [..., n] and `res` [..., n, n] as of
-    `reference.coefficients`; the projection `z` [..., K] and `inverse` [..., 1], one over the root mean square of the streams, are for the backward.
+    `h` [..., C] is the input of the branch in the dtype of the streams; `pre` [..., n], `post`
+    [..., n] and `res` [..., n, n] are those of `reference.coefficients`; the projection `z`
+    [..., K] and `inverse` [..., 1], one over the root mean square of the streams, are for the
+    backward.
     """
     wide = _spread(streams, n)
     pre, post, res, z = reference.coefficients(wide, phi, bias, scale, mapping, iterations, eps)
@@ -51,62 +50,35 @@ def read(
 
 
 def read_backward(
-    grad_h: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    streams: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    z: Tensor,
+    grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
+    pre: Tensor, post: Tensor, z: Tensor,
     inverse: Tensor,  # noqa: ARG001 - kernels take it; here it is computed again, fused with what reads it
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `read` with respect to `(streams, phi, bias, scale)`. A gradient that is None is zero."""
+    mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of `read` for `(streams, phi, bias, scale)`; None stands for zero."""
     n = pre.shape[-1]
     wide = _spread(streams, n)
-    d_wide, d_pre = None, None
+    d_wide, d_pre = None, torch.zeros_like(pre)
     if grad_h is not None:
         d_wide, d_pre = reference.collapse_backward_fused(grad_h, wide, pre)
-    zeros_of_res = (*pre.shape, n)
-    d_streams, d_phi, d_bias, d_scale = reference.coefficients_backward(
-        torch.zeros_like(pre) if d_pre is None else d_pre,
-        torch.zeros_like(post) if grad_post is None else grad_post,
-        _zeros(pre, zeros_of_res, pre.dtype) if grad_res is None else grad_res,
-        torch.zeros_like(z),
-        wide,
-        phi,
-        bias,
-        scale,
-        pre,
-        post,
-        z,
-        mapping,
-        iterations,
-        eps,
+    d_post = torch.zeros_like(post) if grad_post is None else grad_post
+    d_res = pre.new_zeros((*pre.shape, n)) if grad_res is None else grad_res
+    site, saved = (phi, bias, scale), (pre, post, z)
+    d_streams, *d_site = reference.coefficients_backward(
+        d_pre, d_post, d_res, torch.zeros_like(z), wide, *site, *saved, mapping, iterations, eps
     )
-    return _gathered(d_streams if d_wide is None else d_streams + d_wide, streams), d_phi, d_bias, d_scale
+    return _gathered(d_streams if d_wide is None else d_streams + d_wide, streams), *d_site
 
 
 def step(
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The update of one site, then `read` of the next: `(streams', h', pre', post', res', z', inverse')`.
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor,
+    phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return `(streams', h', pre', post', res', z', inverse')`: the update, then the next `read`.
 
-    `post` [..., n] and `res` [..., n, n] are coefficients of the site that ends, `phi`, `bias` and `scale` parameters of the one that begins.
+    `post` [..., n] and `res` [..., n, n] are coefficients of the site that ends, `phi`, `bias` and
+    `scale` parameters of the one that begins.
     """
     n = post.shape[-1]
     after = reference.update_fused(_spread(streams, n), branch, post, res)
@@ -114,52 +86,26 @@ def step(
 
 
 def step_backward(
-    grad_streams: Tensor | None,
-    grad_h: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    next_pre: Tensor,
-    next_post: Tensor,
-    z: Tensor,
-    inverse: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `step` with respect to `(streams, branch, post, res, phi, bias, scale)`. The new streams are computed again."""
+    grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
+    next_pre: Tensor, next_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of `step` for its tensors. The new streams are computed again."""
     wide = _spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)
-    d_after, *d_parameters = read_backward(
-        grad_h,
-        grad_post,
-        grad_res,
-        after,
-        phi,
-        bias,
-        scale,
-        next_pre,
-        next_post,
-        z,
-        inverse,
-        mapping,
-        iterations,
-        eps,
-    )
+    grads, site, saved = (grad_h, grad_post, grad_res), (phi, bias, scale), (next_pre, next_post, z, inverse)
+    d_after, *d_site = read_backward(*grads, after, *site, *saved, mapping, iterations, eps)
     if grad_streams is not None:
         d_after = d_after + grad_streams
-    d_wide, d_branch, d_post, d_res = reference.update_backward_fused(d_after, wide, branch, post, res)
-    return _gathered(d_wide, streams), d_branch, d_post, d_res, d_parameters[0], d_parameters[1], d_parameters[2]
+    d_wide, *d_old = reference.update_backward_fused(d_after, wide, branch, post, res)
+    return _gathered(d_wide, streams), *d_old, *d_site
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """The mean of the new streams, [..., C]: `Σ_l (mean_i res_il) X_l + (mean_i post_i) f`."""
+    """Return the mean of the new streams, [..., C].
+
+    `Σ_l (mean_i res_il) X_l + (mean_i post_i) f`.
+    """
     dtype = reference.compute_dtype(streams)
     weights = res.to(dtype).mean(-2)
     mixed = (weights.unsqueeze(-1) * _spread(streams, post.shape[-1]).to(dtype)).sum(-2)
@@ -169,7 +115,7 @@ def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 def close_backward(
     grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `close` with respect to `(streams, branch, post, res)`."""
+    """Return the gradients of `close` for `(streams, branch, post, res)`."""
     n = post.shape[-1]
     spread = (grad.to(reference.compute_dtype(streams)) / n).unsqueeze(-2).expand(*grad.shape[:-1], n, grad.shape[-1])
     d_wide, d_branch, d_post, d_res = reference.update_backward_fused(

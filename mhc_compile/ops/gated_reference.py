@@ -1,11 +1,12 @@
-"""Registers the operators that other systems need beside the paper's three: a read with a weight for every channel, and learned read-outs.
+"""Registers the operators of other systems: a read with one weight per channel, and read-outs.
 
-    mhc::gated_read(streams, phi, norm, up, eps) -> (h, post, res)      the whole read of Qwen4-Exp
-    mhc::gated_read_out(streams, phi, norm, up, eps) -> x               its read-out
-    mhc::read_out(streams, weight, bias, scale, pre_eps, eps) -> x      that of DeepSeek-V4 and HY-V4
+    mhc::gated_read(streams, phi, norm, up, eps) -> (h, post, res)     the read of Qwen4-Exp
+    mhc::gated_read_out(streams, phi, norm, up, eps) -> x              its read-out
+    mhc::read_out(streams, weight, bias, scale, pre_eps, eps) -> x     that of DeepSeek-V4 and HY-V4
 
-They are compositions of ATen operations: autograd, fake tensors and every compiler see through them, and Inductor fuses what they are made of.
-Streams are [..., n, C]; results [..., C] have their dtype; everything between is float32, or float64 for float64 streams.
+They are compositions of ATen operations, visible to autograd, fake tensors and compilers. Streams
+are [..., n, C]; results [..., C] have their dtype; all between is float32, or float64 for float64
+streams.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ for _schema in (
 
 
 def read_out(streams: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, pre_eps: float, eps: float) -> Tensor:
-    """The learned end of a chain: `Σ_j w_j X_j` with `w = sigmoid(a (vec(X) W) / rms(vec(X)) + b) + pre_eps`, [..., C].
+    """Return the learned end of a chain, [..., C]: `Σ_j w_j X_j` with weights of the token.
 
-    Source: `transformers.models.deepseek_v4.DeepseekV4HyperHead`. Shapes: weight W [n C, n], bias b [n], scale a [1].
+    `w = sigmoid(a (vec(X) W) / rms(vec(X)) + b) + pre_eps`; weight W [n C, n], bias b [n], scale a
+    [1]. Source: `transformers.models.deepseek_v4.DeepseekV4HyperHead`.
 
     Raises:
         ShapeError: the parameters do not fit the streams.
@@ -55,14 +57,13 @@ def read_out(streams: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, pre_e
 
 
 def _normalised(streams: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """Every stream divided by its root mean square, times one plus a learned weight, [..., n, C]."""
     n, width = streams.shape[-2:]
     wide = streams.to(compute_dtype(streams))
     return wide * inverse_rms(wide, eps) * (1.0 + norm.to(wide.dtype).reshape(n, width))
 
 
 def _gate(normalised: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """What a branch reads: the mean of the streams, each channel times its gate. `down` [..., r] is the projection to the rank r."""
+    """Return the mean of the streams, each channel times its gate, which `down` [..., r] gives."""
     gates = torch.sigmoid(torch.nn.functional.silu(down) @ up.to(down.dtype)).reshape(normalised.shape)
     return torch.mean(gates * normalised, -2)
 
@@ -80,15 +81,15 @@ def _check_gated(name: str, streams: Tensor, phi: Tensor, norm: Tensor, up: Tens
 
 
 def gated_read(streams: Tensor, phi: Tensor, norm: Tensor, up: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a site takes from its streams when every channel has a weight: `(h [..., C], post [..., n], res [..., n, n])`.
+    """Return `(h [..., C], post [..., n], res [..., n, n])` of a read with a weight per channel.
 
         x̂    = rmsnorm(X) (1 + norm)                 each stream by itself
         h    = mean_j σ(silu(x̂ W_down / n) W_up)_j ∘ x̂_j
         post = 2 σ(x̂ W_inject / n)
         res  = I
 
-    Source: `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`. Shapes: phi [n C, r + n] is W_down and W_inject side by side, norm [n C],
-    up W_up [r, n C].
+    Source: `transformers.models.qwen4_exp.Qwen4ExpTextGatedResidual`. Shapes: phi [n C, r + n] is
+    W_down and W_inject, norm [n C], up W_up [r, n C].
 
     Raises:
         ShapeError: the parameters do not fit the streams.
@@ -104,7 +105,7 @@ def gated_read(streams: Tensor, phi: Tensor, norm: Tensor, up: Tensor, eps: floa
 
 
 def gated_read_out(streams: Tensor, phi: Tensor, norm: Tensor, up: Tensor, eps: float) -> Tensor:
-    """The end of a chain by the same gate, [..., C]: `h` of `gated_read`. Shapes: phi [n C, r], norm [n C], up [r, n C].
+    """Return the end of a chain, [..., C]: `h` of `gated_read`, with phi [n C, r].
 
     Raises:
         ShapeError: the parameters do not fit the streams.

@@ -1,13 +1,14 @@
 """Registers the `mhc::` operators: schemas, eager kernels, fake kernels and autograd.
 
-    mhc::declare(phi, bias, scale) -> ()                                    tells a tracer that a site's parameters exist
-    mhc::sinkhorn(logits, iterations) -> matrix                             (and mhc::sinkhorn_backward)
-    mhc::coefficients(streams, phi, bias, scale, ...) -> (pre, post, res, z)  (and mhc::coefficients_backward)
-    mhc::collapse(streams, pre) -> h                                        (and mhc::collapse_backward)
-    mhc::update(streams, branch, post, res) -> streams'                     (and mhc::update_backward)
+    mhc::declare(phi, bias, scale) -> ()                          shows a tracer a site's parameters
+    mhc::sinkhorn(logits, iterations) -> matrix
+    mhc::coefficients(streams, phi, bias, scale, ...) -> (pre, post, res, z)
+    mhc::collapse(streams, pre) -> h
+    mhc::update(streams, branch, post, res) -> streams'
 
-Semantics and shapes: `mhc_compile.ops.reference`. Backwards are operators of their own, so that a compiler can lower each as it likes; they
-are not differentiable again, and say so.
+Semantics and shapes: `mhc_compile.ops.reference`. Each backward is an operator of its own
+(`mhc::update_backward`), so that a compiler can lower it as it likes; it raises if it is
+differentiated again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import mapping_of
@@ -24,9 +26,7 @@ from mhc_compile.ops import cpu, reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
-__all__ = ["LIBRARY", "dense", "once_only", "shown"]
+__all__ = ["LIBRARY", "checked", "empty", "register_autograd", "shown"]
 
 LIBRARY = torch.library.Library("mhc", "DEF")
 
@@ -50,12 +50,12 @@ for _schema in _SCHEMAS:
 
 
 def shown(tensor: Tensor) -> str:
-    """Shape and dtype, for errors."""
+    """Return shape and dtype for errors."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _check_coefficients(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
 ) -> None:
     if streams.dim() < 3 or not streams.is_floating_point():
         raise ShapeError(
@@ -92,168 +92,117 @@ def _check_collapse(streams: Tensor, pre: Tensor) -> None:
         raise ShapeError(f"mhc::collapse: streams {shown(streams)} need pre [..., n], got {shown(pre)}")
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------------------------
+_CHECKS: dict[str, Callable[..., None]] = {
+    "coefficients": _check_coefficients,
+    "collapse": _check_collapse,
+    "update": _check_update,
+}
 
 
-def _coefficients(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    _check_coefficients(streams, phi, bias, scale, mapping, iterations)
-    return reference.coefficients(streams, phi, bias, scale, mapping, iterations, eps)
-
-
-def _collapse(streams: Tensor, pre: Tensor) -> Tensor:
-    _check_collapse(streams, pre)
-    return reference.collapse(streams, pre)
-
-
-def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    _check_update(streams, branch, post, res)
-    return reference.update(streams, branch, post, res)
-
-
-def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes every output contiguous, as the fake kernels promise."""
+def checked(check: Callable[..., None] | None, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `kernel` behind a check of its arguments."""
 
     def call(*args: Any) -> Any:
-        out = kernel(*args)
-        return tuple(map(torch.Tensor.contiguous, out)) if isinstance(out, tuple) else out.contiguous()
+        if check is not None:
+            check(*args)
+        return kernel(*args)
 
     return call
 
 
-def _on_cpu(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-        _check_update(streams, branch, post, res)
-        return kernel(streams, branch, post, res)
+# --- kernels
 
-    return update
+
+def _by_name(name: str) -> Callable[..., Any]:
+    # Looked up at each call, so that a changed reference changes the operator.
+    return lambda *args: getattr(reference, name)(*args)
 
 
 _KERNELS: dict[str, Callable[..., Any]] = {
     "sinkhorn": sinkhorn,
     "sinkhorn_backward": sinkhorn_backward,
-    "coefficients": _coefficients,
-    "coefficients_backward": reference.coefficients_backward,
-    "collapse": _collapse,
-    "collapse_backward": reference.collapse_backward,
-    "update": _update,
-    "update_backward": reference.update_backward,
+    **{f"{name}{end}": _by_name(f"{name}{end}") for name in _CHECKS for end in ("", "_backward")},
 }
 for _name, _kernel in _KERNELS.items():
-    LIBRARY.impl(_name, dense(_kernel), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, checked(_CHECKS.get(_name), reference.dense(_kernel)), "CompositeExplicitAutograd")
 LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
 LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
-LIBRARY.impl("update", _on_cpu(cpu.update), "CPU")
+LIBRARY.impl("update", checked(_check_update, cpu.update), "CPU")
 LIBRARY.impl("update_backward", cpu.update_backward, "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
 
 
-# --- fake kernels ----------------------------------------------------------------------------------------------------------------------
-# Outputs are contiguous, whatever the strides of the inputs: the kernels allocate them so.
+# --- fake kernels
 
 
-def _empty(like: Tensor, shape: tuple[Any, ...] | torch.Size | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(like.shape if shape is None else shape, dtype=dtype or like.dtype, device=like.device)
+def empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a contiguous tensor, by default of the shape of `like`, whatever its strides."""
+    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def _fake_coefficients(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    _check_coefficients(streams, phi, bias, scale, mapping, iterations)
-    tokens, n, dtype = streams.shape[:-2], streams.shape[-2], reference.compute_dtype(streams)
-    shapes = ((*tokens, n), (*tokens, n), (*tokens, n, n), (*tokens, bias.shape[0]))
-    return tuple(_empty(streams, shape, dtype) for shape in shapes)
-
-
-def _fake_coefficients_backward(
-    grad_pre: Tensor,
-    grad_post: Tensor,
-    grad_res: Tensor,
-    grad_z: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return _empty(streams), _empty(phi), _empty(bias), _empty(scale)
-
-
-def _fake_collapse(streams: Tensor, pre: Tensor) -> Tensor:
-    _check_collapse(streams, pre)
-    return _empty(streams, (*streams.shape[:-2], streams.shape[-1]))
-
-
-def _fake_update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    _check_update(streams, branch, post, res)
-    return _empty(streams)
+def _fake_coefficients(streams: Tensor, phi: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    n = streams.shape[-2]
+    shapes = ((n,), (n,), (n, n), (bias.shape[0],))
+    dtype = reference.compute_dtype(streams)
+    return tuple(empty(streams, *streams.shape[:-2], *shape, dtype=dtype) for shape in shapes)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "declare": lambda phi, bias, scale: None,
-    "sinkhorn": lambda logits, iterations, eps=0.0: _empty(logits),
-    "sinkhorn_backward": lambda grad, logits, iterations, eps=0.0: _empty(logits),
+    "sinkhorn": lambda logits, iterations, eps=0.0: empty(logits),
+    "sinkhorn_backward": lambda grad, logits, iterations, eps=0.0: empty(logits),
     "coefficients": _fake_coefficients,
-    "coefficients_backward": _fake_coefficients_backward,
-    "collapse": _fake_collapse,
-    "collapse_backward": lambda grad, streams, pre: (_empty(streams), _empty(pre)),
-    "update": _fake_update,
-    "update_backward": lambda grad, streams, branch, post, res: tuple(map(_empty, (streams, branch, post, res))),
+    "coefficients_backward": lambda *args: tuple(map(empty, args[4:8])),
+    "collapse": lambda streams, pre: empty(streams, *streams.shape[:-2], streams.shape[-1]),
+    "collapse_backward": lambda grad, *inputs: tuple(map(empty, inputs)),
+    "update": lambda streams, *rest: empty(streams),
+    "update_backward": lambda grad, *inputs: tuple(map(empty, inputs)),
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"mhc::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_fake(f"mhc::{_name}", checked(_CHECKS.get(_name), _fake), lib=LIBRARY)
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------------------------
+# --- autograd
 
 
-def _save_sinkhorn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, ctx.iterations, ctx.eps = inputs
-    ctx.save_for_backward(logits)
+def register_autograd(name: str, *, saved: tuple[int, ...] = (), differentiable: tuple[int, ...] | None = None) -> None:
+    """Register `mhc::NAME_backward` as the backward of `mhc::NAME`, and an error as its own.
 
+    It gets the gradients of the outputs, the tensors that went in, outputs, and the settings.
 
-def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (logits,) = ctx.saved_tensors
-    return torch.ops.mhc.sinkhorn_backward(grad, logits, ctx.iterations, ctx.eps), None, None
+    Args:
+        name: of the operator.
+        saved: positions of the outputs that the backward gets.
+        differentiable: positions of the outputs that have a gradient, which may be None; None for
+            all outputs, with zeros for those that are not used.
+    """
+    backward_of = getattr(torch.ops.mhc, f"{name}_backward")
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        ctx.others = inputs[len(tensors) :]
+        ctx.save_for_backward(*tensors, *(output[i] for i in saved))
+        if differentiable is not None:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(out for i, out in enumerate(output) if i not in differentiable))
 
-def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    streams, phi, bias, scale, *ctx.static = inputs
-    pre, post, _, z = output
-    ctx.save_for_backward(streams, phi, bias, scale, pre, post, z)
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        used = grads if differentiable is None else [grads[i] for i in differentiable]
+        settings = ctx.others[-3:]  # without the n of mhc::read, which the coefficients show
+        got = backward_of(*used, *ctx.saved_tensors, *settings)
+        return *(got if isinstance(got, tuple) else (got,)), *(None for _ in ctx.others)
 
-
-def _coefficients_vjp(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return *torch.ops.mhc.coefficients_backward(*grads, *ctx.saved_tensors, *ctx.static), None, None, None
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _collapse_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.mhc.collapse_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-
-def _update_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.mhc.update_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-
-def once_only(name: str) -> Callable[..., Any]:
-    """The backward of a backward: an error that says so."""
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def once_only(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            f"mhc::{name} is not differentiable: second derivatives (create_graph=True) are not supported through hyper-connections"
+            f"mhc::{name}_backward is not differentiable: second derivatives (create_graph=True) are not supported"
+            " through hyper-connections"
         )
 
-    return backward
+    torch.library.register_autograd(f"mhc::{name}", backward, setup_context=save, lib=LIBRARY)
+    torch.library.register_autograd(f"mhc::{name}_backward", once_only, lib=LIBRARY)
 
 
-torch.library.register_autograd("mhc::sinkhorn", _sinkhorn_vjp, setup_context=_save_sinkhorn, lib=LIBRARY)
-torch.library.register_autograd("mhc::coefficients", _coefficients_vjp, setup_context=_save_coefficients, lib=LIBRARY)
-torch.library.register_autograd("mhc::collapse", _collapse_vjp, setup_context=_save_inputs, lib=LIBRARY)
-torch.library.register_autograd("mhc::update", _update_vjp, setup_context=_save_inputs, lib=LIBRARY)
-for _name in ("sinkhorn", "coefficients", "collapse", "update"):
-    torch.library.register_autograd(f"mhc::{_name}_backward", once_only(f"{_name}_backward"), lib=LIBRARY)
+register_autograd("sinkhorn")
+register_autograd("coefficients", saved=(0, 1, 3))
+register_autograd("collapse")
+register_autograd("update")

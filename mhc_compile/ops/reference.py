@@ -1,7 +1,8 @@
 """Reference mathematics of one hyper-connection, in plain ATen operations.
 
-Source: "mHC: Manifold-Constrained Hyper-Connections", arXiv 2512.24880 v2, section 4. Convention: the paper's (`pre, post, res`; H_res is
-applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` any number of token axes:
+Source: "mHC: Manifold-Constrained Hyper-Connections", arXiv 2512.24880 v2, section 4. Convention:
+the paper's (`pre, post, res`; H_res is applied as `H X`; Sinkhorn normalises columns, then rows).
+Shapes, with `...` any number of token axes:
 
     streams  [..., n, C]   model dtype      n residual streams of width C
     phi      [n C, K]      K = 2 n + (number of residual logits), n² + 2 n for Sinkhorn
@@ -11,17 +12,18 @@ applied as `H X`; Sinkhorn normalises columns, then rows). Shapes, with `...` an
     post     [..., n]
     res      [..., n, n]   res[..., i, j] is the weight of old stream j in new stream i
 
-`mapping` is the name of the residual mapping, or a whole convention as a string (`mhc_compile.config.coefficient_spec`): the epsilons of other systems.
-Static coefficients, the same for every token, have no projection: phi is then [n C, 0] and scale [0].
+`mapping` is a convention as a string (`mhc_compile.config.coefficient_spec`): the name of the
+residual mapping, and the epsilons of other systems. Static coefficients, the same for every token,
+have no projection: phi is then [n C, 0] and scale [0]. Coefficients are computed in float32, or
+float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
 
-Coefficients are computed in float32, or float64 for float64 streams, whatever the dtype of the model and whatever autocast says.
-These functions serve three times: as the eager kernels, as the decompositions to ATen, and as what tests hold other kernels against.
+The functions are the eager kernels, the decompositions to ATen, and the oracle of the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,32 +31,34 @@ from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.mappings import mapping_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
 __all__ = [
-    "coefficients",
-    "coefficients_backward",
-    "collapse",
-    "collapse_backward",
-    "collapse_backward_fused",
-    "collapse_fused",
-    "compute_dtype",
-    "inverse_rms",
-    "update",
-    "update_backward",
-    "update_backward_fused",
-    "update_fused",
-    "without_autocast",
-]
+    "coefficients", "coefficients_backward", "collapse", "collapse_backward", "collapse_backward_fused",
+    "collapse_fused", "compute_dtype", "dense", "inverse_rms", "update", "update_backward", "update_backward_fused",
+    "update_fused", "without_autocast",
+]  # fmt: skip
+
+
+def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Make every output of `kernel` contiguous, as the fake kernels promise."""
+
+    def call(*args: Any) -> Any:
+        out = kernel(*args)
+        return tuple(map(torch.Tensor.contiguous, out)) if isinstance(out, tuple) else out.contiguous()
+
+    return call
 
 
 def compute_dtype(streams: Tensor) -> torch.dtype:
-    """Dtype of the coefficients for these streams: float32, or float64 when the streams are."""
+    """Return the dtype of the coefficients: float32, or float64 for float64 streams."""
     return torch.promote_types(streams.dtype, torch.float32)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context without autocast. Autocast would cut the projection down to bfloat16, against the method: coefficients are float32."""
+    """Return a context without autocast, which would compute the projection in bfloat16."""
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -62,21 +66,15 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object
 
 
 def inverse_rms(flat: Tensor, eps: float) -> Tensor:
-    """One over the root mean square of the last axis, [..., 1]."""
+    """Return one over the root mean square of the last axis, [..., 1]."""
     return torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    parts = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
-    if scale.numel() == 0:  # static: z is zero
-        parts = tuple(
-            (part + offset) for part, offset in zip(parts, bias.split([n, n, len(bias) - 2 * n]), strict=True)
-        )
-        return parts[0], parts[1], parts[2]
-    pre = scale[0] * parts[0] + bias[:n]
-    post = scale[1] * parts[1] + bias[n : 2 * n]
-    res = scale[2] * parts[2] + bias[2 * n :]
-    return pre, post, res
+def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield the logits of pre, post and res."""
+    static = scale.numel() == 0  # z is zero
+    for i, part in enumerate((slice(n), slice(n, 2 * n), slice(2 * n, None))):
+        yield (z[..., part] if static else scale[i] * z[..., part]) + bias[part]
 
 
 def _projection(flat: Tensor, phi: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -92,14 +90,14 @@ def _plus(value: Tensor, eps: float) -> Tensor:
 def coefficients(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of one site: `(pre, post, res, z)`.
+    """Return the coefficients of one site: `(pre, post, res, z)`.
 
-        z    = (vec(X) phi) / rms(vec(X))         multiply first, divide after; zero with phi [n C, 0]
+        z    = (vec(X) phi) / rms(vec(X))         multiply, then divide; zero with phi [n C, 0]
         pre  = sigmoid(a_pre z_pre + b_pre)       + pre_eps of the convention, 0 in the paper
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
 
-    The projection `z` [..., K] is returned because the backward needs it, as `native_layer_norm` returns its statistics.
+    The projection `z` [..., K] is returned because the backward needs it.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
@@ -117,22 +115,11 @@ def coefficients(
 
 
 def coefficients_backward(
-    grad_pre: Tensor,
-    grad_post: Tensor,
-    grad_res: Tensor,
-    grad_z: Tensor,
-    streams: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    z: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `coefficients` with respect to `(streams, phi, bias, scale)`, derived by hand.
+    grad_pre: Tensor, grad_post: Tensor, grad_res: Tensor, grad_z: Tensor,
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, pre: Tensor, post: Tensor, z: Tensor,
+    mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of `coefficients` for `(streams, phi, bias, scale)`, derived by hand.
 
     With p = vec(X) phi, r = 1 / rms(vec(X)) and z = p r:
 
@@ -145,7 +132,7 @@ def coefficients_backward(
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
-        res_logits = _logits(z, offset, gain, n)[2]
+        *_, res_logits = _logits(z, offset, gain, n)
         before, after = _plus(pre, -convention.pre_eps), _plus(post, -convention.post_eps)
         d_pre = grad_pre * before * (1.0 - before)
         d_post = grad_post * after * (1.0 - after / convention.post_range)
@@ -153,12 +140,7 @@ def coefficients_backward(
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
         if not phi.shape[1]:
-            return (
-                torch.zeros_like(streams),
-                torch.zeros_like(phi),
-                d_bias.to(bias.dtype),
-                torch.zeros_like(scale),
-            )
+            return torch.zeros_like(streams), torch.zeros_like(phi), d_bias.to(bias.dtype), torch.zeros_like(scale)
         d_scale = torch.stack(
             [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
         )
@@ -168,29 +150,25 @@ def coefficients_backward(
         d_phi = flat.flatten(0, -2).t() @ scaled.flatten(0, -2)
         radial = inverse.square() * (d_z * z).sum(-1, keepdim=True) / flat.shape[-1]
         d_flat = scaled @ weight.t() - flat * radial
-        return (
-            d_flat.unflatten(-1, streams.shape[-2:]).to(streams.dtype),
-            d_phi.to(phi.dtype),
-            d_bias.to(bias.dtype),
-            d_scale.to(scale.dtype),
-        )
+        d_streams = d_flat.unflatten(-1, streams.shape[-2:]).to(streams.dtype)
+        return d_streams, d_phi.to(phi.dtype), d_bias.to(bias.dtype), d_scale.to(scale.dtype)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
-    """Branch input: `h = Σ_j pre_j X_j`, [..., C] in the dtype of the streams, accumulated in `compute_dtype`."""
+    """Return `h = Σ_j pre_j X_j`, [..., C] in the dtype of the streams."""
     with without_autocast(streams):
         wide = streams.to(compute_dtype(streams))
         return (pre.unsqueeze(-2) @ wide).squeeze(-2).to(streams.dtype)
 
 
 def collapse_fused(streams: Tensor, pre: Tensor) -> Tensor:
-    """`collapse` in broadcast form: the same numbers, spelled so that Inductor fuses it with its neighbours."""
+    """Compute `collapse` in broadcast form, which Inductor fuses with its neighbours."""
     with without_autocast(streams):
         return (pre.unsqueeze(-1) * streams.to(compute_dtype(streams))).sum(-2).to(streams.dtype)
 
 
 def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `collapse` with respect to `(streams, pre)`: `pre_j dh` and `⟨dh, X_j⟩`."""
+    """Return the gradients of `collapse` for `(streams, pre)`: `pre_j dh` and `⟨dh, X_j⟩`."""
     with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype)
@@ -200,7 +178,7 @@ def collapse_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tenso
 
 
 def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """`collapse_backward` in broadcast form."""
+    """Compute `collapse_backward` in broadcast form."""
     with without_autocast(streams):
         dtype = compute_dtype(streams)
         g = grad.to(dtype).unsqueeze(-2)
@@ -208,10 +186,10 @@ def collapse_backward_fused(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple
 
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """New streams: `X' = H_res X + H_postᵀ f`, [..., n, C] in the dtype of the streams, accumulated in `compute_dtype`.
+    """Return the new streams `X' = H_res X + H_postᵀ f`, [..., n, C] in the dtype of the streams.
 
-    `branch` [..., C] is the output f of the branch, in any floating dtype. The coefficients may be narrower than the streams, where the trunk
-    was cast between them.
+    `branch` [..., C] is the output f of the branch, in any floating dtype. The coefficients may be
+    narrower than the streams, where the trunk was cast between them.
     """
     with without_autocast(streams):
         dtype = compute_dtype(streams)
@@ -220,7 +198,7 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
 
 
 def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """`update` in broadcast form. A batched matrix product would stay an extern kernel, and nothing would fuse round it."""
+    """Compute `update` in broadcast form: Inductor fuses nothing with a batched matrix product."""
     with without_autocast(streams):
         dtype = compute_dtype(streams)
         mixed = (res.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(-2)
@@ -230,7 +208,7 @@ def update_fused(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> 
 def update_backward(
     grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `update` with respect to `(streams, branch, post, res)`.
+    """Return the gradients of `update` for `(streams, branch, post, res)`.
 
     dX = H_resᵀ dX',  df = Σ_i post_i dX'_i,  dpost_i = ⟨dX'_i, f⟩,  dres_ij = ⟨dX'_i, X_j⟩
     """
@@ -247,7 +225,7 @@ def update_backward(
 def update_backward_fused(
     grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`update_backward` in broadcast form."""
+    """Compute `update_backward` in broadcast form."""
     with without_autocast(streams):
         dtype = compute_dtype(streams)
         g, wide, f = grad.to(dtype), streams.to(dtype), branch.to(dtype)

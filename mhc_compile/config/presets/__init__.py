@@ -1,6 +1,6 @@
-"""Presets: the conventions of the systems that ship hyper-connections.
+"""Presets: the conventions of the systems that ship hyper-connections. Torch-free.
 
-A new one is one file and one line here. Torch is not imported here.
+To add one, write a file like its neighbours and list it here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`.
+    """Return the preset called `name`.
 
     Raises:
         OptionError: there is none; the message gives the nearest name.
@@ -39,7 +39,7 @@ def get_preset(name: str) -> Preset:
 
 
 def register_preset(preset: Preset) -> Preset:
-    """Makes a preset of your own known by its name, to `options={"preset": ...}` and to the commands' `--preset`.
+    """Register a preset for `options={"preset": ...}` and `--preset`, and return it.
 
     Raises:
         OptionError: another preset has that name.

@@ -1,4 +1,4 @@
-"""What a preset is: everything that tells one system's hyper-connections from another's, as one value. Torch is not imported here."""
+"""`Preset`: how the hyper-connections of one system differ from those of others. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from mhc_compile.config.coefficient_spec import Convention
 
 __all__ = ["Preset", "ReadOut"]
 
-#: What ends a chain: the mean or the sum of the streams, or a weighted sum whose weights are
-#: learned.
+#: The end of a chain: the mean or the sum of the streams, or a sum with learned weights.
 ReadOut = Literal["mean", "sum", "learned"]
 
 
@@ -18,8 +17,7 @@ ReadOut = Literal["mean", "sum", "learned"]
 class Preset:
     """The convention of one system that ships hyper-connections.
 
-    A new one is one file like its neighbours, and a line in `mhc_compile.config.presets`; from
-    outside it is `register_preset(Preset(...))`.
+    `register_preset(Preset(...))` adds one.
 
     Attributes:
         name: what `options={"preset": ...}` takes.
@@ -43,7 +41,7 @@ class Preset:
     preserves: bool = True
 
     def defaults(self) -> dict[str, Any]:
-        """The options that this preset stands for; those that a user gives go before them."""
+        """Return the options for which this preset gives the defaults."""
         return {
             "mapping": self.convention.mapping,
             "iterations": self.iterations,

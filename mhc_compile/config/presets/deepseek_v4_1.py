@@ -5,8 +5,6 @@ computed from need not be read a second time. The first site reads the trunk its
 of the last one end the chain.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4

@@ -1,7 +1,5 @@
 """GLM-5-next: DeepSeek-V4's coefficients; chains end with the mean of the streams."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4

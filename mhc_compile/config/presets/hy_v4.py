@@ -1,7 +1,5 @@
 """HY-V4: streams are not mixed (H_res = I); pre and post have an epsilon; a learned read-out."""
 
-from __future__ import annotations
-
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 

@@ -1,6 +1,4 @@
-"""Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn, applied without the transpose, so that columns are the side that is exact."""
-
-from __future__ import annotations
+"""Liger-Kernel's `LigerMHC`: DeepSeek-V4's Sinkhorn without the transpose: columns are exact."""
 
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset

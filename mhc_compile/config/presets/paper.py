@@ -1,7 +1,5 @@
 """The paper's own convention, and the default."""
 
-from __future__ import annotations
-
 from mhc_compile.config.presets.base import Preset
 
 __all__ = ["PAPER"]

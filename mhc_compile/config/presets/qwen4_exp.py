@@ -1,15 +1,12 @@
-"""Qwen4-Exp: streams are not mixed (H_res = I), and a branch reads every channel with a weight of its own.
+"""Qwen4-Exp: streams are not mixed (H_res = I); a branch reads with one weight per channel.
 
     x̂    = rmsnorm(X) per stream, times a learned weight
     gate = σ(silu(x̂ W_down / n) W_up)          [n, C], through a low rank
     h    = mean_j gate_j ∘ x̂_j                  the branch's input, which is normalised already
     post = 2 σ(x̂ W_inject / n)
 
-There is no choice of parameters with which this is the plain residual add, so a model must be
-started from scratch.
+No parameters make this the plain residual add, so a model must be trained from scratch.
 """
-
-from __future__ import annotations
 
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset

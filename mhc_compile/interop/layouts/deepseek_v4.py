@@ -4,8 +4,6 @@ Branches have other names (`attn`, `ffn`) in published files and in the output o
 In published files every block of `mtp` is a chain of its own.
 """
 
-from __future__ import annotations
-
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
 __all__ = ["DEEPSEEK_V4", "READ_OUT", "SITE", "TRANSFORMERS"]

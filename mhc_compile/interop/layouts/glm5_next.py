@@ -1,7 +1,5 @@
 """GLM-5-next: the sites of DeepSeek-V4. The read-out is the mean, without parameters."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mhc_compile.interop.layout import Layout, Spelling

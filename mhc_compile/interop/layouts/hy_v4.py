@@ -1,7 +1,5 @@
 """HY-V4: H_res = I, so `fn` is [2n, n C] and `scale` [2]; `hc_head` is the read-out."""
 
-from __future__ import annotations
-
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 from mhc_compile.interop.layouts.deepseek_v4 import READ_OUT, TRANSFORMERS
 

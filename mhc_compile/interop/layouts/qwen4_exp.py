@@ -4,8 +4,6 @@ Our phi is the concatenation of the two projections of the normalized streams. B
 of their own. The n-gram layers (`ple`), which write to all streams, are no sites.
 """
 
-from __future__ import annotations
-
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
 __all__ = ["QWEN4_EXP"]
@@ -22,10 +20,7 @@ QWEN4_EXP = Layout(
     spellings=(
         Spelling(
             name="transformers",
-            sites={
-                "attn_hyper_connection.{}": ("self_attn", "linear_attn"),
-                "mlp_hyper_connection.{}": ("mlp",),
-            },
+            sites={"attn_hyper_connection.{}": ("self_attn", "linear_attn"), "mlp_hyper_connection.{}": ("mlp",)},
             read_out="hyper_connection_mixer.{}",
         ),
     ),

@@ -1,4 +1,4 @@
-"""Builds the C++ of this package with Inductor's compiler, once for a combination of dtypes and sizes, for all processes of the machine."""
+"""Compilation of this package's C++ by Inductor, which caches it for all processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKENS_PER_THREAD = 512
 
 @functools.cache
 def library(headers: tuple[str, ...], **definitions: str | int) -> Any:
-    """The functions of some headers, compiled with these macros; None, with a warning, where they cannot be built."""
+    """Compile headers with these macros; return None, with a warning, where that fails."""
     from mhc_compile._torch import load_cpp
 
     lines = [f"#define {name} {value}" for name, value in definitions.items()]
@@ -40,12 +40,12 @@ def library(headers: tuple[str, ...], **definitions: str | int) -> Any:
 
 
 def threads_for(tokens: int) -> int:
-    """How many threads work on this many tokens."""
+    """Return the number of threads for this many tokens."""
     return max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
 
 
 def call(function: Any, tensors: Iterable[Tensor | None], integers: Iterable[int], *reals: float) -> None:
-    """Calls a function of pointers, 64-bit integers and doubles. A missing tensor is a null pointer."""
+    """Call a function of pointers, 64-bit integers and doubles. None is a null pointer."""
     function(
         *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *map(ctypes.c_int64, integers),

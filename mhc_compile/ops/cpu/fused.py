@@ -1,12 +1,14 @@
-"""The fused operators on CPU: one C++ kernel each, forward and backward, that passes over the streams once.
+"""The fused operators on CPU: one C++ kernel each, forward and backward, one pass over the streams.
 
-A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C
-elements forward and 15 C backward, the least that the formula allows; the projection and the mapping are part of the pass. Semantics, shapes, and the
-forms that run for other dtypes or where there is no C++ compiler: `mhc_compile.ops.fused_reference`.
+A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per
+token and site at n = 4 that moves 10 C elements forward and 15 C backward, the least that the
+formula allows. Semantics, shapes, and the compositions that run for other dtypes or without a C++
+compiler: `mhc_compile.ops.fused_reference`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -16,26 +18,17 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import columns
+from mhc_compile.ops import arguments, reference
 from mhc_compile.ops import fused_reference as fused
-from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = [
-    "MAPPINGS",
-    "close",
-    "close_backward",
-    "prepare",
-    "read",
-    "read_backward",
-    "step",
-    "step_backward",
-    "takes",
-    "update",
-    "update_backward",
-]
+    "MAPPINGS", "close", "close_backward", "prepare", "read", "read_backward", "step", "step_backward", "takes",
+    "update", "update_backward",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +44,16 @@ _TYPES = {
     (torch.float64, torch.float64): ("double", "double", "double"),
 }
 _LARGEST = 8
-
-
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
 _BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
-#: Held while a library is built: the thread of `prepare` and the first call of a kernel may want the same one.
+#: Held while a library is built: the thread of `prepare` and a first call may want the same one.
 _BUILDING = threading.Lock()
 
 
 def _definitions(convention: Convention) -> dict[str, str | int]:
-    """The macros that tell one convention's coefficients from another's."""
-    sinkhorn = (
-        convention if convention.mapping == "sinkhorn" else Convention()
-    )  # what others ignore makes no new library
+    """Return the macros that tell one convention's coefficients from another's."""
+    # Settings that other mappings ignore make no new library.
+    sinkhorn = convention if convention.mapping == "sinkhorn" else Convention()
     return {
         "PRE_EPS": repr(convention.pre_eps),
         "POST_RANGE": repr(float(convention.post_range)),
@@ -74,7 +64,7 @@ def _definitions(convention: Convention) -> dict[str, str | int]:
 
 
 def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None) -> Any:
-    """The library for a mapping or convention; with None whichever there is, for what depends on none."""
+    """Return the library for a convention; with None any that is built, for kernels without one."""
     types = _TYPES.get((streams, branch))
     if types is None or not 1 <= n <= _LARGEST:
         return None
@@ -96,15 +86,15 @@ def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | N
 
 
 def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str | None = None) -> bool:
-    """Whether there is a kernel for these dtypes, this number of streams and this mapping or convention, and a compiler that builds it here.
+    """Return whether a kernel for these dtypes, n streams and this convention can be built here.
 
-    Without a mapping: for what depends on none.
+    Without a mapping: a kernel that depends on none.
     """
     return _library(streams, branch or streams, n, mapping) is not None
 
 
 def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> threading.Thread | None:
-    """Begin to build the kernels while the caller goes on: tracing takes longer than the C++ compiler does.
+    """Build the kernels in a thread while the caller traces, which takes longer than the compiler.
 
     Returns the thread, None where there is nothing to build.
     """
@@ -123,9 +113,11 @@ def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> N
 
 
 class _Call:
-    """One call of a kernel: its library, its sizes, and its tensors made dense and of the dtype that is computed in."""
+    """One call of a kernel: its library, its sizes, and its tensors in the computed dtype."""
 
-    def __init__(self, streams: Tensor, branch: Tensor | None, n: int, mapping: str | None, iterations: int) -> None:
+    def __init__(
+        self, streams: Tensor, branch: Tensor | None, n: int, mapping: str | None = None, iterations: int = 1
+    ) -> None:
         self.library = _library(streams.dtype, streams.dtype if branch is None else branch.dtype, n, mapping)
         self.dtype = reference.compute_dtype(streams)
         self.tokens, self.width, self.given = streams.shape[:-2], streams.shape[-1], streams.shape[-2]
@@ -133,21 +125,18 @@ class _Call:
 
     @property
     def runs(self) -> bool:
-        """Whether the kernel can run; the composition runs otherwise, also where there is nothing to compute."""
+        """Whether there is a kernel, and something to compute."""
         return self.library is not None and self.tokens.numel() * self.width > 0
 
-    def real(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.dtype).contiguous()
+    def reals(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.to(self.dtype).contiguous() for tensor in tensors)
 
-    def new(self, like: Tensor, *shape: int, real: bool = True) -> Tensor:
-        return torch.empty((*self.tokens, *shape), dtype=self.dtype if real else like.dtype)
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty((*self.tokens, *shape), dtype=dtype or self.dtype)
 
     def coefficients(self, columns: int) -> tuple[Tensor, ...]:
-        """Empty `(pre, post, res, z, inverse)`."""
-        return tuple(
-            torch.empty((*self.tokens, *shape), dtype=self.dtype)
-            for shape in ((self.n,), (self.n,), (self.n, self.n), (columns,), (1,))
-        )
+        """Return empty `(pre, post, res, z, inverse)`."""
+        return tuple(self.new(*shape) for shape in ((self.n,), (self.n,), (self.n, self.n), (columns,), (1,)))
 
     def run(self, name: str, tensors: Iterable[Tensor | None], eps: float = 0.0) -> None:
         tokens = self.tokens.numel()
@@ -155,171 +144,128 @@ class _Call:
         call(getattr(self.library, f"mhc_{name}"), tensors, integers, eps)
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+def _dense(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous() for tensor in tensors)
+
+
+def _gradients_of(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors if tensor is not None)
 
 
 def _as(tensors: Iterable[Tensor], like: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(other.dtype) for tensor, other in zip(tensors, like, strict=True))
 
 
+def _or_composed(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Run the function of the same name in `module` where a kernel cannot run and returns None."""
+
+    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def run(*args: Any) -> Any:
+            out = kernel(*args)
+            return reference.dense(getattr(module, kernel.__name__))(*args) if out is None else out
+
+        return run
+
+    return decorate
+
+
+@_or_composed(fused)
 def read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused_reference.read`."""
+) -> tuple[Tensor, ...] | None:
+    """Run `fused_reference.read`."""
     kernel = _Call(streams, None, n, mapping, iterations)
     if not kernel.runs:
-        return tuple(map(Tensor.contiguous, fused.read(streams, phi, bias, scale, n, mapping, iterations, eps)))
-    h = kernel.new(streams, kernel.width, real=False)
-    coefficients = kernel.coefficients(phi.shape[-1])
-    kernel.run("read", (*_dense(streams), *map(kernel.real, (phi, bias, scale)), h, *coefficients), eps)
-    return h, *coefficients
+        return None
+    outs = kernel.new(kernel.width, dtype=streams.dtype), *kernel.coefficients(phi.shape[-1])
+    kernel.run("read", (*_dense(streams), *kernel.reals(phi, bias, scale), *outs), eps)
+    return outs
 
 
-def step(
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused_reference.step`."""
-    kernel = _Call(streams, branch, post.shape[-1], mapping, iterations)
+@_or_composed(fused)
+def step(*args: Any) -> tuple[Tensor, ...] | None:
+    """Run `fused_reference.step`."""
+    old, site, (mapping, iterations, eps) = arguments.step(*args)
+    kernel = _Call(old.streams, old.branch, old.post.shape[-1], mapping, iterations)
     if not kernel.runs:
-        out = fused.step(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps)
-        return tuple(map(Tensor.contiguous, out))
-    after = kernel.new(streams, kernel.n, kernel.width, real=False)
-    h = kernel.new(streams, kernel.width, real=False)
-    coefficients = kernel.coefficients(phi.shape[-1])
-    inputs = (*_dense(streams, branch), *map(kernel.real, (post, res, phi, bias, scale)))
-    kernel.run("step", (*inputs, after, h, *coefficients), eps)
-    return after, h, *coefficients
+        return None
+    wide = (kernel.new(*shape, dtype=old.streams.dtype) for shape in ((kernel.n, kernel.width), (kernel.width,)))
+    outs = *wide, *kernel.coefficients(site.phi.shape[-1])
+    kernel.run("step", (*_dense(old.streams, old.branch), *kernel.reals(old.post, old.res, *site), *outs), eps)
+    return outs
 
 
-def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """As `mhc_compile.ops.reference.update`."""
-    kernel = _Call(streams, branch, post.shape[-1], None, 1)
+@_or_composed(reference)
+def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor | None:
+    """Run `reference.update`."""
+    return _mixing("update", (post.shape[-1], streams.shape[-1]), streams, branch, post, res)
+
+
+@_or_composed(fused)
+def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor | None:
+    """Run `fused_reference.close`."""
+    return _mixing("close", (streams.shape[-1],), streams, branch, post, res)
+
+
+def _mixing(
+    name: str, shape: tuple[int, ...], streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
+) -> Tensor | None:
+    kernel = _Call(streams, branch, post.shape[-1])
     if not kernel.runs:
-        return reference.update(streams, branch, post, res).contiguous()
-    out = kernel.new(streams, kernel.n, kernel.width, real=False)
-    kernel.run("update", (*_dense(streams, branch), *map(kernel.real, (post, res)), out))
+        return None
+    out = kernel.new(*shape, dtype=streams.dtype)
+    kernel.run(name, (*_dense(streams, branch), *kernel.reals(post, res), out))
     return out
 
 
-def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """As `mhc_compile.ops.fused_reference.close`."""
-    kernel = _Call(streams, branch, post.shape[-1], None, 1)
+@_or_composed(fused)
+def read_backward(*args: Any) -> tuple[Tensor, ...] | None:
+    """Run `fused_reference.read_backward`."""
+    grads, streams, site, saved, settings = arguments.read_backward(*args)
+    kernel = _Call(streams, None, saved.pre.shape[-1], settings.mapping, settings.iterations)
     if not kernel.runs:
-        return fused.close(streams, branch, post, res).contiguous()
-    out = kernel.new(streams, kernel.width, real=False)
-    kernel.run("close", (*_dense(streams, branch), *map(kernel.real, (post, res)), out))
-    return out
-
-
-def read_backward(
-    grad_h: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    streams: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    z: Tensor,
-    inverse: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused_reference.read_backward`."""
-    kernel = _Call(streams, None, pre.shape[-1], mapping, iterations)
-    site = (phi, bias, scale)
-    if not kernel.runs:
-        given = (grad_h, grad_post, grad_res, streams, *site, pre, post, z, inverse, mapping, iterations, eps)
-        return tuple(map(Tensor.contiguous, fused.read_backward(*given)))
-    reals = tuple(map(kernel.real, site))
-    outs = torch.empty(streams.shape, dtype=streams.dtype), *map(torch.empty_like, reals)  # type: ignore[arg-type]
-    grads = (None if grad_h is None else grad_h.to(streams.dtype), kernel.real(grad_post), kernel.real(grad_res))
-    kernel.run("read_backward", (*_dense(*grads, streams), *reals, *map(kernel.real, (pre, post, z, inverse)), *outs))
+        return None
+    reals = kernel.reals(*site)
+    outs = _gradients_of(streams, *reals)
+    wide = (*_dense(grads.h, dtype=streams.dtype), *kernel.reals(grads.post, grads.res), *_dense(streams))
+    kernel.run("read_backward", (*wide, *reals, *kernel.reals(*saved), *outs))
     return _as(outs, (streams, *site))
 
 
-def step_backward(
-    grad_streams: Tensor | None,
-    grad_h: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    next_pre: Tensor,
-    next_post: Tensor,
-    z: Tensor,
-    inverse: Tensor,
-    mapping: str,
-    iterations: int,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused_reference.step_backward`."""
-    kernel = _Call(streams, branch, post.shape[-1], mapping, iterations)
-    site = (phi, bias, scale)
-    saved = (next_pre, next_post, z, inverse)
+@_or_composed(fused)
+def step_backward(*args: Any) -> tuple[Tensor, ...] | None:
+    """Run `fused_reference.step_backward`."""
+    grad_streams, grads, old, site, saved, settings = arguments.step_backward(*args)
+    kernel = _Call(old.streams, old.branch, old.post.shape[-1], settings.mapping, settings.iterations)
     if not kernel.runs:
-        given = (
-            grad_streams,
-            grad_h,
-            grad_post,
-            grad_res,
-            streams,
-            branch,
-            post,
-            res,
-            *site,
-            *saved,
-            mapping,
-            iterations,
-            eps,
-        )
-        return tuple(map(Tensor.contiguous, fused.step_backward(*given)))
-    wide = (None if grad is None else grad.to(streams.dtype) for grad in (grad_streams, grad_h))
-    grads = (*_dense(*wide), kernel.real(grad_post), kernel.real(grad_res))
-    reals = tuple(map(kernel.real, (post, res, *site)))
-    outs = (*_empty(streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
-    kernel.run("step_backward", (*grads, *_dense(streams, branch), *reals, *map(kernel.real, saved), *outs))
-    return _as(outs, (streams, branch, post, res, *site))
+        return None
+    wide = (*_dense(grad_streams, grads.h, dtype=old.streams.dtype), *kernel.reals(grads.post, grads.res))
+    reals = kernel.reals(old.post, old.res, *site)
+    outs = _gradients_of(old.streams, old.branch, *reals)
+    given = (*wide, *_dense(old.streams, old.branch), *reals, *kernel.reals(*saved))
+    kernel.run("step_backward", (*given, *outs))
+    return _as(outs, (*old, *site))
 
 
-def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.reference.update_backward`."""
-    return _mixing_backward("update", reference.update_backward, grad, streams, branch, post, res)
+@_or_composed(reference)
+def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Any:
+    """Run `reference.update_backward`."""
+    return _mixing_backward("update_backward", grad, streams, branch, post, res)
 
 
-def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
-    """As `mhc_compile.ops.fused_reference.close_backward`."""
-    return _mixing_backward("close", fused.close_backward, grad, streams, branch, post, res)
+@_or_composed(fused)
+def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Any:
+    """Run `fused_reference.close_backward`."""
+    return _mixing_backward("close_backward", grad, streams, branch, post, res)
 
 
-def _mixing_backward(
-    name: str, composed: Any, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, ...]:
-    kernel = _Call(streams, branch, post.shape[-1], None, 1)
+def _mixing_backward(name: str, grad: Tensor, *args: Tensor) -> tuple[Tensor, ...] | None:
+    old = arguments.Old(*args)
+    kernel = _Call(old.streams, old.branch, old.post.shape[-1])
     if not kernel.runs:
-        return tuple(map(Tensor.contiguous, composed(grad, streams, branch, post, res)))
-    reals = tuple(map(kernel.real, (post, res)))
-    outs = (*_empty(streams, branch), *map(torch.empty_like, reals))  # type: ignore[arg-type]
-    kernel.run(f"{name}_backward", (*_dense(grad.to(streams.dtype), streams, branch), *reals, *outs))
-    return _as(outs, (streams, branch, post, res))
-
-
-def _empty(*like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in like)
+        return None
+    reals = kernel.reals(old.post, old.res)
+    outs = _gradients_of(old.streams, old.branch, *reals)
+    kernel.run(name, (*_dense(grad.to(old.streams.dtype), old.streams, old.branch), *reals, *outs))
+    return _as(outs, old)

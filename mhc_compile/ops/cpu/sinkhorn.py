@@ -1,7 +1,8 @@
-"""Sinkhorn on CPU as one kernel: C++ that is built once for a number of streams, for all sites, shapes and iteration counts.
+"""Sinkhorn on CPU as one C++ kernel for all sites, shapes and iteration counts.
 
-The eager form is some 90 small operations, each of which waits at an OpenMP barrier; here one parallel region reads the logits once and writes the
-matrices once. Sixteen tokens are worked on together, one in each lane of a vector. Where no C++ compiler is found, the eager form runs instead.
+The eager form is some 90 small operations, each with an OpenMP barrier; here one parallel region
+reads the logits once and writes the matrices once, sixteen tokens at a time, one in each lane of a
+vector. Without a C++ compiler the eager form runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _library(dtype: torch.dtype, streams: int, eps: float = 0.0) -> Any:
 
 
 def available(dtype: torch.dtype = torch.float32, streams: int = 4, eps: float = 0.0) -> bool:
-    """Whether there is a kernel for this dtype and number of streams, and a compiler that builds it here."""
+    """Return whether a kernel for this dtype and number of streams can be built here."""
     return _library(dtype, streams, eps) is not None
 
 
@@ -41,7 +42,7 @@ def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int, eps: flo
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """As `mhc_compile.mappings.sinkhorn.sinkhorn`, for CPU tensors [..., n, n]."""
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn` for CPU tensors [..., n, n]."""
     if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
         return eager.sinkhorn(logits, iterations, eps).contiguous()
     dense = logits.contiguous()
@@ -51,7 +52,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
 
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """As `mhc_compile.mappings.sinkhorn.sinkhorn_backward`, for CPU tensors [..., n, n]."""
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn_backward` for CPU tensors [..., n, n]."""
     if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
         return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous()
     dense = logits.contiguous()

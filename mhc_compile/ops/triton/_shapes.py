@@ -1,4 +1,4 @@
-"""Sizes that the kernels are compiled for, and rejections in words."""
+"""`Sizes`: the sizes for which kernels are compiled."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["LARGEST", "Sizes", "flat"]
 
 #: More streams than this would not fit the registers of a program.
 LARGEST = 8
-#: How the thin products are made. bfloat16 streams are multiplied with coefficients in two bfloat16 halves: more exact than tf32, and no slower.
-#: float16 streams are exact in tf32, and phi loses what the paper's loses.
+#: How the thin products are made. bfloat16 streams are multiplied with coefficients in two bfloat16
+#: halves: more exact than tf32, and no slower. float16 streams are exact in tf32.
 _PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not less."""
+    """Return the smallest power of two that is not less."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def flat(tensor: Tensor, axes: int) -> Tensor:
-    """All axes but the last `axes` as one, contiguous."""
+    """Flatten all axes but the last `axes`, contiguously."""
     return tensor.reshape(-1, *tensor.shape[tensor.dim() - axes :]).contiguous()
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one site: n streams, m of them held (m = n, or 1 for n equal ones), of width C, and K columns of phi."""
+    """Sizes of one site: n streams of width C, m of them held (n, or 1), and K columns of phi."""
 
     n: int
     m: int
@@ -46,11 +46,11 @@ class Sizes:
 
     @classmethod
     def of(cls, streams: Tensor, n: int, mapping: str | None = None) -> Sizes:
-        """The sizes for `streams` [..., m, C].
+        """Return the sizes for `streams` [..., m, C].
 
         Raises:
-            ShapeError: a dtype or a number of streams that the kernels do not know.
-            OptionError: a mapping that the kernels do not know.
+            ShapeError: no kernel takes this dtype or number of streams.
+            OptionError: no kernel takes this mapping.
         """
         m, width = streams.shape[-2:]
         what = f"triton kernels: streams {list(streams.shape)} {str(streams.dtype).removeprefix('torch.')}, n = {n}"
@@ -68,28 +68,28 @@ class Sizes:
 
     @property
     def halves(self) -> int:
-        """Of how many pieces a float32 operand consists."""
+        """Number of pieces of a float32 operand."""
         return 2 if self.precision.startswith("bfloat16") else 1
 
     @property
     def size(self) -> int:
-        """The number of streams padded to a power of two."""
+        """N padded to a power of two."""
         return power_of_two(self.n)
 
     @property
     def held(self) -> int:
-        """The number of held streams padded to a power of two."""
+        """M padded to a power of two."""
         return power_of_two(self.m)
 
     def thin(self, halves: int) -> int:
-        """`halves` K padded to what a matrix unit takes."""
+        """Return `halves` K padded for a matrix unit."""
         return max(16, power_of_two(halves * self.columns))
 
     @property
     def dots(self) -> int:
-        """Scalar products a token, with the branch and with every held stream, padded to a power of two."""
+        """Scalar products per token, with branch and held streams, padded to a power of two."""
         return power_of_two(self.n + self.n * self.m)
 
     def channels(self, most: int) -> int:
-        """A block of channels: `most`, or less for narrow streams."""
+        """Return a block of channels: `most`, or less for narrow streams."""
         return min(most, max(16, power_of_two(self.width)))

@@ -1,36 +1,38 @@
-"""`read` and `step`, and their backwards: what to allocate and which kernels to launch. Shapes: `kernels`.
-
-Not yet run on a GPU; checked with Triton's interpreter.
-"""
+"""Allocations and launches of `read`, `step` and their backwards. Shapes: the package."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from ._partials import add_up, add_up_mixing
+from mhc_compile.ops import arguments
+from mhc_compile.ops.arguments import Gradients, Saved, Settings, SiteParameters
+
 from ._shapes import Sizes, flat
+from .blocks import pack_kernel
 from .coefficients_backward import coefficients_backward_kernel
 from .forward import forward_kernel
 from .launch import interpreted, launch
-from .pack import pack_kernel
 from .streams_backward import streams_backward_kernel
+from .sums import add_up, add_up_mixing
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 __all__ = ["read", "read_backward", "step", "step_backward"]
 
-#: Programs of the pass over the streams: enough for some waves on the largest GPU, few enough that partial sums of dphi stay small.
+#: Programs of the pass over the streams: some waves on the largest GPU, small partial sums of dphi.
 _PROGRAMS = 512
 #: Fewer tokens than this are not worth a program of that pass.
 _TOKENS = 64
 
 
 def _packed(phi: Tensor, sizes: Sizes) -> tuple[Tensor, int]:
-    """What the forward kernel multiplies with, and the length of its rows: a multiple of 16 bytes, so that it is copied in whole words."""
+    """Return the weights of the forward kernel and their row length, a multiple of 16 bytes."""
     weights = phi.contiguous()
     if sizes.halves == 1:
         return weights, sizes.columns
@@ -44,11 +46,10 @@ def _packed(phi: Tensor, sizes: Sizes) -> tuple[Tensor, int]:
 
 
 def _forward(
-    streams: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, phi: Tensor, bias: Tensor, scale: Tensor, n: int,
-    mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`(new_streams, h, pre, post, res, z, inverse)`; without `mix` = (branch, post, res) the new streams are the old ones."""
-    sizes = Sizes.of(streams, n, mapping)
+    streams: Tensor, mix: Sequence[Tensor] | None, site: SiteParameters, n: int, settings: Settings
+) -> tuple[Tensor, ...]:
+    """Return `(new_streams, h, pre, post, res, z, inverse)`; the old streams without `mix`."""
+    sizes = Sizes.of(streams, n, settings.mapping)
     x = flat(streams, 2)
     tokens, lead = x.shape[0], streams.shape[:-2]
     branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
@@ -57,55 +58,50 @@ def _forward(
     new_pre, new_post, new_res, z, inverse = (
         x.new_empty(tokens, *shape, dtype=torch.float32) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
     )
-    weights, stride = _packed(phi, sizes)
+    weights, stride = _packed(site.phi, sizes)
     raw = x.new_empty(tokens, sizes.halves * sizes.columns, dtype=torch.float32)
     launch(
         forward_kernel, lambda meta: (triton.cdiv(tokens, meta["block_tokens"]),),
-        x, branch, post, res, weights, bias.contiguous(), scale.contiguous(),
+        x, branch, post, res, weights, site.bias.contiguous(), site.scale.contiguous(),
         new, h, new_pre, new_post, new_res, z, inverse, raw,
-        tokens, sizes.width, iterations, eps,
+        tokens, sizes.width, settings.iterations, settings.eps,
         n=n, m=sizes.m, columns=sizes.columns, halves=sizes.halves, stride=stride, size=sizes.size,
-        thin=sizes.thin(sizes.halves), mixes=mix is not None, sinkhorn_mapping=mapping == "sinkhorn",
+        thin=sizes.thin(sizes.halves), mixes=mix is not None, sinkhorn_mapping=settings.mapping == "sinkhorn",
         precision=sizes.precision, interpreted=interpreted(), block_channels=sizes.channels(128 if n <= 4 else 32),
     )  # fmt: skip
-    return tuple(
-        tensor.reshape(*lead, *tensor.shape[1:]) for tensor in (new, h, new_pre, new_post, new_res, z, inverse)
-    )
+    outs = (new, h, new_pre, new_post, new_res, z, inverse)
+    return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
 
 
-def read(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    """Coefficients and branch input of a site: `(h, pre, post, res, z, inverse)`; `h = Σ_j pre_j X_j`, in the dtype of the streams."""
-    return _forward(streams, None, phi, bias, scale, n, mapping, iterations, eps)[1:]
+def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return `(h, pre, post, res, z, inverse)`; `h = Σ_j pre_j X_j`, in their dtype."""
+    site, n, settings = SiteParameters(*args[:3]), args[3], Settings(*args[4:])
+    return _forward(streams, None, site, n, settings)[1:]
 
 
-def step(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
-    mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`update`, then `read` of the next site: `(streams', h', pre', post', res', z', inverse')`, `streams'` [..., n, C]."""
-    return _forward(
-        streams, (branch, post, res), phi, bias, scale, post.shape[-1], mapping, iterations, eps
-    )  # fmt: skip
+def step(*args: Any) -> tuple[Tensor, ...]:
+    """Return `(streams', h', pre', post', res', z', inverse')`: `update` and the next `read`."""
+    old, site, settings = arguments.step(*args)
+    return _forward(old.streams, old[1:], site, old.post.shape[-1], settings)
 
 
 def _backward(
-    grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
-    streams: Tensor, mix: tuple[Tensor, Tensor, Tensor] | None, phi: Tensor, bias: Tensor, scale: Tensor,
-    new_pre: Tensor, new_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
+    grad_streams: Tensor | None, grads: Gradients, streams: Tensor, mix: Sequence[Tensor] | None,
+    site: SiteParameters, saved: Saved, settings: Settings,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`(d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale)`; without `mix` the second to fourth are placeholders."""
-    del eps  # it is in `inverse`
-    n = new_pre.shape[-1]
-    sizes = Sizes.of(streams, n, mapping)
+    """Return `(d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale)`.
+
+    Without `mix` the second to fourth are placeholders.
+    """
+    n, iterations = saved.pre.shape[-1], settings.iterations
+    sizes = Sizes.of(streams, n, settings.mapping)
     x = flat(streams, 2)
     tokens, width, columns = x.shape[0], sizes.width, sizes.columns
     branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
-    weight, pre = phi.contiguous(), flat(new_pre, 1)
+    weight, pre = site.phi.contiguous(), flat(saved.pre, 1)
     g_streams, g_h, g_post, g_res = (
         x if grad is None else flat(grad, axes)
-        for grad, axes in ((grad_streams, 2), (grad_h, 1), (grad_post, 1), (grad_res, 2))
+        for grad, axes in ((grad_streams, 2), (grads.h, 1), (grads.post, 1), (grads.res, 2))
     )
 
     block_tokens = 16
@@ -116,14 +112,14 @@ def _backward(
     )
     launch(
         coefficients_backward_kernel, (programs,),
-        g_h, g_post, g_res, x, branch, post, res, bias.contiguous(), scale.contiguous(), pre, flat(new_post, 1),
-        flat(z, 1), inverse.reshape(-1).contiguous(),
+        g_h, g_post, g_res, x, branch, post, res, site.bias.contiguous(), site.scale.contiguous(), pre, flat(saved.post, 1),
+        flat(saved.z, 1), saved.inverse.reshape(-1).contiguous(),
         scaled, radial, shares, scratch, tokens, width, iterations,
         n=n, m=sizes.m, columns=columns, size=sizes.size, held=sizes.held, mixes=mix is not None,
-        has_read=grad_h is not None, has_post=grad_post is not None, has_res=grad_res is not None,
+        has_read=grads.h is not None, has_post=grads.post is not None, has_res=grads.res is not None,
         block_tokens=block_tokens, block_channels=sizes.channels(128 if n <= 4 else 64), num_warps=4,
     )  # fmt: skip
-    d_bias, d_scale = torch.empty_like(bias), torch.empty_like(scale)
+    d_bias, d_scale = torch.empty_like(site.bias), torch.empty_like(site.scale)
     add_up(shares, d_bias, d_scale, 1, (columns, 3), base=columns, tall=True)
 
     block_channels = sizes.channels(64 if n <= 4 else 32)
@@ -137,7 +133,7 @@ def _backward(
         g_streams, g_h, x, branch, post, res, weight, pre, scaled, radial,
         d_streams, d_branch, products, phi_parts, tokens, width,
         n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin(1), dots=sizes.dots, mixes=mix is not None,
-        has_streams=grad_streams is not None, has_read=grad_h is not None, precision=sizes.precision, interpreted=interpreted(),
+        has_streams=grad_streams is not None, has_read=grads.h is not None, precision=sizes.precision, interpreted=interpreted(),
         block_channels=block_channels,
     )  # fmt: skip
     d_phi = torch.empty_like(weight)
@@ -151,25 +147,14 @@ def _backward(
     return d_streams.reshape(streams.shape), d_branch, d_post, d_res, d_phi, d_bias, d_scale
 
 
-def read_backward(
-    grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None, streams: Tensor, phi: Tensor,
-    bias: Tensor, scale: Tensor, pre: Tensor, post: Tensor, z: Tensor, inverse: Tensor,
-    mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of `read`: `(d_streams, d_phi, d_bias, d_scale)`, each like its tensor. `pre` to `inverse` are what `read` gave."""
-    d_streams, _, _, _, *rest = _backward(
-        None, grad_h, grad_post, grad_res, streams, None, phi, bias, scale, pre, post, z, inverse, mapping, iterations, eps
-    )  # fmt: skip
+def read_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of `read`, `(d_streams, d_phi, d_bias, d_scale)`."""
+    grads, streams, site, saved, settings = arguments.read_backward(*args)
+    d_streams, _, _, _, *rest = _backward(None, grads, streams, None, site, saved, settings)
     return (d_streams, *rest)
 
 
-def step_backward(
-    grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
-    new_pre: Tensor, new_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of `step`: `(d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale)`. `new_pre` to `inverse` are what `step` gave."""
-    return _backward(
-        grad_streams, grad_h, grad_post, grad_res, streams, (branch, post, res), phi, bias, scale,
-        new_pre, new_post, z, inverse, mapping, iterations, eps,
-    )  # fmt: skip
+def step_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of `step` for its tensors."""
+    grad_streams, grads, old, site, saved, settings = arguments.step_backward(*args)
+    return _backward(grad_streams, grads, old.streams, old[1:], site, saved, settings)

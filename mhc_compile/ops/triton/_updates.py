@@ -1,7 +1,4 @@
-"""`update` and `close`, and their backwards: what to allocate and which kernels to launch. Shapes: `kernels`.
-
-Not yet run on a GPU; checked with Triton's interpreter.
-"""
+"""Allocations and launches of `update`, `close` and their backwards. Shapes: the package."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from ._partials import add_up, add_up_mixing
 from ._shapes import Sizes, flat
 from .launch import launch
 from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
+from .sums import add_up, add_up_mixing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +19,10 @@ __all__ = ["close", "close_backward", "update", "update_backward"]
 
 
 def _tiles(sizes: Sizes) -> dict[str, Any]:
-    """Blocks of the kernels that only mix: about 2048 elements of a stream each."""
+    """Return block sizes of about 2048 elements of a stream."""
     channels = sizes.channels(128)
-    return {
-        "n": sizes.n,
-        "m": sizes.m,
-        "block_tokens": 2048 // channels if channels >= 64 else 16,
-        "block_channels": channels,
-    }
+    tokens = 2048 // channels if channels >= 64 else 16
+    return {"n": sizes.n, "m": sizes.m, "block_tokens": tokens, "block_channels": channels}
 
 
 def _mix(kernel: Any, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, out: Tensor) -> Tensor:
@@ -43,20 +36,20 @@ def _mix(kernel: Any, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
 
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """New streams [..., n, C]: `X'_i = Σ_j res_ij X_j + post_i y`."""
+    """Return the new streams [..., n, C]: `X'_i = Σ_j res_ij X_j + post_i y`."""
     out = streams.new_empty(*streams.shape[:-2], post.shape[-1], streams.shape[-1])
     return _mix(update_kernel, streams, branch, post, res, out)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """The mean of the new streams, [..., C]. They are neither written nor rounded."""
+    """Return the mean of the new streams, [..., C], which are neither written nor rounded."""
     return _mix(close_kernel, streams, branch, post, res, streams.new_empty(*streams.shape[:-2], streams.shape[-1]))
 
 
 def _mix_backward(
     kernel: Any, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, products: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Sizes]:
-    """`(d_streams, d_branch, d_post, d_res, partial, sizes)`; the two in the middle are still empty."""
+) -> tuple[Tensor, ...]:
+    """Return `(d_streams, d_branch, d_post, d_res, partial)`; `d_post` and `d_res` are empty."""
     sizes = Sizes.of(streams, post.shape[-1])
     x, y, tiles = flat(streams, 2), flat(branch, 1), _tiles(sizes)
     tokens = x.shape[0]
@@ -69,32 +62,28 @@ def _mix_backward(
     )  # fmt: skip
     return (
         d_streams.reshape(streams.shape), d_branch.reshape(branch.shape),
-        post.new_empty(post.shape), res.new_empty(res.shape), partial, sizes,
+        post.new_empty(post.shape), res.new_empty(res.shape), partial,
     )  # fmt: skip
 
 
-def update_backward(
-    grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `update` for `grad` [..., n, C]: `(d_streams, d_branch, d_post, d_res)`, each like its tensor."""
+def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `update` for `grad` [..., n, C]."""
     n, m = post.shape[-1], streams.shape[-2]
-    *gradients, d_post, d_res, partial, _ = _mix_backward(
+    *gradients, d_post, d_res, partial = _mix_backward(
         update_backward_kernel, flat(grad, 2), streams, branch, post, res, n + n * m
     )
     add_up_mixing(partial, d_post, d_res, n, m)
-    return (*gradients, d_post, d_res)  # type: ignore[return-value]
+    return (*gradients, d_post, d_res)
 
 
-def close_backward(
-    grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `close` for `grad` [..., C]: `(d_streams, d_branch, d_post, d_res)`, each like its tensor."""
+def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `close` for `grad` [..., C]."""
     n, m = post.shape[-1], streams.shape[-2]
-    *gradients, d_post, d_res, partial, _ = _mix_backward(
+    *gradients, d_post, d_res, partial = _mix_backward(
         close_backward_kernel, flat(grad, 1), streams, branch, post, res, 1 + m
     )
     add_up(
         partial, d_post, d_res, partial.shape[1], (n, n * n),
         left_step=0, base=1, inner=n, row_step=0, column_step=int(m == n and n > 1),
     )  # fmt: skip
-    return (*gradients, d_post, d_res)  # type: ignore[return-value]
+    return (*gradients, d_post, d_res)

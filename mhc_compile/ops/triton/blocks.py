@@ -1,9 +1,8 @@
-"""What the kernels share: tuples of blocks, the mixed streams, and products in pieces.
+"""Shared parts of the kernels: tuples of blocks, the mixed streams, and products in pieces.
 
-A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channels), and a token's coefficients as a tuple of vectors [B]. Tuples
-are unrolled by the compiler. Where `m` is 1 the n streams are equal and only one is held; `res` is then needed through its row sums alone.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channels), and a token's
+coefficients as a tuple of vectors [B]; the compiler unrolls tuples. Where `m` is 1 the n streams
+are equal and one is held; only the row sums of `res` are then needed.
 """
 # ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
 
@@ -12,18 +11,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_mixing", "load_numbers", "load_streams", "mixed", "pinned", "product", "sigmoid", "split"]
+__all__ = [
+    "load_mixing",
+    "load_numbers",
+    "load_streams",
+    "mixed",
+    "pack_kernel",
+    "pinned",
+    "product",
+    "sigmoid",
+    "split",
+]
 
 
 @triton.jit
 def sigmoid(x):
-    """Logistic function of float32, without overflow."""
+    """Compute the logistic function of float32, without overflow."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def load_numbers(pointer, rows, live, count: tl.constexpr):
-    """The `count` numbers of each token, a tuple of vectors [B] float32, from a tensor [T, count]."""
+    """Load a tuple of `count` vectors [B] float32 from a tensor [T, count]."""
     values = ()
     for k in tl.static_range(count):
         values = values + (tl.load(pointer + rows * count + k, mask=live, other=0.0).to(tl.float32),)
@@ -32,7 +41,7 @@ def load_numbers(pointer, rows, live, count: tl.constexpr):
 
 @triton.jit
 def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
-    """`res` [T, n, n] as a tuple of n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
+    """Load `res` [T, n, n] as n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
     entries = load_numbers(res, rows, live, n * n)
     if m == n:
         return entries
@@ -48,7 +57,7 @@ def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
 
 @triton.jit
 def load_streams(streams, at, inside, width, m: tl.constexpr):
-    """The m streams at one block of channels, a tuple of blocks [B, W] in their own dtype. `at` is the place in the first stream."""
+    """Load m blocks [B, W], in their dtype; `at` is the place in the first stream."""
     blocks = ()
     for l in tl.static_range(m):  # noqa: E741
         blocks = blocks + (tl.load(streams + at + l * width, mask=inside, other=0.0),)
@@ -57,7 +66,7 @@ def load_streams(streams, at, inside, width, m: tl.constexpr):
 
 @triton.jit
 def mixed(blocks, branch, post, mixing, i: tl.constexpr, m: tl.constexpr):
-    """New stream i, [B, W] float32: `Σ_l res_il X_l + post_i y`."""
+    """Compute new stream i, [B, W] float32: `Σ_l res_il X_l + post_i y`."""
     new = post[i][:, None] * branch
     for l in tl.static_range(m):  # noqa: E741
         new += mixing[i * m + l][:, None] * blocks[l].to(tl.float32)
@@ -66,14 +75,14 @@ def mixed(blocks, branch, post, mixing, i: tl.constexpr, m: tl.constexpr):
 
 @triton.jit
 def split(x):
-    """`x` float32 as two bfloat16 halves, the coarse and the fine one: 16 bits of mantissa together."""
+    """Split float32 `x` into a coarse and a fine bfloat16 half, 16 bits of mantissa together."""
     coarse = x.to(tl.bfloat16)
     return coarse, (x - coarse.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
 def product(a, b, total, precision: tl.constexpr):
-    """`total + a @ b`, float32. `precision` is that of `Sizes`."""
+    """Compute `total + a @ b`, float32. `precision` is that of `Sizes`."""
     if precision == "bfloat16":
         return tl.dot(a, b, total)
     elif precision == "bfloat16 interpreted":  # noqa: RET505 - the compiler wants one return a branch
@@ -85,10 +94,24 @@ def product(a, b, total, precision: tl.constexpr):
 
 @triton.jit
 def pinned(x, interpreted: tl.constexpr):
-    """`x`, computed once. Without this the compiler computes all of `x` a second time in the layout of a matrix unit's operand, in every warp."""
+    """Return `x`, computed once: the compiler would repeat it in the layout of an operand."""
     if interpreted:
         return x
     elif x.dtype.primitive_bitwidth == 32:  # noqa: RET505 - the compiler wants one return a branch
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def pack_kernel(phi, packed, size, columns: tl.constexpr, stride: tl.constexpr, block: tl.constexpr):
+    """Write phi [R, K] to `packed` [R, stride] bfloat16: K coarse halves, then K fine ones.
+
+    It is made once per launch of the forward kernel, whose programs would each split phi again.
+    """
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    to = (at // columns) * stride + at % columns
+    coarse, fine = split(tl.load(phi + at, mask=inside, other=0.0).to(tl.float32))
+    tl.store(packed + to, coarse, mask=inside)
+    tl.store(packed + to + columns, fine, mask=inside)

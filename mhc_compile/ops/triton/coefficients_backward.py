@@ -1,11 +1,11 @@
-"""The first backward kernel of a site: from the gradients of what was read to the gradient of the projection.
+"""The first backward kernel of a site: the gradient of the projection.
 
-Source: the chain rule on arXiv 2512.24880 v2, equations 5 to 9, as `mhc_compile.ops.reference.coefficients_backward` derives it. A program owns a few
-tokens. It walks over the channels once for the scalar products of `grad_h` with the streams (n C + 2 C elements a token), then passes
-the gradients of pre, post and res back through sigmoids and Sinkhorn, in registers. The new streams are not read: with `X'_j = Σ_l res_jl X_l +
-post_j y` their products are mixed from those of the old streams.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+Source: the chain rule on arXiv 2512.24880 v2, equations 5 to 9, as in
+`mhc_compile.ops.reference.coefficients_backward`. A program owns a few tokens. It walks over the
+channels once for the scalar products of `grad_h` with the streams (n C + 2 C elements a token),
+then passes the gradients of pre, post and res back through sigmoids and Sinkhorn, in registers. The
+new streams are not read: with `X'_j = Σ_l res_jl X_l + post_j y` their products are mixed from
+those of the old streams.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ def coefficients_backward_kernel(
     mixes: tl.constexpr, has_read: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """In: `grad_read` [T, C], `grad_post` [T, n], `grad_res` [T, n, n], each only where its flag says so; the forward's inputs and results.
+    """Compute `scaled`, `radial` and `partial`.
 
-    Out, float32: `scaled` [T, K] = dz / rms; `radial` [T], the factor of X' in its own gradient; `partial` [T / B, K + 3], this program's share
-    of d_bias and d_scale. `sums` [iterations - 1, 2, T, n] is scratch memory of Sinkhorn.
+    In: `grad_read` [T, C], `grad_post` [T, n], `grad_res` [T, n, n], if their flags are set; the
+    forward's inputs and results. Out, float32: `scaled` [T, K] = dz / rms; `radial` [T], the factor
+    of X' in its own gradient; `partial` [T / B, K + 3], this program's share of d_bias and d_scale.
+    `sums` [iterations - 1, 2, T, n] is scratch memory of Sinkhorn.
     """
     rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
     live = rows < tokens

@@ -1,11 +1,10 @@
-"""The forward kernel of a site: new streams, their coefficients, and the input of the next branch, in one launch.
+"""The forward kernel of a site: new streams, coefficients, and the input of the next branch.
 
-Source: arXiv 2512.24880 v2, equations 3 to 9. A program owns a few tokens and walks over the channels twice. First walk: the streams are loaded (and
-mixed and stored, when a branch's output goes in), squares and the thin projection are summed. Between: sigmoids and Sinkhorn, in registers.
-Second walk: the new streams are read again, backwards, so that what was written last and still lies in the L2 cache is read first, and h is written.
-Elements moved a token for n streams of width C: 2 n C + 2 C, and at most n C more where the cache has lost the streams.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+Source: arXiv 2512.24880 v2, equations 3 to 9. A program owns a few tokens and walks over the
+channels twice. First walk: load the streams (and mix and store them, if there is a branch), sum
+squares and the thin projection. Between: sigmoids and Sinkhorn, in registers. Second walk: read the
+new streams again, backwards, so that those still in the L2 cache come first, and write h. Elements
+moved a token for n streams of width C: 2 n C + 2 C, and at most n C more after cache misses.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def _gather_z(
     raw, z, over_rms, rows, mask, column,
     columns: tl.constexpr, halves: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the projection, divided, from `raw` [T, halves K] (phi's coarse and fine half were multiplied apart); stored in `z` [T, K]."""
+    """Return columns of `raw` [T, halves K], divided, and store them in `z` [T, K]."""
     at = rows * (halves * columns) + column
     value = tl.load(raw + at, mask=mask, other=0.0)
     if halves == 2:
@@ -41,7 +40,7 @@ def _coefficients(
     n: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, size: tl.constexpr, sinkhorn_mapping: tl.constexpr,
     block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """`pre`, `post` [T, n], `res` [T, n, n] and `z` [T, K] of the stored projection `raw`."""
+    """Store `pre`, `post` [T, n], `res` [T, n, n] and `z` [T, K] of the projection `raw`."""
     j = tl.arange(0, size)
     wanted = j < n
     row = rows[:, None]
@@ -80,12 +79,12 @@ def forward_kernel(
     mixes: tl.constexpr, sinkhorn_mapping: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """`step` where `mixes`, else `read`.
+    """Compute `step` where `mixes`, else `read`.
 
-    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n]; `phi` [n C, stride], whose first halves K columns
-    count: see `pack`; `bias` [K], `scale` [3].
-    Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C]; float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T].
-    `raw` [T, halves K] is scratch memory.
+    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n];
+    `phi` [n C, stride], of which halves K columns are used (see `pack_kernel`); `bias` [K], `scale`
+    [3]. Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C]; float32 `new_pre`, `new_post`
+    [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T]. `raw` [T, halves K] is scratch memory.
     """
     rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
     live = rows < tokens

@@ -1,4 +1,4 @@
-"""How kernels are launched and tuned: through `wrap_triton`, so that a compiler sees them; directly under Triton's interpreter."""
+"""Launch and tuning of kernels: by `wrap_triton`, visible to compilers, or by the interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["interpreted", "launch", "tuned"]
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1` when they were defined), on CPU tensors."""
+    """Return whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -25,9 +25,9 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
 
 
 def tuned(key: list[str], *choices: tuple[int, int, int]) -> Callable[[Any], Any]:
-    """Autotune over (`block_tokens`, warps, stages), anew for every value of `key`. Every choice gives a token the same numbers up to rounding.
+    """Autotune over (`block_tokens`, warps, stages) for every value of `key`.
 
-    Nothing is tuned under the interpreter: the first choice is taken.
+    All choices give the same numbers up to rounding. The interpreter takes the first one.
     """
     configs = [triton.Config({"block_tokens": rows}, num_warps=warps, num_stages=deep) for rows, warps, deep in choices]
     return triton.autotune(configs[:1] if interpreted() else configs, key=key)  # type: ignore[no-any-return]

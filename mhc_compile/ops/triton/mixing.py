@@ -1,12 +1,11 @@
 """Kernels that mix and read nothing: `update`, `close`, and their backwards.
 
-Source: arXiv 2512.24880 v2, equation 3: `X' = H_res X + H_postᵀ y`. `close` ends a chain: it gives the mean of the new streams, which are never
-written. Elements moved a token: update 2 n C + C, its backward 3 n C + 2 C; close n C + 2 C, its backward 2 n C + 3 C.
+Source: arXiv 2512.24880 v2, equation 3: `X' = H_res X + H_postᵀ y`. `close` gives the mean of the
+new streams, which are never written. Elements moved a token: update 2 n C + C, its backward 3 n C +
+2 C; close n C + 2 C, its backward 2 n C + 3 C.
 
-A program owns a block [B, W] of tokens and channels. Scalar products over all channels come out as one partial sum for each block of channels,
-[C / W, T, D], which `sums` adds up: no atomics, the same bits every time.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+A program owns a block [B, W] of tokens and channels. Scalar products over all channels are partial
+sums for each block of channels, [C / W, T, D], which `sums` adds up.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["close_backward_kernel", "close_kernel", "update_backward_kernel", "u
 
 @triton.jit
 def _place(tokens, width, block_tokens: tl.constexpr, block_channels: tl.constexpr):
-    """Rows [B], which of them are live, channels [W], and the mask [B, W] of this program. Tokens are the first axis of the grid."""
+    """Return the rows [B], the live ones, the channels [W], and the mask [B, W] of this program."""
     rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
     channels = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     live = rows < tokens
@@ -33,7 +32,7 @@ def update_kernel(
     streams, branch, post, res, new_streams, tokens, width,
     n: tl.constexpr, m: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """`new_streams` [T, n, C] of `streams` [T, m, C], `branch` [T, C], `post` [T, n], `res` [T, n, n]."""
+    """Mix `streams` [T, m, C] and `branch` [T, C] by `post` [T, n] and `res` [T, n, n]."""
     rows, live, channels, inside = _place(tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
     mixing = load_mixing(res, rows, live, n, m)
@@ -49,7 +48,7 @@ def close_kernel(
     streams, branch, post, res, mean, tokens, width,
     n: tl.constexpr, m: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """`mean` [T, C] over the new streams: `Σ_l (Σ_i res_il / n) X_l + (Σ_i post_i / n) y`."""
+    """Store `mean` [T, C] of the new streams: `Σ_l (Σ_i res_il / n) X_l + (Σ_i post_i / n) y`."""
     rows, live, channels, inside = _place(tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
     mixing = load_mixing(res, rows, live, n, m)
@@ -67,9 +66,10 @@ def update_backward_kernel(
     grad, streams, branch, post, res, d_streams, d_branch, partial, tokens, width,
     n: tl.constexpr, m: tl.constexpr, dots: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Gradients for `grad` [T, n, C]: `dX_l = Σ_i res_il g_i`, `dy = Σ_i post_i g_i`, and the parts of `⟨g_i, y⟩` and `⟨g_i, X_l⟩`.
+    """Compute `dX_l = Σ_i res_il g_i`, `dy = Σ_i post_i g_i`, and products for `grad` [T, n, C].
 
-    `partial` [C / W, T, n + n m] float32: first the n products with y, then those with the streams, row-major. `dots` is the padded D.
+    `partial` [C / W, T, n + n m] float32: the parts of the n products `⟨g_i, y⟩`, then those of
+    `⟨g_i, X_l⟩`, row-major. `dots` is the padded D.
     """
     rows, live, channels, inside = _place(tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
@@ -105,9 +105,9 @@ def close_backward_kernel(
     grad, streams, branch, post, res, d_streams, d_branch, partial, tokens, width,
     n: tl.constexpr, m: tl.constexpr, dots: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Gradients for `grad` [T, C] of `close`. Every new stream has the gradient `grad / n`, so 1 + m products serve all of them.
+    """Compute the gradients of `close` for `grad` [T, C]: that of every new stream is `grad / n`.
 
-    `partial` [C / W, T, 1 + m] float32: the parts of `⟨g / n, y⟩` and `⟨g / n, X_l⟩`. `dots` is the padded D.
+    `partial` [C / W, T, 1 + m] float32: the parts of `⟨g / n, y⟩` and `⟨g / n, X_l⟩`.
     """
     rows, live, channels, inside = _place(tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)

@@ -1,14 +1,11 @@
 """Sinkhorn–Knopp and its exact adjoint on a block of tokens, inside a kernel.
 
-Source: arXiv 2512.24880 v2, equations 8 and 9, in the arithmetic of `mhc_compile.mappings.sinkhorn`: the first round on logarithms, the rest by
-multiplication; the backward keeps only the sums and multiplies back. Blocks are [B, N, N] float32: B tokens, N the next power of two of n.
-
-The padding needs no care in the iteration: `res_logits` puts -inf where a real row meets a padded column or the reverse, and 0 where both are
-padded. The matrix is then block diagonal, and the two blocks never touch each other, in the gradient neither.
-
-The number of iterations is known at run time only, so that the code of a kernel does not grow with it.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+Source: arXiv 2512.24880 v2, equations 8 and 9, in the arithmetic of
+`mhc_compile.mappings.sinkhorn`: the first round on logarithms, the rest by multiplication; the
+backward keeps only the sums and multiplies back. Blocks are [B, N, N] float32: B tokens, N the next
+power of two of n. `res_logits` puts -inf where only the row or the column is padded, and 0 where
+both are: the matrix and its gradient are block diagonal, so the iteration ignores the padding. The
+code of a kernel does not grow with the number of iterations, which is known at run time only.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ __all__ = ["res_logits", "sinkhorn", "sinkhorn_backward"]
 
 @triton.jit
 def res_logits(z, bias, gain, n: tl.constexpr, size: tl.constexpr):
-    """Padded logits [B, N, N]: `gain z + bias`, from `z` [B, N, N] and `bias`, n² numbers in memory."""
+    """Return padded logits [B, N, N], `gain z + bias`; `bias` points to n² numbers."""
     i = tl.arange(0, size)[:, None]
     j = tl.arange(0, size)[None, :]
     offset = tl.load(bias + i * n + j, mask=(i < n) & (j < n), other=0.0).to(tl.float32)
@@ -45,7 +42,7 @@ def _softmax_rows(logits):
 
 @triton.jit
 def sinkhorn(logits, iterations):
-    """Matrices [B, N, N] of logits [B, N, N]: columns, then rows, `iterations` times."""
+    """Normalise columns, then rows, `iterations` times, from logits [B, N, N]."""
     matrix = _softmax_rows(_log_columns(logits))
     for _ in range(1, iterations):
         matrix *= (1.0 / tl.sum(matrix, 1))[:, None, :]
@@ -55,10 +52,9 @@ def sinkhorn(logits, iterations):
 
 @triton.jit
 def sinkhorn_backward(grad, logits, sums, rows, live, tokens, iterations, n: tl.constexpr, size: tl.constexpr):
-    """Gradient [B, N, N] of `sinkhorn` with respect to the logits, given `grad` [B, N, N].
+    """Return the gradient [B, N, N] of the logits for `grad` [B, N, N].
 
-    `sums` is scratch memory, [iterations - 1, 2, T, n] float32: what each column step and each row step divided by. Only the program that works
-    on a token touches its part.
+    `sums` [iterations - 1, 2, T, n] float32 is scratch memory for the divisors of each step.
     """
     side = tl.arange(0, size)
     at = rows[:, None] * n + side[None, :]

@@ -1,16 +1,16 @@
-"""The second backward kernel of a site: one pass over the streams for every gradient that has their width.
+"""The second backward kernel of a site: one pass for all gradients that have the streams' width.
 
-Source: the adjoint of arXiv 2512.24880 v2, equations 3 to 5. With the new streams X', computed again from X and y, the gradient of X'_i is
+Source: the adjoint of arXiv 2512.24880 v2, equations 3 to 5. With the new streams X', computed
+again from X and y, the gradient of X'_i is
 
     G_i = grad_X'_i + pre'_i grad_h + Σ_k s_k phi[i, c, k] − radial X'_i          s = dz / rms
 
-and then `dX_l = Σ_i res_il G_i`, `dy = Σ_i post_i G_i`, `dpost_i = ⟨G_i, y⟩`, `dres_il = ⟨G_i, X_l⟩`, `dphi[i, c, k] = Σ_t s_k X'_i`.
-Elements moved a token: 3 n C + 3 C.
+and then `dX_l = Σ_i res_il G_i`, `dy = Σ_i post_i G_i`, `dpost_i = ⟨G_i, y⟩`,
+`dres_il = ⟨G_i, X_l⟩`, `dphi[i, c, k] = Σ_t s_k X'_i`. Elements moved a token: 3 n C + 3 C.
 
-A program owns a block of channels and a range of tokens. Its share of dphi stays in registers while it walks over the tokens, and is written once.
-Scalar products over all channels come out as one partial sum for each block of channels. `sums` adds both up: no atomics.
-
-Not yet run on a GPU; checked with Triton's interpreter.
+A program owns a block of channels and a range of tokens. Its share of dphi stays in registers while
+it walks over the tokens. Scalar products over all channels are partial sums for each block of
+channels. `sums` adds both up.
 """
 # ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
 
@@ -27,7 +27,7 @@ __all__ = ["streams_backward_kernel"]
 
 @triton.jit
 def _phi_rows(phi, channels, width, n: tl.constexpr, columns: tl.constexpr, thin: tl.constexpr):
-    """`phi` [n C, K] at these channels, a tuple of n blocks [K, W] float32, K padded with 0."""
+    """Load n blocks [K, W] float32 of `phi` [n C, K], K padded with 0."""
     k = tl.arange(0, thin)[:, None]
     blocks = ()
     for i in tl.static_range(n):
@@ -40,7 +40,7 @@ def _phi_rows(phi, channels, width, n: tl.constexpr, columns: tl.constexpr, thin
 
 @triton.jit
 def _inward(s, weight, total, halves: tl.constexpr, precision: tl.constexpr):
-    """`total + s @ weight`, [B, W] of [B, K] and [K, W]. Of split operands, only the product of the fine halves is left out."""
+    """Compute `total + s @ weight`, [B, W], without the product of the fine halves."""
     if halves == 2:
         coarse, fine = split(s)
         weight_coarse, weight_fine = split(weight)
@@ -53,7 +53,7 @@ def _inward(s, weight, total, halves: tl.constexpr, precision: tl.constexpr):
 
 @triton.jit
 def _outer(s, x, total, halves: tl.constexpr, precision: tl.constexpr):
-    """`total + sᵀ x`, [K, W] of [B, K] and [B, W]: a sum over tokens."""
+    """Compute `total + sᵀ x`, [K, W] of [B, K] and [B, W]: a sum over tokens."""
     if halves == 2:
         coarse, fine = split(s)
         total = product(tl.trans(fine), x, total, precision)
@@ -64,10 +64,11 @@ def _outer(s, x, total, halves: tl.constexpr, precision: tl.constexpr):
 
 @triton.jit
 def _from_matrix_unit(x, interpreted: tl.constexpr):
-    """`x` [B, W]. Without this the compiler keeps all that is computed from `x` in the layout of a matrix unit's result.
+    """Return `x` [B, W] in another layout than that of a matrix unit's result.
 
-    That layout spreads a token's channels over all warps: streams would be held twice, and every scalar product would wait at barriers. The
-    compiler does not carry a layout through a gather, even one that gathers every number from its own place.
+    That layout spreads a token's channels over all warps: streams would be held twice, and every
+    scalar product would wait at barriers. A gather, even of every number from its own place, makes
+    the compiler choose the layout again.
     """
     if interpreted:
         return x
@@ -84,11 +85,12 @@ def streams_backward_kernel(
     mixes: tl.constexpr, has_streams: tl.constexpr, has_read: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """`step_backward` where `mixes`, else `read_backward`; second half of both.
+    """Compute the second half of `step_backward` where `mixes`, else of `read_backward`.
 
-    In: `grad_streams` [T, n, C] and `grad_read` [T, C] where their flags say so; the forward's inputs; `scaled` [T, K] and `radial` [T].
-    Out: `d_streams` [T, m, C]; with `mixes` `d_branch` [T, C] and `partial` [C / W, T, n + n m] float32; `d_phi` [groups, n C, K] float32.
-    Grid: blocks of channels, groups of tokens.
+    In: `grad_streams` [T, n, C] and `grad_read` [T, C], if their flags are set; the forward's
+    inputs; `scaled` [T, K] and `radial` [T]. Out: `d_streams` [T, m, C]; with `mixes` `d_branch`
+    [T, C] and `partial` [C / W, T, n + n m] float32; `d_phi` [groups, n C, K] float32. Grid: blocks
+    of channels, groups of tokens.
     """
     channels = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     wide = channels < width

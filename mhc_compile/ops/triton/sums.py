@@ -1,14 +1,18 @@
-"""Adds up the partial sums that the programs of another kernel have left, in a fixed order: no atomics, the same bits every time.
-
-Not yet run on a GPU; checked with Triton's interpreter.
-"""
+"""The sum of the partial results of another kernel, in a fixed order."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
-__all__ = ["sums_kernel"]
+from .launch import launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["add_up", "add_up_mixing"]
 
 
 @triton.jit
@@ -17,10 +21,10 @@ def sums_kernel(
     left_step, base, inner, row_step, column_step,
     block_parts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """`partial` [S, R, D] float32 summed over S, into `left` [R, left_width] and `right` [R, right_width], of any dtype.
+    """Sum `partial` [S, R, D] float32 over S, into `left` and `right` [R, width].
 
-    Equal results are kept once in `partial`, so a result has to know its column: for entry e of the left `e left_step`, for entry e of the right
-    `base + (e // inner) row_step + (e % inner) column_step`.
+    Equal results are kept once in `partial`: entry e of the left is in column `e left_step`, e of
+    the right in column `base + (e // inner) row_step + (e % inner) column_step`.
     """
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     width = left_width + right_width
@@ -40,3 +44,27 @@ def sums_kernel(
         total += tl.sum(tl.load(partial + place, mask=mask, other=0.0), 0)
     tl.store(left + row * left_width + entry, total.to(left.dtype.element_ty), mask=live & lefts)
     tl.store(right + row * right_width + other, total.to(right.dtype.element_ty), mask=live & (entry >= left_width))
+
+
+def add_up(
+    partial: Tensor, left: Tensor, right: Tensor, rows: int, columns: tuple[int, int], *, left_step: int = 1,
+    base: int, inner: int = 1, row_step: int = 1, column_step: int = 1, tall: bool = False,
+) -> None:  # fmt: skip
+    """Launch `sums_kernel` for rows of `columns` = (left, right) results; `tall`: many parts."""
+    block, block_parts = (32, 128) if tall else (128, 8)
+    launch(
+        sums_kernel, (triton.cdiv(rows * sum(columns), block),),
+        partial, left, right, partial.shape[0], rows, partial.shape[-1], *columns,
+        left_step, base, inner, row_step, column_step, block_parts=block_parts, block=block,
+    )  # fmt: skip
+
+
+def add_up_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor, n: int, m: int) -> None:
+    """Sum products [S, T, n + n m] into `d_post` [..., n] and `d_res` [..., n, n].
+
+    The products of a stream that is held for n equal ones count for each.
+    """
+    add_up(
+        partial, d_post, d_res, partial.shape[1], (n, n * n),
+        base=n, inner=n, row_step=m, column_step=int(m == n and n > 1),
+    )  # fmt: skip
