@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUPS", "UnknownFamilyError", "families", "get"]
 
-#: The themes, which are modules of this package, in the order of reports.
+#: The themes, which are modules of `families`, in the order of reports.
 GROUPS = (
     "transformer_blocks",
     "attention_variants",
@@ -55,7 +55,7 @@ class UnknownFamilyError(MhcError):
 def _by_name() -> dict[str, Family]:
     found: dict[str, Family] = {}
     for group in GROUPS:
-        for family in importlib.import_module(f"{__name__}.{group}").FAMILIES:
+        for family in importlib.import_module(f"{__name__}.families.{group}").FAMILIES:
             assert family.name not in found, f"two families are called {family.name!r}"
             assert family.group == group, f"{family.name} says it is of {family.group!r} and lies in {group!r}"
             found[family.name] = family

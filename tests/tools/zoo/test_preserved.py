@@ -14,8 +14,8 @@ from mhc_compile.inspection.verification.comparison import differences
 from mhc_compile.inspection.verification.observation import observe
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
+from mhc_compile.tools.zoo.families.parts import FeedForward
 from mhc_compile.tools.zoo.family import Family, chains, no_chain
-from mhc_compile.tools.zoo.parts import FeedForward
 from mhc_compile.tools.zoo.preservation import preservation
 
 OPTIONS = {"streams": 3, "min_chain_length": 1}

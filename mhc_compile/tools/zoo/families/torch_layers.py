@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mhc_compile.tools.zoo.families.parts import WIDTH
 from mhc_compile.tools.zoo.family import Case, Family, chains
-from mhc_compile.tools.zoo.parts import WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable

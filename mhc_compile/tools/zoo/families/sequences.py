@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhc_compile.tools.zoo.families.parts import WIDTH, Attention, FeedForward, vectors
 from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode, chains, no_chain
-from mhc_compile.tools.zoo.parts import WIDTH, Attention, FeedForward, vectors
 
 __all__ = ["FAMILIES"]
 

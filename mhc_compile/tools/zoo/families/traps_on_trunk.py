@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.passes import Reason
+from mhc_compile.tools.zoo.families.parts import WIDTH, FeedForward, Framed, vectors
 from mhc_compile.tools.zoo.family import Expected, Family, Mode, no_chain
-from mhc_compile.tools.zoo.parts import WIDTH, FeedForward, Framed, vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhc_compile.tools.zoo.families.parts import feature_maps
 from mhc_compile.tools.zoo.family import Family, chains
-from mhc_compile.tools.zoo.parts import feature_maps
 
 __all__ = ["FAMILIES", "ConvNormAct"]
 

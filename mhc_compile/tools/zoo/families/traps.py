@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.passes import Reason
+from mhc_compile.tools.zoo.families.parts import WIDTH, vectors
 from mhc_compile.tools.zoo.family import Expected, Family, Mode
-from mhc_compile.tools.zoo.parts import WIDTH, vectors
 
 __all__ = ["FAMILIES"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile.tools.zoo.families.parts import WIDTH, Attention, Embedded, FeedForward, Framed
 from mhc_compile.tools.zoo.family import Case, Family, chains
-from mhc_compile.tools.zoo.parts import WIDTH, Attention, Embedded, FeedForward, Framed
 
 __all__ = ["FAMILIES", "Block"]
 

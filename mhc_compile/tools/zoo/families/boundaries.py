@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhc_compile.tools.zoo.families.parts import WIDTH, FeedForward, vectors
 from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode, chains
-from mhc_compile.tools.zoo.parts import WIDTH, FeedForward, vectors
 
 __all__ = ["FAMILIES"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.tools.zoo.architectures import SPECIAL, architecture, ids, sizes
+from mhc_compile.tools.zoo.families.architectures import SPECIAL, architecture, ids, sizes
 from mhc_compile.tools.zoo.family import chains
 
 if TYPE_CHECKING:
