@@ -1,4 +1,4 @@
-"""Whether a rewritten model computes what the plain one does: outputs, buffers, what was written into the inputs, and every original gradient."""
+"""Compare a rewritten model with the plain one: outputs, buffers, written inputs, gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mhc_compile.inspection.verification.observation import Observation
-    from mhc_compile.tools.zoo.family import Case
+    from mhc_compile.tools.zoo.family import Case, Family
 
 __all__ = ["Errors", "preservation"]
 
@@ -35,27 +35,32 @@ class Errors:
     worst_gradient: str
 
 
-def preservation(case: Case, options: Mapping[str, Any], *, double: bool, differentiable_inputs: bool) -> Errors:
-    """Runs the model plain and compiled, forward and backward with the same random numbers, and compares.
+def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Errors:
+    """Compare a forward and backward pass of the plain and the compiled model, seeded alike.
 
-    Parameters that the rewrite added have no counterpart and are left out.
+    Parameters that the rewrite adds have no counterpart and are left out.
+
+    Args:
+        family: says whether to compare in float64 and to differentiate the inputs.
+        case: a model of the family, in the mode to compare in. Stays compiled.
+        options: of the backend; `inner_backend` is "eager" by default.
 
     Raises:
-        ValueError: the plain model's values are not numbers.
-        Exception: whatever the model raises in either form.
+        ValueError: a value of the plain model is NaN.
+        Exception: any error that the model raises in either form.
     """
     model, args, kwargs = case
-    if double:
+    if family.double:
         model, args, kwargs = model.double(), cast(args, torch.float64), cast(kwargs, torch.float64)
     twin = copy.deepcopy(model)
-    want = observe(twin, twin, args, kwargs, differentiable_inputs=differentiable_inputs)
+    want = observe(twin, twin, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     undefined = [name for name, value in {**_values(want), **_gradients(want)}.items() if value.isnan().any()]
     if undefined:
         raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", **options})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MhcWarning)  # that nothing was rewritten is in the count of sites
-        got = observe(compiled, model, args, kwargs, differentiable_inputs=differentiable_inputs)
+        warnings.simplefilter("ignore", MhcWarning)  # the count of sites says that nothing was rewritten
+        got = observe(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     outputs = [
         *compare(_values(got), _values(want), 0.0, "values"),
         *compare(_buffers(got), _buffers(want), 0.0, "buffers", share=FLOOR),

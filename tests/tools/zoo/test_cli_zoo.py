@@ -29,7 +29,7 @@ def test_the_table_at_80_columns():
     assert lines[0].split()[:4] == ["model", "mode", "g", "sites"]
     assert any(line.split()[:4] == ["pre-norm", "train", "1", "4/4"] for line in lines)
     assert any("no-contraction 2" in line for line in lines)
-    assert lines[-1].startswith("2 checked: 2 ok; 4 sites rewritten, 2 additions left alone; largest gradient error ")
+    assert lines[-1].startswith("2 checked: 2 ok; 4 sites rewritten, 2 additions skipped; largest gradient error ")
     assert done.stderr == ""
 
 
@@ -98,5 +98,5 @@ def test_a_family_is_a_target_of_explain(monkeypatch):
 
 
 def test_the_list_of_groups_needs_no_torch():
-    script = "import sys; from mhc_compile import zoo; assert zoo.GROUPS; assert 'torch' not in sys.modules"
+    script = "import sys; from mhc_compile.tools import zoo; assert zoo.GROUPS; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

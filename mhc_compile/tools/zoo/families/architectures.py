@@ -1,22 +1,33 @@
-"""How a family of transformers models is written down: a config class, a model class, settings by depth. Weights are random, nothing is loaded."""
+"""Families of transformers models: model class, settings by depth, inputs. Weights are random."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.tools.zoo.family import Family
+from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.tools.zoo.family import Case, Expect
+    from torch import Tensor
 
-__all__ = ["BATCH", "IMAGE", "NOISY", "SIZES", "SPECIAL", "architecture", "ids", "images", "sizes"]
 
-BATCH = 2
-#: Side of the images.
-IMAGE = 16
-#: The usual names of sizes. Widths are as small as the architectures allow.
+__all__ = [
+    "NOISY",
+    "SIZES",
+    "SPECIAL",
+    "architecture",
+    "call",
+    "ids",
+    "images",
+    "normal",
+    "sides",
+    "sizes",
+    "to_bfloat16",
+]
+
+_BATCH = 2
+#: Sizes under their usual names. Widths are as small as the architectures allow.
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 #: A vocabulary and its special tokens.
 SPECIAL: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -25,53 +36,77 @@ NOISY = "gradients that are zero in exact arithmetic (the bias of k) are noise i
 
 
 def sizes(layers: int, **more: Any) -> dict[str, Any]:
-    """Settings under their usual names, for a text model of so many layers."""
+    """Return settings for a text model of so many layers, under their usual names."""
     return {**SIZES, **SPECIAL, "num_hidden_layers": layers, "max_position_embeddings": 64, **more}
 
 
-def ids(length: int = 6) -> Any:
-    """Token ids [2, length], none of them special."""
+def sides(**settings: Any) -> dict[str, Any]:
+    """Return the settings once with the prefix `encoder_` and once with `decoder_`."""
+    return {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in settings.items()}
+
+
+def ids(length: int = 6) -> Tensor:
+    """Return token ids [2, length], none of them special."""
     import torch
 
-    return torch.randint(3, 40, (BATCH, length))
+    return torch.randint(3, 40, (_BATCH, length))
 
 
-def images(side: int = IMAGE) -> dict[str, Any]:
-    """Images [2, 3, side, side]."""
+def call(length: int = 6) -> dict[str, Any]:
+    """Return the arguments of a language model that is called without a cache."""
+    return {"input_ids": ids(length), "use_cache": False}
+
+
+def images(side: int = 16) -> dict[str, Any]:
+    """Return images [2, 3, side, side]."""
     import torch
 
-    return {"pixel_values": torch.randn(BATCH, 3, side, side)}
+    return {"pixel_values": torch.randn(_BATCH, 3, side, side)}
+
+
+def normal(**shapes: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
+    """Return a function that draws inputs of these names and shapes."""
+
+    def make() -> dict[str, Any]:
+        import torch
+
+        return {name: torch.randn(*shape) for name, shape in shapes.items()}
+
+    return make
+
+
+def to_bfloat16(model: Any) -> Any:
+    """Return the model with bfloat16 weights."""
+    import torch
+
+    return model.to(torch.bfloat16)
 
 
 def architecture(
     name: str,
-    group: str,
-    config: str,
     model: str,
     settings: Callable[[int], dict[str, Any]],
-    inputs: Callable[[], dict[str, Any]],
-    expected: Expect,
+    expected: Expect | None = None,
     *,
+    inputs: Callable[[], dict[str, Any]] = call,
     prepare: Callable[[Any], Any] | None = None,
     double: bool = True,
     tolerance: float = 1e-5,
-    because: str = NOISY,
+    because: str = "",
     differentiable_inputs: bool = True,
 ) -> Family:
-    """A family of transformers models.
+    """Return a family of transformers models.
 
     Args:
         name: of the family.
-        group: the theme.
-        config: name of the config class in transformers, without "Config".
-        model: name of the model class.
-        settings: depth to the arguments of the config.
-        inputs: the arguments of the call.
-        expected: the structure.
-        prepare: what is done to the model before it is used.
+        model: name of the model class in transformers.
+        settings: maps the depth to the arguments of the config.
+        expected: the structure; by default one chain of two sites a layer.
+        inputs: draws the arguments of the call.
+        prepare: changes the model before it is used.
         double: see `Family`.
         tolerance: see `Family`.
-        because: see `Family`.
+        because: see `Family`; `NOISY` where only `double` needs a reason.
         differentiable_inputs: see `Family`.
     """
 
@@ -79,17 +114,10 @@ def architecture(
         import transformers
 
         transformers.logging.set_verbosity_error()
-        built = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**settings(layers)))
-        return prepare(built) if prepare is not None else built, (), inputs()
+        kind = getattr(transformers, model)
+        built = kind(kind.config_class(**settings(layers)))
+        return built if prepare is None else prepare(built), (), inputs()
 
-    return Family(
-        name,
-        group,
-        make,
-        expected,
-        "transformers",
-        tolerance=tolerance,
-        double=double,
-        because=because,
-        differentiable_inputs=differentiable_inputs,
-    )
+    because = because or (NOISY if double else "")
+    expected = expected or per_layer(2)
+    return Family(name, make, expected, "transformers", tolerance, double, because, differentiable_inputs)

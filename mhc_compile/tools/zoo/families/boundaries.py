@@ -1,4 +1,4 @@
-"""What cuts a model into pieces: graph breaks, checkpointing, no_grad, autograd functions, control flow."""
+"""Models in pieces: graph breaks, checkpointing, no_grad, autograd functions, control flow."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mhc_compile.tools.zoo.families.parts import WIDTH, FeedForward, vectors
-from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode, chains
+from mhc_compile.tools.zoo.families.parts import (  # isort: skip
+    INTO, OUT, Block, Each, FeedForward, Square, network, spelled, vectors,
+)  # fmt: skip
+from mhc_compile.tools.zoo.family import Expected, Family, Mode, per_layer
 
 __all__ = ["FAMILIES"]
 
+_MLPS = Each(FeedForward)
 
-class BreakInBranch(nn.Module):
-    """A graph break in the middle of the branch: the add is one of two graph inputs, one of which the branch began at."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+class BreakInBranch(Block, up=Square, down=Square):
+    """A graph break in the middle of the branch: its start and its add are in different graphs."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
@@ -28,12 +28,8 @@ class BreakInBranch(nn.Module):
         return x + self.down(h)
 
 
-class BreakBetween(nn.Module):
-    """A graph break behind every add: each graph has one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = FeedForward()
+class BreakBetween(Block, f=FeedForward):
+    """A graph break after every add: each graph has one."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(x)
@@ -41,13 +37,8 @@ class BreakBetween(nn.Module):
         return x
 
 
-class BreakInMiddle(nn.Module):
+class BreakInMiddle(Block, into=INTO, out=OUT, first=_MLPS, second=_MLPS):
     """One graph break in the middle of the network: a chain on either side."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 4)
-        self.first, self.second = (nn.ModuleList(FeedForward() for _ in range(layers)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
@@ -59,12 +50,8 @@ class BreakInMiddle(nn.Module):
         return self.out(x)
 
 
-class Checkpointed(nn.Module):
+class Checkpointed(Block, f=FeedForward, g=FeedForward):
     """A block of two sites that is computed again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = FeedForward(), FeedForward()
 
     def _compute(self, x: Tensor) -> Tensor:
         x = x + self.f(x)
@@ -82,13 +69,8 @@ class CheckpointedBranch(Checkpointed):
         return x + checkpoint(self.g, x, use_reentrant=False)
 
 
-class FrozenHalf(nn.Module):
+class FrozenHalf(Block, into=INTO, out=OUT, first=_MLPS, second=_MLPS):
     """The first half runs under no_grad."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 4)
-        self.first, self.second = (nn.ModuleList(FeedForward() for _ in range(layers)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -100,8 +82,8 @@ class FrozenHalf(nn.Module):
         return self.out(x)
 
 
-class Square(torch.autograd.Function):
-    """`x²` with a backward of its own."""
+class Squared(torch.autograd.Function):
+    """`x²` with a backward written by hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -114,23 +96,8 @@ class Square(torch.autograd.Function):
         return 2 * x * gradient
 
 
-class CustomFunction(nn.Module):
-    """`x + square(f(x))`, the square an autograd function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = FeedForward()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + Square.apply(self.f(x))
-
-
-class Autocast(nn.Module):
+class Autocast(Block, f=FeedForward):
     """The branch runs under autocast to bfloat16; the trunk stays float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -138,12 +105,8 @@ class Autocast(nn.Module):
         return x + y.float()
 
 
-class SkippedLayers(nn.Module):
-    """LayerDrop by position: every second block is left out in training, which the tracer decides."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList(FeedForward(8) for _ in range(2 * layers))
+class SkippedLayers(Block, mlps=Each(lambda: FeedForward(8), lambda n: 2 * n)):
+    """LayerDrop by position: training skips every second block, which the tracer decides."""
 
     def forward(self, x: Tensor) -> Tensor:
         for index, mlp in enumerate(self.mlps):
@@ -153,7 +116,7 @@ class SkippedLayers(nn.Module):
         return x
 
 
-def _alone(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
+def _alone(layers: int, _mode: Mode) -> Expected:
     return Expected(pieces=(1,) * layers, note="a graph for each block; streams go on from one to the next")
 
 
@@ -161,22 +124,18 @@ def _skipped(layers: int, mode: Mode) -> Expected:
     return Expected((layers if mode == "train" else 2 * layers,), note="half of the layers are skipped in training")
 
 
-def _network(network: nn.Module) -> Case:
-    return network, (torch.randn(2, 5, 8),), {}
-
-
-_ONE, _TWO = chains(lambda n: (n,)), chains(lambda n: (2 * n,))
-_GROUP = "boundaries"
-FAMILIES: tuple[Family, ...] = (
-    Family("break-in-branch", _GROUP, vectors(BreakInBranch), _alone),
-    Family("break-between", _GROUP, vectors(BreakBetween), _alone),
-    Family("break-in-middle", _GROUP, lambda n: _network(BreakInMiddle(n)), chains(lambda n: (n, n))),
-    Family("checkpointed", _GROUP, vectors(Checkpointed), _TWO),
-    Family("checkpointed-branch", _GROUP, vectors(CheckpointedBranch), _TWO),
-    Family("frozen-half", _GROUP, lambda n: _network(FrozenHalf(n)), _TWO),
-    Family("autograd-function", _GROUP, vectors(CustomFunction), _ONE),
-    Family(
-        "autocast-branch", _GROUP, vectors(Autocast), _ONE, tolerance=5e-2, because="the branch computes in bfloat16"
+_ONE, _TWO = per_layer(1), per_layer(2)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "boundaries": (
+        Family("break-in-branch", vectors(BreakInBranch), _alone),
+        Family("break-between", vectors(BreakBetween), _alone),
+        Family("break-in-middle", network(BreakInMiddle), per_layer(1, 1)),
+        Family("checkpointed", vectors(Checkpointed), _TWO),
+        Family("checkpointed-branch", vectors(CheckpointedBranch), _TWO),
+        Family("frozen-half", network(FrozenHalf), _TWO),
+        spelled("autograd-function", "`x + square(f(x))`, the square an autograd function.",
+                lambda block, x: x + Squared.apply(block.f(x)), f=FeedForward),
+        Family("autocast-branch", vectors(Autocast), _ONE, tolerance=5e-2, because="the branch computes in bfloat16"),
+        Family("skipped-layers", network(SkippedLayers), _skipped),
     ),
-    Family("skipped-layers", _GROUP, lambda n: _network(SkippedLayers(n)), _skipped),
-)
+}  # fmt: skip

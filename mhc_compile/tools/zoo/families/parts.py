@@ -1,22 +1,78 @@
-"""Layers that several handwritten families are made of."""
+"""Layers, blocks and networks that the handwritten families are built from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 
-    from mhc_compile.tools.zoo.family import Case
-
-__all__ = ["WIDTH", "Attention", "Embedded", "FeedForward", "Framed", "feature_maps", "tokens", "vectors"]
+__all__ = [
+    "INTO", "OUT", "WIDTH", "Attention", "Block", "Each", "Embedded", "FeedForward", "Framed", "Norm", "Plain", "Residual",
+    "Square", "Stack", "TransformerBlock", "conv2d", "formula", "ids", "linear", "network", "parameter", "spelled", "tokens", "vectors",
+]  # fmt: skip
 
 #: C of every handwritten family, and the size of its vocabulary.
 WIDTH, VOCABULARY = 16, 31
+
+Part: TypeAlias = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Each:
+    """A part that a network has once for each layer, or `count(layers)` times."""
+
+    part: Part
+    count: Callable[[int], int] = int
+
+    def __call__(self, layers: int) -> nn.Module:
+        """Return the copies as a list."""
+        return nn.ModuleList(self.part() for _ in range(self.count(layers)))
+
+
+class Stack(Each):
+    """Parts that are called one after the other, as one module."""
+
+    def __call__(self, layers: int) -> nn.Module:
+        """Return the copies as a sequence."""
+        return nn.Sequential(*(self.part() for _ in range(self.count(layers))))
+
+
+class Block(nn.Module):
+    """A module whose header lists its submodules and parameters: `class B(Block, norm=Norm)`.
+
+    Each part is called without arguments, after the parts of the base class and in the order of the
+    header. A network is a block that is given its depth, by which `Each` repeats its part.
+    """
+
+    parts: ClassVar[dict[str, Part | Each]] = {}
+
+    def __init_subclass__(cls, **parts: Part | Each) -> None:
+        super().__init_subclass__()
+        cls.parts = {**cls.parts, **parts}
+
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        for name, part in self.parts.items():
+            setattr(self, name, part(layers) if isinstance(part, Each) else part())
+
+        def __getattr__(self, name: str) -> Any: ...  # noqa: N807
+
+
+def formula(name: str, doc: str, forward: Callable[..., Any], **parts: Part) -> type[Block]:
+    """Return the class of blocks with the docstring `doc` and the forward `forward(block, x)`.
+
+    The name is that of the family in camel case.
+    """
+    title = "".join(word.capitalize() for word in name.removeprefix("trap-").split("-"))
+    return types.new_class(title, (Block,), parts, lambda body: body.update(__doc__=doc, forward=forward))
 
 
 class Attention(nn.Module):
@@ -40,15 +96,36 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers around a GELU, with a norm in front unless told otherwise."""
+    """Two linear layers around a GELU, after a norm by default."""
 
     def __init__(self, width: int = WIDTH, *, norm: bool = True) -> None:
-        super().__init__(
-            nn.LayerNorm(width) if norm else nn.Identity(),
-            nn.Linear(width, 2 * width),
-            nn.GELU(),
-            nn.Linear(2 * width, width),
-        )
+        first = nn.LayerNorm(width) if norm else nn.Identity()
+        super().__init__(first, nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+linear, conv2d = partial(partial, nn.Linear), partial(partial, nn.Conv2d)
+Norm, Square, Plain = partial(nn.LayerNorm, WIDTH), linear(WIDTH, WIDTH), partial(FeedForward, norm=False)
+INTO, OUT = linear(8, WIDTH), linear(WIDTH, 4)
+
+
+def parameter(value: float = 1.0, *shape: int) -> Callable[[], nn.Parameter]:
+    """Return a function that makes a parameter with equal entries, [C] unless `shape` is given."""
+    return lambda: nn.Parameter(torch.full(shape or (WIDTH,), value))
+
+
+class Residual(Block, mlp=FeedForward):
+    """`x + mlp(norm(x))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class TransformerBlock(Block, norm=Norm, attn=Attention, mlp=FeedForward):
+    """`x + attention(norm(x))`, `x + mlp(norm(x))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
 
 
 class Embedded(nn.Module):
@@ -57,22 +134,19 @@ class Embedded(nn.Module):
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm, self.head = Norm(), nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+        return self.head(self.norm(self.blocks(self.embed(ids))))
 
 
 class Framed(nn.Module):
-    """Blocks between a linear layer into the width and one out of it."""
+    """Blocks between a linear layer into the width and one out of it; all read the other inputs."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
-        self.into, self.blocks, self.out = nn.Linear(8, WIDTH), nn.ModuleList(blocks), nn.Linear(WIDTH, 4)
+        self.into, self.blocks, self.out = INTO(), nn.ModuleList(blocks), OUT()
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
         x = self.into(x)
@@ -81,20 +155,36 @@ class Framed(nn.Module):
         return self.out(x)
 
 
+def ids() -> Tensor:
+    """Return token ids [2, 6]."""
+    return torch.arange(12).reshape(2, 6) * 5 % VOCABULARY
+
+
 def tokens(block: Callable[[], nn.Module]) -> Callable[[int], Case]:
-    """A language model of so many blocks, and token ids [2, 6]."""
-    return lambda layers: (
-        Embedded([block() for _ in range(layers)]).train(),
-        (torch.arange(12).reshape(2, 6) * 5 % VOCABULARY,),
-        {},
-    )
+    """Return a function that makes a language model of so many blocks, called on token ids."""
+    return lambda layers: (Embedded([block() for _ in range(layers)]), (ids(),), {})
 
 
-def vectors(block: Callable[[], nn.Module]) -> Callable[[int], Case]:
-    """So many blocks in a frame, and vectors [2, 5, 8]."""
-    return lambda layers: (Framed([block() for _ in range(layers)]), (torch.randn(2, 5, 8),), {})
+def vectors(block: Callable[[], nn.Module], *more: tuple[int, ...]) -> Callable[[int], Case]:
+    """Return a function that makes so many blocks in a frame, called on [2, 5, 8] and `more`."""
+    return network(lambda layers: Framed([block() for _ in range(layers)]), (2, 5, 8), *more)
 
 
-def feature_maps(body: Callable[[int], nn.Module], channels: int = 3, size: int = 8) -> Callable[[int], Case]:
-    """A convolutional network of so many layers, and images [2, channels, size, size]."""
-    return lambda layers: (body(layers), (torch.randn(2, channels, size, size),), {})
+def network(body: Callable[[int], nn.Module], *shapes: tuple[int, ...]) -> Callable[[int], Case]:
+    """Return a function that makes a network of so many layers, called on [2, 5, 8] or `shapes`."""
+    return lambda layers: (body(layers), tuple(torch.randn(*shape) for shape in shapes or ((2, 5, 8),)), {})
+
+
+def spelled(
+    name: str,
+    doc: str,
+    forward: Callable[..., Any],
+    *more: tuple[int, ...],
+    expected: Expect | None = None,
+    **parts: Part,
+) -> Family:
+    """Return the family of the blocks `formula(name, doc, forward, **parts)`, called as in `vectors`.
+
+    The structure is one site a layer unless `expected` is given.
+    """
+    return Family(name, vectors(formula(name, doc, forward, **parts), *more), expected or per_layer(1))

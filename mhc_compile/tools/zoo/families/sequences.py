@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_compile.tools.zoo.families.parts import WIDTH, Attention, FeedForward, vectors
-from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode, chains, no_chain
+from mhc_compile.tools.zoo.families.parts import (  # isort: skip
+    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, Square, network, spelled, vectors,
+)  # fmt: skip
+from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["FAMILIES"]
 
+_conv = partial(partial, nn.Conv1d)
+
 
 class WaveNet(nn.Module):
-    """Gated dilated convolutions: `x + r(z)` is the trunk, and the sum of all `s(z)` the output, which is no trunk."""
+    """Gated dilated convolutions: `x + r(z)` is the trunk, the sum of all `s(z)` the output."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.into, self.out = nn.Conv1d(1, WIDTH, 1), nn.Conv1d(WIDTH, 4, 1)
         self.dilated = nn.ModuleList(nn.Conv1d(WIDTH, 2 * WIDTH, 2, dilation=2**layer) for layer in range(layers))
-        self.residual, self.skip = (nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(layers)) for _ in range(2))
+        self.residual, self.skip = (Each(_conv(WIDTH, WIDTH, 1))(layers) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x, total = self.into(x), torch.zeros(())
@@ -32,7 +42,7 @@ class WaveNet(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """TCN: `relu(skip + f(x))`, causal by cutting the tail, the skip a 1 × 1 convolution where the width changes."""
+    """TCN: `relu(skip + f(x))`, causal by a cut; the skip is a convolution where the width changes."""
 
     def __init__(self, into: int, dilation: int) -> None:
         super().__init__()
@@ -47,18 +57,12 @@ class TemporalBlock(nn.Module):
         return F.relu(y + (x if self.match is None else self.match(x)))
 
 
-class Conformer(nn.Module):
-    """Half MLP, attention, convolution, half MLP, norm: four sites, two of them with half the branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last, self.attn = FeedForward(), FeedForward(), Attention()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(WIDTH) for _ in range(3))
-        self.wide, self.depthwise = (
-            nn.Conv1d(WIDTH, 2 * WIDTH, 1),
-            nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False),
-        )
-        self.batch_norm, self.narrow = nn.BatchNorm1d(WIDTH), nn.Conv1d(WIDTH, WIDTH, 1)
+class Conformer(
+    Block, first=FeedForward, last=FeedForward, attn=Attention, norm1=Norm, norm2=Norm, norm3=Norm,
+    wide=_conv(WIDTH, 2 * WIDTH, 1), depthwise=_conv(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False),
+    batch_norm=partial(nn.BatchNorm1d, WIDTH), narrow=_conv(WIDTH, WIDTH, 1),
+):  # fmt: skip
+    """Half an MLP, attention, convolution, half an MLP, norm: four sites."""
 
     def _convolve(self, x: Tensor) -> Tensor:
         h = F.glu(self.wide(self.norm2(x).transpose(1, 2)), dim=1)
@@ -71,12 +75,8 @@ class Conformer(nn.Module):
         return self.norm3(x + 0.5 * self.last(x))
 
 
-class GatedRecurrence(nn.Module):
-    """A linear recurrence written step by step in the branch: its additions are no residual adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.into, self.decay, self.out = nn.LayerNorm(WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+class GatedRecurrence(Block, norm=Norm, into=Square, decay=Square, out=Square):
+    """A linear recurrence in the branch, step by step: its additions are no residual adds."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -88,73 +88,31 @@ class GatedRecurrence(nn.Module):
         return x + self.out(torch.stack(states, dim=1))
 
 
-class GraphConvolution(nn.Module):
+class GraphConvolution(Block, norm=Norm, weight=Square):
     """`x + relu(A norm(x) W)` on nodes [N, C], A the normalised adjacency."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.weight = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
         return x + F.relu(adjacency @ self.weight(self.norm(x)))
 
 
 class ScatterConvolution(GraphConvolution):
-    """The same on an edge list: messages are gathered, weighed and added up by `index_add`."""
+    """A graph convolution on an edge list: messages are gathered, weighted and added by `index_add`."""
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         messages = self.weight(self.norm(x))[edges[0]]
         return x + torch.zeros_like(x).index_add(0, edges[1], F.relu(messages))
 
 
-class Nodes(nn.Module):
-    """Blocks on a graph."""
-
-    def __init__(self, kind: type[GraphConvolution], layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks, self.out = (
-            nn.Linear(8, WIDTH),
-            nn.ModuleList(kind() for _ in range(layers)),
-            nn.Linear(WIDTH, 4),
-        )
-
-    def forward(self, x: Tensor, structure: Tensor) -> Tensor:
-        x = self.into(x)
-        for block in self.blocks:
-            x = block(x, structure)
-        return self.out(x)
-
-
-class GatedMerge(nn.Module):
-    """A GRU cell merges the branch into the trunk: there is no add."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.cell = FeedForward(), nn.GRUCell(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cell(self.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x)
-
-
-class Decomposed(nn.Module):
-    """Autoformer: behind every add the moving average of the trunk is taken off, `x - mean of its neighbours`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.average = FeedForward(norm=False), nn.AvgPool1d(3, 1, 1)
+class Decomposed(Block, mlp=Plain, average=partial(nn.AvgPool1d, 3, 1, 1)):
+    """Autoformer: after every add the trunk loses its moving average, `x - mean of its neighbours`."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mlp(x)
         return x - self.average(x.transpose(1, 2)).transpose(1, 2)
 
 
-class ResidualLSTM(nn.Module):
-    """`x + lstm(x)`. Dynamo hands no LSTM to a backend: there is no graph at all."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 4)
-        self.layers = nn.ModuleList(nn.LSTM(WIDTH, WIDTH, batch_first=True) for _ in range(layers))
+class ResidualLSTM(Block, into=INTO, out=OUT, layers=Each(partial(nn.LSTM, WIDTH, WIDTH, batch_first=True))):
+    """`x + lstm(x)`. Dynamo runs an LSTM outside its graphs: there is no graph at all."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
@@ -163,36 +121,29 @@ class ResidualLSTM(nn.Module):
         return self.out(x)
 
 
-def _tcn(layers: int) -> Case:
-    blocks = [TemporalBlock(3 if layer == 0 else WIDTH, 2**layer) for layer in range(layers + 1)]
-    return nn.Sequential(*blocks), (torch.randn(2, 3, 12),), {}
+def _tcn(layers: int) -> nn.Module:
+    return nn.Sequential(*(TemporalBlock(WIDTH if layer else 3, 2**layer) for layer in range(layers + 1)))
 
 
-def _unseen(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
-    return Expected(note="Dynamo runs recurrent layers eagerly")
+def _nodes(kind: type[nn.Module], structure: Callable[[], Tensor]) -> Callable[[int], Case]:
+    """Return a function that makes blocks on a graph of six nodes."""
+    return lambda n: (Framed([kind() for _ in range(n)]), (torch.randn(6, 8), structure()), {})
 
 
-_ONE = chains(lambda n: (n,))
+_ONE, _UNSEEN = per_layer(1), chains(lambda _: (), note="Dynamo runs recurrent layers eagerly")
 _EDGES = ((0, 1, 2, 3, 4, 5, 0), (1, 2, 3, 4, 5, 0, 3))
-_GROUP = "sequences"
-FAMILIES: tuple[Family, ...] = (
-    Family("wavenet", _GROUP, lambda n: (WaveNet(n), (torch.randn(2, 1, 12),), {}), _ONE),
-    Family("tcn", _GROUP, _tcn, chains(lambda n: (n,), projected=1)),
-    Family("gated-merge", _GROUP, vectors(GatedMerge), chains(no_chain)),
-    Family("decomposed", _GROUP, vectors(Decomposed), _ONE),
-    Family("conformer", _GROUP, vectors(Conformer), chains(lambda n: (4 * n,))),
-    Family("gated-recurrence", _GROUP, vectors(GatedRecurrence), _ONE),
-    Family(
-        "gcn",
-        _GROUP,
-        lambda n: (Nodes(GraphConvolution, n), (torch.randn(6, 8), torch.rand(6, 6).softmax(-1)), {}),
-        _ONE,
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "sequences": (
+        Family("wavenet", network(WaveNet, (2, 1, 12)), _ONE),
+        Family("tcn", network(_tcn, (2, 3, 12)), per_layer(1, projected=1)),
+        spelled("gated-merge", "A GRU cell merges the branch into the trunk: there is no add.",
+                lambda block, x: block.cell(block.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x), expected=per_layer(),
+                mlp=FeedForward, cell=partial(nn.GRUCell, WIDTH, WIDTH)),
+        Family("decomposed", vectors(Decomposed), _ONE),
+        Family("conformer", vectors(Conformer), per_layer(4)),
+        Family("gated-recurrence", vectors(GatedRecurrence), _ONE),
+        Family("gcn", _nodes(GraphConvolution, lambda: torch.rand(6, 6).softmax(-1)), _ONE),
+        Family("gcn-scatter", _nodes(ScatterConvolution, lambda: torch.tensor(_EDGES)), _ONE),
+        Family("residual-lstm", network(ResidualLSTM, (2, 6, 8)), _UNSEEN),
     ),
-    Family(
-        "gcn-scatter",
-        _GROUP,
-        lambda n: (Nodes(ScatterConvolution, n), (torch.randn(6, 8), torch.tensor(_EDGES)), {}),
-        _ONE,
-    ),
-    Family("residual-lstm", _GROUP, lambda n: (ResidualLSTM(n), (torch.randn(2, 6, 8),), {}), _unseen),
-)
+}  # fmt: skip

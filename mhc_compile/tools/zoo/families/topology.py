@@ -1,27 +1,23 @@
-"""How blocks are wired: shared, nested, called twice, read from outside, joined by long skips."""
+"""Networks by how their blocks are wired: shared, nested, called twice, read from outside, joined by long skips."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.tools.zoo.families.parts import WIDTH, Attention, Embedded, FeedForward, Framed
-from mhc_compile.tools.zoo.family import Case, Family, chains
+from mhc_compile.tools.zoo.families.parts import (  # isort: skip
+    INTO, OUT, WIDTH, Attention, Block, Each, Embedded, FeedForward, Framed, Norm, Residual, Square, Stack, ids,
+    linear, network, vectors,
+)  # fmt: skip
+from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
-__all__ = ["FAMILIES", "Block"]
+__all__ = ["FAMILIES"]
 
-
-class Block(nn.Module):
-    """`x + mlp(norm(x))`."""
-
-    def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        self.mlp = FeedForward(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x)
+_BLOCKS, _MLPS = Each(Residual), Each(FeedForward)
+_STACK = Stack(Residual)
 
 
 class Shared(nn.Module):
@@ -29,7 +25,7 @@ class Shared(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.layers, self.norm, self.attn, self.mlp = layers, nn.LayerNorm(WIDTH), Attention(), FeedForward()
+        self.layers, self.norm, self.attn, self.mlp = layers, Norm(), Attention(), FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.layers):
@@ -38,38 +34,26 @@ class Shared(nn.Module):
         return x
 
 
-class Siamese(nn.Module):
+class Siamese(Block, into=INTO, encoder=_STACK):
     """One encoder, called on two inputs; the sum of its results is no residual add."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.encoder = nn.Linear(8, WIDTH), nn.Sequential(*(Block() for _ in range(layers)))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.encoder(self.into(a)) + self.encoder(self.into(b))
 
 
 class Twice(nn.Module):
-    """The whole network on the input, and again on its own output."""
+    """The whole network on the input, and again on its output."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.encoder, self.back = Framed([Block() for _ in range(layers)]), nn.Linear(4, 8)
+        self.encoder, self.back = Framed([Residual() for _ in range(layers)]), nn.Linear(4, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(self.back(self.encoder(x)))
 
 
-class HiddenStates(nn.Module):
-    """Returns the trunk before every block and after the last, beside the result."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks, self.out = (
-            nn.Linear(8, WIDTH),
-            nn.ModuleList(Block() for _ in range(layers)),
-            nn.Linear(WIDTH, 4),
-        )
+class HiddenStates(Block, into=INTO, blocks=_BLOCKS, out=OUT):
+    """Returns the trunk before every block and after the last, and the result."""
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         states = [self.into(x)]
@@ -90,15 +74,15 @@ class AuxiliaryHeads(HiddenStates):
         return {"logits": self.out(x), "early": early}
 
 
-class Nested(nn.Module):
-    """A residual block of residual blocks: `x + f(g(x))`, where f runs two blocks of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Sequential(Block(), Block()), nn.Linear(WIDTH, WIDTH)
+class Nested(Block, inner=lambda: Stack(Residual)(2), out=Square):
+    """A residual block of residual blocks: `x + f(g(x))`, where g runs two blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(self.inner(x))
+
+
+class Wide(Residual, mlp=partial(FeedForward, 24)):
+    """`x + mlp(norm(x))` on 24 features."""
 
 
 class TwoWidths(nn.Module):
@@ -106,19 +90,15 @@ class TwoWidths(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        first, second = ([Block(width) for _ in range(layers)] for width in (16, 24))
+        first, second = ([kind() for _ in range(layers)] for kind in (Residual, Wide))
         self.body = nn.Sequential(nn.Linear(8, 16), *first, nn.Linear(16, 24), *second, nn.Linear(24, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
-class Bare(nn.Module):
+class Bare(Block, mlps=_MLPS):
     """The trunk is the input of the graph and its output: nothing stands at either end."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.mlps = nn.ModuleList(FeedForward() for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for mlp in self.mlps:
@@ -126,26 +106,16 @@ class Bare(nn.Module):
         return x
 
 
-class GlobalSkip(nn.Module):
-    """What the first block read is added again behind the last: `x0 + linear(blocks(x0))`."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.Sequential(*(Block() for _ in range(layers)))
-        self.last, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+class GlobalSkip(Block, into=INTO, blocks=_STACK, last=Square, out=OUT):
+    """`x0 + linear(blocks(x0))`: the input of the first block is added again after the last."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
         return self.out(self.last(self.blocks(x)) + x)
 
 
-class Reversible(nn.Module):
+class Reversible(Block, into=INTO, out=linear(2 * WIDTH, 4), f=_MLPS, g=_MLPS):
     """RevNet: two halves that start alike, `a += f(b)`, `b += g(a)`; each half is a trunk."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(8, WIDTH), nn.Linear(2 * WIDTH, 4)
-        self.f, self.g = (nn.ModuleList(FeedForward() for _ in range(layers)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         a = b = self.into(x)
@@ -155,25 +125,19 @@ class Reversible(nn.Module):
         return self.out(torch.cat([a, b], dim=-1))
 
 
-class PartialChannels(nn.Module):
+class PartialChannels(Block, into=linear(8, 2 * WIDTH), out=linear(2 * WIDTH, 4), blocks=_STACK):
     """CSP: half of the features goes through residual blocks, the other half around them."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(8, 2 * WIDTH), nn.Linear(2 * WIDTH, 4)
-        self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         moved, kept = self.into(x).chunk(2, dim=-1)
         return self.out(torch.cat([self.blocks(moved), kept], dim=-1))
 
 
-class Hooked(nn.Module):
-    """A forward hook adds to what each block returns: `(x + f(x)) + 0.01 t` with a tensor t that nothing computes."""
+class Hooked(Block, into=INTO, blocks=_STACK):
+    """A forward hook adds a constant t to the output of each block: `(x + f(x)) + 0.01 t`."""
 
     def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.Sequential(*(Block() for _ in range(layers)))
+        super().__init__(layers)
         self.register_buffer("shift", torch.randn(WIDTH))
         for block in self.blocks:
             block.register_forward_hook(self._move)
@@ -185,29 +149,24 @@ class Hooked(nn.Module):
         return self.blocks(self.into(x))
 
 
-def _vectors(network: nn.Module, inputs: int = 1, width: int = 8) -> Case:
-    return network, tuple(torch.randn(2, 5, width) for _ in range(inputs)), {}
+def _shared(layers: int) -> Case:
+    return Embedded([Shared(layers)]), (ids(),), {}
 
 
-def _shared_ids(layers: int) -> Case:
-    return Embedded([Shared(layers)]), (torch.arange(12).reshape(2, 6) % 31,), {}
-
-
-_ONE = chains(lambda n: (n,))
-_GROUP = "topology"
-FAMILIES: tuple[Family, ...] = (
-    Family("shared-layer", _GROUP, _shared_ids, chains(lambda n: (2 * n,))),
-    Family("siamese", _GROUP, lambda n: _vectors(Siamese(n), 2), chains(lambda n: (n, n))),
-    Family("called-twice", _GROUP, lambda n: _vectors(Twice(n)), chains(lambda n: (n, n))),
-    Family("hidden-states", _GROUP, lambda n: _vectors(HiddenStates(n)), _ONE),
-    Family("auxiliary-heads", _GROUP, lambda n: _vectors(AuxiliaryHeads(n)), _ONE),
-    Family(
-        "nested", _GROUP, lambda n: _vectors(Framed([Nested() for _ in range(n)])), chains(lambda n: (n, *(2,) * n))
+_ONE, _PAIR = per_layer(1), per_layer(1, 1)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "topology": (
+        Family("shared-layer", _shared, per_layer(2)),
+        Family("siamese", network(Siamese, (2, 5, 8), (2, 5, 8)), _PAIR),
+        Family("called-twice", network(Twice), _PAIR),
+        Family("hidden-states", network(HiddenStates), _ONE),
+        Family("auxiliary-heads", network(AuxiliaryHeads), _ONE),
+        Family("nested", vectors(Nested), chains(lambda n: (n, *(2,) * n))),
+        Family("two-widths", network(TwoWidths), _PAIR),
+        Family("bare-trunk", network(Bare, (2, 5, WIDTH)), _ONE),
+        Family("global-skip", network(GlobalSkip), chains(lambda n: (n, 1))),
+        Family("reversible", network(Reversible), _PAIR),
+        Family("partial-channels", network(PartialChannels), _ONE),
+        Family("hooked", network(Hooked), _ONE),
     ),
-    Family("two-widths", _GROUP, lambda n: _vectors(TwoWidths(n)), chains(lambda n: (n, n))),
-    Family("bare-trunk", _GROUP, lambda n: _vectors(Bare(n), width=WIDTH), _ONE),
-    Family("global-skip", _GROUP, lambda n: _vectors(GlobalSkip(n)), chains(lambda n: (n, 1))),
-    Family("reversible", _GROUP, lambda n: _vectors(Reversible(n)), chains(lambda n: (n, n))),
-    Family("partial-channels", _GROUP, lambda n: _vectors(PartialChannels(n)), _ONE),
-    Family("hooked", _GROUP, lambda n: _vectors(Hooked(n)), _ONE),
-)
+}

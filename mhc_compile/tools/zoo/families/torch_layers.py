@@ -1,54 +1,43 @@
-"""The transformer layers that torch ships. In eval mode without gradients the encoder runs a fused path without adds; the zoo traces with them."""
+"""The transformer layers that torch ships.
+
+In eval mode without gradients the encoder runs a fused path without adds; the zoo traces with
+gradients.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.tools.zoo.families.parts import WIDTH
-from mhc_compile.tools.zoo.family import Case, Family, chains
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from mhc_compile.tools.zoo.families.parts import WIDTH, Block, Each, Norm, network
+from mhc_compile.tools.zoo.family import Case, Family, per_layer
 
 __all__ = ["FAMILIES"]
 
 
-def _encoder(*, norm_first: bool, masked: bool = False) -> Callable[[int], Case]:
-    def make(layers: int) -> Case:
-        layer = nn.TransformerEncoderLayer(WIDTH, 2, 24, norm_first=norm_first, batch_first=True)
-        network = nn.TransformerEncoder(layer, layers, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        hidden = torch.zeros(2, 5, dtype=torch.bool)
-        hidden[1, 3:] = True
-        return network, (torch.randn(2, 5, WIDTH),), {"src_key_padding_mask": hidden} if masked else {}
-
-    return make
+def _encoder(layers: int, *, norm_first: bool = False, masked: bool = False) -> Case:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 24, norm_first=norm_first, batch_first=True)
+    stack = nn.TransformerEncoder(layer, layers, Norm(), enable_nested_tensor=False)
+    hidden = torch.zeros(2, 5, dtype=torch.bool)
+    hidden[1, 3:] = True
+    return stack, (torch.randn(2, 5, WIDTH),), {"src_key_padding_mask": hidden} if masked else {}
 
 
-def _decoder(*, norm_first: bool) -> Callable[[int], Case]:
-    def make(layers: int) -> Case:
-        layer = nn.TransformerDecoderLayer(WIDTH, 2, 24, norm_first=norm_first, batch_first=True)
-        mask = nn.Transformer.generate_square_subsequent_mask(5)
-        inputs = (torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH))
-        return nn.TransformerDecoder(layer, layers), inputs, {"tgt_mask": mask, "tgt_is_causal": True}
-
-    return make
+def _decoder(layers: int, *, norm_first: bool = False) -> Case:
+    layer = nn.TransformerDecoderLayer(WIDTH, 2, 24, norm_first=norm_first, batch_first=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    inputs = (torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH))
+    return nn.TransformerDecoder(layer, layers), inputs, {"tgt_mask": mask, "tgt_is_causal": True}
 
 
-def _both(layers: int) -> Case:
-    network = nn.Transformer(WIDTH, 2, layers, layers, 24, batch_first=True)
-    return network, (torch.randn(2, 5, WIDTH), torch.randn(2, 4, WIDTH)), {}
+def _both(layers: int) -> nn.Module:
+    return nn.Transformer(WIDTH, 2, layers, layers, 24, batch_first=True)
 
 
-class AttentionStack(nn.Module):
+class AttentionStack(Block, norms=Each(Norm), attns=Each(partial(nn.MultiheadAttention, WIDTH, 2))):
     """`x + nn.MultiheadAttention(norm(x))`, with tokens first: [T, B, C]."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(layers))
-        self.attns = nn.ModuleList(nn.MultiheadAttention(WIDTH, 2) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, attn in zip(self.norms, self.attns, strict=True):
@@ -57,19 +46,15 @@ class AttentionStack(nn.Module):
         return x
 
 
-_TWO, _THREE = chains(lambda n: (2 * n,)), chains(lambda n: (3 * n,))
-_GROUP = "torch_layers"
-FAMILIES: tuple[Family, ...] = (
-    Family("torch-encoder", _GROUP, _encoder(norm_first=False), _TWO),
-    Family("torch-encoder-pre", _GROUP, _encoder(norm_first=True), _TWO),
-    Family("torch-encoder-masked", _GROUP, _encoder(norm_first=False, masked=True), _TWO),
-    Family("torch-decoder", _GROUP, _decoder(norm_first=False), _THREE),
-    Family("torch-decoder-pre", _GROUP, _decoder(norm_first=True), _THREE),
-    Family("torch-transformer", _GROUP, _both, chains(lambda n: (2 * n, 3 * n))),
-    Family(
-        "torch-attention",
-        _GROUP,
-        lambda n: (AttentionStack(n), (torch.randn(5, 2, WIDTH),), {}),
-        chains(lambda n: (n,)),
+_TWO, _THREE = per_layer(2), per_layer(3)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "torch_layers": (
+        Family("torch-encoder", _encoder, _TWO),
+        Family("torch-encoder-pre", partial(_encoder, norm_first=True), _TWO),
+        Family("torch-encoder-masked", partial(_encoder, masked=True), _TWO),
+        Family("torch-decoder", _decoder, _THREE),
+        Family("torch-decoder-pre", partial(_decoder, norm_first=True), _THREE),
+        Family("torch-transformer", network(_both, (2, 5, WIDTH), (2, 4, WIDTH)), per_layer(2, 3)),
+        Family("torch-attention", network(AttentionStack, (5, 2, WIDTH)), per_layer(1)),
     ),
-)
+}

@@ -1,23 +1,27 @@
-"""Transformer blocks by where they put norms, scales and gates. One residual formula each."""
+"""Transformer blocks by where they put norms, scales and gates, and by what they read."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_compile.tools.zoo.families.parts import WIDTH, Attention, FeedForward, tokens, vectors
-from mhc_compile.tools.zoo.family import Family, chains
+from mhc_compile.tools.zoo.families.parts import (  # isort: skip
+    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, Residual, TransformerBlock, linear,
+    network, parameter, spelled, tokens, vectors,
+)  # fmt: skip
+from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
 __all__ = ["FAMILIES"]
 
 
-class PreNorm(nn.Module):
-    """`x + attention(norm(x))`, `x + mlp(norm(x))`."""
+class PreNorm(Block, norm=Norm, attn=partial(Attention, causal=True), mlp=FeedForward):
+    """`x + dropout(attention(norm(x)))`, `x + dropout(mlp(norm(x)))`."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm, self.attn, self.mlp = nn.LayerNorm(WIDTH), Attention(causal=True), FeedForward()
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,25 +29,16 @@ class PreNorm(nn.Module):
         return x + self.drop(self.mlp(x))
 
 
-class PostNorm(nn.Module):
+class PostNorm(Block, attn=Attention, mlp=Plain, norm1=Norm, norm2=Norm):
     """`norm(x + f(x))`: the trunk itself is normalised."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn, self.mlp = Attention(), FeedForward(norm=False)
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.attn(x))
         return self.norm2(x + self.mlp(x))
 
 
-class Parallel(nn.Module):
+class Parallel(Block, norm=Norm, attn=Attention, mlp=Plain):
     """`x + attention(norm(x)) + mlp(norm(x))`: one site of two adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attn, self.mlp = nn.LayerNorm(WIDTH), Attention(), FeedForward(norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -58,27 +53,19 @@ class ParallelSum(Parallel):
         return F.dropout(self.attn(h) + self.mlp(h), 0.1, self.training) + x
 
 
-class Sandwich(nn.Module):
+class Sandwich(Block, attn=Attention, mlp=Plain, norms=lambda: nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(4))):
     """`x + norm(f(norm(x)))`: the branch ends in a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn, self.mlp = Attention(), FeedForward(norm=False)
-        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.norms[1](self.attn(self.norms[0](x)))
         return x + self.norms[3](self.mlp(self.norms[2](x)))
 
 
-class NormFormer(nn.Module):
-    """Extra norms behind attention and inside the MLP, and scales per head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(WIDTH) for _ in range(3))
-        self.attn, self.up, self.down = Attention(), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.inner, self.head_scale = nn.LayerNorm(2 * WIDTH), nn.Parameter(torch.ones(2))
+class NormFormer(
+    Block, norm1=Norm, norm2=Norm, norm3=Norm, attn=Attention, up=linear(WIDTH, 2 * WIDTH), down=linear(2 * WIDTH, WIDTH),
+    inner=partial(nn.LayerNorm, 2 * WIDTH), head_scale=parameter(1.0, 2),
+):  # fmt: skip
+    """Extra norms after attention and inside the MLP, and scales per head."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.attn(self.norm1(x)).unflatten(-1, (2, -1)) * self.head_scale[:, None]
@@ -86,110 +73,35 @@ class NormFormer(nn.Module):
         return x + self.down(self.inner(F.gelu(self.up(self.norm3(x)))))
 
 
-class DeepNorm(nn.Module):
-    """`norm(alpha * x + f(x))`: the skip is scaled by a number."""
-
-    def __init__(self, alpha: float = 1.3) -> None:
-        super().__init__()
-        self.alpha, self.attn, self.mlp = alpha, Attention(), FeedForward(norm=False)
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+class DeepNorm(PostNorm):
+    """`norm(1.3 x + f(x))`: the skip is scaled by a number."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.alpha * x + self.attn(x))
-        return self.norm2(x * self.alpha + self.mlp(x))
+        x = self.norm1(1.3 * x + self.attn(x))
+        return self.norm2(x * 1.3 + self.mlp(x))
 
 
-class ScaledSkip(nn.Module):
-    """`w * x + f(x)` with a learned vector w: the skip is scaled by a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.w = FeedForward(), nn.Parameter(torch.linspace(0.5, 1.0, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w * x + self.mlp(x)
-
-
-class Interpolated(nn.Module):
-    """`0.9 x + 0.1 f(x)`: both sides are scaled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = FeedForward()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.9 * x + 0.1 * self.mlp(x)
-
-
-class ReZero(nn.Module):
-    """`x + a f(x)` with a learned number a."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.a = FeedForward(norm=False), nn.Parameter(torch.full((1,), 0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.a * self.mlp(x)
-
-
-class LayerScale(nn.Module):
+class LayerScale(TransformerBlock, g1=parameter(0.1), g2=parameter(0.1)):
     """`x + g ⊙ f(norm(x))` with a learned vector g."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attn, self.mlp = nn.LayerNorm(WIDTH), Attention(), FeedForward()
-        self.g1, self.g2 = (nn.Parameter(torch.full((WIDTH,), 0.1)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.g1 * self.attn(self.norm(x))
         return x + self.g2 * self.mlp(x)
 
 
-class Rescaled(nn.Module):
-    """`(x + f(x)) / √2`: the sum is scaled."""
+class StochasticDepth(TransformerBlock):
+    """`x + mask f(x) / keep`, with a random mask [B, 1, 1]: in training samples lose the branch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = FeedForward()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + self.mlp(x)) * 0.5**0.5
-
-
-class StochasticDepth(nn.Module):
-    """In training whole samples lose the branch: `x + mask f(x) / keep`, with a random mask [B, 1, 1]."""
-
-    def __init__(self, keep: float = 0.8) -> None:
-        super().__init__()
-        self.norm, self.attn, self.mlp, self.keep = nn.LayerNorm(WIDTH), Attention(), FeedForward(), keep
-
-    def _drop(self, y: Tensor) -> Tensor:
-        if not self.training:
-            return y
-        return y.div(self.keep) * torch.rand(len(y), 1, 1).add(self.keep).floor()
+    def _drop(self, y: Tensor, keep: float = 0.8) -> Tensor:
+        return y.div(keep) * torch.rand(len(y), 1, 1).add(keep).floor() if self.training else y
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._drop(self.attn(self.norm(x)))
         return x + self._drop(self.mlp(x))
 
 
-class DroppedTrunk(nn.Module):
-    """`dropout(x + f(x))`: in training the trunk itself loses entries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp, self.drop = FeedForward(), nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(x + self.mlp(x))
-
-
-class Orthogonal(nn.Module):
+class Orthogonal(Residual):
     """`x + (f(x) - its part along x)`: the branch reads the trunk a second time, at its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(x)
@@ -197,23 +109,139 @@ class Orthogonal(nn.Module):
         return x + (y - along * x)
 
 
-_ONE, _TWO = chains(lambda n: (n,)), chains(lambda n: (2 * n,))
-_GROUP = "transformer_blocks"
-FAMILIES: tuple[Family, ...] = (
-    Family("pre-norm", _GROUP, tokens(PreNorm), _TWO),
-    Family("pre-norm-dropout", _GROUP, tokens(lambda: PreNorm(0.2)), _TWO),
-    Family("post-norm", _GROUP, tokens(PostNorm), _TWO),
-    Family("parallel", _GROUP, tokens(Parallel), _ONE),
-    Family("parallel-sum", _GROUP, tokens(ParallelSum), _ONE),
-    Family("sandwich", _GROUP, tokens(Sandwich), _TWO),
-    Family("normformer", _GROUP, tokens(NormFormer), _TWO),
-    Family("deepnorm", _GROUP, tokens(DeepNorm), _TWO),
-    Family("scaled-skip", _GROUP, vectors(ScaledSkip), _ONE),
-    Family("interpolated", _GROUP, vectors(Interpolated), _ONE),
-    Family("rezero", _GROUP, vectors(ReZero), _ONE),
-    Family("layer-scale", _GROUP, vectors(LayerScale), _TWO),
-    Family("rescaled-sum", _GROUP, vectors(Rescaled), _ONE),
-    Family("stochastic-depth", _GROUP, vectors(StochasticDepth), _TWO),
-    Family("orthogonal-update", _GROUP, vectors(Orthogonal), _ONE),
-    Family("dropped-trunk", _GROUP, vectors(DroppedTrunk), _ONE),
-)
+# Blocks that read more than the trunk, and mixers without attention
+
+
+class AdaptiveBlock(
+    Block, norm=partial(nn.LayerNorm, WIDTH, elementwise_affine=False), attn=Attention, mlp=Plain,
+    modulation=lambda: nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH)),
+):  # fmt: skip
+    """DiT: `x + gate(c) f(norm(x) (1 + scale(c)) + shift(c))`, conditioned on a vector c [B, C]."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+
+
+class CrossBlock(
+    Block, norm1=Norm, norm2=Norm, attn=partial(Attention, causal=True), cross=Attention, mlp=FeedForward
+):  # fmt: skip
+    """A decoder block: self-attention, attention to a memory, MLP."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross(self.norm2(x), memory)
+        return x + self.mlp(x)
+
+
+class Perceiver(
+    Block, latents=lambda: nn.Parameter(torch.randn(1, 4, WIDTH)), into=INTO, cross=Each(Attention),
+    mlps=Each(FeedForward), norm=Norm, out=OUT,
+):  # fmt: skip
+    """Latents read the input by cross attention; the first skip is a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = self.into(x)
+        latents = self.latents.expand(len(x), -1, -1)
+        for cross, mlp in zip(self.cross, self.mlps, strict=True):
+            latents = latents + cross(self.norm(latents), memory)
+            latents = latents + mlp(latents)
+        return self.out(latents)
+
+
+class ClassAttention(
+    Block, into=INTO, out=OUT, attns=Each(Attention), mlps=Each(FeedForward),
+    token=lambda: nn.Parameter(torch.randn(1, 1, WIDTH)), readers=Each(Attention, lambda _: 2),
+    heads=Each(FeedForward, lambda _: 2), norm=Norm, scale=parameter(0.1),
+):  # fmt: skip
+    """CaiT: a trunk of patches; then a class token, a residual stream too, reads them twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for attn, mlp in zip(self.attns, self.mlps, strict=True):
+            x = x + self.scale * attn(self.norm(x))
+            x = x + self.scale * mlp(x)
+        token = self.token.expand(len(x), -1, -1)
+        for reader, head in zip(self.readers, self.heads, strict=True):
+            token = token + self.scale * reader(self.norm(token), torch.cat([token, x], dim=1))
+            token = token + self.scale * head(token)
+        return self.out(token[:, 0])
+
+
+class MixerBlock(Block, norm=Norm, mix=partial(FeedForward, 5, norm=False), mlp=FeedForward):
+    """MLP-Mixer: the first branch mixes tokens through a transpose, the second features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp(x)
+
+
+class SpatialGate(
+    Block, norm=Norm, up=linear(WIDTH, 4 * WIDTH), down=linear(2 * WIDTH, WIDTH),
+    inner=partial(nn.LayerNorm, 2 * WIDTH), mix=partial(nn.Conv1d, 5, 5, 1),
+):  # fmt: skip
+    """gMLP: `x + down(u ⊙ mix(v))`, u and v the halves of one projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = F.gelu(self.up(self.norm(x))).chunk(2, dim=-1)
+        return x + self.down(u * self.mix(self.inner(v)))
+
+
+class WindowBlock(TransformerBlock):
+    """Swin: the branch rolls tokens and cuts them into windows; the skip stays [B, H·W, C]."""
+
+    def __init__(self, shift: int, side: int = 4, window: int = 2) -> None:
+        super().__init__()
+        self.shift, self.side, self.window = shift, side, window
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, side, w = len(x), self.side, self.window
+        grid = torch.roll(self.norm(x).view(batch, side, side, WIDTH), (-self.shift, -self.shift), (1, 2))
+        cut = grid.view(batch, side // w, w, side // w, w, WIDTH).transpose(2, 3).reshape(-1, w * w, WIDTH)
+        back = self.attn(cut).view(batch, side // w, side // w, w, w, WIDTH).transpose(2, 3)
+        grid = torch.roll(back.reshape(batch, side, side, WIDTH), (self.shift, self.shift), (1, 2))
+        x = x + grid.view(batch, side * side, WIDTH)
+        return x + self.mlp(x)
+
+
+def _windows(layers: int) -> Case:
+    return Framed([WindowBlock(layer % 2) for layer in range(layers)]), (torch.randn(2, 16, 8),), {}
+
+
+_ONE, _TWO = per_layer(1), per_layer(2)
+_mlp = partial(spelled, mlp=FeedForward)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "transformer_blocks": (
+        Family("pre-norm", tokens(PreNorm), _TWO),
+        Family("pre-norm-dropout", tokens(lambda: PreNorm(0.2)), _TWO),
+        Family("post-norm", tokens(PostNorm), _TWO),
+        Family("parallel", tokens(Parallel), _ONE),
+        Family("parallel-sum", tokens(ParallelSum), _ONE),
+        Family("sandwich", tokens(Sandwich), _TWO),
+        Family("normformer", tokens(NormFormer), _TWO),
+        Family("deepnorm", tokens(DeepNorm), _TWO),
+        _mlp("scaled-skip", "`w * x + f(x)` with a learned vector w: the skip is scaled by a parameter.",
+             lambda block, x: block.w * x + block.mlp(x), w=lambda: nn.Parameter(torch.linspace(0.5, 1.0, WIDTH))),
+        _mlp("interpolated", "`0.9 x + 0.1 f(x)`: both sides are scaled.", lambda block, x: 0.9 * x + 0.1 * block.mlp(x)),
+        spelled("rezero", "`x + a f(x)` with a learned number a.",
+                lambda block, x: x + block.a * block.mlp(x), mlp=Plain, a=parameter(0.1, 1)),
+        Family("layer-scale", vectors(LayerScale), _TWO),
+        _mlp("rescaled-sum", "`(x + f(x)) / √2`: the sum is scaled.", lambda block, x: (x + block.mlp(x)) * 0.5**0.5),
+        Family("stochastic-depth", vectors(StochasticDepth), _TWO),
+        Family("orthogonal-update", vectors(Orthogonal), _ONE),
+        _mlp("dropped-trunk", "`dropout(x + f(x))`: in training the trunk itself loses entries.",
+             lambda block, x: block.drop(x + block.mlp(x)), drop=partial(nn.Dropout, 0.1)),
+    ),
+    "attention_variants": (
+        Family("dit", vectors(AdaptiveBlock, (2, WIDTH)), _TWO),
+        Family("cross-attention", vectors(CrossBlock, (2, 7, WIDTH)), per_layer(3)),
+        Family("perceiver", network(Perceiver), _TWO),
+        Family("cait", network(ClassAttention), chains(lambda n: (2 * n, 4))),
+        Family("mlp-mixer", vectors(MixerBlock), _TWO),
+        Family("gmlp", vectors(SpatialGate), _ONE),
+        Family("swin-windows", _windows, _TWO),
+        _mlp("global-context", "`x + f(mean of x)`: the branch is [B, 1, C] and every token receives the same.",
+             lambda block, x: x + block.mlp(x.mean(1, keepdim=True))),
+    ),
+}  # fmt: skip

@@ -1,7 +1,8 @@
-"""A trunk with a trap beside it: its residual adds are rewritten, and the additions that pass every local test are not."""
+"""A trunk and a trap: residual adds, and additions that pass every local test but are none."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,38 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.passes import Reason
-from mhc_compile.tools.zoo.families.parts import WIDTH, FeedForward, Framed, vectors
-from mhc_compile.tools.zoo.family import Expected, Family, Mode, no_chain
+
+from mhc_compile.tools.zoo.families.parts import (  # isort: skip
+    INTO, WIDTH, Block, Each, FeedForward, Norm, Plain, Square, Stack, conv2d, network, parameter, spelled, vectors,
+)  # fmt: skip
+from mhc_compile.tools.zoo.family import Case, Expect, Expected, Family, Mode, per_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhc_compile.tools.zoo.family import Case
 
 __all__ = ["FAMILIES"]
 
 
-class Base(nn.Module):
+class Base(Block, f=FeedForward, g=Square, norm=Norm):
     """`x + f(x)`, and a second layer for the trap."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g, self.norm = FeedForward(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
 
-
-class SideAdd(Base):
-    """Zamba: `x + f(x + g(x))`; the inner sum feeds the branch and never returns to the trunk."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x + self.g(x))
-
-
-class DirectPath(Base):
-    """A state-space mixer: its own input is added to what the scan gives, `scan(u) + D u`, inside the branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.d, self.out = nn.Parameter(torch.ones(WIDTH)), nn.Linear(WIDTH, WIDTH)
+class DirectPath(Base, d=parameter(), out=Square):
+    """A state-space mixer: `scan(u) + D u` inside the branch, u the input of the scan."""
 
     def forward(self, x: Tensor) -> Tensor:
         u = F.silu(self.g(self.norm(x)))
@@ -48,24 +36,13 @@ class DirectPath(Base):
         return x + self.out(scanned + self.d * u)
 
 
-class SharedModulation(nn.Module):
-    """`x + f(norm(x) + c)`: the conditioning c [B, T, C] is added in every block, and from the second on x depends on it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.f = nn.LayerNorm(WIDTH), FeedForward(norm=False)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return x + self.f(self.norm(x) + c)
+_NO_BIAS = partial(Square, bias=False)
 
 
-class QueryPositions(nn.Module):
-    """DETR: positions are added for q and k alone, to the value of the trunk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-        self.positions = nn.Parameter(torch.randn(2, 5, WIDTH))
+class QueryPositions(
+    Block, q=_NO_BIAS, k=_NO_BIAS, v=_NO_BIAS, positions=lambda: nn.Parameter(torch.randn(2, 5, WIDTH))
+):  # fmt: skip
+    """DETR: positions are added to the trunk's value for q and k only."""
 
     def forward(self, x: Tensor) -> Tensor:
         placed = x + self.positions
@@ -73,12 +50,8 @@ class QueryPositions(nn.Module):
         return x + scores.softmax(-1) @ self.v(x)
 
 
-class ValueMix(nn.Module):
+class ValueMix(Block, norm=Norm, v=Square, out=Square):
     """Value residual: every block mixes the values of the first into its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.v, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         v = self.v(self.norm(x))
@@ -86,12 +59,8 @@ class ValueMix(nn.Module):
         return x + self.out(mixed.cumsum(1)), v if first is None else first
 
 
-class ValueResidual(nn.Module):
-    """A network of these."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(ValueMix() for _ in range(layers))
+class ValueResidual(Block, into=INTO, blocks=Each(ValueMix)):
+    """A network of `ValueMix` blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, first = self.into(x), None
@@ -101,33 +70,15 @@ class ValueResidual(nn.Module):
 
 
 class ConstantShift(Base):
-    """`x + 0.01 ones_like(x)` between two adds: the shape of x, and not its value."""
+    """`x + 0.01 ones_like(x)` between two adds: depends on the shape of x only."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + 0.01 * torch.ones_like(x)
         return x + self.f(x)
 
 
-class ZeroedBranch(Base):
-    """`x + zeros_like(g(x))`: a branch with a product, of which only the shape is left."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x) * (x + torch.zeros_like(self.g(x))).mean()
-
-
-class SizeOnly(Base):
-    """`h + noise of x's size`, inside the branch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(self.g(x) + torch.full((x.size(0), x.size(1), WIDTH), 0.1))
-
-
-class SummedStates(nn.Module):
-    """The mean of all hidden states: each is an ancestor of the next, and their sum is no residual add."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(FeedForward() for _ in range(layers))
+class SummedStates(Block, into=INTO, blocks=Each(FeedForward)):
+    """The mean of all hidden states: each depends on the last, and their sum is no residual add."""
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         states: list[Tensor] = [self.into(x)]
@@ -136,12 +87,8 @@ class SummedStates(nn.Module):
         return {"last": states[-1], "mean": sum(states[1:], states[0]) / len(states)}
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Block, conv=conv2d(8, 8, 3, 1, 1)):
     """`x + conv(relu(x))` on images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(F.relu(x))
@@ -153,9 +100,8 @@ class Pyramid(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 1, 1)
-        self.stages = nn.ModuleList(nn.Sequential(*(ConvBlock() for _ in range(layers))) for _ in range(3))
-        self.lateral = nn.ModuleList(nn.Conv2d(8, 6, 1) for _ in range(3))
-        self.shrink = nn.ModuleList(nn.Conv2d(8, 8, 2, 2) for _ in range(2))
+        self.stages = nn.ModuleList(Stack(ConvBlock)(layers) for _ in range(3))
+        self.lateral, self.shrink = Each(conv2d(8, 6, 1))(3), Each(conv2d(8, 8, 2, 2))(2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, levels = self.stem(x), []
@@ -169,7 +115,7 @@ class Pyramid(nn.Module):
 
 
 class ManyStreams(nn.Module):
-    """Hyper-connections by hand: n streams, mixed by a matrix, `mix · H + post ⊗ f(pre · H)`. There is nothing to replace."""
+    """Hyper-connections by hand: `mix · H + post ⊗ f(pre · H)` on n streams. Nothing to replace."""
 
     def __init__(self, n: int = 3, *, dynamic: bool = False) -> None:
         super().__init__()
@@ -186,23 +132,18 @@ class ManyStreams(nn.Module):
 
 
 class HyperConnected(nn.Module):
-    """A network of these, mixed by learned matrices or by matrices computed from the streams."""
+    """A network of `ManyStreams`, mixed by learned matrices or by matrices computed from the streams."""
 
     def __init__(self, layers: int, *, dynamic: bool = False) -> None:
         super().__init__()
-        blocks = (ManyStreams(dynamic=dynamic) for _ in range(layers))
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.Sequential(*blocks)
+        self.into, self.blocks = INTO(), Stack(partial(ManyStreams, dynamic=dynamic))(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.into(x)[:, :, None].expand(-1, -1, 3, -1)).mean(2)
 
 
-class TwoAges(nn.Module):
-    """`f(x) + x + before`: the sum has two skips of different age; `before` is no part of the branch."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(FeedForward() for _ in range(layers + 1))
+class TwoAges(Block, into=INTO, blocks=Each(FeedForward, lambda layers: layers + 1)):
+    """`f(x) + x + before`: two skips of different age; `before` is no part of the branch."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
@@ -213,11 +154,11 @@ class TwoAges(nn.Module):
 
 
 class FirstMixed(nn.Module):
-    """Every block begins with `a x + b x0`, x0 the embedding: point by point, and x0 is an ancestor of x."""
+    """Every block begins with `a x + b x0`, x0 the embedding: point by point, and x depends on x0."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.into, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(FeedForward() for _ in range(layers))
+        self.into, self.blocks = INTO(), Each(FeedForward)(layers)
         self.a, self.b = nn.Parameter(torch.ones(layers)), nn.Parameter(torch.full((layers,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,41 +169,42 @@ class FirstMixed(nn.Module):
         return x
 
 
-def _trap(
-    name: str, make: Callable[[int], Case], lengths: Callable[[int], tuple[int, ...]], *reasons: Reason, note: str = ""
-) -> Family:
-    def expected(layers: int, mode: Mode) -> Expected:  # noqa: ARG001
-        return Expected(lengths(layers), reasons=frozenset(reasons), note=note)
-
-    return Family(name, "traps_on_trunk", make, expected)
+def _two_ages(layers: int, _mode: Mode) -> Expected:
+    return Expected((layers + 1,), reasons=frozenset({Reason.LONG_SKIP}))
 
 
-def _network(kind: type[nn.Module], *shape: int) -> Callable[[int], Case]:
-    return lambda layers: (kind(layers), (torch.randn(*(shape or (2, 5, 8))),), {})
+def _trap(name: str, make: Callable[[int], Case], *reasons: Reason, chains: int = 1) -> Family:
+    return Family(name, make, per_layer(*(1,) * chains, reasons=reasons))
 
 
-def _conditioned(layers: int) -> Case:
-    return Framed([SharedModulation() for _ in range(layers)]), (torch.randn(2, 5, 8), torch.randn(2, 5, WIDTH)), {}
-
-
-def _mixed(layers: int) -> Case:
-    return HyperConnected(layers, dynamic=True), (torch.randn(2, 5, 8),), {}
+def _one(*reasons: Reason) -> Expect:
+    return per_layer(1, reasons=reasons)
 
 
 _SIDE, _LONG, _INDEPENDENT = Reason.SIDE_ADD, Reason.LONG_SKIP, Reason.INDEPENDENT
-FAMILIES: tuple[Family, ...] = (
-    _trap("trap-side-add", vectors(SideAdd), lambda n: (n,), _SIDE),
-    _trap("trap-direct-path", vectors(DirectPath), lambda n: (n,), _SIDE),
-    _trap("trap-shared-modulation", _conditioned, lambda n: (n,), _SIDE, _INDEPENDENT),
-    _trap("trap-query-positions", vectors(QueryPositions), lambda n: (n,), _INDEPENDENT),
-    _trap("trap-value-residual", _network(ValueResidual), lambda n: (n,), _SIDE),
-    _trap("trap-constant-shift", vectors(ConstantShift), lambda n: (n,), Reason.NOT_DIFFERENTIABLE),
-    _trap("trap-zeroed-branch", vectors(ZeroedBranch), lambda n: (n,), Reason.NOT_DIFFERENTIABLE),
-    _trap("trap-size-only", vectors(SizeOnly), lambda n: (n,), _INDEPENDENT),
-    _trap("trap-summed-states", _network(SummedStates), lambda n: (n,), _LONG, _INDEPENDENT),
-    _trap("trap-pyramid", _network(Pyramid, 2, 3, 8, 8), lambda n: (n, n, n), Reason.PROJECTED_SKIP),
-    _trap("trap-many-streams", _network(HyperConnected), no_chain, Reason.PROJECTED_SKIP),
-    _trap("trap-mixed-streams", _mixed, no_chain, Reason.MULTI_STREAM, Reason.BROADCAST),
-    _trap("trap-first-mixed", _network(FirstMixed), lambda n: (n,), _LONG, _INDEPENDENT),
-    _trap("trap-two-ages", _network(TwoAges), lambda n: (n + 1,), _LONG),
-)
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "traps_on_trunk": (
+        spelled("trap-side-add", "Zamba: `x + f(x + g(x))`; the inner sum feeds the branch and never returns to the trunk.",
+                lambda block, x: x + block.f(x + block.g(x)), expected=_one(_SIDE), f=FeedForward, g=Square),
+        _trap("trap-direct-path", vectors(DirectPath), _SIDE),
+        spelled("trap-shared-modulation", "`x + f(norm(x) + c)`, c the same in every block: from the second on x depends on it.",
+                lambda block, x, c: x + block.f(block.norm(x) + c), (2, 5, WIDTH), expected=_one(_SIDE, _INDEPENDENT),
+                norm=Norm, f=Plain),
+        _trap("trap-query-positions", vectors(QueryPositions), _INDEPENDENT),
+        _trap("trap-value-residual", network(ValueResidual), _SIDE),
+        _trap("trap-constant-shift", vectors(ConstantShift), Reason.NOT_DIFFERENTIABLE),
+        spelled("trap-zeroed-branch", "`x + zeros_like(g(x))`: a branch with a product, of which only the shape is used.",
+                lambda block, x: x + block.f(x) * (x + torch.zeros_like(block.g(x))).mean(),
+                expected=_one(Reason.NOT_DIFFERENTIABLE), f=FeedForward, g=Square),
+        spelled("trap-size-only", "`h + noise of x's size`, inside the branch.",
+                lambda block, x: x + block.f(block.g(x) + torch.full((x.size(0), x.size(1), WIDTH), 0.1)),
+                expected=_one(_INDEPENDENT), f=FeedForward, g=Square),
+        _trap("trap-summed-states", network(SummedStates), _LONG, _INDEPENDENT),
+        _trap("trap-pyramid", network(Pyramid, (2, 3, 8, 8)), Reason.PROJECTED_SKIP, chains=3),
+        _trap("trap-many-streams", network(HyperConnected), Reason.PROJECTED_SKIP, chains=0),
+        _trap("trap-mixed-streams", network(partial(HyperConnected, dynamic=True)), Reason.MULTI_STREAM, Reason.BROADCAST,
+              chains=0),
+        _trap("trap-first-mixed", network(FirstMixed), _LONG, _INDEPENDENT),
+        Family("trap-two-ages", network(TwoAges), _two_ages),
+    ),
+}  # fmt: skip
