@@ -1,4 +1,6 @@
-"""Manifold-Constrained Hyper-Connections (mHC) for any PyTorch model: `torch.compile(model, backend="mhc")`.
+"""Manifold-Constrained Hyper-Connections (mHC) for any PyTorch model.
+
+    torch.compile(model, backend="mhc")
 
 Importing this package is cheap: torch is imported on first use of a name that needs it.
 """
@@ -9,18 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.config.options import Options
-from mhc_compile.errors import (
-    AttachError,
-    CaptureError,
-    CheckpointError,
-    MhcError,
-    MhcWarning,
-    NothingRewrittenError,
-    OptionError,
-    ShapeError,
-    StreamsLostError,
-    UnknownAddError,
-)
+from mhc_compile.config.presets import Preset, register_preset
+from mhc_compile.errors import MhcError, MhcWarning
 
 if TYPE_CHECKING:
     from mhc_compile.attachment.model_tree import connections
@@ -33,43 +25,43 @@ if TYPE_CHECKING:
     from mhc_compile.eager_mode import eager
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
-    from mhc_compile.inspection.diff.model_diff import ModelDiff
     from mhc_compile.inspection.explain.explain import explain
-    from mhc_compile.inspection.explain.results import AddExplanation, Explanation
     from mhc_compile.inspection.explain.why import why
-    from mhc_compile.inspection.stream_stats.gain import Gain, gain
     from mhc_compile.inspection.stream_stats.measure import stability
-    from mhc_compile.inspection.stream_stats.result import Stability
     from mhc_compile.inspection.verification.check import check
-    from mhc_compile.inspection.verification.result import CheckResult
-    from mhc_compile.integrations.accelerate import register_with_accelerate
-    from mhc_compile.integrations.callbacks import StabilityCallback
     from mhc_compile.mappings import ResidualMapping, register_mapping
     from mhc_compile.modules.hyper_connection import HyperConnection
 
 __version__ = "0.1.0"
 
+#: The public names that need torch, each with its module.
+_HOMES = {
+    "HyperConnection": "modules.hyper_connection",
+    "ResidualMapping": "mappings",
+    "attach": "compilation.attach",
+    "check": "inspection.verification.check",
+    "connections": "attachment.model_tree",
+    "detach": "attachment.sites",
+    "diff": "inspection.diff.compare",
+    "eager": "eager_mode",
+    "explain": "inspection.explain.explain",
+    "load_state_dict": "checkpoints.load",
+    "mhc": "backend",
+    "parameter_groups": "attachment.parameter_groups",
+    "register_mapping": "mappings",
+    "restore": "checkpoints.restore",
+    "rewrite": "export.rewrite",
+    "stability": "inspection.stream_stats.measure",
+    "why": "inspection.explain.why",
+}
+
 __all__ = [
-    "AddExplanation",
-    "AttachError",
-    "CaptureError",
-    "CheckResult",
-    "CheckpointError",
-    "Explanation",
-    "Gain",
     "HyperConnection",
     "MhcError",
     "MhcWarning",
-    "ModelDiff",
-    "NothingRewrittenError",
-    "OptionError",
     "Options",
+    "Preset",
     "ResidualMapping",
-    "ShapeError",
-    "Stability",
-    "StabilityCallback",
-    "StreamsLostError",
-    "UnknownAddError",
     "attach",
     "check",
     "connections",
@@ -77,50 +69,20 @@ __all__ = [
     "diff",
     "eager",
     "explain",
-    "gain",
     "load_state_dict",
     "mhc",
     "parameter_groups",
     "register_mapping",
-    "register_with_accelerate",
+    "register_preset",
     "restore",
     "rewrite",
     "stability",
     "why",
 ]
 
-_HOMES = {
-    "AddExplanation": "inspection.explain.results",
-    "CheckResult": "inspection.verification.result",
-    "Explanation": "inspection.explain.results",
-    "Gain": "inspection.stream_stats.gain",
-    "HyperConnection": "modules.hyper_connection",
-    "ResidualMapping": "mappings",
-    "ModelDiff": "inspection.diff.model_diff",
-    "Stability": "inspection.stream_stats.result",
-    "StabilityCallback": "integrations.callbacks",
-    "attach": "compilation.attach",
-    "check": "inspection.verification.check",
-    "connections": "attachment.sites",
-    "detach": "attachment.sites",
-    "diff": "inspection.diff.compare",
-    "eager": "eager_mode",
-    "explain": "inspection.explain.explain",
-    "gain": "inspection.stream_stats.gain",
-    "load_state_dict": "checkpoints.load",
-    "mhc": "backend",
-    "parameter_groups": "attachment.parameter_groups",
-    "register_mapping": "mappings",
-    "register_with_accelerate": "integrations.accelerate",
-    "restore": "checkpoints.restore",
-    "rewrite": "export.rewrite",
-    "stability": "inspection.stream_stats.measure",
-    "why": "inspection.explain.why",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Loads the public names that need torch when they are first used."""
+    """Load a public name that needs torch on its first use."""
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

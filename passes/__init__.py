@@ -1,7 +1,9 @@
 """The graph passes: from an FX graph with residual adds to the same graph on parallel streams.
 
-    graph ─ NORMALIZE ─> one spelling ─ plan_chains ─> Plan ─ expand_plan ─> graph with mhc:: operators
-          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators, CanonicalizeAten ─> plain ATen (exported programs)
+    graph ─ NORMALIZE ─> one spelling ─ plan_chains ─> Plan ─ expand_plan ─> graph with mhc::
+    operators
+          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators,
+          CanonicalizeAten ─> plain ATen (exported programs)
 
 `README.md` in this folder has the map, the contract of a pass, and the glossary.
 """
@@ -13,10 +15,11 @@ from typing import TYPE_CHECKING
 from mhc_compile.passes.core.pass_base import Hook, Pass, run_passes
 from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
-from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions, OutlineRegions
+from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions
 from mhc_compile.passes.transforms.expand_streams import ExpandStreams, RemoveDeclarations
 from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
 from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
+from mhc_compile.passes.transforms.outline_regions import OutlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,9 +61,10 @@ def expand_plan(
     *,
     openings: Mapping[BranchHead, tuple[str, Binding]] | None = None,
 ) -> Graph:
-    """Return the rewritten graph. `plan` was made on `graph`, and `bindings` names the parameters of each of its sites.
+    """Return the rewritten graph. `plan` belongs to `graph`, `bindings` to the sites of `plan`.
 
-    `openings` gives names and parameters to those heads of the plan whose tails lie in other graphs.
+    `openings` gives names and parameters to those heads of the plan whose tails lie in other
+    graphs.
     """
     return run_passes(graph, (ExpandStreams(plan, bindings, openings or {}), OutlineRegions()), hook)
 

@@ -2,7 +2,8 @@
 
 import os
 
-# Threads that spin while they wait for each other make a step many times slower beside other work. Read when torch is loaded.
+# Threads that spin while they wait make a step many times slower on a busy machine. Read when torch
+# is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +19,7 @@ if (
 
 @pytest.fixture(autouse=True)
 def _fresh_torch():
-    """Every test starts with an empty Dynamo, no leftover graphs of another test's models, and one seed."""
+    """Start every test with an empty Dynamo and one seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
@@ -27,5 +28,13 @@ def _fresh_torch():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--regenerate", action="store_true", help="write the snapshots of tests/zoo anew instead of comparing"
+        "--regenerate",
+        action="store_true",
+        help="write snapshots and the output that guides quote instead of comparing",
     )
+
+
+@pytest.fixture
+def regenerate(request):
+    """Whether snapshots and quoted output are to be written instead of compared."""
+    return request.config.getoption("regenerate")

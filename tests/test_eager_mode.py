@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -139,7 +140,7 @@ def test_eager_attaches_like_the_first_compiled_call():
     assert {c.streams for c in mhc_compile.connections(model).values()} == {2}
     listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert {id(p) for p in model.parameters()} == listed
-    with pytest.raises(mhc_compile.OptionError, match="did you mean 'streams'"):
+    with pytest.raises(mhc_compile.errors.OptionError, match="did you mean 'streams'"):
         mhc_compile.eager(model, options={"stream": 2})
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
         mhc_compile.eager(nn.Linear(2, 2))(torch.randn(1, 2))

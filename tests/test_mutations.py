@@ -17,7 +17,8 @@ from mhc_compile.mappings.sinkhorn import Sinkhorn
 from mhc_compile.ops import reference
 from mhc_compile.passes.analysis import dependence, sum_terms
 from mhc_compile.passes.analysis.aliases import Aliases
-from mhc_compile.passes.lifting import rules
+from mhc_compile.passes.core.emit import trace_into
+from mhc_compile.passes.lifting import compound_rules, direct_rules
 from mhc_compile.passes.planning import chains, planner
 from mhc_compile.passes.planning import match_residuals as finding
 from mhc_compile.passes.planning.match_residuals import Findings
@@ -66,37 +67,37 @@ def rotate(patch, rule, axis=-2):
 
 @caught_by(f"{LAST}[as written: relu]")
 def rotate_after_an_operation_as_written(patch):
-    rotate(patch, rules._AsWritten)
+    rotate(patch, direct_rules.AsWritten)
 
 
 @caught_by(f"{LAST}[permuted: transpose]")
 def rotate_after_permute(patch):
-    rotate(patch, rules._Permuted)
+    rotate(patch, direct_rules.Permuted)
 
 
 @caught_by(f"{LAST}[reshaped: reshape]")
 def rotate_after_reshape(patch):
-    rotate(patch, rules._Reshaped)
+    rotate(patch, direct_rules.Reshaped)
 
 
 @caught_by(f"{LAST}[dropped]")
 def rotate_after_dropout(patch):
-    rotate(patch, rules._Dropped)
+    rotate(patch, compound_rules.Dropped)
 
 
 @caught_by(f"{FIRST}[dropped: channels]")
 def rotate_after_dropout_of_channels(patch):
-    rotate(patch, rules._Dropped)
+    rotate(patch, compound_rules.Dropped)
 
 
 @caught_by(f"{FIRST}[batch norm: training]")
 def rotate_after_batch_norm(patch):
-    rotate(patch, rules._BatchNorm)
+    rotate(patch, compound_rules.BatchNorm)
 
 
 @caught_by(f"{FIRST}[vmapped: pool]")
 def rotate_after_vmap(patch):
-    rotate(patch, rules._Vmapped)
+    rotate(patch, compound_rules.Vmapped)
 
 
 @caught_by(f"{LAST}[dropped]")
@@ -105,7 +106,7 @@ def a_dropout_mask_for_each_stream(patch):
         with graph.inserting_before(before):
             return graph.node_copy(step.node, lambda _: lifted[step.operands[0]])
 
-    patch.setattr(rules._Dropped, "emit", emit)
+    patch.setattr(compound_rules.Dropped, "emit", emit)
 
 
 @caught_by(f"{FIRST}[batch norm: training]")
@@ -114,9 +115,9 @@ def batch_norm_of_each_stream(patch):
         def normalise(streams):
             return (streams - streams.mean((0, 1), True)) / (streams.var((0, 1), keepdim=True) + 1e-5).sqrt()
 
-        return rules.trace_into(graph, normalise, [lifted[step.operands[0]]], before=before, like=step.node)
+        return trace_into(graph, normalise, [lifted[step.operands[0]]], before=before, like=step.node)
 
-    patch.setattr(rules._BatchNorm, "emit", emit)
+    patch.setattr(compound_rules.BatchNorm, "emit", emit)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def writes_are_not_seen(patch):
 
 @caught_by("test_chains.py::test_cheap_trunk_operations_are_lifted")
 def nothing_runs_under_vmap(patch):
-    patch.setattr(rules._Vmapped, "axis", lambda self, step: None)
+    patch.setattr(compound_rules.Vmapped, "axis", lambda self, step: None)
 
 
 # --- rewriting -------------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from mhc_compile.distributed import fully_shard
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
-parser.add_argument("--inner-backend", default="inductor", help='who compiles the rewritten graphs: "eager" to debug')
+parser.add_argument(
+    "--inner-backend", default="inductor", help='the compiler of the rewritten graphs; "eager" to debug'
+)
 parser.add_argument("--bf16", action="store_true", help="FSDP: compute in bfloat16, hyper-connections in float32")
 parser.add_argument("--steps", type=int, default=50)
 parser.add_argument("--batch", type=int, default=8, help="sequences of each process")

@@ -1,25 +1,31 @@
-"""Trains, measures and reports: `python examples/stability/run.py`. Interrupt it at will; the same command goes on."""
+"""Train, measure and report. The same command continues after an interruption."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from experiment.conduct import conduct, script, surroundings
 from experiment.plan import AGAIN, ExperimentError, Plan, Run, read_json, write_json
+from experiment.processes import measure_cost, start, train_again, train_all, train_variant
+from experiment.report import report
 from rich.console import Console
+
+from mhc_compile.reporting.progress import choose_progress
 
 OUT = Path(__file__).parent / "results"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: beside this file)")
-    parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (default: 2)")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the report on what is there")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: next to this file)")
+    parser.add_argument("--processes", type=int, default=2, help="parallel runs, one thread each (default: 2)")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing, write the report on the runs or, without any, summary.json",
+    )
     parser.add_argument(
         "--again", metavar="RUN", help="train a finished run, e.g. mHC-calm-0, again and compare bit for bit"
     )
@@ -27,11 +33,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         many = field.name in ("variants", "rates")
         kind = str if many or field.name == "inner" else int
         default = " ".join(field.default) if many else field.default
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", nargs="+" if many else None, type=kind, help=f"default: {default}"
-        )
-    parser.add_argument("--plan", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, nargs="+" if many else None, type=kind, help=f"default: {default}")
+    for name in ("--plan", "--worker"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--cost", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -48,13 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plan = planned(given)
         if given.worker:
-            from experiment.worker import work
-
-            work(plan, given.worker, given.out)
+            train_variant(plan, given.worker, given.out)
         elif given.cost:
-            from experiment.cost import measure
-
-            measure(plan, given.out)
+            measure_cost(plan, given.out)
         elif given.again:
             return repeat(plan, given.again, given.out, console)
         else:
@@ -69,25 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def everything(plan: Plan, given: argparse.Namespace, console: Console) -> None:
-    from experiment.cost_file import read_cost
-    from experiment.report import report
-
     if not given.report:
-        conduct(plan, given.out, given.processes, console)
-        if read_cost(plan, given.out) is None:
-            with console.status("measuring what a step costs, all variants in turn"):
-                command = [sys.executable, str(script), "--out", str(given.out), "--plan", plan.to_json(), "--cost"]
-                if subprocess.run(command, env=surroundings(), check=False).returncode:
+        with choose_progress(console, quiet=False) as progress:
+            train_all(plan, given.out, given.processes, progress)
+            if plan.cost(given.out) is None:
+                progress.phase("measuring the cost of a step, all variants in turn")
+                if start(plan, given.out, "--cost").wait():
                     raise ExperimentError("the measurement of cost failed; its message is above")
     for path in report(plan, given.out):
         print(path)
 
 
 def repeat(plan: Plan, name: str, folder: Path, console: Console) -> int:
-    from experiment.worker import again
-
     variant, rate, seed = name.rsplit("-", 2)
-    same = again(plan, Run(variant, rate, int(seed)), folder)
+    same = train_again(plan, Run(variant, rate, int(seed)), folder)
     known = read_json(folder / AGAIN) if (folder / AGAIN).exists() else {}
     write_json(folder / AGAIN, {**known, name: same})
     console.print(f"{name}: {'the same' if same else 'NOT the same'}, bit for bit, in a process of its own")

@@ -1,4 +1,4 @@
-"""Autograd inside of an operator, where torch has switched it off: in its kernels, and in its decompositions while a graph is traced."""
+"""Autograd inside an operator: in kernels, and in decompositions during tracing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _KEYS = (
 
 @contextlib.contextmanager
 def autograd_inside_operators() -> Iterator[None]:
-    """What happens here is recorded, for `torch.autograd.grad` before the end.
+    """Record gradients in this context, for `torch.autograd.grad` before its end.
 
-    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition, which does not know them.
+    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition,
+    which does not know them.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _KEYS:

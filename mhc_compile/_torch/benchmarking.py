@@ -1,7 +1,8 @@
-"""Every private name of torch that the benchmark uses, each with what it is for. Checked on torch 2.13.0 (CPU)."""
+"""Private names of torch that measurements use. Checked on torch 2.13.0 (CPU)."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,25 +16,58 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["caches", "has_kernel", "memory_events", "observe_graphs"]
+__all__ = [
+    "caches",
+    "has_kernel",
+    "memory_events",
+    "observe_graphs",
+    "propagate_fake_tensors",
+    "silence_inductor",
+    "tree_leaves",
+    "tree_map_only",
+    "warm_up",
+]
 
 
 def has_kernel(operator: str, device: str) -> bool:
-    """Whether an operator ("mhc::step") runs on a device ("cpu", "cuda")."""
+    """Return whether an operator ("mhc::step") runs on a device ("cpu", "cuda")."""
     keys = (device.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key) for key in keys)
 
 
+def silence_inductor() -> None:
+    """Hide Inductor's warnings; errors are still logged."""
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+
+
+def warm_up() -> None:
+    """Compile a one-line function and its backward; the first compilation loads the compiler."""
+
+    def line(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().sum()
+
+    x = torch.ones(8, requires_grad=True)
+    torch.compile(line)(x).backward()
+
+
+def propagate_fake_tensors(module: torch.fx.GraphModule, *inputs: torch.Tensor) -> None:
+    """Store an example value without data in `node.meta["val"]` of every node of `module`."""
+    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+
+
 @contextmanager
 def caches(*, cold: bool) -> Iterator[None]:
-    """In here every graph is lowered anew.
+    """Lower every graph inside this context, even one that Inductor's cache of graphs holds.
 
-    With `cold`, nothing that was compiled before is found, on disk or in this process, and nothing is left behind. Without, machine code is
-    found where the same source was compiled before.
+    With `cold`, all caches of compiled code are empty, on disk and in this process, and nothing is
+    kept. Without it, machine code is reused where the same source was compiled before.
     """
     if cold:
         with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):
@@ -45,11 +79,13 @@ def caches(*, cold: bool) -> Iterator[None]:
 
 @contextmanager
 def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
-    """Calls `see(kernels, externs, bytes)` for every graph that Inductor compiles.
+    """Call `see(kernels, externs, bytes)` for every graph that Inductor compiles in this context.
 
-    kernels: that Inductor generated (`metrics.generated_kernel_count`; on CPU a kernel is a parallel loop nest). externs: calls of operators
-    that it did not generate. bytes: read and written, as `GraphLowering.count_bytes` has it, which is what `metrics.num_bytes_accessed` adds up
-    when its log is on.
+    Args:
+        see: takes the number of kernels that Inductor generated (`metrics.generated_kernel_count`;
+            on CPU a kernel is a parallel loop nest), the number of calls of operators that it did
+            not generate, and the bytes read and written (`GraphLowering.count_bytes`, which
+            `metrics.num_bytes_accessed` sums when its log is on).
     """
     original = GraphLowering.compile_to_module
 
@@ -57,7 +93,7 @@ def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
         before = metrics.generated_kernel_count
         module = original(graph)
         externs = [node for node in graph.scheduler.nodes if isinstance(node, ExternKernelSchedulerNode)]
-        # An operator with results of its own layout has a node for each of them beside the call.
+        # An operator with results of its own layout has a node for each, in addition to the call.
         calls = [node for node in externs if not isinstance(node.node, MultiOutput)]
         see(metrics.generated_kernel_count - before, len(calls), int(graph.count_bytes()[0]))
         return module
@@ -67,9 +103,10 @@ def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
 
 
 def memory_events(profile: torch.profiler.profile) -> list[tuple[int, str, int]]:
-    """`(nanoseconds, name, bytes)` of everything that a profile with `profile_memory=True` saw, in order.
+    """Return `(nanoseconds, name, bytes)` of all events of a profile with `profile_memory=True`.
 
-    Allocations have the name "[memory]" and positive bytes, frees the same name and negative bytes; bytes of other events mean nothing.
+    They are in order of time. Allocations have the name "[memory]" and positive bytes, frees the
+    same name and negative bytes. Bytes of other events are meaningless.
     """
     results: Any = profile.profiler
     events = results.kineto_results.events()

@@ -1,4 +1,8 @@
-"""Private names of torch that setting a default backend needs. Torch is there already; nothing more of it is imported than the script asks for."""
+"""The default backend of `torch.compile`, for `mhc run`.
+
+torch is imported when these functions are called, and nothing more of it is loaded than the script
+asks for.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-__all__ = ["REGISTRY", "captured_graphs", "give_compile_a_default", "has_default_backend"]
+__all__ = ["captured_graphs", "install_default_backend", "patch_compile"]
 
-#: The module that keeps the default backend (torch 2.13). It is loaded by the first `torch.compile`, together with the whole of Dynamo, which a
-#: script that only imports torch need not wait for.
-REGISTRY = "torch._dynamo.backends.registry"
-
-
-def has_default_backend(torch: ModuleType) -> bool:
-    """Whether this torch can be told a default backend."""
-    return hasattr(torch.compiler, "set_default_backend")
+#: The module that holds the default backend (torch 2.13). The first `torch.compile` loads it with
+#: the whole of Dynamo, so a script that only imports torch need not wait for it.
+_REGISTRY = "torch._dynamo.backends.registry"
+#: The attribute of a patched `torch.compile` that holds the original.
+_PLAIN = "_mhc_plain_compile"
 
 
-def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> None:
-    """For a torch that cannot be told: `torch.compile` with another default for `backend`. `nn.Module.compile` looks it up there at each call."""
-    plain = torch.compile
+def install_default_backend(
+    torch: ModuleType, backend: Callable[..., Any], after: Callable[[str, Callable[[ModuleType], None]], Any]
+) -> None:
+    """Make `backend` the default of `torch.compile`; a second call replaces it.
+
+    Args:
+        torch: the module.
+        backend: the backend.
+        after: `after(name, then)` calls `then(module)` once the module `name` has been imported.
+    """
+    if not hasattr(torch.compiler, "set_default_backend"):
+        patch_compile(torch, backend)
+    elif _REGISTRY in sys.modules:
+        torch.compiler.set_default_backend(backend)
+    else:
+        after(_REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
+
+
+def patch_compile(torch: ModuleType, backend: Callable[..., Any]) -> None:
+    """Replace `torch.compile` by one with this default; a second call replaces the backend.
+
+    For a torch without `set_default_backend`. `nn.Module.compile` looks `torch.compile` up at each
+    call.
+    """
+    plain = getattr(torch.compile, _PLAIN, torch.compile)
 
     @functools.wraps(plain)
     def compile(model: Any = None, **settings: Any) -> Any:  # noqa: A001 - torch's name
@@ -32,10 +55,11 @@ def give_compile_a_default(torch: ModuleType, backend: Callable[..., Any]) -> No
             settings["backend"] = backend
         return plain(model, **settings)
 
+    setattr(compile, _PLAIN, plain)
     setattr(torch, "compile", compile)  # noqa: B010 - mypy would compare the signatures
 
 
 def captured_graphs() -> int:
-    """How many graphs Dynamo has captured in this process, for whatever backend; 0 where it was never loaded."""
+    """Return how many graphs Dynamo has captured in this process, for any backend."""
     utils = sys.modules.get("torch._dynamo.utils")
     return int(utils.counters["stats"]["unique_graphs"]) if utils is not None else 0

@@ -30,43 +30,37 @@ __all__ = [
     "whole_graphs",
 ]
 
-#: The optimizer of DDP's graphs that waits for the rewritten graph, while a backend of ours works on the whole one.
+#: The optimizer of DDP's graphs that waits for the rewritten graph, while this package's backend
+#: works on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
 
 
-_installing = threading.Lock()
-#: DDPOptimizer.compile_fn as torch defines it, once it is replaced.
-_split: Callable[..., Any] | None = None
+_split: Callable[..., Any] = DDPOptimizer.compile_fn
+_lock = threading.Lock()
 
 
 def rewrite_before_ddp_splits() -> None:
-    """Make Dynamo hand a backend with `takes_whole_graphs = True` the whole graph of a model in DDP.
+    """Patch Dynamo to give a backend with `takes_whole_graphs = True` the whole graph of a DDP model.
 
-    Under `DistributedDataParallel` Dynamo cuts a graph into a piece for each bucket of gradients and
-    calls the backend for each piece, so that buckets are reduced while the backward still runs. Such a
-    backend is called once, with the inputs that Dynamo traced, and cuts its own result by
-    `split_as_ddp_would`. Every other backend gets its pieces as ever. Idempotent.
+    Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of gradients
+    and calls the backend for each piece, so that buckets are reduced while the backward still runs.
+    Such a backend is called once instead, with the inputs that Dynamo traced, and splits its own
+    result by `split_as_ddp_would`. Other backends get pieces. Repeated calls change nothing.
     """
-    global _split
-    with _installing:
-        if _split is not None:
-            return
-        split: Callable[..., Any] = DDPOptimizer.compile_fn
+    with _lock:
+        if vars(DDPOptimizer)["compile_fn"] is not _compile_whole:
+            DDPOptimizer.compile_fn = _compile_whole  # type: ignore[assignment, method-assign]
 
-        @functools.wraps(split)
-        def compile_fn(
-            self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any
-        ) -> Any:
-            if not getattr(_innermost(self.backend_compile_fn), "takes_whole_graphs", False):
-                return split(self, graph_module, inputs, **settings)
-            token = _ddp_optimizer.set(self)
-            try:
-                return self.backend_compile_fn(graph_module, inputs, **settings)
-            finally:
-                _ddp_optimizer.reset(token)
 
-        DDPOptimizer.compile_fn = compile_fn  # type: ignore[assignment, method-assign]
-        _split = split
+@functools.wraps(_split)
+def _compile_whole(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
+    if not getattr(_innermost(self.backend_compile_fn), "takes_whole_graphs", False):
+        return _split(self, graph_module, inputs, **settings)
+    token = _ddp_optimizer.set(self)
+    try:
+        return self.backend_compile_fn(graph_module, inputs, **settings)
+    finally:
+        _ddp_optimizer.reset(token)
 
 
 def _innermost(backend: Any) -> Any:
@@ -87,7 +81,7 @@ def split_as_ddp_would(
 ) -> Callable[..., Any]:
     """Compiles a graph: in pieces where the model is in DDP and Dynamo is told to overlap its reductions, else as one."""
     optimizer = _ddp_optimizer.get()
-    if optimizer is None or _split is None:
+    if optimizer is None:
         return compiler(graph_module, inputs)  # type: ignore[no-any-return]
     pieces = DDPOptimizer(optimizer.bucket_bytes_cap, compiler, optimizer.first_bucket_cap)
     return _split(pieces, graph_module, inputs)  # type: ignore[no-any-return]

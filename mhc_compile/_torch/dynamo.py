@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
 from torch._dynamo.exc import (
     ShortenTraceback,
@@ -37,6 +38,7 @@ __all__ = [
     "frame_code",
     "frame_location",
     "frame_self",
+    "graph_break",
     "graph_is_part",
     "has_compiled",
     "in_trace",
@@ -64,14 +66,16 @@ def in_trace() -> bool:
     """Whether Dynamo is tracing a frame at this moment, so that there is something to restart."""
     try:
         return _tracer() is not None
-    except AttributeError:  # torch stores the tracer in a thread-local that first exists when something was traced
+    # torch stores the tracer in a thread-local that first exists when something was traced
+    except AttributeError:
         return False
 
 
 def restart_trace() -> None:
     """Asks Dynamo to trace the current frame again from its beginning. Raises; never returns.
 
-    The log of speculations must be empty, or the second trace would be held to the graph breaks of the first.
+    The log of speculations must be empty, or the second trace would be held to the graph breaks of
+    the first.
     """
     _tracer().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason="mhc_compile attached hyper-connections")
@@ -131,8 +135,9 @@ def has_compiled(code: CodeType) -> bool:
 def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
     """Makes Dynamo trace `code` again at its next call.
 
-    `all_entries` drops everything that is known of the code, which must not happen while it is being traced. Otherwise the compiled versions
-    stay in their list with guards that always fail, as Dynamo itself does when a guarded object dies.
+    `all_entries` drops everything that is known of the code, which must not happen while it is
+    being traced. Otherwise the compiled versions stay in their list with guards that always fail,
+    as Dynamo itself does when a guarded object dies.
     """
     if all_entries:
         reset_code(code)
@@ -145,8 +150,9 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
 def make_room() -> None:
     """Makes room for one more compiled version of the frame that is being traced, whose guards will hold for what they did not hold for before.
 
-    Versions of the same backend whose guards hold now would be its duplicates: they are dropped, and whoever used them will use the new one. The
-    others stay valid and no longer count towards the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
+    Versions of the same backend whose guards hold now would be its duplicates: they are dropped,
+    and whoever used them will use the new one. The others stay valid and no longer count towards
+    the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
     and a name that no frame has makes them such.
     """
     output = _tracer().output
@@ -169,7 +175,8 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 
     `settings` that this torch does not know are left out.
     """
-    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them, on the model, which then cannot be pickled.
+    # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
+    # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
     wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
@@ -180,7 +187,8 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """In this context the compiled versions that modules of `model` call themselves, after `module.compile()` or as results of `torch.compile`, rest.
 
-    Called inside another `torch.compile`, they would run as they were compiled, and whoever compiles the model would not see them.
+    Called inside another `torch.compile`, they would run as they were compiled, and whoever
+    compiles the model would not see them.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
@@ -24,26 +26,30 @@ __all__ = [
     "inductor_settings",
     "inner_backend",
     "load_cpp",
+    "register_decompositions",
 ]
+
+#: Held while Inductor's global tables or methods are patched: two threads may compile.
+_lock = threading.RLock()
 
 
 def inner_backend(name: str) -> Callable[..., Any]:
-    """A `torch.compile` backend by name."""
+    """Return the `torch.compile` backend of that name."""
     return lookup_backend(name)
 
 
 def inductor_settings() -> list[str]:
-    """The names of Inductor's settings: what `torch.compile(options=...)` takes with that backend."""
+    """Return the names of Inductor's settings, as in `torch.compile(options=...)`."""
     from torch._inductor import list_options
 
     return list_options()
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler that Inductor calls.
+    """Return the C++ compiler that Inductor calls.
 
     Raises:
-        Exception: there is none, in Inductor's words.
+        Exception: Inductor's, if there is no compiler.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -51,10 +57,10 @@ def cpp_compiler() -> str:
 
 
 def cache_folder() -> str:
-    """Where Inductor keeps what it compiled; made if it is not there.
+    """Return the folder of Inductor's caches, which is created if it does not exist.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -63,19 +69,34 @@ def cache_folder() -> str:
 
 @contextmanager
 def inductor_code() -> Iterator[list[str]]:
-    """Collects the modules of Python that Inductor writes, in order. Its caches are passed by, so that it writes what it would otherwise find."""
+    """Collect the Python modules that Inductor writes in this context, with caches disabled."""
     import torch._inductor.config as config
     from torch._inductor.graph import GraphLowering
 
     codes: list[str] = []
-    saved = vars(GraphLowering)["save_output_code"]
-    GraphLowering.save_output_code = staticmethod(codes.append)
-    try:
-        with config.patch(force_disable_caches=True), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*force disabled.*")
-            yield codes
-    finally:
-        GraphLowering.save_output_code = saved
+    patched = mock.patch.object(GraphLowering, "save_output_code", staticmethod(codes.append))
+    with _lock, patched, config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*force disabled.*")
+        yield codes
+
+
+def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> None:
+    """Patch Inductor's table of decompositions. Repeated calls change nothing.
+
+    A table that is passed with the call cannot be hashed, and Inductor would then bypass its caches
+    of compiled graphs. An operator that its decomposition does not decompose is called as it is;
+    its kernel takes any strides.
+    """
+    with _lock:
+        new = {op: function for op, function in decompositions.items() if op not in inductor_decompositions}
+        if not new:
+            return
+        from torch._inductor.lowering import make_fallback
+
+        inductor_decompositions.update(new)
+        fast_random_decomps.cache_clear()
+        for op in new:
+            make_fallback(op, warn=False, override_decomp=True)
 
 
 def compile_with_inductor(
@@ -86,33 +107,30 @@ def compile_with_inductor(
     settings: dict[str, Any],
     tag: str,
 ) -> Callable[..., Any]:
-    """Inductor with decompositions of ours beside its own. `mode` and `settings` are those of `torch.compile`.
+    """Compile with Inductor, adding decompositions of `mhc::` operators to its table.
 
-    `tag` goes into the key of the caches: they know our operators by name only, and must not serve what another version of them compiled.
-
-    The decompositions are of our operators alone and go into Inductor's own table: a table handed over with the call cannot be hashed, and
-    Inductor would then bypass its caches of compiled graphs.
+    Args:
+        module: the graph.
+        inputs: its example inputs.
+        decompositions: see `register_decompositions`.
+        mode: as for `torch.compile`.
+        settings: as for `torch.compile(options=...)`.
+        tag: part of the key of Inductor's caches. They know operators by name only, and must not
+            return what another version of an operator was compiled to.
     """
     from torch._inductor import list_mode_options
 
-    if not decompositions.keys() <= inductor_decompositions.keys():
-        from torch._inductor.lowering import make_fallback
-
-        inductor_decompositions.update(decompositions)
-        fast_random_decomps.cache_clear()
-        for (
-            op
-        ) in decompositions:  # what its decomposition leaves alone is called as it is; its kernel takes any strides
-            make_fallback(op, warn=False, override_decomp=True)
+    register_decompositions(decompositions)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
-    config: Any = torch.compiler.config  # mypy does not see that it has the methods of a configuration
+    # mypy does not see that it has the methods of a configuration
+    config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
         compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
 
 
 def load_cpp(source: str) -> Any:
-    """Compiles C++ with Inductor's compiler and flags, once for all processes, and loads it with ctypes."""
+    """Compile C++ as Inductor does, once for all processes, and load it with ctypes."""
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)

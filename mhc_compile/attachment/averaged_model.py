@@ -1,7 +1,8 @@
 """Averaged copies of a model that were made before its first compiled call.
 
-`torch.optim.swa_utils.AveragedModel` pairs the parameters of the model with those of its copy by position and does not compare how many there are. A
-copy that was made before hyper-connections were attached would be paired wrongly, or left without them. There is no hook before an update, so the
+`torch.optim.swa_utils.AveragedModel` pairs the parameters of the model with those of its copy by
+position and does not compare how many there are. A copy that was made before hyper-connections were
+attached would be paired wrongly, or left without them. There is no hook before an update, so the
 method is wrapped; a model without hyper-connections passes through.
 """
 
@@ -25,7 +26,7 @@ __all__ = ["follow_averages", "share_connections"]
 
 def follow_averages() -> None:
     """From now on, give averaged copies hyper-connections at the update that finds them without: their average begins there."""
-    _torch.before_average_update(_complete)
+    _torch.before_averaging(_complete)
 
 
 def _complete(averaged: AveragedModel, model: nn.Module) -> None:
@@ -69,7 +70,8 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
 
 def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     mine, theirs = _modules(model), _modules(twin)
-    # Wrappers (DDP, torch.compile) stand before what they wrap, and only one of the two may have one.
+    # Wrappers (DDP, torch.compile) stand before what they wrap, and only one of the two may have
+    # one.
     length = min(len(mine), len(theirs))
     pairs = list(zip(mine[-length:], theirs[-length:], strict=True))
     if not all(type(one) is type(other) for one, other in pairs):

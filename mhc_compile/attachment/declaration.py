@@ -1,9 +1,10 @@
 """How a tracer sees the parameters of hyper-connections.
 
-A compiler backend cannot give a graph new inputs. The module that ends a branch (`h.0.attn`, the declaring
-module) therefore gets a forward pre-hook that calls the no-op `mhc::declare` on the parameters: a tracer that
-meets the call lifts them as inputs of its graph. The declaring module is called inside the graph even where the
-block itself is the compiled function, whose own hooks run outside.
+A compiler backend cannot give a graph new inputs. The module that ends a branch (`h.0.attn`, the
+declaring module) therefore gets a forward pre-hook that calls the no-op `mhc::declare` on the
+parameters: a tracer that meets the call lifts them as inputs of its graph. The declaring module is
+called inside the graph even where the block itself is the compiled function, whose own hooks run
+outside.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BEGUN", "DECLARED", "begin_branch", "begun_by", "declare_on", "remove_declarations"]
 
-#: A declaring module's tuple of the hyper-connections it declares. Not a submodule: each has one owner, and this is another module.
+#: A declaring module's tuple of the hyper-connections it declares. Not a submodule: each has one
+#: owner, and this is another module.
 DECLARED = "_mhc_declared"
-#: A module's tuple of the hyper-connections whose branch it begins in one graph, where the branch ends in another, each with the name of its site.
+#: A module's tuple of the hyper-connections whose branch it begins in one graph, where the branch
+#: ends in another, each with the name of its site.
 BEGUN = "_mhc_begun"
 #: The handle of the hook.
 HOOK = "_mhc_hook"
@@ -37,7 +40,10 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool:
-    """Make calls of `declaring_module` declare `connection` to a tracer. Return whether they did not before."""
+    """Make calls of `declaring_module` declare `connection` to a tracer.
+
+    Return whether they did not before.
+    """
     declared: tuple[HyperConnection, ...] = declaring_module.__dict__.get(DECLARED, ())
     if any(known is connection for known in declared):
         return False
@@ -48,7 +54,10 @@ def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool
 
 
 def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
-    """Record that `modules` begin the branch of a site called `name` in a graph of their own. Return whether that is new."""
+    """Record that `modules` begin the branch of a site called `name` in a graph of their own.
+
+    Return whether that is new.
+    """
     changed = False
     for module in modules:
         begun: tuple[tuple[str, HyperConnection], ...] = module.__dict__.get(BEGUN, ())

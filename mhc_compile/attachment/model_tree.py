@@ -1,6 +1,7 @@
 """The place of hyper-connections in a model: `mhc.<branch>`, a submodule of the module that performs the residual add.
 
-So `parameters()`, `state_dict`, `to`, EMA and `deepcopy` treat `h.0.mhc.attn.phi` like the block's own.
+So `parameters()`, `state_dict`, `to`, EMA and `deepcopy` treat `h.0.mhc.attn.phi` like the block's
+own.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
 
 
 def container_of(owner: nn.Module) -> HyperConnections:
-    """Return the container of a module's hyper-connections, made if there is none. `find_connection` rejects any other `mhc` before."""
+    """Return the container of a module's hyper-connections, made if there is none.
+
+    `find_connection` rejects any other `mhc` before.
+    """
     container = getattr(owner, CONTAINER, None)
     if container is None:
         container = HyperConnections()

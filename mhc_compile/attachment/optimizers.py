@@ -1,23 +1,29 @@
 """Optimizers that were built before the hyper-connections were attached.
 
-An optimizer that exists by then has never heard of their parameters, and would train the model around them, silently. So the parameters join it
-as soon as they exist: gradient clipping over its groups and `GradScaler.unscale_` see them at the very first step. `_torch.living_optimizers`
-knows the optimizers of the process. A hook before every optimizer step looks after what was not settled then.
+An optimizer that exists by then has never heard of their parameters, and would train the model
+around them, silently. So the parameters join it as soon as they exist: gradient clipping over its
+groups and `GradScaler.unscale_` see them at the very first step. `_torch.living_optimizers` knows
+the optimizers of the process. A hook before every optimizer step looks after what was not settled
+then.
 
 Where a parameter goes:
 
-1. To the group of a trained parameter of its own kind in its owner, the module that performs the residual add: `phi` to the last matrix, `bias`
-   and `scale` to the last vector, one without weight decay if there is any. So a user's split of decayed and other parameters, of learning rates
-   by depth, or of matrices and vectors between two optimizers holds for them too. (With the Trainer of transformers, which decays by name, `scale`
-   goes with the matrices.)
-2. If all of that kind are frozen in the owner (LoRA), to the nearest module around it that trains any; if there is none, to a parameter of
-   another kind, in the same order of modules.
-3. Where that one is in several optimizers, the parameter is; where it is in none, the parameter waits.
+1. To the group of a trained parameter of its own kind in its owner, the module that performs the
+   residual add: `phi` to the last matrix, `bias` and `scale` to the last vector, one without weight
+   decay if there is any. So a user's split of decayed and other parameters, of learning rates by
+   depth, or of matrices and vectors between two optimizers holds for them too. (With the Trainer of
+   transformers, which decays by name, `scale` goes with the matrices.)
+2. If all of that kind are frozen in the owner (LoRA), to the nearest module around it that trains
+   any; if there is none, to a parameter of another kind, in the same order of modules.
+3. Where that one is in several optimizers, the parameter is; where it is in none, the parameter
+   waits.
 
-Never to a group of its own. Schedulers keep lists by group: with a group that came later LambdaLR, MultiplicativeLR, CosineAnnealingWarmRestarts,
-CyclicLR, ReduceLROnPlateau and SequentialLR stop with an error (OneCycleLR, SWALR, ConstantLR and LinearLR also, or they drive it wrongly, unless it
-has all keys of an old one), and schedules written by hand often know group 0 alone. The number of groups is part of a checkpoint as well. The price:
-in an optimizer of one group with weight decay, `bias` and `scale` are decayed as the biases of the model are. `mhc_compile.parameter_groups` makes
+Never to a group of its own. Schedulers keep lists by group: with a group that came later LambdaLR,
+MultiplicativeLR, CosineAnnealingWarmRestarts, CyclicLR, ReduceLROnPlateau and SequentialLR stop
+with an error (OneCycleLR, SWALR, ConstantLR and LinearLR also, or they drive it wrongly, unless it
+has all keys of an old one), and schedules written by hand often know group 0 alone. The number of
+groups is part of a checkpoint as well. The price: in an optimizer of one group with weight decay,
+`bias` and `scale` are decayed as the biases of the model are. `mhc_compile.parameter_groups` makes
 groups in which neither is.
 """
 
@@ -58,10 +64,11 @@ class _Waiting(NamedTuple):
     policy: ExistingOptimizers
 
 
-#: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every access is one atomic step: one thread may compile a
-#: model while another one trains.
+#: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every
+#: access is one atomic step: one thread may compile a model while another one trains.
 _waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
-#: Optimizers that were looked at already: how much was expected then, and how many parameters they had.
+#: Optimizers that were looked at already: how much was expected then, and how many parameters they
+#: had.
 _seen: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _expected = 0
 _hooked = False
@@ -222,8 +229,9 @@ def _targets(
 def _decayed_by_name(owner: nn.Module) -> bool:
     """Whether the names of parameters say which are decayed, and not their kinds.
 
-    The Trainer of transformers leaves biases and norms alone, and so decays `scale`: an optimizer that it builds after attaching has `scale` among
-    the matrices, and one that existed before must agree, or the one cannot load the other's state.
+    The Trainer of transformers leaves biases and norms alone, and so decays `scale`: an optimizer
+    that it builds after attaching has `scale` among the matrices, and one that existed before must
+    agree, or the one cannot load the other's state.
     """
     return "transformers.trainer" in sys.modules and type(owner).__module__.startswith("transformers.")
 
@@ -244,8 +252,9 @@ def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
 class _Arrivals:
     """Parameters of one model on their way into groups.
 
-    They are put where `model.parameters()` has them, so that an optimizer that is built after attaching has the same order and can load the state
-    of this one; and into the list object that is there, which wrappers, and LBFGS itself, hold on to.
+    They are put where `model.parameters()` has them, so that an optimizer that is built after
+    attaching has the same order and can load the state of this one; and into the list object that
+    is there, which wrappers, and LBFGS itself, hold on to.
     """
 
     def __init__(self, root: nn.Module) -> None:

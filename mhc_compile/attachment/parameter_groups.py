@@ -30,24 +30,30 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every trained parameter of `model`, once, in groups with and without weight decay.
 
-        optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model, weight_decay=0.1), lr=3e-4)
+        optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model, weight_decay=0.1),
+        lr=3e-4)
 
-    Decayed is what multiplies features: parameters of two and more dimensions, `phi` of hyper-connections among them. Not decayed are parameters of
-    one dimension or none and those of normalisation layers, hence `bias` and `scale` of hyper-connections: decay would draw H_res from the identity
-    to the uniform matrix, and the read-out of every branch from its stream to all of them.
+    Decayed is what multiplies features: parameters of two and more dimensions, `phi` of
+    hyper-connections among them. Not decayed are parameters of one dimension or none and those of
+    normalisation layers, hence `bias` and `scale` of hyper-connections: decay would draw H_res from
+    the identity to the uniform matrix, and the read-out of every branch from its stream to all of
+    them.
 
     Args:
-        model: a model with hyper-connections, or one that `torch.compile` returned. Frozen parameters are left out; shared ones are in the group
-            of the first name that `model.named_parameters()` gives them.
+        model: a model with hyper-connections, or one that `torch.compile` returned. Frozen
+            parameters are left out; shared ones are in the group of the first name that
+            `model.named_parameters()` gives them.
         weight_decay: of the decayed groups; the others have 0.
         lr: learning rate of all groups; the optimizer's own without it.
         mhc_lr: learning rate of hyper-connections, which then have groups of their own.
-        no_decay: `no_decay(name, parameter)` is true for further parameters that are not to decay, e.g. embeddings.
-        named: groups hold pairs of name and parameter, so that the optimizer's state dict has the names.
+        no_decay: `no_decay(name, parameter)` is true for further parameters that are not to decay,
+            e.g. embeddings.
+        named: groups hold pairs of name and parameter, so that the optimizer's state dict has the
+            names.
 
     Returns:
-        Up to two groups, decayed first; with `mhc_lr` up to four, those of hyper-connections last. Empty ones are left out. Within a group
-        parameters are in the order of the model.
+        Up to two groups, decayed first; with `mhc_lr` up to four, those of hyper-connections last.
+        Empty ones are left out. Within a group parameters are in the order of the model.
 
     Raises:
         AttachError: the model has no hyper-connections yet.

@@ -77,7 +77,10 @@ def attach_site(
 def attach_like(
     root: nn.Module, like: nn.Module, site: Site, options: ResolvedOptions, *, index: int, dtype: torch.dtype
 ) -> None:
-    """Give `root` a hyper-connection where `site`, found in the block `like`, is. Do nothing where the blocks differ after all."""
+    """Give `root` a hyper-connection where `site`, found in the block `like`, is.
+
+    Do nothing where the blocks differ after all.
+    """
     try:
         owner, declaring_module = root.get_submodule(site.owner.path), root.get_submodule(site.declaring_module.path)
     except AttributeError:
@@ -124,9 +127,9 @@ def check_options(connection: HyperConnection, site: Site, options: ResolvedOpti
 def detach(model: nn.Module) -> int:
     """Take every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
 
-    Optimizers that trained the parameters forget them, and their state. A compiled version of the model that is
-    called again attaches new ones, as its first call did: they start from their init, and nothing of the old ones
-    is used.
+    Optimizers that trained the parameters forget them, and their state. A compiled version of the
+    model that is called again attaches new ones, as its first call did: they start from their init,
+    and nothing of the old ones is used.
 
     Returns:
         How many hyper-connections were taken off.

@@ -1,8 +1,10 @@
 """The blocks of a model that share one compiled graph.
 
-Where blocks are compiled one by one, or a graph break stands between them, Dynamo compiles the first block and uses that graph for all the others, as
-long as they look the same. Blocks without hyper-connections do not look like one with them: each would be traced, attached and compiled anew, until
-Dynamo gives up at its limit of recompiles and runs the rest without. Whoever attaches to one block therefore attaches to all that are like it.
+Where blocks are compiled one by one, or a graph break stands between them, Dynamo compiles the
+first block and uses that graph for all the others, as long as they look the same. Blocks without
+hyper-connections do not look like one with them: each would be traced, attached and compiled anew,
+until Dynamo gives up at its limit of recompiles and runs the rest without. Whoever attaches to one
+block therefore attaches to all that are like it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import OptimizedModule
 
 if TYPE_CHECKING:
@@ -32,9 +35,10 @@ class EquivalentBlocks:
 def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
     """What stands in the place of `module` in the other blocks of its `nn.ModuleList` or `nn.Sequential`.
 
-    A block counts if it has the same class and parameters of the same shapes, and is compiled by itself exactly if `module` is. Modules do not know
-    their parents: the list is found below the modules whose calls surround this one. Where a function runs the blocks, there are none, and each block
-    is traced for itself.
+    A block counts if it has the same class and parameters of the same shapes, and is compiled by
+    itself exactly if `module` is. Modules do not know their parents: the list is found below the
+    modules whose calls surround this one. Where a function runs the blocks, there are none, and
+    each block is traced for itself.
     """
     for call in frame.calls:
         whole = call.module
@@ -74,6 +78,6 @@ def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> Equiv
 
 
 def _shape(module: nn.Module) -> tuple[Any, ...]:
-    plain = module._orig_mod if isinstance(module, OptimizedModule) else module
+    plain = _torch.original_module(module)
     parameters = ((name, tuple(value.shape)) for name, value in plain.named_parameters() if ".mhc." not in f".{name}")
-    return type(module), type(plain), module._compiled_call_impl is None, tuple(parameters)
+    return type(module), type(plain), not _torch.has_compiled_call(module), tuple(parameters)

@@ -30,7 +30,8 @@ class Frame:
     """What a graph's frame and the Python stack around it say. Valid while Dynamo traces the frame.
 
     Attributes:
-        root: the module whose method is traced; None for a function, or where a graph break lost it.
+        root: the module whose method is traced; None for a function, or where a graph break lost
+            it.
         code: the code object of the frame.
         location: "file:line" of the code.
         ends_at_break: whether a graph break follows the graph.
@@ -52,8 +53,9 @@ class Frame:
     def runs_inside_another(self, module: nn.Module, *, compiled_alone: bool = False) -> bool:
         """Return True if the call of a module that holds `module` surrounds the frame, inside `torch.compile`.
 
-        With `compiled_alone` also calls outside `torch.compile` count: `module` is then a part that was
-        compiled by itself. Wrappers that hold nothing but `module`, such as DDP, do not count there.
+        With `compiled_alone` also calls outside `torch.compile` count: `module` is then a part that
+        was compiled by itself. Wrappers that hold nothing but `module`, such as DDP, do not count
+        there.
         """
         return any(
             (call.inside_compile or (compiled_alone and not _only_wraps(call.module, module)))
@@ -65,24 +67,18 @@ class Frame:
 
 def read_frame() -> Frame:
     """Read the frame that Dynamo is tracing and the stack around it."""
-    calls, ddp, stage = [], None, None
     running = _torch.running_objects()
-    for owner, inside in ((_torch.frame_self(), True), *running):
-        if isinstance(owner, DistributedDataParallel):
-            ddp = ddp or owner
-        stage = stage or _torch.pipeline_stage(owner)
-    for owner, inside in running:
-        if isinstance(owner, nn.Module):
-            calls.append(ModuleCall(owner, inside))
+    owners = [_torch.frame_self(), *(owner for owner, _ in running)]
+    stages = (_torch.pipeline_stage(owner) for owner in owners)
     return Frame(
         root=_torch.root_module(),
         code=_torch.frame_code(),
         location=_torch.frame_location(),
         ends_at_break=_torch.ends_at_break(),
         is_part=_torch.graph_is_part(),
-        calls=tuple(calls),
-        ddp=ddp,
-        pipeline_stage=stage,
+        calls=tuple(ModuleCall(owner, inside) for owner, inside in running if isinstance(owner, nn.Module)),
+        ddp=next((owner for owner in owners if isinstance(owner, DistributedDataParallel)), None),
+        pipeline_stage=next((stage for stage in stages if stage is not None), None),
     )
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DynamoProvenance"]
 
-#: "L['self'].transformer.h.0" and "L['fn']" as Dynamo names modules; what follows the local is the path below the root.
+#: "L['self'].transformer.h.0" and "L['fn']" as Dynamo names modules; what follows the local is the
+#: path below the root.
 _LOCAL = re.compile(r"^[LG]\[[^\]]*\]\.?")
 
 

@@ -30,7 +30,8 @@ class Sharing:
             return [""]
         code = frame.code
         paths = [self._paths.get(id(module), "") for module in (root, *equivalent_blocks(root, frame).others.values())]
-        if (code, paths[0]) in self._foreseen:  # it was not so like its sibling that it could use the graph
+        # It was not so like its sibling that it could use the graph.
+        if (code, paths[0]) in self._foreseen:
             self._foreseen.discard((code, paths[0]))
             return []
         fresh = [paths[0], *(path for path in paths[1:] if (code, path) not in self._foreseen)]

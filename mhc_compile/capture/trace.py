@@ -22,7 +22,8 @@ __all__ = ["Probe", "ResultAnnotator", "capture", "probe"]
 
 log = logging.getLogger(__name__)
 
-#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run as it is, and nothing would be seen of it.
+#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run as it is, and nothing would
+#: be seen of it.
 _VERSIONS = 1_000_000
 
 
@@ -43,16 +44,18 @@ def capture(
 ) -> int:
     """Hands every graph that Dynamo makes of `model(*args, **kwargs)` to `on_graph`, with its example inputs, while it is being traced.
 
-    No operation of the model runs inside a graph, but for those on integers alone: where a graph would be executed, tensors of the right shapes,
-    filled with zeros, are returned, so that a model that breaks into several graphs is seen to its end. Gradients are enabled, as in training, and
-    the zeros have a history, by which a later graph can tell what they were computed from.
-    The model's compiled versions, if it has any, stay as they are.
+    No operation of the model runs inside a graph, but for those on integers alone: where a graph
+    would be executed, tensors of the right shapes, filled with zeros, are returned, so that a model
+    that breaks into several graphs is seen to its end. Gradients are enabled, as in training, and
+    the zeros have a history, by which a later graph can tell what they were computed from. The
+    model's compiled versions, if it has any, stay as they are.
 
     Args:
         model: any module.
         args: its inputs.
         kwargs: its inputs by name.
-        on_graph: gets each graph, and returns what the graph would leave in the history of its results.
+        on_graph: gets each graph, and returns what the graph would leave in the history of its
+            results.
 
     Returns:
         The number of graphs.
@@ -125,7 +128,11 @@ class Probe:
 
 
 class _SingleUse:
-    """A backend for a while. Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it holds."""
+    """A backend for a while.
+
+    Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it
+    holds.
+    """
 
     def __init__(self, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
         self.backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]] | None = backend
@@ -228,8 +235,9 @@ def _sources(node: torch.fx.Node, positions: dict[torch.fx.Node, int]) -> tuple[
 def _integers(nodes: list[torch.fx.Node], inputs: dict[torch.fx.Node, Any]) -> dict[torch.fx.Node, Any]:
     """The results that are integers or truth values and are computed from integers alone: token counts, masks, conditions.
 
-    A model that breaks its graph to look at one of them ("are there as many images as image tokens?") would be led astray by a zero. They are
-    cheap, have no gradient, and nothing of the model's weights goes into them.
+    A model that breaks its graph to look at one of them ("are there as many images as image
+    tokens?") would be led astray by a zero. They are cheap, have no gradient, and nothing of the
+    model's weights goes into them.
     """
     known = {node: value for node, value in inputs.items() if _is_exact(value)}
     for node in nodes:
@@ -277,7 +285,8 @@ _QUOTED = re.compile(r"got (\w+\(.*\))")
 def _cause(error: BaseException) -> str:
     """The one line of a Dynamo error that tells a user what is wrong with the inputs."""
     if isinstance(error, _torch.BackendCompilerFailed):
-        error = error.inner_exception  # the wrapper's first line names the backend and not the trouble
+        # The wrapper's first line names the backend and not the trouble.
+        error = error.inner_exception
     quoted = _QUOTED.search(str(error))
     if quoted:
         return quoted.group(1)

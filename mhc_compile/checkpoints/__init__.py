@@ -1,1 +1,1 @@
-"""Load state dicts into models that have hyper-connections, and restore hyper-connections from them."""
+"""Load state dicts into models with hyper-connections, or restore hyper-connections from them."""

@@ -1,4 +1,4 @@
-"""`mhc_compile.load_state_dict`: any checkpoint of the model into the model, or a sentence that says what stands in the way."""
+"""`mhc_compile.load_state_dict`: load any checkpoint of a model, or explain why it does not fit."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ __all__ = ["load_state_dict", "plain_name"]
 
 #: The path of a hyper-connection in a state dict, with the name of its parameter.
 _ENTRY = re.compile(rf"((?:.+\.)?{CONTAINER}\..+)\.({'|'.join(NAMES)})")
-#: How many paths a message lists.
+#: The number of paths in a message.
 _SHOWN = 3
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, assign: bool = False) -> Any:
-    """Loads a checkpoint of the plain model, of the model with hyper-connections, or of a compiled version of either.
+    """Load a checkpoint of the plain model or of the one with hyper-connections, compiled or not.
 
-    As `model.load_state_dict(state, strict, assign)`, and it
+    This is `model.load_state_dict(state, strict, assign)` with two additions: names may contain the
+    `_orig_mod.` of `torch.compile` on either side, and the error says what to do if the checkpoint
+    has hyper-connections and the model has none, or others.
 
-    - does not mind on which side `torch.compile` has put its `_orig_mod.` into the names;
-    - says what to do where the checkpoint has hyper-connections and the model has not, or has others.
-
-    A checkpoint of the plain model leaves the hyper-connections as they are, with a warning; `model.load_state_dict` does so too.
+    A checkpoint of the plain model leaves the hyper-connections unchanged, with a warning, as it
+    does in `model.load_state_dict`.
 
     Args:
-        model: any module, or one that `torch.compile` returned. For a checkpoint with hyper-connections it must have them: call
-            `mhc_compile.attach` first.
-        state: what `state_dict()` returned, or what `safetensors.torch.load_file` read. It stays as it is.
+        model: any module, or the result of `torch.compile`. For a checkpoint with hyper-connections
+            it must have them: call `mhc_compile.attach` first.
+        state: a `state_dict()`, or the result of `safetensors.torch.load_file`. It is not modified.
         strict: as for `nn.Module.load_state_dict`.
         assign: as for `nn.Module.load_state_dict`.
 
     Returns:
-        What `nn.Module.load_state_dict` returns: missing and unexpected keys.
+        Missing and unexpected keys, as `nn.Module.load_state_dict` does.
 
     Raises:
-        AttachError: with `strict`, the hyper-connections of the checkpoint are not those of the model.
-        RuntimeError: torch's, where other entries are missing, unexpected or of the wrong shape, and where those of hyper-connections are of
-            the wrong shape.
+        AttachError: with `strict`, the hyper-connections of checkpoint and model differ.
+        RuntimeError: torch's, if other entries are missing or unexpected, or shapes differ.
     """
     target = unwrap(model)
     actual = {plain_name(name): name for name in target.state_dict()}
@@ -64,12 +63,12 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or module without what `torch.compile` puts into it."""
+    """Return the name of a parameter or module without the `_orig_mod` of `torch.compile`."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises AttachError unless `state` has the hyper-connections of `model`, or none."""
+    """Raise AttachError unless `state` has the hyper-connections of `model`, or none."""
     saved, present = _saved(state), connections(model)
     if not saved:
         return
@@ -92,30 +91,27 @@ def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The hyper-connections in `state` by path, with the shape of phi."""
+    """Return the shape of phi of every hyper-connection in `state`, by path."""
     entries: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, value in state.items():
         match = _ENTRY.fullmatch(name)
         if match:
             entries.setdefault(match[1], {})[match[2]] = tuple(getattr(value, "shape", ()))
-    # A module of the model's own that is called `mhc` does not have these three.
+    # A user's module called `mhc` does not have all three.
     return {path: shapes["phi"] for path, shapes in entries.items() if shapes.keys() == set(NAMES)}
 
 
 def _options(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> str:
-    """The likeliest options that the shapes of phi tell, as an argument; nothing if they are the default ones, or there are none."""
-    guesses = [[(n, mapping) for n, mapping, _ in _guess(model, path, saved[path])] for path in saved]
+    """Return the likeliest options for these shapes of phi as an argument, "" for the defaults."""
+    modules = dict(model.named_modules())
+    owners = {path: modules.get(path.split(f".{CONTAINER}.")[0]) for path in saved}
+    guesses = [[(n, mapping) for n, mapping, _ in guess_for(owners[path], saved[path])] for path in saved]
     found = [guess for guess in guesses[0] if all(guess in others for others in guesses)]
     default = Options().resolved
     if not found or found[0] == (default.streams, default.mapping):
         return ""
     streams, mapping = found[0]
     return f", options={ ({'streams': streams} | ({'mapping': mapping} if mapping != default.mapping else {}))!r}"
-
-
-def _guess(model: nn.Module, path: str, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
-    """What gives phi its shape, as far as the block may have such streams."""
-    return guess_for(dict(model.named_modules()).get(path.split(f".{CONTAINER}.")[0]), shape)
 
 
 def _list(paths: Iterable[str], noun: str) -> str:

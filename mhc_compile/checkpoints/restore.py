@@ -1,11 +1,11 @@
-"""`mhc_compile.restore`: the hyper-connections of a checkpoint, put on a model that has none yet.
+"""`mhc_compile.restore`: attach the hyper-connections of a checkpoint to a model that has none.
 
-Nothing is traced: the names in a checkpoint say where the parameters belong, and their shapes say how many streams there are.
+Nothing is traced: the names in a checkpoint give the places of the parameters, and the shapes give
+the number of streams.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,37 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._torch import OptimizedModule
 from mhc_compile.attachment.declaration import declare_on
 from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections, connections, unwrap
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import put_connection
+from mhc_compile.checkpoints.reader import END, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
-from mhc_compile.modules.gated import GatedConnection, create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
-from mhc_compile.modules.readout import ReadOut
+from mhc_compile.modules.gated import create_connection
 from mhc_compile.modules.state_dict import guess_for, guess_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 __all__ = ["restore"]
 
-_PARTS = frozenset((*HyperConnection.names, *GatedConnection.names))
-_END_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
-#: The submodule of a hyper-connection that ends its chain.
-_END = "read_out"
-#: What checkpoints of `save_pretrained` and of the Trainer are called, in the order in which transformers looks for them.
-_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-#: What `torch.compile` puts before the names of parameters.
+#: The prefix that `torch.compile` adds to the names of parameters.
 _COMPILED = "_orig_mod"
 
 
@@ -53,45 +42,48 @@ def restore(
     *,
     options: Mapping[str, Any] | Options | None = None,
 ) -> dict[str, HyperConnection]:
-    """Attaches the hyper-connections that a checkpoint has, with their values. Nothing is traced, and no example inputs are needed.
+    """Attach the hyper-connections of a checkpoint, with their values, without example inputs.
 
-    A model that was just built, or that `from_pretrained` gave, has no hyper-connections, and whoever loads a checkpoint of a model that had
-    some leaves theirs out (with a remark about unexpected keys, or an error). Restore them before that, or afterwards; and before an optimizer
-    is built. The other parameters of the checkpoint are not touched.
+    A model that was just built, or returned by `from_pretrained`, has no hyper-connections, and
+    loading a checkpoint into it leaves theirs out (with a note about unexpected keys, or an error).
+    Call this before or after that, and before building an optimizer. The other parameters of the
+    checkpoint are not touched.
 
     Args:
-        model: the plain model, or one that `torch.compile` returned. Hyper-connections that it has already get the values of the checkpoint.
-        checkpoint: a state dict, a directory that `save_pretrained` or the Trainer wrote, or a file (safetensors, or torch.save of a state dict
-            or of a dict with a "state_dict", as Lightning writes it). Names may be those of the compiled model (`_orig_mod.`) or not.
-        options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and `mapping` are read off the checkpoint where they are
-            not given. Shapes do not tell all mappings apart ("unconstrained" looks like "sinkhorn", four streams under "identity" like two
-            under "sinkhorn"; the likelier one is taken). A state dict that was not through a safetensors file says which it was.
+        model: the plain model, or the result of `torch.compile` for it. Hyper-connections that it
+            already has get the values of the checkpoint.
+        checkpoint: a state dict, a directory written by `save_pretrained` or the Trainer, or a file
+            (safetensors, or torch.save of a state dict or of a dict with a "state_dict", as
+            Lightning writes it). Names may contain `_orig_mod.`.
+        options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
+            `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
+            mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
+            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, which
+            safetensors files do not keep.
 
     Returns:
         All hyper-connections of the model by path.
 
     Raises:
         OptionError: the options are wrong.
-        AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one in the checkpoint, or shapes contradict
-            the options or each other.
+        AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one
+            in the checkpoint, or shapes contradict the options or each other.
         FileNotFoundError: there is no such file, or no checkpoint in the directory.
     """
     parsed = Options.parse(options)
     fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
-    read = _read(checkpoint)
-    saved = _connections_of(read)
+    saved = read_connections(checkpoint)
     if not saved:
+        source = repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else "the state dict"
         raise AttachError(
-            f"{_shown(checkpoint)} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
+            f"{source} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
             " Load it as it is; hyper-connections attach at the first compiled call or with mhc_compile.attach(model, ...)"
         )
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    plans = [
-        _Plan(target, place, tensors, _noted(read, place, parsed, fixed), fixed) for place, tensors in saved.items()
-    ]
+    plans = [_Plan(target, connection, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
-    plans.sort(key=lambda plan: order[id(plan.declaring_module or plan.owner)])  # files sort by name: h.10 before h.2
+    plans.sort(key=lambda plan: order[id(plan.declaring_module or plan.owner)])  # files sort h.10 before h.2
     for index, plan in enumerate(plans):
         plan.carry_out(index)
     settle()
@@ -99,21 +91,21 @@ def restore(
 
 
 class _Plan:
-    """One hyper-connection of the checkpoint: whose it is on the model, its options and its values."""
+    """One hyper-connection to restore: its owner on the model, its options and its values."""
 
-    def __init__(
-        self, model: nn.Module, place: str, values: dict[str, Tensor], options: ResolvedOptions, fixed: set[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
+        place, values = saved.path, saved.values
         path = [part for part in place.split(".") if part != _COMPILED]
         cut = path.index(CONTAINER)
-        self.place, self.values = place, values
-        self.root, self.path = model, ".".join(path[:cut])
+        self.values, self.root, self.path = values, model, ".".join(path[:cut])
         self.owner = _module(model, path[:cut], place)
         self.name = ".".join(path[cut + 1 :])
-        self.declaring_module = _carrier(self.owner, self.name)
-        self.options = _fitting(place, self.owner, values, options.at(".".join(path)), fixed)
+        self.declaring_module = _declaring_module(self.owner, self.name)
+        if "mapping" not in fixed and saved.mapping in MAPPINGS:
+            options = replace(options, mapping=saved.mapping)
+        self.options = _infer_options(place, self.owner, values, options.at(".".join(path)), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
-        self.last = any(name.startswith(_END) for name in values)
+        self.last = any(name.startswith(END) for name in values)
         like = create_connection(self.width, self.options, last=self.last, device="meta")
         missing = [name for name in bound_names(like) if name not in values]
         if missing:
@@ -121,35 +113,35 @@ class _Plan:
         for name in bound_names(like):
             if values[name].shape != like.get_parameter(name).shape:
                 raise AttachError(
-                    f"{place}: {name} is {list(values[name].shape)} in the checkpoint; with {self.options.streams} streams of width {self.width}"
-                    f" and mapping={self.options.mapping!r} it would be {list(like.get_parameter(name).shape)}. Give the options that the saved"
-                    " model was compiled with"
+                    f"{place}: {name} is {list(values[name].shape)} in the checkpoint; with {self.options.streams}"
+                    f" streams of width {self.width} and mapping={self.options.mapping!r} it would be"
+                    f" {list(like.get_parameter(name).shape)}. Give the options that the saved model was compiled with"
                 )
         container = getattr(self.owner, CONTAINER, None)
         if container is not None and not isinstance(container, HyperConnections):
             raise AttachError(
-                f"{place}: module {'.'.join(path[:cut]) or type(self.owner).__name__!r} already has an attribute {CONTAINER!r}"
+                f"{place}: module {self.path or type(self.owner).__name__!r} already has an attribute {CONTAINER!r}"
                 f" ({type(container).__name__}); hyper-connections need that name. Rename the attribute"
             )
         self.existing = container.get(self.name) if container is not None else None
         if self.existing is not None and self.existing.phi.shape != values["phi"].shape:
             raise AttachError(
-                f"{place}: phi is {list(values['phi'].shape)} in the checkpoint and {list(self.existing.phi.shape)} on the model, which has"
-                f" {self.existing.streams} streams. Call mhc_compile.detach(model) first"
+                f"{place}: phi is {list(values['phi'].shape)} in the checkpoint and {list(self.existing.phi.shape)} on the"
+                f" model, which has {self.existing.streams} streams. Call mhc_compile.detach(model) first"
             )
 
     def carry_out(self, index: int) -> None:
-        """Attaches it, unless it is there, and writes its values. `index`: its position in the model."""
+        """Attach it unless it exists, and write its values. `index`: its position in the model."""
         connection = self.existing
         if connection is None:
-            near = next(self.owner.parameters(), None)
+            neighbour = next(self.owner.parameters(), None)
             phi = self.values["phi"]
             connection = create_connection(
                 self.width,
                 self.options,
                 index=index,
                 last=self.last,
-                device=phi.device if near is None else near.device,
+                device=phi.device if neighbour is None else neighbour.device,
                 dtype=phi.dtype,
             )
             put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
@@ -163,8 +155,8 @@ class _Plan:
                     connection.get_parameter(name).copy_(self.values[name])
 
 
-def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
-    """The module whose call ends the branch, as far as the name tells; the first compiled call finds it for certain."""
+def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:
+    """Return the module that the branch is named after; the first compiled call corrects it."""
     try:
         return owner.get_submodule(name)
     except AttributeError:
@@ -172,32 +164,27 @@ def _carrier(owner: nn.Module, name: str) -> nn.Module | None:
 
 
 def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
+    """Return the module at `path`, through compiled modules on the way."""
     module = model
     for step in path:
-        child = module._modules.get(step)
-        if child is None:
+        try:
+            module = unwrap(module.get_submodule(step))
+        except AttributeError:
             raise AttachError(
-                f"{place}: the checkpoint has a hyper-connection there, but {type(model).__name__} has no module {'.'.join(path)!r}."
-                " Build the model that was saved"
-            )
-        module = child._orig_mod if isinstance(child, OptimizedModule) else child
+                f"{place}: the checkpoint has a hyper-connection there, but {type(model).__name__} has no module"
+                f" {'.'.join(path)!r}. Build the model that was saved"
+            ) from None
     return module
 
 
-def _noted(checkpoint: Mapping[str, Any], place: str, options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
-    """The options with the mapping that the hyper-connection at `place` had when it was saved, where the state dict still says it."""
-    noted = (getattr(checkpoint, "_metadata", None) or {}).get(place, {}).get("mapping", options.mapping)
-    return replace(options, mapping=noted) if "mapping" not in fixed and noted in MAPPINGS else options
-
-
-def _fitting(
+def _infer_options(
     place: str, owner: nn.Module, values: Mapping[str, Tensor], options: ResolvedOptions, fixed: set[str]
 ) -> ResolvedOptions:
-    """The options with the number of streams and the mapping that `phi [n C, K]` was made for, and with what the names of the tensors tell."""
+    """Return the options with the streams, mapping and read-out that names and shapes imply."""
     if "phi" not in values:
         raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
     phi = values["phi"]
-    if any(name.startswith(_END) for name in values):
+    if any(name.startswith(END) for name in values):
         options = replace(options, read_out="learned")
     if "up" in values and phi.dim() == values["up"].dim() == 2:
         rank = values["up"].shape[0]
@@ -215,56 +202,3 @@ def _fitting(
         f"{place}: phi is {list(phi.shape)} in the checkpoint, which does not fit {said or 'any number of streams'}."
         " Give the options that the saved model was compiled with"
     )
-
-
-def _connections_of(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """{"blocks.0.mhc.attn": {"phi": ..., "bias": ..., "scale": ...}, ...}, in the order of the checkpoint."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        place, _, part = name.rpartition(".")
-        if not _ours(place) or not isinstance(value, Tensor):
-            continue
-        if place.endswith(f".{_END}") and part in _END_PARTS:
-            found.setdefault(place.removesuffix(f".{_END}"), {})[f"{_END}.{part}"] = value
-        elif part in _PARTS:
-            found.setdefault(place, {})[part] = value
-    return found
-
-
-def _ours(name: str) -> bool:
-    return CONTAINER in name.split(".")[:-1]
-
-
-def _read(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
-    if not isinstance(checkpoint, (str, os.PathLike)):
-        return checkpoint
-    path = os.fspath(checkpoint)
-    if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in _FILES if os.path.isfile(os.path.join(path, name))]
-        if not files:
-            raise FileNotFoundError(f"directory {path!r} has no checkpoint: none of {', '.join(_FILES)}")
-        path = files[0]
-    if path.endswith((".safetensors", ".index.json")):
-        return dict(_entries(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("state_dict", content)  # type: ignore[no-any-return]
-
-
-def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """The tensors of hyper-connections in a safetensors file, or in the parts that an index lists. The others are not read."""
-    if path.endswith(".index.json"):
-        with open(path, encoding="utf-8") as file:
-            places: dict[str, str] = json.load(file)["weight_map"]
-        for part in sorted({part for name, part in places.items() if _ours(name.rpartition(".")[0])}):
-            yield from _read(os.path.join(os.path.dirname(path), part)).items()
-    else:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                if _ours(name.rpartition(".")[0]):
-                    yield name, file.get_tensor(name)
-
-
-def _shown(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> str:
-    return repr(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else "the state dict"

@@ -5,29 +5,41 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mhc_compile.cli.shared import Command, backend_options, open_target, optional_target, weights_given, write
+from mhc_compile.cli.shared import (
+    Command,
+    backend_options,
+    open_target,
+    optional_target,
+    print_json,
+    result_console,
+    weights_given,
+    write,
+)
 from mhc_compile.config.options import Options
-from mhc_compile.tools.bench.names import UnknownNameError, check_names
+from mhc_compile.tools.bench.candidates import UnknownNameError, check_names
 
 if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
-    from mhc_compile.tools.bench.target import TargetResult
+    from mhc_compile.reporting.progress import Silent
+    from mhc_compile.tools.bench.results import Result, TargetResult
 
 __all__ = ["command"]
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-#: What --quick sets: everything runs, nothing means much.
+#: Sizes of --quick, which shows that everything runs; the figures mean little.
 _QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
 _QUICK_ROUNDS = 3
-#: Parameters that say something of a TARGET alone.
+#: Parameters of the benchmark without TARGET, and of the one with it.
+_SIZES = ("width", "layers", "tokens", "vocabulary")
+_NOT_OF_A_TARGET = ("kind", "only", "png_file", *_SIZES)
 _OF_A_TARGET = ("settings", "full_size", "train")
+_FLAGS = {"kind": "--benchmark", "png_file": "--png"}
 
 
 def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
@@ -53,15 +65,14 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     help="One site by itself, a training step, or both.",
 )
 @click.option(
-    "--only", multiple=True, callback=_known, metavar="NAME", help="A contender to measure beside plain; repeatable."
+    "--only", multiple=True, callback=_known, metavar="NAME", help="A candidate, measured with plain; repeatable."
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds; every contender once in each."
+    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds; every candidate once in each."
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: as many as cores]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32; cuda bfloat16]")
-@click.option("--busy", is_flag=True, help="Keep every core busy with something else while timing.")
 @click.option("--quick", is_flag=True, help="Tiny sizes, 3 rounds and warm caches: does everything run?")
 @click.option(
     "--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure and sample; - for stdout alone."
@@ -72,84 +83,93 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 def command(
     ctx: click.Context,
     /,
+    target: str | None,
+    settings: tuple[str, ...],
+    full_size: bool,
+    train: bool,
     kind: str,
     only: tuple[str, ...],
     rounds: int,
     threads: int | None,
     device: str | None,
     dtype: str | None,
-    busy: bool,
     quick: bool,
     json_file: Path | None,
     png_file: Path | None,
     quiet: bool,
-    target: str | None,
-    settings: tuple[str, ...],
-    full_size: bool,
-    train: bool,
-    width: int,
-    layers: int,
-    tokens: int,
-    vocabulary: int,
     **flags: Any,
 ) -> None:
-    """Measure what hyper-connections cost: ours, other implementations, the plain model and the physical limit, in the same rounds.
+    """Measure the cost of hyper-connections, of other implementations and of the physical limit.
 
-    With TARGET, that model instead: a training step (with --eval a forward pass) plain and rewritten, under Inductor, and plain in eager.
+    All candidates and the plain model run in the same rounds.
 
-    The step trains a GPT-2-shaped model; all contenders have the same blocks, and only the residual connection differs. The site is what lies
-    between two branches: streams and a branch output in, new streams and the next branch input out.
+    With TARGET, measure that model: a training step (with --eval a forward pass) plain and
+    rewritten, under Inductor, and plain in eager.
 
-    Contenders: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and deepseek-v4-eager (transformers),
-    hyper-connections (PyPI), on CUDA liger, liger-eager and tilekernels; limit is a copy of the bytes that must move and the products that
-    must be taken. One that is not installed is a row that says so: pip install "mhc-compile[bench]".
+    The step trains a GPT-2-shaped model; all candidates have the same blocks, and only the residual
+    connection differs. The site is the part between two branches: streams and a branch output in,
+    new streams and the next branch input out.
 
-    Exit codes: 0 fine, 1 a contender failed, 2 wrong usage, 130 interrupted (complete rounds are shown).
+    Candidates: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and
+    deepseek-v4-eager (transformers), hyper-connections (PyPI), on CUDA liger, liger-eager and
+    tilekernels; limit is a copy of the bytes that must move and the products that must be computed.
+    A candidate that is not installed is a row that says so: pip install "mhc-compile[bench]".
+
+    Exit codes: 0 success, 1 a candidate failed, 2 wrong usage, 130 interrupted (complete rounds are
+    shown).
     """
+    sizes: dict[str, int] = {name: flags.pop(name) for name in _SIZES}
     options = backend_options(flags)
-    sizes = {"width": width, "layers": layers, "tokens": tokens, "vocabulary": vocabulary}
-    given = {name for name in (*sizes, "rounds", "kind") if _is_given(ctx, name)}
-    if quick:
-        rounds = rounds if "rounds" in given else _QUICK_ROUNDS
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+    rounds = _QUICK_ROUNDS if quick and "rounds" not in given else rounds
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     _check_device(device)
+    loaded: Target | None = None
     if target is not None:
-        foreign = sorted({"only", *given} - {"rounds"}) if only else sorted(given - {"rounds"})
-        if foreign or png_file is not None:
-            names = ", ".join("--benchmark" if name == "kind" else f"--{name}" for name in foreign) or "--png"
-            raise click.UsageError(f"{names}: of the benchmark without TARGET; {target!r} has its own sizes")
+        if foreign := ", ".join(_FLAGS.get(name, f"--{name}") for name in _NOT_OF_A_TARGET if name in given):
+            raise click.UsageError(f"{foreign}: of the benchmark without TARGET; {target!r} has its own sizes")
         loaded = open_target(target, settings, full_size=full_size, train=train)
-        timed = _time(loaded, options, rounds, threads, device, dtype, busy, quick, quiet)
-        _show(timed, json_file)
-        if timed.interrupted:
-            sys.exit(130)
-        if timed.failed:
-            raise click.exceptions.Exit(1)
-        return
-    foreign = sorted(set(options) - {"iterations"}) + [name for name in _OF_A_TARGET if _is_given(ctx, name)]
-    if weights_given() is not None:
-        foreign.append("weights")
-    if foreign:
-        raise click.UsageError(f"{', '.join(foreign)}: for a TARGET; the benchmark without one sets its own options")
-    sizes["iterations"] = options.get("iterations", 20)
-    if quick:
-        sizes |= {name: value for name, value in _QUICK.items() if not _is_given(ctx, name)}
-    if png_file is not None and find_spec("matplotlib") is None:
-        raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
-    result = _measure(kind, only, rounds, threads, device, dtype, busy, quick, quiet, sizes)
-    if json_file is not None:
-        _write_json(result.to_dict(), json_file)
-    if json_file is None or str(json_file) != "-":
-        from rich.console import Console
+    else:
+        own = [*sorted(set(options) - {"iterations"}), *(name for name in _OF_A_TARGET if name in given)]
+        if foreign := ", ".join([*own, *(["weights"] if weights_given() is not None else [])]):
+            raise click.UsageError(f"{foreign}: for a TARGET; the benchmark without one sets its own options")
+        if png_file is not None and find_spec("matplotlib") is None:
+            raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
+        sizes["iterations"] = options.get("iterations", 20)
+        if quick:
+            sizes |= {name: value for name, value in _QUICK.items() if name not in given}
 
-        from mhc_compile.tools.bench.table import render
+    import torch
+    from rich.console import Console
 
-        render(Console(), result)
-    if png_file is not None:
-        from mhc_compile.tools.bench.chart import write_png
+    from mhc_compile.reporting.progress import choose_progress
+    from mhc_compile.tools.bench.measure import run
+    from mhc_compile.tools.bench.report import target_view, view, write_png
+    from mhc_compile.tools.bench.workloads import Shape
 
-        png_file.parent.mkdir(parents=True, exist_ok=True)
-        write_png(result, png_file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    width, cold = result_console().width, not quick
+    result: Result | TargetResult
+    with choose_progress(Console(stderr=True), quiet=quiet) as progress:
+        if loaded is not None:
+            result = _time_target(loaded, options, device, dtype, rounds=rounds, cold=cold, progress=progress)
+            shown = target_view(result, width)
+        else:
+            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"), **sizes)
+            kinds = ("site", "step") if kind == "both" else (kind,)
+            result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=cold, progress=progress)
+            shown = view(result, width)
+            if png_file is not None:
+                write_png(result, png_file)
+    if json_file == Path("-"):
+        print_json(result.to_dict())
+    else:
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write(shown)
     if result.interrupted:
         sys.exit(130)
     if result.failed:
@@ -164,42 +184,26 @@ def _check_device(device: str | None) -> None:
             raise click.UsageError("--device cuda: this torch sees no CUDA device")
 
 
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
-def _show(timed: TargetResult, json_file: Path | None) -> None:
-    if json_file is not None:
-        _write_json(timed.to_dict(), json_file)
-    if json_file is None or str(json_file) != "-":
-        write(timed)
-
-
-def _time(
+def _time_target(
     loaded: Target,
     options: dict[str, Any],
-    rounds: int,
-    threads: int | None,
     device: str | None,
     dtype: str | None,
-    busy: bool,
-    quick: bool,
-    quiet: bool,
+    *,
+    rounds: int,
+    cold: bool,
+    progress: Silent,
 ) -> TargetResult:
     import torch
-    from rich.console import Console
-    from torch.utils import _pytree as pytree
 
-    from mhc_compile.reporting.progress import choose_progress
-    from mhc_compile.tools.bench.target import measure_target
+    from mhc_compile._torch.benchmarking import tree_map_only
+    from mhc_compile.tools.bench.user_model import measure_target
 
-    if not isinstance(loaded.model, torch.nn.Module):
+    model, inputs = loaded.model, (loaded.args, loaded.kwargs)
+    if not isinstance(model, torch.nn.Module):
         raise click.UsageError(
             f"{loaded.name}: an exported program is one graph already; give the model that it was exported from"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    model, inputs = loaded.model, (loaded.args, loaded.kwargs)
     if device is not None or dtype is not None:
         real = getattr(torch, dtype) if dtype is not None else None
 
@@ -207,60 +211,7 @@ def _time(
             return value.to(device, real if value.is_floating_point() else None)
 
         model = model.to(device=device, dtype=real)
-        inputs = pytree.tree_map_only(torch.Tensor, move, inputs)
+        inputs = tree_map_only(torch.Tensor, move, inputs)
     args, kwargs = inputs
-    with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-        return measure_target(
-            loaded.name,
-            model,
-            args,
-            kwargs,
-            Options.parse(options),
-            rounds=rounds,
-            busy=busy,
-            cold=not quick,
-            progress=progress,
-        )
-
-
-def _measure(
-    kind: str,
-    only: tuple[str, ...],
-    rounds: int,
-    threads: int | None,
-    device: str | None,
-    dtype: str | None,
-    busy: bool,
-    quick: bool,
-    quiet: bool,
-    sizes: dict[str, Any],
-) -> Any:
-    import torch
-    from rich.console import Console
-
-    from mhc_compile.reporting.progress import choose_progress
-    from mhc_compile.tools.bench.run import Request, run
-    from mhc_compile.tools.bench.shape import Shape
-
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"))
-    request = Request(
-        shape=replace(shape, **sizes),
-        only=only,
-        kinds=("site", "step") if kind == "both" else (kind,),
-        rounds=rounds,
-        threads=threads,
-        busy=busy,
-        cold=not quick,
-    )
-    with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-        return run(request, progress)
-
-
-def _write_json(data: dict[str, Any], path: Path) -> None:
-    text = json.dumps(data, indent=2)
-    if str(path) == "-":
-        click.echo(text)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+    parsed = Options.parse(options)
+    return measure_target(loaded.name, model, args, kwargs, parsed, rounds=rounds, cold=cold, progress=progress)

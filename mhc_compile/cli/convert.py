@@ -1,14 +1,22 @@
-"""`mhc convert CHECKPOINT OUT`: a checkpoint of a system that ships hyper-connections into ours, or ours into its."""
+"""`mhc convert CHECKPOINT OUT`: exchange checkpoints with systems that ship hyper-connections."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mhc_compile.cli.shared import Command, print_json, progress, write
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mhc_compile.interop.convert import Conversion
+
 __all__ = ["command"]
+
+_SHOWN = 9
 
 
 @click.command("convert", cls=Command)
@@ -18,28 +26,29 @@ __all__ = ["command"]
     "--from",
     "origin",
     metavar="PRESET",
-    help="The checkpoint is of this system: deepseek-v4, glm5-next, hy-v4, qwen4-exp.",
+    help="The system of the checkpoint: deepseek-v4, glm5-next, hy-v4, qwen4-exp.",
 )
 @click.option(
     "--to",
     "into",
     metavar="PRESET",
-    help="The checkpoint is of a model with our hyper-connections: write it for this system.",
+    help="The checkpoint is of a model with our hyper-connections; convert it for this system.",
 )
 @click.option(
     "--spelling",
     metavar="NAME",
-    help="With --to: names as of the module in transformers, or as in files that it saved, or that were published.  [default: transformers]",
+    help="With --to: the names of the module in transformers, of files that it saved (saved), or of the original"
+    " release (published).  [default: transformers]",
 )
 @click.option(
     "--branch",
     "branches",
     multiple=True,
     metavar="OURS=THEIRS",
-    help="A branch of the model has another name than the system's: attn=self_attn; repeatable.",
+    help="A branch that the system calls otherwise: attn=self_attn; repeatable.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--all", "every", is_flag=True, help="List every entry that is converted, not only the first ones.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--all", "every", is_flag=True, help="List every converted entry, not only the first ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the report.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
@@ -54,29 +63,29 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Rewrite CHECKPOINT to OUT: names and shapes of the parameters of hyper-connections change, bit for bit reversible, all else is copied.
+    """Convert CHECKPOINT to OUT: hyper-connections get other names and shapes, bit for bit.
 
-    CHECKPOINT is a .safetensors file (OUT is one then), or a folder with one, or with several and their index (OUT is a folder then). Tensors are
-    read and written one at a time. OUT appears when it is complete.
+    Every other entry is copied. CHECKPOINT is a .safetensors file (then OUT is one), or a folder
+    with one, or with several and their index (then OUT is a folder). Tensors are read and written
+    one at a time. OUT appears when it is complete.
 
-    Names and shapes tell whether a checkpoint is of the system named, and which other one it fits. They cannot tell residual logits that were
-    written across the diagonal, because any numbers are valid logits.
+    A checkpoint of another system is detected by names and shapes, and the error names the system
+    that fits. Transposed residual logits are not detected: any numbers are valid logits.
 
-    Exit codes: 0 done, 1 the checkpoint does not fit, or OUT is there; 2 wrong usage.
+    Exit codes: 0 done, 1 the checkpoint does not fit, or OUT exists; 2 wrong usage.
     """
     preset = origin or into
     if preset is None or (origin and into):
         raise click.UsageError("give either --from PRESET (into our layout) or --to PRESET (out of it)")
     if origin and spelling:
-        raise click.UsageError("--spelling is for --to: with --from the names of the checkpoint tell it")
+        raise click.UsageError("--spelling is for --to: with --from it is detected from the names of the checkpoint")
     pairs = dict(_pair(branch) for branch in branches)
     from mhc_compile.cli.error_handling import TargetError
-    from mhc_compile.cli.targets.near import near_files
+    from mhc_compile.cli.targets.suggestions import near_files
 
     if not checkpoint.exists():
         raise TargetError(f"there is no file or folder {str(checkpoint)!r}{near_files(str(checkpoint))}")
     from mhc_compile.interop.convert import convert
-    from mhc_compile.interop.table import render
 
     with progress(f"converting {checkpoint}", quiet=quiet):
         result = convert(
@@ -91,7 +100,37 @@ def command(
     if as_json:
         print_json(result.to_dict())
     else:
-        write(render(result, every=every))
+        write(_report(result, every=every))
+
+
+def _report(conversion: Conversion, *, every: bool) -> RenderableType:
+    """Return paths, the first converted entries (or `every` one), counts, and other files."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    plan, changes = conversion.plan, list(conversion.plan.changes.values())
+    direction = f"mhc to {plan.preset}" if plan.native else f"{plan.preset} to mhc"
+    head = Text.assemble(
+        (f"{direction} ({plan.spelling!r} names)", "bold"), f": {conversion.source} to {conversion.out}"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    # Names are long: the new name goes below the old one, so that neither is folded.
+    for column in ("entry", "shape", ""):
+        table.add_column(column, overflow="fold")
+    for change in changes if every else changes[:_SHOWN]:
+        for source, shape in zip(change.sources, change.before, strict=True):
+            table.add_row(source, str(list(shape)), "")
+        table.add_row(f"  {change.target}", str(list(change.after)), Text(change.what, style="dim"))
+    hidden = 0 if every else max(len(changes) - _SHOWN, 0)
+    lines = [
+        f"... and {hidden} more of the same kind (--all lists them)" if hidden else "",
+        f"{len(changes)} entries converted, {len(plan.entries) - len(changes)} copied as they are;"
+        f" {len(conversion.files)} files, {sum(conversion.files.values()):,} bytes",
+        f"copied: {', '.join(conversion.copied)}" if conversion.copied else "",
+        f"left out, folders: {', '.join(conversion.left)}" if conversion.left else "",
+    ]
+    return Group(head, Text(), table, *(Text(line) for line in lines if line))
 
 
 def _pair(branch: str) -> tuple[str, str]:

@@ -10,18 +10,12 @@ from typing import Any
 import click
 
 from mhc_compile.cli.shared import Command
-from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings
+from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings, check_requirements
 
 __all__ = ["command"]
 
 _OUT = Path("runs/demo")
 _D = Settings()
-
-
-def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  # noqa: ARG001 - click's signature
-    if value % 32:
-        raise click.BadParameter(f"{value} is not a multiple of 32, the width of an attention head")
-    return value
 
 
 @click.command("demo", cls=Command)
@@ -46,19 +40,10 @@ def _odd_width(ctx: click.Context, param: click.Parameter, value: int) -> int:  
 )
 @click.option("--layers", type=click.IntRange(1), default=_D.layers, show_default=True, help="Transformer blocks.")
 @click.option(
-    "--width",
-    type=click.IntRange(32),
-    callback=_odd_width,
-    default=_D.width,
-    show_default=True,
-    help="Width C, a multiple of 32.",
+    "--width", type=click.IntRange(32), default=_D.width, show_default=True, help="Width C, a multiple of 32."
 )
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=_D.dropout, show_default=True, help="Probability.")
-@click.option(
-    "--lr",
-    type=click.FloatRange(0, min_open=True),
-    help="Peak learning rate.  [default: 0.003; vit 0.0003]",
-)
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 0.003; vit 0.0003]")
 @click.option(
     "--inner-backend",
     type=click.Choice(["inductor", "aot_eager", "eager"]),
@@ -85,68 +70,54 @@ def command(
 ) -> None:
     """Train a small transformer twice, plain and with hyper-connections, and compare.
 
-    The model comes from transformers, unmodified; the data are the source files of this Python's standard library, byte
-    by byte, split by file. Both models start from the same weights and see the same batches on the CPU, one step of
-    each in turn. The only difference is the backend: torch.compile(model) and torch.compile(model, backend="mhc").
+    The model comes from transformers, unmodified; the data are the source files of this Python's
+    standard library, byte by byte, split by file. Both models start from the same weights and see
+    the same batches on the CPU, one step of each in turn. The only difference is the backend:
+    torch.compile(model) and torch.compile(model, backend="mhc").
 
-    --model vit classifies images instead: pieces of source, one byte a pixel, by the package that they come from.
+    --model vit classifies images instead: pieces of source, one byte a pixel, by the package that
+    they come from.
 
-    Writes result.json (every figure), loss.png and checkpoint.pt to --out. Ctrl-C keeps the steps done so far; --resume
-    continues them, also with more --steps: the learning rate depends on the step alone.
+    Writes result.json (every figure), loss.png and checkpoint.pt to --out. Ctrl-C keeps the steps
+    done so far; --resume continues them, also with more --steps: the learning rate depends on the
+    step alone.
 
     Exit codes: 0 fine, 1 an error, 2 wrong usage, 130 interrupted.
     """
-    from mhc_compile.tools.demo.interrupt import Interrupts
+    # Threads that spin while they wait for each other make a step 25 times slower next to another
+    # busy process. The variable is read when torch is loaded, below.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from rich.console import Console
 
+    from mhc_compile.errors import OptionError
+    from mhc_compile.reporting.progress import choose_progress
+
+    check_requirements()
     given = {
         name: value
         for name, value in options.items()
         if value is not None and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
-    # Threads that spin while they wait for each other made a step 25 times slower beside another busy process. The
-    # variable is read when torch is loaded, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    interrupts = Interrupts()
-    with interrupts.active():
-        try:
-            _run(given, steps, out, resume, save_every, as_json, quiet, interrupts)
-        except KeyboardInterrupt:  # before there was anything to lose, or when all is on disk
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
-
-
-def _run(
-    given: dict[str, Any],
-    steps: int | None,
-    out: Path,
-    resume: bool,
-    save_every: float,
-    as_json: bool,
-    quiet: bool,
-    interrupts: Any,
-) -> None:
-    from rich.console import Console
-
-    from mhc_compile.errors import OptionError
-    from mhc_compile.tools.demo.progress import choose_progress
-    from mhc_compile.tools.demo.requirements import check_requirements
-    from mhc_compile.tools.demo.session import RESULT, ContradictionError, Interrupted, Request, run
-    from mhc_compile.tools.demo.summary import print_summary
-
-    check_requirements()
-    request = Request(given=given, steps=steps, out=out, resume=resume, save_every=save_every)
+    session = None
     try:
         with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-            outcome = run(request, progress, interrupts)
-    except (ContradictionError, OptionError) as error:
+            progress.phase("loading transformers and the data")
+            from mhc_compile.tools.demo.report import print_summary
+            from mhc_compile.tools.demo.session import Interrupts, Session
+
+            interrupts = Interrupts()
+            session = Session(out, given, steps, resume, save_every, progress, interrupts)
+            with interrupts.active():
+                result, explanation, files = session.run()
+    except OptionError as error:
         raise click.UsageError(str(error)) from error
-    except Interrupted as interrupted:
-        click.echo(_farewell(interrupted.step, out), err=True)
+    except KeyboardInterrupt:
+        click.echo(_farewell(session.saved if session else 0, out), err=True)
         sys.exit(130)
     if as_json:
-        click.echo((out / RESULT).read_text(), nl=False)
+        click.echo(files[0].read_text(), nl=False)
     else:
-        print_summary(Console(), outcome.result, outcome.explanation, outcome.files)
+        print_summary(Console(), result, explanation, files)
 
 
 def _farewell(step: int, out: Path) -> str:

@@ -16,11 +16,11 @@ __all__ = ["command"]
 @click.command("run", context_settings={"allow_interspersed_args": False})
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")
 @option_flags
-@click.option("--quiet", is_flag=True, help="Do not say what was rewritten.")
+@click.option("--quiet", is_flag=True, help="Do not report what was rewritten.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(module: bool, quiet: bool, script: str, arguments: tuple[str, ...], **flags: Any) -> None:
-    """Run an unmodified training script with hyper-connections: mhc becomes the backend of every torch.compile(...) that names none.
+    """Run an unmodified training script with mhc as the default backend of torch.compile.
 
     \b
     mhc run train.py --lr 3e-4
@@ -29,23 +29,24 @@ def command(module: bool, quiet: bool, script: str, arguments: tuple[str, ...], 
     mhc run -m torch.distributed.run --nproc-per-node 2 train.py
     torchrun --nproc-per-node 2 -m mhc_compile run train.py
 
-    What stands behind SCRIPT belongs to it. It runs as `python SCRIPT ARGUMENTS` would, in its own process and with its own exit code; Pythons
-    that it starts have the backend too. An explicit backend= stays as it is, and options= without one are settings for Inductor.
+    Everything after SCRIPT is passed to it. It runs as `python SCRIPT ARGUMENTS` does, in its own
+    process and with its own exit code; Pythons that it starts have the backend too. An explicit
+    backend= is not changed, and options= without one are settings for Inductor.
 
-    Options may stand in a table [tool.mhc] of pyproject.toml, looked for from the script's directory upwards and then from the current one;
-    flags override it.
+    Options may also be in a table [tool.mhc] of a pyproject.toml, searched from the directory of
+    the script upwards and then from the current one; flags override it.
 
-    A line on stderr says what was rewritten. Exit codes: those of the script; 2 wrong usage.
-    """  # noqa: D301 - click's mark for lines that must stay
+    A line on stderr reports what was rewritten. Exit codes: those of the script; 2 wrong usage.
+    """  # noqa: D301 - click's mark for lines that are not wrapped
     from mhc_compile.errors import OptionError
     from mhc_compile.tools.launcher.command import launch
-    from mhc_compile.tools.launcher.table import find_table
+    from mhc_compile.tools.launcher.run_config import find_options
 
     if not module and not os.path.exists(script):
         raise click.UsageError(f"there is no file {script!r} (looked in {os.getcwd()}); for a module: mhc run -m NAME")
     given = given_options(flags)
     try:
-        table = find_table(*([] if module else [Path(script).resolve().parent]), Path.cwd())
+        table = find_options(*([] if module else [Path(script).resolve().parent]), Path.cwd())
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     inductor = {**table.get("inductor", {}), **given.get("inductor", {})}

@@ -35,14 +35,15 @@ def command(
     as_markdown: bool,
     quiet: bool,
 ) -> None:
-    """Estimate what hyper-connections cost at 3B to 671B, and at a size of your own: parameters, bytes, memory, time.
+    """Estimate the cost of hyper-connections at 3B to 671B, and at a size of your own.
 
-    Nothing is measured: these are counts and rooflines, the ones of `mhc explain`. A size of your own is --width and --layers.
+    Parameters, bytes, memory and time are counts and rooflines, those of `mhc explain`; nothing is
+    measured. A size of your own is --width and --layers.
     """
     from mhc_compile.config.options import Options
     from mhc_compile.tools.scaling.estimate import estimate
+    from mhc_compile.tools.scaling.report import markdown, view
     from mhc_compile.tools.scaling.shapes import SHAPES, Shape
-    from mhc_compile.tools.scaling.table import markdown, render
 
     if (width is None) != (layers is None):
         raise click.UsageError("a size of your own needs both --width and --layers")
@@ -67,4 +68,4 @@ def command(
     elif as_markdown:
         click.echo(markdown(estimates))
     else:
-        write(render(estimates))
+        write(view(estimates))

@@ -102,15 +102,15 @@ def _check_all(
     jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
 ) -> list[Outcome]:
     """Return the outcomes in order. Shows a progress bar on a terminal, and prints deviations at once."""
-    import logging
     import warnings
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from mhc_compile._torch import show_compiler_errors_only
     from mhc_compile.tools.zoo.check import check
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the table counts graph breaks
+    show_compiler_errors_only()  # the table counts graph breaks
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -12,9 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from mhc_compile.config.coefficient_spec import parse
+from mhc_compile.modules.hyper_connection import parameter_dtype
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.chains import reject_site
 from mhc_compile.passes.planning.verdict import Reason
@@ -23,6 +22,7 @@ from mhc_compile.passes.transforms.stream_builder import Binding, End
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch.fx import Node
 
     from mhc_compile.config.options import ResolvedOptions
@@ -51,11 +51,16 @@ class PlannedSite:
     options: ResolvedOptions
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the site's parameters."""
+    def value(self) -> torch.Tensor:
+        """The example value of the site's sum."""
         value = tensor_value(self.site.add)
         assert value is not None
-        return torch.float64 if value.dtype == torch.float64 else torch.float32
+        return value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the site's parameters."""
+        return parameter_dtype(self.value)
 
 
 def planned_sites(plan: Plan, options: ResolvedOptions) -> tuple[PlannedSite, ...]:
@@ -75,7 +80,8 @@ class SiteParameters(ABC):
         """Return the hyper-connection that the site has already. It may have shapes alone.
 
         Raises:
-            AttachError: its owner has something else called `mhc`, or a hyper-connection that contradicts the options.
+            AttachError: its owner has something else called `mhc`, or a hyper-connection that
+                contradicts the options.
         """
 
     @abstractmethod
@@ -98,7 +104,10 @@ class SiteParameters(ABC):
         return rejected
 
     def resolve(self, planner: Planner, options: ResolvedOptions) -> tuple[PlannedSite, ...]:
-        """Plan until every site of the plan can have its parameters. Return those sites; `planner.plan` is their plan."""
+        """Plan until every site of the plan can have its parameters.
+
+        Return those sites; `planner.plan` is their plan.
+        """
         return planned_sites(planner.settle(lambda plan: self.rejections(planned_sites(plan, options))), options)
 
 
@@ -113,7 +122,8 @@ def bind_connection(connection: HyperConnection, find: Callable[[str], Node | st
 
     Args:
         connection: whose settings count.
-        find: gives the graph input, or the path of an attribute, that is the parameter of this name; None where the graph does not have it.
+        find: gives the graph input, or the path of an attribute, that is the parameter of this
+            name; None where the graph does not have it.
 
     Returns:
         The binding; None where the graph lacks a parameter.

@@ -50,7 +50,8 @@ def check_whole(plan: Plan, boundary: BoundaryInfo, options: ResolvedOptions, pr
     root = provenance.root
     alone = root is not None and provenance.frame.runs_inside_another(root, compiled_alone=True)
     for chain in plan.chains:
-        # Of blocks that are compiled one by one, each takes its trunk from outside and gives it back.
+        # Of blocks that are compiled one by one, each takes its trunk from outside and gives it
+        # back.
         part = boundary.part or (alone and chain.arrives)
         goes_on = part and (chain.departures or any(site.tail for site in chain.sites))
         if chain.start in boundary.arriving or goes_on:

@@ -1,6 +1,7 @@
 """The plan for every graph of a model, and what the rewrite would bind to it, while nothing is run and nothing changed.
 
-`explain` reports it, `diff` expands it, and the backend makes it again by the same `GraphSession` when the model is compiled.
+`explain` reports it, `diff` expands it, and the backend makes it again by the same `GraphSession`
+when the model is compiled.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ class DryGraph:
     """One graph that Dynamo makes of a model. Valid while Dynamo traces the frame.
 
     Attributes:
-        modules: paths of the modules that run it: the one that was traced, and blocks that are alike; ("",) is the model itself.
+        modules: paths of the modules that run it: the one that was traced, and blocks that are
+            alike; ("",) is the model itself.
         captured: the graph as Dynamo handed it over.
         session: the normalised graph and the plan for it.
-        bindings: parameters for every site of the plan, as graph inputs: those that the model has, and inputs that stand for those it will get.
+        bindings: parameters for every site of the plan, as graph inputs: those that the model has,
+            and inputs that stand for those it will get.
         openings: name and parameters of every branch that begins here and ends in another graph.
         foreseen: the paths of the parameters that it will get, below the traced module.
     """
@@ -69,11 +72,13 @@ def dry_run(
         kwargs: example inputs by name.
         options: of the backend.
         on_graph: is called with every graph, in the order in which they run.
-        begun: what an earlier run returned. A branch that a graph break cuts begins in a graph that is traced before the one in which it ends:
-            only the second run knows what the first of the two graphs must open.
+        begun: what an earlier run returned. A branch that a graph break cuts begins in a graph that
+            is traced before the one in which it ends: only the second run knows what the first of
+            the two graphs must open.
 
     Returns:
-        The sites of branches that are cut, by the modules that begin them. Empty where no branch is.
+        The sites of branches that are cut, by the modules that begin them. Empty where no branch
+        is.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs.

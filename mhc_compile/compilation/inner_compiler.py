@@ -71,7 +71,7 @@ def prepare_kernels(session: GraphSession) -> None:
     for planned in session.sites:
         streams, branch, spec = (
             tensor_value(planned.site.add),
-            tensor_value(planned.site.terms[0]),
+            tensor_value(planned.site.branch_outputs[0]),
             planned.options.spec,
         )
         if streams is not None and branch is not None:
@@ -127,9 +127,9 @@ def _compile(
 def run_eagerly(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return the graph module itself, with checkpointed regions that keep the state of the random number generator.
 
-    torch's own backend "eager" runs `tag_activation_checkpoint` without keeping that state, which it leaves to the
-    partitioner of AOTAutograd: dropout in a region then has another mask in the backward, and gradients are wrong.
-    The graph module and its bodies are changed in place.
+    torch's own backend "eager" runs `tag_activation_checkpoint` without keeping that state, which
+    it leaves to the partitioner of AOTAutograd: dropout in a region then has another mask in the
+    backward, and gradients are wrong. The graph module and its bodies are changed in place.
     """
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):

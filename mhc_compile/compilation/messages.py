@@ -89,7 +89,7 @@ def warn_split_branch(rejection: Rejection, provenance: DynamoProvenance, option
     Raises:
         StreamsLostError: `options.strict`.
     """
-    owner = rejection.where or (type(provenance.root).__name__ if provenance.root is not None else "a function")
+    owner = rejection.module_path or (type(provenance.root).__name__ if provenance.root is not None else "a function")
     _say(
         f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end there: {rejection.message}."
         " Let a module that is compiled be the first to read the trunk in the branch (a norm, a projection)",

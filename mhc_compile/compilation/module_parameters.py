@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.fx import Node
 
 from mhc_compile.attachment.declaration import begun_by
 from mhc_compile.attachment.model_tree import find_connection
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import nn
-    from torch.fx import Graph
+    from torch.fx import Graph, Node
 
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.modules.hyper_connection import HyperConnection
@@ -113,9 +112,7 @@ class PredictedParameters(ModuleParameters):
                 connection = create_connection(site.width, planned.options, last=planned.last, device="meta")
                 self._predicted[site.path] = connection
         found = _elsewhere(connection) if site.tail else self._binding(connection)
-        value = tensor_value(site.add)
-        assert value is not None
-        return found or self._stand_in(site.path, connection, value, planned.dtype)
+        return found or self._stand_in(site.path, connection, planned.value, planned.dtype)
 
     def predicted_openings(
         self, plan: Plan, begun: Mapping[nn.Module, Sequence[PlannedSite]]
@@ -144,7 +141,8 @@ class PredictedParameters(ModuleParameters):
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
                 with self.graph.inserting_after(last):
                     node = self.added[path] = self.graph.placeholder(path.replace(".", "_"))
-                    node.target = node.name  # an argument of the graph's code; a path may begin with a digit: "1.mhc.f"
+                    # An argument of the graph's code; a path may begin with a digit: "1.mhc.f".
+                    node.target = node.name
                 with like.fake_mode:  # type: ignore[attr-defined]
                     shape = connection.get_parameter(part).shape
                     node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.device)

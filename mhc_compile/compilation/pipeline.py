@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
+from mhc_compile.compilation.observers import notify
 from mhc_compile.compilation.session import GraphSession
 
 if TYPE_CHECKING:
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import ResolvedOptions
 
-__all__ = ["compile_captured", "observe"]
+__all__ = ["compile_captured"]
 
-#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite when it was traced.
+#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite
+#: when it was traced.
 _plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
-#: Called with each session once its graph is rewritten.
-_observers: list[Callable[[GraphSession], None]] = []
 #: Two threads may compile at the same time.
 _lock = threading.Lock()
 
@@ -37,35 +37,25 @@ def compile_captured(
     if session.attach():
         _trace_again()
     graph = session.rewrite()
-    with _lock:
-        observers = tuple(_observers)
-        if session.is_plain:
+    if session.is_plain:
+        with _lock:
             _plain.add(session.provenance.frame.code)
-    for observer in observers:
-        observer(session)
+    notify(session)
     return compile_graph(session, graph, inputs, mode)
 
 
-def observe(observer: Callable[[GraphSession], None]) -> Callable[[], None]:
-    """Call `observer` with the session of each graph that is compiled from now on. Return a function that ends this."""
-    with _lock:
-        _observers.append(observer)
-
-    def end() -> None:
-        with _lock:
-            _observers.remove(observer)
-
-    return end
-
-
 def _trace_again() -> None:
-    """Start the trace again, in which the parameters are inputs of the graph. Raises; never returns."""
+    """Start the trace again, in which the parameters are inputs of the graph.
+
+    Raises; never returns.
+    """
     with _lock:
         codes = tuple(_plain)
         _plain.clear()
     for code in codes:
         _torch.forget_compiled(code, all_entries=False)
-    # A model that got its hyper-connections just now fits no compiled version of its class, and needs one of its own. (Once it has them, it
-    # shares those of other models like it.) Otherwise the ninth model of a process would meet Dynamo's limit and run without streams.
+    # A model that got its hyper-connections just now fits no compiled version of its class, and
+    # needs one of its own. (Once it has them, it shares those of other models like it.) Otherwise
+    # the ninth model of a process would meet Dynamo's limit and run without streams.
     _torch.make_room()
     _torch.restart_trace()

@@ -54,7 +54,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class GraphSession:
-    """A normalised graph, the plan for it, and the modules it comes from. Valid while Dynamo traces the frame."""
+    """A normalised graph, the plan for it, and the modules it comes from.
+
+    Valid while Dynamo traces the frame.
+    """
 
     captured: torch.fx.GraphModule
     graph: Graph
@@ -64,14 +67,18 @@ class GraphSession:
 
     @classmethod
     def analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
-        """Normalise the graph that Dynamo handed over, find its sites and plan its chains. The graph itself stays as it is."""
+        """Normalise the graph that Dynamo handed over, find its sites and plan its chains.
+
+        The graph itself stays as it is.
+        """
         graph = normalize(graph_module.graph)
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
         planner = Planner(graph, provenance, options.min_chain_length, boundary)
         if options.read_out != "mean" or options.single_pass:
             check_whole(planner.plan, boundary, options, provenance)
-            # A value that happens to be a result of the graph ends its chain as any other reader does.
+            # A value that happens to be a result of the graph ends its chain as any other reader
+            # does.
             boundary = BoundaryInfo(tail=boundary.tail, attached=boundary.attached)
             planner = Planner(graph, provenance, options.min_chain_length, boundary)
         session = cls(graph_module, graph, provenance, options, planner)
@@ -89,9 +96,12 @@ class GraphSession:
         return planned_sites(self.plan, self.options)
 
     def attach(self) -> bool:
-        """Give every site its parameters. Return whether any were missing, so that the graph must be traced again to see them.
+        """Give every site its parameters.
 
-        Sites that cannot share the parameters of their module are rejected, and the plan is made again.
+        Return whether any were missing, so that the graph must be traced again to see them.
+
+        Sites that cannot share the parameters of their module are rejected, and the plan is made
+        again.
         """
         parameters = ModuleParameters(self.graph, self.provenance)
         planned = parameters.resolve(self.planner, self.options)
@@ -128,7 +138,8 @@ class GraphSession:
         """Return the graph on streams, with `mhc::` operators; where nothing is to be rewritten, the normalised graph.
 
         Raises:
-            NothingRewrittenError, StreamsLostError: with `strict`, where a warning would be given otherwise.
+            NothingRewrittenError, StreamsLostError: with `strict`, where a warning would be given
+            otherwise.
         """
         parameters = ModuleParameters(self.graph, self.provenance)
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
@@ -138,7 +149,8 @@ class GraphSession:
         if not bindings and not openings:
             if self._should_have_sites():
                 warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
-            # Declarations of sites that other graphs of the model rewrite are not for the inner compiler's eyes.
+            # Declarations of sites that other graphs of the model rewrite are not for the inner
+            # compiler's eyes.
             return close_regions(self.graph)
         warn_of_pipeline(self.provenance.frame)
         return expand_plan(self.graph, self.plan, bindings, openings=openings)
@@ -181,7 +193,8 @@ class GraphSession:
     def _should_have_sites(self) -> bool:
         """Whether a user expects residual adds here: not in a loss function or an embedding that Dynamo compiles by itself.
 
-        Of a model in pieces, the last piece answers for all, and for the modules that Dynamo compiles by themselves because of a graph break.
+        Of a model in pieces, the last piece answers for all, and for the modules that Dynamo
+        compiles by themselves because of a graph break.
         """
         root, frame = self.provenance.root, self.provenance.frame
         if root is None or connections(root) or not any(is_contraction(node) for node in self.graph.nodes):
@@ -204,7 +217,10 @@ class GraphSession:
                     _torch.forget_compiled(code, all_entries=False)
 
     def _check_overrides(self) -> None:
-        """Warn of patterns of `overrides` that fit no site. A piece of a model knows its own sites only: nothing is said there."""
+        """Warn of patterns of `overrides` that fit no site.
+
+        A piece of a model knows its own sites only: nothing is said there.
+        """
         overrides, plan = self.options.overrides, self.plan
         if not overrides or not plan.sites or self.provenance.frame.is_part:
             return

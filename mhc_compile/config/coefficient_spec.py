@@ -1,7 +1,11 @@
-"""How a system computes its coefficients, as one value that fits into a string. Torch is not imported here.
+"""How a system computes its coefficients, as one value that fits into a string.
 
-The operators take the convention in the place of the mapping's name (`str mapping`): "sinkhorn" is the paper's, and settings that differ from the
-paper's stand behind it: "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06". So a graph says what it computes, and a kernel is built for what it says.
+Torch is not imported here.
+
+The operators take the convention in the place of the mapping's name (`str mapping`): "sinkhorn" is
+the paper's, and settings that differ from the paper's stand behind it:
+"sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06". So a graph says what it computes, and a kernel is built
+for what it says.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ Last = Literal["rows", "columns"]
 #: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².
 MAX_STREAMS = 8
 
-#: The residual mappings by name, each with the numbers of streams it supports. `register_mapping` adds to it. It lives here, not with the
-#: mappings, so that options are validated without importing torch.
+#: The residual mappings by name, each with the numbers of streams it supports. `register_mapping`
+#: adds to it. It lives here, not with the mappings, so that options are validated without importing
+#: torch.
 STREAM_COUNTS: dict[str, tuple[int, ...]] = {
     "sinkhorn": tuple(range(1, MAX_STREAMS + 1)),
     "identity": tuple(range(1, MAX_STREAMS + 1)),
@@ -45,10 +50,11 @@ class Convention:
         pre_eps: added to pre, so that no stream is ever cut off.
         post_range: the largest post.
         post_eps: added to post.
-        sinkhorn_eps: added to the entries after the first column step and to every sum that is divided by (DeepSeek-V4). With it rows sum to
-            1 - sinkhorn_eps rather than 1.
+        sinkhorn_eps: added to the entries after the first column step and to every sum that is
+            divided by (DeepSeek-V4). With it rows sum to 1 - sinkhorn_eps rather than 1.
         last: the side of H_res that Sinkhorn normalises last, and whose sums are therefore exact.
-        rank: rank of the gate of a read with a weight for every channel (Qwen4-Exp); 0 for a weight for every stream.
+        rank: rank of the gate of a read with a weight for every channel (Qwen4-Exp); 0 for a weight
+            for every stream.
     """
 
     mapping: str = "sinkhorn"

@@ -19,7 +19,8 @@ ExistingOptimizers = Literal["extend", "warn", "ignore"]
 Recompute = Literal["none", "cheap", "block"]
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
 
-#: What `overrides` may set for some sites. The others hold for a whole chain, or for the whole compilation.
+#: What `overrides` may set for some sites. The others hold for a whole chain, or for the whole
+#: compilation.
 PER_SITE = ("mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "eps")
 
 
@@ -59,41 +60,56 @@ class Options:
     """What `torch.compile(model, backend="mhc", options={...})` accepts.
 
     Attributes:
-        preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4", "liger", "qwen4-exp", or one of your own (see
-            `mhc_compile.config.presets`). It chooses mapping, iterations, eps, read_out, single_pass and rank where they are not given, and the epsilons
-            in the coefficients.
+        preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4",
+            "liger", "qwen4-exp", or one of your own (see `mhc_compile.config.presets`). It chooses
+            mapping, iterations, eps, read_out, single_pass and rank where they are not given, and
+            the epsilons in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
-        mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed), "permutations" (mHC-lite, up
-            to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams), "unconstrained" (HC, for comparison), or one of your own
+        mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed),
+            "permutations" (mHC-lite, up to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams),
+            "unconstrained" (HC, for comparison), or one of your own
             (`mhc_compile.register_mapping`).
-        token_dependent: whether coefficients depend on the token, through phi. False: they are the same for all tokens (static hyper-connections).
-        overrides: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp": {"mapping": "identity"}}. `*` stands for any
-            characters, and anything may stand before the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
-            It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight and eps.
-        read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on the token. Other readers of a trunk value
-            get the sum with "sum", else the mean.
-        single_pass: the weights that a site computes collapse the streams for the next site, the first one reads the trunk itself, and the
-            weights of the last one end the chain (DeepSeek-V4.1).
-        rank: rank of the gate by which a branch reads every channel with a weight of its own (Qwen4-Exp), 0 for none.
+        token_dependent: whether coefficients depend on the token, through phi. False: they are the
+            same for all tokens (static hyper-connections).
+        overrides: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp":
+            {"mapping": "identity"}}. `*` stands for any characters, and anything may stand before
+            the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
+            It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight and
+            eps.
+        read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on
+            the token. Other readers of a trunk value get the sum with "sum", else the mean.
+        single_pass: the weights that a site computes collapse the streams for the next site, the
+            first one reads the trunk itself, and the weights of the last one end the chain
+            (DeepSeek-V4.1).
+        rank: rank of the gate by which a branch reads every channel with a weight of its own
+            (Qwen4-Exp), 0 for none.
         iterations: Sinkhorn iterations, 1 to 1000 (20 in the paper). Ignored by other mappings.
-        init: "preserve" starts as the same function as the model given: the streams are equal, every branch reads their weighted mean and
-            writes to all of them. "random" starts from random projections and uniform mixing, for training from the first step; it changes
-            what the model computes.
-        init_gain: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0, with phi = 0, nothing would ever learn.
-        init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site i of a chain leans to stream i mod n); the others
-            share the rest. Equal weights would keep the streams equal for ever.
+        init: "preserve" starts as the same function as the model given: the streams are equal,
+            every branch reads their weighted mean and writes to all of them. "random" starts from
+            random projections and uniform mixing, for training from the first step; it changes what
+            the model computes.
+        init_gain: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0,
+            with phi = 0, nothing would ever learn.
+        init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site
+            i of a chain leans to stream i mod n); the others share the rest. Equal weights would
+            keep the streams equal for ever.
         eps: added to the mean square under the root mean square of the streams.
         min_chain_length: a chain of fewer residual adds is left as it is.
         strict: nothing rewritten is an error instead of a warning.
-        recompute: what the backward computes again instead of keeping it. "cheap": all but the streams before every site, the outputs of the
-            branches and the coefficients; it costs nothing, because the kernels have what they need at hand. "block": the streams as well, all
-            but those of every `sqrt(n L / (n + 2))`-th of L sites; costs about one more forward of the hyper-connections, no branch runs again.
-            "none": the operators stay apart, and each keeps what it was given; for comparison. With `inner_backend` "inductor" or "aot_eager".
-        inner_backend: the compiler that receives the rewritten graph: "inductor", "aot_eager", "eager", or any callable that is a
-            `torch.compile` backend.
-        existing_optimizers: what to do for an optimizer that was built before the first call and so has never seen the new parameters:
-            "extend" adds them to the groups of the block that they belong to, "warn" only says so, "ignore" does nothing.
-        inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g. {"max_autotune": True}).
+        recompute: what the backward computes again instead of keeping it. "cheap": all but the
+            streams before every site, the outputs of the branches and the coefficients; it costs
+            nothing, because the kernels have what they need at hand. "block": the streams as well,
+            all but those of every `sqrt(n L / (n + 2))`-th of L sites; costs about one more forward
+            of the hyper-connections, no branch runs again. "none": the operators stay apart, and
+            each keeps what it was given; for comparison. With `inner_backend` "inductor" or
+            "aot_eager".
+        inner_backend: the compiler that receives the rewritten graph: "inductor", "aot_eager",
+            "eager", or any callable that is a `torch.compile` backend.
+        existing_optimizers: what to do for an optimizer that was built before the first call and so
+            has never seen the new parameters: "extend" adds them to the groups of the block that
+            they belong to, "warn" only says so, "ignore" does nothing.
+        inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g.
+            {"max_autotune": True}).
     """
 
     preset: str = "paper"
@@ -148,7 +164,8 @@ class Options:
         """Validate the `options` of `torch.compile` and fill in the choices of the preset.
 
         Raises:
-            OptionError: an unknown name (the message gives the nearest known one), a wrong type, or a value out of range.
+            OptionError: an unknown name (the message gives the nearest known one), a wrong type, or
+                a value out of range.
         """
         if options is None:
             return cls().resolved
@@ -268,7 +285,8 @@ class ResolvedOptions(Options):
         """The options for one site.
 
         Args:
-            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection, "layers.0.mhc.mlp").
+            path: of the branch, e.g. "layers.0.mlp" (or of its hyper-connection,
+                "layers.0.mhc.mlp").
         """
         values: dict[str, Any] = {}
         for pattern in self.matching(path):

@@ -1,8 +1,9 @@
 """Models that are distributed in a way that hyper-connections would not follow: how that is noticed, and how it is said.
 
-DDP and FSDP find the parameters of a model when they wrap it. Parameters that are attached afterwards would be trained on every rank by that rank's
-own gradients, and the ranks would drift apart without a word. So would those of a trunk that is cut along its tokens (sequence parallel), where each
-rank has the gradient of its own tokens.
+DDP and FSDP find the parameters of a model when they wrap it. Parameters that are attached
+afterwards would be trained on every rank by that rank's own gradients, and the ranks would drift
+apart without a word. So would those of a trunk that is cut along its tokens (sequence parallel),
+where each rank has the gradient of its own tokens.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
         known: what `ddp_parameters` returned.
 
     Raises:
-        AttachError: the model runs inside DDP, and DDP was built before `connection`; FSDP manages `owner`, and there is no `connection`; or the
-            trunk is a DTensor or one rank's share of one.
+        AttachError: the model runs inside DDP, and DDP was built before `connection`; FSDP manages
+            `owner`, and there is no `connection`; or the trunk is a DTensor or one rank's share of
+            one.
     """
     placements = _share(site)
     if placements is not None:
@@ -70,13 +72,15 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
 
 def _share(site: Site) -> tuple[Any, ...] | None:
     """The placements of the sum: those of a DTensor, or of one whose local part a term is. None where every rank has all of it."""
-    todo = [site.add, *site.terms]
+    todo = [site.add, *site.branch_outputs]
     seen = set(todo)
     while todo:
         node = todo.pop()
         placements = _torch.placements(tensor_value(node))
         if placements is not None:
-            if node in (site.add, *site.terms) or not all(placement.is_replicate() for placement in placements):
+            if node in (site.add, *site.branch_outputs) or not all(
+                placement.is_replicate() for placement in placements
+            ):
                 return placements
             continue  # what is whole on every rank may be computed in shares
         news = [operand for operand in node.all_input_nodes if operand in site.branch and operand not in seen]

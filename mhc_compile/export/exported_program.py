@@ -1,7 +1,8 @@
 """`mhc_compile.rewrite` for a `torch.export.ExportedProgram`: the same passes, and a program that needs nothing of ours to run.
 
-An exported program is a graph of ATen operations and a signature that says which graph input is which entry of the state dict. The rewrite adds
-inputs for the new parameters behind the old ones, puts the graph on streams, and writes every operator of ours as ATen.
+An exported program is a graph of ATen operations and a signature that says which graph input is
+which entry of the state dict. The rewrite adds inputs for the new parameters behind the old ones,
+puts the graph on streams, and writes every operator of ours as ATen.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def _assemble(
         graph: the graph, in ATen.
         inputs: specs of the graph's placeholders, in order.
         tensors: new entries of the state dict.
-        kept: names of the program's values that exist in the graph; all of the graph's, if not given.
+        kept: names of the program's values that exist in the graph; all of the graph's, if not
+            given.
     """
     for node in graph.nodes:
         if "example_value" in node.meta:
@@ -122,7 +124,8 @@ def _assemble(
     parameters = set(program.graph_signature.parameters)
     for node, spec in zip(placeholders, inputs, strict=True):
         if spec.kind is not InputKind.PARAMETER or spec.target in parameters:
-            node.name = next(names)  # a copy renames inputs that are called like something of Python's (`input`)
+            # A copy renames inputs that are called like something of Python's (`input`).
+            node.name = next(names)
     results: Any = next(iter(reversed(graph.nodes))).args[0]
     outputs = [_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)]
     inputs = [_named(spec, node) for spec, node in zip(inputs, placeholders, strict=True)]
@@ -150,8 +153,8 @@ def _named(spec: Any, node: Node | Any) -> Any:
 def _call(entry: Any, kept: set[str], outputs: list[OutputSpec]) -> Any:
     """The entry of a module call.
 
-    The signature of a call that takes or returns a value which is streams now is dropped; `unflatten` makes one from the graph. The root takes
-    and returns what it did.
+    The signature of a call that takes or returns a value which is streams now is dropped;
+    `unflatten` makes one from the graph. The root takes and returns what it did.
     """
     signature = copy.deepcopy(entry.signature)
     if signature is None:

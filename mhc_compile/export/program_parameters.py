@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from mhc_compile.attachment.model_tree import CONTAINER
@@ -22,6 +20,8 @@ from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+    from torch import nn
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
 
@@ -67,7 +67,8 @@ class ProgramProvenance(Provenance):
 class ProgramParameters(SiteParameters):
     """The parameters of the hyper-connections of a program, those that it has and those that it gets.
 
-    A program that was exported from a model with hyper-connections attached has them among its inputs, unread: they are used.
+    A program that was exported from a model with hyper-connections attached has them among its
+    inputs, unread: they are used.
 
     Args:
         graph: the normalised graph; `bind` adds inputs to it.
@@ -98,7 +99,8 @@ class ProgramParameters(SiteParameters):
         """Return the shapes of the hyper-connection that the program has for the site.
 
         Raises:
-            AttachError: the owner of the site has something else called `mhc`, or its hyper-connection contradicts the options.
+            AttachError: the owner of the site has something else called `mhc`, or its
+                hyper-connection contradicts the options.
         """
         site, path = planned.site, self.path(planned)
         container = path.removesuffix(f".{site.name}")
@@ -135,20 +137,21 @@ class ProgramParameters(SiteParameters):
         return binding
 
     def path(self, planned: PlannedSite) -> str:
-        """Return where the parameters of a site are. A module that the model holds under several names is one module: its first name counts."""
+        """Return where the parameters of a site are.
+
+        A module that the model holds under several names is one module: its first name counts.
+        """
         owner = planned.site.owner.path
         return below(self._aliases.get(owner, [owner])[0], f"{CONTAINER}.{planned.site.name}")
 
     def _create(self, planned: PlannedSite, path: str) -> None:
         site = planned.site
-        value = tensor_value(site.add)
-        assert value is not None
         connection = create_connection(
             site.width,
             planned.options,
             index=planned.index,
             last=planned.last,
-            device=value.device,
+            device=planned.value.device,
             dtype=planned.dtype,
         )
         new = [(part, p) for part, p in connection.named_parameters() if f"{path}.{part}" not in self._state]
@@ -167,7 +170,8 @@ class ProgramParameters(SiteParameters):
             following = [node for node in self.graph.nodes if node.op == "placeholder"][place:]
             with self.graph.inserting_before(following[0] if following else next(iter(self.graph.nodes))):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
-                node.target = node.name  # an argument of the graph's code; a module's name may be anything without dots
+                # An argument of the graph's code; a module's name may be anything without dots.
+                node.target = node.name
             node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
             self.specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node

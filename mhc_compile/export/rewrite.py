@@ -21,15 +21,15 @@ from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError
 from mhc_compile.export.exported_program import rewrite_program
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.provenance import Provenance
 from mhc_compile.passes.planning.planner import Planner
-from mhc_compile.passes.transforms.checkpoint_regions import adopt
+from mhc_compile.passes.transforms.outline_regions import adopt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = ["rewrite"]
@@ -49,26 +49,33 @@ def rewrite(
     """A graph module, or an exported program, like `model`, on parallel residual streams, with the new parameters registered.
 
     Args:
-        model: a graph module from `torch.fx.symbolic_trace`, or a program from `torch.export.export`, decomposed or not. It stays as it is; the
-            result shares its parameters and leaf modules.
-        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes and dtypes and are not computed with. A
-            program knows its own shapes, dynamic ones too, and takes none.
-        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`, `inductor` and `existing_optimizers` play no part.
+        model: a graph module from `torch.fx.symbolic_trace`, or a program from
+            `torch.export.export`, decomposed or not. It stays as it is; the result shares its
+            parameters and leaf modules.
+        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes
+            and dtypes and are not computed with. A program knows its own shapes, dynamic ones too,
+            and takes none.
+        options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`,
+            `inductor` and `existing_optimizers` play no part.
 
     Returns:
-        A new one of the same kind; one that was rewritten before comes back as a copy. The hyper-connection of `blocks.0.attn` has the parameters
-        `blocks.0.mhc.attn.phi`, `.bias` and `.scale`.
+        A new one of the same kind; one that was rewritten before comes back as a copy. The
+        hyper-connection of `blocks.0.attn` has the parameters `blocks.0.mhc.attn.phi`, `.bias` and
+        `.scale`.
 
-        A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile` takes it with any backend.
+        A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile`
+        takes it with any backend.
 
-        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and trained without this package. Its new
-        parameters are entries of its state dict and parameters of its signature; everything else of the signature is that of `model`.
+        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and
+        trained without this package. Its new parameters are entries of its state dict and
+        parameters of its signature; everything else of the signature is that of `model`.
 
     Raises:
         OptionError: the options are wrong.
         CaptureError: neither a graph module nor a program, or the example inputs do not fit.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that contradict the options.
+        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that
+            contradict the options.
     """
     parsed = Options.parse(options)
     if isinstance(model, ExportedProgram):
@@ -120,7 +127,7 @@ class AttributeParameters(SiteParameters):
         """Return the paths of the site's parameters."""
         site, connection = planned.site, self.existing(planned)
         if connection is None:
-            device = site.add.meta["example_value"].device
+            device = planned.value.device
             connection = create_connection(
                 site.width, planned.options, index=planned.index, last=planned.last, device=device, dtype=planned.dtype
             )

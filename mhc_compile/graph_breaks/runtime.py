@@ -1,8 +1,10 @@
 """Streams between graphs: a tensor that leaves a compiled graph takes its streams along, and the next graph goes on with them.
 
-A graph break cuts a model into several graphs, and blocks that are compiled one by one are graphs of their own. What passes from one to the next is
-the mean of the streams, an ordinary tensor; whatever code lies in between sees nothing else. Its streams are kept beside it (`mhc_compile.graph_breaks.stream_registry`).
-Any other tensor starts as copies, as the first of a model does; where streams were lost on the way, that is said.
+A graph break cuts a model into several graphs, and blocks that are compiled one by one are graphs
+of their own. What passes from one to the next is the mean of the streams, an ordinary tensor;
+whatever code lies in between sees nothing else. Its streams are kept beside it
+(`mhc_compile.graph_breaks.stream_registry`). Any other tensor starts as copies, as the first of a
+model does; where streams were lost on the way, that is said.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile._torch import has_hooks
 from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
     Departed,
@@ -35,10 +38,13 @@ __all__ = ["StreamBoundary"]
 
 
 class StreamBoundary:
-    """A compiled graph whose chains come from other graphs or go on in them. It is called as the graph that Dynamo captured.
+    """A compiled graph whose chains come from other graphs or go on in them.
+
+    It is called as the graph that Dynamo captured.
 
     Args:
-        compiled: the graph with the inputs `arrivals` behind Dynamo's, and the results `departures` behind Dynamo's.
+        compiled: the graph with the inputs `arrivals` behind Dynamo's, and the results `departures`
+            behind Dynamo's.
         arrivals: what enters, each with the position of the input that it belongs to.
         departures: what leaves.
         positions: the numbers of the inputs by their targets.
@@ -97,7 +103,8 @@ class StreamBoundary:
         """Puts the coefficients of a branch beside the tensor that it began at."""
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
         entry = registered_streams(value)
-        if entry is None:  # the first of a chain: its streams are the copies that this graph received
+        # The first of a chain: its streams are the copies that this graph received.
+        if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
             entry = register_streams(value, received[number], opening.axis, f"{self.model}.{opening.name}")
         entry.open[opening.name] = OpenBranch(results[opening.post], results[opening.res], self.root)
@@ -151,7 +158,7 @@ def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
     """The streams, connected in autograd with whoever waits for the gradient of the tensor that they are taken for."""
     if not value.requires_grad:
         return entry.streams.detach()
-    waits = value is not other or bool(value._backward_hooks) or value.retains_grad
+    waits = value is not other or has_hooks(value) or value.retains_grad
     streams: Tensor = _Through.apply(value, entry.streams, entry) if waits else entry.streams
     return streams
 
@@ -159,9 +166,10 @@ def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
 class _Through(torch.autograd.Function):
     """Streams S as a function of their mean y as well: S = y + (S - mean(S)).
 
-    Hooks on a block's inputs and outputs (of FSDP2, of a user) wait for the gradient of the tensor that they see. They get the sum of the gradients
-    of the streams, which is what arrives at a residual trunk, and the streams get the rest. Where y is not their mean, it gets zeros, so that the
-    hooks run.
+    Hooks on a block's inputs and outputs (of FSDP2, of a user) wait for the gradient of the tensor
+    that they see. They get the sum of the gradients of the streams, which is what arrives at a
+    residual trunk, and the streams get the rest. Where y is not their mean, it gets zeros, so that
+    the hooks run.
     """
 
     @staticmethod
@@ -196,6 +204,9 @@ def _unfit(value: Tensor, other: Tensor, entry: StreamEntry, arrival: StreamInpu
 
 
 def _copies(value: Tensor, arrival: StreamInput) -> Tensor:
-    """N copies of `value`, [..., n, C]. In memory of their own: the graph was compiled for streams, not for a broadcast view."""
+    """N copies of `value`, [..., n, C].
+
+    In memory of their own: the graph was compiled for streams, not for a broadcast view.
+    """
     wide = value.movedim(arrival.axis, -1).unsqueeze(-2)
     return wide.expand(*wide.shape[:-2], arrival.streams, wide.shape[-1]).contiguous()

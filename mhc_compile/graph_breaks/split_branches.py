@@ -1,8 +1,10 @@
 """Branches that a graph break cuts in two: how the graph with the residual add finds the one in which the branch began.
 
-Dynamo compiles the graph with the head of the branch first, and cannot know what will become of it. So every graph leaves a note in the history of
-what it computes from a trunk value: "this was computed from that tensor, by these modules". When a later graph adds a tensor with such a note to the
-very tensor, the two belong together. The modules of the head get the declaration of the parameters, and its graph is traced again at its next call.
+Dynamo compiles the graph with the head of the branch first, and cannot know what will become of it.
+So every graph leaves a note in the history of what it computes from a trunk value: "this was
+computed from that tensor, by these modules". When a later graph adds a tensor with such a note to
+the very tensor, the two belong together. The modules of the head get the declaration of the
+parameters, and its graph is traced again at its next call.
 """
 
 from __future__ import annotations

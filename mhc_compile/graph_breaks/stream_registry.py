@@ -1,7 +1,8 @@
 """Streams beside tensors: what a tensor that left a compiled graph stands for, as long as it lives and stays what it is.
 
-The streams of a tensor count while it is the same memory, not written to since, and connected in autograd as it was. That an alias counts as well is
-for the sake of wrappers that pass a module's inputs through an operation of their own that changes nothing, as FSDP2 does.
+The streams of a tensor count while it is the same memory, not written to since, and connected in
+autograd as it was. That an alias counts as well is for the sake of wrappers that pass a module's
+inputs through an operation of their own that changes nothing, as FSDP2 does.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class OpenBranch:
 
 @dataclass(eq=False)
 class Departed:
-    """The site whose streams left a graph, and whether another graph took them. Kept in the history of the tensor, which outlives the tensor."""
+    """The site whose streams left a graph, and whether another graph took them.
+
+    Kept in the history of the tensor, which outlives the tensor.
+    """
 
     path: str
     taken: bool = False
@@ -77,7 +81,10 @@ _lock = threading.Lock()
 
 
 def register_streams(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = True) -> StreamEntry:
-    """Puts streams [..., n, C] beside `value`, whose features lie on `axis` (< 0). `path` names the site that they come from."""
+    """Puts streams [..., n, C] beside `value`, whose features lie on `axis` (< 0).
+
+    `path` names the site that they come from.
+    """
     entry = StreamEntry(streams, _version(value), axis, Departed(path), mean)
     with _lock:
         _carried[value] = entry

@@ -1,7 +1,7 @@
 """Names of backends in `accelerate`, and so in the `Trainer` of `transformers`.
 
-`accelerate` takes the name of a backend only if it is a member of its enum `DynamoBackend`, which ends at the backends that it knows of;
-`TrainingArguments(torch_compile_backend=...)` goes the same way.
+`accelerate` accepts the members of its enum `DynamoBackend` alone, which lists the backends that it
+knows; `TrainingArguments(torch_compile_backend=...)` goes the same way.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ __all__ = ["register_with_accelerate"]
 
 
 def register_with_accelerate() -> None:
-    """Lets `accelerate` and the `Trainer` of `transformers` take "mhc", and any other backend that torch knows, by name.
+    """Let `accelerate` and the `Trainer` accept "mhc", and any other backend that torch knows.
 
-    Afterwards `TrainingArguments(torch_compile=True, torch_compile_backend="mhc")`, `Accelerator(dynamo_backend="mhc")`,
-    `TorchDynamoPlugin(backend="mhc", options={...})` and the environment variable `ACCELERATE_DYNAMO_BACKEND=mhc` work; without it they are a
-    ValueError. Names that torch does not know stay one. Calling it twice is calling it once.
+    Afterwards `TrainingArguments(torch_compile=True, torch_compile_backend="mhc")`,
+    `Accelerator(dynamo_backend="mhc")`, `TorchDynamoPlugin(backend="mhc", options={...})` and the
+    environment variable `ACCELERATE_DYNAMO_BACKEND=mhc` work; without it they are a ValueError.
+    Names that torch does not know still are.
+
+    This patches `DynamoBackend`: it sets the hook that enums have for values that they do not list.
+    It is not undone; calling it again changes nothing.
 
     Raises:
         ImportError: `accelerate` is not installed.
     """
     from accelerate.utils import DynamoBackend
 
-    # The enum's own hook for values that it does not list.
-    DynamoBackend._missing_ = classmethod(_known_to_torch)
+    if getattr(DynamoBackend._missing_, "__func__", None) is not _find_backend:
+        DynamoBackend._missing_ = classmethod(_find_backend)
 
 
-def _known_to_torch(kind: Any, value: object) -> Any:
+def _find_backend(kind: Any, value: object) -> Any:
+    """Return a new member for the name of a backend of torch, None for any other value."""
     import torch
 
     if not isinstance(value, str) or value.lower() not in torch.compiler.list_backends(exclude_tags=()):
@@ -35,5 +40,5 @@ def _known_to_torch(kind: Any, value: object) -> Any:
     name = value.upper()
     member = str.__new__(kind, name)
     member._name_, member._value_ = name, name
-    # The same object for every use of the name, as with the members that are listed.
+    # One object for every use of the name, as with the members that are listed.
     return kind._value2member_map_.setdefault(name, member)

@@ -1,9 +1,11 @@
-"""`mhc_compile.StabilityCallback`: the stability of a model while it is trained."""
+"""`mhc_compile.integrations.StabilityCallback`: measure `mhc_compile.stability` during training."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,42 +16,50 @@ from torch import nn
 from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.inspection.stream_stats.batches import inputs_of, on_device
-from mhc_compile.inspection.stream_stats.loaders import first_batch
-from mhc_compile.inspection.stream_stats.measure import Meter
-from mhc_compile.inspection.stream_stats.undisturbed import undisturbed
-from mhc_compile.integrations.frameworks import dressed
+from mhc_compile.inspection.stream_stats.measure import Meter, first_batch, inputs_of, on_device, undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from mhc_compile.config.options import Options
-    from mhc_compile.inspection.stream_stats.result import Stability
+    from mhc_compile.inspection.stream_stats.results import Stability
 
 __all__ = ["StabilityCallback"]
 
 
+#: Classes whose instances trainers accept as callbacks.
+_BASES = (
+    ("transformers", "TrainerCallback"),  # loaded on first access
+    ("lightning.pytorch.callbacks", "Callback"),
+    ("pytorch_lightning.callbacks", "Callback"),
+)
+
+
 class StabilityCallback:
-    """Measures `mhc_compile.stability` every so many steps of a training, in any of three kinds of loops.
+    """Measures `mhc_compile.stability` every few training steps, in one of three kinds of loops.
 
         Trainer(..., callbacks=[StabilityCallback(every=100)])                    transformers
         lightning.Trainer(callbacks=[StabilityCallback(every=100)])               Lightning
-        callback = StabilityCallback(every=100, batch=batch)                      a loop of one's own
+        callback = StabilityCallback(every=100, batch=batch)                      a custom loop
         for step, batch in enumerate(loader, 1): ...; callback.step(model, step)
 
-    The training goes on as if nothing had been measured: parameters, gradients, buffers, random numbers and compiled versions stay as they are. The
-    first call measures too, so that a batch that does not fit is known at once, and the graph is traced then only. A model whose hyper-connections
-    are attached by its first compiled call must have had that call.
+    Measurements do not affect the training: parameters, gradients, buffers, random state and
+    compiled versions are preserved. The first call measures too, so that a wrong batch is found
+    immediately; the graph is traced only then. A model whose hyper-connections are attached by its
+    first compiled call must have had that call.
 
-    Import transformers or Lightning before making the callback: it becomes an instance of the callback classes of those that are imported.
+    Import transformers or Lightning before making the callback: it becomes an instance of the
+    callback classes of those that are imported.
 
     Args:
         every: steps between two measurements.
-        batch: what the model is called with, the same each time, which makes measurements comparable: inputs as `mhc_compile.stability` takes them
-            in one object (a tensor, a tuple, a mapping). Without one: the first of the training batches in Lightning, the first examples of the data
-            set in transformers; a loop of one's own must give one, here or to `step`.
-        log: called with the figures of `Stability.summary`, under names that begin with "mhc/", and "step".
-        file: JSON lines are appended to it, one for each measurement, and the file is closed before the training goes on.
+        batch: inputs of the model, the same each time so that measurements are comparable: one
+            object as `mhc_compile.stability` takes it (a tensor, a tuple, a mapping). Default: the
+            first training batch in Lightning, the first examples of the data set in transformers; a
+            custom loop must give one, here or to `step`.
+        log: called with the figures of `Stability.summary`, whose names get the prefix "mhc/", and
+            "step".
+        file: file to which a JSON line is appended for each measurement.
         options: as the model was compiled with; see `mhc_compile.stability`.
 
     Attributes:
@@ -62,7 +72,7 @@ class StabilityCallback:
     history: list[tuple[int, Stability]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StabilityCallback:  # noqa: ARG004, D102 - for __init__
-        made: StabilityCallback = object.__new__(dressed(cls))
+        made: StabilityCallback = object.__new__(_with_bases(cls))
         return made
 
     def __init__(
@@ -77,19 +87,19 @@ class StabilityCallback:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"StabilityCallback: every is {every!r}; expected a positive number of steps")
         self.every, self.batch, self.options = every, batch, options
-        self._report = log  # Lightning puts a `log` of its own on callbacks
+        self._report = log  # Lightning sets a `log` on callbacks
         self.file = Path(file) if file is not None else None
         self.history = []
         self._meter: Meter | None = None
         self._measured = -1
 
     def step(self, model: nn.Module, step: int, batch: Any = None) -> Stability | None:
-        """To be called behind the step number `step` of a training; measures if one is due.
+        """Measure if a measurement is due; call it after each training step.
 
         Args:
             model: compiled or not, or wrapped in DDP.
-            step: its number, 0 or 1 being the first.
-            batch: instead of that which the callback was made with.
+            step: number of the step; the first is 0 or 1.
+            batch: replaces the callback's batch.
 
         Returns:
             The measurement, None if none was due.
@@ -103,15 +113,13 @@ class StabilityCallback:
         return self._measure(model, step, self.batch if batch is None else batch, contextlib.nullcontext())
 
     def close(self) -> None:
-        """Drops the traced graph; the history stays. The callbacks of trainers do this when a training ends."""
+        """Drop the traced graph and keep the history. Trainers call it when a training ends."""
         if self._meter is not None:
             self._meter.close()
             self._meter = None
 
-    # --- transformers --------------------------------------------------------------------------------------------------------------------
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Of transformers: behind each optimizer step."""
+        """Measure in transformers, which calls this after each optimizer step."""
         if not self._due(state.global_step):
             return
         if self.batch is None:
@@ -119,10 +127,8 @@ class StabilityCallback:
                 self.batch = first_batch(kwargs.get("train_dataloader"), args.per_device_train_batch_size)
         self._measure(model, state.global_step, self.batch, contextlib.nullcontext())
 
-    # --- Lightning -----------------------------------------------------------------------------------------------------------------------
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Of Lightning: behind each batch; with accumulated gradients, the first batch behind an optimizer step counts."""
+        """Measure in Lightning after the first batch that follows an optimizer step."""
         if not self._due(trainer.global_step):
             return
         if self.batch is None:
@@ -130,10 +136,8 @@ class StabilityCallback:
         self._measure(pl_module, trainer.global_step, self.batch, trainer.precision_plugin.forward_context())
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Of both."""
+        """Close the callback; transformers and Lightning call this."""
         self.close()
-
-    # --- what they share -----------------------------------------------------------------------------------------------------------------
 
     def _due(self, step: int) -> bool:
         return step != self._measured and (not self.history or step % self.every == 0)
@@ -141,7 +145,8 @@ class StabilityCallback:
     def _measure(self, model: nn.Module, step: int, batch: Any, context: Any) -> Stability:
         if batch is None:
             raise MhcError(
-                "StabilityCallback has no batch to measure with: StabilityCallback(batch=...), or step(model, step, batch)"
+                "StabilityCallback has no batch to measure with: StabilityCallback(batch=...), or"
+                " step(model, step, batch)"
             )
         model = _inner(model)
         if self._meter is None or self._meter.model is not model:
@@ -153,10 +158,10 @@ class StabilityCallback:
         self._measured = step
         self.history.append((step, result))
         if _is_first():
-            self._tell(step, result)
+            self._write(step, result)
         return result
 
-    def _tell(self, step: int, result: Stability) -> None:
+    def _write(self, step: int, result: Stability) -> None:
         if self.file is not None:
             line = {"step": step, "time": time.time(), **result.to_dict()}
             with self.file.open("a", encoding="utf-8") as file:
@@ -165,8 +170,22 @@ class StabilityCallback:
             self._report({"step": step, **{f"mhc/{name}": value for name, value in result.summary().items()}})
 
     def __reduce__(self) -> Any:
-        """A copy in another process has the callback classes of what is imported there, and traces anew."""
+        """Copy without the traced graph, and with the callback classes of the new process."""
         return _restored, (self.__dict__ | {"_meter": None},)
+
+
+def _with_bases(kind: type) -> type:
+    """Return a subclass of `kind` and, with lower precedence, of the imported callback classes."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _BASES)
+    return _subclass(kind, tuple(base for base in found if isinstance(base, type)))
+
+
+@functools.cache
+def _subclass(kind: type, bases: tuple[type, ...]) -> type:
+    if not bases:
+        return kind
+    names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, *bases), names)
 
 
 def _restored(state: dict[str, Any]) -> StabilityCallback:
@@ -176,7 +195,7 @@ def _restored(state: dict[str, Any]) -> StabilityCallback:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile, in whatever order."""
+    """Return the model inside DDP and torch.compile, in either order."""
     while True:
         inside = unwrap(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
         if inside is model:
@@ -195,6 +214,6 @@ def _copied(batch: Any) -> Any:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks for all."""
+    """Return whether this process writes the results."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,35 +1,15 @@
-"""Checkpoints of the systems that ship hyper-connections, exchanged with ours.
+"""Exchange checkpoints with the systems that ship hyper-connections.
 
-layout, layouts/          what a system's files look like, as values
-reading, writing, paths   from names and shapes to a plan, in either direction
-entries, sizes            one site's parameters against a layout, and shapes in letters
-plan, tensors             what becomes of every entry, and one parameter in its other layout
-states                    state dicts and models
-files, checkpoint         safetensors files and folders, tensor by tensor
-convert, table            `mhc convert`
+layout, layouts/   names and shapes of one system's parameters, as data
+plan               what becomes of every entry, and the tensor operations
+planner            from names and shapes to a plan, in either direction
+state_dicts        state dicts and models
+safetensors_io     safetensors files and folders, tensor by tensor
+convert            files and folders, for `mhc convert`
 """
 
 from __future__ import annotations
 
-from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
-from mhc_compile.interop.layouts import LAYOUTS, get_layout, register_layout
-from mhc_compile.interop.reading import fitting, plan_from_native
-from mhc_compile.interop.states import export_state_dict, from_native, import_state_dict, to_native
-from mhc_compile.interop.writing import plan_to_native
+from mhc_compile.interop.state_dicts import export_state_dict, from_native, import_state_dict, to_native
 
-__all__ = [
-    "LAYOUTS",
-    "Entry",
-    "Layout",
-    "Part",
-    "Spelling",
-    "export_state_dict",
-    "fitting",
-    "from_native",
-    "get_layout",
-    "import_state_dict",
-    "plan_from_native",
-    "plan_to_native",
-    "register_layout",
-    "to_native",
-]
+__all__ = ["export_state_dict", "from_native", "import_state_dict", "to_native"]

@@ -1,4 +1,4 @@
-"""A checkpoint on disk in its other layout: `mhc convert`. Only one tensor is in memory at a time, and OUT appears when it is complete."""
+"""`mhc convert`: a checkpoint on disk in its other layout, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import CheckpointError
-from mhc_compile.interop.checkpoint import SUFFIX, Checkpoint, open_checkpoint
-from mhc_compile.interop.files import Written, read, write, written
-from mhc_compile.interop.reading import plan_from_native
-from mhc_compile.interop.writing import plan_to_native
+from mhc_compile.interop.planner import plan_from_native, plan_to_native
+from mhc_compile.interop.safetensors_io import SUFFIX, Checkpoint, Written, open_checkpoint, read, write, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,21 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "convert"]
 
-#: In the metadata of files in our layout: the preset that they were converted from.
-MARK = "mhc_preset"
+#: Metadata key of files in our layout; its value is the preset that they were converted from.
+_MARK = "mhc_preset"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
-        source: what was read.
-        out: what was written.
-        plan: which entries became which.
-        files: the safetensors files that were written, with their sizes in bytes.
-        copied: other files of the folder, which were copied as they are.
-        left: folders in the folder, which were left out.
+        source: path of the checkpoint.
+        out: path of the result.
+        plan: the entries of the result and their sources.
+        files: the safetensors files written, with their sizes in bytes.
+        copied: other files of the folder, which were copied.
+        left: subfolders, which were left out.
     """
 
     source: Path
@@ -48,7 +46,7 @@ class Conversion:
     left: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "source": str(self.source),
             "out": str(self.out),
@@ -69,32 +67,35 @@ def convert(
     branches: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Writes the checkpoint `source` to `out` in its other layout.
+    """Write the checkpoint `source` to `out` in its other layout.
 
     Args:
         source: a `.safetensors` file, or a folder with one, or with several and their index.
-        out: a file for a file, a folder for a folder. It is there when it is complete, or not at all.
+        out: a file for a file, a folder for a folder. It appears complete or not at all.
         preset: the system on the native side.
-        native: to its layout, rather than from it to ours.
+        native: convert to its layout rather than from it.
         spelling: as for `to_native`.
         branches: as for `to_native`.
-        force: replace `out` if it is there.
+        force: replace `out` if it exists.
 
     Raises:
         OptionError: no such preset, layout or spelling.
-        CheckpointError: the checkpoint is damaged, or as for `to_native` and `from_native`; or `out` is there, or cannot be written.
+        CheckpointError: the checkpoint is damaged, `out` exists or cannot be written, or as for
+            `to_native` and `from_native`.
     """
     checkpoint = open_checkpoint(source)
     _reject(checkpoint, out, force=force)
-    marks = checkpoint.marks(MARK)
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    marks = {metadata[_MARK] for metadata in checkpoint.files.values() if _MARK in metadata}
     if native and marks - {preset}:
         raise CheckpointError(
-            f"preset {preset!r}: {source} was converted from {', '.join(map(repr, sorted(marks)))}, as its metadata say; use that preset"
+            f"preset {preset!r}: {source} was converted from {', '.join(map(repr, sorted(marks)))}, as its metadata say;"
+            " use that preset"
         )
     plan = (
-        plan_to_native(checkpoint.shapes, preset, spelling=spelling, branches=branches)
+        plan_to_native(shapes, preset, spelling=spelling, branches=branches)
         if native
-        else plan_from_native(checkpoint.shapes, preset, branches=branches)
+        else plan_from_native(shapes, preset, branches=branches)
     )
     with _appearing(out, folder=checkpoint.path.is_dir()) as place:
         files = _write(checkpoint, plan, place)
@@ -135,7 +136,7 @@ def _reject(checkpoint: Checkpoint, out: Path, *, force: bool) -> None:
 
 @contextmanager
 def _appearing(out: Path, *, folder: bool) -> Iterator[Path]:
-    """A place beside `out`, which takes the name of `out` at the end; after an error it is gone."""
+    """Yield a temporary path that is renamed to `out` at the end, and removed after an error."""
     place = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     old = out.with_name(f"{out.name}.old-{os.getpid()}")
     try:
@@ -158,16 +159,16 @@ def _appearing(out: Path, *, folder: bool) -> Iterator[Path]:
 
 
 def _write(checkpoint: Checkpoint, plan: Plan, place: Path) -> dict[str, int]:
-    """The files of the result; every entry goes where the first one that it is made of was."""
+    """Write the files of the result; every entry goes to the file of its first source."""
     tensors: dict[Path, list[tuple[str, Written]]] = {file: [] for file in checkpoint.files}
     for target, sources in plan.entries.items():
         tensors[checkpoint.tensors[sources[0]].path].append((target, _tensor(checkpoint, plan, target, sources)))
     sizes: dict[str, int] = {}
     folder = checkpoint.path.is_dir()
     for file, entries in tensors.items():
-        metadata = {name: value for name, value in checkpoint.files[file].items() if name != MARK}
+        metadata = {name: value for name, value in checkpoint.files[file].items() if name != _MARK}
         if not plan.native:
-            metadata[MARK] = plan.preset
+            metadata[_MARK] = plan.preset
         sizes[file.name if folder else checkpoint.path.name] = write(
             place / file.name if folder else place, entries, metadata
         )

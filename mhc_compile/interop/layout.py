@@ -1,4 +1,9 @@
-"""What a layout is: how the files of one system name and shape the parameters of hyper-connections, as one value. Torch is not imported here."""
+"""`Layout`: names and shapes of hyper-connections in the files of one system. Torch-free.
+
+Shapes are written in letters, with a blank between axes: n streams, nC features of all streams
+together, r a rank, numbers, and the sums "n(n+2)", "2n" and "r+n". "n(n+2) nC" and [24, 256] give
+n = 4, nC = 256.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +11,24 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from mhc_compile.config.coefficient_spec import MAX_STREAMS
 
-__all__ = ["READ_OUT", "Entry", "Found", "Kind", "Layout", "Part", "Spelling"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["READ_OUT", "Entry", "Kind", "Layout", "Part", "Spelling", "shape_of", "solve"]
 
 #: The submodule of a chain's last hyper-connection that holds a learned read-out.
 READ_OUT = "read_out"
 
-#: What a parameter is, and so how it is turned round: a matrix that is transposed, a vector of logits, scales, or what is the same on both sides.
+#: Decides how a parameter is converted: matrices are transposed, residual logits may be, the number
+#: of scales may differ, and "same" is copied.
 Kind = Literal["projection", "logits", "scales", "same"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A native parameter.
-
-    Attributes:
-        name: below the template of its spelling.
-        shape: in letters, axes with a blank between them: n streams, nC features of all of them, r a rank, sums and numbers ("n(n+2) nC").
-    """
+    """A parameter by its name below the template of a spelling, and its shape in letters."""
 
     name: str
     shape: str
@@ -33,13 +36,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of ours, and what it is made of there.
+    """One of our parameters, and the native parameters that it corresponds to.
 
     Attributes:
-        ours: its name here.
-        shape: its shape here, in letters.
-        native: the native parameter; of several, the projections whose outputs stand one behind the other in ours.
-        kind: what it is.
+        ours: its name in our layout.
+        shape: its shape in our layout, in letters.
+        native: the native parameters. Several are projections, concatenated in ours.
+        kind: decides how it is converted.
     """
 
     ours: str
@@ -48,26 +51,19 @@ class Entry:
     kind: Kind
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a native name says: the module that owns the site, the site's template ("" for a read-out), and the native parameter."""
-
-    owner: str
-    site: str
-    part: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
     """The names in one kind of file.
 
     Attributes:
-        name: "transformers" for what the `state_dict` of the module in transformers has, "saved" for what its `save_pretrained` writes, "published"
-            for the files of the system's makers, where those are others still.
-        sites: template of a parameter's name below the module that owns the site, and the branches that it may stand for, in the order of the
-            sites in a block: {"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)}.
-        read_out: template of the read-out's parameters below the module that has the blocks; "" if the system has none with parameters.
-        alone: names of lists of blocks of which each is a chain of its own, with its own read-out.
+        name: "transformers" for the `state_dict` of the module in transformers, "saved" for the
+            output of its `save_pretrained`, "published" for the original release where it differs.
+        sites: template of parameter names below the module that owns the site, and the branches
+            that it may stand for, in the order of the sites in a block:
+            {"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)}.
+        read_out: template of the read-out's parameters below the module that has the blocks; "" if
+            the system's read-out has no parameters.
+        alone: names of module lists in which every block is a chain with a read-out of its own.
     """
 
     name: str
@@ -78,17 +74,18 @@ class Spelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one system stores what its preset computes with.
+    """How one system stores the parameters of its preset.
 
-    A new one is one file like its neighbours, and a line in `mhc_compile.interop.layouts`; from outside it is `register_layout(Layout(...))`.
+    To add one, write a file in `layouts/` and list it there, or call `layouts.register_layout`.
 
     Attributes:
-        preset: whose layout.
-        source: where names and shapes are to be found.
+        preset: name of the preset.
+        source: where the names and shapes are defined.
         site: the parameters of a site.
-        read_out: the parameters of a read-out, none if the system's has none.
-        spellings: the kinds of files, the one with the names of transformers first.
-        transposed: the system applies its matrix transposed, H_res = combᵀ, so that the residual logit (i, j) here is (j, i) there.
+        read_out: the parameters of a read-out, () if it has none.
+        spellings: the kinds of files; the names of transformers come first.
+        transposed: the system applies its matrix transposed, H_res = combᵀ: our residual logit
+            (i, j) is its (j, i).
     """
 
     preset: str
@@ -98,32 +95,55 @@ class Layout:
     spellings: tuple[Spelling, ...]
     transposed: bool = False
 
-    def __hash__(self) -> int:
-        return hash(self.preset)
+    def find(self, name: str, spelling: Spelling) -> tuple[str, str, str] | None:
+        """Parse a native name; None if it is no parameter of a hyper-connection.
 
-    def spelling(self, name: str) -> Spelling | None:
-        """The spelling called `name`."""
-        return next((spelling for spelling in self.spellings if spelling.name == name), None)
-
-    def find(self, name: str, spelling: Spelling) -> Found | None:
-        """What the native `name` of an entry stands for, None if for nothing of a hyper-connection."""
-        table, longest = _suffixes(self, spelling.name)
+        Returns:
+            Path of the owning module, template of the site ("" for a read-out), parameter.
+        """
+        suffixes = self._suffixes[spelling.name]
         parts = name.split(".")
+        longest = max(suffix.count(".") for suffix in suffixes) + 1
         for length in range(min(len(parts), longest), 0, -1):
-            found = table.get(".".join(parts[-length:]))
+            found = suffixes.get(".".join(parts[-length:]))
             if found is not None:
-                return Found(".".join(parts[:-length]), *found)
+                return ".".join(parts[:-length]), *found
         return None
 
+    @functools.cached_property
+    def _suffixes(self) -> dict[str, dict[str, tuple[str, str]]]:
+        """The ends of names by spelling, each with the template of its site and its parameter."""
+        site, read_out = ([p.name for e in entries for p in e.native] for entries in (self.site, self.read_out))
+        return {
+            spelling.name: {template.format(part): (template, part) for template in spelling.sites for part in site}
+            | ({spelling.read_out.format(part): ("", part) for part in read_out} if spelling.read_out else {})
+            for spelling in self.spellings
+        }
 
-@functools.lru_cache(maxsize=256)
-def _suffixes(layout: Layout, spelling_name: str) -> tuple[dict[str, tuple[str, str]], int]:
-    """The ends of names with what they stand for, and how many components the longest has."""
-    spelling = layout.spelling(spelling_name)
-    assert spelling is not None
-    parts = [part.name for entry in layout.site for part in entry.native]
-    table = {site.format(part): (site, part) for site in spelling.sites for part in parts}
-    if spelling.read_out:
-        parts = [part.name for entry in layout.read_out for part in entry.native]
-        table |= {spelling.read_out.format(part): ("", part) for part in parts}
-    return table, max(suffix.count(".") + 1 for suffix in table)
+
+def solve(pairs: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int] | None:
+    """Return sizes of the letters that match every (letters, shape) pair, or None."""
+    pairs = list(pairs)
+    for n in range(1, MAX_STREAMS + 1):
+        sizes = {"n": n, "n(n+2)": n * (n + 2), "2n": 2 * n}
+        if all(_fits(letters.split(), shape, sizes) for letters, shape in pairs) and sizes.get("nC", 0) % n == 0:
+            return sizes
+    return None
+
+
+def _fits(axes: list[str], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Return whether `shape` matches `axes`; adds the sizes of letters seen for the first time."""
+    if len(axes) != len(shape):
+        return False
+    for axis, size in zip(axes, shape, strict=True):
+        if axis == "r+n":
+            axis, size = "r", size - sizes["n"]
+        if size < 1 or (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) != size:
+            return False
+    return True
+
+
+def shape_of(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of `letters` with these sizes."""
+    known = {**sizes, **({"r+n": sizes["r"] + sizes["n"]} if "r" in sizes else {})}
+    return tuple(int(axis) if axis.isdigit() else known[axis] for axis in letters.split())

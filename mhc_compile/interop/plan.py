@@ -1,4 +1,12 @@
-"""What a conversion will do, decided from names and shapes alone, so that a checkpoint of any size can be converted tensor by tensor."""
+"""`Plan`: what a conversion does with every entry, and the tensor operations that carry it out.
+
+A plan needs names and shapes alone, so a checkpoint of any size is converted tensor by tensor.
+
+phi   [n C, K]  columns pre (n), post (n), residual (n², row-major: H_res[i, j] is the weight of
+                old stream j in new stream i)
+fn    [K, n C]  phi transposed; if the system applies H_res = combᵀ, residual row (i, j) is our
+                column (j, i)
+"""
 
 from __future__ import annotations
 
@@ -6,32 +14,37 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mhc_compile.errors import CheckpointError
-from mhc_compile.interop.tensors import across, resized, turned
+from mhc_compile.interop.layout import Part, shape_of, solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from mhc_compile.interop.layout import Kind
+    from mhc_compile.interop.layout import Kind, Layout
 
-__all__ = ["Change", "Plan", "plan"]
+__all__ = ["UNUSED_SCALE", "Change", "Plan", "build_plan", "site_changes"]
+
+#: Value of a_res where H_res = I. Nothing reads it; this is its initial value.
+UNUSED_SCALE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One parameter of a hyper-connection in its other layout.
+    """The conversion of one parameter of a hyper-connection.
 
     Attributes:
-        sources: the names of the entries that it is made of.
+        sources: the entries that it is made from.
         target: its name in the result.
-        kind: what it is.
+        kind: decides which operations apply.
         before: shapes of the sources.
         after: its shape in the result.
-        streams: n; 0 if its shape does not tell.
-        part: of a projection, the columns that it is made of; None for all.
-        across: the axis of the result on which residual logits change places with those across the diagonal, None if they do not.
+        streams: n; 0 if the shape does not determine it.
+        part: of a projection, the range of columns that it is made from; None for all.
+        across: the axis of the result on which residual logits (i, j) become (j, i), or None.
     """
 
     sources: tuple[str, ...]
@@ -44,17 +57,24 @@ class Change:
     across: int | None = None
 
     def apply(self, values: Sequence[Tensor]) -> Tensor:
-        """The parameter in its other layout, of the same dtype, from the values of `sources`."""
+        """Return the converted parameter, in the same dtype, from the values of `sources`."""
         value = values[0]
         if self.kind == "projection":
-            value = turned(values, self.part)
+            if self.part is not None:
+                value = value[:, slice(*self.part)]
+            value = torch.cat([v.t() for v in values], dim=1) if len(values) > 1 else value.t().contiguous()
         elif self.kind == "scales" and self.before[0] != self.after:
-            value = resized(value, self.after[0])
-        return value if self.across is None else across(value, self.streams, self.across)
+            missing = max(self.after[0] - len(value), 0)
+            value = torch.cat([value[: self.after[0]], value.new_full((missing,), UNUSED_SCALE)])
+        if self.across is None:
+            return value
+        n = self.streams
+        order = [*range(2 * n), *(2 * n + j * n + i for i in range(n) for j in range(n))]
+        return value.index_select(self.across, torch.tensor(order, device=value.device))
 
     @property
     def what(self) -> str:
-        """What happens to it beyond the name, in words; "" if nothing."""
+        """The operations in words; "" if only the name changes."""
         parts = [
             "" if self.part is None else f"columns {self.part[0]} to {self.part[1] - 1}",
             "joined" if len(self.sources) > 1 else "",
@@ -68,14 +88,14 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion.
+    """A conversion of a whole checkpoint.
 
     Attributes:
         preset: the system on the native side.
-        spelling: whose names the native side has.
+        spelling: the names on the native side.
         native: whether the result is the native side.
-        entries: every entry of the result, in order, and the names of those that it is made of.
-        changes: by the name in the result, what does not stay as it is.
+        entries: every entry of the result, in order, with the names of its sources.
+        changes: the entries that do not stay as they are, by name in the result.
     """
 
     preset: str
@@ -85,23 +105,19 @@ class Plan:
     changes: Mapping[str, Change]
 
     def apply(self, state: Mapping[str, Any]) -> OrderedDict[str, Any]:
-        """A state dict in the other layout; entries that are not converted are the same tensors."""
-        result = OrderedDict(
-            (target, self.value(target, [state[source] for source in sources]))
-            for target, sources in self.entries.items()
-        )
+        """Return the converted state dict; entries that are not converted are the same tensors."""
+        result: OrderedDict[str, Any] = OrderedDict()
+        for target, sources in self.entries.items():
+            change = self.changes.get(target)
+            values = [state[source] for source in sources]
+            result[target] = values[0] if change is None else change.apply(values)
         metadata = getattr(state, "_metadata", None)
         if metadata is not None:
             result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
         return result
 
-    def value(self, target: str, values: Sequence[Tensor]) -> Tensor:
-        """The entry `target` of the result, from the values that it is made of."""
-        change = self.changes.get(target)
-        return values[0] if change is None else change.apply(values)
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "preset": self.preset,
             "spelling": self.spelling,
@@ -111,25 +127,20 @@ class Plan:
         }
 
 
-def plan(names: Mapping[str, str], changes: Sequence[Change], *, preset: str, spelling: str, native: bool) -> Plan:
-    """The plan of `changes`, in the order of the state dict.
-
-    Args:
-        names: every entry, and what it is called in the result if nothing happens to it.
-        changes: what happens.
-        preset: the system on the native side.
-        spelling: whose names.
-        native: whether the result is the native side.
+def build_plan(
+    names: Mapping[str, str], changes: Sequence[Change], *, preset: str, spelling: str, native: bool
+) -> Plan:
+    """Return the plan of `changes` in the order of `names`, {entry: name if not converted}.
 
     Raises:
-        CheckpointError: two entries would get the same name, or the shapes of two tell different numbers of streams.
+        CheckpointError: two entries would get the same name, or the numbers of streams differ.
     """
-    telling = [change for change in changes if change.streams]
-    for change in telling:
-        if change.streams != telling[0].streams:
+    sized = [change for change in changes if change.streams]
+    for change in sized:
+        if change.streams != sized[0].streams:
             raise CheckpointError(
-                f"preset {preset!r}: by their shapes, {telling[0].sources[0]} is of {telling[0].streams} streams and {change.sources[0]} of"
-                f" {change.streams}; a model has as many everywhere"
+                f"preset {preset!r}: by their shapes, {sized[0].sources[0]} is of {sized[0].streams} streams and"
+                f" {change.sources[0]} of {change.streams}; a model has as many everywhere"
             )
     made: dict[str, list[Change]] = {}
     for change in changes:
@@ -144,10 +155,85 @@ def plan(names: Mapping[str, str], changes: Sequence[Change], *, preset: str, sp
                     f"preset {preset!r}: {entries[target][0]!r} and {name!r} would both become {target!r}"
                 )
             entries[target] = sources
-    return Plan(
-        preset=preset,
-        spelling=spelling,
-        native=native,
-        entries=entries,
-        changes={change.target: change for change in changes},
-    )
+    by_target = {change.target: change for change in changes}
+    return Plan(preset=preset, spelling=spelling, native=native, entries=entries, changes=by_target)
+
+
+def site_changes(
+    members: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout,
+    *,
+    where: str,
+    target: str,
+    read_out: bool,
+    native: bool,
+) -> list[Change]:
+    """Return the changes of one site, or of a read-out.
+
+    Args:
+        members: names in the state dict by parameter: native parameters, or ours if `native`.
+        shapes: shapes of the state dict.
+        layout: the layout of the native side.
+        where: name of the site for errors.
+        target: template of the names in the result.
+        read_out: whether it is a read-out.
+        native: whether the result is the native side.
+
+    Raises:
+        CheckpointError: parameters are missing, or have shapes that no number of streams gives.
+    """
+    moves: list[tuple[Kind, tuple[Part, ...], tuple[Part, ...]]] = []
+    for entry in layout.read_out if read_out else layout.site:
+        ours = (Part(entry.ours, entry.shape),)
+        moves.append((entry.kind, ours, entry.native) if native else (entry.kind, entry.native, ours))
+    letters = {part.name: part.shape for _, sources, _ in moves for part in sources}
+    sizes = _sizes(members, shapes, letters, layout, where)
+    # nC alone does not determine n.
+    known = any("n" in axis for axes in letters.values() for axis in axes.split() if axis != "nC")
+    changes = []
+    for kind, sources, results in moves:
+        start = 0
+        for result in results:
+            after, axes = shape_of(result.shape, sizes), result.shape.split()
+            changes.append(
+                Change(
+                    sources=tuple(members[part.name] for part in sources),
+                    target=target.format(result.name),
+                    kind=kind,
+                    before=tuple(shape_of(part.shape, sizes) for part in sources),
+                    after=after,
+                    streams=sizes["n"] if known else 0,
+                    part=(start, start + after[0]) if len(results) > 1 else None,
+                    across=axes.index("n(n+2)") if layout.transposed and "n(n+2)" in axes else None,
+                )
+            )
+            start += after[0]
+    return changes
+
+
+def _sizes(
+    members: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    letters: Mapping[str, str],
+    layout: Layout,
+    where: str,
+) -> dict[str, int]:
+    """Return the sizes of the letters in the shapes of one site."""
+    shown = {name: ", ".join(axes.split()).replace("nC", "n C") for name, axes in letters.items()}
+    wanted = ", ".join(f"{name} [{axes}]" for name, axes in shown.items())
+    missing = [name for name in letters if name not in members]
+    if missing:
+        raise CheckpointError(
+            f"preset {layout.preset!r}: {where} has {', '.join(members)} and no {', '.join(missing)}; expected {wanted}"
+        )
+    pairs = {name: (letters[name], tuple(shapes[members[name]])) for name in letters}
+    sizes = solve(pairs.values())
+    if sizes is None:
+        found = ", ".join(f"{name} {list(shape)}" for name, (_, shape) in pairs.items())
+        transposed = solve((axes, shape[::-1]) for axes, shape in pairs.values()) is not None
+        raise CheckpointError(
+            f"preset {layout.preset!r}: {where} has {found}; expected {wanted}"
+            + (". They would fit if the projection were transposed" if transposed else "")
+        )
+    return sizes

@@ -1,4 +1,7 @@
-"""Residual mappings: the families from which H_res is taken. A new one is one file and one line in `registry`."""
+"""Residual mappings: the families from which H_res is taken.
+
+A new one is one file and one line in `registry`.
+"""
 
 from __future__ import annotations
 

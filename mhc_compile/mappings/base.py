@@ -15,9 +15,10 @@ __all__ = ["ResidualMapping"]
 class ResidualMapping:
     """A family of matrices H_res. `n` is the number of streams, K_res = `logits(n)`.
 
-    Instances are stateless; one serves every site. Values are float32 or float64, with any number of token axes in front. A family of one's own
-    is a subclass with a name, `logits`, `init_preserve` and `matrix`; `mhc_compile.register_mapping` takes it. What it computes is traced by compilers,
-    so it is written in torch operations, without a look at values.
+    Instances are stateless; one serves every site. Values are float32 or float64, with any number
+    of token axes in front. A family of one's own is a subclass with a name, `logits`,
+    `init_preserve` and `matrix`; `mhc_compile.register_mapping` takes it. What it computes is
+    traced by compilers, so it is written in torch operations, without a look at values.
     """
 
     #: What `Options(mapping=...)` calls it.
@@ -51,7 +52,8 @@ class ResidualMapping:
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:
         """Gradient [..., K_res] with respect to the logits, given the gradient [..., n, n] of the matrices.
 
-        Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it with a derivation by hand saves that.
+        Here: of `matrix` as it is written, which is computed again for it. Whoever overrides it
+            with a derivation by hand saves that.
         """
         from mhc_compile._torch.autograd import autograd_inside_operators
 
@@ -63,7 +65,10 @@ class ResidualMapping:
             return torch.autograd.grad(matrix, leaf, grad)[0]
 
     def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
-        """Floating-point operations of `matrix` for one token. Here: a guess, two for every pair of an entry and a logit."""
+        """Floating-point operations of `matrix` for one token.
+
+        Here: a guess, two for every pair of an entry and a logit.
+        """
         return 2 * n * n * self.logits(n)
 
     def reject(self, n: int, those: str) -> OptionError:

@@ -11,7 +11,10 @@ __all__ = ["Identity"]
 
 
 class Identity(ResidualMapping):
-    """The identity mapping. It has no logits: phi has 2 n columns. (The choice of HY-V4, see its `transformers` module.)."""
+    """The identity mapping.
+
+    It has no logits: phi has 2 n columns. (The choice of HY-V4, see its `transformers` module.).
+    """
 
     name = "identity"
 

@@ -4,10 +4,11 @@ Source: arXiv 2601.21579 (KromHC), with factors of size 2, so n = 2^K:
 
     H = U_1 (x) ... (x) U_K,   U_k = [[p_k, q_k], [q_k, p_k]],   (p_k, q_k) = softmax(z_k),   logits z_1, ..., z_K of two each
 
-Products of doubly stochastic matrices are doubly stochastic, exactly. With the bits of i and j (the first bit is the highest), H_ij depends on
-where they differ only: H_ij = h[i xor j], and h = (p_1, q_1) (x) ... (x) (p_K, q_K) is all of it. It is a small part of the polytope:
-symmetric, and every row the same numbers in another order. The gradient goes back the same way: d_h[m] = sum_i G[i, i xor m], then through the
-product and each softmax.
+Products of doubly stochastic matrices are doubly stochastic, exactly. With the bits of i and j (the
+first bit is the highest), H_ij depends on where they differ only: H_ij = h[i xor j], and h = (p_1,
+q_1) (x) ... (x) (p_K, q_K) is all of it. It is a small part of the polytope: symmetric, and every
+row the same numbers in another order. The gradient goes back the same way: d_h[m] = sum_i G[i, i
+xor m], then through the product and each softmax.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Kronecker(ResidualMapping):
         out = logits.new_ones((*logits.shape[:-1], 1, 1))
         for k in range(self.factors(n)):
             p, q = (pairs[..., k, side, None, None] for side in (0, 1))
-            # Each block of the rows and columns so far is the same matrix: the factors that come later are the inner ones.
+            # Each block of the rows and columns so far is the same matrix: the factors that come
+            # later are the inner ones.
             out = torch.stack([torch.stack([out * p, out * q], -1), torch.stack([out * q, out * p], -1)], -3)
             out = out.flatten(-4, -3).flatten(-2)
         return out
@@ -83,7 +85,8 @@ class Kronecker(ResidualMapping):
         folded = _fold(grad, factors)
         grads = []
         for k in range(factors):
-            # The other factors are summed over: those above from the front, those below from the back.
+            # The other factors are summed over: those above from the front, those below from the
+            # back.
             u = folded
             for other in range(k):
                 p, q = (pairs[..., other, side, None] for side in (0, 1))

@@ -1,11 +1,13 @@
 """Weighted means of all permutations: H_res anywhere on the Birkhoff polytope, and exactly on it.
 
-Source: arXiv 2601.05732 (mHC-lite). By the theorem of Birkhoff and von Neumann every doubly stochastic matrix is one:
+Source: arXiv 2601.05732 (mHC-lite). By the theorem of Birkhoff and von Neumann every doubly
+stochastic matrix is one:
 
     H = sum_k w_k P_k,   w = softmax(z),   k over the n! permutations in lexicographic order,   P_k[i, sigma_k(i)] = 1
 
-Rows and columns sum to sum_k w_k, which is 1 to rounding at any finite logits; there is nothing to converge. With the gradient G of H the weights
-have u_k = sum_i G[i, sigma_k(i)] and the logits dz_k = w_k (u_k - sum_l w_l u_l). n! logits are why n ends at 4.
+Rows and columns sum to sum_k w_k, which is 1 to rounding at any finite logits; there is nothing to
+converge. With the gradient G of H the weights have u_k = sum_i G[i, sigma_k(i)] and the logits dz_k
+= w_k (u_k - sum_l w_l u_l). n! logits are why n ends at 4.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ LARGEST = 4
 def permutations(n: int, device: torch.device | None = None) -> Tensor:
     """All permutations of n in lexicographic order, [n!, n] int64; entry [k, i] is sigma_k(i).
 
-    Computed from the numbers 0 to n! - 1 instead of written down: a traced graph then needs no constant tensor. Digit i of k in the factorial
-    number system says how many of the smaller elements are still to come, so from the last position on everything that is not smaller moves up.
+    Computed from the numbers 0 to n! - 1 instead of written down: a traced graph then needs no
+    constant tensor. Digit i of k in the factorial number system says how many of the smaller
+    elements are still to come, so from the last position on everything that is not smaller moves
+    up.
     """
     k = torch.arange(math.factorial(n), device=device)
     at = [
@@ -49,7 +53,8 @@ class Permutations(ResidualMapping):
 
     name = "permutations"
 
-    #: H_ii at the start, near sinkhorn's. At n = 4 the identity's logit is then 5.8 and the other 23 share 0.064.
+    #: H_ii at the start, near sinkhorn's. At n = 4 the identity's logit is then 5.8 and the other
+    #: 23 share 0.064.
     diagonal = 0.95
 
     def check(self, n: int) -> None:
@@ -74,7 +79,10 @@ class Permutations(ResidualMapping):
         return out
 
     def matrix(self, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
-        """[..., n!] to [..., n, n]. Products and sums instead of a matrix product: they fuse, and no tf32 cuts the weights."""
+        """[..., n!] to [..., n, n].
+
+        Products and sums instead of a matrix product: they fuse, and no tf32 cuts the weights.
+        """
         weights = torch.softmax(logits, -1).unsqueeze(-1)
         return torch.stack([(weights * row).sum(-2) for row in _entries(n, logits)], -2)
 

@@ -60,17 +60,19 @@ def columns(name: str, n: int) -> int | None:
 
 
 def register_mapping(mapping: ResidualMapping) -> None:
-    """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/own_mapping.py`.
+    """Makes a mapping known, so that `options={"mapping": mapping.name}` finds it. See `examples/configuration/own_mapping.py`.
 
-    A name that is taken is rejected, unless by an earlier version of the same class, as when a cell of a notebook runs again. Graphs that were
-    compiled before keep what they were compiled with. Compiled code that a cache on disk holds is found again only while the code of the class,
-    of its module, and the attributes of the object are the same.
+    A name that is taken is rejected, unless by an earlier version of the same class, as when a cell
+    of a notebook runs again. Graphs that were compiled before keep what they were compiled with.
+    Compiled code that a cache on disk holds is found again only while the code of the class, of its
+    module, and the attributes of the object are the same.
 
     Args:
         mapping: an object of a subclass of `mhc_compile.ResidualMapping`.
 
     Raises:
-        OptionError: the name is taken or is no word, or what the mapping gives does not fit together.
+        OptionError: the name is taken or is no word, or what the mapping gives does not fit
+            together.
     """
     if not isinstance(mapping, ResidualMapping):
         raise OptionError(

@@ -1,20 +1,25 @@
 """Sinkhorn–Knopp: H_res on (almost) the Birkhoff polytope of doubly stochastic matrices.
 
-Source: arXiv 2512.24880 v2, equations 8 and 9: M0 = exp(logits), then `iterations` times columns, then rows. Rows come last: row sums (the
-gain of the forward pass) are exact, column sums (the gain of the gradient) approximate. Shapes: logits and matrix are [..., n, n];
-index -2 is the row i (the new stream), index -1 the column j (the old stream).
+Source: arXiv 2512.24880 v2, equations 8 and 9: M0 = exp(logits), then `iterations` times columns,
+then rows. Rows come last: row sums (the gain of the forward pass) are exact, column sums (the gain
+of the gradient) approximate. Shapes: logits and matrix are [..., n, n]; index -2 is the row i (the
+new stream), index -1 the column j (the old stream).
 
 Two facts shape the code.
 
-- `exp` of a large logit overflows and a row may underflow as a whole. The first column and the first row step are therefore done on
-  logarithms. After them every column sum lies in [1/n, n], and so does every later sum (each entry was divided by at most n), so the
-  remaining steps can multiply and divide without a guard: nothing becomes inf or nan, at any logits that are finite.
-- The gradient is that of the iteration as it was run, not of its limit: with large logits 20 iterations do not converge, and the implicit
-  gradient is then wrong. One normalisation `M' = M / s(M)` has the adjoint `G = (G' − ⟨G', M'⟩) / s`, so the backward needs only the
-  sums s (n numbers a step), and recovers every earlier M by multiplying back. Nothing but the logits is kept between forward and backward.
+- `exp` of a large logit overflows and a row may underflow as a whole. The first column and the
+  first row step are therefore done on logarithms. After them every column sum lies in [1/n, n], and
+  so does every later sum (each entry was divided by at most n), so the remaining steps can multiply
+  and divide without a guard: nothing becomes inf or nan, at any logits that are finite.
+- The gradient is that of the iteration as it was run, not of its limit: with large logits 20
+  iterations do not converge, and the implicit gradient is then wrong. One normalisation `M' = M /
+  s(M)` has the adjoint `G = (G' − ⟨G', M'⟩) / s`, so the backward needs only the sums s (n numbers
+  a step), and recovers every earlier M by multiplying back. Nothing but the logits is kept between
+  forward and backward.
 
-With `eps` > 0 the steps are DeepSeek-V4's (`transformers.models.deepseek_v4`, there on the transposed matrix): a softmax over columns, plus eps; then
-every division is by a sum plus eps. No sum can vanish, so logarithms are not needed; the adjoint of a step is as above with s + eps for s.
+With `eps` > 0 the steps are DeepSeek-V4's (`transformers.models.deepseek_v4`, there on the
+transposed matrix): a softmax over columns, plus eps; then every division is by a sum plus eps. No
+sum can vanish, so logarithms are not needed; the adjoint of a step is as above with s + eps for s.
 """
 
 from __future__ import annotations
@@ -41,7 +46,10 @@ def _tokens_first(matrices: Tensor, like: Tensor) -> Tensor:
 
 
 def _first_round(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns, then rows, on logarithms. Returns the logarithms after each of the two steps, [n, n, T]."""
+    """Columns, then rows, on logarithms.
+
+    Returns the logarithms after each of the two steps, [n, n, T].
+    """
     columns = logits - torch.logsumexp(logits, 0, keepdim=True)
     return columns, columns - torch.logsumexp(columns, 1, keepdim=True)
 
@@ -52,7 +60,10 @@ def _sums(matrix: Tensor, axis: int, eps: float) -> Tensor:
 
 
 def _first_round_with(logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A softmax over columns plus eps, then rows. Returns the softmax, the matrix, and the row sums, plus eps, by which it was divided."""
+    """A softmax over columns plus eps, then rows.
+
+    Returns the softmax, the matrix, and the row sums, plus eps, by which it was divided.
+    """
     columns = torch.softmax(logits, 0)
     matrix = columns + eps
     row = _sums(matrix, 1, eps)
@@ -104,7 +115,8 @@ class Sinkhorn(ResidualMapping):
 
     Attributes:
         eps: see the module; 0 in the paper.
-        last: the side that is normalised last. With "columns" the matrix is the transposed one of the transposed logits (Liger-Kernel).
+        last: the side that is normalised last. With "columns" the matrix is the transposed one of
+            the transposed logits (Liger-Kernel).
     """
 
     eps: float = 0.0
@@ -113,7 +125,8 @@ class Sinkhorn(ResidualMapping):
     name: ClassVar[str] = "sinkhorn"
     iterative: ClassVar[bool] = True
 
-    #: Logit of the diagonal at the start: H_ii = 0.95 at n = 4, H_ij = 0.017. From 8 on the off-diagonal hardly receives a gradient.
+    #: Logit of the diagonal at the start: H_ii = 0.95 at n = 4, H_ij = 0.017. From 8 on the
+    #: off-diagonal hardly receives a gradient.
     diagonal: ClassVar[float] = 4.0
 
     def logits(self, n: int) -> int:

@@ -1,7 +1,8 @@
 """H_res = the logits: hyper-connections without a manifold, for comparison.
 
-Source: arXiv 2409.19606 (HC), in the parametrisation of arXiv 2512.24880 v2: H_res is the static matrix plus the scaled projection,
-and nothing constrains it. Over depth its product grows or vanishes, which is what the other mappings are for.
+Source: arXiv 2409.19606 (HC), in the parametrisation of arXiv 2512.24880 v2: H_res is the static
+matrix plus the scaled projection, and nothing constrains it. Over depth its product grows or
+vanishes, which is what the other mappings are for.
 """
 
 from __future__ import annotations

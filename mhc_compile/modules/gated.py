@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class GatedConnection(HyperConnection):
     There is no function-preserving start: the branch reads a normalised value.
     """
 
-    names: ClassVar[tuple[str, str, str]] = ("phi", "norm", "up")
+    names: tuple[str, str, str] = ("phi", "norm", "up")
 
     norm: nn.Parameter
     up: nn.Parameter

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
+from mhc_compile._torch import state_metadata
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 from mhc_compile.mappings import get_mapping
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.modules.state_dict import NAMES, SETTINGS, after_loading, settle_missing
+from mhc_compile.modules.state_dict import NAMES, SETTINGS, LoadsPartially, explain_misfits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-__all__ = ["HyperConnection"]
+__all__ = ["HyperConnection", "parameter_dtype"]
 
 #: logit of the only pre weight when n = 1: sigmoid(16) = 1 - 1.1e-7. (With one stream, `sum(pre) = 1` is a saturated sigmoid.)
 _SATURATED = 16.0
 
 
-class HyperConnection(nn.Module):
+def parameter_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype of a site's parameters: float64 for a float64 trunk value, else float32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+class HyperConnection(LoadsPartially):
     """One residual add as a manifold-constrained hyper-connection: `X' = H_res X + H_postᵀ f(H_pre X)`.
 
     Source: arXiv 2512.24880 v2, equations 5 to 9. Convention: the paper's, or that of the preset. Shapes, with `K = 2 n + n²` for Sinkhorn:
@@ -53,8 +59,7 @@ class HyperConnection(nn.Module):
         OptionError: `width` is not a positive integer.
     """
 
-    #: The parameters, in the order in which a tracer is told of them.
-    names: ClassVar[tuple[str, str, str]] = NAMES
+    names: tuple[str, str, str] = NAMES
 
     phi: nn.Parameter
     bias: nn.Parameter
@@ -175,27 +180,12 @@ class HyperConnection(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
+        metadata = state_metadata(destination)
         if metadata is not None:
             metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if settle_missing(self, prefix, missing_keys) and all(
-            isinstance(state_dict.get(prefix + name), Tensor) for name in self.names
-        ):
-            after_loading(self, state_dict, prefix, local_metadata, error_msgs)
+    def _check_loaded(self, *args: Any) -> None:
+        explain_misfits(self, *args)
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""

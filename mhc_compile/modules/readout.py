@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.config.coefficient_spec import parse
-from mhc_compile.modules.state_dict import settle_missing
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from mhc_compile.modules.state_dict import LoadsPartially
 
 __all__ = ["ReadOut"]
 
 
-class ReadOut(nn.Module):
+class ReadOut(LoadsPartially):
     """The learned read-out: streams [..., n, C] to [..., C].
 
     Two forms (see `mhc_compile.ops.gated_reference`), by the rank of the convention:
@@ -102,21 +99,6 @@ class ReadOut(nn.Module):
             return torch.ops.mhc.gated_read_out(streams, self.weight, self.norm, self.up, self.eps)  # type: ignore[no-any-return]
         pre_eps = parse(self.spec).pre_eps
         return torch.ops.mhc.read_out(streams, self.weight, self.bias, self.scale, pre_eps, self.eps)  # type: ignore[no-any-return]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        settle_missing(self, prefix, missing_keys)
 
     def extra_repr(self) -> str:
         """Sizes, as other modules print them."""

@@ -1,13 +1,17 @@
-"""What a hyper-connection does while torch loads a state dict: it keeps its values where there are none, and explains what does not fit.
+"""Loading of state dicts: keep values that are not in them, and explain what does not fit.
 
-`nn.Module.load_state_dict` shows every module its own entries alone. Whether a checkpoint has no hyper-connections at all (that of a plain model,
-which is welcome) or lacks some of them (which is an error) is known only when all have been seen, so what was seen is kept for the length of a call.
+`nn.Module.load_state_dict` shows every module its own entries alone. A state dict without any
+hyper-connection (that of a plain model) is accepted, one that lacks some is an error; the
+difference is known only after several modules were loaded, so each call of `load_state_dict` has a
+record of what its modules found.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +23,33 @@ from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.modules.hyper_connection import HyperConnection
-    from mhc_compile.modules.readout import ReadOut
-
-__all__ = ["NAMES", "SETTINGS", "after_loading", "guess_for", "guess_options", "settle_missing"]
+__all__ = ["NAMES", "SETTINGS", "LoadsPartially", "explain_misfits", "guess_for", "guess_options"]
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
-#: What else decides on the function that they stand for. A state dict carries it as metadata, which torch.save keeps and safetensors does not.
+#: Settings that change the function of these parameters. A state dict carries them as metadata,
+#: which torch.save keeps and safetensors does not.
 SETTINGS = ("mapping", "iterations", "eps", "preset")
 
 #: The number of streams of every system that ships mHC.
 _USUAL = 4
 
 
-class _Call(threading.local):
-    """What the current `load_state_dict` of this thread has met. Its list of missing keys is the same object throughout, and no other call's."""
+@dataclass
+class _Load:
+    """The record of one call of `load_state_dict`.
 
-    missing: list[str] | None = None
+    Attributes:
+        missing: torch's list of missing keys.
+        kept: keys of hyper-connections that kept their values.
+        found: whether the state dict has values for a hyper-connection.
+        said: sentences that were said once in this call.
+    """
 
-    def enter(self, missing: list[str]) -> None:
-        if missing is not self.missing:
-            self.missing = missing
-            #: Keys of hyper-connections that kept their values.
-            self.kept: list[str] = []
-            #: Whether the state dict has values for any.
-            self.found = False
-            #: What was said already, so that it is not said again for every site.
-            self.said: set[str] = set()
+    missing: list[str]
+    kept: list[str] = field(default_factory=list)
+    found: bool = False
+    said: set[str] = field(default_factory=set)
 
     def once(self, sentence: str) -> str:
         new = sentence not in self.said
@@ -54,57 +57,108 @@ class _Call(threading.local):
         return f" {sentence}" if new else ""
 
 
-_call = _Call()
+class _Loads(threading.local):
+    """The latest calls of this thread.
 
-
-def settle_missing(connection: HyperConnection | ReadOut, prefix: str, missing: list[str]) -> bool:
-    """Takes back the complaint that `connection` has no values in the state dict, as long as no other hyper-connection has any.
-
-    Args:
-        connection: has just been loaded.
-        prefix: its path, with a dot behind.
-        missing: the keys that torch has missed so far; changed in place.
-
-    Returns:
-        Whether the state dict has values for `connection`.
+    A call is recognized by the identity of torch's list of missing keys: torch passes the same list
+    to all modules of one call, and a new one in the next call. Nothing else that reaches a module
+    stands for the call, and a hook at its end would have to be on the root, which is the user's.
+    The record holds the list, so that its identity is not reused; several records are kept because
+    a module may call `load_state_dict` of another one while it is loaded.
     """
-    _call.enter(missing)
-    keys = [prefix + name for name in connection.names]
-    if not all(key in missing for key in keys):
-        _call.found = True
-        missing.extend(_call.kept)  # so some are there and some are not, which is no plain model's checkpoint
-        _call.kept = []
-        return True
-    if _call.found or any(parameter.is_meta for parameter in connection.parameters()):
-        return False  # on the meta device there is nothing to keep
-    if not _call.kept:
-        warn(
-            f"the state dict has no values for the hyper-connection {prefix.removesuffix('.')!r}: it looks like one of the plain model."
-            " This hyper-connection and all others that it lacks keep the values they have"
+
+    def __init__(self) -> None:
+        self.latest: deque[_Load] = deque(maxlen=8)
+
+    def of(self, missing: list[str]) -> _Load:
+        for load in self.latest:
+            if load.missing is missing:
+                return load
+        self.latest.append(_Load(missing))
+        return self.latest[-1]
+
+
+_loads = _Loads()
+
+
+class LoadsPartially(nn.Module):
+    """Base class whose parameters stay as they are if a state dict has no hyper-connections."""
+
+    #: The parameters, in the order in which they are declared to a tracer.
+    names: tuple[str, str, str]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-    missing[:] = [key for key in missing if key not in keys]
-    _call.kept.extend(keys)
-    return False
+        load = _loads.of(missing_keys)
+        keys = [prefix + name for name in self.names]
+        if not all(key in missing_keys for key in keys):
+            load.found = True
+            missing_keys.extend(load.kept)  # some are there and some are not: no plain model's state dict
+            load.kept.clear()
+            if all(isinstance(state_dict.get(key), Tensor) for key in keys):
+                self._check_loaded(state_dict, prefix, local_metadata, error_msgs, load)
+            return
+        if load.found or any(parameter.is_meta for parameter in self.parameters()):
+            return  # on the meta device there are no values to keep
+        if not load.kept:
+            warn(
+                f"the state dict has no values for the hyper-connection {prefix.removesuffix('.')!r}: it looks like one"
+                " of the plain model. This hyper-connection and all others that it lacks keep the values they have"
+            )
+        missing_keys[:] = [key for key in missing_keys if key not in keys]
+        load.kept.extend(keys)
+
+    def _check_loaded(
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: _Load
+    ) -> None:
+        """Check the tensors for this module; `errors` are changed in place."""
 
 
-def after_loading(
-    connection: HyperConnection, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str]
+class _Connection(Protocol):
+    """The attributes of a hyper-connection that `explain_misfits` reads, besides `SETTINGS`."""
+
+    names: tuple[str, str, str]
+    width: int
+    streams: int
+    mapping: str
+
+
+def explain_misfits(
+    connection: _Connection,
+    state: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    errors: list[str],
+    load: _Load,
 ) -> None:
-    """Explains the tensors of `state` that do not fit `connection`, and warns of those that are not finite.
+    """Explain the tensors of `state` that do not fit `connection`, and warn of non-finite values.
 
     Args:
-        connection: has just been loaded.
+        connection: the hyper-connection, just loaded.
         state: the state dict.
-        prefix: path of `connection`, with a dot behind.
-        metadata: what `describe` wrote, if it survived.
-        errors: what torch has complained of so far; changed in place.
+        prefix: path of `connection`, with a trailing dot.
+        metadata: the saved `SETTINGS`, as far as they are in the state dict.
+        errors: torch's errors so far; changed in place.
+        load: the record of the call.
     """
     path = prefix.removesuffix(".")
-    names = connection.names
-    shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in names}
+    shapes = {
+        name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in connection.names
+    }
     wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if wrong:
-        # torch has said so already, one sentence a tensor; this one says what can be done.
+        # Replaces torch's sentence for each tensor by one that says how to mend it.
         errors[:] = [
             error for error in errors if not any(f"size mismatch for {prefix}{name}:" in error for name in wrong)
         ]
@@ -113,32 +167,33 @@ def after_loading(
         )
         errors.append(
             f"the state dict has {listed} (width {connection.width}, streams {connection.streams}, mapping"
-            f" {connection.mapping!r}).{_call.once(_way_out(connection, shapes['phi'][0], set(wrong)))}"
+            f" {connection.mapping!r}).{load.once(_way_out(connection, shapes['phi'][0], set(wrong)))}"
         )
-    for name in names:
+    for name in connection.names:
         if not _is_finite(state[prefix + name]):
             warn(
-                f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged, or the file is damaged"
+                f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged,"
+                " or the file is damaged"
             )
     for name in SETTINGS:
         has, wants = metadata.get(name, getattr(connection, name)), getattr(connection, name)
         if has == wants or wrong or (name == "iterations" and not get_mapping(connection.mapping).iterative):
             continue
         sentence = (
-            f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another function."
-            f" Attach and compile with options={{{name!r}: {has!r}}} for the function that was saved"
+            f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another"
+            f" function. Attach and compile with options={{{name!r}: {has!r}}} for the function that was saved"
         )
         if name == "mapping":
             errors.append(f"hyper-connection {path!r} {sentence}.")
-        elif _call.once(sentence):
+        elif load.once(sentence):
             warn(f"hyper-connection {path!r} (and perhaps others) {sentence}")
 
 
 def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
-    """All `(streams, mapping, width)` that give phi this shape [n C, K], the likeliest first.
+    """Return all `(streams, mapping, width)` for a phi of shape [n C, K], the likeliest first.
 
-    Shapes do not tell everything: "unconstrained" always looks like "sinkhorn". That comes first as what nearly everybody uses; of the others
-    those with four streams, then those that were there longest.
+    Shapes do not determine the mapping: "unconstrained" always looks like "sinkhorn", which comes
+    first as the most used one. Then come guesses with four streams, then the older mappings.
     """
     if len(shape) != 2:
         return []
@@ -153,12 +208,12 @@ def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
 
 
 def guess_for(owner: nn.Module | None, shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
-    """As `guess_options`, for a hyper-connection of `owner`: the width C of its streams is a size of some parameter there."""
+    """Return the `guess_options` whose width C is a size of a parameter of `owner`."""
     sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
     return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
 
 
-def _way_out(connection: HyperConnection, phi: tuple[int, ...], wrong: set[str]) -> str:
+def _way_out(connection: _Connection, phi: tuple[int, ...], wrong: set[str]) -> str:
     if "phi" in wrong:
         guesses = guess_options(phi)
         guesses.sort(key=lambda guess: guess[1] != connection.mapping)
@@ -179,6 +234,6 @@ def _way_out(connection: HyperConnection, phi: tuple[int, ...], wrong: set[str])
 
 
 def _is_finite(value: Tensor) -> bool:
-    # Fake, distributed and other special tensors are not looked into.
+    # The values of fake, distributed and other special tensors are not read.
     plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
     return not plain or bool(torch.isfinite(value).all())

@@ -17,7 +17,7 @@ _FORMAT = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code
 
 
 def html_of(renderable: RenderableType, *, width: int = _WIDTH) -> str:
-    """Return `renderable` as one self-contained `<pre>` element with inline colours.
+    """Return `renderable` as standalone HTML: one `<pre>` element with inline colours.
 
     Args:
         renderable: anything that rich prints.

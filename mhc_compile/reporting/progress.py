@@ -1,4 +1,12 @@
-"""What is shown on stderr while the benchmark works: a spinner and a bar on a terminal, lines in a log, or nothing."""
+"""The progress of a long command: a spinner and a bar on a terminal, lines in a log, or nothing.
+
+with choose_progress(Console(stderr=True), quiet=quiet) as progress:
+    progress.phase("compiling")
+    progress.count("training", total=800)
+    for step in range(800):
+        progress.advance(f"loss {loss:.3f}")
+    progress.note("plain: could not be compiled")
+"""
 
 from __future__ import annotations
 
@@ -17,50 +25,59 @@ __all__ = ["Bars", "Lines", "Silent", "choose_progress"]
 
 
 class Silent(AbstractContextManager["Silent"]):
-    """Shows nothing, and is the interface of the others."""
+    """Shows nothing; the interface of the other displays."""
 
     def phase(self, text: str) -> None:
-        """Work that is not timed begins: loading, compiling."""
+        """Begin work without a known length: loading, compiling."""
 
     def note(self, text: str) -> None:
-        """Something that stays to be read."""
+        """Print a line that stays on the screen."""
 
-    def timing(self, kind: str, turns: int) -> None:
-        """Rounds begin, of so many turns together."""
+    def log(self, text: str) -> None:
+        """Print a line where there is no bar that shows the same."""
 
-    def advance(self, name: str) -> None:
-        """The turn of `name` begins."""
+    def count(self, text: str, total: int, done: int = 0) -> None:
+        """Begin work of `total` units, `done` of which are done."""
+
+    def advance(self, text: str = "", *, done: int | None = None) -> None:
+        """Report `done` units as done, by default one more; `text` follows the name of the work."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the display, whatever happened."""
+        """End the display."""
 
 
 class Lines(Silent):
-    """One line for every phase, for logs."""
+    """Prints a line for every phase, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def phase(self, text: str) -> None:
-        """Prints it."""
+        """Print it."""
         self.note(text)
 
     def note(self, text: str) -> None:
-        """Prints it."""
+        """Print it."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def timing(self, kind: str, turns: int) -> None:
-        """Says so."""
-        self.note(f"{kind}: timing, {turns} turns")
+    def log(self, text: str) -> None:
+        """Print it."""
+        self.note(text)
+
+    def count(self, text: str, total: int, done: int = 0) -> None:
+        """Print the name and the length of the work."""
+        self.note(f"{text}, {done} of {total} done" if done else f"{text}, {total} in all")
 
 
 class Bars(Silent):
-    """A spinner beside what is compiled; then a bar, whose turn it is, and how long it will take."""
+    """Shows a spinner for phases and a bar for counted work.
+
+    It redraws on calls only: a thread that redraws would run on a core that is being measured.
+    """
 
     def __init__(self, console: Console) -> None:
-        # Drawn when something moves and not by a thread of its own: that would run on a core that is being measured.
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -73,45 +90,46 @@ class Bars(Silent):
         )
         self._console = console
         self._task: TaskID | None = None
-        self._kind = ""
+        self._name = ""
         self._progress.start()
 
-    def _replace(self, text: str, total: int | None) -> None:
+    def _replace(self, text: str, total: int | None, done: int = 0) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(text, total=total)
+        self._name, self._task = text, self._progress.add_task(text, total=total, completed=done)
         self._progress.refresh()
 
     def phase(self, text: str) -> None:
-        """Shows it until the next."""
+        """Show it until other work begins."""
         self._replace(text, None)
 
     def note(self, text: str) -> None:
-        """Prints it above the display."""
+        """Print it above the bar."""
         self._console.print(text, markup=False, highlight=False)
 
-    def timing(self, kind: str, turns: int) -> None:
-        """Shows the bar."""
-        self._kind = kind
-        self._replace(f"{kind}: timing", turns)
-        assert self._task is not None
-        self._progress.update(self._task, completed=-1)
+    def count(self, text: str, total: int, done: int = 0) -> None:
+        """Show the bar."""
+        self._replace(text, total, done)
 
-    def advance(self, name: str) -> None:
-        """Moves it."""
-        assert self._task is not None
-        self._progress.update(self._task, advance=1, description=f"{self._kind}: timing {name}")
+    def advance(self, text: str = "", *, done: int | None = None) -> None:
+        """Move the bar."""
+        assert self._task is not None, "`count` begins the work"
+        description = f"{self._name} {text}".rstrip()
+        if done is None:
+            self._progress.update(self._task, advance=1, description=description)
+        else:
+            self._progress.update(self._task, completed=done, description=description)
         self._progress.refresh()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Takes the display away."""
+        """Remove the bar and restore the cursor."""
         self._progress.stop()
 
 
 def choose_progress(console: Console, *, quiet: bool) -> Silent:
-    """Bars on a terminal, lines elsewhere, nothing with `quiet`."""
+    """Return bars on a terminal, lines elsewhere, and nothing with `quiet`."""
     if quiet:
         return Silent()
     return Bars(console) if console.is_terminal else Lines(console)

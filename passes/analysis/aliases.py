@@ -1,7 +1,8 @@
-"""Which values of a graph share memory, and who writes into it.
+"""Alias analysis: which values of a graph share memory, and which operations write into it.
 
-A tracer's example values share storage exactly where the tensors of the model do (views, results of in-place operations, `to` that had nothing to
-do), so the question is answered by the storages and not by a list of view operations.
+A tracer's example values share storage exactly where the model's tensors do (views, results of
+in-place operations, a `to` that had nothing to do), so storages answer the question, not a list of
+view operations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.passes.analysis.op_info import written_operands
+from mhc_compile._torch import storage_key
+from mhc_compile.passes.analysis.op_info import example_value, written_operands
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -38,11 +40,11 @@ class Aliases:
                     self._unknown.setdefault(operand, node)
 
     def of(self, node: Node) -> list[Node]:
-        """Every node, `node` among them, whose value shares memory with that of `node`, in graph order."""
+        """Return the nodes that share memory with `node`, itself included, in graph order."""
         return list(dict.fromkeys(member for key in storages(node) for member in self._members[key])) or [node]
 
     def writers(self, node: Node) -> list[Node]:
-        """The operations that write in place into the memory of `node`, under whatever name, in graph order."""
+        """Return the operations that write into the memory of `node`, in graph order."""
         if not self._writers and not self._unknown:
             return []
         found = [writer for key in storages(node) for writer in self._writers[key]]
@@ -51,25 +53,19 @@ class Aliases:
         return sorted(set(found), key=self.order.__getitem__)
 
     def rename(self, old: Node, new: Node) -> None:
-        """`new` has taken the place of `old` in the graph, and stands for the same memory."""
+        """Record that `new` replaced `old` in the graph and has the same memory."""
         self.order[new] = self.order[old]
         for key in storages(new):
             self._members[key] = [*dict.fromkeys(new if member is old else member for member in self._members[key])]
 
     def written_after(self, node: Node, position: int) -> Node | None:
-        """The first operation behind `position` in the graph that writes into the memory of `node`."""
+        """Return the first write into the memory of `node` after `position`, or None."""
         return next((writer for writer in self.writers(node) if self.order[writer] > position), None)
 
 
 def storages(node: Node) -> tuple[int, ...]:
-    """Identities of the storages behind the value of `node`; several for a tuple of tensors, none where they are not known."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    """Return the storages of a node's value: several for a tuple, none if unknown."""
+    value = example_value(node)
     values = value if isinstance(value, (tuple, list)) else (value,)
-    keys = []
-    for part in values:
-        if isinstance(part, torch.Tensor):
-            try:
-                keys.append(part.untyped_storage()._cdata)
-            except (RuntimeError, NotImplementedError):  # sparse tensors, and tensors wrapped by vmap, have none
-                continue
-    return tuple(dict.fromkeys(keys))
+    keys = (storage_key(part) for part in values if isinstance(part, torch.Tensor))
+    return tuple(dict.fromkeys(key for key in keys if key is not None))

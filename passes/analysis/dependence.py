@@ -1,7 +1,7 @@
-"""What a value is computed from: answered once for a whole graph, in one sweep, for the values that matter.
+"""Dependence analysis: which values are computed from which, for a whole graph in one sweep.
 
-Every node carries one bit for each source that it depends on. The sweep is linear in the nodes; a bit set is one Python integer, so that a step is
-a few machine words even where thousands of sources are followed.
+Every node carries one bit for each source that it depends on. The sweep is linear in the nodes; a
+bit set is one Python integer, so a step costs a few machine words even with thousands of sources.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["Reach", "contracts", "weights_of"]
+__all__ = ["Dependence", "contracts", "weights_of"]
 
 
-class Reach:
-    """Dependence of every node of `graph` on `sources`, in three strengths: anyhow, as a value, as a value through a contraction with weights.
+class Dependence:
+    """Dependence of every node on `sources`: at all, by value, by value through a contraction.
 
-    What is written in place into a tensor reaches everybody who reads the tensor afterwards, under whatever name.
+    A value that is written in place into a tensor reaches all later readers of the tensor, by any
+    of its names.
     """
 
     def __init__(self, graph: Graph, sources: Iterable[Node], aliases: Aliases, weights: frozenset[Node]) -> None:
@@ -67,28 +68,27 @@ class Reach:
                     old = written.get(key, (0, 0, 0))
                     written[key] = (old[0] | anyhow, old[1] | value, old[2] | contracted)
 
-    def anyhow(self, source: Node, node: Node) -> bool:
-        """Whether anything flows from `source` to `node`: values, shapes, integers."""
+    def at_all(self, source: Node, node: Node) -> bool:
+        """Return whether anything flows from `source` to `node`: values, shapes, integers."""
         return bool(self._anyhow[node] & self._bits[source])
 
     def value(self, source: Node, node: Node) -> bool:
-        """Whether a differentiable value flows from `source` to `node`."""
+        """Return whether a differentiable value flows from `source` to `node`."""
         return bool(self._value[node] & self._bits[source])
 
     def contracted(self, source: Node, node: Node) -> bool:
-        """Whether a value flows from `source` to `node` through attention, or through a product, a convolution or a recurrence with weights."""
+        """Return whether a value flows from `source` to `node` through a contraction."""
         return bool(self._contracted[node] & self._bits[source])
 
     def contracted_twice(self, source: Node, node: Node) -> bool:
-        """Whether a value flows from `source` to `node` through two of them, one after the other."""
+        """Return whether a value flows from `source` to `node` through two contractions in turn."""
         return bool(self._twice[node] & self._bits[source])
 
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
-        """The nodes that carry a value from `source` to `terms`, the terms included, in graph order."""
+        """Return the nodes from `source` to `terms`, the terms included, in graph order."""
         order, found = self._aliases.order, set()
-        own = set(
-            self._aliases.writers(source)
-        )  # what completes the source comes before everything that is computed from it
+        # Writes that complete the source come before everything that is computed from it.
+        own = set(self._aliases.writers(source))
         stack = [term for term in terms if self.value(source, term)]
         while stack:
             node = stack.pop()
@@ -102,7 +102,7 @@ class Reach:
 
 
 def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
-    """The parameters and buffers of a graph, and what is computed from them alone (a transposed weight, the weights of the chosen experts)."""
+    """Return the weights of a graph: parameters, buffers, and values computed from them alone."""
     weights: set[Node] = set()
     for node in graph.nodes:
         if provenance.holds_weights(node):
@@ -119,9 +119,10 @@ def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:
 
 
 def contracts(node: Node, weights: frozenset[Node]) -> bool:
-    """A contraction with something that is learned or fixed. A product of activations alone (the state of a linear recurrence) is none.
+    """Return whether the node contracts with a weight or constant.
 
-    Attention counts without weights of its own, and so does a region that is not looked into.
+    Activation-only products (the state of a linear recurrence) do not count. Attention counts
+    without weights of its own, and so does a region that the passes do not look into.
     """
     if is_attention(node) or is_region(node):
         return True

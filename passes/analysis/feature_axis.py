@@ -1,8 +1,9 @@
 """Which axis of a trunk holds the features.
 
-Streams are kept as [..., n, C], so the pass must know which axis is C: the last one in a transformer, axis 1 in a convolutional network. Shapes
-do not tell ([2, 16, 16] may be either). What the branch does with the trunk tells: first how it reads it (`entry_axis`), or else how its last
-product leaves it (`exit_axis`).
+Streams are kept as [..., n, C], so a pass must know which axis is C: the last one in a transformer,
+axis 1 in a convolutional network. Shapes do not tell ([2, 16, 16] may be either); the branch does,
+by the way it reads the trunk (`entry_axis`), or else by the way its last contraction leaves the
+features (`exit_axis`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _CHANNEL_NORMS = frozenset(
     "batch_norm instance_norm group_norm native_batch_norm native_group_norm _native_batch_norm_legit"
     " _native_batch_norm_legit_functional _native_batch_norm_legit_no_training".split()
 )
+_CHANNEL_NORM_MODULES = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm,
+)  # fmt: skip
 _REDUCTIONS = frozenset({"mean", "var", "std", "norm", "var_mean", "std_mean", "vector_norm"})
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view"})
 #: Products whose first operand is what they add.
@@ -44,9 +48,10 @@ _ADDED_FIRST = frozenset({"addmm", "addbmm", "baddbmm", "addmv"})
 
 
 def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
-    """Axis of `skip` over which its first reader in the branch normalises or contracts, None where no reader says.
+    """Return the axis of `skip` over which its first reader normalises or contracts, or None.
 
-    The walk passes through operations that keep the shape (activations, casts) and through permutations.
+    The walk passes through operations that keep the shape (activations, casts) and through
+    permutations.
     """
     value = tensor_value(skip)
     if value is None:
@@ -82,7 +87,7 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
             else _argument(node, 1, "normalized_shape")
         )
         return rank - 1 if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
-    if name in _CHANNEL_NORMS or isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+    if name in _CHANNEL_NORMS or isinstance(module, _CHANNEL_NORM_MODULES):
         return 1
     if is_convolution(node):
         return 1
@@ -97,18 +102,19 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
     return None
 
 
-def exit_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | None:
-    """Axis of `term` that holds the features which `anchor` produced, None if the views in between lose it.
+def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | None:
+    """Return the axis of `term` that holds the features of `contraction`, None if views lose it.
 
-    `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and every other contraction on the last one.
+    `ordered` are the nodes of the branch in graph order. Features leave a convolution on axis 1 and
+    every other contraction on the last one.
     """
-    value = tensor_value(anchor)
-    if (
-        value is None
-    ):  # attention returns (output, weights); getitem gives the tensor back, and its features are last as well
-        axes: dict[Node, int | None] = {anchor: -1}
+    value = tensor_value(contraction)
+    if value is None:
+        # Attention returns (output, weights); `getitem` takes the tensor out, and its features are
+        # last as well.
+        axes: dict[Node, int | None] = {contraction: -1}
     else:
-        axes = {anchor: 1 if is_convolution(anchor) else value.dim() - 1}
+        axes = {contraction: 1 if is_convolution(contraction) else value.dim() - 1}
     for node in ordered:
         if node in axes:
             continue
@@ -119,7 +125,7 @@ def exit_axis(anchor: Node, term: Node, ordered: Iterable[Node]) -> int | None:
 
 
 def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
-    """Where `node` puts the axis `axis` of its operand; None if it takes it apart."""
+    """Return where `node` puts the axis `axis` of its operand, None if it splits or merges it."""
     before, after = tensor_value(operand), tensor_value(node)
     if after is None or axis is None:
         return axis if axis == -1 else None
@@ -138,7 +144,7 @@ def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
 
 
 def whole_axis(before: Tensor, after: Tensor, axis: int) -> int | None:
-    """The axis of a reshaped tensor that is the axis `axis` of `before`, neither split nor merged; None if there is none."""
+    """Return the axis of `after` that is the axis `axis` of `before`, neither split nor merged."""
     leading = _product(before.shape[:axis])
     for candidate in range(after.dim()):
         same = after.shape[candidate] == before.shape[axis] and _product(after.shape[:candidate]) == leading
@@ -152,7 +158,7 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
-    """The axes of the operand in the order in which `node` puts them, None if it does not permute."""
+    """Return the operand's axes in their new order, None if `node` does not permute."""
     name = op_name(node)
     if name in {"transpose", "swapaxes"}:
         first, second = (int(_argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))

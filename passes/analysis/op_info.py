@@ -1,7 +1,7 @@
-"""The role that an operation plays, whatever its spelling. The one place where operations are known by name.
+"""Facts about single operations. The only place that knows operations by name.
 
-A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf module; `op_name` gives one name for all
-spellings, and the tables below give that name a role.
+A graph may say `a + b`, `torch.add(a, b)`, `a.add(b)`, `aten.add.Tensor(a, b)` or call a leaf
+module; `op_name` gives one name for all spellings, and the tables below classify that name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mhc_compile._torch import is_higher_order, is_overload, operator_name, written_arguments
+
 if TYPE_CHECKING:
     from torch.fx import Node
 
@@ -19,6 +21,7 @@ __all__ = [
     "ADDS",
     "INPLACE_ADDS",
     "INPLACE_FLAG",
+    "example_value",
     "is_attention",
     "is_contraction",
     "is_convolution",
@@ -69,14 +72,17 @@ _VIEWS = frozenset(
     " narrow slice chunk split split_with_sizes unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
 )
 
-#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value flows from skip to branch through it.
+#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value
+#: flows from skip to branch through it.
 _NO_VALUE = frozenset(
     "size shape dim numel ones_like zeros_like full_like empty_like rand_like randn_like randint_like new_ones new_zeros new_full"
     " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
 )
 
 _MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
-_MODULE_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_MODULE_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 _MODULE_ATTENTIONS = (nn.MultiheadAttention,)
 _MODULE_RECURRENCES = (nn.RNNBase,)
 _CONTRACTING_MODULES = (*_MODULE_CONTRACTIONS, *_MODULE_CONVOLUTIONS, *_MODULE_ATTENTIONS, *_MODULE_RECURRENCES)
@@ -101,21 +107,22 @@ INPLACE_FLAG = {
 
 
 def op_name(node: Node) -> str:
-    """One name for every spelling of an operation: "add" for `+`, `torch.add`, `Tensor.add` and `aten.add.Tensor`. Empty for non-calls."""
+    """Return one name for every spelling of an operation; "" if the node calls none.
+
+    `+`, `torch.add`, `Tensor.add` and `aten.add.Tensor` are all "add".
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
         return ""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name.split("::")[-1]
-    return getattr(target, "__name__", type(target).__name__)
+    qualified = operator_name(node.target)
+    if qualified is not None:
+        return qualified.split("::")[-1]
+    return getattr(node.target, "__name__", type(node.target).__name__)
 
 
 def leaf_module(node: Node) -> nn.Module | None:
-    """The module that a `call_module` node calls, None for every other node."""
+    """Return the module that a `call_module` node calls, None for every other node."""
     if node.op != "call_module":
         return None
     owner = node.graph.owning_module
@@ -123,47 +130,48 @@ def leaf_module(node: Node) -> nn.Module | None:
 
 
 def is_convolution(node: Node) -> bool:
-    """A convolution, whose features lie on axis 1."""
+    """Return whether the node is a convolution, whose features lie on axis 1."""
     return op_name(node) in _CONVOLUTIONS or isinstance(leaf_module(node), _MODULE_CONVOLUTIONS)
 
 
 def is_attention(node: Node) -> bool:
-    """A fused attention."""
+    """Return whether the node is a fused attention."""
     return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), _MODULE_ATTENTIONS)
 
 
 def is_recurrence(node: Node) -> bool:
-    """An LSTM, a GRU or a plain recurrent network, as one operation."""
+    """Return whether the node is a whole LSTM, GRU or plain recurrent network."""
     return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), _MODULE_RECURRENCES)
 
 
 def is_fused_layer(node: Node) -> bool:
-    """A whole transformer layer as one operation, residual adds included."""
+    """Return whether the node is a whole transformer layer, residual adds included."""
     return op_name(node) in _FUSED_LAYERS
 
 
 def is_region(node: Node) -> bool:
-    """A higher-order operation with graphs of its own, in which the passes do not look: `cond`, `invoke_subgraph`.
+    """Return whether the node calls graphs that the passes do not read: `cond`.
 
-    Activation checkpointing is none by the time that anybody asks (see `regions`), and the graphs of flexible attention change scores.
+    Regions of activation checkpointing are inlined before (`InlineRegions`), and the graphs of
+    flexible attention only change scores.
     """
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and not is_attention(node)
+    return is_higher_order(node.target) and not is_attention(node)
 
 
 def is_contraction(node: Node) -> bool:
-    """An operation that mixes features or tokens: a matrix product, a convolution, attention or a recurrence."""
+    """Return whether the node is a matrix product, convolution, attention or recurrence."""
     if node.op == "call_module":
         return isinstance(leaf_module(node), _CONTRACTING_MODULES)
     return op_name(node) in _CONTRACTIONS
 
 
 def is_view(node: Node) -> bool:
-    """The result may share storage with the first operand."""
+    """Return whether the result may share storage with the first operand."""
     return op_name(node) in _VIEWS
 
 
 def is_inplace(node: Node) -> bool:
-    """The operation writes into its first operand (or into `out`)."""
+    """Return whether the node writes into its first operand, or into `out`."""
     if node.op == "call_module":
         return bool(getattr(leaf_module(node), "inplace", False))
     if node.op == "call_function" and (node.target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None):
@@ -178,17 +186,13 @@ def is_inplace(node: Node) -> bool:
 
 
 def written_operands(node: Node) -> tuple[Node, ...]:
-    """The operands that the operation writes in place."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        if not schema.is_mutable:
-            return ()
-        named = [
-            node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            for index, argument in enumerate(schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        return tuple(operand for operand in named if isinstance(operand, torch.fx.Node))
+    """Return the operands that the node writes in place."""
+    if is_overload(node.target):
+        given = (
+            node.args[position] if position < len(node.args) else node.kwargs.get(name)
+            for position, name in written_arguments(node.target)
+        )
+        return tuple(operand for operand in given if isinstance(operand, torch.fx.Node))
     if not is_inplace(node):
         return ()
     written = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
@@ -196,19 +200,19 @@ def written_operands(node: Node) -> tuple[Node, ...]:
 
 
 def sets_grad_mode(node: Node) -> bool | None:
-    """Whether gradients are recorded from `node` on, None where it does not change that."""
+    """Return whether gradients are recorded from `node` on, None if it does not change that."""
     if op_name(node) in {"_set_grad_enabled", "set_grad_enabled"} and node.args:
         return node.args[0] is True
     return False if op_name(node) == "_enter_inference_mode" else None
 
 
 def is_update(node: Node) -> bool:
-    """The end of a site that runs on streams: `mhc::update`."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == "mhc::update"
+    """Return whether the node is the end of a rewritten site, `mhc::update`."""
+    return is_overload(node.target) and operator_name(node.target) == "mhc::update"
 
 
 def is_random(node: Node) -> bool:
-    """The result depends on random numbers."""
+    """Return whether the result depends on random numbers."""
     return any(
         part in op_name(node)
         for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
@@ -220,18 +224,27 @@ def runs_once(node: Node) -> bool:
     return is_random(node) or op_name(node) == "batch_norm"
 
 
+def example_value(node: Node) -> Any:
+    """Return the recorded example value of a node (a fake tensor, a tuple, a size), or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def tensor_value(node: Node) -> torch.Tensor | None:
-    """The example (fake) tensor that a tracer recorded for this node, if it is one tensor."""
-    value: Any = node.meta.get("example_value", node.meta.get("val"))
+    """Return the example tensor of a node, or None if its value is unknown or no tensor."""
+    value = example_value(node)
     return value if isinstance(value, torch.Tensor) else None
 
 
 def passes_value(node: Node) -> bool:
-    """Whether a differentiable value of an operand can reach the result. Integers, masks, shapes and detached tensors do not carry one."""
+    """Return whether a differentiable value of an operand can reach the result.
+
+    Integers, masks, shapes and detached tensors carry none.
+    """
     if op_name(node) in _NO_VALUE:
         return False
-    value: Any = node.meta.get("example_value", node.meta.get("val"))
+    value = example_value(node)
     if isinstance(value, torch.Tensor):
         return value.dtype.is_floating_point or value.dtype.is_complex
-    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets the benefit of the doubt.
+    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets
+    # the benefit of the doubt.
     return not isinstance(value, (bool, int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -1,7 +1,8 @@
-"""Where a node of a graph comes from: the modules whose calls surround it, and the parameters that it reads.
+"""Provenance of nodes: the modules whose calls surround a node, and the parameters that it reads.
 
-`find` needs module paths and nothing else of the world outside the graph. A graph that `torch.fx.symbolic_trace` made carries them itself and is
-served by `Provenance`; a Dynamo graph knows modules by identity and has a provenance of its own (`mhc_compile.capture.provenance`).
+Planning needs module paths and nothing else from outside the graph. A graph from
+`torch.fx.symbolic_trace` carries them (`Provenance`); a Dynamo graph knows modules by identity, and
+has its own provenance (`mhc_compile.capture.provenance`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["ModuleRef", "Provenance", "common_owner", "source_line"]
 
 @dataclass(frozen=True)
 class ModuleRef:
-    """A module as the graph knows it."""
+    """One call of a module, as the graph knows it."""
 
     #: Identity inside this graph. Two calls of one module have different keys.
     key: str
@@ -29,15 +30,16 @@ class ModuleRef:
     path: str
     #: Class name, for reports.
     kind: str
-    #: False for the module whose own `forward` was handed to the tracer: its call, and so its hooks, lie outside the graph.
+    #: False for the module whose own `forward` was handed to the tracer: its call, and so its
+    #: hooks, lie outside the graph.
     called: bool = True
 
 
 class Provenance:
-    """Provenance of graphs from `torch.fx.symbolic_trace`: paths are the keys of `nn_module_stack`."""
+    """Provenance of graphs from `torch.fx.symbolic_trace`, read from `nn_module_stack`."""
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
-        """The modules whose calls surround `node`, the root first, the innermost last. For a leaf call the leaf is the last."""
+        """Return the calls around `node`, from the root to the innermost, or to a called leaf."""
         stack = node.meta.get("nn_module_stack", {})
         # `torch.export` writes the class by its qualified name.
         calls = (
@@ -48,11 +50,11 @@ class Provenance:
         return (ModuleRef("", "", "root"), *calls)
 
     def parameter_name(self, node: Node) -> str | None:
-        """Dotted path, below the root, of the parameter that `node` stands for, or None if it stands for none."""
+        """Return the path of the parameter that `node` stands for, or None."""
         return str(node.target) if node.op == "get_attr" else None
 
     def holds_weights(self, node: Node) -> bool:
-        """Whether `node` stands for a parameter or a buffer of the model, and not for something computed from its inputs."""
+        """Return whether `node` stands for a parameter or buffer of the model."""
         return (
             node.op == "get_attr"
             or isinstance(tensor_value(node), nn.Parameter)
@@ -63,7 +65,7 @@ class Provenance:
 def common_owner(
     outer: tuple[ModuleRef, ...], inner: tuple[ModuleRef, ...]
 ) -> tuple[ModuleRef | None, ModuleRef | None]:
-    """The deepest call that both stacks share, and the next call on `inner` below it (None where `inner` ends there)."""
+    """Return the deepest call that both stacks share, and the next one on `inner` (or None)."""
     depth = 0
     while depth < min(len(outer), len(inner)) and outer[depth].key == inner[depth].key:
         depth += 1
@@ -73,7 +75,7 @@ def common_owner(
 
 
 def source_line(node: Node) -> str:
-    """`file:line` in the model's source that wrote this node, "" if the tracer did not record it."""
+    """Return `file:line` of the model's source for this node, "" if it was not recorded."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
     if not frames:

@@ -1,4 +1,4 @@
-"""The terms of a sum: which additions are looked at, what a sum tree consists of, and what a term comes from by cheap operations."""
+"""The terms of a sum: which adds form one sum, and where each term comes from."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ __all__ = [
     "same_size",
 ]
 
-#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad, scale).
+#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad,
+#: scale).
 SHORTCUT = 8
 
 
 def is_candidate(node: Node) -> bool:
-    """An addition of two tensors, floating-point or complex."""
+    """Return whether the node adds two floating-point or complex tensors."""
     if op_name(node) not in ADDS | INPLACE_ADDS:
         return False
     value = tensor_value(node)
@@ -43,12 +44,12 @@ def is_candidate(node: Node) -> bool:
 
 
 def is_parameter(node: Node) -> bool:
-    """A parameter, as far as the node itself can tell."""
+    """Return whether the node itself shows that it is a parameter."""
     return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_value(node), torch.nn.Parameter))
 
 
 def cheap_path(term: Node) -> Iterator[Node]:
-    """`term` and what it comes from by cheap operations, the first contraction included."""
+    """Yield `term` and the values that it cheaply comes from, the first contraction included."""
     node: Node | None = term
     for _ in range(SHORTCUT + 1):
         if node is None:
@@ -58,7 +59,10 @@ def cheap_path(term: Node) -> Iterator[Node]:
 
 
 def carried(node: Node) -> Node | None:
-    """The operand whose value a cheap operation hands on: the only tensor, or the only one of the result's shape. None behind a contraction."""
+    """Return the operand whose value a cheap operation passes on, or None for a contraction.
+
+    That is its only floating-point tensor, or the only one of the result's shape.
+    """
     if node.op not in {"call_function", "call_method", "call_module"} or is_contraction(node) or not passes_value(node):
         return None
     if op_name(node) == "neg":  # `f(x) - x` is a difference, and no residual add
@@ -74,12 +78,15 @@ def carried(node: Node) -> Node | None:
 
 
 def operands(node: Node) -> tuple[Node, ...]:
-    """The two tensors of a normalised addition."""
+    """Return the two tensors of a normalised addition."""
     return tuple(argument for argument in node.args[:2] if isinstance(argument, torch.fx.Node))
 
 
 def flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """The adds and the terms of the sum tree that ends in `add`. Inner sums are read by this tree alone. `add` comes last."""
+    """Return the adds, `add` last, and the terms of the sum tree that ends in `add`.
+
+    Inner sums are read by this tree alone.
+    """
     if op_name(add) in INPLACE_ADDS:
         return (add,), operands(add)
     adds: list[Node] = []
@@ -96,17 +103,17 @@ def flatten(add: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
 
 
 def same_shape(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two shapes are known to be equal. Symbolic sizes that are equal for a reason need not look alike (mamba)."""
+    """Return whether two shapes are known to be equal. Equal symbols need not look alike."""
     if one is None or other is None or one.dim() != other.dim():
         return False
     return all(same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))
 
 
 def same_size(one: object, other: object) -> bool:
-    """Whether two sizes are known to be equal."""
+    """Return whether two sizes are known to be equal."""
     return statically_known_true(one == other)
 
 
 def describe(value: Tensor) -> str:
-    """Shape and dtype, for sentences."""
+    """Return shape and dtype as text, for messages."""
     return f"{[str(size) if not isinstance(size, int) else size for size in value.shape]} {str(value.dtype).removeprefix('torch.')}"

@@ -1,8 +1,9 @@
-"""Writes what a Python function computes into a graph, as ATen operations.
+"""Writing nodes: provenance, marks, example values, and Python functions as ATen operations.
 
-Some things are said best as a function: an operation under `torch.func.vmap`, an operator of ours in plain ATen. `splice` traces the function on
-the example values of its operands and puts the traced operations where they belong, so that the graph stays a graph: readable, and made of
-nothing that a cache or an exported file could not hold.
+Some operations are best written as a function: an operation under `torch.func.vmap`, an `mhc::`
+operator in plain ATen. `trace_into` traces the function on example values and inserts the traced
+operations, so that the graph stays readable and holds nothing that a cache or an exported file
+could not.
 """
 
 from __future__ import annotations
@@ -13,20 +14,59 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mhc_compile.passes.analysis.op_info import example_value
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["PROVENANCE", "inherit", "trace_into"]
+__all__ = ["PROVENANCE", "compute_example", "inherit", "is_copies", "mark_copies", "trace_into"]
 
-#: What a new node takes over from the node in whose place, or for whose sake, it is written.
+#: The metadata that a new node takes over from the node that it replaces or serves.
 PROVENANCE = ("nn_module_stack", "stack_trace", "mhc_region")
+#: The key of `Node.meta` that says what a node is to later passes. Copies of a node keep it.
+_ROLE = "mhc_role"
+_COPIES = "copies"
 
 
 def inherit(node: Node, like: Node) -> None:
-    """Gives `node` the provenance of `like`, and nothing else of its metadata."""
+    """Give `node` the provenance of `like`, and nothing else of its metadata."""
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
+
+
+def mark_copies(streams: Node) -> None:
+    """Mark `streams` [..., n, C] as n copies of its first operand [..., 1, C]."""
+    streams.meta[_ROLE] = _COPIES
+
+
+def is_copies(streams: Node) -> bool:
+    """Return whether `streams` [..., n, C] are n copies of its first operand [..., 1, C]."""
+    return streams.meta.get(_ROLE) == _COPIES
+
+
+def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:
+    """Return an operation's result on example values, or None if an operand has none.
+
+    Args:
+        op: "call_function" or "call_method".
+        target: the function, or the name of the method.
+        args: positional arguments, nodes among them.
+        kwargs: keyword arguments, nodes among them.
+    """
+    missing = []
+
+    def value(operand: Node) -> Any:
+        known = example_value(operand)
+        if known is None:
+            missing.append(operand)
+        return known
+
+    args, kwargs = torch.fx.map_arg(args, value), torch.fx.map_arg(kwargs, value)
+    if missing:
+        return None
+    with torch.no_grad():
+        return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
 
 def trace_into(
@@ -38,18 +78,19 @@ def trace_into(
     like: Node,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Any:
-    """Emits `function(*operands)` in front of `before`.
+    """Write `function(*operands)` before `before`, as ATen operations.
 
     before: (nothing)
     after:  permute = aten.permute(streams, ...); pool = aten.avg_pool2d(permute, ...); ...
 
     Args:
         graph: where to write.
-        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is called once, on fake tensors.
+        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is
+            called once, on fake tensors.
         operands: nodes with example values.
         before: the node before which to write.
-        like: where the provenance of the new nodes comes from.
-        decompositions: operators to write as what these functions compute, wherever the function or one of these functions uses them.
+        like: the node whose provenance the new nodes get.
+        decompositions: functions to write in place of operators, wherever they are used.
 
     Returns:
         The node that stands for the result, or a tuple of nodes.
@@ -80,11 +121,11 @@ def trace_into(
 
 
 def _example(node: Node) -> Any:
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example_value(node)
     assert value is not None, f"{node} has no example value"
     return value
 
 
 def _fake_mode(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """The mode of the example values: what the function creates anew (`torch.eye`) must be of it too."""
+    """Return the mode of the example values, which tensors that the function creates need too."""
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

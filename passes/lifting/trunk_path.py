@@ -1,25 +1,25 @@
-"""A stretch of trunk operations: what stands between two sites of a chain, or between the trunk and the skip of one site."""
+"""Trunk paths: the operations between two sites, or between a site's trunk and skip."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import passes_value
-from mhc_compile.passes.lifting.rules import lifted_axis
+from mhc_compile.passes.lifting.rules import Obstacle, lifted_axis
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.passes.analysis.aliases import Aliases
 
-__all__ = ["TrunkPath", "trunk_path_between"]
+__all__ = ["Obstacle", "TrunkPath", "trunk_path_between"]
 
-#: More nodes than this are no stretch between two sites, but a branch.
+#: More nodes than this are no path between two sites, but a branch.
 _LONGEST = 256
 
 
 class TrunkPath:
-    """The trunk operations between the sum of one site and the skip of the next, in graph order, the skip last.
+    """The trunk operations from `source`, a site's sum, to a later trunk value, which is the last.
 
     `axes` gives for every operation, and for the sum itself, the axis that holds the features.
     """
@@ -31,12 +31,12 @@ class TrunkPath:
 
     @classmethod
     def empty(cls, trunk: Node, axis: int) -> TrunkPath:
-        """No operations: a chain begins at `trunk`, or goes on with it."""
+        """Return a path without operations: a chain begins at `trunk`, or goes on with it."""
         return cls(trunk, (), {trunk: axis})
 
 
-def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) -> TrunkPath | None:
-    """What stands between `source`, whose features lie on `axis`, and `target`; None if some of it cannot be lifted."""
+def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) -> TrunkPath | Obstacle:
+    """Return the path from `source` (features on `axis`) to `target`, or what cannot be lifted."""
     if source is target:
         return TrunkPath.empty(source, axis)
     order = aliases.order
@@ -47,19 +47,23 @@ def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) 
         if node not in ancestors and order[node] > order[source]:
             ancestors.add(node)
             if len(ancestors) > _LONGEST:
-                return None
+                return Obstacle(target, f"more than {_LONGEST} operations lead to it")
             stack.extend(node.all_input_nodes)
     axes: dict[Node, int] = {source: axis}
     nodes: list[Node] = []
     for node in sorted(ancestors, key=order.__getitem__):
         operands = [operand for operand in node.all_input_nodes if operand in axes]
         if not operands or not passes_value(node):
-            continue  # what takes no more than a shape from the trunk, or is cut off from it, reads the mean of the streams
+            # an operation that takes only a shape from the trunk, or is detached from it, reads the
+            # streams' mean
+            continue
         carried = lifted_axis(node, operands, axes)
-        if carried is None or aliases.writers(node):
-            return None
+        if isinstance(carried, Obstacle):
+            return carried
+        if aliases.writers(node):
+            return Obstacle(node, "it is written in place")
         axes[node] = carried
         nodes.append(node)
     if not nodes or nodes[-1] is not target:
-        return None
+        return Obstacle(target, f"no value of '{source}' reaches it")
     return TrunkPath(source, tuple(nodes), axes)

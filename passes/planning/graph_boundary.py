@@ -1,7 +1,9 @@
-"""The edges of a graph that is a part of a model: where streams may come in, and where they may leave.
+"""The boundary of a part of a model: where streams may enter and leave its graph.
 
-Dynamo cuts a model into several graphs at a graph break, and every block is a graph of its own where blocks are compiled one by one. A chain then
-runs through several graphs. Its streams leave one beside the value that they stand for, and enter the next as one more input.
+Dynamo cuts a model into several graphs at a graph break, and every block is its own graph where
+blocks are compiled one by one. A chain then runs through several graphs: its streams leave one
+graph as an additional result, together with the value that they stand for, and enter the next as an
+additional input.
 """
 
 from __future__ import annotations
@@ -31,24 +33,26 @@ __all__ = [
     "departures",
 ]
 
-#: The key of `Node.meta` of a graph input that receives streams, and of the output of a graph that hands streams on.
+#: The keys of `Node.meta` of a graph input that receives streams, and of the output of a graph that
+#: returns streams.
 ARRIVAL = "mhc_arrival"
 DEPARTURES = "mhc_departures"
 
 
-def _never(site: Site) -> bool:  # noqa: ARG001 - stands for a question about sites
+def _never(site: Site) -> bool:  # noqa: ARG001 - a default answer
     return False
 
 
-def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contracted: bool) -> None:  # noqa: ARG001 - stands for a question
+def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contracted: bool) -> None:  # noqa: ARG001 - a default answer
     return None
 
 
 @dataclass(frozen=True)
 class BranchTail:
-    """A residual add whose branch began in another graph: who owns it, its name below the owner, and the feature axis (< 0) of its trunk.
+    """A residual add whose branch began elsewhere: owner, name, and the trunk's feature axis (< 0).
 
-    The name is that of the module in which the other graphs had the last product with weights; None where they had none.
+    The name is that of the module in which the other graphs had the last product with weights; None
+    where they had none.
     """
 
     owner: ModuleRef
@@ -60,29 +64,34 @@ class BranchTail:
 
 @dataclass(frozen=True)
 class BoundaryInfo:
-    """What is known of the surroundings of a graph. The default is a graph that is a whole model: nothing comes in or leaves."""
+    """What is known of the graphs around a graph. By default it is a whole model."""
 
-    #: The graph ends at a graph break, or begins behind one.
+    #: Whether the graph ends at a graph break, or begins after one.
     part: bool = False
-    #: Graph inputs at which streams may arrive: floating-point tensors that are no weights.
+    #: Graph inputs whose streams may arrive: floating-point tensors that are no weights.
     inputs: frozenset[Node] = frozenset()
-    #: Those whose example value carries streams at this moment, with the axis of their features, counted from the end.
+    #: Those whose example value has streams at this moment, with their feature axis, counted from
+    #: the end.
     arriving: Mapping[Node, int] = field(default_factory=dict)
     #: Whether a site has hyper-connections from an earlier trace or from `attach`.
     attached: Callable[[Site], bool] = _never
-    #: What is known of the sum `add` of the input `skip` and terms that come from the inputs `foreign`, those of each term: the tail of a branch, or
-    #: why its branch is lost (a sentence), or None where it is none. The last argument says whether this graph has a product with weights on the way.
+    #: Takes the sum, its term that is an input, the inputs that each other term comes from, and
+    #: whether this graph has a product with weights on the way. Returns the tail of a branch, or
+    #: why its branch is lost, or None if it is no tail.
     tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], BranchTail | str | None] = _no_tail
 
     def axis(self, node: Node) -> int | None:
-        """The feature axis of the streams that arrive at `node`, None where none do."""
+        """Return the feature axis of the streams that arrive at `node`, or None."""
         value = tensor_value(node)
         return self.arriving[node] + value.dim() if node in self.arriving and value is not None else None
 
 
 @dataclass(frozen=True)
 class StreamInput:
-    """Streams that enter a graph: the input `target` [..., n, C] beside the input `value`, their mean, whose features lie on `axis` (< 0)."""
+    """Streams that enter a graph: the input `target` [..., n, C].
+
+    Their mean is the input `value`, with features on `axis` (< 0).
+    """
 
     target: str
     value: str
@@ -93,7 +102,10 @@ class StreamInput:
 
 @dataclass(frozen=True)
 class BranchInput:
-    """A coefficient of a branch that ends in this graph and began in another: the input `target`, post [..., n] or res [..., n, n]."""
+    """A coefficient of a branch that began in another graph.
+
+    It is the input `target`, post [..., n] or res [..., n, n].
+    """
 
     target: str
     value: str
@@ -106,9 +118,10 @@ class BranchInput:
 
 @dataclass(frozen=True)
 class StreamOutput:
-    """Streams that leave a graph: result number `streams` beside result number `value`, whose features lie on `axis` (< 0).
+    """Streams that leave: result number `streams`, for result `value` with features on `axis` < 0.
 
-    `mean` says that the value is their mean. A trunk operation at the end of a graph makes one of the mean and another of each stream.
+    `mean`: whether the value is their mean. A trunk operation at the end of a graph yields one
+    value from the mean, and another from each stream.
     """
 
     value: int
@@ -120,9 +133,10 @@ class StreamOutput:
 
 @dataclass(frozen=True)
 class BranchOutput:
-    """A branch that begins in this graph and ends in another: results number `post` and `res` are its coefficients.
+    """A branch that ends in another graph: results `post` and `res` are its coefficients.
 
-    They belong to the trunk value: result number `result`, or else the input `value`, beside whose streams, the input `arrival`, they go on.
+    They belong to a trunk value: result number `result`, or else the input `value`, whose streams
+    are the input `arrival`.
     """
 
     value: str | None
@@ -135,9 +149,10 @@ class BranchOutput:
 
 
 def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tuple[TrunkPath, ...]:
-    """The results of `graph` from which the chain that ends with `last` may go on elsewhere.
+    """Return the paths from `last` to the results of `graph` at which its chain may continue.
 
-    These are the sum itself, or else, where `far`, what trunk operations make of it: a block that ends with a norm hands on normed streams.
+    These are the sum itself, or else, where `far`, what trunk operations make of it: a block that
+    ends with a norm returns normed streams.
     """
     results = [node for node in dict.fromkeys(graph.output_node().all_input_nodes) if node.op != "placeholder"]
     if last.add in results:
@@ -149,10 +164,10 @@ def departures(graph: Graph, last: Site, *, far: bool, aliases: Aliases) -> tupl
         for node in results
         if aliases.order[node] > aliases.order[last.add] and not aliases.writers(node)
     )
-    return tuple(trunk_path for trunk_path in found if trunk_path is not None)
+    return tuple(path for path in found if isinstance(path, TrunkPath))
 
 
 def crossings(graph: Graph) -> tuple[tuple[StreamInput | BranchInput, ...], tuple[StreamOutput | BranchOutput, ...]]:
-    """What enters and leaves an expanded graph beside Dynamo's inputs and results, in the order of its last inputs and of its last results."""
+    """Return what an expanded graph takes and returns beyond Dynamo's inputs and results."""
     arrivals = tuple(node.meta[ARRIVAL] for node in graph.find_nodes(op="placeholder") if ARRIVAL in node.meta)
     return arrivals, graph.output_node().meta.get(DEPARTURES, ())

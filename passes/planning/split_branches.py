@@ -1,17 +1,18 @@
-"""Branches that a graph break cuts in two.
+"""Branches that a graph break splits.
 
-A break inside a branch puts its beginning, the head, into one graph and its end, with the residual add, into a later one:
+A break inside a branch puts its beginning, the head, into one graph, and its end, with the
+residual add, into a later one:
 
     x1 = x + attn(norm1(x)); h = norm2(x1)     results x1 and h: norm2 is the head of a branch
     (the routing of experts, outside of any graph)
     out = x1 + expert_sum                      inputs x1 and expert_sum: the tail
 
-The head reads the streams as the branch of a site does, and hands on the coefficients that the tail needs.
+The head reads the streams as the branch of a site does, and returns the coefficients that the tail
+needs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.fx import Graph, Node
@@ -19,39 +20,23 @@ from torch.fx import Graph, Node
 from mhc_compile.passes.analysis.dependence import contracts, weights_of
 from mhc_compile.passes.analysis.feature_axis import entry_axis
 from mhc_compile.passes.analysis.op_info import passes_value, tensor_value
-from mhc_compile.passes.analysis.provenance import ModuleRef  # noqa: TC001 - fields of a dataclass
+from mhc_compile.passes.planning.plan import BranchHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mhc_compile.passes.analysis.aliases import Aliases
-    from mhc_compile.passes.analysis.provenance import Provenance
-    from mhc_compile.passes.planning.chains import Chain
+    from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
     from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
+    from mhc_compile.passes.planning.plan import Chain
 
 __all__ = ["BranchHead", "find_heads"]
-
-
-@dataclass(frozen=True, eq=False)
-class BranchHead:
-    """A value that lives on behind the graph, and what modules compute from it for other results. Perhaps the head of a branch."""
-
-    #: The trunk value: a graph input, or the last sum of a chain.
-    value: Node
-    #: The operations that read it.
-    readers: tuple[Node, ...]
-    #: The modules that hold the readers, in order. Their calls can declare parameters.
-    modules: tuple[ModuleRef, ...]
-    #: The numbers of the results that are computed from the readers, each with the module of the last product with weights on the way, if any.
-    results: dict[int, ModuleRef | None]
-    #: The feature axis of the value.
-    axis: int
 
 
 def find_heads(
     graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: BoundaryInfo, aliases: Aliases
 ) -> tuple[BranchHead, ...]:
-    """The heads of branches whose tails may lie in other graphs."""
+    """Return the heads of branches whose tails may lie in other graphs."""
     chains = tuple(chains)
     if not edges.inputs and not edges.part:
         return ()
@@ -81,7 +66,9 @@ def _head(
         return None
     readers = [user for user in value.users if user.op != "output" and user not in taken and passes_value(user)]
     reached = _forward(readers, aliases)
-    numbers = {places[node]: _anchor(node, reached, provenance, weights) for node in sorted(reached & places.keys())}
+    numbers = {
+        places[node]: _last_module(node, reached, provenance, weights) for node in sorted(reached & places.keys())
+    }
     readers = [reader for reader in readers if any(node in places for node in _forward([reader], aliases))]
     if not numbers or taken & reached:
         return None
@@ -96,8 +83,10 @@ def _head(
     )
 
 
-def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]) -> ModuleRef | None:
-    """The module, directly below the root, of the last product with weights among the nodes `reached` that lead to `result`."""
+def _last_module(
+    result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]
+) -> ModuleRef | None:
+    """Return the module of the last contraction among the nodes `reached` that lead to `result`."""
     behind: set[Node] = set()
     stack = [result]
     while stack:
@@ -110,7 +99,7 @@ def _anchor(result: Node, reached: set[Node], provenance: Provenance, weights: f
 
 
 def _forward(starts: Iterable[Node], aliases: Aliases) -> set[Node]:
-    """Everything that is computed from `starts`, and they themselves."""
+    """Return `starts` and everything that is computed from them."""
     reached: set[Node] = set()
     stack = list(starts)
     while stack:

@@ -1,4 +1,4 @@
-"""Every candidate ends in exactly one verdict: it is a site, or it is rejected with a reason."""
+"""Verdicts: every candidate is a site, or is rejected with a reason."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ __all__ = ["Reason", "Rejection", "Site"]
 
 
 class Reason(Enum):
-    """Why an addition of two floating-point tensors is not rewritten. The value is the code that reports print.
+    """Why an addition is not rewritten. The value is the code that reports print.
 
     Attributes:
-        meaning: what the code says of the addition.
-        example: where it is met.
-        remedy: what can be done; "nothing" where the addition is no residual add, or is where streams must end.
+        meaning: what the code says about the addition.
+        example: code that gets it.
+        remedy: what the user can do; "nothing" where the addition is no residual add, or where
+            streams must end.
     """
 
     _value_: str
@@ -32,7 +33,7 @@ class Reason(Enum):
     remedy: str
 
     def __new__(cls, code: str, meaning: str, example: str, remedy: str) -> Reason:
-        """A member whose value is `code`."""
+        """Return a member whose value is `code`."""
         member = object.__new__(cls)
         member._value_ = code
         member.meaning, member.example, member.remedy = meaning, example, remedy
@@ -96,7 +97,7 @@ class Reason(Enum):
             "before such a merge, and the next one starts from its sum."
         ),
         "`conv(x) + f(x)` where a ResNet stage begins, channels padded with zeros",
-        "nothing: streams end and begin anew here",
+        "nothing: one chain ends here and another begins",
     )
     MULTI_STREAM = (
         "multi-stream",
@@ -124,7 +125,7 @@ class Reason(Enum):
     )
     REWRITTEN = (
         "rewritten",
-        "The branch holds streams that an earlier run of the passes made: what was left alone then is left alone again.",
+        "The branch holds streams of an earlier run of the passes, which rejected the add then.",
         "any of these, in a graph that was rewritten before",
         "nothing: the earlier run decided",
     )
@@ -189,10 +190,11 @@ class Reason(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One residual add `x + f(x)`, or several that read the same trunk value (`x + attention(x) + mlp(x)`).
+    """One residual add `x + f(x)`, or a sum of several branches (`x + attention(x) + mlp(x)`).
 
-    Nodes belong to the normalised graph: `trunk -> shortcut -> skip`, `trunk -> branch -> terms`, and `add = skip + sum(terms)`. In most models
-    the skip is the trunk itself, and the shortcut is empty.
+    Nodes belong to the normalised graph: `trunk -> shortcut -> skip`, `trunk -> branch ->
+    branch_outputs`, and `add = skip + sum(branch_outputs)`. In most models the skip is the trunk
+    itself, and the shortcut is empty.
     """
 
     #: The last add of the sum. Its value is the trunk after the site.
@@ -203,19 +205,20 @@ class Site:
     trunk: Node
     #: The operation after which the trunk value is complete: itself, or the last write into it.
     ready: Node
-    #: The term of the sum that is no branch: x, or what the shortcut makes of it.
+    #: The term of the sum that comes from no branch: x, or the value of the shortcut.
     skip: Node
     #: The operations from the trunk to the skip, which run on the streams.
     shortcut: TrunkPath
-    #: f(x), one or more.
-    terms: tuple[Node, ...]
-    #: Everything that depends on the trunk and leads to a term.
+    #: The other terms of the sum: f(x), one or more.
+    branch_outputs: tuple[Node, ...]
+    #: The operations that depend on the trunk and lead to a branch output.
     branch: frozenset[Node]
-    #: The last contraction of the branch: it names the site.
-    anchor: Node
+    #: The last contraction of the branch. Its module names the site.
+    last_contraction: Node
     #: C.
     width: int
-    #: The axis of the sum that holds the features: the last in a transformer, 1 in a convolutional network.
+    #: The axis of the sum that holds the features: the last in a transformer, 1 in a convolutional
+    #: network.
     axis: int
     #: The module that performs the site, and whose submodule the hyper-connection becomes.
     owner: ModuleRef
@@ -223,9 +226,10 @@ class Site:
     name: str
     #: The module called in the graph, whose pre-hook declares the parameters to the tracer.
     declaring_module: ModuleRef
-    #: Whether the branch began in another graph (see `passes.heads`). Then `branch` is empty, and the coefficients arrive as inputs.
+    #: Whether the branch began in another graph (see `split_branches`). Then `branch` is empty, and
+    #: the coefficients arrive as inputs.
     tail: bool = False
-    #: What the caller of the planner knows of the modules that begin the branch; nothing to the passes.
+    #: The planner's caller may note the modules that begin the branch; the passes do not read it.
     heads: tuple[Any, ...] = ()
 
     @property
@@ -239,13 +243,13 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Rejection:
-    """A candidate that stays as it is. `sentence` is built only when somebody reads it."""
+    """A candidate that stays as it is. `message` is built only when it is read."""
 
     add: Node
     reason: Reason
     explain: Callable[[], str] = field(repr=False)
     #: Path of the module that performs the add.
-    where: str = ""
+    module_path: str = ""
     #: The other adds of the same sum, where a site of several adds was rejected as a whole.
     inner: tuple[Node, ...] = ()
 
@@ -256,12 +260,8 @@ class Rejection:
 
     @property
     def message(self) -> str:
-        """What was found, for people."""
+        """What was found, as a sentence for reports."""
         return self.explain()
-
-    def __bool__(self) -> bool:
-        """A rejection is falsy, so that `if verdict` reads as "is it a site"."""
-        return False
 
     def __str__(self) -> str:
         return f"{self.reason.value}: {self.message}"

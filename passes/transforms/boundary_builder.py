@@ -1,4 +1,4 @@
-"""Streams at the edges of a graph: what is written where they come in, and where they leave."""
+"""Write the graph inputs by which streams enter a graph, and the results by which they leave."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ __all__ = ["BoundaryBuilder"]
 
 
 class BoundaryBuilder(StreamBuilder):
-    """Writes graph inputs that bring streams, and results that hand them on.
+    """Writes graph inputs that receive streams, and results that return them.
 
     Args:
-        graph: see `Writer`.
-        nodes: see `Writer`.
-        openings: the heads of branches that end in other graphs, with the names and parameters of their sites.
+        graph: see `StreamBuilder`.
+        nodes: see `StreamBuilder`.
+        openings: the heads of branches that end in other graphs, with the names and parameters of
+            their sites.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class BoundaryBuilder(StreamBuilder):
         super().__init__(graph, nodes)
         #: Heads of branches, by their trunk value, as long as they are not expanded.
         self.openings = {head.value: (head, *opening) for head, opening in openings.items()}
-        #: Results to be added, and what makes of their numbers the note that says what they are.
+        #: Results to add, and the functions that describe them, given their numbers.
         self.leaving: list[tuple[tuple[Node, ...], Callable[..., StreamOutput | BranchOutput]]] = []
         #: The place of each result of the original graph.
         self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
 
     def depart(self) -> None:
-        """Adds the streams that leave to the results of the graph."""
+        """Add the streams that leave to the results of the graph."""
         if not self.leaving:
             return
         output = self.graph.output_node()
@@ -63,15 +64,16 @@ class BoundaryBuilder(StreamBuilder):
         output.meta[DEPARTURES] = tuple(notes)
 
     def open_alone(self) -> None:
-        """Expands the heads whose trunk value belongs to no chain of this graph."""
+        """Expand the heads whose trunk value belongs to no chain of this graph."""
         for value, (head, name, binding) in list(self.openings.items()):
             self._open(value, self._arrive(value, head.axis, binding.streams, name))
 
     def _open(self, value: Node, streams: Node) -> None:
-        """Lets the head of a branch at `value`, if there is one, read the streams, and hands on what its tail needs.
+        """Let the head of a branch at `value`, if any, read streams, and return its tail's weights.
 
-        before: h = norm2(x1)                              after: pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
-                output (x1, h)                                    h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
+        before: h = norm2(x1); output (x1, h)
+        after:  pre, post, res, _ = mhc.coefficients(S1, phi, bias, scale)
+                h = norm2(mhc.collapse(S1, pre)); output (S1.mean(-2), h, S1, post, res)
         """
         if value not in self.openings:
             return
@@ -99,7 +101,7 @@ class BoundaryBuilder(StreamBuilder):
         )
 
     def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:
-        """The graph input that brings streams beside the input `start`, which brings their mean."""
+        """Add the graph input that receives streams, whose mean is the input `start`."""
         value = tensor_value(start)
         assert value is not None
         with torch.no_grad():
@@ -110,8 +112,8 @@ class BoundaryBuilder(StreamBuilder):
         return streams
 
     def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
-        """The graph inputs that bring post and res of a branch that began in another graph."""
-        wide, branch = tensor_value(streams), tensor_value(site.terms[0])
+        """Add the inputs that receive post and res of a branch that began in another graph."""
+        wide, branch = tensor_value(streams), tensor_value(site.branch_outputs[0])
         assert wide is not None
         assert branch is not None
         tokens, n = wide.shape[:-2], wide.shape[-2]
@@ -128,7 +130,7 @@ class BoundaryBuilder(StreamBuilder):
 
 
 def _results(nodes: dict[Node, Node]) -> tuple[Any, ...]:
-    """What the graph of the plan returns, where it returns a tuple."""
+    """Return the results of the plan's graph, if it returns a tuple."""
     output = next(node for node in reversed(nodes) if node.op == "output")
     results = output.args[0]
     return tuple(results) if isinstance(results, (tuple, list)) else ()

@@ -1,4 +1,4 @@
-"""Rewrites the chains of a plan to parallel streams."""
+"""Rewrite the chains of a plan to parallel streams."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from mhc_compile.errors import AttachError
 from mhc_compile.passes.analysis.op_info import runs_once, tensor_value
+from mhc_compile.passes.core.emit import mark_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
-from mhc_compile.passes.lifting.rules import lift, lifted_axis
 from mhc_compile.passes.planning.graph_boundary import StreamOutput
-from mhc_compile.passes.transforms.boundary_builder import BoundaryBuilder
+from mhc_compile.passes.transforms.path_builder import PathBuilder
 from mhc_compile.passes.transforms.stream_builder import End
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch.fx import Graph, Node
 
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
     from mhc_compile.passes.planning.chains import Chain, Plan
@@ -32,7 +32,7 @@ __all__ = ["ExpandStreams", "RemoveDeclarations"]
 
 @dataclass(frozen=True)
 class ExpandStreams(Pass):
-    """Replaces the residual adds of every chain by hyper-connections on persistent streams.
+    """Replace the residual adds of every chain by hyper-connections on persistent streams.
 
     before: h1 = f(x0); x1 = torch.add(x0, h1); h2 = g(x1); x2 = torch.add(x1, h2); out = norm(x2)
 
@@ -42,15 +42,17 @@ class ExpandStreams(Pass):
             (the same for g, giving S2)
             out = norm(S2.mean(-2))
 
-    Streams start as copies and end as their mean. A reader of a trunk value inside the branch of its site gets the collapsed streams; every other
-    reader (a final norm, a hidden state that is returned) gets the mean of the streams at that point. Trunk operations between two sites run on
+    Streams start as copies and end as their mean. A reader of a trunk value inside the branch of
+    its site gets the collapsed streams; every other reader (a final norm, a hidden state that is
+    returned) gets the mean of the streams at that point. Trunk operations between two sites run on
     the streams.
 
-    A chain may end otherwise than with the mean, with the sum or with a learned one (`Binding.end`); in a single pass (`Binding.single_pass`) the
-    weights of one site collapse the streams for the next, `mhc.collapse(S1, pre)`, and the first one reads x0.
+    A chain may also end with the sum or with a learned read-out (`Binding.end`); in a single pass
+    (`Binding.single_pass`) the weights of one site collapse the streams for the next,
+    `mhc.collapse(S1, pre)`, and the first one reads x0.
 
-    Where a chain comes from another graph, S0 is a new graph input; where it goes on in another one, S2 is one more result. `edges.crossings` says
-    which.
+    Where a chain comes from another graph, S0 is a new graph input; where it goes on in another
+    one, S2 is an additional result. `graph_boundary.crossings` lists both.
     """
 
     name: ClassVar[str] = "expand-streams"
@@ -63,7 +65,7 @@ class ExpandStreams(Pass):
     openings: Mapping[BranchHead, tuple[str, Binding]] = field(default_factory=dict)
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` on streams."""
+        """Return a copy of `graph` on streams."""
         copy, nodes = copy_graph(graph)
         expansion = _Expansion(copy, nodes, self.bindings, self.openings)
         # Outer chains first: a chain in the branch of an outer site then starts from the streams
@@ -79,7 +81,7 @@ class ExpandStreams(Pass):
 
 @dataclass(frozen=True)
 class RemoveDeclarations(Pass):
-    """Takes the declarations of parameters out of the graph: the parameters are graph inputs by now.
+    """Remove the declarations of parameters from the graph: the parameters are graph inputs by now.
 
     before: mhc.declare(phi, bias, scale)              after: (nothing)
     """
@@ -87,7 +89,7 @@ class RemoveDeclarations(Pass):
     name: ClassVar[str] = "remove-declarations"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` without `mhc::declare`; the graph itself if it has none."""
+        """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
         declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
         if not any(node.target in declarations for node in graph.nodes):
             return graph
@@ -98,7 +100,7 @@ class RemoveDeclarations(Pass):
         return copy
 
 
-class _Expansion(BoundaryBuilder):
+class _Expansion(PathBuilder):
     """Expands chains in place, in a copy of the graph."""
 
     def __init__(
@@ -108,14 +110,10 @@ class _Expansion(BoundaryBuilder):
         bindings: Mapping[Site, Binding],
         openings: Mapping[BranchHead, tuple[str, Binding]],
     ) -> None:
-        super().__init__(graph, nodes, openings)
+        super().__init__(graph, nodes, openings, sums={add for site in bindings for add in site.adds})
         self.bindings = bindings
         #: Trunk values that another chain has replaced by the mean of its streams.
         self.replaced: dict[Node, Node] = {}
-        #: Trunk values of the chain at hand: their streams, and where the plain value has its features.
-        self.known: dict[Node, tuple[Node, int]] = {}
-        #: The residual adds of all chains.
-        self.sums = {add for site in bindings for add in site.adds}
         #: What readers inside the chain at hand get of its streams.
         self.between = End()
         #: The weights of the last site, where they collapse the streams for the next one.
@@ -133,7 +131,7 @@ class _Expansion(BoundaryBuilder):
                 chain.start, chain.links[0].axes[chain.start], self.bindings[first].streams, first.path
             )
         else:
-            streams = self._spread(start, first)
+            streams = self._copies(start, first)
         if chain.arrives:
             self._open(chain.start, streams)
         stages: list[tuple[Site, TrunkPath, dict[Node, Node], Node]] = []
@@ -151,7 +149,8 @@ class _Expansion(BoundaryBuilder):
         for departure in chain.departures:
             self._leave(chain.sites[-1], departure, streams)
         self._open(chain.sites[-1].add, streams)
-        # Backwards, so that a value has lost the readers that disappear before its own readers are counted.
+        # Backwards, so that a value has lost the readers that disappear before its own readers are
+        # counted.
         for site, link, lifted, after in reversed(stages):
             last = self.bindings[site] if site is chain.sites[-1] else None
             self._read_out(self.nodes[site.add], after, site.axis, last)
@@ -163,7 +162,7 @@ class _Expansion(BoundaryBuilder):
                 self._dispose(link, lifted)
 
     def sweep(self) -> None:
-        """Takes out the trunk operations whose other readers were those of a chain that was expanded later."""
+        """Erase the trunk operations whose other readers belonged to a later chain."""
         for node in sorted(self.lifted, reverse=True):
             if node not in self.replaced and not node.users:
                 self.graph.erase_node(node)
@@ -182,74 +181,20 @@ class _Expansion(BoundaryBuilder):
         note = partial(StreamOutput, self.results[target], axis=axis, path=site.path, mean=mean)
         self.leaving.append(((lifted[target],), note))
 
-    def _spread(self, start: Node, first: Site) -> Node:
+    def _copies(self, start: Node, first: Site) -> Node:
         value, n = tensor_value(start), self.bindings[first].streams
         assert value is not None
         trunk = self._features_last(start, first.shortcut.axes[first.trunk])
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
-        return self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
-
-    def _lift(self, trunk_path: TrunkPath, streams: Node) -> dict[Node, Node]:
-        """The streams that stand for the stretch's values, by the nodes of the plan."""
-        lifted = {trunk_path.source: streams}
-        self.known[trunk_path.source] = streams, trunk_path.axes[trunk_path.source]
-        for node in trunk_path.nodes:
-            old = self.nodes[node]
-            self._follow(old, like=old)
-            # The operands may have been replaced by what another chain made of them.
-            operands = self._operands(node)
-            given = {new: lifted[before] for before, new in operands if before in lifted}
-            axes = {
-                **{new: trunk_path.axes[before] for before, new in operands if before in lifted},
-                old: trunk_path.axes[node],
-            }
-            older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
-            wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
-            if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
-                given |= {new: older_streams for new, (older_streams, _) in older.items()}
-                axes = wide
-            new = self._emit_lifted(old, given, axes)
-            lifted[node] = new
-            self.known[node] = new, trunk_path.axes[node]
-        return lifted
-
-    def _known(self, node: Node) -> tuple[Node, int] | None:
-        """The streams that an older trunk value of this chain has, and its feature axis: a long skip adds streams to streams.
-
-        before: x3 = x2 + w * x0                           after: S3 = S2 + w * S0
-        """
-        if node in self.known:
-            return self.known[node]
-        if node in self.sums:  # the sum of another chain is read as that chain gives it: as the mean of its streams
-            return None
-        behind = [operand for operand in node.all_input_nodes if operand in self.known]
-        if len(behind) != 1 or node.op == "placeholder":
-            return None
-        axes = {behind[0]: self.known[behind[0]][1]}
-        axis = lifted_axis(node, behind, axes)
-        if axis is None or runs_once(node):
-            return None
-        old = self.nodes[node]
-        given = {new: self.known[before][0] for before, new in self._operands(node) if before in self.known}
-        new = self._emit_lifted(old, given, {**dict.fromkeys(given, axes[behind[0]]), old: axis})
-        self.known[node] = new, axis
-        return self.known[node]
-
-    def _emit_lifted(self, old: Node, given: dict[Node, Node], axes: dict[Node, int]) -> Node:
-        new = lift(self.graph, old, given, axes, self.cursor.next)
-        while self.cursor is not new:
-            self._finish(self.cursor.next)
-        return new
-
-    def _operands(self, node: Node) -> list[tuple[Node, Node]]:
-        """The operands of a node of the plan, each with what stands in its place now."""
-        given, now = (pytree.tree_leaves((one.args, one.kwargs)) for one in (node, self.nodes[node]))
-        return [(old, new) for old, new in zip(given, now, strict=True) if isinstance(old, Node)]
+        streams = self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
+        mark_copies(streams)
+        return streams
 
     def _dispose(self, trunk_path: TrunkPath, lifted: dict[Node, Node]) -> None:
-        """Takes out the trunk operations that nobody reads any more. One that is read elsewhere stays, and reads the mean.
+        """Erase the trunk operations without readers. One that is read elsewhere reads the mean.
 
-        What draws random numbers or keeps statistics must happen once: its readers get the mean of the streams instead.
+        An operation that draws random numbers or keeps statistics must run once: its readers get
+        the streams' mean instead.
         """
         for node in reversed(trunk_path.nodes):
             old = self.nodes[node]
@@ -264,7 +209,7 @@ class _Expansion(BoundaryBuilder):
                 self._read_out(old, lifted[node], trunk_path.axes[node])
 
     def _start(self, site: Site) -> Node:
-        """The trunk value that a chain starts from, as the first operation behind it reads it now."""
+        """Return the trunk value that a chain starts from, as its first reader reads it now."""
         readers = (*site.shortcut.nodes[:1], *site.adds)
         for reader in readers:
             for old, new in self._operands(reader):
@@ -277,14 +222,18 @@ class _Expansion(BoundaryBuilder):
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in trunk.users if user in branch]
         if readers:
-            # Directly before their first reader: there the mode of the branch holds, which may be another than that of the trunk (no_grad).
+            # Directly before their first reader, where the branch's gradient mode holds: the
+            # trunk's may differ (no_grad).
             self._follow(min(readers).prev, like=add)
         if site.tail:
             post, res = self._close(site, streams)
         else:
             collapsed, post, res = self._begin(site, streams)
             collapsed = self._features_back(collapsed, axis, trunk)
-        if site.shortcut.nodes:  # before the branch loses the trunk: it may read an operation of the shortcut
+        if (
+            site.shortcut.nodes
+            # Before the branch reads collapsed streams: it may read an operation of the shortcut.
+        ):
             lifted.update(self._lift(site.shortcut, streams))
         for reader in readers:
             reader.replace_input_with(trunk, collapsed)
@@ -293,13 +242,13 @@ class _Expansion(BoundaryBuilder):
         if _tokens(carried) != _tokens(streams):
             # The shortcut has other tokens than the branch reads: they get their own weights.
             _, _, post, res = self._read(self.bindings[site], carried)
-        total = self._now(site.terms[0])
-        for term in site.terms[1:]:
+        total = self._now(site.branch_outputs[0])
+        for term in site.branch_outputs[1:]:
             total = self._call("branches", torch.add, total, self._now(term))
         return self._update(site, carried, total, post, res)
 
     def _begin(self, site: Site, streams: Node) -> tuple[Node, Node, Node]:
-        """What the branch of `site` reads, and the weights with which it writes."""
+        """Write the input of the branch of `site`, and return it with the weights post and res."""
         binding = self.bindings[site]
         if not binding.single_pass:
             collapsed, _, post, res = self._read(binding, streams)
@@ -316,7 +265,7 @@ class _Expansion(BoundaryBuilder):
         return self._call("collapsed", torch.ops.mhc.collapse.default, streams, passed), post, res
 
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
-        """The new streams, for a branch that may be broadcast, in the dtype that the plain sum has."""
+        """Write the new streams, in the dtype of the plain sum. The branch may be broadcast."""
         total, value, wide = tensor_value(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
         assert total is not None
         if wide is not None and wide.dtype != total.dtype:
@@ -330,7 +279,7 @@ class _Expansion(BoundaryBuilder):
         return self._call("streams", torch.ops.mhc.update.default, streams, features, post, res)
 
     def _read_out(self, value: Node, streams: Node, axis: int, last: Binding | None = None) -> None:
-        """Lets the readers of a trunk value read what its streams come to. `last`: of the site that ends the chain here."""
+        """Let readers of a trunk value read its streams' result. `last`: of the last site."""
         self.replaced[value] = value
         if value.users:
             self._follow(streams, like=value)
@@ -342,12 +291,12 @@ class _Expansion(BoundaryBuilder):
         self.graph.erase_node(value)
 
     def _now(self, node: Node) -> Node:
-        """What stands for a node of the plan's graph at this moment."""
+        """Return the current replacement of a node of the plan's graph."""
         copy = self.nodes[node]
         return self.replaced.get(copy, copy)
 
 
 def _tokens(streams: Node, more: int = 2) -> list[str]:
-    """The token axes of streams [..., n, C], as they can be compared: sizes may be symbolic. `more`: how many axes follow."""
+    """Return the token axes of streams as text: sizes may be symbolic. `more`: axes that follow."""
     value = tensor_value(streams)
     return [] if value is None else [str(size) for size in value.shape[:-more]]

@@ -1,4 +1,4 @@
-"""In-place operations that nobody can tell from ordinary ones become ordinary ones."""
+"""Replace in-place operations by out-of-place ones where no alias can observe the difference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mhc_compile._torch import is_overload, overload_like
 from mhc_compile.passes.analysis.aliases import Aliases, storages
 from mhc_compile.passes.analysis.op_info import (
     INPLACE_ADDS,
@@ -20,7 +21,7 @@ from mhc_compile.passes.analysis.op_info import (
     tensor_value,
     written_operands,
 )
-from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.core.emit import compute_example, inherit
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ _OPERATORS: dict[Any, Any] = {
     operator.itruediv: operator.truediv,
     operator.ipow: operator.pow,
 }
-#: Operations `name_` that have an ordinary form `name` with the same arguments.
+#: Operations `name_` that have an out-of-place form `name` with the same arguments.
 _METHODS = frozenset(
     "add sub mul div true_divide pow neg relu sigmoid tanh exp expm1 log log1p sqrt rsqrt square abs sign clamp clamp_min clamp_max clip"
     " masked_fill addcmul addcdiv lerp sin cos erf reciprocal round floor ceil relu6 leaky_relu elu hardtanh silu selu celu hardswish"
     " hardsigmoid threshold nan_to_num".split()
 )
-#: Activation modules with an `inplace` flag: the function, and the attributes that are its arguments.
+#: Activation modules with an `inplace` flag: the function, and the attributes that are its
+#: arguments.
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
     nn.ReLU: (F.relu, ()),
     nn.ReLU6: (F.relu6, ()),
@@ -62,21 +64,23 @@ _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class FunctionalizeWrites(Pass):
-    """Writes an in-place operation as an ordinary one, and lets every later reader of the tensor read the new value.
+    """Replace in-place operations by out-of-place ones, whose result all later readers read.
 
     before: add_ = y.add_(x); z = f(y)                 after: add = y.add(x); z = f(add)
     before: r = relu(y, inplace=True); z = g(r, y)     after: r = relu(y); z = g(r, r)
 
-    Dynamo records an in-place statement without an edge to the readers that follow; this pass puts the edges back. It changes an operation only
-    where it knows every name of the memory that is written: the tensor was made in this graph, and no view of it that was taken before is read
-    afterwards. An input of the graph that is added to in place is copied first and written back at the end, as its owner expects. Everything
-    else (writes to a part of a tensor, writes under `no_grad`) keeps its spelling, and `find` rejects what it touches as MUTATED_OPERAND.
+    Dynamo records an in-place statement without an edge to the readers that follow; this pass adds
+    the edges. It changes an operation only if it knows every name of the memory that is written:
+    the tensor was made in this graph, and no earlier view of it is read afterwards. A graph input
+    that is added to in place is copied first and written back at the end, as its owner expects.
+    Other writes (to a part of a tensor, under `no_grad`) stay, and planning rejects the additions
+    that they touch as MUTATED_OPERAND.
     """
 
     name: ClassVar[str] = "functionalize-writes"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph`; the graph itself if nothing is written in place."""
+        """Return a copy of `graph`, or the graph itself if nothing is written in place."""
         if not any(written_operands(node) for node in graph.nodes):
             return graph
         copy, _ = copy_graph(graph)
@@ -98,7 +102,7 @@ class FunctionalizeWrites(Pass):
 
 
 def _protect_inputs(graph: Graph) -> None:
-    """Copies the graph inputs that are added to in place, and writes them back before the graph returns.
+    """Copy the graph inputs that are added to in place, and write them back at the end.
 
     before: x = placeholder; iadd = operator.iadd(x, y)
     after:  x = placeholder; own = x.clone(); iadd = operator.iadd(own, y); ...; x.copy_(own)
@@ -133,7 +137,7 @@ def _protect_inputs(graph: Graph) -> None:
 
 
 def _same_tensor(target: Node, aliases: Aliases, names: dict[Node, Node]) -> list[Node]:
-    """The nodes that are the very tensor `target`: itself, and the results of operations that return their operand."""
+    """Return the nodes that are the tensor `target`: itself, and results that are that operand."""
     root = names.get(target, target)
     value = tensor_value(target)
     return [
@@ -144,7 +148,7 @@ def _same_tensor(target: Node, aliases: Aliases, names: dict[Node, Node]) -> lis
 
 
 def _private(node: Node, same: list[Node], aliases: Aliases) -> bool:
-    """Whether every later reader of the memory that `node` writes reads it by one of the names in `same`."""
+    """Return whether all later readers of the memory that `node` writes read a node in `same`."""
     target = written_operands(node)[0]
     if len(storages(target)) != 1:
         return False
@@ -161,11 +165,11 @@ def _private(node: Node, same: list[Node], aliases: Aliases) -> bool:
 
 def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names: dict[Node, Node]) -> None:
     value = tensor_value(target)
-    form = _ordinary(node)
+    form = _out_of_place(node)
     if form is None or value is None:
         return
     op, function, args, kwargs = form
-    result = _evaluate(op, function, args, kwargs)
+    result = compute_example(op, function, args, kwargs)
     if not isinstance(result, torch.Tensor) or result.shape != value.shape:
         return
     graph, now = node.graph, aliases.order[node]
@@ -187,8 +191,8 @@ def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names
     names[new] = names.get(target, target)
 
 
-def _ordinary(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Opcode, target, arguments and keywords of the ordinary form of an in-place operation, None if it is not known to have one."""
+def _out_of_place(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Return opcode, target, arguments and keywords of the out-of-place form, None if unknown."""
     args, kwargs = node.args, dict(node.kwargs)
     if node.op == "call_module":
         module = leaf_module(node)
@@ -213,21 +217,8 @@ def _ordinary(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | 
         return None
     if node.op == "call_method" and hasattr(torch.Tensor, base):
         return "call_method", base, args, kwargs
-    if isinstance(node.target, torch._ops.OpOverload):
-        form = getattr(getattr(torch.ops.aten, base, None), node.target._overloadname, None)
+    if is_overload(node.target):
+        form = overload_like(getattr(torch.ops.aten, base, None), node.target)
     else:
         form = getattr(torch, base, None) or getattr(F, base, None)
     return None if form is None else ("call_function", form, args, kwargs)
-
-
-def _evaluate(op: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result on example values, None if they are incomplete."""
-
-    def value(operand: Node) -> Any:
-        return operand.meta.get("example_value", operand.meta.get("val"))
-
-    args, kwargs = torch.fx.map_arg(args, value), torch.fx.map_arg(kwargs, value)
-    if args and args[0] is None:
-        return None
-    with torch.no_grad():
-        return getattr(args[0], function)(*args[1:], **kwargs) if op == "call_method" else function(*args, **kwargs)

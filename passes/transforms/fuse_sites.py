@@ -1,7 +1,8 @@
-"""Joins the operators of neighbouring sites, so that one kernel passes over the streams where three would.
+"""Fuse the operators of neighbouring sites: one kernel reads the streams instead of three.
 
-This is the last pass before a compiler. What it writes computes the same numbers; `mhc_compile.ops.fused_reference` says how, and the kernels are in
-`mhc_compile.ops.cpu` and `mhc_compile.ops.triton`.
+This is the last pass before a compiler. The fused operators compute the same numbers
+(`mhc_compile.ops.fused_reference`); their kernels are in `mhc_compile.ops.cpu` and
+`mhc_compile.ops.triton`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from mhc_compile import ops
+from mhc_compile._torch import operator_name
 from mhc_compile.passes.analysis.op_info import op_name, sets_grad_mode, tensor_value
-from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.core.emit import compute_example, inherit, is_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
@@ -36,24 +38,26 @@ _FOLDING = (_READ, _STEP, _CLOSE)
 
 @dataclass(frozen=True)
 class FuseSites(Pass):
-    """Fuses update, coefficients and collapse of neighbouring sites, and folds copies and means into them.
+    """Fuse update, coefficients and collapse of neighbouring sites, with copies and means.
 
-    before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1); pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
-            S1 = mhc.update(S0, y, post, res); pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1 = mhc.collapse(S1, pre1); y1 = g(h1)
-            S2 = mhc.update(S1, y1, post1, res1); out = S2.mean(-2)
+    before: S0 = x.unsqueeze(-2).expand(-1, -1, 4, -1)
+            pre, post, res, _ = mhc.coefficients(S0, ...); h = mhc.collapse(S0, pre); y = f(h)
+            S1 = mhc.update(S0, y, post, res)
+            pre1, post1, res1, _ = mhc.coefficients(S1, ...); h1 = mhc.collapse(S1, pre1)
+            y1 = g(h1); S2 = mhc.update(S1, y1, post1, res1); out = S2.mean(-2)
 
     after:  X = x.unsqueeze(-2); h, _, post, res, ... = mhc.read(X, ...); y = f(h)
             S1, h1, _, post1, res1, ... = mhc.step(X, y, post, res, ...); y1 = g(h1)
             out = mhc.close(S1, y1, post1, res1)
 
-    An update whose streams go through a trunk operation first (a norm behind the add) stays, and so does everything round a mapping that has no
-    kernel of its own.
+    An update whose streams go through a trunk operation first (a norm after the add) stays, and so
+    do the operators of a mapping that has no kernel.
     """
 
     name: ClassVar[str] = "fuse-sites"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` with fused operators; the graph itself where there is nothing to fuse."""
+        """Return a copy of `graph` with fused operators, or the graph itself if nothing fuses."""
         targets = {node.target for node in graph.nodes}
         if _COEFFICIENTS not in targets and _UPDATE not in targets:
             return graph
@@ -70,7 +74,7 @@ class FuseSites(Pass):
 
 
 def _modes(graph: Graph) -> dict[Node, int]:
-    """Which nodes run under one gradient mode: a number for each stretch between two switches."""
+    """Return each node's section of the graph between switches of the gradient mode."""
     modes, number = {}, 0
     for node in graph.nodes:
         number += sets_grad_mode(node) is not None
@@ -79,7 +83,7 @@ def _modes(graph: Graph) -> dict[Node, int]:
 
 
 def _parts(packed: Node) -> dict[int, Node] | None:
-    """The readers of a tuple by index, or None where somebody reads it whole or twice."""
+    """Return the readers of a tuple by index, None if one reads it whole or two the same part."""
     parts: dict[int, Node] = {}
     for user in packed.users:
         if user.target is not operator.getitem or user.args[1] in parts:
@@ -89,7 +93,7 @@ def _parts(packed: Node) -> dict[int, Node] | None:
 
 
 def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None:
-    """Coefficients + collapse -> read; with the update before them -> step."""
+    """Fuse coefficients and collapse to a read, and the update before them with both to a step."""
     streams, phi, bias, scale, mapping, iterations, eps = coefficients.args
     parts = _parts(coefficients)
     if not ops.is_fused(str(mapping)) or parts is None or 3 in parts or 0 not in parts:
@@ -99,22 +103,22 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
         return
     collapse = readers[0]
     value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
-    if (
-        projection is not None and projection.shape[1] == 0
-    ):  # static coefficients: there is nothing to compute in the pass over the streams
+    # static coefficients need no pass over the streams
+    if projection is not None and projection.shape[1] == 0:
         return
     if value is None or modes[collapse] != modes[coefficients]:
         return
-    how = (mapping, iterations, eps)
+    settings = (mapping, iterations, eps)
     update = streams if streams.target is _UPDATE and modes[streams] == modes[coefficients] else None  # type: ignore[union-attr, index]
     if update is None:
-        fused = _emit(graph, coefficients, _READ, (streams, phi, bias, scale, value.shape[-2], *how))
+        fused = _emit(graph, coefficients, _READ, (streams, phi, bias, scale, value.shape[-2], *settings))
         first = 0
     else:
-        for parameter in (phi, bias, scale):  # attributes may stand between the two; they have no operands
+        # attributes may stand between the two; they have no operands
+        for parameter in (phi, bias, scale):
             if parameter.op == "get_attr" and parameter > update:  # type: ignore[union-attr, operator]
                 update.prepend(parameter)  # type: ignore[union-attr, arg-type]
-        fused = _emit(graph, update, _STEP, (*update.args, phi, bias, scale, *how))  # type: ignore[union-attr, arg-type]
+        fused = _emit(graph, update, _STEP, (*update.args, phi, bias, scale, *settings))  # type: ignore[union-attr, arg-type]
         first = 1
         _replace(graph, update, _part(graph, fused, 0))  # type: ignore[arg-type]
     for index, node in ((0, collapse), (2, parts.get(1)), (3, parts.get(2))):
@@ -125,7 +129,7 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
 
 
 def _fuse_close(graph: Graph, mean: Node) -> None:
-    """Update + mean -> close, where nobody else reads the new streams."""
+    """Fuse update and mean to a close, where no other node reads the new streams."""
     streams = mean.args[0] if mean.args else None
     if mean.args[1:] != (-2,) or mean.kwargs or getattr(streams, "target", None) is not _UPDATE:
         return
@@ -135,31 +139,23 @@ def _fuse_close(graph: Graph, mean: Node) -> None:
 
 
 def _fold_copies(graph: Graph) -> None:
-    """Where equal streams are spread for a fused operator, it takes the one that they are copies of."""
+    """Let a fused operator that reads copies read the one value that they are copies of."""
     for node in list(graph.nodes):
-        if node.target in _FOLDING and _is_spread(node.args[0]):
-            spread = node.args[0]
-            node.update_arg(0, spread.args[0])
-            if not spread.users:
-                graph.erase_node(spread)
-
-
-def _is_spread(streams: Node) -> bool:
-    """x.unsqueeze(-2).expand(-1, ..., n, -1), as `ExpandStreams` writes it."""
-    if streams.target != "expand" or streams.args[-1] != -1 or not streams.name.startswith("mhc_streams"):
-        return False
-    one = streams.args[0]
-    return getattr(one, "target", None) == "unsqueeze" and one.args[1:] == (-2,)  # type: ignore[union-attr]
+        if node.target in _FOLDING and is_copies(node.args[0]):
+            copies = node.args[0]
+            node.update_arg(0, copies.args[0])
+            if not copies.users:
+                graph.erase_node(copies)
 
 
 def _emit(graph: Graph, before: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
     with graph.inserting_before(before):
-        node = graph.create_node("call_function", target, args, {}, f"mhc_{target._schema.name.removeprefix('mhc::')}")  # type: ignore[attr-defined]
+        node = graph.create_node("call_function", target, args, {}, str(operator_name(target)).replace("::", "_"))
     return _finish(node, before)
 
 
 def _part(graph: Graph, packed: Node, index: int) -> Node:
-    """A result of `packed`, written behind it and behind its earlier results."""
+    """Write a result of `packed` after it and after its earlier results."""
     after = packed
     while after.next.target is operator.getitem and after.next.args[0] is packed:
         after = after.next
@@ -169,10 +165,9 @@ def _part(graph: Graph, packed: Node, index: int) -> Node:
 
 def _finish(node: Node, like: Node) -> Node:
     inherit(node, like)
-    values = {operand: operand.meta.get("example_value", operand.meta.get("val")) for operand in node.all_input_nodes}
-    if all(value is not None for value in values.values()):
-        with torch.no_grad():
-            node.meta["example_value"] = node.target(*torch.fx.map_arg(node.args, values.__getitem__))  # type: ignore[operator]
+    value = compute_example(node.op, node.target, node.args, node.kwargs)
+    if value is not None:
+        node.meta["example_value"] = value
     return node
 
 

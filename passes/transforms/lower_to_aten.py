@@ -1,8 +1,9 @@
-"""Writes a rewritten graph in plain ATen, so that nothing of ours, and nothing of Python, is needed to run it.
+"""Lower a rewritten graph to plain ATen, which runs without this package and Python.
 
-A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An exported program is a file that other processes
-and other languages read, so there every operator of ours becomes the ATen operations of its reference mathematics (`LowerOperators`), and what
-the passes wrote as torch functions and tensor methods becomes ATen as well (`CanonicalizeAten`).
+A compiler backend keeps the `mhc::` operators: it has decompositions and kernels for them. An
+exported program is a file that other processes and other languages read: there every `mhc::`
+operator becomes the ATen operations of its reference (`LowerOperators`), and the torch functions
+and tensor methods that passes wrote become ATen too (`CanonicalizeAten`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from mhc_compile import ops
-from mhc_compile.passes.analysis.op_info import op_name
+from mhc_compile._torch import is_higher_order, is_overload
+from mhc_compile.passes.analysis.op_info import example_value, op_name
 from mhc_compile.passes.core.emit import trace_into
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
@@ -25,19 +27,22 @@ if TYPE_CHECKING:
 
 __all__ = ["CanonicalizeAten", "LowerOperators", "RecomposeLayerNorms"]
 
-#: Functions that are one ATen operation with the same arguments: the node itself is kept, with its name and metadata.
+#: Functions that are one ATen operation with the same arguments: the node itself is kept, with its
+#: name and metadata.
 _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}
 
 
 @dataclass(frozen=True)
 class LowerOperators(Pass):
-    """Replaces every `mhc::` operator by the ATen operations that compute it.
+    """Replace every `mhc::` operator by the ATen operations that compute it.
 
-    before: h = mhc.collapse(streams, pre)             after: unsqueeze = aten.unsqueeze(pre, -1); mul = aten.mul(unsqueeze, streams)
-                                                              h = aten.sum(mul, [-2])
+    before: h = mhc.collapse(streams, pre)
+    after:  unsqueeze = aten.unsqueeze(pre, -1); mul = aten.mul(unsqueeze, streams)
+            h = aten.sum(mul, [-2])
 
-    Operators that an operator is made of (`mhc::sinkhorn` inside `mhc::coefficients`) are replaced too. Results have the strides that the
-    operator promises. Sizes that the example values know as numbers are written as numbers.
+    Operators that an operator consists of (`mhc::sinkhorn` inside `mhc::coefficients`) are replaced
+    too. Results have the strides that the operator promises. Sizes that are numbers in the example
+    values are written as numbers.
     """
 
     name: ClassVar[str] = "lower-operators"
@@ -46,21 +51,23 @@ class LowerOperators(Pass):
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=ops.decompositions)
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` without operators of ours. Their operands must have example values."""
+        """Return a copy of `graph` without `mhc::` operators. Operands must have example values."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
-            if node.op == "call_function" and node.target in self.decompositions and _is_ours(node):
+            if node.op == "call_function" and node.target in self.decompositions and _is_mhc(node):
                 _replace(node, _traced(node, self.decompositions))
         return copy
 
 
 @dataclass(frozen=True)
 class CanonicalizeAten(Pass):
-    """Writes tensor methods and torch functions as ATen operations.
+    """Write tensor methods and torch functions as ATen operations.
 
-    before: add = torch.add(a, b); y = x.movedim(1, -1)    after: add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
+    before: add = torch.add(a, b); y = x.movedim(1, -1)
+    after:  add = aten.add.Tensor(a, b); y = aten.permute(x, [0, 2, 1])
 
-    Operations of ATen and of other operator libraries, higher-order operations, `getitem` and arithmetic on sizes stay as they are.
+    Operations of ATen and of other operator libraries, higher-order operations, `getitem` and
+    arithmetic on sizes stay as they are.
     """
 
     name: ClassVar[str] = "canonicalize-aten"
@@ -69,7 +76,7 @@ class CanonicalizeAten(Pass):
     decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` in ATen. Operands of methods and functions must have example values."""
+        """Return a copy of `graph` in ATen. Operands must have example values."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             if node.op == "call_function" and node.target in _OVERLOADS and len(node.args) == 2 and not node.kwargs:
@@ -81,18 +88,18 @@ class CanonicalizeAten(Pass):
 
 @dataclass(frozen=True)
 class RecomposeLayerNorms(Pass):
-    """Writes a decomposed layer norm as the one operation that it was, so that it can be lifted over streams.
+    """Write a decomposed layer norm as one operation again, so that it can be lifted over streams.
 
     before: packed = aten.native_layer_norm(x, shape, weight, bias, eps); y = packed[0]
     after:  y = torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
 
-    A norm whose statistics are read too stays as it is. `CanonicalizeAten` is the way back.
+    A norm whose statistics are read stays as it is. `CanonicalizeAten` is the inverse.
     """
 
     name: ClassVar[str] = "recompose-layer-norms"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` with whole layer norms."""
+        """Return a copy of `graph` with whole layer norms."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             users = list(node.users)
@@ -106,8 +113,8 @@ def _index(node: Node) -> Any:
     return node.args[1] if node.target is operator.getitem else None
 
 
-def _is_ours(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mhc"
+def _is_mhc(node: Node) -> bool:
+    return is_overload(node.target) and node.target.namespace == "mhc"
 
 
 def _is_python(node: Node) -> bool:
@@ -115,15 +122,15 @@ def _is_python(node: Node) -> bool:
         return True
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+    if is_overload(node.target) or is_higher_order(node.target):
         return False
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example_value(node)
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(part, torch.Tensor) for part in parts)  # the rest is arithmetic on sizes
 
 
 def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any:
-    """The operations of `node`, written in front of it."""
+    """Write the operations of `node` before it and return the result."""
     operands = node.all_input_nodes
 
     def compute(*values: Any) -> Any:
@@ -132,7 +139,7 @@ def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         out = node.target(*args, **kwargs)  # type: ignore[operator]
-        if not _is_ours(node):
+        if not _is_mhc(node):
             return out
         return tuple(map(torch.Tensor.contiguous, out)) if isinstance(out, tuple) else out.contiguous()
 
@@ -140,7 +147,7 @@ def _traced(node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> Any
 
 
 def _replace(node: Node, result: Any) -> None:
-    """Puts `result`, a node, a number or a tuple of nodes, in the place of `node`. A node that was written for it takes over its name."""
+    """Replace `node` by `result`: a number, nodes, or one node, which gets its name if new."""
     fresh = isinstance(result, torch.fx.Node) and result not in node.all_input_nodes
     for user in list(node.users):
         if isinstance(result, (tuple, list)):  # every reader of a tuple is a `getitem`

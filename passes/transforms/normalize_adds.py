@@ -1,4 +1,4 @@
-"""One spelling for every addition."""
+"""Write every addition in one spelling."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ __all__ = ["NormalizeAdds"]
 
 @dataclass(frozen=True)
 class NormalizeAdds(Pass):
-    """Writes every addition of two tensors as `torch.add(a, b)`.
+    """Write every addition of two tensors as `torch.add(a, b)`.
 
     before: y = operator.add(out, identity)            after: y = torch.add(out, identity)
-    before: y = out.add(identity, alpha=2)             after: mul = torch.mul(identity, 2); y = torch.add(out, mul)
-    before: y = x - out            (the same shape)    after: neg = torch.neg(out); y = torch.add(x, neg)
-    before: y = torch.addcmul(x, gate, out)            after: mul = torch.mul(gate, out); y = torch.add(x, mul)
+    before: y = out.add(identity, alpha=2)
+    after:  mul = torch.mul(identity, 2); y = torch.add(out, mul)
+    before: y = x - out            (the same shape)
+    after:  neg = torch.neg(out); y = torch.add(x, neg)
+    before: y = torch.addcmul(x, gate, out)
+    after:  mul = torch.mul(gate, out); y = torch.add(x, mul)
 
-    In-place additions were made ordinary ones before, where that was possible (`FunctionalizeWrites`); those that are left keep their spelling,
-    and `find` rejects them as MUTATED_OPERAND. Additions of numbers, of integers and of sizes are left alone.
+    In-place additions that could be replaced already were (`FunctionalizeWrites`); the others stay,
+    and planning rejects them as MUTATED_OPERAND. Additions of numbers, integers and sizes stay as
+    well.
     """
 
     name: ClassVar[str] = "normalize-adds"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` in which every harmless addition has the one spelling."""
+        """Return a copy of `graph` whose additions are `torch.add`, except in-place ones."""
         copy, _ = copy_graph(graph)
         for node in list(copy.nodes):
             if op_name(node) == "addcmul":
@@ -49,7 +53,7 @@ class NormalizeAdds(Pass):
 
 
 def _terms(node: Node) -> tuple[Node, Node] | None:
-    """The two tensors that are added, None where one term is a number or unknown."""
+    """Return the two tensors that are added, None where one term is a number or unknown."""
     second = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
     first = node.args[0] if node.args else node.kwargs.get("input")
     if not (isinstance(first, torch.fx.Node) and isinstance(second, torch.fx.Node)):
@@ -76,7 +80,7 @@ def _split_addcmul(node: Node) -> None:
 
 
 def _negate(node: Node) -> None:
-    """A difference of two floating-point tensors of one shape; other differences (`x - x.mean()`, numbers) are no residual adds."""
+    """Write a difference of two floating-point tensors of one shape as a sum."""
     terms = _terms(node)
     if terms is None:
         return

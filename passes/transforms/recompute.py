@@ -1,4 +1,4 @@
-"""Which streams are kept for the backward, and which are computed again from those: memory for time."""
+"""Choose the streams that are saved for the backward; the others are recomputed."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ _STEP = torch.ops.mhc.step.default
 
 
 def block_length(sites: int, streams: int) -> int:
-    """How many sites share one set of kept streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
+    """Return how many sites share saved streams: `sqrt(n L / (n + 2))`, rounded, at least 1.
 
-    Source: arXiv 2512.24880 v2, section 4.3: the sum of what is kept of all blocks and what one block needs while it is computed again is least.
+    Source: arXiv 2512.24880 v2, section 4.3: it minimises the memory saved for all blocks plus that
+        of recomputing one.
     """
     return max(1, round(math.sqrt(streams * sites / (streams + 2))))
 
 
 @dataclass(frozen=True)
 class RecomputeSteps(Pass):
-    """Marks fused steps to be computed again in the backward, all but the first of every block.
+    """Mark fused steps to be recomputed in the backward, except the first of every block.
 
-    before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...); S3, h3, ... = mhc.step(S2, y2, ...)
-    after:  the same, the second step marked with CheckpointPolicy.MUST_RECOMPUTE where blocks have two sites
+    before: S1, h1, ... = mhc.step(X, y, ...); S2, h2, ... = mhc.step(S1, y1, ...)
+            S3, h3, ... = mhc.step(S2, y2, ...)
+    after:  the same; where blocks have two sites, CheckpointPolicy.MUST_RECOMPUTE marks the second
 
-    The partitioner of AOTAutograd does the rest. It keeps the branches' outputs, which a step needs, and never runs a branch again. Between two
-    steps of one chain only; streams that a trunk operation has changed are kept.
+    AOTAutograd's partitioner reads the marks. It saves the branch outputs, which a step needs, and
+    recomputes no branch. Only steps of one chain are marked; streams that a trunk operation has
+    changed are saved.
     """
 
     name: ClassVar[str] = "recompute-steps"
 
     def apply(self, graph: Graph) -> Graph:
-        """A copy of `graph` with marks; the graph itself where no chain has two steps."""
+        """Return a copy of `graph` with marks, or the graph itself where no chain has two steps."""
         if not any(len(chain) > 1 for chain in _chains(graph)):
             return graph
         copy, _ = copy_graph(graph)
@@ -61,13 +64,13 @@ class RecomputeSteps(Pass):
 
 
 def _streams(step: Node) -> int:
-    """n, as shapes tell: phi has n C rows, and streams have C features."""
+    """Return n, from the shapes: phi has n C rows, and streams have C features."""
     phi, streams = tensor_value(step.args[4]), tensor_value(step.args[0])  # type: ignore[arg-type]
     return phi.shape[0] // streams.shape[-1] if phi is not None and streams is not None else 4
 
 
 def _chains(graph: Graph) -> list[list[Node]]:
-    """The steps of every chain in order: each takes the streams that the one before it gives."""
+    """Return the steps of every chain: each reads the streams that the previous one writes."""
     chains: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node.target is _STEP:

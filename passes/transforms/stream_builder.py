@@ -1,4 +1,4 @@
-"""Writes operations on streams into a graph, one behind the other, each with its example value and its provenance."""
+"""Write operations on streams into a graph, with example values and provenance."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
-from mhc_compile.passes.analysis.op_info import tensor_value
-from mhc_compile.passes.core.emit import inherit
+from mhc_compile.passes.analysis.op_info import example_value, tensor_value
+from mhc_compile.passes.core.emit import compute_example, inherit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,11 +23,11 @@ __all__ = ["Binding", "End", "StreamBuilder"]
 
 @dataclass(frozen=True)
 class End:
-    """What ends a chain.
+    """The end of a chain: how its streams become one value.
 
     Attributes:
-        kind: "mean" or "sum" of the streams; "pre", their sum with the weights of the last site; "learned" or "gated", an operator with
-            parameters.
+        kind: "mean" or "sum" of the streams; "pre", their sum with the weights of the last site;
+            "learned" or "gated", an operator with parameters.
         parameters: of that operator.
         pre_eps: its epsilon.
     """
@@ -44,7 +44,7 @@ class End:
 
 @dataclass(frozen=True)
 class Binding:
-    """The parameters and settings of one site. In a Dynamo graph the parameters are graph inputs, elsewhere paths of attributes.
+    """The parameters (graph inputs in a Dynamo graph, else attribute paths) and settings of a site.
 
     Attributes:
         phi: its projection.
@@ -72,7 +72,7 @@ class Binding:
 
 
 class StreamBuilder:
-    """Writes into a copy of a graph. `cursor` is the node after which the next one is written, `like` the one whose provenance it gets.
+    """Writes into a copy of a graph, after the node `cursor`, with the provenance of `like`.
 
     Args:
         graph: the copy.
@@ -82,13 +82,13 @@ class StreamBuilder:
     def __init__(self, graph: Graph, nodes: dict[Node, Node]) -> None:
         self.graph = graph
         self.nodes = nodes
-        self.cursor: Node = graph._root
-        self.like: Node = graph._root
+        self.cursor: Node = next(iter(graph.nodes))
+        self.like: Node = self.cursor
         #: Example values of coefficients, by the shapes that they come from.
         self._coefficients_like: dict[tuple[Any, ...], Any] = {}
 
     def _follow(self, node: Node, like: Node) -> None:
-        """Moves the cursor behind `node`, and behind all graph inputs; new nodes take their provenance from `like`."""
+        """Set the cursor to `node` and all graph inputs; new nodes get the provenance of `like`."""
         while node.op == "placeholder" and node.next.op == "placeholder":
             node = node.next
         self.cursor, self.like = node, like
@@ -118,7 +118,7 @@ class StreamBuilder:
         return node
 
     def _attribute(self, path: str) -> Any:
-        """Example value of a parameter that is an attribute: like the example values of the graph, without memory."""
+        """Return the example value of a parameter that is an attribute: a fake tensor."""
         mode = next(
             (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
             None,
@@ -129,14 +129,14 @@ class StreamBuilder:
         return mode.from_tensor(getattr(self.graph.owning_module.get_submodule(owner), name))
 
     def _features_last(self, value: Node, axis: int) -> Node:
-        """[..., C, ...] to [..., C]. A view."""
+        """Move the features last: [..., C, ...] to [..., C]. A view."""
         example = tensor_value(value)
         if example is None or axis == example.dim() - 1:
             return value
         return self._emit("features_last", "call_method", "movedim", (value, axis, -1))
 
     def _features_back(self, value: Node, axis: int, like: Node) -> Node:
-        """[..., C] to the layout of `like`, in memory as well: a later `view` in the model counts on its strides."""
+        """Move the features back to the layout of `like`, in memory too: views rely on strides."""
         example = tensor_value(like)
         if example is None or axis == example.dim() - 1:
             return value
@@ -150,7 +150,7 @@ class StreamBuilder:
         return self._emit("features_back", "call_method", "contiguous", (moved,))
 
     def _input(self, name: str, like: Node, value: Tensor) -> Node:
-        """One more graph input, behind all others."""
+        """Add a graph input after all others."""
         last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
         names = {node.target for node in self.graph.find_nodes(op="placeholder")}
         number = next(number for number in count() if f"mhc_arriving_{name}_{number}" not in names)
@@ -161,7 +161,10 @@ class StreamBuilder:
         return node
 
     def _read(self, binding: Binding, streams: Node) -> list[Node]:
-        """What a branch reads of its streams, [..., C], and the weights of its site: `[h, pre, post, res]`; a gated read has no pre."""
+        """Write a branch's input [..., C] and its site's weights: `[h, pre, post, res]`.
+
+        A gated read has no pre.
+        """
         if binding.gated:
             parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
             packed = self._call("read", torch.ops.mhc.gated_read.default, streams, *parameters, binding.eps)
@@ -173,7 +176,10 @@ class StreamBuilder:
         return [self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre), pre, post, res]
 
     def _end(self, end: End, eps: float, streams: Node, pre: Node | None) -> Node:
-        """What a chain leaves behind, [..., C]. `eps` is for the norm of a learned one, `pre` are the weights of the last site."""
+        """Write the result of a chain, [..., C].
+
+        `eps` is for the norm of a learned end, `pre` are the weights of the last site.
+        """
         if end.kind == "pre":
             assert pre is not None
             return self._call("read_out", torch.ops.mhc.collapse.default, streams, pre)
@@ -194,7 +200,7 @@ class StreamBuilder:
         return parts
 
     def _shapes(self, packed: Node) -> tuple[Any, ...]:
-        """What the example values of coefficients depend on. Sites of one shape, most of a model, share them: they are never written in place."""
+        """Return what the example values of coefficients depend on: equal sites share them."""
         operands = [tensor_value(operand) for operand in packed.all_input_nodes]
         return tuple((str(value.shape), value.dtype, value.device) if value is not None else None for value in operands)
 
@@ -203,19 +209,7 @@ class StreamBuilder:
 
 
 def _example(node: Node) -> Any:
-    """The example value of a new node, from those of its operands, so that later passes and reports know its shape."""
-
-    def value(operand: Node) -> Any:
-        return operand.meta.get("example_value", operand.meta.get("val"))
-
-    operands = [value(operand) for operand in node.all_input_nodes]
-    if node.op == "call_module":  # of the leaf modules, only those are lifted that keep the shape
-        return operands[0]
-    if any(operand is None for operand in operands):
-        return None
-    args = torch.fx.map_arg(node.args, value)
-    kwargs = torch.fx.map_arg(node.kwargs, value)
-    with torch.no_grad():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    """Return the example value of a new node, so that later passes and reports know its shape."""
+    if node.op == "call_module":  # only leaf modules that keep the shape are lifted
+        return example_value(node.all_input_nodes[0])
+    return compute_example(node.op, node.target, node.args, node.kwargs)

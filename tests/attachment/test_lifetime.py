@@ -12,6 +12,7 @@ from helpers.builders import Small, points, twin
 from torch import fx
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -231,5 +232,7 @@ def test_a_version_compiled_before_uses_what_was_attached_anew():
     assert torch.equal(compiled(points()), want)
     mhc_compile.detach(model)
     mhc_compile.attach(model, points(), options={"streams": 2})
-    with pytest.raises(mhc_compile.AttachError, match=r"has streams=2, the options say streams=4.*detach\(model\)"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError, match=r"has streams=2, the options say streams=4.*detach\(model\)"
+    ):
         compiled(points())

@@ -10,6 +10,7 @@ from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +128,16 @@ def test_an_optimizer_built_before_with_groups_of_the_same_kind_is_interchangeab
 def test_without_hyper_connections():
     model = Decoder()
     for candidate in (model, torch.compile(model, backend="mhc")):
-        with pytest.raises(mhc_compile.AttachError, match=r"Decoder has no hyper-connections yet.*mhc_compile\.attach"):
+        with pytest.raises(
+            mhc_compile.errors.AttachError, match=r"Decoder has no hyper-connections yet.*mhc_compile\.attach"
+        ):
             mhc_compile.parameter_groups(candidate, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("option", ["weight_decay", "lr", "mhc_lr"])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_numbers_out_of_range(model, option, value):
-    with pytest.raises(mhc_compile.OptionError, match=f"{option} is {value!r}; expected a finite number, 0 or more"):
+    with pytest.raises(
+        mhc_compile.errors.OptionError, match=f"{option} is {value!r}; expected a finite number, 0 or more"
+    ):
         mhc_compile.parameter_groups(model, **{"weight_decay": 0.1, option: value})

@@ -13,6 +13,7 @@ from helpers.builders import LAYERS, Decoder, build, tokens, twin
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -108,7 +109,7 @@ def test_attach_does_not_touch_the_random_state():
 )
 def test_inputs_that_do_not_fit_the_model(args, words):
     model = Decoder()
-    with pytest.raises(mhc_compile.CaptureError, match=words):
+    with pytest.raises(mhc_compile.errors.CaptureError, match=words):
         mhc_compile.attach(model, *args)
     assert not mhc_compile.connections(model)
 
@@ -120,16 +121,16 @@ def test_trouble_of_our_own_is_named(monkeypatch):
         raise RuntimeError("a pass fell over")
 
     monkeypatch.setattr(study, "normalize", broken)
-    with pytest.raises(mhc_compile.CaptureError, match="RuntimeError: a pass fell over"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match="RuntimeError: a pass fell over"):
         mhc_compile.attach(Decoder(), tokens())
 
 
 def test_attach_to_a_model_without_residual_adds():
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
         assert mhc_compile.attach(nn.Linear(3, 3), torch.randn(2, 3)) == {}
-    with pytest.raises(mhc_compile.NothingRewrittenError):
+    with pytest.raises(mhc_compile.errors.NothingRewrittenError):
         mhc_compile.attach(nn.Linear(3, 3), torch.randn(2, 3), options={"strict": True})
-    with pytest.raises(mhc_compile.OptionError, match="did you mean 'streams'"):
+    with pytest.raises(mhc_compile.errors.OptionError, match="did you mean 'streams'"):
         mhc_compile.attach(nn.Linear(3, 3), torch.randn(2, 3), options={"stream": 2})
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 SITES = list(Small.SITES)
@@ -279,12 +280,12 @@ def test_averages_that_cannot_follow():
     model = Small()
     stranger = AveragedModel(nn.Sequential(nn.Linear(3, 3)))
     mhc_compile.attach(model, points())
-    with pytest.raises(mhc_compile.AttachError, match=r"Make the AveragedModel after mhc_compile\.attach"):
+    with pytest.raises(mhc_compile.errors.AttachError, match=r"Make the AveragedModel after mhc_compile\.attach"):
         stranger.update_parameters(model)
     average = AveragedModel(model)
     mhc_compile.detach(model)
     with pytest.raises(
-        mhc_compile.AttachError, match=r"2 hyper-connections and Small has 0.*detach\(averaged\.module\)"
+        mhc_compile.errors.AttachError, match=r"2 hyper-connections and Small has 0.*detach\(averaged\.module\)"
     ):
         average.update_parameters(model)
     mhc_compile.detach(average.module)

@@ -14,6 +14,7 @@ from helpers.builders import Decoder, tokens, twin
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 LACKING = "no values for the hyper-connection 'blocks.0.mhc.attn': it looks like one of the plain model"
@@ -114,7 +115,7 @@ def test_a_checkpoint_that_lacks_some_hyper_connections_is_an_error(gone, load):
     state = {name: value for name, value in attached().state_dict().items() if not name.startswith(gone)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises((RuntimeError, mhc_compile.AttachError)) as caught:
+        with pytest.raises((RuntimeError, mhc_compile.errors.AttachError)) as caught:
             load(model, state)
     assert gone in str(caught.value)
     others = [name for name in mhc_compile.connections(model) if name != gone]
@@ -125,7 +126,7 @@ def test_a_checkpoint_that_lacks_some_hyper_connections_is_an_error(gone, load):
 def test_a_checkpoint_that_lacks_one_tensor_is_an_error(load):
     state = attached().state_dict()
     del state["blocks.1.mhc.attn.scale"]
-    with pytest.raises((RuntimeError, mhc_compile.AttachError), match=r"blocks\.1\.mhc\.attn"):
+    with pytest.raises((RuntimeError, mhc_compile.errors.AttachError), match=r"blocks\.1\.mhc\.attn"):
         load(attached(), state)
 
 
@@ -135,6 +136,37 @@ def test_without_strict_the_missing_keys_are_told_where_some_are_there():
     missing = set(state) - set(partial)
     for load in (load_with_torch, mhc_compile.load_state_dict):
         assert set(load(model, partial, strict=False).missing_keys) == missing
+
+
+def test_torch_shows_every_module_of_a_call_the_same_list_of_missing_keys():
+    """The record of a call is found by it; a torch that does otherwise must fail here."""
+    seen = []
+
+    class Listed(torch.nn.Linear):
+        def _load_from_state_dict(self, *args):
+            seen.append(args[4])
+            super()._load_from_state_dict(*args)
+
+    model = torch.nn.ModuleList(Listed(2, 2) for _ in range(3))
+    for _ in range(2):
+        model.load_state_dict(model.state_dict())
+    assert [one is seen[0] for one in seen] == [True] * 3 + [False] * 3
+    assert seen[3] is seen[4] is seen[5]
+
+
+def test_a_load_inside_a_load_does_not_disturb_it():
+    """What was found before the inner call counts after it: a checkpoint that lacks the last site is an error."""
+    model, other = attached(), attached()
+    state = {name: value for name, value in attached().state_dict().items() if not name.startswith("blocks.1.mhc")}
+
+    class Loading(torch.nn.Module):
+        def _load_from_state_dict(self, *args):
+            other.load_state_dict(attached().state_dict())
+
+    model.blocks.insert(1, Loading())
+    state = {name.replace("blocks.1", "blocks.2"): value for name, value in state.items()}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "blocks\.2\.mhc\.attn\.phi"'):
+        model.load_state_dict(state)
 
 
 def test_other_missing_and_unexpected_entries_stay_torch_s_business():
@@ -178,7 +210,7 @@ def test_into_a_plain_model(options, hint):
         rf" Decoder has none\. Attach them before loading: .*{hint}"
     )
     for target in (plain, torch.compile(plain, backend="mhc")):
-        with pytest.raises(mhc_compile.AttachError, match=words):
+        with pytest.raises(mhc_compile.errors.AttachError, match=words):
             mhc_compile.load_state_dict(target, state)
     mhc_compile.attach(plain, tokens(), options=options)
     mhc_compile.load_state_dict(plain, state)
@@ -263,7 +295,7 @@ def test_a_tensor_of_an_impossible_shape(load):
 @pytest.mark.parametrize(("layers", "words"), [(1, "Decoder has 2 .*lacks"), (3, "checkpoint has 2 .*Decoder lacks")])
 def test_another_number_of_layers(layers, words, load):
     """The words are ours; torch names every entry, of the hyper-connections and of the rest."""
-    with pytest.raises((RuntimeError, mhc_compile.AttachError)) as caught:
+    with pytest.raises((RuntimeError, mhc_compile.errors.AttachError)) as caught:
         load(attached(), attached(layers).state_dict())
     assert f"blocks.{min(layers, 2)}.mhc.attn" in str(caught.value)
     if load is mhc_compile.load_state_dict:

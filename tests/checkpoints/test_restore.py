@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -154,15 +155,17 @@ def test_errors_leave_the_model_as_it_was():
         (state, mhc_compile.Options(streams=8), "does not fit streams=8, mapping='sinkhorn'"),
     ]
     for source, options, words in cases:
-        with pytest.raises(mhc_compile.AttachError, match=words):
+        with pytest.raises(mhc_compile.errors.AttachError, match=words):
             mhc_compile.restore(plain, source, options=options)
         assert not mhc_compile.connections(plain)
     mhc_compile.attach(plain, tokens(), options={"streams": 2})
-    with pytest.raises(mhc_compile.AttachError, match=r"on the model, which has 2 streams. Call mhc_compile.detach"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError, match=r"on the model, which has 2 streams. Call mhc_compile.detach"
+    ):
         mhc_compile.restore(plain, state)
     taken = Decoder()
     taken.blocks[0].mhc = nn.Linear(1, 1)
-    with pytest.raises(mhc_compile.AttachError, match="already has an attribute 'mhc'"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="already has an attribute 'mhc'"):
         mhc_compile.restore(taken, state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

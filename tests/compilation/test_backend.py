@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 
@@ -137,11 +138,12 @@ def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_los
             assert (change[2 * n :] > 0).all(), name
         if position >= 3 and name.endswith("phi"):
             assert (change[:, 2 * n :] > 0).any(), name
-    (gain,) = mhc_compile.gain(case.model, **case.inputs, options=options)
-    assert gain.streams_distance[0] == 0.0  # copies
-    assert min(gain.streams_distance[1:]) > 1e-3
-    assert gain.amax_forward == pytest.approx(1.0, abs=1e-5)
-    assert gain.amax_backward < 1.6
+    (chain,) = mhc_compile.stability(case.model, **case.inputs, options=options).chains
+    first, *others = chain.sites
+    assert first.entering.distance == 0.0  # copies
+    assert min(site.entering.distance for site in others) > 1e-3
+    assert max(site.composite_forward for site in chain.sites) == pytest.approx(1.0, abs=1e-5)
+    assert max(site.composite_backward for site in chain.sites) < 1.6
 
 
 @pytest.mark.slow
@@ -228,7 +230,7 @@ def test_a_model_without_residual_adds_warns_and_runs():
 
 
 def test_a_model_without_residual_adds_is_an_error_with_strict():
-    with pytest.raises(mhc_compile.NothingRewrittenError, match="no addition of floating-point tensors"):
+    with pytest.raises(mhc_compile.errors.NothingRewrittenError, match="no addition of floating-point tensors"):
         torch.compile(Stack(), backend="mhc", options={"strict": True, **EAGER})(torch.randn(2, 4))
 
 
@@ -281,7 +283,7 @@ def test_other_streams_than_attached_are_an_error():
     model = Decoder()
     mhc_compile.attach(model, tokens(), options={"streams": 2})
     with pytest.raises(
-        mhc_compile.AttachError, match=r"blocks.0.mhc.attn: .* has streams=2, the options say streams=4"
+        mhc_compile.errors.AttachError, match=r"blocks.0.mhc.attn: .* has streams=2, the options say streams=4"
     ):
         torch.compile(model, backend="mhc", options=EAGER)(tokens())
 
@@ -289,7 +291,7 @@ def test_other_streams_than_attached_are_an_error():
 def test_a_module_with_an_mhc_of_its_own_is_an_error():
     model = Decoder()
     model.blocks[0].mhc = nn.Identity()
-    with pytest.raises(mhc_compile.AttachError, match=r"'blocks.0' already has an attribute 'mhc' \(Identity\)"):
+    with pytest.raises(mhc_compile.errors.AttachError, match=r"'blocks.0' already has an attribute 'mhc' \(Identity\)"):
         torch.compile(model, backend="mhc", options=EAGER)(tokens())
 
 

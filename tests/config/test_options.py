@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.builders import Decoder, tokens
 
-from mhc_compile import MhcError, OptionError, Options
+from mhc_compile import MhcError, Options
 from mhc_compile.config.presets import PRESETS
+from mhc_compile.errors import OptionError
 
 
 def test_defaults_are_the_paper():

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import Recomputing, Spy, Wrapped, build, train
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 #: Three megabytes of parameters: Dynamo cuts the graph into several pieces at DDP's smallest buckets.
@@ -57,7 +58,7 @@ def late(rank):
             mhc_compile.attach(model, tokens())
         if case == "attach":
             ddp, call = DistributedDataParallel(model), lambda x, ddp=ddp: mhc_compile.attach(ddp, x)
-        with pytest.raises(mhc_compile.AttachError) as caught:
+        with pytest.raises(mhc_compile.errors.AttachError) as caught:
             call(tokens())
         said.append(str(caught.value))
         if case == "attached in DDP":

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from training import Recomputing, Spy, Wrapped, build, train
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.distributed import fully_shard
 
 #: Ways to compile: every block in place, every block as a module of its own, the sharded model as a whole.
@@ -99,7 +100,7 @@ def late(rank):
         call = shard(model, way, {"inner_backend": "eager"})
         if way == "attach":
             call = lambda x, model=model: mhc_compile.attach(model, x)  # noqa: E731
-        with pytest.raises(mhc_compile.AttachError) as caught:
+        with pytest.raises(mhc_compile.errors.AttachError) as caught:
             call(tokens())
         said.append(str(caught.value))
         assert not mhc_compile.connections(model)

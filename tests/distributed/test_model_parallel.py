@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 from training import build, train
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 pytestmark = pytest.mark.slow
@@ -75,7 +76,9 @@ def sequence_parallel(rank, local, ahead):
     cut = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=local)
     joined = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
     parallelize_module(model, mesh, {"blocks.0": cut, "norm": SequenceParallel(), "head": joined})
-    with pytest.raises(mhc_compile.AttachError, match=r"distributed over ranks with placements \(Shard\(dim=1\),\)"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError, match=r"distributed over ranks with placements \(Shard\(dim=1\),\)"
+    ):
         torch.compile(model, backend="mhc", options=EAGER)(tokens(4, 6))
     assert ahead or not mhc_compile.connections(model)
 

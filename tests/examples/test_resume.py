@@ -1,4 +1,4 @@
-"""A training process that is killed: nothing is lost but the step under way, and the run goes on bit for bit. The process is examples/resume.py."""
+"""Kill examples/training/resume.py, start it again, and expect the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "resume.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "training" / "resume.py"
 STEPS = 12
 
-#: Reads a command line and runs it in a fork of itself, which has loaded torch already; says its process id and, later, how it ended.
-NURSERY = """
+#: Run each command line of stdin in a fork with torch loaded; print its id, then its exit code.
+SERVER = """
 import json, os, runpy, sys, traceback
 import torch._dynamo, torch._inductor.compile_fx, mhc_compile.backend
 torch.set_num_threads(1)
@@ -46,12 +46,12 @@ for line in sys.stdin:
 """
 
 
-class Nursery:
-    """Starts training processes, one at a time."""
+class ForkServer:
+    """Start training processes, one at a time."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -63,7 +63,7 @@ class Nursery:
         argv = [str(SCRIPT), "--layers", "1", "--width", "32", "--steps", str(steps), "--options", options]
         argv += ["--save-every", str(save_every), "--checkpoint", str(folder / "resume.pt")]
         out = folder / "output.txt"
-        out.write_text("")  # not that of the process before
+        out.write_text("")  # not the output of the previous process
         self.process.stdin.write(json.dumps({"argv": argv, "stdout": str(out)}) + "\n")
         self.process.stdin.flush()
         return Run(int(self.process.stdout.readline()), out, self.process.stdout)
@@ -98,29 +98,29 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
+def server():
+    server = ForkServer()
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
 
 
 @pytest.fixture(scope="module")
-def whole(nursery, tmp_path_factory) -> dict[int, str]:
-    """The losses of a run that nobody disturbs."""
-    losses = nursery.start(tmp_path_factory.mktemp("whole"), STEPS).finish().losses
+def whole(server, tmp_path_factory) -> dict[int, str]:
+    """Return the losses of an uninterrupted run."""
+    losses = server.start(tmp_path_factory.mktemp("whole"), STEPS).finish().losses
     assert list(losses) == list(range(1, STEPS + 1))
     assert len(set(losses.values())) == STEPS
     return losses
 
 
 @pytest.fixture
-def three_steps(nursery, tmp_path, tmp_path_factory) -> Path:
-    """A folder with the checkpoint of three steps."""
+def three_steps(server, tmp_path, tmp_path_factory) -> Path:
+    """Return a folder with the checkpoint of three steps."""
     made = tmp_path_factory.getbasetemp() / "three-steps"
     if not made.exists():
         made.mkdir()
-        nursery.start(made, 3).finish()
+        server.start(made, 3).finish()
     shutil.copy(made / "resume.pt", tmp_path)
     return tmp_path
 
@@ -133,15 +133,15 @@ def three_steps(nursery, tmp_path, tmp_path_factory) -> Path:
         "half of it",
     ],
 )
-def test_killed_in_the_middle_of_saving(written, nursery, whole, three_steps):
-    """The temporary file is a pipe that takes so many bytes and no more: that is where the process is when it is killed."""
+def test_killed_while_saving(written, server, whole, three_steps):
+    """Kill the process where the temporary file, a pipe, takes no more bytes."""
     checkpoint, temporary = three_steps / "resume.pt", three_steps / "resume.pt.tmp"
     good = checkpoint.read_bytes()
     os.mkfifo(temporary)
-    run = nursery.start(three_steps, STEPS)
+    run = server.start(three_steps, STEPS)
     with temporary.open("rb", buffering=0) as pipe:
         size = {"nothing": 0, "the first bytes": 1000, "half of it": len(good) // 2}[written]
-        assert len(good) - size > 100_000  # a pipe holds 65,536: the process cannot be through
+        assert len(good) - size > 100_000  # a pipe holds 65,536 bytes: the process must block
         reached = b""
         while len(reached) < size:
             reached += pipe.read(size - len(reached))
@@ -151,30 +151,30 @@ def test_killed_in_the_middle_of_saving(written, nursery, whole, three_steps):
     temporary.unlink()
     temporary.write_bytes(reached)  # what a disk would have
     assert checkpoint.read_bytes() == good
-    again = nursery.start(three_steps, 6).finish()
+    again = server.start(three_steps, 6).finish()
     assert again.resumed == 3
     assert again.losses == {step: whole[step] for step in (4, 5, 6)}
     assert not temporary.exists()
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(nursery, whole, tmp_path):
-    """Every loss that any of the processes computed is that of the undisturbed run, and no finished step is computed twice."""
+def test_killed_at_random_moments(server, whole, tmp_path):
+    """Every loss is that of the uninterrupted run, and no saved step is computed twice."""
     moments = random.Random(0)
     done, kills = 0, 0
     for _ in range(20):
-        run = nursery.start(tmp_path, STEPS)
+        run = server.start(tmp_path, STEPS)
         if kills < 4:
             deadline = time.monotonic() + 120
             while not run.losses:
                 assert time.monotonic() < deadline, run.text
                 time.sleep(0.01)
             time.sleep(moments.uniform(0.0, 0.1))
-            with contextlib.suppress(ProcessLookupError):  # it may have come to its end
+            with contextlib.suppress(ProcessLookupError):  # it may have ended
                 run.kill()
         status = run.end()
         assert status in (0, -signal.SIGKILL), run.text
-        assert run.resumed in (done, done - 1)  # the last step that was told may not have been saved
+        assert run.resumed in (done, done - 1)  # the last printed step may not have been saved
         assert run.losses == {step: whole[step] for step in range(run.resumed + 1, max(run.losses) + 1)}
         done = max(run.losses)
         if status == 0:
@@ -185,28 +185,28 @@ def test_killed_at_random_moments(nursery, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_leaves_the_checkpoint_before(nursery, whole, three_steps):
+def test_full_disk_keeps_the_previous_checkpoint(server, whole, three_steps):
     checkpoint, temporary = three_steps / "resume.pt", three_steps / "resume.pt.tmp"
     good = checkpoint.read_bytes()
     temporary.symlink_to("/dev/full")
-    run = nursery.start(three_steps, 5)
+    run = server.start(three_steps, 5)
     assert run.end() == 1
     assert "No space left on device" in run.text
     assert checkpoint.read_bytes() == good
     temporary.unlink()
-    assert nursery.start(three_steps, 5).finish().losses == {step: whole[step] for step in (4, 5)}
+    assert server.start(three_steps, 5).finish().losses == {step: whole[step] for step in (4, 5)}
 
 
 @pytest.mark.slow
-def test_killed_under_inductor(nursery, tmp_path_factory):
+def test_killed_under_inductor(server, tmp_path_factory):
     folder, other = tmp_path_factory.mktemp("inductor"), tmp_path_factory.mktemp("killed")
-    want = nursery.start(folder, 6, "inductor").finish().losses
-    run = nursery.start(other, 6, "inductor", save_every=2)
+    want = server.start(folder, 6, "inductor").finish().losses
+    run = server.start(other, 6, "inductor", save_every=2)
     while len(run.losses) < 3:
         time.sleep(0.01)
     run.kill()
     assert run.end() == -signal.SIGKILL
-    again = nursery.start(other, 6, "inductor", save_every=2).finish()
+    again = server.start(other, 6, "inductor", save_every=2).finish()
     assert again.resumed in (2, 4, 6)
     assert again.losses == {step: want[step] for step in range(again.resumed + 1, 7)}
     torch.load(other / "resume.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""examples/stability: its statistics against numbers from elsewhere, and the whole of it in miniature."""
+"""examples/stability: statistics against independent numbers, and all of it in miniature."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PLAN = Plan.from_json(json.dumps(MINI | REST))
 
 
 def student_below(t: float, freedom: int) -> float:
-    """The distribution function, from the density by Simpson's rule."""
+    """Return the distribution function, from the density by Simpson's rule."""
     scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
     width = t / 20_000
     values = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(20_001)]
@@ -127,8 +127,6 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert "| HC (unconstrained) | 1.9000 [" in text
     assert "12 of 12 runs" in text
     (tmp_path / "runs" / "HC-calm-0.json").unlink()
-    report(plan, tmp_path)
-    text = (tmp_path / "RESULTS.md").read_text()
     write_json(tmp_path / "again.json", {"plain-calm-1": True, "HC-calm-1": False})
     report(plan, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
@@ -136,6 +134,23 @@ def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> N
     assert "NOT the same: HC-calm-1." in text
     assert "11 of 12 runs" in text
     assert "Not all runs are finished" in text
+
+
+def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
+    """The summary alone gives the page that is in git, byte for byte."""
+    names = ("summary.json", "cost.json", "again.json")
+    for name in names:
+        (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
+    written = [path.name for path in report(Plan(), tmp_path)]
+    assert set(written) == {path.name for path in (FOLDER / "results").iterdir() if path.is_file()} - set(names[1:])
+    for name in ("summary.json", "RESULTS.md"):
+        assert (tmp_path / name).read_bytes() == (FOLDER / "results" / name).read_bytes()
+    with pytest.raises(ExperimentError, match=r"summary\.json was made with seeds 5, not 4"):
+        report(Plan(seeds=4), tmp_path)
+    for name in names:
+        (tmp_path / name).unlink()
+    with pytest.raises(ExperimentError, match="no run of this plan is finished"):
+        report(Plan(), tmp_path)
 
 
 def test_runs_of_other_settings_are_rejected(tmp_path: Path) -> None:
@@ -162,7 +177,7 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path: Path) -> None:
-    """Trained, measured, reported; what is there is kept; a run that follows another is what it is in a process of its own."""
+    """Finished runs are kept; a run that follows another equals one in its own process."""
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 runs" in done.stderr

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile import ops
 from mhc_compile.export.exported_program import plan_program
 
@@ -518,7 +519,7 @@ def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
     assert namespaces(result) == {"aten", "_operator"}
     randomise(result)
     assert relative(result.module()(ids), program.module()(ids)) > 1e-3
-    with pytest.raises(mhc_compile.AttachError, match=r"blocks.0.mhc.attn.*phi \[32, 24\].*streams=2"):
+    with pytest.raises(mhc_compile.errors.AttachError, match=r"blocks.0.mhc.attn.*phi \[32, 24\].*streams=2"):
         mhc_compile.rewrite(program, options={"streams": 2})
     with pytest.warns(
         mhc_compile.MhcWarning, match="4 × chain-too-short"
@@ -545,7 +546,7 @@ def test_nothing_to_rewrite_is_said_and_the_copy_is_unchanged():
         result = mhc_compile.rewrite(program)
     assert result is not program
     assert str(result) == str(program)
-    with pytest.raises(mhc_compile.NothingRewrittenError):
+    with pytest.raises(mhc_compile.errors.NothingRewrittenError):
         mhc_compile.rewrite(program, options={"strict": True})
 
 
@@ -559,11 +560,13 @@ def test_chains_shorter_than_min_chain_length_are_left_alone():
 
 def test_wrong_inputs_are_named():
     program = export(Decoder(), (tokens(),))
-    with pytest.raises(mhc_compile.CaptureError, match=r"GraphModule or a torch.export.ExportedProgram, got Decoder"):
+    with pytest.raises(
+        mhc_compile.errors.CaptureError, match=r"GraphModule or a torch.export.ExportedProgram, got Decoder"
+    ):
         mhc_compile.rewrite(Decoder(), tokens())
-    with pytest.raises(mhc_compile.CaptureError, match="takes no example inputs with an ExportedProgram, got 1"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match="takes no example inputs with an ExportedProgram, got 1"):
         mhc_compile.rewrite(program, tokens())
-    with pytest.raises(mhc_compile.OptionError, match="did you mean 'streams'"):
+    with pytest.raises(mhc_compile.errors.OptionError, match="did you mean 'streams'"):
         mhc_compile.rewrite(program, options={"stream": 2})
 
 
@@ -579,7 +582,7 @@ def test_a_joint_program_is_rejected():
             return self.decoder(ids).square().mean()
 
     joint = _export_forward_backward(export(Loss(), (tokens(),)))
-    with pytest.raises(mhc_compile.CaptureError, match="also computes gradients"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match="also computes gradients"):
         mhc_compile.rewrite(joint)
 
 
@@ -587,7 +590,7 @@ def test_an_entry_called_mhc_is_in_the_way():
     model = Decoder()
     model.blocks[0].mhc = nn.Linear(2, 2)
     program = export(model, (tokens(),))
-    with pytest.raises(mhc_compile.AttachError, match=r"entry 'blocks.0.mhc.weight' of its own"):
+    with pytest.raises(mhc_compile.errors.AttachError, match=r"entry 'blocks.0.mhc.weight' of its own"):
         mhc_compile.rewrite(program)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.graph_breaks import runtime as boundary
 from mhc_compile.graph_breaks import stream_registry as carried
 
@@ -321,7 +322,7 @@ def test_a_branch_that_python_begins_is_rejected_and_said():
     assert set(mhc_compile.connections(model)) == {f"blocks.{number}.mhc.attn" for number in range(LAYERS)}
     torch._dynamo.reset()
     strict = torch.compile(copy.deepcopy(model), backend="mhc", options={**EAGER, "strict": True})
-    with pytest.raises(mhc_compile.StreamsLostError, match="outside of this graph"):
+    with pytest.raises(mhc_compile.errors.StreamsLostError, match="outside of this graph"):
         strict(x)
 
 
@@ -451,7 +452,7 @@ def test_a_changed_tensor_starts_as_copies_and_is_reported(change):
 
     strict, _ = attached()
     strict.__class__ = Changed
-    with pytest.raises(mhc_compile.StreamsLostError, match=change):
+    with pytest.raises(mhc_compile.errors.StreamsLostError, match=change):
         per_block(strict, strict=True)(x)
 
 

@@ -10,9 +10,8 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile.config.options import Options
-from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
-from mhc_compile.inspection.diff.rows import align
-from mhc_compile.inspection.diff.views import NodeView
+from mhc_compile.inspection.diff.compare import align
+from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff, NodeView
 from mhc_compile.inspection.explain.results import ChainReport, RejectionReport, SiteReport
 
 SCRIPT = "</script><script>window.hacked = true</script>"
@@ -90,7 +89,7 @@ def hostile() -> ModelDiff:
         node("add", "add", "f", "x", role="site", site=first, **places[0]),
         node("g", "F.relu", "add", **places[1]),
         node("add_1", "add", "g", "add", role="site", site=second, **places[1]),
-        node(COMMENT, "add", "add_1", "x", role="left-alone", reason="broadcast", **places[1]),
+        node(COMMENT, "add", "add_1", "x", role="skipped", reason="broadcast", **places[1]),
     ]
     after = [
         node("x"),
@@ -100,7 +99,7 @@ def hostile() -> ModelDiff:
         node("g", "F.relu", "mhc_streams_1", **places[1]),
         node("mhc_streams_2", "mhc.update", "mhc_streams_1", "g", role="stream", site=second, **places[1]),
         node("mhc_read_out", "torch.mean", "mhc_streams_2", role="stream", **places[1]),
-        node(COMMENT, "add", "mhc_read_out", "x", role="left-alone", reason="broadcast", **places[1]),
+        node(COMMENT, "add", "mhc_read_out", "x", role="skipped", reason="broadcast", **places[1]),
     ]
     sites = tuple(
         SiteReport(site, path, f"{IMAGE}Block", "f", index, 8, 1, f"/tmp/{SCRIPT}/model.py:{index}")

@@ -198,7 +198,7 @@ class StreamInterpreter(fx.Interpreter):
         if _tokens(shortcut[0], site.axis) != _tokens(trunk[0], site.shortcut.axes[site.trunk]):
             # A pooled or sliced shortcut has tokens of its own, whose weights are computed from them.
             _, post, res = self._coefficients(site, shortcut, site.axis)
-        readers = {term: next(add for add in site.adds if term in add.all_input_nodes) for term in site.terms}
+        readers = {term: next(add for add in site.adds if term in add.all_input_nodes) for term in site.branch_outputs}
         branch = sum(self._read(term, reader) for term, reader in readers.items())
         dtype = torch.result_type(shortcut[0], branch)
         new = []
@@ -211,7 +211,7 @@ class StreamInterpreter(fx.Interpreter):
     def _coefficients(self, site: Site, streams: Streams, axis: int) -> tuple[Streams, Streams, list[Streams]]:
         """Return pre [n], post [n] and res [n][n], each with the layout of the trunk and one feature."""
         binding, n = self.bindings[site], len(streams)
-        assert (binding.form, binding.gated, binding.single_pass, binding.end.kind) == (
+        assert (binding.spec, binding.gated, binding.single_pass, binding.end.kind) == (
             "sinkhorn",
             False,
             False,

@@ -11,6 +11,7 @@ from helpers.builders import LAYERS, Decoder
 from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile
+import mhc_compile.integrations
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
@@ -114,8 +115,8 @@ def test_backends_by_name():
     for rejected in (lambda: Accelerator(cpu=True, dynamo_backend="mhc"), lambda: TorchDynamoPlugin(backend="mhc")):
         with pytest.raises(ValueError, match="'MHC' is not a valid DynamoBackend"):
             rejected()
-    mhc_compile.register_with_accelerate()
-    mhc_compile.register_with_accelerate()
+    mhc_compile.integrations.register_with_accelerate()
+    mhc_compile.integrations.register_with_accelerate()
     assert DynamoBackend("MHC") is DynamoBackend("MHC")
     assert DynamoBackend("INDUCTOR") is DynamoBackend.INDUCTOR
     with pytest.raises(ValueError, match="'MHCC' is not a valid DynamoBackend"):
@@ -142,7 +143,7 @@ def test_accumulation_in_bfloat16(tmp_path):
             Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2), compiled=False, **ahead
         )
 
-    mhc_compile.register_with_accelerate()
+    mhc_compile.integrations.register_with_accelerate()
     runs = []
     for compile_first in (True, False):
         loop = make()

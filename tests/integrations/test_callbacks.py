@@ -1,4 +1,4 @@
-"""`mhc_compile.StabilityCallback`: the training goes on as if nothing had been measured, in every kind of loop."""
+"""`mhc_compile.integrations.StabilityCallback`: the training goes on as if nothing had been measured, in every kind of loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mhc_compile
+import mhc_compile.errors
+import mhc_compile.integrations
 
 EAGER = {"inner_backend": "eager"}
 
@@ -55,7 +57,7 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
     logged = []
     file = tmp_path / "stability.jsonl"
     file.write_text('{"step": -1}\n')
-    callback = mhc_compile.StabilityCallback(every=3, batch=points(), log=logged.append, file=file)
+    callback = mhc_compile.integrations.StabilityCallback(every=3, batch=points(), log=logged.append, file=file)
     assert train(callback) == train()
     assert [step for step, _ in callback.history] == [1, 3, 6]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -69,21 +71,25 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
     assert distances[0] < distances[1] < distances[2]
 
 
-def test_it_is_traced_once_and_only_until_it_is_closed(monkeypatch):
-    from mhc_compile.inspection.stream_stats import measure
+def test_it_is_traced_once_and_only_until_it_is_closed():
+    def attached():
+        model = Small()
+        mhc_compile.attach(model, points())
+        return model
 
-    traced = []
-    plain = measure.mhc
-    monkeypatch.setattr(measure, "mhc", lambda *args, **kwargs: traced.append(1) or plain(*args, **kwargs))
-    callback = mhc_compile.StabilityCallback(every=1, batch=points())
-    train(callback, steps=4)
-    assert len(callback.history) == 4
-    assert len(traced) == 1
+    def traced(model, step):
+        """The number of graphs that a measurement traces."""
+        before = counters["stats"]["unique_graphs"]
+        assert callback.step(model, step) is not None
+        return counters["stats"]["unique_graphs"] - before
+
+    counters = torch._dynamo.utils.counters
+    callback = mhc_compile.integrations.StabilityCallback(every=1, batch=points())
+    model = attached()
+    assert [traced(model, step) for step in range(4)] == [1, 0, 0, 0]
     callback.close()
-    model = Small()
-    mhc_compile.attach(model, points())
-    callback.step(model, 5)
-    assert len(traced) == 2
+    assert traced(model, 4) == 1
+    assert traced(attached(), 5) == 1
 
 
 @pytest.mark.slow
@@ -98,7 +104,7 @@ def test_there_is_no_limit_to_what_a_loop_measures_with():
 
     model = Restless()
     mhc_compile.attach(model, points())
-    callback = mhc_compile.StabilityCallback(every=1)
+    callback = mhc_compile.integrations.StabilityCallback(every=1)
     for step in range(11):
         model.word = "1" * (step + 1)
         result = callback.step(model, step, points())
@@ -109,12 +115,12 @@ def test_there_is_no_limit_to_what_a_loop_measures_with():
 def test_a_copy_measures_too_and_traces_anew():
     model = Small()
     mhc_compile.attach(model, points())
-    callback = mhc_compile.StabilityCallback(every=2, batch=points())
+    callback = mhc_compile.integrations.StabilityCallback(every=2, batch=points())
     callback.step(model, 0)
     for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert other.history == callback.history
         assert other.every == 2
-        assert isinstance(other, mhc_compile.StabilityCallback)
+        assert isinstance(other, mhc_compile.integrations.StabilityCallback)
         other.step(model, 2)
         assert [step for step, _ in other.history] == [0, 2]
 
@@ -132,12 +138,12 @@ def test_the_model_inside_ddp_is_measured():
 
 
 def test_what_is_wrong_is_said():
-    with pytest.raises(mhc_compile.OptionError, match="every is 0"):
-        mhc_compile.StabilityCallback(every=0)
+    with pytest.raises(mhc_compile.errors.OptionError, match="every is 0"):
+        mhc_compile.integrations.StabilityCallback(every=0)
     with pytest.raises(mhc_compile.MhcError, match="has no batch"):
-        mhc_compile.StabilityCallback().step(Small(), 0)
-    with pytest.raises(mhc_compile.AttachError, match="Small has no hyper-connections"):
-        mhc_compile.StabilityCallback(batch=points()).step(Small(), 0)
+        mhc_compile.integrations.StabilityCallback().step(Small(), 0)
+    with pytest.raises(mhc_compile.errors.AttachError, match="Small has no hyper-connections"):
+        mhc_compile.integrations.StabilityCallback(batch=points()).step(Small(), 0)
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def test_what_is_wrong_is_said():
 def trainer(tmp_path, callbacks, data=None):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    mhc_compile.register_with_accelerate()
+    mhc_compile.integrations.register_with_accelerate()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8,
@@ -170,7 +176,7 @@ def losses(one):
 def test_the_trainer_of_transformers(tmp_path, monkeypatch):
     monkeypatch.setattr(mhc_compile.Options, "inner_backend", "eager")
     transformers = pytest.importorskip("transformers")
-    callback = mhc_compile.StabilityCallback(every=2, file=tmp_path / "stability.jsonl")
+    callback = mhc_compile.integrations.StabilityCallback(every=2, file=tmp_path / "stability.jsonl")
     assert isinstance(callback, transformers.TrainerCallback)
     watched = trainer(tmp_path, [callback])
     with_callback = losses(watched)
@@ -183,7 +189,7 @@ def test_the_trainer_of_transformers(tmp_path, monkeypatch):
 
 
 def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
-    from mhc_compile.inspection.stream_stats.loaders import first_batch
+    from mhc_compile.inspection.stream_stats.measure import first_batch
 
     loader = DataLoader(TensorDataset(torch.arange(6.0), torch.arange(6)), batch_size=2, shuffle=True)
     state = torch.get_rng_state()
@@ -195,7 +201,7 @@ def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
         def __iter__(self):
             return iter(range(3))
 
-    with pytest.raises(mhc_compile.MhcError, match=r"over Stream without moving it on.*batch="):
+    with pytest.raises(mhc_compile.MhcError, match=r"over Stream without advancing it.*batch="):
         first_batch(DataLoader(Stream()), 2)
 
 
@@ -237,7 +243,7 @@ def test_the_trainer_of_lightning(tmp_path):
             ).fit(task, data)  # fmt: skip
         return task.seen
 
-    callback = mhc_compile.StabilityCallback(every=2)
+    callback = mhc_compile.integrations.StabilityCallback(every=2)
     assert isinstance(callback, lightning.Callback)
     with_callback = fit([callback])
     torch._dynamo.reset()

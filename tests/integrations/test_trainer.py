@@ -11,6 +11,7 @@ import torch
 from helpers.builders import LAYERS, build
 
 import mhc_compile
+import mhc_compile.integrations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,7 +129,7 @@ def test_the_backend_by_name_in_training_arguments(name, tmp_path):
     """Through Inductor: the arguments name the backend and have no place for its options."""
     with pytest.raises(ValueError, match="'MHC' is not a valid DynamoBackend"):
         _without_registration(lambda: trainer(model(), tmp_path, torch_compile_backend="mhc"))
-    mhc_compile.register_with_accelerate()
+    mhc_compile.integrations.register_with_accelerate()
     settings = {"torch_compile": True, "torch_compile_backend": "mhc"}
     whole = trainer(model(name), tmp_path / "whole", **settings)
     whole.train()

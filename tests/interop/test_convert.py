@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mhc_compile import cli, interop
-from mhc_compile.interop import files
+from mhc_compile.interop import safetensors_io
+from mhc_compile.interop.layouts import LAYOUTS
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_spelling_and_other_branches(mhc, tmp_path):
 def test_only_one_tensor_is_read_at_a_time(native, tmp_path, monkeypatch):
     # Tensors that stay are never made into tensors at all, and those that change are gone before the next one.
     alive, most = [], []
-    read = files.read
+    read = safetensors_io.read
 
     def counted(stored):
         value = read(stored)
@@ -162,7 +163,7 @@ def test_a_forced_folder_is_replaced_whole_and_only_if_it_is_a_checkpoint(mhc, s
 
 def test_after_a_failure_nothing_is_there(mhc, sharded, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
-    write, calls = files.write, []
+    write, calls = safetensors_io.write, []
 
     def failing(path, tensors, metadata):
         calls.append(path)
@@ -253,6 +254,6 @@ def test_results_need_a_place_of_their_own(mhc, sharded, tmp_path, place):
 
 
 def test_every_kind_of_names_has_a_preset_with_a_layout():
-    assert {preset for preset, _ in NAMES} == set(interop.LAYOUTS)
-    for layout in interop.LAYOUTS.values():
+    assert {preset for preset, _ in NAMES} == set(LAYOUTS)
+    for layout in LAYOUTS.values():
         assert {spelling for preset, spelling in NAMES if preset == layout.preset} == {s.name for s in layout.spellings}

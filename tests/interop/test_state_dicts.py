@@ -8,8 +8,13 @@ from helpers.builders import Small, points
 from helpers.native_states import NAMES, WIDTH, native_state, same
 
 import mhc_compile
-from mhc_compile import AttachError, CheckpointError, OptionError, interop
+from mhc_compile import interop
 from mhc_compile.config.presets import get_preset
+from mhc_compile.errors import AttachError, CheckpointError, OptionError
+from mhc_compile.interop.layout import Layout, Spelling
+from mhc_compile.interop.layouts import LAYOUTS, get_layout, register_layout
+from mhc_compile.interop.plan import UNUSED_SCALE
+from mhc_compile.interop.planner import plan_to_native
 
 
 @pytest.fixture(params=NAMES, ids="-".join)
@@ -127,7 +132,7 @@ def test_what_is_no_native_checkpoint_of_the_preset_is_rejected(state, preset, w
         interop.from_native(state, preset)
 
 
-OURS = {preset: interop.from_native(native_state(preset), preset) for preset in interop.LAYOUTS}
+OURS = {preset: interop.from_native(native_state(preset), preset) for preset in LAYOUTS}
 
 
 @pytest.mark.parametrize(
@@ -161,8 +166,8 @@ def test_presets_without_files_and_unknown_spellings_are_wrong_options():
 def test_nothing_reads_the_third_scale_that_hy_v4_does_not_have():
     ours = interop.from_native(native_state("hy-v4"), "hy-v4")
     assert ours["model.layers.0.mhc.mlp.scale"].shape == (3,)
-    assert ours["model.layers.0.mhc.mlp.scale"][2] == interop.tensors.UNUSED_SCALE
-    what = interop.plan_to_native({name: tuple(v.shape) for name, v in ours.items()}, "hy-v4").changes
+    assert ours["model.layers.0.mhc.mlp.scale"][2] == UNUSED_SCALE
+    what = plan_to_native({name: tuple(v.shape) for name, v in ours.items()}, "hy-v4").changes
     assert "a_res left out" in what["model.layers.0.ffn_hc.scale"].what
 
 
@@ -182,7 +187,7 @@ def test_a_model_gives_and_takes_a_native_state_dict(preset):
         torch.nn.init.normal_(parameter)
     for connection in mhc_compile.connections(model).values():
         if preset == "hy-v4":
-            connection.scale.data[2] = interop.tensors.UNUSED_SCALE
+            connection.scale.data[2] = UNUSED_SCALE
     native = interop.export_state_dict(model, preset, branches=BRANCHES)
     assert {name for name in native if "_hc." in name} == {
         f"pair.{site}.{name}" for site in ("attn_hc", "ffn_hc") for name in ("fn", "base", "scale")
@@ -240,16 +245,16 @@ def test_another_mapping_of_the_same_size_is_rejected():
 
 
 def test_a_layout_of_one_s_own():
-    layout = interop.Layout(
+    layout = Layout(
         preset="paper",
         source="here",
-        site=interop.get_layout("glm5-next").site,
-        spellings=(interop.Spelling(name="mine", sites={"a.{}": ("attn",), "f.{}": ("mlp",)}),),
+        site=get_layout("glm5-next").site,
+        spellings=(Spelling(name="mine", sites={"a.{}": ("attn",), "f.{}": ("mlp",)}),),
     )
     try:
-        interop.register_layout(layout)
+        register_layout(layout)
         with pytest.raises(OptionError, match="has another layout already"):
-            interop.register_layout(interop.Layout(preset="paper", source="there", site=(), spellings=()))
+            register_layout(Layout(preset="paper", source="there", site=(), spellings=()))
         state = {
             f"0.{site}.{name}": torch.randn(shape)
             for site in "af"
@@ -259,4 +264,4 @@ def test_a_layout_of_one_s_own():
         assert torch.equal(ours["0.mhc.attn.phi"], state["0.a.fn"].t())
         assert same(interop.to_native(ours, "paper", spelling="mine"), state)
     finally:
-        interop.LAYOUTS.pop("paper", None)
+        LAYOUTS.pop("paper", None)

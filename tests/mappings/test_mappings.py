@@ -10,7 +10,9 @@ import torch
 from helpers.builders import Decoder, distance, tokens, twin
 
 import mhc_compile
-from mhc_compile import HyperConnection, OptionError, Options
+import mhc_compile.errors
+from mhc_compile import HyperConnection, Options
+from mhc_compile.errors import OptionError
 from mhc_compile.inspection.cost import site_cost
 from mhc_compile.mappings import MAPPINGS, ResidualMapping, columns, get_mapping
 from mhc_compile.mappings.permutations import permutations
@@ -264,7 +266,11 @@ def test_checkpoints_are_restored_with_their_mapping(name, n, tmp_path):
     for checkpoint in (model.state_dict(), tmp_path / "model.pt"):
         restored = mhc_compile.restore(Decoder(layers=1), checkpoint)
         assert {(connection.mapping, connection.streams) for connection in restored.values()} == {(name, n)}
-    with nullcontext() if name == "unconstrained" else pytest.raises(mhc_compile.AttachError, match="does not fit"):
+    with (
+        nullcontext()
+        if name == "unconstrained"
+        else pytest.raises(mhc_compile.errors.AttachError, match="does not fit")
+    ):
         mhc_compile.restore(Decoder(layers=1), model.state_dict(), options={"mapping": "sinkhorn"})
 
 

@@ -10,8 +10,9 @@ from helpers.builders import Decoder, distance, tokens, twin
 from torch import nn
 
 import mhc_compile
-from mhc_compile import OptionError, Options, ResidualMapping, mappings, ops, register_mapping
+from mhc_compile import Options, ResidualMapping, mappings, ops, register_mapping
 from mhc_compile.config import coefficient_spec as convention
+from mhc_compile.errors import OptionError
 from mhc_compile.mappings.sinkhorn import Sinkhorn
 
 

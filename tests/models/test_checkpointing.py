@@ -320,8 +320,9 @@ def test_the_gain_is_measured_through_regions():
         with torch.no_grad():
             for number, connection in enumerate(mhc_compile.connections(model).values()):
                 connection.bias.copy_(torch.linspace(-2, 2, connection.bias.numel()).roll(number))
-        gains.append(mhc_compile.gain(model, tokens(), options=options))
-    assert len(gains[0][0].forward) == 2 * LAYERS
+        sites = mhc_compile.stability(model, tokens(), options=options).sites
+        gains.append([(site.composite_forward, site.composite_backward, site.entering) for site in sites])
+    assert len(gains[0]) == 2 * LAYERS
     assert gains[0] == gains[1]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mhc_compile import HyperConnection, OptionError, Options, ShapeError
+from mhc_compile import HyperConnection, Options
+from mhc_compile.errors import OptionError, ShapeError
 
 WIDTH = 10
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mhc_compile import ShapeError
+from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import MAPPINGS, columns
 from mhc_compile.ops import decompositions, reference
 

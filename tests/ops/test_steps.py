@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhc_compile import ShapeError
+from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import MAPPINGS, mapping_of
 from mhc_compile.ops import cpu, decompositions, fused_decompositions, reference
 from mhc_compile.ops import fused_reference as fused

@@ -20,7 +20,7 @@ if DEVICE == "cpu":
 
 import triton  # noqa: E402
 
-from mhc_compile import OptionError, ShapeError  # noqa: E402
+from mhc_compile.errors import OptionError, ShapeError  # noqa: E402
 from mhc_compile.ops import triton as kernels  # noqa: E402
 
 EPS = 1e-6

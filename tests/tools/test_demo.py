@@ -1,4 +1,4 @@
-"""`mhc demo`: the data, the two sides, resuming bit for bit, interruption, and what is printed and written."""
+"""`mhc demo`: data, models, resuming bit for bit, interruption, summary and files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,19 +23,16 @@ from click.testing import CliRunner, Result
 
 from mhc_compile.cli.demo import command
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.tools.demo import checkpoint, corpus, requirements, session, training
-from mhc_compile.tools.demo.interrupt import Interrupts
-from mhc_compile.tools.demo.plots import draw, smooth, terminal_plots
+from mhc_compile.tools.demo.data import Corpus, NextByte, is_validation, load_corpus, make_task
+from mhc_compile.tools.demo.report import collect, draw, smooth
+from mhc_compile.tools.demo.session import CHECKPOINT, PICTURE, RESULT, Interrupts, load_checkpoint, save_checkpoint
 from mhc_compile.tools.demo.settings import Settings
-from mhc_compile.tools.demo.side import Side
-from mhc_compile.tools.demo.tasks import make_task
-from mhc_compile.tools.demo.training import Duel, rate
+from mhc_compile.tools.demo.train import PairedTraining, Trainer, check_same_weights, learning_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytest.importorskip("transformers")
-pytest.importorskip("plotext")
 pytest.importorskip("matplotlib")
 
 TINY = [
@@ -53,12 +53,12 @@ SETTINGS = Settings(inner_backend="eager", layers=1, width=32, batch=2, context=
 
 
 def demo(*args: str | Path, tiny: list[str] | None = None) -> Result:
-    """The command in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(command, [*(TINY if tiny is None else tiny), "--quiet", *map(str, args)])
 
 
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
+    """Start the command in its own process."""
     return subprocess.Popen(
         [sys.executable, "-m", "mhc_compile", "demo", *TINY, "--out", str(out), *args],
         stdout=subprocess.PIPE,
@@ -69,10 +69,10 @@ def start(out: Path, *args: str) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(out: Path, process: subprocess.Popen[str], steps: int) -> None:
-    """Returns when the checkpoint in `out` has that many."""
+    """Return when the checkpoint in `out` has that many."""
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
-        if (out / checkpoint.NAME).exists() and checkpoint.load(out / checkpoint.NAME)["run"]["step"] >= steps:
+        if (out / CHECKPOINT).exists() and load_checkpoint(out / CHECKPOINT)["run"]["step"] >= steps:
             return
         time.sleep(0.05)
     pytest.fail(f"no checkpoint with {steps} steps; exit {process.poll()}: {process.communicate()[1]}")
@@ -80,13 +80,14 @@ def wait_for_steps(out: Path, process: subprocess.Popen[str], steps: int) -> Non
 
 def same_run(one: Path, other: Path) -> None:
     """Both checkpoints hold the same weights, optimizer state and histories, bit for bit."""
-    a, b = (checkpoint.load(path / checkpoint.NAME)["run"] for path in (one, other))
+    a, b = (load_checkpoint(path / CHECKPOINT)["run"] for path in (one, other))
     assert a["step"] == b["step"]
+    assert a["validation"] == b["validation"]
+    assert a["validation"]
     for name in ("plain", "mhc"):
-        mine, theirs = a["sides"][name], b["sides"][name]
+        mine, theirs = a[name], b[name]
         assert mine["losses"] == theirs["losses"]
         assert len(mine["losses"]) == a["step"]
-        assert mine["validation"] == theirs["validation"]
         assert mine["model"].keys() == theirs["model"].keys()
         for key, value in mine["model"].items():
             assert torch.equal(value, theirs["model"][key]), key
@@ -98,7 +99,7 @@ def same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from more, and the processes that are compared must have equally many."""
+    """Use one thread: the processes that are compared must have equally many."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -106,39 +107,63 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data() -> corpus.Corpus:
-    return corpus.load_corpus()
+def data() -> Corpus:
+    return load_corpus()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A run of 12 steps in one go, and what it printed."""
-    out = tmp_path_factory.mktemp("whole")
-    result = CliRunner().invoke(command, [*TINY, "--steps", "12", "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    return out, result
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Run 12 steps in one go, and keep the initial weights and the checkpoint after 5 steps.
+
+    Attributes: `out` (folder, with `step5.pt`), `result` (output), `training`, `weights` by name.
+    """
+    run = SimpleNamespace(out=tmp_path_factory.mktemp("whole"))
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        save_checkpoint(path, content)
+        if content["run"]["step"] == 5:
+            shutil.copy(path, run.out / "step5.pt")
+
+    def build(settings: Settings, task: NextByte) -> PairedTraining:
+        run.training = PairedTraining(settings, task)
+        run.weights = {
+            name: copy.deepcopy(trainer.model.state_dict()) for name, trainer in run.training.trainers.items()
+        }
+        return run.training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mhc_compile.tools.demo.session.save_checkpoint", save)
+        patch.setattr("mhc_compile.tools.demo.session.PairedTraining", build)
+        run.result = CliRunner().invoke(command, [*TINY, "--steps", "12", "--save-every", "0", "--out", str(run.out)])
+    assert run.result.exit_code == 0, run.result.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(recorded: SimpleNamespace) -> tuple[Path, Result]:
+    return recorded.out, recorded.result
 
 
 # The data
 
 
-def test_split_is_by_file_and_disjoint(data: corpus.Corpus) -> None:
+def test_split_is_by_file_and_disjoint(data: Corpus) -> None:
     train, validation = set(data.train.files), set(data.validation.files)
     assert not train & validation
     assert 0.05 < len(validation) / len(train | validation) < 0.15
-    assert {corpus.is_validation(path) for path in validation} == {True}
-    assert {corpus.is_validation(path) for path in train} == {False}
+    assert {is_validation(path) for path in validation} == {True}
+    assert {is_validation(path) for path in train} == {False}
     assert not [path for path in train | validation if "site-packages" in path or "/tests/" in path]
     assert "argparse.py" in train | validation
 
 
 def test_split_depends_on_the_path_alone() -> None:
-    # Written down, so that a change of the hash, which would mix training and validation of old checkpoints, is seen.
+    # A change of the hash would mix training and validation of old checkpoints.
     names = ["argparse.py", "asyncio/locks.py", "json/decoder.py", "netrc.py", "operator.py", "typing.py", "uuid.py"]
-    assert [name for name in names if corpus.is_validation(name)] == ["asyncio/locks.py", "netrc.py", "operator.py"]
+    assert [name for name in names if is_validation(name)] == ["asyncio/locks.py", "netrc.py", "operator.py"]
 
 
-def test_bytes_of_a_split_are_its_files(data: corpus.Corpus) -> None:
+def test_bytes_of_a_split_are_its_files(data: Corpus) -> None:
     import sysconfig
 
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -158,35 +183,35 @@ def test_loading_is_deterministic_and_capped(tmp_path: Path) -> None:
     (tmp_path / "no.txt").write_text("no")
     for number in range(40):  # enough for a validation file
         (tmp_path / f"more{number}.py").write_text("x = 1\n")
-    everything = corpus.load_corpus(tmp_path)
-    again = corpus.load_corpus(tmp_path)
+    everything = load_corpus(tmp_path)
+    again = load_corpus(tmp_path)
     assert everything.digest == again.digest
     assert torch.equal(everything.train.data, again.train.data)
     assert not [path for path in (*everything.train.files, *everything.validation.files) if "no" in path]
     size = len(everything.train.data) + len(everything.validation.data)
-    fewer = corpus.load_corpus(tmp_path, limit=size // 2)
+    fewer = load_corpus(tmp_path, limit=size // 2)
     assert set(fewer.train.files) < set(everything.train.files)
     assert len(fewer.train.data) + len(fewer.validation.data) <= size // 2 + 60  # and a zero byte behind each
     (tmp_path / "a.py").write_text("changed")
-    assert corpus.load_corpus(tmp_path).digest != everything.digest
+    assert load_corpus(tmp_path).digest != everything.digest
 
 
 def test_no_sources_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MhcError, match="found 0 Python files"):
-        corpus.load_corpus(tmp_path)
+        load_corpus(tmp_path)
 
 
-def test_batches_are_a_function_of_seed_and_step(data: corpus.Corpus) -> None:
+def test_batches_are_a_function_of_seed_and_step(data: Corpus) -> None:
     task, again = (make_task(data, SETTINGS) for _ in range(2))
     inputs, targets = task.training(3)
     assert inputs.shape == targets.shape == (2, 16)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     assert torch.equal(inputs, again.training(3)[0])
     assert not torch.equal(inputs, task.training(4)[0])
-    assert not torch.equal(inputs, make_task(data, Settings(**{**SETTINGS.to_dict(), "seed": 1})).training(3)[0])
+    assert not torch.equal(inputs, make_task(data, replace(SETTINGS, seed=1)).training(3)[0])
 
 
-def test_image_task_draws_pieces_of_its_own_split(data: corpus.Corpus) -> None:
+def test_image_task_draws_pieces_of_its_own_split(data: Corpus) -> None:
     task = make_task(data, Settings(model="vit", batch=4, context=4))
     inputs, targets = task.validation()[0]
     assert inputs.shape == (4, 1, 16, 16)
@@ -199,62 +224,66 @@ def test_image_task_draws_pieces_of_its_own_split(data: corpus.Corpus) -> None:
         assert 0 <= target < task.classes == 8
 
 
-# The two sides
+# The two models
 
 
-def test_both_sides_start_equal_and_only_mhc_has_hyper_connections(data: corpus.Corpus) -> None:
-    duel = Duel(SETTINGS, make_task(data, SETTINGS))
-    plain, mhc = (side.model.state_dict() for side in duel.sides)
+def test_both_models_start_equal_and_only_mhc_has_hyper_connections(recorded: SimpleNamespace) -> None:
+    plain, mhc = recorded.weights["plain"], recorded.weights["mhc"]
     assert plain.keys() < mhc.keys()
     assert {key for key in mhc if ".mhc." not in key} == plain.keys()
     assert all(torch.equal(value, mhc[key]) for key, value in plain.items())
-    losses = duel.advance()
-    assert losses.plain == pytest.approx(losses.mhc, abs=1e-5)
-    assert 5 < losses.plain < 6
-    phis = [value for key, value in duel.mhc.model.state_dict().items() if key.endswith("phi")]
+    losses = [trainer.losses[0] for trainer in recorded.training.trainers.values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert 5 < losses[0] < 6
+    trainer = recorded.training.trainers["mhc"]
+    phis = [value for key, value in trainer.model.state_dict().items() if key.endswith("phi")]
     assert len(phis) == 2
-    assert all(phi.abs().max() > 0 for phi in phis)  # it is the rewritten model that ran
-    trained = {id(parameter) for group in duel.mhc.optimizer.param_groups for parameter in group["params"]}
-    assert trained == {id(parameter) for parameter in duel.mhc.model.parameters()}
+    assert all(phi.abs().max() > 0 for phi in phis)  # the rewritten model ran
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in trainer.model.parameters()}
 
 
 def test_different_weights_are_rejected() -> None:
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     with pytest.raises(MhcError, match="weight differs"):
-        training.check_same_weights(one, other)
+        check_same_weights(one, other)
 
 
 @pytest.mark.slow
-def test_validation_changes_nothing(data: corpus.Corpus) -> None:
-    duel = Duel(SETTINGS, make_task(data, SETTINGS))
-    duel.advance()
-    before = [copy.deepcopy(side.model.state_dict()) for side in duel.sides]
-    first, second = duel.validate(), duel.validate()
-    assert first == second  # no dropout
-    assert max(duel.gain()[0].streams_distance) > 0
-    for side, state in zip(duel.sides, before, strict=True):
-        assert all(torch.equal(value, state[key]) for key, value in side.model.state_dict().items())
-        assert all(module.training for module in side.model.modules())
+def test_validation_changes_nothing(data: Corpus) -> None:
+    pair = PairedTraining(SETTINGS, make_task(data, SETTINGS))
+    pair.advance()
+    before = [copy.deepcopy(trainer.model.state_dict()) for trainer in pair.trainers.values()]
+    first = pair.validate()
+    assert pair.validation.pop(pair.step) == first
+    assert pair.validate() == first  # no dropout
+    assert max(site.entering.distance for site in pair.measure_streams().sites) > 0
+    for trainer, state in zip(pair.trainers.values(), before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in trainer.model.state_dict().items())
+        assert all(module.training for module in trainer.model.modules())
 
 
 def test_learning_rate_depends_on_the_step_alone() -> None:
-    rates = [rate(step, 1.0) for step in range(1000)]
+    rates = [learning_rate(step, 1.0) for step in range(1000)]
     assert rates[:2] == [0.01, 0.02]
     assert max(rates) == rates[99] == 1.0
     assert rates[399] == pytest.approx(0.5)
 
 
-def test_step_seconds_leave_compilation_out(data: corpus.Corpus) -> None:
-    side = Side("plain", torch.nn.Linear(2, 2), backend="eager", lr=0.1)
-    state = side.state_dict()
+def test_step_seconds_leave_compilation_out() -> None:
+    trainer = Trainer(torch.nn.Linear(2, 2), "eager", None, 7.0)
+    state = trainer.state_dict()
     state |= {
         "losses": [1.0] * 8,
         "seconds": [30.0, 9.0, 9.0, 1.0, 1.0, 20.0, 9.0, 1.0],
-        "starts": [[0, 0.5], [5, 0.0]],
+        "starts": [(0, 0.5), (5, 0.0)],
     }
-    side.load_state_dict(state)
-    assert side.step_seconds == 1.0
-    assert side.compile_seconds == [29.5, 19.0]
+    trainer.load_state_dict(state)
+    assert trainer.step_seconds == 1.0
+    assert trainer.compile_seconds == [29.5, 19.0]  # this process has trained no step yet
+    trainer.losses.append(1.0)
+    trainer.seconds.append(5.0)
+    assert trainer.compile_seconds == [29.5, 19.0, 11.0]
 
 
 @pytest.mark.parametrize("model", ["llama", "vit"])
@@ -273,9 +302,8 @@ def test_other_models(model: str, tmp_path: Path) -> None:
 
 
 def test_resume_is_bit_for_bit(whole: tuple[Path, Result], tmp_path: Path) -> None:
-    first = demo("--steps", 5, "--out", tmp_path)
-    assert first.exit_code == 0, first.output
-    assert checkpoint.load(tmp_path / checkpoint.NAME)["run"]["step"] == 5
+    shutil.copy(whole[0] / "step5.pt", tmp_path / CHECKPOINT)
+    assert load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"] == 5
     # Only --steps is new; the rest comes from the checkpoint.
     second = demo("--resume", "--steps", 12, "--out", tmp_path, tiny=[])
     assert second.exit_code == 0, second.output
@@ -283,10 +311,10 @@ def test_resume_is_bit_for_bit(whole: tuple[Path, Result], tmp_path: Path) -> No
 
 
 def test_the_comparison_sees_one_bit(whole: tuple[Path, Result], tmp_path: Path) -> None:
-    content = checkpoint.load(whole[0] / checkpoint.NAME)
-    weight = content["run"]["sides"]["mhc"]["model"]["transformer.wte.weight"]
+    content = load_checkpoint(whole[0] / CHECKPOINT)
+    weight = content["run"]["mhc"]["model"]["transformer.wte.weight"]
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(2.0))
-    checkpoint.save(tmp_path / checkpoint.NAME, content)
+    save_checkpoint(tmp_path / CHECKPOINT, content)
     with pytest.raises(AssertionError):
         same_run(whole[0], tmp_path)
 
@@ -311,7 +339,7 @@ def test_killed_run_resumes_bit_for_bit(whole: tuple[Path, Result], tmp_path: Pa
     wait_for_steps(tmp_path, process, 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    saved = checkpoint.load(tmp_path / checkpoint.NAME)["run"]["step"]
+    saved = load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"]
     steps = max(12, saved)
     assert demo("--resume", "--steps", steps, "--out", tmp_path).exit_code == 0
     if steps > 12:  # a fast machine: the reference has to be as long
@@ -327,47 +355,53 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
-    step = checkpoint.load(tmp_path / checkpoint.NAME)["run"]["step"]
+    step = load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"]
     assert (
         stderr.splitlines()[-1] == f"Interrupted after step {step}. Continue with: mhc demo --resume --out {tmp_path}"
     )
     assert "Traceback" not in stderr
     resumed = demo("--resume", "--steps", step + 1, "--out", tmp_path)
     assert resumed.exit_code == 0, resumed.output
-    assert checkpoint.load(tmp_path / checkpoint.NAME)["run"]["step"] == step + 1
+    assert load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"] == step + 1
+
+
+def untrained(monkeypatch: pytest.MonkeyPatch, advance: Callable[[], None]) -> None:
+    """Make the demo train something that has taken no step and takes one with `advance`."""
+    model = SimpleNamespace(step=0, due=False, advance=advance)
+    monkeypatch.setattr("mhc_compile.tools.demo.session.PairedTraining", lambda *_: model)
 
 
 def test_interrupt_before_the_first_step_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deterministic = []
 
-    def interrupted(self: Duel) -> None:
+    def interrupted() -> None:
         deterministic.append(torch.are_deterministic_algorithms_enabled())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Duel, "advance", interrupted)
+    untrained(monkeypatch, interrupted)
     result = demo("--out", tmp_path)
     assert result.exit_code == 130
     assert deterministic == [True]
     assert not torch.are_deterministic_algorithms_enabled()
     assert result.stderr == "Interrupted before the first step was done: nothing was saved.\n"
-    assert not (tmp_path / checkpoint.NAME).exists()
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.slow
 def test_half_a_step_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Side.train
+    train = Trainer.train
 
-    def interrupted(self: Side, *args: torch.Tensor, seed: int, rate: float) -> float:
-        if self.name == "mhc" and len(self.losses) == 2:  # the other side did this step already
+    def interrupted(self: Trainer, *args: torch.Tensor, seed: int, lr: float) -> float:
+        if ".mhc." in "".join(self.model.state_dict()) and len(self.losses) == 2:  # plain did this step already
             os.kill(os.getpid(), signal.SIGINT)
-        return train(self, *args, seed=seed, rate=rate)
+        return train(self, *args, seed=seed, lr=lr)
 
-    monkeypatch.setattr(Side, "train", interrupted)
+    monkeypatch.setattr(Trainer, "train", interrupted)
     result = demo("--steps", 100, "--out", tmp_path)
     assert result.exit_code == 130, result.output
-    content = checkpoint.load(tmp_path / checkpoint.NAME)["run"]
+    content = load_checkpoint(tmp_path / CHECKPOINT)["run"]
     assert content["step"] == 3
-    assert [len(side["losses"]) for side in content["sides"].values()] == [3, 3]
+    assert [len(content[name]["losses"]) for name in ("plain", "mhc")] == [3, 3]
 
 
 def test_shield_puts_an_interrupt_off() -> None:
@@ -396,13 +430,13 @@ def test_shield_puts_an_interrupt_off() -> None:
 def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
     result = demo("--resume", "--out", tmp_path)
     assert isinstance(result.exception, MhcError)
-    assert f"there is no checkpoint {tmp_path / checkpoint.NAME} to resume" in str(result.exception)
+    assert f"there is no checkpoint {tmp_path / CHECKPOINT} to resume" in str(result.exception)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
 def test_resume_of_a_damaged_checkpoint(damage: str, whole: tuple[Path, Result], tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    good = (whole[0] / checkpoint.NAME).read_bytes()
+    path = tmp_path / CHECKPOINT
+    good = (whole[0] / CHECKPOINT).read_bytes()
     if damage == "other":
         torch.save({"weights": torch.zeros(2)}, path)
     else:
@@ -438,20 +472,20 @@ def test_resume_with_too_few_steps(whole: tuple[Path, Result]) -> None:
 
 
 def test_resume_with_other_data(whole: tuple[Path, Result], tmp_path: Path) -> None:
-    content = checkpoint.load(whole[0] / checkpoint.NAME)
-    checkpoint.save(tmp_path / checkpoint.NAME, {**content, "digest": "0" * 64})
+    content = load_checkpoint(whole[0] / CHECKPOINT)
+    save_checkpoint(tmp_path / CHECKPOINT, {**content, "digest": "0" * 64})
     result = demo("--resume", "--out", tmp_path)
     assert result.exit_code == 2
     assert "other files" in result.stderr
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(whole: tuple[Path, Result], tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    content = checkpoint.load(whole[0] / checkpoint.NAME)
-    checkpoint.save(path, content)
+    path = tmp_path / CHECKPOINT
+    content = load_checkpoint(whole[0] / CHECKPOINT)
+    save_checkpoint(path, content)
     before = path.read_bytes()
     with pytest.raises((AttributeError, TypeError, RuntimeError)):
-        checkpoint.save(path, {**content, "run": lambda: None})
+        save_checkpoint(path, {**content, "run": lambda: None})
     assert path.read_bytes() == before
 
 
@@ -460,7 +494,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(whole: tuple[Path, Result], tmp_
 
 def test_summary(whole: tuple[Path, Result]) -> None:
     out, result = whole
-    figures = json.loads((out / session.RESULT).read_text())
+    figures = json.loads((out / RESULT).read_text())
     text = result.stdout
     assert "transformer.h.0" in text  # the site report
     for side in ("plain", "mhc"):
@@ -468,21 +502,20 @@ def test_summary(whole: tuple[Path, Result]) -> None:
         assert f"{figures[side]['loss'][0]:.6f}" in text
     for words in ("bytes per second", "compilation", "Gain of the composite H_res", "Streams:", "says nothing about"):
         assert words in text
-    assert "mhc − plain" in text
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("Written:"))
 
 
 @pytest.mark.slow
 def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_path: Path) -> None:
-    content = checkpoint.load(whole[0] / checkpoint.NAME)
+    content = load_checkpoint(whole[0] / CHECKPOINT)
     content["conditions"]["threads"] = 77
-    checkpoint.save(tmp_path / checkpoint.NAME, content)
+    save_checkpoint(tmp_path / CHECKPOINT, content)
     result = CliRunner().invoke(command, ["--resume", "--out", str(tmp_path), "--json"])
     assert result.exit_code == 0
     assert "written with threads 77" in result.stderr
     figures = json.loads(result.stdout)
-    assert figures == json.loads((tmp_path / session.RESULT).read_text())
-    assert figures["plain"] == json.loads((whole[0] / session.RESULT).read_text())["plain"]
+    assert figures == json.loads((tmp_path / RESULT).read_text())
+    assert figures["plain"] == json.loads((whole[0] / RESULT).read_text())["plain"]
     assert set(figures) == _documented_keys("")
     assert set(figures["mhc"]) == _documented_keys("[.]")
     steps = figures["steps"]
@@ -497,21 +530,19 @@ def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_
 
 
 def _documented_keys(prefix: str) -> set[str]:
-    """The names on the left of the table in the module that makes the result."""
-    from mhc_compile.tools.demo import result
-
-    rows = re.findall(rf"^{prefix}(\w[\w, ]*?)  +\S", inspect.cleandoc(result.__doc__ or ""), re.MULTILINE)
+    """Return the names on the left of the table in the docstring of `collect`."""
+    rows = re.findall(rf"^{prefix}(\w[\w, ]*?)  +\S", inspect.cleandoc(collect.__doc__ or ""), re.MULTILINE)
     return {name for row in rows for name in row.split(", ")}
 
 
 def test_png(whole: tuple[Path, Result]) -> None:
-    image = (whole[0] / session.PICTURE).read_bytes()
+    image = (whole[0] / PICTURE).read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(image) > 20_000
 
 
 def test_picture_shows_the_losses(whole: tuple[Path, Result]) -> None:
-    figures = json.loads((whole[0] / session.RESULT).read_text())
+    figures = json.loads((whole[0] / RESULT).read_text())
     figures["mhc"]["loss"][3:5] = [7.0, 8.0]
     losses, gap = draw(figures).axes
     drawn = {line.get_label(): [list(axis) for axis in line.get_data()] for line in (*losses.lines, *gap.lines)}
@@ -527,17 +558,6 @@ def test_picture_shows_the_losses(whole: tuple[Path, Result]) -> None:
     assert gap.get_xlabel() == "training steps"
 
 
-@pytest.mark.parametrize("width", [60, 79, 100])
-def test_terminal_plots_fit(width: int, whole: tuple[Path, Result]) -> None:
-    import plotext
-
-    figures = json.loads((whole[0] / session.RESULT).read_text())
-    for plot in terminal_plots(figures, width):
-        lines = plotext.uncolorize(plot).splitlines()
-        assert max(map(len, lines)) <= width
-        assert "●" in plot
-
-
 def test_smoothing() -> None:
     assert smooth([4.0, 2.0, 0.0, 2.0], 2) == [4.0, 3.0, 1.0, 1.0]
 
@@ -548,25 +568,24 @@ def test_progress_in_a_log(whole: tuple[Path, Result]) -> None:
     assert not [line for line in lines if "arning" in line]
 
 
-@pytest.mark.slow
 def test_quiet_and_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Duel, "__init__", interrupted)
-    (tmp_path / checkpoint.NAME).write_text("an earlier run")
-    loud = CliRunner().invoke(command, ["--out", str(tmp_path)])
+    untrained(monkeypatch, interrupted)
+    (tmp_path / CHECKPOINT).write_text("an earlier run")
+    loud = CliRunner().invoke(command, [*TINY, "--out", str(tmp_path)])
     assert "will be replaced" in loud.stderr
     assert len(loud.stderr.splitlines()) > 2
     assert len(demo("--out", tmp_path).stderr.splitlines()) == 1
-    assert (tmp_path / checkpoint.NAME).read_text() == "an earlier run"
+    assert (tmp_path / CHECKPOINT).read_text() == "an earlier run"
 
 
 def test_missing_dependency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements, "REQUIRED", ("transformers", "no_such_library"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = demo("--out", tmp_path)
     assert isinstance(result.exception, MhcError)
-    assert str(result.exception) == 'the demo needs no_such_library: pip install "mhc-compile[demo]"'
+    assert str(result.exception) == 'the demo needs matplotlib: pip install "mhc-compile[demo]"'
 
 
 def test_wrong_sizes() -> None:
@@ -580,7 +599,7 @@ def test_help_is_fast_and_needs_no_torch() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from mhc_compile.cli.demo import command;"
         "r = CliRunner().invoke(command, ['--help']); assert r.exit_code == 0;"
-        "print([m for m in ('torch', 'transformers', 'matplotlib', 'plotext') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

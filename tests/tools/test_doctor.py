@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch._inductor.config
 
-from mhc_compile.tools.doctor import machine, surroundings
-from mhc_compile.tools.doctor.examine import examine
-from mhc_compile.tools.doctor.tiny import tiny_compile
+from mhc_compile.tools.doctor.check_result import run_checks
+from mhc_compile.tools.doctor.environment import CHECKS
+from mhc_compile.tools.doctor.smoke_test import smoke_test
 
 
-def only(findings, name):
-    (finding,) = [finding for finding in findings if finding.name == name]
-    return finding
+def result(name, check=None):
+    (result,) = run_checks({name: check or CHECKS[name]}).findings
+    return result
 
 
 def doctor(*arguments, **environment):
@@ -36,9 +36,19 @@ def test_a_machine_that_works():
     report = json.loads(done.stdout)
     assert done.returncode == 0, report
     assert report["ok"]
-    tiny = only([type("F", (), finding) for finding in report["findings"]], "tiny compile")
-    assert tiny.status == "ok"
-    assert tiny.found.startswith("2 sites, ")
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert set(findings) <= set(CHECKS)
+    assert set(findings) >= {
+        "environment",
+        "Python",
+        "torch",
+        "torch internals",
+        "C++ compiler",
+        "GPU",
+        "compile cache",
+    }
+    assert findings["tiny compile"]["status"] == "ok"
+    assert findings["tiny compile"]["found"].startswith("2 sites, ")
 
 
 @pytest.mark.slow
@@ -62,7 +72,7 @@ def test_no_compiler(tmp_path):
 def compiler(path):
     """Inductor reads CXX when it is imported."""
     with torch._inductor.config.patch({"cpp.cxx": (str(path),)}):
-        return only(machine.compiler(), "C++ compiler")
+        return result("C++ compiler")
 
 
 def test_a_compiler_that_does_not_compile(tmp_path):
@@ -80,7 +90,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(file / "cache"))
-    finding = only(machine.caches(), "compile cache")
+    finding = result("compile cache")
     assert finding.status == "failed"
     assert "TORCHINDUCTOR_CACHE_DIR" in finding.advice
 
@@ -92,33 +102,33 @@ def test_the_entry_point(monkeypatch, values, words):
     import importlib.metadata as metadata
 
     points = [metadata.EntryPoint("mhc", value, "torch_dynamo_backends") for value in values]
-    monkeypatch.setattr(surroundings.importlib.metadata, "entry_points", lambda **_: points)
-    finding = only(surroundings.backend(), 'backend="mhc"')
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: points)
+    finding = result('backend="mhc"')
     assert finding.status == "failed"
     assert words in finding.found
     assert "mhc_compile.mhc" in finding.advice
 
 
 def test_versions(monkeypatch):
-    assert only(surroundings.versions(), "torch").status == "ok"
+    assert result("torch").status == "ok"
     monkeypatch.setattr(torch, "__version__", "2.8.0")
-    old = only(surroundings.versions(), "torch")
+    old = result("torch")
     assert (old.status, old.advice) == ("failed", "Install torch 2.11 or newer.")
     monkeypatch.setattr(torch, "__version__", "3.1.0+cu140")
-    assert only(surroundings.versions(), "torch").status == "warning"
+    assert result("torch").status == "warning"
 
 
 def test_a_compile_that_hangs_is_ended():
-    (finding,) = tiny_compile(seconds=0.1)
+    finding = result("tiny compile", lambda: smoke_test(seconds=0.1))
     assert finding.status == "failed"
     assert "not done after" in finding.found
 
 
-def test_a_check_that_breaks_is_a_finding(monkeypatch):
+def test_a_check_that_breaks_has_failed():
     def broken():
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("mhc_compile.tools.doctor.examine._CHECKS", (broken,))
-    report = examine()
+    report = run_checks({"broken": broken, "Python": CHECKS["Python"]})
     assert not report.ok
+    assert [finding.status for finding in report.findings] == ["failed", "ok"]
     assert report.findings[0].found == "RuntimeError: no such luck"

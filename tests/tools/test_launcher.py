@@ -15,11 +15,12 @@ import torch
 from helpers.builders import LAYERS, Decoder, tokens
 
 import mhc_compile
-from mhc_compile import OptionError, Options
-from mhc_compile._torch.default_backend import give_compile_a_default
+from mhc_compile import Options
+from mhc_compile._torch.default_backend import patch_compile
+from mhc_compile.errors import OptionError
+from mhc_compile.tools.launcher.activation import DefaultBackend
 from mhc_compile.tools.launcher.command import interpreter_flags
-from mhc_compile.tools.launcher.default import DefaultBackend
-from mhc_compile.tools.launcher.table import find_table
+from mhc_compile.tools.launcher.run_config import find_options
 
 ROOT = Path(mhc_compile.__file__).parents[1]
 PYTHON = [sys.executable]
@@ -294,9 +295,9 @@ def test_every_compile_without_a_backend_has_ours(folder):
     assert data["warned"] == []  # functions, losses and optimizers are nobody's models
     assert data["weight"] == pytest.approx([0.7] * 8)
     said = [line for line in done.stderr.splitlines() if line.startswith("mhc run")]
-    first = "3 hyper-connections, 0 additions left alone (streams 2, mapping sinkhorn)"
+    first = "3 hyper-connections, 0 additions skipped (streams 2, mapping sinkhorn)"
     assert said[0] == f"mhc run: Net: {first}"
-    assert said[-1] == "mhc run: in all 15 hyper-connections (5 × Net), 0 additions left alone"
+    assert said[-1] == "mhc run: in all 15 hyper-connections (5 × Net), 0 additions skipped"
 
 
 SETTINGS = """
@@ -337,7 +338,7 @@ def test_options_without_a_backend_are_never_dropped():
 @pytest.mark.slow
 def test_a_torch_without_a_default_backend(monkeypatch):
     monkeypatch.setattr(torch, "compile", torch.compile)  # put back afterwards
-    give_compile_a_default(torch, DefaultBackend({"inner_backend": "eager"}))
+    patch_compile(torch, DefaultBackend({"inner_backend": "eager"}))
     models = [Decoder() for _ in range(4)]
     torch.compile(models[0])(tokens())
     models[1].compile(dynamic=False)
@@ -351,6 +352,16 @@ def test_a_torch_without_a_default_backend(monkeypatch):
     torch.compile(models[3], backend="eager")(tokens())
     assert [len(mhc_compile.connections(model)) for model in models] == [2 * LAYERS] * 3 + [0]
     assert torch.compile.__doc__.lstrip().startswith("Optimizes given model")
+
+
+def test_the_patch_of_torch_compile_is_installed_once(monkeypatch):
+    plain, seen = torch.compile, []
+    monkeypatch.setattr(torch, "compile", plain)
+    for name in ("first", "second"):
+        patch_compile(torch, lambda graph, inputs, name=name: seen.append(name) or graph)
+    assert torch.compile.__wrapped__ is plain
+    torch.compile(torch.nn.Linear(2, 2))(torch.ones(2))
+    assert seen == ["second"]
 
 
 def test_scripts_without_a_model_for_us_hear_why(folder):
@@ -402,7 +413,7 @@ def test_spawned_children_have_the_backend_and_the_script_counts_them(folder):
     done = run(SPAWN)
     assert done.stdout == "[3, True]\n", done.stderr
     assert [line for line in done.stderr.splitlines() if "mhc run" in line] == [
-        "mhc run: Net: 3 hyper-connections, 0 additions left alone (streams 4, mapping sinkhorn)"
+        "mhc run: Net: 3 hyper-connections, 0 additions skipped (streams 4, mapping sinkhorn)"
     ]
 
 
@@ -421,7 +432,7 @@ print("the other one")
 
 # Options
 
-ORDER = "import json, os\nprint(json.dumps(json.loads(os.environ['MHC_RUN'].splitlines()[-1])['options']))"
+CONFIG = "import json, os\nprint(json.dumps(json.loads(os.environ['MHC_RUN'].splitlines()[-1])['options']))"
 
 
 def test_every_option_is_a_flag(folder):
@@ -430,7 +441,7 @@ def test_every_option_is_a_flag(folder):
     flags = (
         "--streams 2 --min-chain-length 3 --strict --mapping identity --init-gain .5 --inductor a.b=True --inductor c=x"
     )
-    assert sent(run(ORDER, *flags.split())) == {
+    assert sent(run(CONFIG, *flags.split())) == {
         "inner_backend": "eager",
         "streams": 2,
         "min_chain_length": 3,
@@ -439,13 +450,13 @@ def test_every_option_is_a_flag(folder):
         "init_gain": 0.5,
         "inductor": {"a.b": True, "c": "x"},
     }
-    assert sent(run(ORDER, "--no-strict"))["strict"] is False
+    assert sent(run(CONFIG, "--no-strict"))["strict"] is False
 
 
 def test_the_table_of_the_script_comes_before_the_one_of_the_current_directory(folder):
     Path("pyproject.toml").write_text("[tool.mhc]\nstreams = 2\n[tool.other]\nx = 1\n")
     Path("project/scripts").mkdir(parents=True)
-    Path("project/scripts/train.py").write_text(ORDER)
+    Path("project/scripts/train.py").write_text(CONFIG)
     command = [*MHC, "--quiet"]
     assert sent(execute(*command, "project/scripts/train.py")) == {"streams": 2}
     table = '[tool.mhc]\nmin-chain-length = 3\ninit = "random"\n[tool.mhc.inductor]\ntriton.cudagraphs = true\nmax_autotune = true\n'
@@ -463,9 +474,9 @@ def test_the_table_of_the_script_comes_before_the_one_of_the_current_directory(f
         "inductor": {**settings, "max_autotune": False},
     }
     Path("package").mkdir()
-    Path("package/train.py").write_text(ORDER)
+    Path("package/train.py").write_text(CONFIG)
     assert sent(execute(*command, "-m", "package.train")) == {"streams": 2}
-    assert find_table(Path("project"), folder)["min_chain_length"] == 3
+    assert find_options(Path("project"), folder)["min_chain_length"] == 3
     Path("project/pyproject.toml").write_text("[project]\n")
     assert sent(execute(*command, "train.py", cwd="project/scripts")) == {"streams": 2}
 
@@ -558,6 +569,6 @@ def test_torchrun_around_and_inside(folder, outside):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "6\n6\n"
     said = [line for line in done.stderr.splitlines() if line.startswith("mhc run")]
-    first = "mhc run: Net: 3 hyper-connections, 0 additions left alone (streams 4, mapping sinkhorn)"
-    last = "mhc run: in all 6 hyper-connections (2 × Net) in 2 processes, 0 additions left alone"
+    first = "mhc run: Net: 3 hyper-connections, 0 additions skipped (streams 4, mapping sinkhorn)"
+    last = "mhc run: in all 6 hyper-connections (2 × Net) in 2 processes, 0 additions skipped"
     assert said == ([first] if outside else [first, last])

@@ -16,11 +16,9 @@ from mhc_compile.cli.scaling import command
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 from mhc_compile.passes.transforms.recompute import block_length
-from mhc_compile.tools.scaling.estimate import estimate
-from mhc_compile.tools.scaling.kept import kept_bytes
-from mhc_compile.tools.scaling.model import Decoder
+from mhc_compile.tools.scaling.estimate import Decoder, estimate, kept_bytes, parameters
+from mhc_compile.tools.scaling.report import markdown, view
 from mhc_compile.tools.scaling.shapes import SHAPES, Shape
-from mhc_compile.tools.scaling.table import markdown, render
 
 SMALL = Shape(
     name="small", layers=3, width=32, heads=4, head=8, hidden=24, active=2, experts=6, dense=1, vocabulary=50, tokens=16
@@ -28,7 +26,7 @@ SMALL = Shape(
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "active"),
+    ("name", "total", "active"),
     [
         ("mHC 3B", 2.97e9, 0.77e9),
         ("mHC 9B", 9.18e9, 1.9e9),
@@ -37,24 +35,34 @@ SMALL = Shape(
         ("DeepSeek-V3 671B", 671e9, 37e9),
     ],
 )
-def test_the_shapes_have_the_parameters_that_they_are_named_for(name: str, parameters: float, active: float) -> None:
+def test_shapes_have_the_published_parameters(name: str, total: float, active: float) -> None:
     shape = next(shape for shape in SHAPES if shape.name == name)
-    assert shape.parameters() == pytest.approx(parameters, rel=0.005)
-    assert shape.parameters(active=True) == pytest.approx(active, rel=0.015)
+    assert parameters(shape) == pytest.approx(total, rel=0.005)
+    assert parameters(shape, active=True) == pytest.approx(active, rel=0.015)
+
+
+QUERIES, KEYS = 32 * 4 * 8, 2 * 32 * 2 * 8
+LATENT = 32 * (12 + 4) + 12 * 2 * 4 * 8  # to keys, values and positions, and up to 4 heads of both
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"groups": 2}, {"latent": 12, "rotary": 4}, {"latent": 12, "rotary": 4, "query_latent": 10}]
+    ("variant", "attention"),
+    [
+        ({}, 4 * QUERIES),
+        ({"groups": 2}, 2 * QUERIES + KEYS),
+        ({"latent": 12, "rotary": 4}, 32 * 4 * (8 + 4) + LATENT + QUERIES),
+        ({"latent": 12, "rotary": 4, "query_latent": 10}, 32 * 10 + 10 * 4 * (8 + 4) + LATENT + QUERIES),
+    ],
 )
-def test_the_model_has_the_weights_that_the_shape_counts(variant: dict[str, int]) -> None:
+def test_parameters_counted_by_hand(variant: dict[str, int], attention: int) -> None:
     shape = replace(SMALL, **variant)
-    model = Decoder(shape, shape.layers)
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    assert matrices == shape.parameters(active=True)
-    assert model(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 16, 50)
+    expert, ends = 3 * 32 * 24, 2 * 50 * 32
+    assert parameters(shape, active=True) == 3 * (attention + 2 * expert) + ends
+    assert parameters(shape) == 3 * attention + (2 * 6 + 1 * 2) * expert + ends
+    assert Decoder(shape, shape.layers)(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 16, 50)
 
 
-def test_the_estimate_is_that_of_the_whole_model() -> None:
+def test_estimate_equals_explain_of_the_whole_model() -> None:
     shape = replace(SMALL, layers=5)
     got = estimate(shape)
     model, ids = Decoder(shape, 5).to(torch.bfloat16), torch.zeros(1, 16, dtype=torch.int64)
@@ -66,11 +74,11 @@ def test_the_estimate_is_that_of_the_whole_model() -> None:
     text = markdown([got])
     assert "| small | 5 | 32 | 16 |" in text
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(render([got]))
+    console.print(view([got]))
     assert f"{got.added.flops / got.plain.flops:.2%}" in console.export_text()
 
 
-def test_what_is_kept_by_hand() -> None:
+def test_kept_bytes_counted_by_hand() -> None:
     cheap = kept_bytes(8, 2, Options().resolved, 10, "cheap")
     assert cheap == 10 * (4 * 8 * 2 + 8 * 2 + 24 * 4)
     assert block_length(10, 4) == 3
@@ -78,7 +86,7 @@ def test_what_is_kept_by_hand() -> None:
     assert kept_bytes(8, 2, Options().resolved, 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
 
 
-def test_a_shape_that_cannot_be_is_rejected() -> None:
+def test_impossible_shape_is_rejected() -> None:
     with pytest.raises(OptionError, match="layers is 0; expected a positive integer"):
         replace(SMALL, layers=0)
     with pytest.raises(OptionError, match="width 100 and 3 heads"):
@@ -103,19 +111,19 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_page_is_what_its_program_writes() -> None:
-    from mhc_compile.tools.scaling.page import PAGE, page
+    from mhc_compile.tools.scaling.report import PAGE, page
 
     assert PAGE.read_text() == page()
 
 
 @pytest.mark.slow
 def test_predicted_against_measured() -> None:
-    """The memory is predicted to a tenth; time is told in the page and depends on the machine."""
-    from mhc_compile.tools.bench.predicted import compare
-    from mhc_compile.tools.bench.shape import Shape as Measured
+    """Memory is predicted to a tenth. SCALING.md has the times, which depend on the machine."""
+    from mhc_compile.tools.bench.workloads import Shape as Measured
+    from mhc_compile.tools.scaling.measured import compare
 
     got = compare(Measured(width=128, layers=4, tokens=256, vocabulary=64), rounds=3, cold=False)
-    assert got.kept_measured == pytest.approx(got.kept_predicted, rel=0.1)
-    assert 0 < got.floor < got.lowered
-    assert got.plain_measured > 0.3 * got.plain_predicted  # nothing runs much faster than the roofline
-    assert got.conditions["width"] == 128
+    assert got["kept_measured"] == pytest.approx(got["kept_predicted"], rel=0.1)
+    assert 0 < got["floor"] < got["lowered"]
+    assert got["plain_measured"] > 0.3 * got["plain_predicted"]  # nothing runs much faster than the roofline
+    assert got["conditions"]["width"] == 128

@@ -1,12 +1,10 @@
-"""The model of every variant: a pre-norm decoder as anybody writes it. Nothing in it knows of streams."""
+"""The model of every variant: a plain pre-norm decoder."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["Attention", "Block", "Decoder", "Feedforward"]
 
 
 class Attention(nn.Module):
@@ -54,7 +52,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Next-byte model: ids int64 [B, T] to logits [B, T, vocabulary].
 
-    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 layers), as in GPT-2.
+    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2
+    layers), as in GPT-2.
     """
 
     def __init__(self, *, layers: int, width: int, heads: int, length: int, vocabulary: int = 256) -> None:

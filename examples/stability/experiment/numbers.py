@@ -1,4 +1,4 @@
-"""The statistics of the report, each by its definition and with nothing but the standard library."""
+"""The statistics of the report, each by its definition."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "SPIKE",
-    "SURGE",
-    "TAIL",
-    "WINDOW",
-    "Interval",
-    "diverged",
-    "mean_interval",
-    "median_interval",
-    "proportion_interval",
-    "spikes",
-    "surges",
-    "trailing",
-]
-
 #: A spike is a gradient norm above so many medians of the `WINDOW` steps before it.
 SPIKE, WINDOW = 3.0, 50
-#: A surge is a trailing mean over `TAIL` losses that is so many nats above the lowest one before it.
+#: A surge is a trailing mean over `TAIL` losses that is so many nats above the lowest one before
+#: it.
 SURGE, TAIL = 0.5, 20
 #: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 _T = (
@@ -38,19 +24,15 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the ends of its 95 % confidence interval; infinite ends where one observation says nothing about the spread."""
+    """A value and its 95 % confidence interval, infinite for a single observation."""
 
     value: float
     low: float
     high: float
 
-    def apart_from(self, other: float) -> bool:
-        """Whether `other` lies outside."""
-        return not self.low <= other <= self.high
-
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of up to 31 values and its t-interval: mean ± t(0.975, N − 1) · s / sqrt(N)."""
+    """Return the mean of up to 31 values ± t(0.975, N − 1) · s / sqrt(N)."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Interval(mean, -math.inf, math.inf)
@@ -59,9 +41,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Median and the narrowest pair of order statistics that holds it with 95 % confidence, whatever the distribution.
+    """Return the median and the narrowest order statistics that hold it with 95 % confidence.
 
-    The k-th smallest and the k-th largest of N values miss the median with probability 2 · P(Binomial(N, 1/2) < k).
+    The k-th smallest and the k-th largest of N values miss the median with probability 2 ·
+    P(Binomial(N, 1/2) < k).
     """
     ordered, count = sorted(values), len(values)
     k, below = 0, 0.0
@@ -73,7 +56,7 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def proportion_interval(hits: int, count: int) -> Interval:
-    """Clopper and Pearson's exact interval for `hits` of `count`: the proportions under which neither tail is below 2.5 %."""
+    """Return Clopper and Pearson's interval for `hits` of `count`: no tail is below 2.5 %."""
 
     def at_most(k: int, p: float) -> float:
         return sum(math.comb(count, i) * p**i * (1 - p) ** (count - i) for i in range(k + 1))
@@ -91,12 +74,12 @@ def proportion_interval(hits: int, count: int) -> Interval:
 
 
 def trailing(losses: Sequence[float]) -> list[float]:
-    """Means over the last `TAIL` losses, from the first step that has so many."""
+    """Return means over the last `TAIL` losses, from the first step that has so many."""
     return [statistics.fmean(losses[i - TAIL : i]) for i in range(TAIL, len(losses) + 1)]
 
 
 def spikes(norms: Sequence[float]) -> list[int]:
-    """Steps (from 0) whose gradient norm is above `SPIKE` medians of the `WINDOW` steps before it, or not finite. The first `WINDOW` are none."""
+    """Return steps with a norm above `SPIKE` medians of the `WINDOW` before, or not finite."""
     return [
         step
         for step in range(WINDOW, len(norms))
@@ -105,7 +88,7 @@ def spikes(norms: Sequence[float]) -> list[int]:
 
 
 def surges(losses: Sequence[float]) -> int:
-    """How often the trailing mean rises to `SURGE` above its lowest value so far. One that stays above counts once."""
+    """Count how often the trailing mean rises to `SURGE` above its lowest value so far."""
     lowest, above, count = math.inf, False, 0
     for mean in trailing(losses):
         lowest = min(lowest, mean)
@@ -116,7 +99,7 @@ def surges(losses: Sequence[float]) -> int:
 
 
 def diverged(losses: Sequence[float], norms: Sequence[float]) -> bool:
-    """Whether a loss or gradient norm is not finite, or the run ends in a surge."""
+    """Return whether a loss or gradient norm is not finite, or the run ends in a surge."""
     if not all(map(math.isfinite, (*losses, *norms))):
         return True
     means = trailing(losses)

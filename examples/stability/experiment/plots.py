@@ -1,17 +1,17 @@
-"""The figures of the summary as pictures: 860 points wide, colours that colour-blind people tell apart, labels where the lines end."""
+"""The figures of the summary as pictures, in colours that colour-blind people tell apart."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
+from experiment.plan import RATES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["draw_all"]
-
-#: Okabe and Ito's palette; the dashes tell the lines apart in grey as well.
+#: Okabe and Ito's palette; the dashes distinguish the lines in grey as well.
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": ("#000000", "-"),
     "HC": ("#D55E00", (0, (5, 1))),
@@ -20,42 +20,32 @@ STYLES: dict[str, tuple[str, Any]] = {
     "permutations": ("#CC79A7", (0, (1, 1))),
     "kronecker": ("#B8860B", (0, (5, 1, 1, 1))),
 }
-WIDTH, DPI = 8.6, 100
 
 
 def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the pictures that the summary has figures for."""
-    pictures: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "loss.png": _losses,
-        "norm.png": _norms,
-        "gain.png": _gains,
-    }
+    """Write the pictures that there are figures for, in 255 colours: a third of the size."""
+    import numpy
+    from PIL import Image
+
+    pictures: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    pictures |= {"loss.png": _losses, "norm.png": _norms, "gain.png": _gains}
     if any(figures["difference"] for entries in summary["rates"].values() for figures in entries.values()):
         pictures["difference.png"] = _differences
     if summary["cost"] is not None and "plain" in summary["settings"]["variants"]:
         pictures["cost.png"] = _cost
-    paths = []
     for name, draw in pictures.items():
-        paths.append(folder / name)
-        _save(draw(summary), paths[-1])
-    return paths
-
-
-def _save(figure: Any, path: Path) -> None:
-    """With a palette of 255 colours: a third of the size."""
-    import numpy
-    from PIL import Image
-
-    figure.canvas.draw()
-    picture = Image.fromarray(numpy.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+        canvas = draw(summary).canvas
+        canvas.draw()
+        picture = Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB")
+        picture.quantize(255, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+    return [folder / name for name in pictures]
 
 
 def _figure(rows: int, columns: int, height: float, **how: Any) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(8.6, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **how)
     for ax in axes.flat:
@@ -64,14 +54,8 @@ def _figure(rows: int, columns: int, height: float, **how: Any) -> tuple[Any, An
     return figure, axes
 
 
-def _title(rate: str) -> str:
-    from experiment.plan import RATES
-
-    return f"{rate}: learning rate {RATES[rate]:g}"
-
-
 def _label_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names beside the ends of lines, pushed apart where they would overlap."""
+    """Write names next to the ends of lines, pushed apart where they would overlap."""
     low, high = ax.get_ylim()
     gap = (high - low) * 0.075
     ordered = sorted(ends)
@@ -91,7 +75,7 @@ def _label_ends(ax: Any, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def _lines(ax: Any, curves: dict[str, list[list[Any]]], *, band: bool, marker: str = "") -> None:
-    """Steps, values and ends of intervals, by variant."""
+    """Draw [step, value, low, high] points by variant."""
     ends = []
     for variant, points in curves.items():
         if not points:
@@ -110,27 +94,25 @@ def _losses(summary: dict[str, Any]) -> Any:
     figure, axes = _figure(2, len(rates), 6.2, sharex=True, height_ratios=[3, 2])
     for column, (rate, entries) in enumerate(rates.items()):
         above, below = axes[0][column], axes[1][column]
-        _lines(above, _curves(entries, "curve"), band=False)
-        above.set_title(_title(rate), fontsize=10)
+        _lines(above, {v: f["curve"] for v, f in entries.items()}, band=False)
+        above.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
         below.axhline(0.0, color="0.4", linewidth=0.8)
-        _lines(below, _curves(entries, "gap"), band=True)
+        _lines(below, {v: f["gap"] for v, f in entries.items()}, band=True)
         below.set_xlabel("step")
     axes[0][0].set_ylabel("training loss, nats a byte\n(mean of 20 steps and all seeds)")
     axes[1][0].set_ylabel("minus plain, seed by seed\n(mean, 95 % band)")
     return figure
 
 
-def _forest(
-    ax: Any, rows: Sequence[tuple[str, dict[str, Any] | None]], *, offset: float = 0.0, hollow: bool = False
-) -> None:
-    """One row for each variant: the mean, its interval, and every seed's value."""
-    for place, (variant, interval) in enumerate(rows):
+def _forest(ax: Any, rows: Sequence[tuple[str, dict[str, Any] | None]]) -> None:
+    """Draw a row for each variant: the mean, its interval, and every seed's value."""
+    for y, (variant, interval) in enumerate(rows):
         if interval is None:
             continue
-        colour, y = STYLES[variant][0], place + offset
+        colour = STYLES[variant][0]
         if interval["low"] is not None:
             ax.plot([interval["low"], interval["high"]], [y, y], color=colour, linewidth=2)
-        ax.plot(interval["value"], y, "o", color=colour, markerfacecolor="white" if hollow else colour, markersize=7)
+        ax.plot(interval["value"], y, "o", color=colour, markersize=7)
         values = interval.get("values", [])
         ax.plot(values, [y + 0.25] * len(values), "|", color=colour, markersize=7)
     ax.set_yticks(range(len(rows)), [variant for variant, _ in rows])
@@ -143,7 +125,7 @@ def _differences(summary: dict[str, Any]) -> Any:
     for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
         ax.axvline(0.0, color="0.4", linewidth=0.8)
         _forest(ax, [(variant, figures["difference"]) for variant, figures in entries.items() if variant != "plain"])
-        ax.set_title(_title(rate), fontsize=10)
+        ax.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
         ax.set_xlabel("final validation loss minus plain's, nats a byte")
     figure.suptitle("Left of 0 is better than plain. Dot and bar: mean and 95 % interval; ticks: seeds", fontsize=9)
     return figure
@@ -153,8 +135,8 @@ def _norms(summary: dict[str, Any]) -> Any:
     rates = summary["rates"]
     figure, axes = _figure(1, len(rates), 3.2, sharey=True)
     for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
-        _lines(ax, _curves(entries, "norm"), band=False)
-        ax.set_title(_title(rate), fontsize=10)
+        _lines(ax, {v: f["norm"] for v, f in entries.items()}, band=False)
+        ax.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
         ax.set_xlabel("step")
     _powers(axes[0][0])
     axes[0][0].set_ylabel("global gradient norm\n(geometric mean of the seeds)")
@@ -178,16 +160,12 @@ def _gains(summary: dict[str, Any]) -> Any:
         _powers(axes[row][0])
         axes[row][0].set_ylabel(f"Amax, {name}")
     for column, rate in enumerate(rates):
-        axes[0][column].set_title(_title(rate), fontsize=10)
+        axes[0][column].set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
         axes[1][column].set_xlabel("step")
     figure.suptitle(
         "Composite H_res over depth: geometric mean and 95 % band; 1 is neither growth nor decay", fontsize=9
     )
     return figure
-
-
-def _curves(entries: dict[str, Any], key: str) -> dict[str, list[list[Any]]]:
-    return {variant: figures[key] for variant, figures in entries.items()}
 
 
 def _logs(point: list[Any]) -> list[Any]:
@@ -196,7 +174,7 @@ def _logs(point: list[Any]) -> list[Any]:
 
 
 def _powers(ax: Any) -> None:
-    """Ticks of an axis that shows logarithms to the base 10, named by the numbers themselves."""
+    """Name the ticks of an axis of decimal logarithms by the numbers themselves."""
     low, high = ax.get_ylim()
     every = max(1, round((high - low) / 6))
     marks = [m * 10.0**e for e in range(-3, 40) for m in ((1, 2, 5) if high - low < 2 else (1,))]

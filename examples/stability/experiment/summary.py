@@ -1,23 +1,24 @@
 """Every figure of the report, with its interval, from the files of the runs.
 
-    runs, planned          how many are finished, how many there are to be
-    settings, conditions   what was run, and with what
-    rates[r][v]            one entry for each learning rate and variant, with what begins with a dot here
+    runs, planned          number of finished runs, and of all
+    settings, conditions   of the plan, and of the machine
+    rates[r][v]            for each learning rate and variant, with what begins with a dot here
     .validation            loss at the end: mean over seeds, t-interval, and the value of every seed
     .difference            the same of `variant − plain`, seed by seed
     .start                 largest distance of a first loss from the plain model's
-    .spikes, .surges       how many a run: mean over seeds, t-interval, values
-    .diverged              runs that did, of how many, Clopper-Pearson interval of the share
-    .more_spikes           how many more than plain's run of the same seed
+    .spikes, .surges       number a run: mean over seeds, t-interval, values
+    .diverged              number of runs, of how many, Clopper-Pearson interval of the share
+    .more_spikes           number of spikes above that of plain's run of the same seed
     .largest               the largest Amax of any run and measurement, forward and backward
-    .gain                  at every step that was measured: [step, mean, low, high] of Amax forward and backward, distance, largest error of a sum;
-                           the mean of Amax is the geometric one
-    .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, of its difference to plain, and of log10 of the gradient norm
+    .gain                  [step, mean, low, high] of Amax forward and backward (geometric means),
+                           distance, largest error of a sum, at every measurement
+    .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, its difference to
+                           plain, and log10 of the gradient norm
     pairs[r]               final validation loss of one mapping minus another's, seed by seed
-    again                  runs that were trained once more, and whether they were the same bit for bit
-    cost[v]                milliseconds a step, their ratio to plain in the same round, parameters, bytes at the peak
+    again                  runs that were trained again, and whether they were the same bit for bit
+    cost[v]                milliseconds a step, ratio to plain in the same round, parameters, memory
 
-An interval is {"value", "low", "high"}; an end that nothing is known about is null.
+An interval is {"value", "low", "high"}; an unknown end is null.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from experiment.cost_file import read_cost
 from experiment.numbers import (
     TAIL,
     Interval,
@@ -46,22 +46,18 @@ if TYPE_CHECKING:
 
     from experiment.plan import Plan
 
-__all__ = ["collect", "entry"]
-
-#: exp of it is still a number.
-_TOO_LARGE = 700.0
-#: One in so many trailing means is kept, so that they do not share losses; of gradient norms twice as many.
+#: One in so many trailing means is kept, so that they share no losses; of gradient norms twice as
+#: many.
 EVERY = 20
 
 
 def entry(interval: Interval, **more: Any) -> dict[str, Any]:
-    """As plain data that JSON has."""
     ends = {name: _plain(getattr(interval, name)) for name in ("value", "low", "high")}
     return {**ends, **more}
 
 
 def collect(plan: Plan, folder: Path) -> dict[str, Any]:
-    """All of it. Runs that are not finished are left out, and counted.
+    """Return every figure of the finished runs.
 
     Raises:
         ExperimentError: a run was made with other settings.
@@ -90,7 +86,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def _final(content: dict[str, Any] | None, plan: Plan) -> float | None:
-    """Validation loss at the end; None for a run that did not get there."""
+    """Return the validation loss at the end, None for a run that did not get there."""
     if content is None or not content["validation"] or content["validation"][-1][0] != plan.steps:
         return None
     value = content["validation"][-1][1]
@@ -108,34 +104,31 @@ def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any
         reached = {seed: value for seed, value in ends.items() if value is not None}
         gaps = {seed: _minus(value, _final(plain.get(seed), plan)) for seed, value in reached.items()}
         both = {seed: value for seed, value in gaps.items() if value is not None}
+        count = {seed: len(spikes(content["norm"])) for seed, content in runs.items()}
+        more = {seed: count[seed] - len(spikes(content["norm"])) for seed, content in plain.items()}
         hits = sum(diverged(content["loss"], content["norm"]) for content in runs.values())
         result[variant] = {
             "validation": _mean(reached),
             "difference": None if variant == "plain" else _mean(both),
             "start": max(content["start"] for content in runs.values()),
-            "spikes": _mean({seed: len(spikes(content["norm"])) for seed, content in runs.items()}),
-            "more_spikes": None if variant == "plain" else _more_spikes(runs, plain),
+            "spikes": _mean(count),
+            "more_spikes": None if variant == "plain" else _mean(more),
             "surges": _mean({seed: surges(content["loss"]) for seed, content in runs.items()}),
             "diverged": entry(proportion_interval(hits, len(runs)), hits=hits, count=len(runs)),
             "gain": _gains(list(runs.values())),
-            "largest": _largest(list(runs.values())),
+            "largest": [
+                max((p[i] for run in runs.values() for p in run["gain"] if p[i] is not None), default=1.0)
+                for i in (1, 2)
+            ],
             "curve": _curve([trailing(content["loss"]) for content in runs.values()], TAIL),
-            "gap": None
-            if variant == "plain"
-            else _curve(
-                [
-                    [a - b for a, b in zip(trailing(runs[seed]["loss"]), trailing(plain[seed]["loss"]), strict=False)]
-                    for seed in plain
-                ],
-                TAIL,
-            ),
+            "gap": None if variant == "plain" else _curve([_gap(runs[seed], plain[seed]) for seed in plain], TAIL),
             "norm": _curve([list(map(_log, content["norm"])) for content in runs.values()], 1, EVERY // 2),
         }
     return result
 
 
-def _more_spikes(runs: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
-    return _mean({seed: len(spikes(runs[seed]["norm"])) - len(spikes(plain[seed]["norm"])) for seed in plain})
+def _gap(run: dict[str, Any], plain: dict[str, Any]) -> list[float]:
+    return [a - b for a, b in zip(trailing(run["loss"]), trailing(plain["loss"]), strict=False)]
 
 
 def _pairs(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,7 +146,7 @@ def _pairs(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, An
 
 
 def _cost(plan: Plan, folder: Path) -> dict[str, Any] | None:
-    content = read_cost(plan, folder)
+    content = plan.cost(folder)
     if content is None:
         return None
     result = {}
@@ -174,34 +167,25 @@ def _cost(plan: Plan, folder: Path) -> dict[str, Any] | None:
 def _gains(runs: list[dict[str, Any]]) -> dict[str, list[list[Any]]]:
     result = {}
     for place, name in enumerate(("forward", "backward", "distance", "error"), 1):
-        steps = sorted({point[0] for run in runs for point in run["gain"]})
-        values = {
-            step: [p[place] for run in runs for p in run["gain"] if p[0] == step and p[place] is not None]
-            for step in steps
-        }
-        # Gains are products over depth: their logarithms are what is averaged.
-        point = _geometric if name in ("forward", "backward") else _point
-        result[name] = [point(step, values[step]) for step in steps if values[step]]
+        values: dict[int, list[float]] = {}
+        for run in runs:
+            for point in run["gain"]:
+                if point[place] is not None:
+                    values.setdefault(point[0], []).append(point[place])
+        # Gains are products over depth: their logarithms are averaged.
+        mean = _geometric if name in ("forward", "backward") else _point
+        result[name] = [mean(step, values[step]) for step in sorted(values)]
     return result
-
-
-def _largest(runs: list[dict[str, Any]]) -> list[float]:
-    """Amax, forward and backward, of the run and the measurement where it is largest."""
-    return [
-        max((p[place] for run in runs for p in run["gain"] if p[place] is not None), default=1.0) for place in (1, 2)
-    ]
 
 
 def _geometric(step: int, values: Sequence[float]) -> list[Any]:
     interval = mean_interval([math.log(value) for value in values])
-    low, high = (
-        math.exp(end) if math.isfinite(end) and end < _TOO_LARGE else math.inf for end in (interval.low, interval.high)
-    )
+    low, high = (math.exp(end) if abs(end) < 700 else math.inf for end in (interval.low, interval.high))
     return [step, _plain(math.exp(interval.value)), _plain(low), _plain(high)]
 
 
 def _curve(curves: Sequence[Sequence[float]], first: int, every: int = EVERY) -> list[list[Any]]:
-    """Of all curves at every so many steps and at the last; a run that has ended is no longer part of the mean."""
+    """Return the mean of the curves at some steps and the last; an ended run leaves it."""
     longest = max((len(curve) for curve in curves), default=0)
     chosen = [i for i in range(longest) if i % every == 0 or i == longest - 1]
     at: Callable[[int], list[float]] = lambda i: [c[i] for c in curves if i < len(c) and math.isfinite(c[i])]  # noqa: E731
@@ -214,7 +198,6 @@ def _point(step: int, values: Sequence[float]) -> list[Any]:
 
 
 def _mean(values: dict[int, float]) -> dict[str, Any] | None:
-    """By seed; None without any."""
     if not values:
         return None
     return entry(mean_interval(list(values.values())), values=list(values.values()), seeds=list(values))

@@ -1,13 +1,12 @@
-"""What a command line may name as a model, one file for each kind.
+"""TARGET on the command line: a model with example inputs, which say how it is called.
 
-| written | what it is | where |
-|---|---|---|
-| `package.module:factory`, `path/to/file.py:factory` | a function that returns `(model, args)` or `(model, args, kwargs)` | `factories` |
-| `file.pt2` | a program that `torch.export.save` wrote, with its own example inputs | `programs` |
-| `hf:MODEL_TYPE` | a tiny random model of an architecture of transformers | `transformers_models`, `shrinking`, `model_classes`, `example_inputs` |
-| `zoo:FAMILY` | a model of the zoo | `families` |
+package.module:factory, path/to/file.py:factory
+                a function that returns (model, args) or (model, args, kwargs): `user_code`
+file.pt2        a program that `torch.export.save` wrote: `user_code`
+hf:MODEL_TYPE   a tiny random model: `transformers_models`, `tiny_config`, `example_inputs`
+zoo:FAMILY      a model of the zoo
 
-The example inputs say how a model is called. Opening a target runs its code: targets are trusted input.
+Opening a target runs its code: targets are trusted input. Weights (`weights`) need not be.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ __all__ = ["FactoryError", "Target", "TargetError", "load_target", "parse_settin
 
 @dataclass(frozen=True)
 class Target:
-    """A model that a command line named, with example inputs: `model(*args, **kwargs)` is how it is called.
+    """A model with example inputs: it is called as `model(*args, **kwargs)`.
 
     Attributes:
-        name: as it was written.
+        name: the target as written.
         model: a module, or an exported program.
-        args: example inputs; those of a program are what it was exported with.
+        args: example inputs.
         kwargs: example inputs by name.
     """
 
@@ -44,7 +43,7 @@ class Target:
     kwargs: dict[str, Any]
 
     def set_mode(self, train: bool) -> None:
-        """Puts a module into training or eval mode. A program was exported in one of them and keeps it."""
+        """Set training or eval mode. An exported program keeps the mode that it was exported in."""
         from torch import nn
 
         if isinstance(self.model, nn.Module):
@@ -52,7 +51,7 @@ class Target:
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`("hidden_size=256", "act=gelu")` to a dict; values are Python literals where they parse as such, else strings.
+    """Parse `("hidden_size=256", "act=gelu")`; values are Python literals, else strings.
 
     Raises:
         TargetError: an entry has no `=`.
@@ -70,17 +69,17 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 
 def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = False, memory: bool = False) -> Target:
-    """The model that `target` names, with example inputs.
+    """Load the model that `target` names, with example inputs.
 
     Args:
         target: see the module's docstring.
         settings: fields of the config of an `hf:` target, `layers` of a `zoo:` target.
-        full_size: build an `hf:` target from its default config on the meta device instead of a tiny one with weights.
-        memory: not on the meta device: the model will get weights.
+        full_size: build an `hf:` target from its default config, on the meta device.
+        memory: with `full_size`, build it with weights.
 
     Raises:
         TargetError: no such target; the message says what was tried and lists near names.
-        FactoryError: the code that the target names failed.
+        FactoryError: the code that the target names raised.
     """
     kind, colon, name = target.partition(":")
     if kind == "hf" and colon:
@@ -88,21 +87,31 @@ def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = F
 
         return Target(target, *transformers_models.load(name, settings, full_size=full_size, memory=memory))
     if kind == "zoo" and colon:
-        from mhc_compile.cli.targets import families
-
-        return Target(target, *families.load(name, settings))
+        return Target(target, *_load_family(name, settings))
     if settings:
         raise TargetError(f"--set is for hf: and zoo: targets; {target!r} builds its model itself")
-    if target.endswith(".pt2"):
-        from mhc_compile.cli.targets import programs
+    from mhc_compile.cli.targets import user_code
 
-        return Target(target, *programs.load(target))
+    if target.endswith(".pt2"):
+        return Target(target, *user_code.load_program(target))
     file, _, factory = target.rpartition(":")
     if not file or not factory:
         raise TargetError(
-            f"{target!r} is no target; expected package.module:factory, path/to/file.py:factory, hf:MODEL_TYPE (hf:gpt2), file.pt2"
-            " or zoo:FAMILY (zoo:resnet)"
+            f"{target!r} is no target; expected package.module:factory, path/to/file.py:factory, hf:MODEL_TYPE (hf:gpt2),"
+            " file.pt2 or zoo:FAMILY (zoo:resnet)"
         )
-    from mhc_compile.cli.targets import factories
+    return Target(target, *user_code.load_factory(file, factory))
 
-    return Target(target, *factories.load(file, factory))
+
+def _load_family(name: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Return a model of the zoo, of 2 layers unless `settings` has "layers"."""
+    from mhc_compile.tools import zoo
+
+    layers = settings.get("layers", 2)
+    if set(settings) - {"layers"} or not isinstance(layers, int) or layers < 1:
+        raise TargetError(f"zoo: targets have one setting, layers=N with N >= 1; found {dict(settings)}")
+    try:
+        family = zoo.get(name)
+    except zoo.UnknownFamilyError as error:
+        raise TargetError(str(error)) from error
+    return family.build(layers)

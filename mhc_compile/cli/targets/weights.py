@@ -1,4 +1,7 @@
-"""`--weights FILE`: a checkpoint, loaded into the model of a target. Nothing but tensors is read from it: a file of unknown origin is safe."""
+"""`--weights FILE`: load a checkpoint into the model of a target.
+
+Nothing but tensors is read from it, so a file of unknown origin is safe.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.cli.error_handling import TargetError, WeightsError
-from mhc_compile.cli.targets.near import near_files
+from mhc_compile.cli.targets.suggestions import near_files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,25 +20,28 @@ if TYPE_CHECKING:
 
 __all__ = ["load_weights"]
 
-#: Under which keys trainers keep the state dict of the model, if the file has more in it.
+#: Keys under which trainers save the state dict of the model.
 _KEYS = ("state_dict", "model", "model_state_dict", "module")
 _SHOWN = 3
 
 
 def load_weights(target: Target, path: str) -> None:
-    """Loads a checkpoint into the model of `target`, with the hyper-connections that it has (their number of streams is read off them).
+    """Load a checkpoint into the model of `target`, and attach the hyper-connections that it has.
 
     Args:
-        target: whose model gets the values.
-        path: a `.safetensors` file, or what `torch.save` wrote of a state dict, or of a dict that has one under "state_dict" or "model".
+        target: the target.
+        path: a `.safetensors` file, or `torch.save` of a state dict or of a dict that has one under
+            "state_dict" or "model".
 
     Raises:
         TargetError: there is no such file.
-        WeightsError: the file has more than tensors, the model is an exported program, or names or shapes are not those of the model.
+        WeightsError: the file has more than tensors, the model is an exported program, or names or
+            shapes are not those of the model.
     """
     from torch import nn
 
     from mhc_compile.checkpoints.load import load_state_dict, plain_name
+    from mhc_compile.checkpoints.reader import split_entry
     from mhc_compile.checkpoints.restore import restore
 
     if not isinstance(target.model, nn.Module):
@@ -43,7 +49,7 @@ def load_weights(target: Target, path: str) -> None:
             f"--weights {path}: {target.name} is an exported program, which has its weights in it; leave out --weights"
         )
     state = {plain_name(name): value for name, value in _read(path).items()}
-    if any(_is_connection(name) for name in state):
+    if any(map(split_entry, state)):
         restore(target.model, state)
     _compare(target.model, state, path, target.name)
     load_state_dict(target.model, state, strict=False)
@@ -58,13 +64,14 @@ def _read(path: str) -> Mapping[str, Tensor]:
 
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # torch.load raises whatever its unpickler or zip reader meets
         rejected = re.search(r"GLOBAL ([\w.]+)", str(error))
         if rejected is None:
             raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
         raise WeightsError(
-            f"--weights {path}: the file holds Python objects that are no tensors ({rejected[1]}), which could run code when they are loaded; it was"
-            " not read. Save the tensors alone: torch.save(model.state_dict(), path), or as safetensors"
+            f"--weights {path}: the file holds Python objects that are no tensors ({rejected[1]}), which could run code"
+            " when they are loaded; it was not read. Save the tensors alone: torch.save(model.state_dict(), path), or as"
+            " safetensors"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
@@ -76,7 +83,8 @@ def _read(path: str) -> Mapping[str, Tensor]:
         kind = type(content).__name__
         keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, Mapping) else ""
         raise WeightsError(
-            f"--weights {path}: found a {kind}{keys}; expected a state dict, or a dict with one under {' or '.join(_KEYS[:2])}"
+            f"--weights {path}: found a {kind}{keys}; expected a state dict, or a dict with one under"
+            f" {' or '.join(_KEYS[:2])}"
         )
     return content
 
@@ -88,21 +96,22 @@ def _safetensors(path: str) -> Mapping[str, Tensor]:
         raise WeightsError(f"--weights {path}: pip install safetensors") from None
     try:
         return load_file(path)
-    except Exception as error:
+    except Exception as error:  # the library's own error class is private
         raise WeightsError(f"--weights {path}: no safetensors file ({_line(error)})") from error
 
 
 def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: str) -> None:
-    """Raises WeightsError unless the names and shapes are those of the model. Of tied parameters one name will do."""
+    """Raise WeightsError unless names and shapes are the model's, of tied parameters one name."""
     from mhc_compile.checkpoints.load import plain_name
+    from mhc_compile.checkpoints.reader import split_entry
 
     wanted = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     loaded = {id(value) for name, value in wanted.items() if name in state}
-    has_connections = any(_is_connection(name) for name in state)
+    has_connections = any(map(split_entry, state))
     missing = [
         name
         for name, value in wanted.items()
-        if name not in state and id(value) not in loaded and (has_connections or not _is_connection(name))
+        if name not in state and id(value) not in loaded and (has_connections or split_entry(name) is None)
     ]
     unexpected = [name for name in state if name not in wanted]
     shapes = [
@@ -134,12 +143,6 @@ def _list(what: str, names: list[str]) -> list[str]:
     return (
         [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"] if names else []
     )
-
-
-def _is_connection(name: str) -> bool:
-    from mhc_compile.attachment.model_tree import CONTAINER
-
-    return CONTAINER in name.split(".")[:-1] and name.rpartition(".")[2] in {"phi", "bias", "scale"}
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Presets: the conventions of the systems that ship hyper-connections. A new one is one file and one line here. Torch is not imported here."""
+"""Presets: the conventions of the systems that ship hyper-connections.
+
+A new one is one file and one line here. Torch is not imported here.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from mhc_compile.config.coefficient_spec import Convention
 
 __all__ = ["Preset", "ReadOut"]
 
-#: What ends a chain: the mean or the sum of the streams, or a weighted sum whose weights are learned.
+#: What ends a chain: the mean or the sum of the streams, or a weighted sum whose weights are
+#: learned.
 ReadOut = Literal["mean", "sum", "learned"]
 
 
@@ -17,7 +18,8 @@ ReadOut = Literal["mean", "sum", "learned"]
 class Preset:
     """The convention of one system that ships hyper-connections.
 
-    A new one is one file like its neighbours, and a line in `mhc_compile.config.presets`; from outside it is `register_preset(Preset(...))`.
+    A new one is one file like its neighbours, and a line in `mhc_compile.config.presets`; from
+    outside it is `register_preset(Preset(...))`.
 
     Attributes:
         name: what `options={"preset": ...}` takes.
@@ -26,7 +28,8 @@ class Preset:
         iterations: of Sinkhorn.
         eps: added to the mean square under the root mean square.
         read_out: what ends a chain.
-        single_pass: the weights `pre` of a site collapse the streams for the next site; the first site reads the trunk itself.
+        single_pass: the weights `pre` of a site collapse the streams for the next site; the first
+            site reads the trunk itself.
         preserves: whether the plain model is among the functions that it can start as.
     """
 

@@ -1,7 +1,8 @@
 """DeepSeek-V4: the paper's equations with an epsilon in Sinkhorn and in pre, and a learned read-out.
 
-The module computes `comb` with a row softmax and columns last, and applies it transposed, `combᵀ X`: H_res = combᵀ has its rows normalised last, as
-the paper's. What is left of the transpose is the order of the 16 residual columns in a checkpoint (`mhc_compile.interop`).
+The module computes `comb` with a row softmax and columns last, and applies it transposed, `combᵀ
+X`: H_res = combᵀ has its rows normalised last, as the paper's. What is left of the transpose is the
+order of the 16 residual columns in a checkpoint (`mhc_compile.interop`).
 """
 
 from __future__ import annotations

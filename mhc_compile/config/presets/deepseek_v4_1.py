@@ -1,7 +1,8 @@
 """DeepSeek-V4.1: DeepSeek-V4's coefficients in a single pass over the streams.
 
-The weights `pre` that a site computes collapse the streams for the next site: what they are computed from need not be read a second time. The first
-site reads the trunk itself, and the weights of the last one end the chain.
+The weights `pre` that a site computes collapse the streams for the next site: what they are
+computed from need not be read a second time. The first site reads the trunk itself, and the weights
+of the last one end the chain.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     h    = mean_j gate_j ∘ x̂_j                  the branch's input, which is normalised already
     post = 2 σ(x̂ W_inject / n)
 
-There is no choice of parameters with which this is the plain residual add, so a model must be started from scratch.
+There is no choice of parameters with which this is the plain residual add, so a model must be
+started from scratch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,25 @@
-"""What the rewrite changes in a graph, as data and as pictures.
+"""The difference between a model's graphs before and after the rewrite, as data and as pictures.
 
-    dry_run ─ stages ─> two FX graphs and a plan ─ views ─> two lists of `NodeView` ─ rows ─> `Row`s with a `Change` each
-            ─ model_diff ─> `ModelDiff`, which text, page, drawing and JSON render
+    dry_run, passes -> views: FX graphs as `NodeView`s -> compare: `Row`s with a `Change` each
+                    -> results: `ModelDiff` -> text, page, drawing, drawing_svg
 
-Nothing here decides what is rewritten: the plan that `explain` reports and the backend follows is read, and the passes that the backend runs are run.
+The plan is the one that `explain` reports and that the backend follows; the passes are the
+backend's. Nothing here decides what is rewritten.
 """
+
+from mhc_compile.inspection.diff import drawing, drawing_svg, page, text  # noqa: F401 - registers
+from mhc_compile.inspection.diff.results import ModelDiff, export
+
+__all__: list[str] = []
+
+_MEDIA = {
+    "html": page.render_page,
+    "svg": drawing_svg.to_svg,
+    "dot": drawing.to_dot,
+    "mermaid": drawing.to_mermaid,
+}
+
+
+@export.register(ModelDiff)
+def _export(diff: ModelDiff, medium: str) -> str:
+    return _MEDIA[medium](diff)

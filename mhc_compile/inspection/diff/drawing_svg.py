@@ -1,26 +1,25 @@
-"""A drawing as one SVG file: two columns, before and after, laid out here; light or dark as its reader's screen is."""
+"""A drawing as one SVG file: two columns, before and after, in a light and a dark style."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
 
-from mhc_compile.inspection.diff.flow import end_text, part_text, place_text, start_text
-from mhc_compile.inspection.diff.sketch import Lifted, Place, sketch
+from mhc_compile.inspection.diff.picture import Lifted, Place, sketch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhc_compile.inspection.diff.model_diff import ModelDiff
-    from mhc_compile.inspection.diff.sketch import Picture, Repeat, Trunk
+    from mhc_compile.inspection.diff.picture import Picture, Repeat, Trunk
+    from mhc_compile.inspection.diff.results import ModelDiff
 
 __all__ = ["to_svg"]
 
 _COLUMN = 400
 _MARGIN = 20
-#: From the left of a column: the middle of the trunk, the branch's box, its width.
+#: Middle of the trunk and left edge of the branch's box in a column; width of the box.
 _TRUNK, _BOX, _WIDE = 110, 190, 190
-#: As many letters fit into a box, and on a line of notes.
+#: Letters that fit into a box and on a line of notes.
 _LETTERS, _LINE = 24, 105
 _TALL = {"end": 40, "place": 104, "part": 52}
 
@@ -50,7 +49,7 @@ _STYLE = """
 
 
 def to_svg(diff: ModelDiff) -> str:
-    """The drawing. It refers to nothing outside of itself."""
+    """Return the drawing, which refers to no other file."""
     drawn = sketch(diff)
     body: list[str] = [_text(_MARGIN, 30, drawn.title, "title", 80)]
     top = 46
@@ -64,19 +63,15 @@ def to_svg(diff: ModelDiff) -> str:
         body.append(_text(_MARGIN, top + 24, "Nothing is rewritten.", "note"))
         top += 36
     width, height = 2 * _COLUMN + 2 * _MARGIN, top + _MARGIN
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            'role="img" aria-labelledby="title description">',
-            f'<title id="title">{_escaped(drawn.title)}</title>',
-            f'<desc id="description">{_escaped(drawn.description)}</desc>',
-            f"<style>{_STYLE}</style>",
-            f'<rect class="back" width="{width}" height="{height}" rx="6"/>',
-            *body,
-            "</svg>",
-            "",
-        ]
-    )
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" aria-labelledby="title description">',
+        f'<title id="title">{_escaped(drawn.title)}</title>',
+        f'<desc id="description">{_escaped(drawn.description)}</desc>',
+        f"<style>{_STYLE}</style>",
+        f'<rect class="back" width="{width}" height="{height}" rx="6"/>',
+    ]
+    return "\n".join([*head, *body, "</svg>", ""])
 
 
 def _picture(picture: Picture, top: int, streams: int) -> tuple[list[str], int]:
@@ -84,14 +79,12 @@ def _picture(picture: Picture, top: int, streams: int) -> tuple[list[str], int]:
     if picture.trunks:
         middle = _MARGIN + _COLUMN
         bottom = top
-        for many, left in ((False, _MARGIN), (True, middle)):
-            body.append(_text(left + _COLUMN // 2, top + 20, "after" if many else "before", "side"))
+        for after, left in ((False, _MARGIN), (True, middle)):
+            body.append(_text(left + _COLUMN // 2, top + 20, "after" if after else "before", "side"))
             bottom = top + 36
             for trunk in picture.trunks:
-                side = _Side(left, streams, many)
-                body.append('<g class="chain">')
-                body += side.trunk(trunk, bottom)
-                body.append("</g>")
+                side = _Side(left, streams, after)
+                body += ['<g class="chain">', *side.trunk(trunk, bottom), "</g>"]
                 bottom = side.bottom + 20
         body.append(f'<line class="rule" x1="{middle}" y1="{top + 8}" x2="{middle}" y2="{bottom - 20}"/>')
         top = bottom
@@ -104,29 +97,27 @@ def _picture(picture: Picture, top: int, streams: int) -> tuple[list[str], int]:
 class _Side:
     """Draws trunks into one column, from top to bottom."""
 
-    def __init__(self, left: int, streams: int, many: bool) -> None:
-        self.left, self.streams, self.many = left, streams, many
+    def __init__(self, left: int, streams: int, after: bool) -> None:
+        self.left, self.streams, self.after = left, streams, after
         self.x = left + _TRUNK
         self.pitch = min(7.0, 42 / max(1, streams - 1))
-        self.half = self.pitch * (streams - 1) / 2 if many else 0.0
+        self.half = self.pitch * (streams - 1) / 2 if after else 0.0
         self.bottom = 0
 
     def trunk(self, trunk: Trunk, top: int) -> Iterator[str]:
         heights = [_TALL["place" if isinstance(part, Place) else "part"] for part in trunk.parts]
         end = top + _TALL["end"] + sum(heights)
-        for x in self._lines():
-            kind = "stream" if self.many else "trunk"
+        kind, count = ("stream", self.streams) if self.after else ("trunk", 1)
+        for x in (self.x - self.half + self.pitch * line for line in range(count)):
             yield f'<line class="{kind}" x1="{x:g}" y1="{top + 22}" x2="{x:g}" y2="{end + 16}"/>'
-        yield from self._pill(top + 4, start_text(trunk, self.streams, many=self.many)[0])
+        first, last = trunk.ends(self.streams, after=self.after)
+        yield from self._pill(top + 4, first)
         at = top + _TALL["end"]
         for part, height in zip(trunk.parts, heights, strict=True):
             yield from self._place(part, at) if isinstance(part, Place) else self._on(part, at)
             at += height
-        yield from self._pill(end + 12, end_text(trunk, self.streams, many=self.many))
+        yield from self._pill(end + 12, last)
         self.bottom = end + _TALL["end"]
-
-    def _lines(self) -> list[float]:
-        return [self.x - self.half + self.pitch * stream for stream in range(self.streams)] if self.many else [self.x]
 
     def _pill(self, top: int, text: str) -> Iterator[str]:
         wide = 7 * min(len(text), 22) + 16
@@ -136,7 +127,7 @@ class _Side:
     def _place(self, place: Place, top: int) -> Iterator[str]:
         left, middle = self.left + _BOX, self.left + _BOX + _WIDE // 2
         start, end = self.x + self.half, self.x + self.half + 9
-        lines = place_text(place)
+        lines = place.lines
         yield f'<g class="site"><title>{_escaped(place.path)}</title>'
         yield f'<path class="way" d="M{start:g} {top + 12} H{middle} V{top + 22}"/>'
         yield f'<path class="head" d="M{middle - 4} {top + 20} h8 l-4 7z"/>'
@@ -145,7 +136,7 @@ class _Side:
         yield _text(middle, top + 63, " · ".join(lines[1:]), "dim", _LETTERS + 3)
         yield f'<path class="way" d="M{middle} {top + 73} V{top + 88} H{end + 7:g}"/>'
         yield f'<path class="head" d="M{end + 8:g} {top + 84} v8 l-8 -4z"/>'
-        if self.many:
+        if self.after:
             wide = 2 * self.half + 18
             yield f'<rect class="on" x="{self.x - 15}" y="{top + 40}" width="30" height="18" rx="4"/>'
             yield _text(self.x, top + 53, "res", "dim")
@@ -158,10 +149,9 @@ class _Side:
         yield "</g>"
 
     def _on(self, part: Lifted | Repeat, top: int) -> Iterator[str]:
-        text = part_text(part)
-        kind = "lifted" if isinstance(part, Lifted) else "repeat"
+        text = part.text
+        kind, shape = ("lifted", "on") if isinstance(part, Lifted) else ("repeat", "repeat")
         wide = min(7 * min(len(text), 24) + 18, 2 * _TRUNK - 16)
-        shape = "on" if kind == "lifted" else "repeat"
         yield f'<g class="{kind}-part"><title>{_escaped(text)}</title>'
         yield f'<rect class="{shape}" x="{self.x - wide / 2:g}" y="{top + 12}" width="{wide}" height="26" rx="4"/>'
         yield _text(self.x, top + 29, text, "dim", 29)
@@ -169,11 +159,11 @@ class _Side:
 
 
 def _text(x: float, y: float, text: str, kind: str, letters: int = 100) -> str:
-    if len(text) > letters:  # the end of a path tells more than its beginning
+    if len(text) > letters:  # keep more of the end, which says more
         text = f"{text[: letters // 3]}…{text[len(text) - (letters - letters // 3 - 1) :]}"
     return f"<text class={quoteattr(kind)} x={quoteattr(f'{x:g}')} y={quoteattr(f'{y:g}')}>{_escaped(text)}</text>"
 
 
 def _escaped(text: str) -> str:
-    """Text of XML, without the characters that XML cannot hold."""
+    """Return XML text, without the characters that XML cannot represent."""
     return escape("".join(letter if letter.isprintable() else " " for letter in text))

@@ -1,7 +1,7 @@
-"""Renders a `ModelDiff` as one HTML file that needs no server, no network and nothing else.
+"""A `ModelDiff` as one HTML file that needs no server and no network.
 
-The data travels as JSON; `assets/*.js` build the page from it with `textContent` alone, so that no name of a module can become markup, and the
-content security policy lets nothing run but those scripts.
+The data is embedded as JSON. `assets/*.js` build the page from it with `textContent` alone, so that
+no name in a model can become markup; the content security policy permits only those scripts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.config.options import Options
-from mhc_compile.inspection.diff.fold import common, layers
-from mhc_compile.inspection.diff.rows import Change
+from mhc_compile.inspection.diff.fold import layers
 from mhc_compile.inspection.diff.text import LOOK
 
 if TYPE_CHECKING:
-    from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
+    from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff
 
 __all__ = ["render_page"]
 
-#: In the order in which they are loaded; all share one scope.
+#: In loading order; all share one scope.
 _SCRIPTS = ("model.js", "rows.js", "arcs.js", "panels.js", "page.js")
 
 
 def render_page(diff: ModelDiff) -> str:
-    """The page, as the text of an HTML file."""
+    """Return the text of the HTML file."""
     style = f"\n{_asset('page.css')}"
     script = f"\n(() => {{\n'use strict';\n{''.join(map(_asset, _SCRIPTS))}}})();\n"
     policy = (
@@ -44,7 +43,7 @@ def render_page(diff: ModelDiff) -> str:
     }
     head, *rest = _asset("page.html").split("{{")
     page = [head]
-    for piece in rest:  # one pass: what is put in is not looked at again
+    for piece in rest:  # one pass: braces in the data are not placeholders
         name, _, text = piece.partition("}}")
         page += [parts[name], text]
     return "".join(page)
@@ -60,7 +59,7 @@ def _source(text: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that stays text inside a script element. `json` writes what is not ASCII as escapes, U+2028 and U+2029 among them."""
+    """Return JSON that stays text inside a script element; `json` escapes all but ASCII."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -77,24 +76,15 @@ def _data(diff: ModelDiff) -> dict[str, Any]:
 
 
 def _layers(graph: GraphDiff) -> list[dict[str, Any]]:
-    """The groups of rows that the page shows: inputs and parameters, then layer by layer."""
+    """Return the groups of rows of the page: inputs and parameters, then layer by layer."""
     kinds: dict[str, str] = {}
-    for row in graph.rows:
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, row in enumerate(graph.rows):
         kinds.setdefault(row.node.module, row.node.kind)
-    places = [place for place, row in enumerate(graph.rows) if row.node.op in {"call", "output"}]
-    others = [place for place, row in enumerate(graph.rows) if row.node.op not in {"call", "output"}]
-    found = [{"path": "", "kind": "", "like": "", "inputs": True, "rows": others}] if others else []
-    rest = iter(places)
-    quiet: dict[str, Any] | None = None  # the group before, if nothing changes in it: it takes in the next such
+        places[row.node.op in {"call", "output"}].append(place)
+    found = [{"path": "", "kind": "", "like": "", "inputs": True, "rows": places[False]}] if places[False] else []
+    rest = iter(places[True])
     for layer in layers(graph.rows):
-        rows = [next(rest) for _ in layer.rows]
-        unchanged = not layer.like and all(row.change is Change.SAME for row in layer.rows)
-        if unchanged and quiet is not None:
-            path = common([quiet["path"], layer.path])
-            quiet.update(path=path, kind=kinds.get(path, ""), rows=quiet["rows"] + rows)
-            continue
-        found.append(
-            {"path": layer.path, "kind": kinds.get(layer.path, ""), "like": layer.like, "inputs": False, "rows": rows}
-        )
-        quiet = found[-1] if unchanged else None
+        rows, kind = [next(rest) for _ in layer.rows], kinds.get(layer.path, "")
+        found.append({"path": layer.path, "kind": kind, "like": layer.like, "inputs": False, "rows": rows})
     return found

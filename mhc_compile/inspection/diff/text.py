@@ -1,4 +1,4 @@
-"""Renders a `ModelDiff` for the terminal: unified, or two graphs side by side."""
+"""Terminal rendering of a `ModelDiff`: unified, or two graphs side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.inspection.diff.fold import Section, new_parameters, sections
-from mhc_compile.inspection.diff.rows import Change, Row
+from mhc_compile.inspection.diff.results import Change, ModelDiff, Row
+from mhc_compile.reporting.base import render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.inspection.diff.fold import NewParameters
-    from mhc_compile.inspection.diff.model_diff import GraphDiff, ModelDiff
-    from mhc_compile.inspection.diff.views import NodeView
+    from mhc_compile.inspection.diff.results import GraphDiff, NodeView
 
-__all__ = ["LOOK", "render"]
+__all__ = ["LOOK"]
 
 #: Sign, style and legend of every kind of change.
 LOOK: dict[Change, tuple[str, str, str]] = {
@@ -36,22 +36,21 @@ LOOK: dict[Change, tuple[str, str, str]] = {
     Change.MARKED: ("•", "blue", "verdict of the plan"),
     Change.SAME: (" ", "dim", "unchanged"),
 }
-#: An unchanged row is shown rather than folded where it stands alone.
-_ALONE = 1
 
 
-def render(diff: ModelDiff, *, side_by_side: bool = False, every: bool = False) -> RenderableType:
-    """The whole diff.
+@render.register(ModelDiff)
+def _diff(diff: ModelDiff, *, side_by_side: bool = False, every: bool = False) -> RenderableType:
+    """Render the whole diff.
 
     Args:
-        diff: what to show.
+        diff: the result.
         side_by_side: two columns instead of one.
-        every: fold nothing, neither unchanged rows nor repeated layers.
+        every: fold neither unchanged rows nor repeated layers.
     """
     parts: list[RenderableType] = [_headline(diff)]
     for graph in diff.graphs:
         if len(diff.graphs) > 1:
-            parts.append(Text(f"\ngraph of {_names(graph.modules)}", style="bold"))
+            parts.append(Text(f"\ngraph of {graph.title}", style="bold"))
         parts += _graph(graph, side_by_side, every)
     return Group(*parts)
 
@@ -70,70 +69,65 @@ def _headline(diff: ModelDiff) -> Text:
 
 
 def _graph(graph: GraphDiff, side_by_side: bool, every: bool) -> Iterator[RenderableType]:
-    parameters = new_parameters(graph.rows)
-    if parameters:
+    if parameters := new_parameters(graph.rows):
         yield Text()
         yield from map(_parameters, parameters)
-    found = [Section("", graph.rows)] if every else sections(graph.rows)
-    for section in found:
+    for section in [Section("", graph.rows)] if every else sections(graph.rows):
         if section.like:
-            yield Text(f"\n{_span(section)}: as {section.like}", style="bold dim")
-        elif every or any(row.change is not Change.SAME for row in section.rows):
-            yield from _section(section, side_by_side, every)
-        else:
-            yield Text()
-            yield _heading(section.path, section.rows)
+            more = f" … {section.others[-1]} ({len(section.others) + 1} layers)" if section.others else ""
+            yield Text(f"\n{section.path}{more}: as {section.like}", style="bold dim")
+            continue
+        yield Text()
+        yield _heading(section.path, section.rows)
+        if section.unchanged and not every:
             yield Padding(_folded(section.rows), (0, 0, 0, 4))
+        else:
+            lines = list(_lines(section, every))
+            yield _columns(lines) if side_by_side else _unified(lines)
 
 
-def _section(section: Section, side_by_side: bool, every: bool) -> Iterator[RenderableType]:
-    yield Text()
-    yield _heading(section.path, section.rows)
-    lines = list(_lines(section, every))
-    if side_by_side:
-        yield _columns(lines)
-        return
+def _unified(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=3, justify="right")
     grid.add_column(overflow="fold")
     for line in lines:
         if isinstance(line, Row):
             sign, style, _ = LOOK[line.change]
-            grid.add_row(Text(sign, style=style), _unified(line, style))
+            text, note = _side(line.node, style), _note(line)
+            if note:
+                text.append(f"\n{note}", style=f"{style} italic")
+            grid.add_row(Text(sign, style=style), text)
         else:
             grid.add_row("", _folded(line))
-    yield grid
+    return grid
 
 
 def _lines(section: Section, every: bool) -> Iterator[Row | tuple[Row, ...]]:
-    """The rows that changed, and what lies between them: row by row, or folded."""
+    """Yield the changed rows one by one, and runs of two or more unchanged rows folded."""
     for same, members in groupby(_unpacked(section.rows), key=lambda row: row.change is Change.SAME):
         rows = tuple(members)
-        if every or not same or len(rows) <= _ALONE:
+        if every or not same or len(rows) == 1:
             yield from rows
         else:
             yield rows
 
 
 def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
-    """With `pre, post, res = coefficients(...)` in the place of four rows."""
-    waiting: Row | None = None
-    parts: list[str] = []
-    for row in [*rows, None]:
-        node = row.node if row is not None else None
-        if (
-            waiting is not None
-            and row is not None
-            and node is not None
-            and (row.change, node.target, node.reads) == (Change.ADDED, "getitem", (waiting.node.name,))
-        ):
-            parts.append(node.name)
-            continue
-        if waiting is not None:
-            yield Row(waiting.change, None, replace(waiting.node, name=", ".join(parts) or waiting.node.name))
-        waiting, parts = (row, []) if row is not None and row.change is Change.ADDED else (None, [])
-        if row is not None and waiting is None:
-            yield row
+    """Yield the rows with `pre, post, res = coefficients(...)` in the place of four."""
+    place = 0
+    while place < len(rows):
+        row, place = rows[place], place + 1
+        parts = []
+        while place < len(rows) and _is_part(rows[place], row):
+            parts.append(rows[place].node.name)
+            place += 1
+        yield Row(row.change, None, replace(row.node, name=", ".join(parts))) if parts else row
+
+
+def _is_part(row: Row, whole: Row) -> bool:
+    """Whether both are new, and the row is an entry of the tuple that `whole` computes."""
+    added = (row.change, whole.change) == (Change.ADDED, Change.ADDED)
+    return added and (row.node.target, row.node.reads) == ("getitem", (whole.node.name,))
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:
@@ -145,37 +139,19 @@ def _heading(path: str, rows: Sequence[Row]) -> Text:
     return Text.assemble((path or "(the model itself)", "bold"), (kind, "dim"))
 
 
-def _unified(row: Row, style: str) -> Text:
-    text = _statement(row.node, style)
-    text.append(_value(row), style="dim")
-    note = _note(row)
-    if note:
-        text.append(f"\n{note}", style=f"{style} italic")
-    return text
-
-
-def _statement(node: NodeView, style: str) -> Text:
-    return Text(str(node), style="" if style == "dim" else style)
-
-
-def _value(row: Row) -> str:
-    node = row.node
-    return f"  {node.value}" if node.value else ""
-
-
 def _note(row: Row) -> str:
-    """What the sign does not say."""
+    """Return what the sign does not say."""
     before, after = row.before, row.after
     if before is not None and after is not None:
         if row.change is Change.REPLACED:
             return f"was {before}  {_place(before)}".rstrip()
-        if row.change is Change.REWIRED and before.reads != after.reads:
-            pairs = [(old, new) for old, new in zip(before.reads, after.reads, strict=False) if old != new]
-            return ", ".join(dict.fromkeys(f"read {old}" for old, _ in pairs))
+        if row.change is Change.REWIRED:
+            pairs = zip(before.reads, after.reads, strict=False)
+            return ", ".join(dict.fromkeys(f"read {old}" for old, new in pairs if old != new))
         if row.change is Change.LIFTED:
             return f"was {before}  {before.value}"
     if row.change is Change.MARKED and after is not None:
-        return f"becomes {after.site}" if after.role == "site" else f"left alone: {after.reason}"
+        return f"becomes {after.site}" if after.role == "site" else f"skipped: {after.reason}"
     if row.change is Change.REMOVED and before is not None and before.role == "site":
         return f"part of {before.site}  {_place(before)}".rstrip()
     return ""
@@ -218,14 +194,4 @@ def _columns(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
 def _side(node: NodeView | None, style: str) -> Text:
     if node is None:
         return Text()
-    return Text.assemble(_statement(node, style), (f"  {node.value}" if node.value else "", "dim"))
-
-
-def _span(section: Section) -> str:
-    paths = (section.path, *section.others)
-    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]} ({len(paths)} layers)"
-
-
-def _names(modules: tuple[str, ...]) -> str:
-    shown = [module or "the model itself" for module in modules]
-    return shown[0] if len(shown) == 1 else f"{shown[0]} and {len(shown) - 1} blocks like it"
+    return Text.assemble((str(node), "" if style == "dim" else style), (f"  {node.value}" if node.value else "", "dim"))

@@ -177,7 +177,7 @@ def rejection_report(rejection: Rejection, module: str) -> RejectionReport:
     """Return the report on an addition that is skipped."""
     return RejectionReport(
         add=rejection.add.name,
-        module=below(module, rejection.where),
+        module=below(module, rejection.module_path),
         reason=rejection.reason.value,
         message=rejection.message,
         source=source_line(rejection.add),

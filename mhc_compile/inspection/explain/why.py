@@ -231,10 +231,10 @@ class DetailBuilder:
         verdicts: dict[Node, str] = {
             other.add: f"'{other.add}' is skipped too: {other.reason.value}"
             for other in self.plan.rejections
-            if other is not rejection and other.where == rejection.where
+            if other is not rejection and other.module_path == rejection.module_path
         }
         for site in self.plan.sites:
-            if site.owner.path == rejection.where:
+            if site.owner.path == rejection.module_path:
                 verdicts[site.add] = f"'{site.add}' is the site {below(self.module, site.path)}"
         if not verdicts:
             return ""
@@ -266,7 +266,7 @@ def _axis_origin(site: Site, branch: list[Node]) -> str:
         return "the graph in which the branch begins"
     if entry_axis(site.trunk, branch) is not None:
         return "the first operation of the branch that normalizes or contracts the trunk"
-    return f"the result of '{site.anchor}', the last contraction of the branch"
+    return f"the result of '{site.last_contraction}', the last contraction of the branch"
 
 
 def _declaring_reason(site: Site) -> str:
@@ -274,7 +274,7 @@ def _declaring_reason(site: Site) -> str:
         return "its call begins the branch, in another graph"
     if site.declaring_module.key == site.owner.key:
         return "the owner performs the last contraction of the branch with its own weights"
-    return f"its call ends the branch, with '{site.anchor}'"
+    return f"its call ends the branch, with '{site.last_contraction}'"
 
 
 def _code(node: Node) -> str:

@@ -1,6 +1,7 @@
-"""What the hyper-connections of a model do to signals and gradients over depth.
+"""Signal and gradient propagation through the hyper-connections of a model, over depth.
 
-measure.stability ─> recording: runs the rewritten graph ─> chains: products of H_res, reduced site by site ─> result.Stability ─> table, plots
-callback.StabilityCallback: the same, every so many steps of a training; its `frameworks` are transformers and Lightning
-gain.gain: the composite gains alone
+measure.stability -> recorder: run the rewritten graph, reduce H_res and streams site by site
+                  -> results.Stability -> tables, plots
 """
+
+from mhc_compile.inspection.stream_stats import plots, tables  # noqa: F401 - registers the renderers

@@ -1,7 +1,12 @@
-"""`mhc_compile.stability`: one call of a model, and what its hyper-connections did in it."""
+"""`mhc_compile.stability`: run a model once and measure its hyper-connections over depth."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import random
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from glob import escape
 from typing import TYPE_CHECKING, Any
@@ -11,19 +16,18 @@ from torch import fx, nn
 
 from mhc_compile.attachment.model_tree import CONTAINER, connections, find_connection, unwrap
 from mhc_compile.backend import mhc
+from mhc_compile.capture.tensor_tree import map_tensors
 from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import GraphSession, analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
-from mhc_compile.errors import AttachError
-from mhc_compile.inspection.stream_stats.batches import inputs_of
-from mhc_compile.inspection.stream_stats.recording import Recording, address, recorder
-from mhc_compile.inspection.stream_stats.result import Stability
-from mhc_compile.inspection.stream_stats.undisturbed import undisturbed
+from mhc_compile.errors import AttachError, MhcError
+from mhc_compile.inspection.stream_stats.recorder import Recording, address, has_sites, recorder
+from mhc_compile.inspection.stream_stats.results import Stability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Meter", "stability"]
+__all__ = ["Meter", "fill_residual_logits", "first_batch", "inputs_of", "on_device", "stability", "undisturbed"]
 
 
 def stability(
@@ -32,24 +36,29 @@ def stability(
     options: Mapping[str, Any] | Options | None = None,
     **kwargs: Any,
 ) -> Stability:
-    """Runs a model with hyper-connections once, in eager and without gradients, and measures what they do over depth.
+    """Run a model with hyper-connections once, without gradients, and measure them over depth.
 
-    For every site: its H_res, the products of H_res from the start and to the end of the chain with their gains, how far H_res is from doubly
-    stochastic, pre and post, and how far the streams differ (see `SiteStability`). All sums are in float64, whatever the model's dtype. Chains
-    are followed over graph breaks. Streams are reduced as the model runs; of each site, H_res of every token is kept until the end.
+    For every site: its H_res, the products of H_res from the start and to the end of the chain with
+    their gains, the distance of H_res from doubly stochastic, pre and post, and how far the streams
+    differ (see `SiteStability`). All sums are in float64, whatever the model's dtype. Chains are
+    followed across graph breaks. Streams are reduced as the model runs; H_res of every token and
+    site is kept until the end.
 
-    The model runs in the mode that it is in. Mode, parameters, gradients, buffers, random numbers and compiled versions stay as they are.
+    The model runs in its current mode. Mode, parameters, gradients, buffers, random state and
+    compiled versions are preserved.
 
     Args:
-        model: a model with hyper-connections, compiled or not, or a graph module that `mhc_compile.rewrite` made. (An exported program has no
-            sites any more, only operations: measure the model that it was exported from.)
-        *inputs: as for `model(*inputs)`; or one batch as loaders give it: a tuple, a list or a mapping of inputs, in which entries that `forward`
-            does not take (labels) are left out.
-        options: as the model was compiled with; without them, those that fit its hyper-connections.
+        model: a model with hyper-connections, compiled or not, or a graph module that
+            `mhc_compile.rewrite` made. An exported program has operations but no sites; measure the
+            model that it was exported from.
+        *inputs: as for `model(*inputs)`; or one batch of a loader: a tuple, a list or a mapping of
+            inputs, from which entries that `forward` does not take (labels) are dropped.
+        options: as the model was compiled with; by default those that fit its hyper-connections.
         **kwargs: inputs by name.
 
     Raises:
-        AttachError: the model has no hyper-connections, or others than `options` say, or not at every site that the call runs.
+        AttachError: the model has no hyper-connections, or others than `options` say, or not at
+            every site that the call runs.
         OptionError: the options are wrong.
     """
     meter = Meter(model, options=options)
@@ -60,7 +69,7 @@ def stability(
 
 
 class Meter:
-    """Measures one model again and again; it is traced at the first call only. `close` lets go of what was traced.
+    """Measures one model repeatedly, traced at the first call only; `close` drops the traces.
 
     Args:
         model: see `stability`.
@@ -75,16 +84,17 @@ class Meter:
         self.model = unwrap(model)
         if not connections(self.model):
             raise AttachError(
-                f"{type(self.model).__name__} has no hyper-connections to measure. Call the compiled model once, or mhc_compile.attach(model, ...)"
+                f"{type(self.model).__name__} has no hyper-connections to measure. Call the compiled model once, or"
+                " mhc_compile.attach(model, ...)"
             )
         self._recording = Recording({})
         self._options = replace(
             _settings(self.model) if options is None else Options.parse(options), inner_backend=self._record
         )
-        self._probe = Probe(self.model, self._record if _has_sites(self.model) else self._rewrite)
+        self._probe = Probe(self.model, self._record if has_sites(self.model) else self._rewrite)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stability:
-        """One call, `model(*args, **kwargs)`; see `stability`."""
+        """Measure one call, `model(*args, **kwargs)`; see `stability`."""
         paths = {
             address(getattr(connection, connection.names[1])): path
             for path, connection in connections(self.model).items()
@@ -102,29 +112,30 @@ class Meter:
         )
 
     def close(self) -> None:
-        """Drops the traced graphs."""
+        """Drop the traced graphs."""
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self._reject_to_attach(analyze_graph(graph_module, inputs, self._options))
+        self._check_attached(analyze_graph(graph_module, inputs, self._options))
         return mhc(graph_module, inputs, options=self._options)
 
-    def _reject_to_attach(self, found: GraphSession) -> None:
-        """The backend would give a new site its parameters, and the optimizers too; a measurement leaves the model as it is."""
+    def _check_attached(self, found: GraphSession) -> None:
+        """Raise for a site without parameters, which the backend would attach to the model."""
         for site in found.plan.sites:
             owner = found.provenance.module(site.owner)
             if owner is not None and find_connection(owner, site) is None:
                 raise AttachError(
-                    f"{site} of {type(self.model).__name__} has no hyper-connection yet: with these inputs, in this mode, it runs residual adds"
-                    " that it did not run before. Call the compiled model so once, or mhc_compile.attach(model, ...), and measure then"
+                    f"{site} of {type(self.model).__name__} has no hyper-connection yet: with these inputs, in this"
+                    " mode, it runs residual adds that it did not run before. Call the compiled model so once, or"
+                    " mhc_compile.attach(model, ...), and measure then"
                 )
 
-    def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002 - a compiler's signature
+    def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002
         return recorder(graph_module, lambda: self._recording)
 
 
 def _settings(model: nn.Module) -> ResolvedOptions:
-    """The options that fit the hyper-connections of `model`."""
+    """Return the options that fit the hyper-connections of `model`."""
     found = connections(model)
     first = next(iter(found.values()))
     own = {
@@ -148,8 +159,116 @@ def _settings(model: nn.Module) -> ResolvedOptions:
     ).resolved
 
 
-def _has_sites(model: nn.Module) -> bool:
-    """Whether `model` is a graph that was rewritten already."""
-    graph = getattr(model, "graph", None)
-    begins = (torch.ops.mhc.coefficients.default, torch.ops.mhc.gated_read.default)
-    return isinstance(graph, fx.Graph) and any(node.target in begins for node in graph.nodes)
+@torch.no_grad()
+def fill_residual_logits(model: nn.Module, std: float, generator: torch.Generator | None = None) -> int:
+    """Fill the static residual logits of every hyper-connection with N(0, std) noise, in place.
+
+    What a mapping makes of random logits shows what it guarantees. With phi = 0, as initially, each
+    site's H_res is the same for all tokens.
+
+    Args:
+        model: with hyper-connections.
+        std: standard deviation of the logits.
+        generator: of the noise, on the CPU; torch's own if None.
+
+    Returns:
+        The number of logits: 0 for the mapping "identity", which has none.
+    """
+    count = 0
+    for connection in connections(model).values():
+        if "bias" in connection.names:
+            logits = connection.bias[2 * connection.streams :]
+            logits.copy_(torch.randn(logits.shape, generator=generator) * std)
+            count += logits.numel()
+    return count
+
+
+def inputs_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and named inputs of `model`.
+
+    A single tuple or list is a batch of a loader and gives the first inputs; a single mapping whose
+    keys are names of inputs gives inputs by name. Entries that `forward` does not take, such as
+    labels, are dropped. Other inputs are returned unchanged.
+    """
+    if len(args) != 1 or kwargs:
+        return args, kwargs
+    (batch,) = args
+    parameters = inspect.signature(model.forward).parameters.values()
+    if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        named = {one.name for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
+        given = {key: value for key, value in batch.items() if takes_all or key in named}
+        return ((), given) if given else (args, kwargs)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+            return tuple(batch), {}
+        places = sum(one.kind in {one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD} for one in parameters)
+        return tuple(batch[:places]), {}
+    return args, kwargs
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return nested containers with their tensors on `device`."""
+    if isinstance(value, Mapping):
+        return {key: on_device(entry, device) for key, entry in value.items()}
+    return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def first_batch(loader: Any, size: int) -> Any:
+    """Return the first examples of a loader's data set as a batch, without advancing the loader.
+
+    Iterating would start workers, draw random numbers, and begin an epoch in accelerate.
+
+    Args:
+        loader: a `torch.utils.data.DataLoader`, or a wrapper of one.
+        size: largest number of examples.
+
+    Raises:
+        MhcError: the data set has no length or no items, or the loader has no `collate_fn`.
+    """
+    data: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
+    if collate is None or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise MhcError(
+            f"StabilityCallback cannot take a batch from {type(loader).__name__} over {type(data).__name__} without"
+            " advancing it. Pass one: StabilityCallback(batch=...)"
+        )
+    return collate([data[index] for index in range(min(size, len(data)))])
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, modes and the random state of torch, Python and NumPy after the context.
+
+    Gradients are disabled, so that parameters and their gradients do not change. Buffers that did
+    not change are not written.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, value, value.detach().clone() if value is not None else None)
+        for module in model.modules()
+        for name, value in module._buffers.items()
+    ]
+    tensors = (*model.parameters(), *model.buffers())
+    devices = sorted({value.device.index for value in tensors if value.device.type == "cuda"})
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, value, before in buffers:
+                module._buffers[name] = value
+                if value is not None and before is not None and not _same(value, before):
+                    value.copy_(before)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(arrays)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -1,4 +1,4 @@
-"""A `Stability` as a figure: H_res and its products as heat maps, and gains and streams over depth."""
+"""Plot of a `Stability`: heat maps of H_res and its products; gains and streams over depth."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import MhcError
+from mhc_compile.inspection.stream_stats.results import Stability, write_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from mhc_compile.inspection.stream_stats.result import ChainStability, Matrix, Stability
+    from mhc_compile.inspection.stream_stats.results import ChainStability, Matrix
 
-__all__ = ["draw", "require_matplotlib", "write_png"]
+__all__ = ["draw", "require_matplotlib"]
 
-#: Sites that get a heat map, spread over the chain.
+#: Largest number of sites with a heat map, spread over the chain.
 _MAPS = 5
-#: Chains that are drawn; models with more have them in branches, alike in every block.
+#: Largest number of chains; models with more have similar ones in the branches of every block.
 _CHAINS = 8
 _SIGNAL, _GRADIENT = "tab:blue", "tab:orange"
 
 
 def require_matplotlib() -> None:
-    """Raises MhcError if matplotlib is not there."""
+    """Raise MhcError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
         raise MhcError('a plot needs matplotlib, which is not installed: pip install "matplotlib>=3.8"')
 
 
-def write_png(result: Stability, path: str | Path) -> None:
-    """Writes `draw(result)` to `path`, PNG whatever its name, 160 dots an inch.
-
-    Raises:
-        MhcError: matplotlib is not installed, or there is no chain to draw.
-    """
+@write_plot.register(Stability)
+def _write_png(result: Stability, path: str | Path) -> None:
+    """Write `draw(result)` to `path`: a PNG whatever its name, 160 dots an inch."""
     draw(result).savefig(path, format="png")
 
 
 def draw(result: Stability) -> Any:
-    """The matplotlib figure: for each chain two rows of heat maps, single sites above composites, and two panels over depth.
+    """Return a matplotlib figure: heat maps of sites and composites, and two panels over depth.
 
     Raises:
         MhcError: matplotlib is not installed, or there is no chain to draw.
@@ -62,10 +60,8 @@ def draw(result: Stability) -> Any:
 
 
 def _chain(figure: Any, chain: ChainStability, title: str) -> None:
-    figure.suptitle(
-        f"{title}: {len(chain.sites)} sites, {chain.streams} streams of width {chain.width}, {chain.sites[0].tokens} tokens",
-        fontsize=11,
-    )
+    facts = f"{len(chain.sites)} sites, {chain.streams} streams of width {chain.width}, {chain.sites[0].tokens} tokens"
+    figure.suptitle(f"{title}: {facts}", fontsize=11)
     maps, curves = figure.subfigures(2, 1, height_ratios=[1.45, 1])
     chosen = _spread(len(chain.sites), _MAPS)
     axes = maps.subplots(2, len(chosen), squeeze=False)
@@ -112,15 +108,8 @@ def _curves(figure: Any, chain: ChainStability) -> None:
     streams.set_xlabel("streams entering site l (last: leaving)")
     streams.set_ylabel("mean cosine of two streams")
     other = streams.twinx()
-    rank = other.plot(
-        places,
-        [one.effective_rank for one in geometry],
-        color="tab:purple",
-        linestyle="--",
-        label="effective rank",
-        linewidth=1.4,
-        **marker,
-    )
+    rank_style: Any = {"color": "tab:purple", "linestyle": "--", "linewidth": 1.4, **marker}
+    rank = other.plot(places, [one.effective_rank for one in geometry], label="effective rank", **rank_style)
     other.set_ylim(0.9, chain.streams + 0.1)
     other.set_ylabel(f"effective rank (of {chain.streams})")
     streams.legend(handles=[*similarity, *rank], **above)
@@ -134,7 +123,7 @@ def _curves(figure: Any, chain: ChainStability) -> None:
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """At least from 0.5 to 2: the eye takes the noise of a flat curve for a trend. Within one decade the ticks are written out."""
+    """Show at least 0.5 to 2, where noise is no trend; write out the ticks within one decade."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     known = [value for value in values if 0 < value < math.inf]
@@ -148,7 +137,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 
 def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
-    """A matrix with its entries written in it, its row sums at the right and its column sums below."""
+    """Draw a matrix with its entries, its row sums at the right and its column sums below."""
     n = len(matrix)
     norm = _norm(top, signed=signed)
     image = axis.imshow(matrix, cmap="RdBu_r" if signed else "Blues", norm=norm)
@@ -168,7 +157,7 @@ def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
 
 
 def _norm(top: float, *, signed: bool) -> Any:
-    """Colours from 0, or −top, to top; linear, but logarithmic beyond 1 where products have grown."""
+    """Return colours from 0, or −top, to top; logarithmic beyond 1 for large products."""
     from matplotlib.colors import Normalize, SymLogNorm
 
     low = -top if signed else 0.0
@@ -176,13 +165,13 @@ def _norm(top: float, *, signed: bool) -> Any:
 
 
 def _largest(matrices: Sequence[Matrix], chosen: Sequence[int]) -> float:
-    """The largest magnitude, at least 1, of those that are finite."""
+    """Return the largest finite magnitude, at least 1."""
     every = (abs(value) for index in chosen for row in matrices[index] for value in row)
     return max([1.0, *filter(math.isfinite, every)])
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` indices, from the first to the last."""
+    """Return at most `wanted` of `count` indices, from the first to the last."""
     if count <= wanted:
         return list(range(count))
     return [round(number * (count - 1) / (wanted - 1)) for number in range(wanted)]
@@ -193,7 +182,7 @@ def _product(index: int) -> str:
 
 
 def _short(name: str) -> str:
-    """The last parts of a path that fit over a map."""
+    """Return the last parts of a path, as many as fit over a map."""
     parts = name.split(".")
     while len(parts) > 2 and len(".".join(parts)) > 18:
         parts = parts[1:]
@@ -201,7 +190,7 @@ def _short(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits."""
+    """Return a number with three digits."""
     size = abs(value)
     if size < 999.5:
         return f"{value:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f}"

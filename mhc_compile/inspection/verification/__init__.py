@@ -1,5 +1,7 @@
-"""The proof that a rewritten model computes what the plain one does.
+"""Verification that a rewritten model computes what the plain one does.
 
-check.check ─> subjects: plain, rewritten, other compiler ─ observation.observe ─> tensors ─ comparison.differences ─> result.CheckResult ─ table
-                                                          liveness: does every hyper-connection take part?
+check -> runners: plain, rewritten, other compiler -> comparison: records of runs, differences
+      -> results.CheckResult -> tables
 """
+
+from mhc_compile.inspection.verification import tables  # noqa: F401 - registers the renderer

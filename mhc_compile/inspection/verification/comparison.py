@@ -1,106 +1,160 @@
-"""Two observations, tensor by tensor."""
+"""Records of runs of a model, compared tensor by tensor, and the test that its sites take part."""
 
 from __future__ import annotations
 
+import contextlib
+import random
 import statistics
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mhc_compile.capture.tensor_tree import fresh, map_tensors, tensors
+from mhc_compile.inspection.verification.results import Difference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from mhc_compile.inspection.verification.observation import Observation
+__all__ = ["FLOOR", "TOLERANCES", "RunRecord", "compare", "differences", "live_sites", "randomize", "record_run"]
 
-__all__ = ["FLOOR", "TOLERANCES", "Difference", "compare", "differences", "tolerance_of"]
-
-#: A gradient that is zero in exact arithmetic (the bias of k in attention) is rounding noise, and so is the mean of something normalised. So that
-#: noise is not compared with noise, the magnitude of a gradient or buffer counts as at least this share of the largest one.
+#: Gradients and buffers count as at least this share of the largest one. Some are zero in exact
+#: arithmetic (the bias of k in attention): rounding noise must not be compared with rounding noise.
 FLOOR = 1e-3
-
-#: A gradient this far below the largest one is nothing else: it is compared with the largest one.
+#: A gradient this far below the largest one is noise and is compared with the largest one.
 _NOISE = 1e-5
-
-#: The largest relative error that needs no excuse. Rounding once is 1.1e-16, 6e-8, 4e-3 and 5e-4.
+#: Largest relative error without an excuse. One rounding is 1.1e-16, 6e-8, 4e-3 and 5e-4.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-#: A tensor that deviates by more passes if it is no further from the same model in a wider dtype than this many times the plain one is, or the
-#: median tensor of the plain one's group: of a tensor with three entries the plain model may have hit upon the right ones.
-EXCUSE = 4.0
-#: A plain model that is further than this from itself in a wider dtype computes something else there (it has other random numbers, or overflows):
-#: nothing can be excused by it.
+#: A larger error is excused up to this multiple of the plain model's own, or of the median of its
+#: group: of a tensor with three entries the plain model may be right by accident.
+_EXCUSE = 4.0
+#: A plain model with a larger error in a wider dtype computes something else there (other random
+#: numbers, overflow) and excuses nothing.
 _FOREIGN = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One tensor, in the plain model and in the rewritten one.
+class RunRecord:
+    """Tensors of one forward and backward pass, by name: detached copies.
 
     Attributes:
-        group: "outputs", "written inputs", "buffers", "gradients", "input gradients", or one of these of another proof ("live: gradients").
-        name: path of the parameter or buffer, or of the value in what the model takes and returns.
-        shape: its shape.
-        dtype: its dtype, without "torch.".
-        magnitude: largest absolute entry in the plain model.
-        absolute: largest absolute error.
-        relative: `absolute` over `magnitude`, or over the floor of the group where that is larger. inf where the value is missing on one side or
-            has another shape, dtype or other entries that are not finite.
-        allowed: largest `relative` that is ok.
-        floored: the magnitude is below the floor: the tensor may be rounding noise of the group. (Below 1e-5 of the largest entry of the group,
-            or the tolerance if that is less, it is; then the largest entry is its magnitude.)
-        excused: `relative` is more than the tolerance, and the plain model rounds as much: against the same model in a wider dtype the
-            rewritten one is no worse than 4 times the plain one, or than the median of the plain one's group.
+        outputs: `output`, `output.logits`, `output.0`, of any dtype.
+        inputs: floating-point inputs after the call: `input.0.0`, `input.1.mask`.
+        buffers: floating-point buffers after the call, by path.
+        gradients: of parameters that have one, by path.
+        input_gradients: of inputs that have one.
+        parameters: paths of all parameters.
+        written: inputs that the call changed.
     """
 
-    group: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    magnitude: float
-    absolute: float
-    relative: float
-    allowed: float
-    floored: bool = False
-    excused: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether it is the same."""
-        return self.excused or self.relative <= self.allowed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; what is not finite is None."""
-        numbers = {name: _finite(getattr(self, name)) for name in ("magnitude", "absolute", "relative", "allowed")}
-        return asdict(self) | {"shape": list(self.shape)} | numbers | {"ok": self.ok}
+    outputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    input_gradients: dict[str, Tensor]
+    parameters: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
 
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The default tolerance of a model that computes in `dtype`."""
-    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+def record_run(
+    call: Callable[..., Any],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    differentiable_inputs: bool,
+    seed: int = 0,
+) -> RunRecord:
+    """Call `call` with copies of the inputs, and differentiate a weighted sum of all outputs.
+
+    Earlier gradients of `model` are dropped, and the random state of the caller advances.
+
+    Args:
+        call: the model, or a compiled version of it.
+        model: owner of the parameters and buffers.
+        args: inputs.
+        kwargs: inputs by name.
+        differentiable_inputs: record gradients of floating-point inputs. Impossible for models that
+            write into them.
+        seed: of the random numbers of torch, Python and NumPy.
+    """
+    model.zero_grad(set_to_none=True)
+    args, kwargs = map_tensors(args, fresh), map_tensors(kwargs, fresh)
+    inputs = {name: value for name, value in tensors((args, kwargs), "input") if value.is_floating_point()}
+    before = {name: fresh(value) for name, value in inputs.items()}
+    if differentiable_inputs:
+        for value in inputs.values():
+            value.requires_grad_()
+    _seed(seed)
+    outputs = dict(tensors(call(*args, **kwargs), "output"))
+    loss = sum((_weigh(value) for value in outputs.values() if value.requires_grad), torch.zeros(()))
+    if loss.requires_grad:
+        loss.backward()
+    return RunRecord(
+        {name: fresh(value) for name, value in outputs.items()},
+        {name: fresh(value) for name, value in inputs.items()},
+        {name: fresh(value) for name, value in model.named_buffers() if value.is_floating_point()},
+        {name: fresh(value.grad) for name, value in model.named_parameters() if value.grad is not None},
+        {name: fresh(value.grad) for name, value in inputs.items() if value.is_leaf and value.grad is not None},
+        frozenset(name for name, _ in model.named_parameters()),
+        frozenset(name for name, value in inputs.items() if not torch.equal(value, before[name])),
+    )
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, Python and NumPy inside the context, and restore their states afterwards."""
+    numpy: Any = sys.modules.get("numpy")
+    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng():
+        try:
+            _seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(arrays)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+def _weigh(value: Tensor) -> Tensor:
+    """Return the sum of the entries with random weights, so that errors do not cancel."""
+    flat = torch.view_as_real(value).flatten() if value.is_complex() else value.flatten()
+    generator = torch.Generator().manual_seed(flat.numel())
+    weights = torch.randn(flat.numel(), generator=generator, dtype=torch.float64) / max(flat.numel(), 1) ** 0.5
+    weighed: Tensor = (flat * weights.to(flat)).sum()
+    return weighed
 
 
 def differences(
-    got: Observation,
-    want: Observation,
+    got: RunRecord,
+    want: RunRecord,
     tolerance: float,
     *,
-    exact: Observation | None = None,
+    exact: RunRecord | None = None,
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
 ) -> Iterator[Difference]:
-    """Every tensor of `want` beside that of `got`.
+    """Yield the difference of every tensor of `want` and its counterpart in `got`.
 
-    Parameters and buffers that only `got` has are those that the rewrite added; they are left out.
+    Parameters and buffers that only `got` has belong to the rewrite and are omitted.
 
     Args:
         got: of the rewritten model.
         want: of the plain one.
-        tolerance: largest relative error.
-        exact: of the plain model in a wider dtype, which says how much `want` itself is rounded.
-        dtype: of the model; some of its tensors may have others.
-        prefix: put before the names of the groups.
+        tolerance: see `compare`.
+        exact: of the plain model in a wider dtype.
+        dtype: see `compare`.
+        prefix: of the names of the groups.
     """
     for group, field, share in (
         ("outputs", "outputs", 0.0),
@@ -113,7 +167,7 @@ def differences(
         found, expected = getattr(got, field), getattr(want, field)
         if group == "written inputs":
             expected = {name: value for name, value in expected.items() if name in got.written | want.written}
-        if group == "gradients":  # none is the same as zero, and something else is not
+        if group == "gradients":  # a missing gradient equals zero, and nothing else
             unused = {name: torch.zeros_like(found[name]) for name in found.keys() & want.parameters - expected.keys()}
             expected = expected | unused
         yield from compare(found, expected, tolerance, prefix + group, share=share, exact=wider, dtype=dtype)
@@ -129,16 +183,16 @@ def compare(
     exact: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Difference]:
-    """The deviation of each tensor of one group.
+    """Yield the differences of one group of tensors.
 
     Args:
         got: tensors of the rewritten model.
         want: those of the plain one.
         tolerance: largest relative error.
-        group: what they are.
+        group: name of the group.
         share: magnitudes count as at least this share of the largest of all in `want`.
-        exact: those of the plain model in a wider dtype.
-        dtype: of the model.
+        exact: those of the plain model in a wider dtype, which show the rounding of `want`.
+        dtype: of the model; single tensors may have others.
     """
     largest = max((_magnitude(value) for value in want.values()), default=0.0) if share else 0.0
     floor, noise = share * largest, min(tolerance, _NOISE) * largest
@@ -147,30 +201,24 @@ def compare(
     usual = statistics.median(rounding.values()) if rounding else 0.0
     for name, value in want.items():
         other, scale = got.get(name), scales[name]
-        magnitude, absolute = _magnitude(value), distance(other, value)
+        magnitude, absolute = _magnitude(value), _distance(other, value)
         excused = (
             not absolute / scale <= tolerance
             and name in rounding
             and other is not None
             and exact is not None
-            and distance(other.to(exact[name].dtype), exact[name]) / scale <= EXCUSE * max(rounding[name], usual)
+            and _distance(other.to(exact[name].dtype), exact[name]) / scale <= _EXCUSE * max(rounding[name], usual)
         )
-        yield Difference(
-            group,
-            name,
-            tuple(value.shape),
-            str(value.dtype).removeprefix("torch."),
-            magnitude,
-            absolute,
-            absolute / scale,
-            tolerance,
-            0 < magnitude < floor,
-            excused,
-        )
+        identity = group, name, tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        floored = 0 < magnitude < floor
+        yield Difference(*identity, magnitude, absolute, absolute / scale, tolerance, floored, excused)
 
 
-def distance(got: Tensor | None, want: Tensor) -> float:
-    """Largest absolute error; infinite where the value is missing, has another shape or dtype, or is not finite elsewhere."""
+def _distance(got: Tensor | None, want: Tensor) -> float:
+    """Return the largest absolute error.
+
+    It is infinite if the value is missing, has another shape or dtype, or is not finite elsewhere.
+    """
     if got is None or got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     if want.is_complex():
@@ -187,12 +235,12 @@ def distance(got: Tensor | None, want: Tensor) -> float:
 def _rounding(
     want: Mapping[str, Tensor], exact: Mapping[str, Tensor], scales: Mapping[str, float], foreign: float
 ) -> dict[str, float]:
-    """The relative error of the plain tensors themselves, where the wider dtype is the same computation."""
+    """Return the relative errors of the plain tensors, where the wider dtype computes the same."""
     found = {}
     for name, value in want.items():
         wider = exact.get(name)
         if wider is not None and value.shape == wider.shape and value.is_floating_point():
-            error = distance(value.to(wider.dtype), wider) / scales[name]
+            error = _distance(value.to(wider.dtype), wider) / scales[name]
             if error <= foreign:
                 found[name] = error
     return found
@@ -210,5 +258,51 @@ def _magnitude(value: Tensor) -> float:
     return float(finite.double().abs().max().item()) if finite.numel() else 0.0
 
 
-def _finite(value: float) -> float | None:
-    return value if abs(value) != float("inf") and value == value else None
+def randomize(connections: Iterable[tuple[nn.Parameter, ...]], seed: int) -> None:
+    """Set parameters of hyper-connections and learned read-outs to values far from their init.
+
+    Each entry is (phi, bias, scale), or (weight, bias, scale) of a read-out. With phi = 0, as
+    initially, all streams are copies, which hides many a wrong rewrite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    with torch.no_grad():
+        for phi, bias, scale in connections:
+            phi.copy_(normal(phi) / phi.shape[0] ** 0.5)
+            bias.add_(0.5 * normal(bias))
+            scale.copy_(0.5 + 0.25 * normal(scale).tanh())
+
+
+def live_sites(
+    connections: dict[str, tuple[nn.Parameter, ...]],
+    gradients: dict[str, Tensor],
+    outputs: Callable[[], dict[str, Tensor]],
+) -> set[str]:
+    """Return the hyper-connections that have a gradient, or that change an output when they change.
+
+    Args:
+        connections: parameters by path.
+        gradients: of all parameters, by name.
+        outputs: runs the model.
+    """
+    live = {path for path in connections if any(_moved(gradients.get(f"{path}.{part}")) for part in ("phi", "bias"))}
+    rest = [path for path in connections if path not in live]
+    before = outputs() if rest else {}
+    for path in rest:
+        bias = connections[path][1]
+        with torch.no_grad():
+            old = bias.clone()
+            bias.add_(torch.linspace(-1.0, 1.0, bias.numel()).to(bias))
+        after = outputs()
+        if any(not torch.equal(value, after[name]) for name, value in before.items()):
+            live.add(path)
+        with torch.no_grad():
+            bias.copy_(old)
+    return live
+
+
+def _moved(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.abs().max() > 0)

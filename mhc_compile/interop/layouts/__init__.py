@@ -1,4 +1,4 @@
-"""The layouts of the systems that ship hyper-connections, by preset. A new one is one file and one line here. Torch is not imported here."""
+"""Layouts by preset. To add one, write a file like its neighbours and list it here. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ LAYOUTS: dict[str, Layout] = {layout.preset: layout for layout in (DEEPSEEK_V4, 
 
 
 def get_layout(preset: str) -> Layout:
-    """How the files of the system that `preset` stands for store hyper-connections.
+    """Return the layout of the system that `preset` stands for.
 
     Raises:
-        OptionError: there is no such preset, or it has no files of its own.
+        OptionError: there is no such preset, or it has no layout.
     """
     get_preset(preset)
     if preset not in LAYOUTS:
         raise OptionError(
-            f"preset {preset!r} has no layout of its own; known layouts: {', '.join(LAYOUTS)}. Describe another one with"
-            " mhc_compile.interop.register_layout"
+            f"preset {preset!r} has no layout of its own; known layouts: {', '.join(LAYOUTS)}. Add one with"
+            " mhc_compile.interop.layouts.register_layout"
         )
     return LAYOUTS[preset]
 
 
 def register_layout(layout: Layout) -> Layout:
-    """Makes a layout of your own known by the name of its preset.
+    """Add a layout under the name of its preset, and return it.
 
     Raises:
-        OptionError: there is no such preset (see `mhc_compile.config.presets.register_preset`), or it has another layout.
+        OptionError: there is no such preset (see `register_preset`), or it has another layout.
     """
     get_preset(layout.preset)
     if LAYOUTS.setdefault(layout.preset, layout) != layout:

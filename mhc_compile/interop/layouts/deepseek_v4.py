@@ -1,14 +1,14 @@
-"""DeepSeek-V4: `fn` [n(n+2), n C] is phi transposed, `base` the bias, and the matrix is applied transposed; `hc_head` is the read-out.
+"""DeepSeek-V4: `fn` [n(n+2), n C] is phi transposed, `base` the bias, `hc_head` the read-out.
 
-In published files, and in those that `save_pretrained` writes, branches have other names (`attn`, `ffn`). In the former every block of `mtp` is a
-chain of its own.
+Branches have other names (`attn`, `ffn`) in published files and in the output of `save_pretrained`.
+In published files every block of `mtp` is a chain of its own.
 """
 
 from __future__ import annotations
 
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
-__all__ = ["DEEPSEEK_V4", "READ_OUT", "SITE"]
+__all__ = ["DEEPSEEK_V4", "READ_OUT", "SITE", "TRANSFORMERS"]
 
 SITE = (
     Entry("phi", "nC n(n+2)", (Part("fn", "n(n+2) nC"),), "projection"),
@@ -20,6 +20,12 @@ READ_OUT = (
     Entry("bias", "n", (Part("base", "n"),), "logits"),
     Entry("scale", "1", (Part("scale", "1"),), "scales"),
 )
+TRANSFORMERS = Spelling(
+    name="transformers",
+    sites={"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)},
+    read_out="hc_head.hc_{}",
+)
+_SITES = {"hc_attn_{}": ("attn",), "hc_ffn_{}": ("ffn",)}
 
 DEEPSEEK_V4 = Layout(
     preset="deepseek-v4",
@@ -27,22 +33,9 @@ DEEPSEEK_V4 = Layout(
     site=SITE,
     read_out=READ_OUT,
     spellings=(
-        Spelling(
-            name="transformers",
-            sites={"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)},
-            read_out="hc_head.hc_{}",
-        ),
-        Spelling(
-            name="saved",
-            sites={"hc_attn_{}": ("attn",), "hc_ffn_{}": ("ffn",)},
-            read_out="hc_head.hc_{}",
-        ),
-        Spelling(
-            name="published",
-            sites={"hc_attn_{}": ("attn",), "hc_ffn_{}": ("ffn",)},
-            read_out="hc_head_{}",
-            alone=("mtp",),
-        ),
+        TRANSFORMERS,
+        Spelling(name="saved", sites=_SITES, read_out=TRANSFORMERS.read_out),
+        Spelling(name="published", sites=_SITES, read_out="hc_head_{}", alone=("mtp",)),
     ),
     transposed=True,
 )

@@ -1,9 +1,11 @@
-"""GLM-5-next: DeepSeek-V4's sites; the read-out is the mean of the streams and has no parameters."""
+"""GLM-5-next: the sites of DeepSeek-V4. The read-out is the mean, without parameters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mhc_compile.interop.layout import Layout, Spelling
-from mhc_compile.interop.layouts.deepseek_v4 import SITE
+from mhc_compile.interop.layouts.deepseek_v4 import SITE, TRANSFORMERS
 
 __all__ = ["GLM5_NEXT"]
 
@@ -12,7 +14,7 @@ GLM5_NEXT = Layout(
     source="transformers.models.glm5_next (Glm5NextTextHyperConnection)",
     site=SITE,
     spellings=(
-        Spelling(name="transformers", sites={"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)}),
+        replace(TRANSFORMERS, read_out=""),
         Spelling(name="saved", sites={"hc_attn_{}": ("self_attn",), "hc_ffn_{}": ("mlp",)}),
     ),
     transposed=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
-from mhc_compile.interop.layouts.deepseek_v4 import READ_OUT
+from mhc_compile.interop.layouts.deepseek_v4 import READ_OUT, TRANSFORMERS
 
 __all__ = ["HY_V4"]
 
@@ -17,11 +17,7 @@ HY_V4 = Layout(
     ),
     read_out=READ_OUT,
     spellings=(
-        Spelling(
-            name="transformers",
-            sites={"attn_hc.{}": ("self_attn",), "ffn_hc.{}": ("mlp",)},
-            read_out="hc_head.hc_{}",
-        ),
+        TRANSFORMERS,
         Spelling(
             name="saved",
             sites={"hc_pre.hc_attn_layer.hc_{}": ("self_attn",), "hc_pre.hc_mlp_layer.hc_{}": ("mlp",)},

@@ -1,6 +1,7 @@
-"""Qwen4-Exp: a norm, a gate through a low rank and the weights of post; phi here is the two projections of the normalised streams side by side.
+"""Qwen4-Exp: a norm, a low-rank gate and the weights of post.
 
-Its blocks have no norms of their own, and its n-gram layers (`ple`), which write to all streams, are no sites.
+Our phi is the concatenation of the two projections of the normalized streams. Blocks have no norms
+of their own. The n-gram layers (`ple`), which write to all streams, are no sites.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Measurements. Each module runs by itself: `python -m mhc_compile.tools.bench.passes`."""
+"""Benchmarks of hyper-connections and of the passes. `README.md` is the guide."""

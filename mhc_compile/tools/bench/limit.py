@@ -1,40 +1,33 @@
-"""The physical limit of a site: the bytes that must move and the products that must be taken, counted by hand and measured.
+"""The physical limit of a site: the bytes that must move and the products that must be computed.
 
-NOTES.md has the terms. Units: elements per token and flops.
+README.md derives the counts. Units are elements per token and flops.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mhc_compile.tools.bench.workload import SITES, Times, Workload
+from mhc_compile.tools.bench.workloads import SITES, Times, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mhc_compile.tools.bench.shape import Shape
+    from mhc_compile.tools.bench.workloads import Shape
 
 __all__ = ["Limit", "Moved", "flops", "in_step", "moved"]
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(NamedTuple):
     """Elements per token that a site must read and write, in one direction."""
 
     read: int
     written: int
 
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.read + self.written
-
 
 def moved(shape: Shape) -> tuple[Moved, Moved]:
-    """Forward and backward. With n = 4: 10 C and 15 C.
+    """Return the traffic of forward and backward. With n = 4: 10 C and 15 C.
 
     forward   reads X (n C) and f (C); writes X' (n C) and h (C)
     backward  reads dX' (n C), dh (C), X (n C) and f (C); writes dX (n C) and df (C)
@@ -44,16 +37,16 @@ def moved(shape: Shape) -> tuple[Moved, Moved]:
 
 
 def flops(shape: Shape) -> tuple[int, int]:
-    """Forward and backward: the projection `vec(X') phi`, and its two gradients. 2 T nC (n² + 2n) each."""
+    """Return those of the projection `vec(X') phi`, 2 T nC (n² + 2n), and of its two gradients."""
     one = 2 * shape.tokens * shape.streams * shape.width * shape.coefficients
     return one, 2 * one
 
 
 class Limit(Workload):
-    """A site's bytes as a copy and its products as `torch.mm`, in the dtype of the streams, for as many sites as the contenders run.
+    """The bytes of `SITES` sites as copies and their products as `torch.mm`, in the streams' dtype.
 
-    The forward is `copy_` (as much is written as read), the backward `add(out=)` of two buffers (twice as much is read as written). The products
-    take as streams what the copy has just written.
+    The forward is `copy_`, which writes as much as it reads; the backward is `add(out=)` of two
+    buffers, which reads twice as much as it writes. The products read what was just written.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -72,14 +65,14 @@ class Limit(Workload):
 
     @torch.no_grad()
     def forward(self) -> None:
-        """10 C per token at n = 4, and one product."""
+        """Move 10 C elements per token at n = 4, and compute one product."""
         for (source, _, target), streams in zip(self._sites, self._streams, strict=True):
             target.copy_(source)
             torch.mm(streams, self._phi, out=self._out)
 
     @torch.no_grad()
-    def backward(self, outputs: None) -> None:  # noqa: ARG002 - nothing comes from the forward
-        """15 C per token at n = 4, and two products."""
+    def backward(self, outputs: None) -> None:  # noqa: ARG002 - the forward returns nothing
+        """Move 15 C elements per token at n = 4, and compute two products."""
         for (source, other, target), streams in zip(reversed(self._sites), reversed(self._streams), strict=True):
             torch.add(source, other, out=target)
             torch.mm(streams.t(), self._logits, out=self._gradient)
@@ -87,6 +80,6 @@ class Limit(Workload):
 
 
 def in_step(plain: Times, site: Times, sites: int) -> Times:
-    """The limit of a training step: the plain step, and every site's limit on top of it."""
+    """Return the limit of a training step: the plain step, and every site's limit in addition."""
     forward, backward = sites * site.forward, sites * site.backward
     return Times(plain.forward + forward, plain.backward + backward, plain.total + forward + backward)

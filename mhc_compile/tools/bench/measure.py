@@ -1,33 +1,45 @@
-"""One benchmark from beginning to end: build and compile every contender, time all of them in turn, and make rows of it."""
+"""A run of the benchmark: build, compile and time every candidate, and derive the rows."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.tools.bench import memory
-from mhc_compile.tools.bench.compiling import compiled, first_run
+from mhc_compile import __version__, ops
+from mhc_compile._torch import compile_with_inductor, isolated_compile
+from mhc_compile._torch.benchmarking import silence_inductor, warm_up
+from mhc_compile.reporting.conditions import load_average, machine_conditions
+from mhc_compile.tools.bench.candidates import LIMIT, PLAIN, choose
 from mhc_compile.tools.bench.limit import Limit, in_step, moved
-from mhc_compile.tools.bench.load import busy_cores
-from mhc_compile.tools.bench.model import batch, parameters
-from mhc_compile.tools.bench.names import LIMIT, PLAIN
-from mhc_compile.tools.bench.result import PHASES, Benchmark, Counters, PerSite, Row
-from mhc_compile.tools.bench.rounds import Rounds, interleave
-from mhc_compile.tools.bench.spread import paired_difference, paired_ratio, spread
-from mhc_compile.tools.bench.workload import SITES, SiteWorkload, StepWorkload
+from mhc_compile.tools.bench.results import (
+    PHASES,
+    Benchmark,
+    Counters,
+    Result,
+    Row,
+    paired_difference,
+    paired_ratio,
+    spread,
+)
+from mhc_compile.tools.bench.timing import first_run, interleave, measure_memory
+from mhc_compile.tools.bench.workloads import SITES, Block, SiteWorkload, StepWorkload, batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
 
     from mhc_compile.reporting.progress import Silent
-    from mhc_compile.tools.bench.contenders import Contender
-    from mhc_compile.tools.bench.shape import Shape
-    from mhc_compile.tools.bench.workload import Times, Workload
+    from mhc_compile.tools.bench.candidates import Candidate, Compiler
+    from mhc_compile.tools.bench.workloads import Shape, Times, Workload
 
-__all__ = ["fill", "measure", "prepare"]
+__all__ = ["compiled", "measure", "prepare", "run", "time_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -35,124 +47,184 @@ _WARM_UP = 2
 _LIMIT_TITLE = {"site": "copy of the bytes + products", "step": "plain + every site's limit"}
 
 
-def measure(
-    kind: str,
+def run(
     shape: Shape,
-    contenders: Sequence[Contender],
     *,
-    limit: bool,
-    rounds: int,
-    busy: bool,
-    cold: bool,
+    only: Sequence[str] = (),
+    kinds: Sequence[str] = ("site", "step"),
+    rounds: int = 15,
+    cold: bool = True,
     progress: Silent,
+) -> Result:
+    """Measure the candidates that `only` names (all by default) in the benchmarks `kinds`.
+
+    Raises:
+        UnknownNameError: `only` has a name without a candidate.
+    """
+    candidates, limit = choose(only)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|hyper_connections|liger_kernel|tile_kernels)\.")
+    silence_inductor()
+    before = load_average()
+    progress.phase("loading the compiler")
+    warm_up()
+    benchmarks: list[Benchmark] = []
+    interrupted = False
+    for kind in kinds:
+        if not interrupted:
+            benchmark, interrupted = measure(
+                kind, shape, candidates, limit=limit, rounds=rounds, cold=cold, progress=progress
+            )
+            benchmarks.append(benchmark)
+    versions = {candidate.distribution: candidate.installed() for candidate in candidates}
+    conditions = {
+        **asdict(shape),
+        **machine_conditions(shape.device),
+        "packages": {"mhc-compile": __version__, **{name: one for name, one in versions.items() if one}},
+        "rounds": rounds,
+        "load": (before, load_average()),
+    }
+    return Result(conditions, tuple(benchmarks), interrupted)
+
+
+def measure(
+    kind: str, shape: Shape, candidates: Sequence[Candidate], *, limit: bool, rounds: int, cold: bool, progress: Silent
 ) -> tuple[Benchmark, bool]:
-    """The benchmark of a "site" or of a training "step", and whether Ctrl-C cut it short. `cold`: compile from empty caches, which takes longer."""
-    torch._dynamo.reset()
-    mine = [contender for contender in contenders if kind in contender.kinds]
-    rows: dict[str, Row] = {}
-    workloads: dict[str, Workload] = {}
-    for index, contender in enumerate(mine):
-        progress.phase(f"{kind}: compiling {contender.name} ({index + 1} of {len(mine)})")
-        row = Row(name=contender.name, title=contender.title, status="missing", message=contender.missing(shape) or "")
-        workload = None
-        if not row.message:
-            row, workload = prepare(row, lambda contender=contender: _workload(kind, shape, contender), cold=cold)  # type: ignore[misc]
-        rows[contender.name] = row
-        if workload is not None:
-            workloads[contender.name] = workload
-        if rows[contender.name].status == "failed":
-            progress.note(f"{kind}: {contender.name} failed: {rows[contender.name].message}")
+    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted.
+
+    `limit` adds the row of the limit. `cold` compiles from empty caches, which takes longer.
+    """
+    torch.compiler.reset()
+    mine = [candidate for candidate in candidates if kind in candidate.kinds]
+    rows = {c.name: Row(name=c.name, title=c.title, status="missing", message=c.missing(shape) or "") for c in mine}
+    builds = {c.name: partial(_workload, kind, shape, c) for c in mine}
+    workloads = prepare(rows, builds, label=f"{kind}: ", cold=cold, progress=progress)
     if limit:
-        rows[LIMIT] = Row(name=LIMIT, title=_LIMIT_TITLE[kind], status="ok", counters=_counted(kind, shape))
+        # The bytes of a site's limit were counted by hand.
+        size = sum(map(sum, moved(shape))) * shape.tokens * shape.real.itemsize
+        counters = Counters(bytes=size) if kind == "site" else None
+        rows[LIMIT] = Row(name=LIMIT, title=_LIMIT_TITLE[kind], status="ok", counters=counters)
         workloads[LIMIT] = Limit(shape)
-    progress.timing(kind, (rounds + _WARM_UP) * len(workloads))
-    with busy_cores(busy):
-        measured = interleave(workloads, rounds, _WARM_UP, progress.advance)
-    for name, error in measured.failures.items():
-        progress.note(f"{kind}: {name} failed: {_line(error)}")
-    filled = fill(rows, workloads, measured, sites=shape.sites if kind == "step" else 1, whole=kind == "step")
-    return Benchmark(kind, measured.complete, filled), measured.interrupted
+    sites = shape.sites if kind == "step" else 1
+    return time_rows(kind, rows, workloads, rounds=rounds, sites=sites, progress=progress)
 
 
 def prepare(
-    row: Row, build: Callable[[], tuple[torch.nn.Module, Workload]], *, cold: bool
-) -> tuple[Row, Workload | None]:
-    """A contender's row without times, and what is timed; None where there is nothing to time.
+    rows: dict[str, Row],
+    builds: Mapping[str, Callable[[], tuple[nn.Module, Workload]]],
+    *,
+    label: str = "",
+    cold: bool,
+    progress: Silent,
+) -> dict[str, Workload]:
+    """Build, compile and run every candidate for the first time, unless its row has a message.
 
-    Args:
-        row: with name and title.
-        build: makes the model and the workload that runs it.
-        cold: compile from empty caches.
+    Update the rows, without times, and return the workloads of those that did not fail.
     """
-    try:
-        torch.manual_seed(0)
-        module, workload = build()
-        first = first_run(workload, cold=cold)
-        workload.timed()
-        used = memory.measure(workload)
-    except Exception as error:  # whatever a contender raises is its row, and the others go on
-        log.debug("%s failed", row.name, exc_info=True)
-        return replace(row, status="failed", message=_line(error)), None
-    ready = replace(
-        row,
-        status="ok",
-        counters=first.counters,
-        compile_seconds=first.seconds,
-        saved_bytes=used.saved,
-        peak_bytes=used.peak,
-        parameters=parameters(module),
-    )
-    return ready, workload
-
-
-def _workload(kind: str, shape: Shape, contender: Contender) -> tuple[torch.nn.Module, Workload]:
-    if kind == "step":
-        model = contender.model(shape)
-        return model, StepWorkload(
-            shape.device, compiled(model, contender.compiler, contender.mapping), model, batch(shape)
+    workloads: dict[str, Workload] = {}
+    for index, (name, build) in enumerate(builds.items()):
+        progress.phase(f"{label}compiling {name} ({index + 1} of {len(builds)})")
+        if rows[name].message:
+            continue
+        try:
+            torch.manual_seed(0)
+            module, workload = build()
+            first = first_run(workload, cold=cold)
+            workload.timed()
+            memory = measure_memory(workload)
+        except Exception as error:  # any error of a candidate becomes its row; the others go on
+            log.debug("%s failed", name, exc_info=True)
+            rows[name] = replace(rows[name], status="failed", message=_line(error))
+            progress.note(f"{label}{name} failed: {_line(error)}")
+            continue
+        workloads[name] = workload
+        rows[name] = replace(
+            rows[name],
+            status="ok",
+            counters=first.counters,
+            compile_seconds=first.seconds,
+            saved_bytes=memory.saved,
+            peak_bytes=memory.peak,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
         )
-    module, first = contender.site(shape)
-    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
-    return module, SiteWorkload(shape.device, compiled(module, contender.site_compiler), module, inputs)
+    return workloads
 
 
-def _counted(kind: str, shape: Shape) -> Counters | None:
-    """The limit of a site moves what was counted by hand."""
+def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -> Callable[..., Any]:
+    """Return `module` under a candidate's compiler; compilation happens at the first call."""
+    if compiler == "eager":
+        return module
+    if compiler.startswith("mhc"):
+        recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
+        return torch.compile(module, backend="mhc", options={"recompute": recompute, "mapping": mapping})
+    if compiler == "operators":
+        return isolated_compile(module, _inductor)
+    if compiler == "blocks":
+        for block in module.modules():
+            if isinstance(block, Block):
+                block.attn.compile()
+                block.mlp.compile()
+        return module
+    # Isolated: the cells of all candidates share a code object, and Dynamo limits its compilations.
+    return isolated_compile(module, "inductor")  # type: ignore[arg-type]
+
+
+def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compile as the backend does with a rewritten graph."""
+    tag = f"mhc-{ops.fingerprint()}"
+    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, tag)
+
+
+def _workload(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:
     if kind == "step":
-        return None
-    return Counters(bytes=sum(part.total for part in moved(shape)) * shape.tokens * shape.real.itemsize)
+        model = candidate.model(shape)
+        call = compiled(model, candidate.compiler, candidate.mapping)
+        return model, StepWorkload(shape.device, call, model, batch(shape))
+    module, first = candidate.site(shape)
+    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
+    return module, SiteWorkload(shape.device, compiled(module, candidate.site_compiler), module, inputs)
 
 
-def fill(
-    rows: dict[str, Row], workloads: dict[str, Workload], measured: Rounds, *, sites: int, whole: bool
-) -> tuple[Row, ...]:
-    """The rows with their times. `whole`: of a step of `sites` sites, and not of a site alone."""
+def time_rows(
+    kind: str,
+    rows: Mapping[str, Row],
+    workloads: Mapping[str, Workload],
+    *,
+    rounds: int,
+    sites: int,
+    progress: Silent,
+    label: str = "",
+) -> tuple[Benchmark, bool]:
+    """Time the workloads; return the rows with times and whether Ctrl-C interrupted the rounds.
+
+    A workload is a model of so many `sites`, or one site. `label` replaces `kind` in the display.
+    """
+    turns = itertools.count()
+    progress.count(f"{label or kind}: timing", (rounds + _WARM_UP) * len(workloads))
+    measured = interleave(workloads, rounds, _WARM_UP, lambda name: progress.advance(name, done=next(turns)))
     times = dict(measured.times)
-    if whole and LIMIT in times:
+    if kind == "step" and LIMIT in times:
+        limits = times.pop(LIMIT)
         if PLAIN in times:
-            pairs = zip(times[PLAIN], times[LIMIT], strict=True)
-            times[LIMIT] = [in_step(plain, site, sites) for plain, site in pairs]
-        else:
-            del times[LIMIT]
-    plain_row = rows.get(PLAIN)
+            times[LIMIT] = [in_step(plain, one, sites) for plain, one in zip(times[PLAIN], limits, strict=True)]
     filled = []
     for name, row in rows.items():
         error = measured.failures.get(name)
         if error is not None:
+            progress.note(f"{kind}: {name} failed: {_line(error)}")
             filled.append(Row(name=name, title=row.title, status="failed", message=_line(error)))
         elif row.status == "ok" and not times.get(name):
             filled.append(replace(row, status="missing", message="no complete round"))
         elif row.status == "ok":
-            filled.append(_timed(row, times, plain_row, workloads[name], sites))
+            filled.append(_timed(row, times, rows.get(PLAIN), workloads[name], sites))
         else:
             filled.append(row)
-    return tuple(filled)
+    return Benchmark(kind, measured.complete, tuple(filled)), measured.interrupted
 
 
 def _timed(row: Row, times: dict[str, list[Times]], plain: Row | None, workload: Workload, sites: int) -> Row:
     samples = {phase: tuple(getattr(one, phase) for one in times[row.name]) for phase in PHASES}
     base = {phase: [getattr(one, phase) for one in times.get(PLAIN, [])] for phase in PHASES}
-    # The plain residual does less than the limit is the limit of.
+    # The limit is one of hyper-connections; the plain residual does less.
     floor = [one.total for one in times.get(LIMIT, [])] if row.name != PLAIN else []
     compared = bool(base["total"])
     extra = [value / sites for value in samples["total"]], [value / sites for value in base["total"]]
@@ -163,18 +235,8 @@ def _timed(row: Row, times: dict[str, list[Times]], plain: Row | None, workload:
         ratio={phase: paired_ratio(samples[phase], base[phase]) for phase in PHASES} if compared else {},
         extra=paired_difference(*extra) if compared else None,
         share=paired_ratio(floor, samples["total"]).median if floor else None,
-        plus=_plus(row.counters, plain.counters if plain else None, sites),
+        plus=row.counters.per_site(plain.counters, sites) if row.counters and plain and plain.counters else None,
         loss=getattr(workload, "loss", None),
-    )
-
-
-def _plus(counters: Counters | None, plain: Counters | None, sites: int) -> PerSite | None:
-    if counters is None or plain is None:
-        return None
-    return PerSite(
-        (counters.kernels - plain.kernels) / sites,
-        (counters.externs - plain.externs) / sites,
-        (counters.bytes - plain.bytes) / sites,
     )
 
 

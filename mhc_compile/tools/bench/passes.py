@@ -2,8 +2,8 @@
 
     python -m mhc_compile.tools.bench.passes [NODES ...]
 
-The graph is a decoder, traced symbolically: two residual adds and two rotary additions, which are rejected, in every layer. Times are the
-smallest of three runs, of the passes alone (no tracing, no compiler below).
+The graph is a decoder, traced symbolically. Every layer has two residual adds, and two rotary
+additions that are rejected. Times are the least of three runs, without tracing and compilation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from mhc_compile._torch.benchmarking import propagate_fake_tensors
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes import expand_plan, normalize, plan_chains
 from mhc_compile.passes.analysis.provenance import Provenance
@@ -28,15 +27,13 @@ from mhc_compile.passes.transforms.stream_builder import Binding
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mhc_compile.passes import Plan
-
 __all__ = ["Measurement", "measure"]
 
 _WIDTH = 8
 
 
 class _Layers(nn.Module):
-    """A decoder in the spelling of today's models: RMS norms by hand, rotary positions, gated MLP. All layers share the weights: the graph grows."""
+    """A decoder with RMS norms by hand, rotary positions and gated MLPs; layers share weights."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -70,7 +67,7 @@ class _Layers(nn.Module):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each stage, and the largest memory that all of them held at once, in bytes, for a graph of `nodes` nodes."""
+    """Seconds of each stage and their peak memory in bytes, for a graph of `nodes` nodes."""
 
     nodes: int
     sites: int
@@ -81,28 +78,26 @@ class Measurement:
 
     @property
     def seconds(self) -> float:
-        """All stages together."""
+        """Sum of all stages."""
         return self.normalize + self.plan + self.expand
 
 
-def measure(nodes: int, *, runs: int = 3, memory: bool = True) -> Measurement:
-    """Runs the passes on a graph of about `nodes` nodes."""
+def measure(nodes: int, *, runs: int = 3) -> Measurement:
+    """Run the passes on a graph of about `nodes` nodes."""
     module = fx.symbolic_trace(_Layers(max(1, round(nodes / _nodes_per_layer()))))
     positions = torch.zeros(4, _WIDTH // 2)
     inputs = (torch.zeros(2, 4, _WIDTH), positions, positions)
-    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    propagate_fake_tensors(module, *inputs)
     module.hyper = HyperConnection(_WIDTH)
     gc.collect()
-    gc.freeze()  # the graph stays; Python need not look at it again and again
+    gc.freeze()  # the collector need not traverse the graph in every run
     timed = [_run(module) for _ in range(runs)]
     stages = [min(run[index] for run in timed) for index in range(3)]
-    peak = 0
-    if memory:
-        tracemalloc.start()
-        _run(module)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    plan = _plan(normalize(module.graph))
+    tracemalloc.start()
+    _run(module)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    plan = plan_chains(normalize(module.graph), Provenance())
     gc.unfreeze()
     return Measurement(len(module.graph.nodes), len(plan.sites), stages[0], stages[1], stages[2], peak)
 
@@ -116,15 +111,11 @@ def _run(module: fx.GraphModule) -> tuple[float, float, float]:
     start = time.perf_counter()
     graph = normalize(module.graph)
     normalized = time.perf_counter()
-    plan = _plan(graph)
+    plan = plan_chains(graph, Provenance())
     planned = time.perf_counter()
     binding = Binding("hyper.phi", "hyper.bias", "hyper.scale", 4, "sinkhorn", 20, 1e-6)
     expand_plan(graph, plan, dict.fromkeys(plan.sites, binding))
     return normalized - start, planned - normalized, time.perf_counter() - planned
-
-
-def _plan(graph: fx.Graph) -> Plan:
-    return plan_chains(graph, Provenance())
 
 
 def _main(sizes: Iterable[int]) -> None:

@@ -1,191 +1,205 @@
-"""The demo from its beginning to its figures: data, models, compilation, training, measurement, files."""
+"""A run from its beginning to its files: checkpoint, training, Ctrl-C, figures."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import signal
+import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.errors import MhcError
+import torch
+
+from mhc_compile._torch.benchmarking import caches, warm_up
+from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.tools.demo.data import load_corpus, make_task
+from mhc_compile.tools.demo.report import collect, conditions, draw
 from mhc_compile.tools.demo.settings import STEPS, Settings
+from mhc_compile.tools.demo.train import PairedTraining, deterministic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from mhc_compile import Explanation
-    from mhc_compile.tools.demo.interrupt import Interrupts
-    from mhc_compile.tools.demo.progress import Silent
-    from mhc_compile.tools.demo.training import Duel
+    from mhc_compile.reporting.progress import Silent
+    from mhc_compile.results import Explanation
 
-__all__ = ["Interrupted", "Outcome", "Request", "run"]
+__all__ = ["Interrupts", "Session", "load_checkpoint", "save_checkpoint"]
 
-RESULT, PICTURE, CACHE = "result.json", "loss.png", "inductor-cache"
+RESULT, PICTURE, CHECKPOINT = "result.json", "loss.png", "checkpoint.pt"
+#: First entry of every checkpoint; changes with its layout.
+FORMAT = "mhc demo checkpoint 2"
+_KEYS = {"format", "settings", "digest", "target", "conditions", "run"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was asked for on the command line.
+class Interrupts:
+    """Raise KeyboardInterrupt on SIGINT at once, or at the end of the `shield` that it arrives in.
 
-    Attributes:
-        given: the settings that were named; the rest come from the defaults, or from the checkpoint that is resumed.
-        steps: the length of the run, None for the default or the checkpoint's.
-        out: folder of the checkpoint, `result.json` and `loss.png`.
-        resume: whether to continue the checkpoint in `out`.
-        save_every: seconds between two checkpoints.
+    A half-made step must not be saved. Some callbacks swallow KeyboardInterrupt; the next shield
+    raises it again.
     """
 
-    given: Mapping[str, Any]
-    steps: int | None
-    out: Path
-    resume: bool
-    save_every: float = 30.0
+    def __init__(self) -> None:
+        self.pending = False
+        self._shielded = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Handle SIGINT. Does nothing outside the main thread, where Python delivers no signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Defer SIGINT to the end of the context."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self.pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002 - the signature of a signal handler
+        self.pending = True
+        if not self._shielded:
+            raise KeyboardInterrupt
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: its figures (see `result`), the site report, and the files that were written."""
-
-    result: dict[str, Any]
-    explanation: Explanation
-    files: list[Path]
-
-
-class Interrupted(Exception):  # noqa: N818 - an event, not an error
-    """Ctrl-C. `step` is how far the checkpoint on disk is, 0 if there is none."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"interrupted; the checkpoint is at step {step}")
-        self.step = step
-
-
-class ContradictionError(MhcError):
-    """The command line and the checkpoint disagree."""
-
-
-def run(request: Request, progress: Silent, interrupts: Interrupts) -> Outcome:
-    """Runs all of it.
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write all of `content` or nothing: a killed process leaves the previous checkpoint.
 
     Raises:
-        ContradictionError: the checkpoint has other settings or is further than `steps`.
-        MhcError: there is no usable checkpoint, no data, or a file cannot be written.
-        Interrupted: Ctrl-C came. If a step was done, a checkpoint is on disk.
+        MhcError: the file cannot be written.
     """
-    session = _Session(request, progress, interrupts)
-    try:
-        return session.run()
-    except KeyboardInterrupt:
-        raise Interrupted(session.rescue()) from None
+    temporary = path.with_name(path.name + ".tmp")
+    with _written(path):
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
-class _Session:
-    def __init__(self, request: Request, progress: Silent, interrupts: Interrupts) -> None:
-        self.request = request
-        self.progress = progress
-        self.interrupts = interrupts
-        self.duel: Duel | None = None
-        #: Steps in the checkpoint on disk.
-        self.saved = 0
-        self.saved_at = 0.0
-        self.head: dict[str, Any] = {}
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
 
-    def run(self) -> Outcome:
-        import mhc_compile
-        from mhc_compile.tools.demo import checkpoint
-        from mhc_compile.tools.demo.corpus import load_corpus
-        from mhc_compile.tools.demo.determinism import deterministic
-        from mhc_compile.tools.demo.inductor import cold_cache
-        from mhc_compile.tools.demo.models import build_model
-        from mhc_compile.tools.demo.plots import write_png
-        from mhc_compile.tools.demo.requirements import hush
-        from mhc_compile.tools.demo.result import collect
-        from mhc_compile.tools.demo.tasks import make_task
-        from mhc_compile.tools.demo.training import Duel, mhc_options
-
-        self.progress.phase("loading transformers and the data")
-        hush()
-        self._prepare_folder()
-        content = checkpoint.load(self._path) if self.request.resume else None
-        settings, target = self._settle(content)
-        corpus = load_corpus()
-        self._compare(content, corpus.digest)
-        self.head = {
-            "settings": settings.to_dict(),
-            "digest": corpus.digest,
-            "target": target,
-            "conditions": checkpoint.conditions(),
-        }
-        task = make_task(corpus, settings)
-        self.progress.phase("looking for residual adds")
-        explanation = mhc_compile.explain(
-            build_model(settings, task.classes), task.training(0)[0], options=mhc_options(settings)
+    Raises:
+        MhcError: it does not exist, cannot be read, or has another format.
+    """
+    if not path.exists():
+        raise MhcError(
+            f"there is no checkpoint {path} to resume. Leave --resume out to start a run,"
+            " or name another folder with --out"
         )
-        duel = Duel(settings, task)
-        if content is not None:
-            duel.load_state_dict(content["run"])
-            self.saved = duel.step
-        self.duel = duel
-        cache = cold_cache(self.request.out / CACHE) if settings.inner_backend == "inductor" else nullcontext()
-        with deterministic(), cache:
-            self._train(duel, target)
-            self.progress.phase("measuring")
-            result = collect(duel, corpus)
-        picture, figures = self.request.out / PICTURE, self.request.out / RESULT
-        with _written(figures):
-            figures.write_text(json.dumps(result, indent=1) + "\n")
-        with _written(picture):
-            write_png(result, picture)
-        return Outcome(result, explanation, [figures, picture, self._path])
+    way_out = "Leave --resume out to start over, or name another folder with --out"
+    try:
+        content = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        size = path.stat().st_size
+        raise MhcError(f"the checkpoint {path} ({size} bytes) is damaged: {reason}. {way_out}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= _KEYS:
+        found = content.get("format", "none") if isinstance(content, dict) else type(content).__name__
+        raise MhcError(f"{path} is no checkpoint of this demo: its format is {found!r}, expected {FORMAT!r}. {way_out}")
+    return content
 
-    def _prepare_folder(self) -> None:
-        with _written(self.request.out):
-            self.request.out.mkdir(parents=True, exist_ok=True)
-        if not self.request.resume and self._path.exists():
+
+@dataclass
+class Session:
+    """A run in a folder, as requested on the command line.
+
+    Attributes:
+        out: folder of the checkpoint, `result.json` and `loss.png`.
+        given: the named settings; the rest come from the defaults, or from the checkpoint that is
+            resumed.
+        steps: the length of the run, None for the default or the checkpoint's.
+        resume: whether to continue the checkpoint in `out`.
+        save_every: seconds between two checkpoints.
+        progress: the display on stderr.
+        interrupts: the active handler of SIGINT.
+        saved: step of the checkpoint on disk, 0 before there is one.
+    """
+
+    out: Path
+    given: Mapping[str, Any]
+    steps: int | None
+    resume: bool
+    save_every: float
+    progress: Silent
+    interrupts: Interrupts
+    saved: int = 0
+
+    def run(self) -> tuple[dict[str, Any], Explanation, list[Path]]:
+        """Run all of it. Return the figures of `report.collect`, the site report, and the files.
+
+        Raises:
+            OptionError: the checkpoint has other settings or data, or is further than `steps`.
+            MhcError: there is no usable checkpoint, no data, or a file cannot be written.
+            KeyboardInterrupt: Ctrl-C came. If a step was done, a checkpoint is on disk.
+        """
+        self.checkpoint = self.out / CHECKPOINT
+        with _written(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        if not self.resume and self.checkpoint.exists():
             self.progress.note(
-                f"The checkpoint of an earlier run in {self.request.out} will be replaced (--resume would continue it)."
+                f"The checkpoint of an earlier run in {self.out} will be replaced (--resume would continue it)."
             )
+        content = load_checkpoint(self.checkpoint) if self.resume else None
+        corpus, now = load_corpus(), conditions()
+        settings, target = self._settle(content, corpus.digest, now)
+        self.progress.phase("looking for residual adds")
+        self.training = PairedTraining(settings, make_task(corpus, settings))
+        if content is not None:
+            self.training.load_state_dict(content["run"])
+            self.saved = self.training.step
+        self.head = {"settings": asdict(settings), "digest": corpus.digest, "target": target, "conditions": now}
+        inductor = settings.inner_backend == "inductor"
+        # In a cache that outlives the process one model may find what the other has to compile.
+        with deterministic(), caches(cold=True) if inductor else nullcontext():
+            if self.training.step < target:
+                self._train(target, inductor=inductor)
+            self.progress.phase("measuring")
+            result = collect(self.training, now)
+        files = [self.out / RESULT, self.out / PICTURE]
+        with _written(files[0]):
+            files[0].write_text(json.dumps(result, indent=1) + "\n")
+        with _written(files[1]):
+            draw(result).savefig(files[1])
+        return result, self.training.explanation, [*files, self.checkpoint]
 
-    @property
-    def _path(self) -> Path:
-        from mhc_compile.tools.demo import checkpoint
-
-        return self.request.out / checkpoint.NAME
-
-    def _settle(self, content: dict[str, Any] | None) -> tuple[Settings, int]:
-        """The settings and the length of the run."""
+    def _settle(self, content: dict[str, Any] | None, digest: str, now: dict[str, Any]) -> tuple[Settings, int]:
+        """Return settings and length of the run; compare the checkpoint with the request."""
         if content is None:
-            return Settings.choose(self.request.given), self.request.steps or STEPS
-        settings = Settings(**content["settings"])
-        wrong = settings.contradictions(self.request.given)
+            return Settings.choose(self.given), self.steps or STEPS
+        problem = f"cannot resume {self.checkpoint}:"
+        has, then, old = content["settings"], content["conditions"], content["digest"]
+        wrong = [
+            f"--{name.replace('_', '-')} is {value!r} here and {has[name]!r} in the checkpoint"
+            for name, value in self.given.items()
+            if value != has[name]
+        ]
         if wrong:
-            listed = "; ".join(
-                f"--{name} is {given!r} here and {has!r} in the checkpoint" for name, given, has in wrong
-            )
-            raise ContradictionError(
-                f"cannot resume {self._path}: {listed}. Leave out what differs, or start another run without --resume"
-            )
-        step = content["run"]["step"]
-        target = self.request.steps or content["target"]
+            way_out = "Leave out what differs, or start another run without --resume"
+            raise OptionError(f"{problem} {'; '.join(wrong)}. {way_out}")
+        step, target = content["run"]["step"], self.steps or content["target"]
         if target < step:
-            raise ContradictionError(
-                f"cannot resume {self._path}: --steps is {target} and the checkpoint is at step {step} already."
-                f" Ask for at least {step} steps"
+            raise OptionError(
+                f"{problem} --steps is {target} and the checkpoint is at step {step} already. Ask for at least {step} steps"
             )
-        return settings, target
-
-    def _compare(self, content: dict[str, Any] | None, digest: str) -> None:
-        """The data must be the checkpoint's; other versions and thread counts are worth a note."""
-        from mhc_compile.tools.demo import checkpoint
-
-        if content is None:
-            return
-        then, now = content["conditions"], checkpoint.conditions()
-        if content["digest"] != digest:
-            raise ContradictionError(
-                f"cannot resume {self._path}: it was trained on the standard library of Python {then['python']}"
-                f" (digest {content['digest'][:12]});"
+        if old != digest:
+            raise OptionError(
+                f"{problem} it was trained on the standard library of Python {then['python']} (digest {old[:12]});"
                 f" this Python {now['python']} has other files (digest {digest[:12]}). Resume with the same Python"
             )
         for name in now:
@@ -194,60 +208,46 @@ class _Session:
                     f"The checkpoint was written with {name} {then.get(name)}, this is {name} {now[name]}:"
                     " the run continues, but perhaps not bit for bit."
                 )
+        return Settings(**has), target
 
-    def _train(self, duel: Duel, target: int) -> None:
-        if duel.step >= target:
-            return
-        from mhc_compile.tools.demo.inductor import warm_up
-
-        inductor = duel.settings.inner_backend == "inductor"
+    def _train(self, target: int, *, inductor: bool) -> None:
+        training, progress = self.training, self.progress
+        compiling = "compiling both models (a minute or so)" if inductor else "tracing both models"
         if inductor:
-            self.progress.phase("warming up Inductor on a function of one line")
-            warm_up()
-        if duel.due:
-            self.progress.phase(f"{'compiling' if inductor else 'tracing'} both models for validation")
-        self._validate(duel, target)
-        self.progress.phase(
-            "compiling both models and their backward passes (a minute or so)"
-            if inductor
-            else "tracing both models for training"
-        )
-        losses = duel.advance()  # unshielded, for it takes long: until it is done there is nothing new to save
-        self._save(duel)
-        self.progress.training(duel.step, target)
-        self.progress.stepped(duel.step, losses)
-        while duel.step < target:
-            self._validate(duel, target)
-            self.progress.training(duel.step, target)
-            with self.interrupts.shield():
-                losses = duel.advance()
-            self.progress.stepped(duel.step, losses)
-            if time.monotonic() - self.saved_at > self.request.save_every:
-                self._save(duel)
-        self._validate(duel, target)
-        if self.saved < duel.step:
-            self._save(duel)
+            progress.phase("loading Inductor")
+            warm_up()  # the first compilation of a process would be charged with it
+        try:
+            progress.phase(compiling)
+            self._validate(target)
+            training.advance()  # unshielded, because it is slow: until it is done there is nothing new to save
+            self._save()
+            progress.count("training", target, done=training.step)
+            while training.step < target:
+                self._validate(target)
+                with self.interrupts.shield():
+                    losses = training.advance()
+                progress.advance(f"loss {losses['plain']:.3f} plain, {losses['mhc']:.3f} mhc", done=training.step)
+                if time.monotonic() - self.saved_at > self.save_every:
+                    self._save()
+            self._validate(target)
+        except KeyboardInterrupt:
+            self.interrupts.pending = False
+            if training.step > self.saved:
+                self._save()
+            raise
+        if training.step > self.saved:
+            self._save()
 
-    def _validate(self, duel: Duel, target: int) -> None:
-        if duel.due:
-            losses = duel.validate()
-            with self.interrupts.shield():
-                duel.record(losses)
-            self.progress.validated(duel.step, target, losses)
+    def _validate(self, target: int) -> None:
+        if self.training.due:
+            step, losses = self.training.step, self.training.validate()
+            text = f"validation loss {losses['plain']:.4f} plain, {losses['mhc']:.4f} mhc"
+            self.progress.log(f"step {step} of {target}: {text}")
 
-    def _save(self, duel: Duel) -> None:
-        from mhc_compile.tools.demo import checkpoint
-
+    def _save(self) -> None:
         with self.interrupts.shield():
-            checkpoint.save(self._path, {**self.head, "run": duel.state_dict()})
-            self.saved, self.saved_at = duel.step, time.monotonic()
-
-    def rescue(self) -> int:
-        """After Ctrl-C: saves the steps that are not in the checkpoint. Returns the step that is on disk."""
-        self.interrupts.pending = False
-        if self.duel is not None and self.duel.step > self.saved:
-            self._save(self.duel)
-        return self.saved
+            save_checkpoint(self.checkpoint, {**self.head, "run": self.training.state_dict()})
+            self.saved, self.saved_at = self.training.step, time.monotonic()
 
 
 @contextmanager

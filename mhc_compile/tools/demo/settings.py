@@ -1,24 +1,22 @@
-"""The settings of a run: what a checkpoint must agree with to be continued. Torch is not imported here."""
+"""Settings and requirements of a run, without torch, so that `mhc demo --help` is fast."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.errors import OptionError
+from mhc_compile.errors import MhcError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MODELS", "STEPS", "Settings"]
+__all__ = ["HEAD", "MODELS", "PATCH", "STEPS", "Settings", "check_requirements"]
 
 MODELS = ("gpt2", "llama", "vit")
-#: Steps of a run that does not say how many.
-STEPS = 800
-#: Width of an attention head in every model of the demo.
-HEAD = 32
-#: Bytes along the side of a patch of the vit's images.
-PATCH = 8
+#: Steps of a run by default, width of an attention head, side of a patch of the vit's images in
+#: bytes.
+STEPS, HEAD, PATCH = 800, 32, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +26,16 @@ class Settings:
     Attributes:
         model: "gpt2", "llama" or "vit".
         seed: of the initial weights, the batches and the dropout.
-        batch: sequences (gpt2, llama) or images (vit) per step.
+        batch: sequences, or images of the vit, per step.
         context: bytes per sequence, or patches per image (a square number).
         layers: transformer blocks; each has two sites.
-        width: C, a multiple of 32; heads are 32 wide.
+        width: C, a multiple of 32.
         dropout: the probability, wherever the model's configuration has one.
         lr: the peak of the learning rate.
-        inner: the compiler of both sides, "inductor", "aot_eager" or "eager".
+        inner_backend: the compiler of both models.
+
+    Raises:
+        OptionError: `width` is no multiple of 32, or `context` of a vit is no square number.
     """
 
     model: str = "gpt2"
@@ -55,20 +56,17 @@ class Settings:
 
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> Settings:
-        """The settings with `given` on top of the defaults of the model that is asked for."""
+        """Return the settings with `given` on top of the defaults of the chosen model."""
         base: dict[str, Any] = {"batch": 16, "context": 64, "lr": 3e-4} if given.get("model") == "vit" else {}
         return cls(**{**base, **given})
 
-    def contradictions(self, given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """`(name, given, mine)` for every setting in `given` that differs from this one's."""
-        mine = self.to_dict()
-        return [(name, value, mine[name]) for name, value in given.items() if mine[name] != value]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+def check_requirements() -> None:
+    """Check that the libraries of the demo are installed, without importing them.
 
-    @classmethod
-    def names(cls) -> list[str]:
-        """The names of the settings."""
-        return [field.name for field in fields(cls)]
+    Raises:
+        MhcError: one is missing; the message has the command that installs it.
+    """
+    missing = [name for name in ("transformers", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise MhcError(f'the demo needs {", ".join(missing)}: pip install "mhc-compile[demo]"')

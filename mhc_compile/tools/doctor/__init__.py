@@ -1,1 +1,1 @@
-"""`mhc doctor`: whether everything is there that `torch.compile(model, backend="mhc")` needs, and works."""
+"""`mhc doctor`: check what `torch.compile(model, backend="mhc")` needs, and that it works."""

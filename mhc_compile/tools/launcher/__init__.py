@@ -1,7 +1,12 @@
-"""`mhc run`: an unmodified script whose `torch.compile(model)` names no backend, with mhc as the default backend.
+"""`mhc run`: run an unmodified script with mhc as the default backend of `torch.compile`.
 
-The script is run by a fresh `python script.py`, which takes the place of this process (`command.py`): exit code, signals, terminal, `__main__`,
-`sys.argv`, `sys.path` and tracebacks are plain Python's because nothing else is there. That Python finds `site/sitecustomize.py` by `PYTHONPATH`;
-so do the Pythons that it starts, torchrun's workers and spawned children among them. Once torch has been imported, the default backend is set
-(`activation.py`) to a callable that knows the options (`default.py`). `tally.py` counts what it does, and `messages.py` says it.
+command.py               replaces this process by a fresh `python script.py`
+run_config.py            the configuration, and the environment variable that carries it
+site/sitecustomize.py    waits for torch in that Python, and in every Python that it starts
+activation.py            sets the default backend once torch is imported
+report_counter.py        counts rewritten models, also those of children, and reports them
+
+Exit code, signals, terminal, `__main__`, `sys.argv`, `sys.path` and tracebacks are plain Python's,
+because the script's process runs nothing else. `site/` is on `PYTHONPATH`, so torchrun's workers
+and spawned children have the backend too.
 """

@@ -1,45 +1,103 @@
-"""Sets the default backend in a Python below `mhc run`, once torch is there."""
+"""Sets the default backend in a Python below `mhc run`, once torch is imported."""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile._observe import observers
-from mhc_compile._torch import default_backend as _torch
-from mhc_compile.tools.launcher import messages
-from mhc_compile.tools.launcher.default import DefaultBackend
-from mhc_compile.tools.launcher.order import Order
-from mhc_compile.tools.launcher.tally import Tally
+from mhc_compile._torch.default_backend import install_default_backend
+from mhc_compile.compilation.observers import observe
+from mhc_compile.config.options import Options, ResolvedOptions
+from mhc_compile.errors import MhcError, OptionError, warn
+from mhc_compile.tools.launcher.report_counter import ReportCounter
+from mhc_compile.tools.launcher.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ["activate", "say_last"]
+    from torch import fx
 
-_tally: Tally | None = None
+__all__ = ["DefaultBackend", "activate", "report_at_exit"]
+
+_counter: ReportCounter | None = None
 
 
-def activate(torch: ModuleType, order: str, after: Callable[[str, Callable[[ModuleType], None]], Any]) -> None:
-    """Makes mhc the default backend of `torch.compile`, and counts what it does.
+def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[ModuleType], None]], Any]) -> None:
+    """Make mhc the default backend of `torch.compile`, and count its graphs, once.
 
     Args:
         torch: the module, just imported.
-        order: the value of the environment variable.
+        config: the value of the environment variable.
         after: `after(name, then)` calls `then(module)` once the module `name` has been imported.
     """
-    global _tally
-    parsed = Order.load(order)
-    _tally = Tally(parsed)
-    observers.append(_tally.note)
-    backend = DefaultBackend(parsed.options)
-    if _torch.has_default_backend(torch):
-        after(_torch.REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
-    else:
-        _torch.give_compile_a_default(torch, backend)
+    global _counter
+    if _counter is None:
+        parsed = RunConfig.load(config)
+        _counter = ReportCounter(parsed)
+        observe(_counter.count)
+        install_default_backend(torch, DefaultBackend(parsed.options), after)
 
 
-def say_last() -> None:
-    """For the end of the process: see `messages.say_last`."""
-    if _tally is not None:
-        messages.say_last(_tally)
+def report_at_exit() -> None:
+    """Report what was rewritten in all; called at the end of the process."""
+    if _counter is not None:
+        _counter.report_total()
+
+
+class DefaultBackend:
+    """The backend of a `torch.compile` that names none.
+
+    The options that the script gives to `torch.compile` are settings for Inductor, as without it.
+
+    Args:
+        options: of the backend mhc. Its settings for Inductor override those of the script.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+        self.__name__ = "mhc"  # what Dynamo calls it
+        #: See `mhc_compile.backend`.
+        self.takes_whole_graphs = True
+
+    def __call__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: list[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile a graph, as `mhc_compile.mhc` does.
+
+        Raises:
+            OptionError: `options` has something that is no setting of Inductor.
+        """
+        from mhc_compile import _torch
+        from mhc_compile.backend import mhc
+
+        try:
+            merged = self._merge(options or {}, mode, _torch.inductor_settings)
+        except MhcError as error:
+            _torch.raise_through_dynamo(error)
+            raise
+        return mhc(graph_module, inputs, options=merged, mode=mode)
+
+    def _merge(self, settings: Mapping[str, Any], mode: str | None, known: Callable[[], list[str]]) -> ResolvedOptions:
+        options = Options.parse(self.options)
+        given = {name.replace("-", "_"): value for name, value in settings.items()}  # Inductor takes both spellings
+        for name in set(given) - set(known()) if given else ():
+            near = difflib.get_close_matches(name, known(), n=1)
+            ours = f" mhc run takes it as a flag: --{name.replace('_', '-')}." if name in Options.names() else ""
+            raise OptionError(
+                f"torch.compile(..., options={dict(settings)!r}) names no backend, so its options are settings for"
+                f" Inductor, and {name!r} is none.{f' Did you mean {near[0]!r}?' if near else ''}{ours}"
+            )
+        if options.inner_backend != "inductor" and (given or mode):
+            unused = f"mode={mode!r}" if mode else f"options={dict(settings)!r}"
+            warn(
+                f"torch.compile(..., {unused}) is for Inductor; with inner_backend={options.inner_backend!r} it has no"
+                " effect"
+            )
+        return replace(options, inductor={**given, **options.inductor})

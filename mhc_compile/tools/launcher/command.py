@@ -1,4 +1,4 @@
-"""Becomes `python script.py arguments`, in this process."""
+"""Replace this process by `python script.py arguments`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mhc_compile.errors import MhcError
-from mhc_compile.tools.launcher.order import VARIABLE, Order
+from mhc_compile.tools.launcher.run_config import VARIABLE, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,20 +22,21 @@ _SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 def launch(
     script: str, arguments: Sequence[str], *, module: bool, options: Mapping[str, Any], quiet: bool = False
 ) -> NoReturn:
-    """Runs `python script arguments`, or `python -m script arguments`, with mhc as the default backend. Never returns.
+    """Run `python script arguments`, or `python -m script arguments`, with mhc as default backend.
 
-    The Python is this one, with the flags that it was started with (`python -u -W error -m mhc_compile run …`).
+    It never returns. The Python is this one, with the flags that it was started with
+    (`python -u -W error -m mhc_compile run …`).
 
     Raises:
-        MhcError: this Python was told not to look at the environment, where the script would look for its backend.
+        MhcError: this Python ignores the environment, which carries the backend to the script.
         OptionError: a setting for Inductor cannot be passed on.
     """
     if sys.flags.ignore_environment or sys.flags.no_site:
         raise MhcError(
             "mhc run cannot set a default backend below python -I, -E or -S, which keep PYTHONPATH or sitecustomize out;"
-            " leave these flags away"
+            " leave these flags out"
         )
-    order = Order(
+    config = RunConfig(
         script=f"-m {script}" if module else script,
         options=dict(options),
         quiet=quiet,
@@ -44,7 +45,7 @@ def launch(
         reports=os.path.join(tempfile.gettempdir(), f"mhc-run-{os.getpid()}-{secrets.token_hex(8)}"),
     )
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry != _SITE]
-    environment = {**os.environ, VARIABLE: order.dump(), "PYTHONPATH": os.pathsep.join([_SITE, *filter(None, path)])}
+    environment = {**os.environ, VARIABLE: config.dump(), "PYTHONPATH": os.pathsep.join([_SITE, *filter(None, path)])}
     command = [sys.executable, *interpreter_flags(sys.orig_argv), *(["-m"] if module else []), script, *arguments]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -52,7 +53,7 @@ def launch(
 
 
 def interpreter_flags(command: Sequence[str]) -> list[str]:
-    """The flags of Python itself in `sys.orig_argv`: ["-u", "-W", "error"] of `python -u -W error -m mhc_compile run …`."""
+    """Return Python's own flags in `sys.orig_argv`: ["-u"] for `python -u -m mhc_compile run …`."""
     flags: list[str] = []
     rest = iter(command[1:])
     for word in rest:

@@ -1,1 +1,1 @@
-"""What hyper-connections cost at sizes that this machine cannot run: `shapes`, `model` (the plain one), `estimate`, `table`."""
+"""The cost of hyper-connections at sizes that no single machine runs: counts and rooflines."""

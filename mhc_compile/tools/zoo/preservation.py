@@ -11,15 +11,15 @@ import torch
 
 from mhc_compile.capture.tensor_tree import cast
 from mhc_compile.errors import MhcWarning
-from mhc_compile.inspection.verification.comparison import FLOOR, Difference, compare
-from mhc_compile.inspection.verification.observation import observe
+from mhc_compile.inspection.verification.comparison import FLOOR, compare, record_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from mhc_compile.inspection.verification.observation import Observation
+    from mhc_compile.inspection.verification.comparison import RunRecord
+    from mhc_compile.inspection.verification.results import Difference
     from mhc_compile.tools.zoo.family import Case, Family
 
 __all__ = ["Errors", "preservation"]
@@ -53,14 +53,14 @@ def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Erro
     if family.double:
         model, args, kwargs = model.double(), cast(args, torch.float64), cast(kwargs, torch.float64)
     twin = copy.deepcopy(model)
-    want = observe(twin, twin, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+    want = record_run(twin, twin, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     undefined = [name for name, value in {**_values(want), **_gradients(want)}.items() if value.isnan().any()]
     if undefined:
         raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MhcWarning)  # the count of sites says that nothing was rewritten
-        got = observe(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+        got = record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     outputs = [
         *compare(_values(got), _values(want), 0.0, "values"),
         *compare(_buffers(got), _buffers(want), 0.0, "buffers", share=FLOOR),
@@ -70,15 +70,15 @@ def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Erro
     return Errors(forward, backward, output, gradient)
 
 
-def _values(seen: Observation) -> dict[str, Tensor]:
+def _values(seen: RunRecord) -> dict[str, Tensor]:
     return {name: value for name, value in (seen.outputs | seen.inputs).items() if value.is_floating_point()}
 
 
-def _buffers(seen: Observation) -> dict[str, Tensor]:
+def _buffers(seen: RunRecord) -> dict[str, Tensor]:
     return {f"buffer {name}": value for name, value in seen.buffers.items()}
 
 
-def _gradients(seen: Observation) -> dict[str, Tensor]:
+def _gradients(seen: RunRecord) -> dict[str, Tensor]:
     return seen.gradients | seen.input_gradients
 
 

@@ -80,7 +80,9 @@ def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Op
         plan = result.plan
         for module in sharing.modules(result.provenance.root, result.provenance.frame):
             chains.extend(tuple(_line(site, module) for site in chain.sites) for chain in plan.chains)
-            rejected.extend((below(module, rejection.where), rejection.reason.value) for rejection in plan.rejections)
+            rejected.extend(
+                (below(module, rejection.module_path), rejection.reason.value) for rejection in plan.rejections
+            )
         return result.annotations()
 
     graphs = capture(model.train(mode == "train"), args, kwargs, on_graph)

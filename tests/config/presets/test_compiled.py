@@ -10,8 +10,7 @@ from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import Tensor
 
 import mhc_compile
-from mhc_compile import OptionError
-from mhc_compile.errors import AttachError
+from mhc_compile.errors import AttachError, OptionError
 
 WIDTH = 6
 QUICK = ("deepseek-v4", "qwen4-exp", "sites")

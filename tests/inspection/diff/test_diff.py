@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.builders import Decoder, tokens
+from helpers.builders import Decoder, Pair, points, tokens
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.inspection.diff.fold import new_parameters, sections
-from mhc_compile.inspection.diff.rows import Change
-from mhc_compile.passes import plan_chains
+from mhc_compile.inspection.diff.results import Change
 from mhc_compile.tools import zoo
 
 
@@ -80,41 +80,28 @@ def test_the_model_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_changed_plan_changes_explain_diff_and_rewrite(monkeypatch):
-    """All three read the plan that `study` makes: take the last site out of it there, and it is out everywhere."""
+def test_a_changed_plan_changes_explain_diff_and_rewrite():
+    """All three read one plan: a chain that an option takes out of it is out everywhere."""
 
-    def without_the_last(graph, provenance, *, reject=None, **settings):
-        whole = plan_chains(graph, provenance, reject=reject, **settings)
-        last = max((site.add for site in whole.sites), default=None)
-
-        def veto(site):
-            if site.add is last:
-                return mhc_compile.passes.reject_site(
-                    site, mhc_compile.passes.Reason.LONG_SKIP, lambda: "the test says so"
-                )
-            return reject(site) if reject is not None else None
-
-        return plan_chains(graph, provenance, reject=veto, **settings)
-
-    def seen(model):
-        explained = mhc_compile.explain(model, tokens())
-        diff = mhc_compile.diff(model, tokens(), options={"inner_backend": "eager"})
-        graphs = rewritten(model, tokens())
+    def seen(**options):
+        model, x = nn.Sequential(Pair(3), nn.Linear(3, 4), Pair(4), Pair(4)), points()
+        explained = mhc_compile.explain(model, x, options=options)
+        diff = mhc_compile.diff(model, x, options={"inner_backend": "eager", **options})
+        graphs = rewritten(model, x, **options)
         updates = sum("mhc.update" in str(node.target) for graph in graphs for node in graph.nodes)
         return (
             [site.path for site in explained.sites],
             [row.after.site for row in of_kind(diff, Change.REPLACED)],
             updates,
-            explained.reasons["long-skip"],
+            explained.reasons["chain-too-short"],
         )
 
-    sites, replaced, updates, rejected = seen(decoder())
+    sites, replaced, updates, rejected = seen()
     assert sites == replaced
     assert (len(sites), updates, rejected) == (6, 6, 0)
-    monkeypatch.setattr("mhc_compile.passes.planning.planner.plan_chains", without_the_last)
-    fewer, replaced, updates, rejected = seen(decoder())
-    assert fewer == replaced == sites[:-1]
-    assert (updates, rejected) == (5, 1)
+    fewer, replaced, updates, rejected = seen(min_chain_length=3)
+    assert fewer == replaced == sites[2:]
+    assert (updates, rejected) == (4, 2)
 
 
 def test_layers_that_are_changed_alike_are_one():
@@ -154,7 +141,7 @@ def test_stages():
     marked = of_kind(plan, Change.MARKED)
     explained = mhc_compile.explain(model, tokens())
     assert [row.after.site for row in marked if row.after.role == "site"] == [site.path for site in explained.sites]
-    assert Counter(row.after.reason for row in marked if row.after.role == "left-alone") == explained.reasons
+    assert Counter(row.after.reason for row in marked if row.after.role == "skipped") == explained.reasons
     fused = mhc_compile.diff(model, tokens(), stage="fuse-sites")
     assert fused.before == "outline-regions"
     assert "mhc.step" in {row.after.target for row in of_kind(fused, Change.ADDED)}
@@ -192,7 +179,7 @@ def test_what_a_pass_does_is_seen():
     ],
 )
 def test_a_stage_that_does_not_exist(stage, words):
-    with pytest.raises(mhc_compile.OptionError, match=words):
+    with pytest.raises(mhc_compile.errors.OptionError, match=words):
         mhc_compile.diff(decoder(1), tokens(), stage=stage)
 
 

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from helpers.diff_fixtures import COMMENT, IMAGE, SCRIPT, activated, alone, decoder, hostile, nested, pieces, unchanged
 
-from mhc_compile.inspection.diff.drawing import to_dot, to_mermaid, to_svg
-from mhc_compile.inspection.diff.drawing_mermaid import _escaped
-from mhc_compile.inspection.diff.sketch import Lifted, Place, Repeat, sketch
+from mhc_compile.inspection.diff.drawing import mermaid_text, to_dot, to_mermaid
+from mhc_compile.inspection.diff.drawing_svg import to_svg
+from mhc_compile.inspection.diff.picture import Lifted, Place, Repeat, sketch
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = [decoder, activated, nested, pieces, hostile, alone, unchanged]
@@ -53,7 +53,7 @@ def test_a_chain_inside_a_branch_is_counted_in_its_box():
 def test_what_is_left_alone_is_noted():
     [picture] = sketch(alone()).pictures
     assert picture.trunks == ()
-    assert [note.text for note in picture.notes] == ["left alone: 2 × chain-too-short (x, add_1)"]
+    assert [note.text for note in picture.notes] == ["skipped: 2 × chain-too-short (x, add_1)"]
 
 
 # SVG
@@ -189,5 +189,5 @@ def test_mermaid_s_arrows_join_boxes_that_exist(made):
 
 
 def test_mermaid_escapes_what_it_would_read():
-    assert _escaped('a"b<c>&#`\\\u2028') == "a#34;b#60;c#62;#38;#35;#96;#92;#8232;"
+    assert mermaid_text('a"b<c>&#`\\\u2028') == '"a#34;b#60;c#62;#38;#35;#96;#92;#8232;"'
     assert IMAGE not in to_mermaid(hostile())

@@ -7,6 +7,7 @@ import torch
 from helpers.builders import Decoder, tokens
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.inspection.diff.kernels import Kernel, KernelDiff, read_kernels
 
 CODE = """
@@ -54,10 +55,10 @@ def test_what_cannot_be_compiled_is_rejected():
     from mhc_compile.inspection.diff.kernels import kernels
 
     with pytest.raises(
-        mhc_compile.OptionError, match="option 'inner_backend' is 'eager'; kernels are those of 'inductor'"
+        mhc_compile.errors.OptionError, match="option 'inner_backend' is 'eager'; kernels are those of 'inductor'"
     ):
         kernels(Decoder(), tokens(), options={"inner_backend": "eager"})
     with torch.device("meta"):
         model = Decoder()
-    with pytest.raises(mhc_compile.CaptureError, match="Decoder is on the meta device"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match="Decoder is on the meta device"):
         kernels(model, tokens())

@@ -12,7 +12,7 @@ import pytest
 from helpers.diff_fixtures import COMMENT, IMAGE, SCRIPT, activated, decoder, hostile, pieces
 
 from mhc_compile.inspection.diff.page import render_page
-from mhc_compile.inspection.diff.rows import Change
+from mhc_compile.inspection.diff.results import Change
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 

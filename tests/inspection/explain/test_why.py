@@ -14,6 +14,7 @@ from helpers.builders import LAYERS, Decoder, tokens
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.tools import zoo
 
 
@@ -149,13 +150,13 @@ def test_a_program_has_the_details_of_its_model():
 
 def test_an_unknown_name_is_an_error_with_near_names():
     with pytest.raises(
-        mhc_compile.UnknownAddError, match=r"is called 'blocks.1.mhc.atn'.* near names: blocks.1.mhc.attn"
+        mhc_compile.errors.UnknownAddError, match=r"is called 'blocks.1.mhc.atn'.* near names: blocks.1.mhc.attn"
     ):
         explain_add("blocks.1.mhc.atn")
     with pytest.raises(LookupError, match="no addition of floating-point tensors"):
         explain_add("f", nn.Linear(2, 2), torch.randn(3, 2))
     for name in ("block", ""):
-        with pytest.raises(mhc_compile.UnknownAddError):
+        with pytest.raises(mhc_compile.errors.UnknownAddError):
             explain_add(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.builders import LAYERS, Decoder, Small, build, points, tokens
 from torch import nn
 
 import mhc_compile
+import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 MHC = {"backend": "mhc", "options": EAGER}
@@ -186,7 +188,7 @@ def test_over_64_sites_the_unconstrained_mapping_grows_without_bound():
 
 
 def test_streams_of_known_geometry():
-    from mhc_compile.inspection.stream_stats.moments import geometry
+    from mhc_compile.inspection.stream_stats.recorder import geometry
 
     copies = torch.randn(2, 7, 1, 16).expand(-1, -1, 4, -1)
     one = geometry(copies)
@@ -203,14 +205,31 @@ def test_streams_of_known_geometry():
     # In chunks as in one piece.
     streams = torch.randn(9, 4, 16)
     whole = geometry(streams)
-    import mhc_compile.inspection.stream_stats.moments as moments
+    parts = geometry(streams, chunk=128)
+    assert parts.distance == pytest.approx(whole.distance, rel=1e-12)
+    assert parts.effective_rank == pytest.approx(whole.effective_rank, rel=1e-12)
 
-    before, moments._CHUNK = moments._CHUNK, 128
-    try:
-        assert geometry(streams).distance == pytest.approx(whole.distance, rel=1e-12)
-        assert geometry(streams).effective_rank == pytest.approx(whole.effective_rank, rel=1e-12)
-    finally:
-        moments._CHUNK = before
+
+def test_an_unattached_model_has_nothing_to_measure():
+    with pytest.raises(mhc_compile.errors.AttachError, match="Decoder has no hyper-connections to measure"):
+        mhc_compile.stability(Decoder(), tokens())
+
+
+def test_composite_gains_multiply_over_depth():
+    model = Decoder()
+    options = {"inner_backend": "eager"}
+    mhc_compile.attach(model, tokens(), options=options)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.bias.normal_(std=2.0)
+    (chain,) = mhc_compile.stability(model, tokens(), options=options).chains
+    product = torch.eye(4)
+    for site, connection in zip(chain.sites, mhc_compile.connections(model).values(), strict=True):
+        streams = torch.zeros(1, 4, 8)
+        product = connection.coefficients(streams)[2][0].detach() @ product  # phi = 0: the same for every token
+        assert site.composite_forward == pytest.approx(product.sum(-1).max().item(), abs=1e-5)
+        assert site.composite_backward == pytest.approx(product.sum(-2).max().item(), abs=1e-5)
+    assert max(site.composite_backward for site in chain.sites) > 1.0
 
 
 @pytest.mark.slow
@@ -467,12 +486,12 @@ def test_options_are_those_of_the_hyper_connections():
     result = mhc_compile.stability(model, points)
     assert result.chains[0].streams == 2
     assert result.sites[0].mean == ((1.0, 0.0), (0.0, 1.0))
-    with pytest.raises(mhc_compile.AttachError, match="streams=2, the options say streams=4"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="streams=2, the options say streams=4"):
         mhc_compile.stability(model, points, options={"mapping": "identity"})
 
 
 def test_a_plain_model_is_rejected():
-    with pytest.raises(mhc_compile.AttachError, match="Decoder has no hyper-connections to measure"):
+    with pytest.raises(mhc_compile.errors.AttachError, match="Decoder has no hyper-connections to measure"):
         mhc_compile.stability(Decoder(), tokens())
 
 
@@ -521,7 +540,9 @@ def test_a_site_that_the_model_did_not_run_before_gets_nothing_from_a_measuremen
 
     model, inputs = Growing(3), torch.randn(3, 4)
     mhc_compile.attach(model, inputs)
-    with pytest.raises(mhc_compile.AttachError, match=r"site mhc.parts.2 of Growing has no hyper-connection yet"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError, match=r"site mhc.parts.2 of Growing has no hyper-connection yet"
+    ):
         mhc_compile.stability(model, inputs, 3)
     assert list(mhc_compile.connections(model)) == ["mhc.parts.0", "mhc.parts.1"]
     mhc_compile.attach(model, inputs, 3)
@@ -584,9 +605,7 @@ def test_a_png_is_drawn_with_every_chain(tmp_path, measured):
 
 
 def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured):
-    import mhc_compile.inspection.stream_stats.plots as plots
-
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(mhc_compile.MhcError, match=r'pip install "matplotlib'):
         measured.plot(tmp_path / "stability.png")
 

@@ -14,7 +14,6 @@ from torch import nn
 import mhc_compile
 from mhc_compile import check
 from mhc_compile.errors import CaptureError, OptionError
-from mhc_compile.inspection.verification import subjects
 from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.ops import reference
 
@@ -131,14 +130,17 @@ def test_the_tensor_that_deviates_is_named(what, group, name):
     assert any(finding.startswith(f"{group}: 1 of") and name in finding for finding in result.findings)
 
 
-def test_sites_that_take_no_part_are_not_live(monkeypatch):
-    def attached_only(graph_module, inputs, *, options):
-        subjects_mhc(graph_module, inputs, options=options)
-        return graph_module.forward
+def test_sites_that_take_no_part_are_not_live():
+    def without_parameters(graph_module, inputs):
+        """An inner compiler that loses phi, bias and scale."""
+        calls = graph_module.graph.find_nodes(op="call_function", target=torch.ops.mhc.coefficients.default)
+        lost = {parameter.name for node in calls for parameter in node.args[1:4]}
+        names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+        return lambda *args: graph_module(
+            *(torch.zeros_like(arg) if name in lost else arg for name, arg in zip(names, args, strict=True))
+        )
 
-    subjects_mhc = subjects.mhc
-    monkeypatch.setattr(subjects, "mhc", attached_only)
-    result = check(Small(), points(), options=EAGER)
+    result = check(Small(), points(), options={"inner_backend": without_parameters})
     assert (result.sites, result.live) == (2, 0)
     assert any(finding.startswith("2 of 2 sites are not live") for finding in result.findings)
 

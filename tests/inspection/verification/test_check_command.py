@@ -30,7 +30,7 @@ def check(tmp_path, monkeypatch):
 def test_what_is_the_same_is_exit_code_0_and_ends_with_the_verdict(check):
     done = check("checked_models.py:small")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("Small: plain beside rewritten, train, float32, eager, seed 0")
+    assert done.stdout.startswith("Small: plain and rewritten, train, float32, eager, seed 0")
     assert done.stdout.rstrip().splitlines()[-1].startswith("ok: ")
     assert "Largest errors" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

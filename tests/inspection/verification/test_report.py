@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mhc_compile.inspection.verification.comparison import Difference
-from mhc_compile.inspection.verification.result import CheckResult, OtherBatch, Seconds
-from mhc_compile.inspection.verification.table import render
+from mhc_compile.inspection.verification.results import CheckResult, Difference, OtherBatch, Seconds
+from mhc_compile.reporting.base import render
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

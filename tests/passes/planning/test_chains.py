@@ -195,8 +195,7 @@ def test_two_trunks_are_two_chains():
 
 def test_the_plan_is_linear():
     """Steps of `find` and `plan` grow with the graph and not with its square, though a bias made at the start is added in every layer."""
-    from mhc_compile.passes.analysis import aliases
-    from mhc_compile.passes.analysis import dependence as reach
+    from mhc_compile.passes.analysis import aliases, dependence
 
     def steps(depth: int) -> int:
         seen = 0
@@ -216,8 +215,8 @@ def test_the_plan_is_linear():
             return x
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reach, "passes_value", counted(reach.passes_value))
-            patch.setattr(reach.Reach, "value", counted(reach.Reach.value))
+            patch.setattr(dependence, "passes_value", counted(dependence.passes_value))
+            patch.setattr(dependence.Dependence, "value", counted(dependence.Dependence.value))
             patch.setattr(aliases.Aliases, "writers", counted(aliases.Aliases.writers))
             assert len(planned(forward).sites) == depth
         return seen

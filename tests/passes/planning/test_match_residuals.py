@@ -97,7 +97,7 @@ def test_other_adds_are_rejected_with_the_right_reason(forward, reason):
     assert len(plan.sites) == (reason is R.SIDE_ADD)
     assert reason in [rejection.reason for rejection in plan.rejections]
     for rejection in plan.rejections:
-        assert not rejection  # a rejection is falsy
+        assert isinstance(rejection, Rejection)
         assert rejection.message
 
 

@@ -20,13 +20,13 @@ import mhc_compile
 from mhc_compile.compilation.inner_compiler import run_eagerly
 from mhc_compile.passes.analysis.op_info import op_name, written_operands
 from mhc_compile.passes.transforms.checkpoint_regions import (
-    _FIXED,
-    _PLACE,
+    FIXED,
+    PLACE,
     InlineRegions,
-    OutlineRegions,
-    _Place,
-    _Region,
+    Place,
+    Region,
 )
+from mhc_compile.passes.transforms.outline_regions import OutlineRegions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +119,7 @@ def test_opening_gives_the_flat_graph_and_closing_the_regions():
         for m in closed.modules()
         if isinstance(m, fx.GraphModule)
         for node in m.graph.nodes
-        for key in (_PLACE, _FIXED)
+        for key in (PLACE, FIXED)
     )
 
 
@@ -336,7 +336,7 @@ def with_regions(traced: fx.GraphModule, switches: list[tuple[int, str]]) -> fx.
     host = fx.Graph()
     call = host.call_function(CHECKPOINT, (host.get_attr("wrap_body"),), {"use_reentrant": False})
     body = fx.GraphModule({}, body_graph)
-    layout: list[_Region | None] = [None]
+    layout: list[Region | None] = [None]
     actions, position = dict(switches), 0
     for node in traced.graph.nodes:
         if node.op == "output":
@@ -346,13 +346,13 @@ def with_regions(traced: fx.GraphModule, switches: list[tuple[int, str]]) -> fx.
             action = actions.get(position)
             position += 1
             if action == "open" and (layout[-1] is None or layout[-1].parent is None):
-                layout.append(_Region(call, body, layout[-1]))
+                layout.append(Region(call, body, layout[-1]))
             elif action == "close" and layout[-1] is not None:
                 layout.append(layout[-1].parent)
-        node.meta.update({_PLACE: _Place(len(layout) - 1, layout), _FIXED: True})
+        node.meta.update({PLACE: Place(len(layout) - 1, layout), FIXED: True})
     module = module_of(OutlineRegions().apply(traced.graph))
     for node in traced.graph.nodes:
-        del node.meta[_PLACE], node.meta[_FIXED]
+        del node.meta[PLACE], node.meta[FIXED]
     return module
 
 

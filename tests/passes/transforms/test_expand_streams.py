@@ -12,6 +12,7 @@ from helpers.stream_interpreter import StreamInterpreter, record_expansions
 from torch import fx
 
 import mhc_compile
+import mhc_compile.errors
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
 
 mhc = torch.ops.mhc
@@ -348,14 +349,14 @@ def test_shared_modules_share_parameters():
 
 def test_rewrite_says_what_is_wrong():
     with pytest.raises(
-        mhc_compile.CaptureError, match=r"takes a torch\.fx\.GraphModule or .*ExportedProgram, got Linear"
+        mhc_compile.errors.CaptureError, match=r"takes a torch\.fx\.GraphModule or .*ExportedProgram, got Linear"
     ):
         mhc_compile.rewrite(torch.nn.Linear(2, 2), torch.randn(2, 2))
-    with pytest.raises(mhc_compile.CaptureError, match=r"example inputs \(\[2, 4, 5\]\) do not fit"):
+    with pytest.raises(mhc_compile.errors.CaptureError, match=r"example inputs \(\[2, 4, 5\]\) do not fit"):
         rewritten(two_sites, torch.randn(2, 4, 5))
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten"):
         rewritten(lambda m, x: m.f(x))
-    with pytest.raises(mhc_compile.NothingRewrittenError, match="no addition of floating-point tensors"):
+    with pytest.raises(mhc_compile.errors.NothingRewrittenError, match="no addition of floating-point tensors"):
         rewritten(lambda m, x: m.f(x), strict=True)
 
 

@@ -11,6 +11,8 @@ from torch import fx, nn
 
 import mhc_compile
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
+from mhc_compile.passes.core.emit import is_copies
+from mhc_compile.passes.core.pass_base import copy_graph
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
 
 OURS = {"read", "step", "close", "coefficients", "collapse", "update", "expand", "mean"}
@@ -147,3 +149,31 @@ def test_the_input_is_not_mutated():
     text = str(module.graph)
     FuseSites().apply(module.graph)
     assert str(module.graph) == text
+
+
+def renamed(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have other names."""
+    copy, _ = copy_graph(graph)
+    for number, node in enumerate(copy.nodes):
+        if node.op.startswith("call"):
+            node.name = f"n{number}"
+    return copy
+
+
+def test_copies_are_known_by_their_mark_not_by_their_name():
+    module, other, x = fused(sites("f", "g"))
+    assert operations(other).get("expand") is None
+    again = fx.GraphModule(module, FuseSites().apply(renamed(module.graph)))
+    assert operations(again) == operations(other)
+    assert_equal(module, again, x)
+
+
+def test_an_expanded_value_of_the_model_is_no_copy():
+    module, _, x = fused(sites("f", "g"))
+    graph, _ = copy_graph(module.graph)
+    (copies,) = [node for node in graph.nodes if is_copies(node)]
+    del copies.meta["mhc_role"]
+    assert copies.name.startswith("mhc_streams")
+    again = fx.GraphModule(module, FuseSites().apply(graph))
+    assert operations(again)["expand"] == 1
+    assert_equal(module, again, x)

@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
 
 from mhc_compile.cli.bench import command
-from mhc_compile.tools.bench.load import busy_cores, cores
-from mhc_compile.tools.bench.result import Benchmark, Conditions, Result, Row
+from mhc_compile.tools.bench.results import Benchmark, Result, Row
+
+CONDITIONS = {
+    **dict.fromkeys(("device", "cores", "threads", "torch", "dtype", "width", "layers", "tokens", "vocabulary"), 1),
+    **dict.fromkeys(("streams", "iterations", "wait_policy"), 1),
+    "load": (0.0, 0.0),
+}
 
 
 def bench(*arguments: str, imports: bool = False) -> subprocess.CompletedProcess[str]:
@@ -29,12 +33,12 @@ def bench(*arguments: str, imports: bool = False) -> subprocess.CompletedProcess
 def test_help_does_not_import_torch():
     done = bench("--help", imports=True)
     assert done.returncode == 0
-    assert "--busy" in done.stdout
+    assert "--rounds" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not {"torch", "transformers", "numpy", "rich", "matplotlib"} & imported
 
 
-def test_an_unknown_name_is_wrong_usage():
+def test_unknown_name_is_wrong_usage():
     done = bench("--quick", "--only", "hyperconnections")
     assert done.returncode == 2
     assert "did you mean 'hyper-connections'" in done.stderr
@@ -46,45 +50,27 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
     sizes = ("--width", "16", "--tokens", "16", "--vocabulary", "32", "--rounds", "2")
     done = bench("--quick", *sizes, "--only", "plain", "--only", "limit", "--json", str(data), "--png", str(chart))
     assert done.returncode == 0, done.stderr[-2000:]
-    result = Result.from_dict(json.loads(data.read_text()))
-    assert [benchmark.kind for benchmark in result.benchmarks] == ["site", "step"]
-    for benchmark in result.benchmarks:
-        assert [(row.name, row.status) for row in benchmark.rows] == [("plain", "ok"), ("limit", "ok")]
-        plain = benchmark.rows[0]
-        assert plain.counters.kernels >= 1
-        assert plain.compile_seconds is None  # --quick uses what was compiled before
-    assert result.benchmarks[0].rows[0].counters.bytes == 3 * 16 * 16 * 4
-    assert (result.conditions.width, result.conditions.layers, result.conditions.rounds) == (16, 1, 2)
+    result = json.loads(data.read_text())
+    assert [benchmark["kind"] for benchmark in result["benchmarks"]] == ["site", "step"]
+    for benchmark in result["benchmarks"]:
+        assert [(row["name"], row["status"]) for row in benchmark["rows"]] == [("plain", "ok"), ("limit", "ok")]
+        plain = benchmark["rows"][0]
+        assert plain["counters"]["kernels"] >= 1
+        assert plain["compile_seconds"] is None  # --quick reuses compiled code
+    assert result["benchmarks"][0]["rows"][0]["counters"]["bytes"] == 3 * 16 * 16 * 4
+    assert [result["conditions"][name] for name in ("width", "layers", "rounds")] == [16, 1, 2]
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "of the same rounds" in done.stdout
     assert "step: timing" in done.stderr
 
 
 @pytest.mark.parametrize(("interrupted", "code"), [(False, 1), (True, 130)])
-def test_a_failed_contender_and_an_interrupt_have_exit_codes_and_lose_nothing(monkeypatch, tmp_path, interrupted, code):
+def test_exit_codes_of_a_failed_candidate_and_an_interrupt(monkeypatch, tmp_path, interrupted, code):
     failed = Row(name="ours", title="ours", status="failed", message="RuntimeError: no")
-    conditions = {field.name: 1 for field in fields(Conditions)} | {"load": (0.0, 0.0), "packages": {}}
-    result = Result(Conditions(**conditions), (Benchmark("site", 1, (failed,)),), interrupted)
-    monkeypatch.setattr("mhc_compile.tools.bench.run.run", lambda request, progress: result)
+    result = Result(CONDITIONS, (Benchmark("site", 1, (failed,)),), interrupted)
+    monkeypatch.setattr("mhc_compile.tools.bench.measure.run", lambda shape, **settings: result)
     done = CliRunner().invoke(command, ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")])
     assert done.exit_code == code
     assert "ours: RuntimeError: no" in done.stdout
-    assert Result.from_dict(json.loads((tmp_path / "b.json").read_text())) == result
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(json.dumps(result.to_dict()))
     assert (tmp_path / "b.png").exists()
-
-
-def test_every_core_is_kept_busy_and_let_go(monkeypatch):
-    started = []
-    real = subprocess.Popen
-
-    def popen(*arguments, **more):
-        started.append(real(*arguments, **more))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    with busy_cores(True):
-        assert len(started) == cores()
-        assert all(process.poll() is None for process in started)
-    assert all(process.poll() is not None for process in started)
-    with busy_cores(False):
-        assert len(started) == cores()

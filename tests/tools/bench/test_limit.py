@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mhc_compile.tools.bench.limit import Limit, flops, in_step, moved
-from mhc_compile.tools.bench.shape import Shape
-from mhc_compile.tools.bench.workload import SITES, Times
+from mhc_compile.tools.bench.workloads import SITES, Shape, Times
 
 
 @pytest.mark.parametrize("width", [8, 256])
 def test_four_streams_move_10_and_15_widths_a_token(width):
     forward, backward = moved(Shape(width=width))
-    assert (forward.total, backward.total) == (10 * width, 15 * width)
+    assert (sum(forward), sum(backward)) == (10 * width, 15 * width)
     assert (forward.read, forward.written) == (5 * width, 5 * width)
     assert (backward.read, backward.written) == (10 * width, 5 * width)
 
@@ -40,9 +39,9 @@ def test_the_buffers_have_the_size_of_the_traffic_and_the_products_their_flops(m
     limit.forward()
     limit.backward(None)
     assert sum(products) == SITES * sum(flops(shape))
-    assert sum(moves) == SITES * moved(shape)[1].total * shape.tokens
+    assert sum(moves) == SITES * sum(moved(shape)[1]) * shape.tokens
     source, _, target = limit._sites[0]
-    assert source.numel() + target.numel() == moved(shape)[0].total * shape.tokens
+    assert source.numel() + target.numel() == sum(moved(shape)[0]) * shape.tokens
     assert len({tensor.data_ptr() for site in limit._sites for tensor in site}) == 3 * SITES
 
 

@@ -1,4 +1,4 @@
-"""From contenders to rows: counters, memory, failures, and what is derived from samples."""
+"""From candidates to rows: counters, memory, failures, and what is derived from samples."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ from torch import nn
 
 from mhc_compile._torch.benchmarking import caches, observe_graphs
 from mhc_compile.reporting.progress import Silent
-from mhc_compile.tools.bench import memory
-from mhc_compile.tools.bench.contenders import CONTENDERS
+from mhc_compile.tools.bench.candidates import CANDIDATES, Candidate
 from mhc_compile.tools.bench.measure import measure
-from mhc_compile.tools.bench.shape import Shape
-from mhc_compile.tools.bench.workload import Workload
+from mhc_compile.tools.bench.timing import measure_memory
+from mhc_compile.tools.bench.workloads import Shape, Workload
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=2)
 EAGER = {
-    contender.name: dataclasses.replace(contender, compiler="eager", site_compiler="eager") for contender in CONTENDERS
+    candidate.name: dataclasses.replace(candidate, compiler="eager", site_compiler="eager") for candidate in CANDIDATES
 }
 
 
 def run(kind, *names, limit=True, extra=()):
     chosen = (*(EAGER[name] for name in names), *extra)
-    return measure(kind, SHAPE, chosen, limit=limit, rounds=2, busy=False, cold=False, progress=Silent())[0]
+    return measure(kind, SHAPE, chosen, limit=limit, rounds=2, cold=False, progress=Silent())[0]
 
 
 @pytest.mark.parametrize("kind", ["site", "step"])
 def test_rows_are_derived_from_samples(kind):
     benchmark = run(kind, "plain", "deepseek-v4", "liger")
     assert [row.status for row in benchmark.rows] == ["ok", "ok", "missing", "ok"]
-    plain, peer, missing, limit = benchmark.rows
+    plain, baseline, missing, limit = benchmark.rows
     sites = 1 if kind == "site" else SHAPE.sites
     assert benchmark.rounds == 2
-    assert {len(samples) for samples in peer.samples.values()} == {2}
+    assert {len(samples) for samples in baseline.samples.values()} == {2}
     assert plain.ratio["total"].median == 1.0
     assert plain.extra.median == 0.0
-    ratios = [a / b for a, b in zip(peer.samples["total"], plain.samples["total"], strict=True)]
-    assert peer.ratio["total"].median == pytest.approx(sum(ratios) / 2)
-    assert peer.extra.low * sites <= peer.seconds["total"].high
+    ratios = [a / b for a, b in zip(baseline.samples["total"], plain.samples["total"], strict=True)]
+    assert baseline.ratio["total"].median == pytest.approx(sum(ratios) / 2)
+    assert baseline.extra.low * sites <= baseline.seconds["total"].high
     assert (plain.share, limit.share) == (None, 1.0)
-    assert peer.share > 0
-    assert peer.parameters > plain.parameters
-    assert peer.saved_bytes > plain.saved_bytes
-    assert peer.counters is None  # nothing was compiled
+    assert baseline.share > 0
+    assert baseline.parameters > plain.parameters
+    assert baseline.saved_bytes > plain.saved_bytes
+    assert baseline.counters is None  # nothing was compiled
     assert "CUDA" in missing.message
     if kind == "step":
         assert limit.seconds["total"].median > plain.seconds["total"].low
         assert plain.loss is not None
 
 
-def test_a_contender_that_raises_is_a_row():
-    def broken(shape, count):
+class Broken(Candidate):
+    def sites(self, shape, count):
         raise RuntimeError("no kernel for this\nand a trace")
 
-    bad = dataclasses.replace(EAGER["deepseek-v4"], name="bad", sites=broken)
-    benchmark = run("step", "plain", extra=(bad,), limit=False)
-    assert benchmark.row("bad").status == "failed"
-    assert benchmark.row("bad").message == "RuntimeError: no kernel for this"
-    assert benchmark.row("plain").status == "ok"
-    assert benchmark.row("plain").share is None
+
+def test_candidate_that_raises_is_a_failed_row():
+    broken = Broken(name="bad", title="bad", compiler="eager")
+    plain, bad = run("step", "plain", extra=(broken,), limit=False).rows
+    assert bad.status == "failed"
+    assert bad.message == "RuntimeError: no kernel for this"
+    assert plain.status == "ok"
+    assert plain.share is None
 
 
 def test_inductor_s_bytes_of_an_add_are_three_tensors():
@@ -81,7 +82,7 @@ def test_an_external_operator_is_one_call_and_its_results_are_counted():
 
 
 class Squares(Workload):
-    """Keeps two tensors of 64 KiB between forward and backward, of which autograd holds one, and makes a third for a moment."""
+    """Keeps two tensors of 64 KiB until the backward, one of them in autograd, and makes a third."""
 
     def __init__(self) -> None:
         super().__init__("cpu", repeats=2)
@@ -99,10 +100,10 @@ class Squares(Workload):
         self.layer.grad = None
 
 
-def test_memory_is_what_is_alive_after_the_forward_and_the_most_of_all():
+def test_memory_after_the_forward_and_at_the_peak():
     workload = Squares()
     workload.timed()
-    used = memory.measure(workload)
+    used = measure_memory(workload)
     one = 128 * 128 * 4
     assert used.saved == pytest.approx(2 * one / 2, abs=64)  # and a scalar
     assert used.peak >= 4 * one // 2

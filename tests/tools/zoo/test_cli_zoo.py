@@ -94,7 +94,7 @@ def test_a_family_is_a_target_of_explain(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(_group, ["explain", "zoo:parallel", "--set", "layers=3"])
     assert done.exit_code == 0, done.output
-    assert "Embedded: 3 sites in 1 chain" in done.stdout
+    assert "Embedded: 3 residual adds rewritten, 0 additions skipped" in done.stdout
 
 
 def test_the_list_of_groups_needs_no_torch():

@@ -10,8 +10,7 @@ from torch import fx, nn
 import mhc_compile
 from mhc_compile.capture.tensor_tree import cast
 from mhc_compile.compilation.inner_compiler import run_eagerly
-from mhc_compile.inspection.verification.comparison import differences
-from mhc_compile.inspection.verification.observation import observe
+from mhc_compile.inspection.verification.comparison import differences, record_run
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
 from mhc_compile.tools.zoo.families.parts import FeedForward
@@ -74,7 +73,7 @@ def assert_like_the_definition(family, case, options, graphs):
     buffers = [buffer.clone() for buffer in model.buffers()]
     seen = []
     for graphs.by_definition in (False, True):
-        seen.append(observe(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs))
+        seen.append(record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs))
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
     assert graphs.compiled == before

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mhc_compile.passes.analysis.aliases import Aliases
-from mhc_compile.passes.planning import chains as planning
+from mhc_compile.passes.planning import planner
 from mhc_compile.passes.planning.match_residuals import Findings
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check, deviation
@@ -71,7 +71,7 @@ def test_deviations_from_the_defaults_have_a_reason():
 
 
 def test_a_blind_finder_is_noticed(monkeypatch):
-    monkeypatch.setattr(planning, "find", lambda graph, provenance, edges: Findings((), (), Aliases(graph)))
+    monkeypatch.setattr(planner, "find", lambda graph, provenance, edges: Findings((), (), Aliases(graph)))
     outcome = check(zoo.get("pre-norm"), preserve=False)
     assert outcome.status == "deviates"
     assert outcome.message == "chains none, expected 4"

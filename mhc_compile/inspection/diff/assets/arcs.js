@@ -13,7 +13,7 @@ class Arcs {
     }
   }
 
-  /** Below the top of the drawing. */
+  /** The distance of an element from the top of the drawing. */
   middle(element) {
     const box = element.getBoundingClientRect();
     return (box.top + box.bottom) / 2 - this.drawings.before.getBoundingClientRect().top;

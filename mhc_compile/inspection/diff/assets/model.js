@@ -1,17 +1,17 @@
-// The data, and the questions that the page asks it.
+// The data of the page, and the graphs as rows.
 
 const data = JSON.parse(document.getElementById('data').textContent);
 const SIDES = ['before', 'after'];
 const other = side => (side === 'before' ? 'after' : 'before');
 const signs = new Map(data.legend.map(entry => [entry.change, entry.sign]));
 const streams = data.options.streams;
+/** The node of a row after the change; of a removed one, before it. */
+const nodeOf = row => row.after || row.before;
 
-/** One graph: its rows with their nodes, and who reads whom. */
+/** One graph: its rows with their nodes, and the users of each node. */
 class Model {
   constructor(graph, layers, number) {
-    this.graph = graph;
-    this.layers = layers;
-    this.number = number;
+    Object.assign(this, {graph, layers, number});
     this.rows = graph.rows.map((row, place) => ({
       place,
       change: row.change,
@@ -21,30 +21,37 @@ class Model {
     this.places = {before: new Map(), after: new Map()};
     this.users = {before: new Map(), after: new Map()};
     for (const row of this.rows) {
-      for (const side of SIDES) {
-        const node = row[side];
-        if (!node) continue;
-        this.places[side].set(node.name, row.place);
-        for (const read of new Set(node.reads)) {
+      for (const side of this.sides(row)) {
+        this.places[side].set(row[side].name, row.place);
+        for (const read of new Set(row[side].reads)) {
           if (!this.users[side].has(read)) this.users[side].set(read, []);
-          this.users[side].get(read).push(node.name);
+          this.users[side].get(read).push(row[side].name);
         }
       }
     }
-    this.sentences = new Map(graph.rejections.map(rejection => [rejection.add, rejection]));
+    this.rejections = new Map(graph.rejections.map(rejection => [rejection.add, rejection]));
     this.expanded = graph.after.some(node => node.role === 'stream');
     this.spans = graph.chains.map(chain => this.span(chain)).filter(Boolean);
     this.texts = this.rows.map(row => this.text(row));
+  }
+
+  /** The sides on which a row has a node. */
+  sides(row) {
+    return SIDES.filter(side => row[side]);
   }
 
   row(side, name) {
     return this.rows[this.places[side].get(name)];
   }
 
-  /** Where the streams of a chain begin and end, and where its sites are. */
+  /** The rows of calls that belong to the sites of `paths`. */
+  calls(paths) {
+    return this.rows.filter(row => this.isCall(row) && this.sides(row).some(side => paths.has(row[side].site)));
+  }
+
+  /** The rows where the streams of a chain begin and end. */
   span(chain) {
-    const paths = new Set(chain.sites.map(site => site.path));
-    const own = this.rows.filter(row => this.isCall(row) && SIDES.some(side => row[side] && paths.has(row[side].site)));
+    const own = this.calls(new Set(chain.sites.map(site => site.path)));
     if (!own.length) return null;
     let first = own[0].place;
     let last = own[own.length - 1].place;
@@ -54,8 +61,8 @@ class Model {
         return row && row.after.op === 'call' && row.after.role === 'stream' && !row.after.site ? row : null;
       };
       for (let row = own[0]; row && row.after; row = row.after.reads.map(lifted).find(Boolean)) first = Math.min(first, row.place);
-      const readers = own[own.length - 1].after ? this.users.after.get(own[own.length - 1].after.name) || [] : [];
-      for (const name of readers) {
+      const end = own[own.length - 1].after;
+      for (const name of (end && this.users.after.get(end.name)) || []) {
         const row = this.row('after', name);
         if (row.after.role === 'stream' || row.change === 'lifted') last = Math.max(last, row.place);
       }
@@ -64,64 +71,60 @@ class Model {
   }
 
   isCall(row) {
-    return (row.after || row.before).op === 'call';
+    return nodeOf(row).op === 'call';
   }
 
-  /** "" off the trunk, else which part of a span the row is. */
+  /** "" off the trunk, else the part of a span that the row is. */
   lane(place) {
-    for (const span of this.spans) {
-      if (place === span.first) return 'first';
-      if (place === span.last) return 'last';
-      if (place > span.first && place < span.last) return 'middle';
+    for (const {first, last} of this.spans) {
+      if (place === first) return 'first';
+      if (place === last) return 'last';
+      if (place > first && place < last) return 'middle';
     }
     return '';
   }
 
   isSite(row) {
-    return Boolean(
-      (row.before && row.before.role === 'site') || (row.after && row.after.role === 'site') ||
-      (row.change === 'replaced' && row.after.site));
+    return this.sides(row).some(side => row[side].role === 'site') || (row.change === 'replaced' && Boolean(row.after.site));
   }
 
-  /** The row that stands for a site: its addition, or what took its place. */
+  /** The row of a site: its add, or the node that replaces it. */
   ofSite(path) {
-    const own = this.rows.filter(row => this.isCall(row) && SIDES.some(side => row[side] && row[side].site === path));
+    const own = this.calls(new Set([path]));
     return own.find(row => row.change === 'replaced') || own.find(row => this.isSite(row)) || own[0];
   }
 
   ofRejection(rejection) {
-    for (const side of SIDES) {
-      const row = this.row(side, rejection.add);
-      if (row) return {row, side};
-    }
-    return null;
+    const side = SIDES.find(name => this.row(name, rejection.add));
+    return side && {row: this.row(side, rejection.add), side};
   }
 
-  rejection(node) {
-    return node && node.role === 'left-alone' ? this.sentences.get(node.name) || null : null;
+  /** The rejection of a row's add, if it is skipped. */
+  rejection(row) {
+    const side = SIDES.find(name => row[name] && row[name].role === 'skipped');
+    return side && this.rejections.get(row[side].name);
   }
 
   text(row) {
     const words = [row.change];
-    for (const side of SIDES) {
+    for (const side of this.sides(row)) {
       const node = row[side];
-      if (!node) continue;
       words.push(node.text, node.value, node.module, node.kind, node.site, node.reason, node.source);
-      const rejection = this.rejection(node);
-      if (rejection) words.push(rejection.message);
     }
-    return words.join('\n').toLowerCase();
+    const rejection = this.rejection(row);
+    return [...words, rejection ? rejection.message : ''].join('\n').toLowerCase();
   }
 }
 
-/** `file:line` with as much of the path as tells files apart. */
+/** `file:line` with the last folder of its path. */
 const brief = source => source.split('/').slice(-2).join('/');
+
+const many = (count, thing) => `${count} ${thing}${count === 1 ? '' : 's'}`;
 
 /** "view × 7, transpose × 4, …" */
 function operations(rows) {
   const counts = new Map();
-  for (const row of rows) {
-    const node = row.after || row.before;
+  for (const node of rows.map(nodeOf)) {
     const name = node.op === 'call' ? node.target.replace(/^.*\./, '') || node.name : node.op;
     counts.set(name, (counts.get(name) || 0) + 1);
   }
@@ -130,10 +133,11 @@ function operations(rows) {
   return words.join(', ') + (sorted.length > 5 ? ', …' : '');
 }
 
-function element(tag, classes, text, attributes = {}) {
+/** An element whose `content` is a text, or a list of texts and elements. */
+function element(tag, classes, content = [], attributes = {}) {
   const made = document.createElement(tag);
   if (classes) made.className = classes;
-  if (text) made.textContent = text;
+  made.append(...[].concat(content));
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }

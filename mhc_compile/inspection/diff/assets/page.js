@@ -3,7 +3,6 @@
 const $ = id => document.getElementById(id);
 const models = data.graphs.map((graph, number) => new Model(graph, data.layers[number], number));
 const state = {model: null, view: null, arcs: null, selected: null, hits: [], hit: -1};
-window.mhc = {timings: []};
 
 function openGraph(number) {
   state.model = models[number];
@@ -16,9 +15,8 @@ function openGraph(number) {
   search($('query').value, false);
 }
 
-/** Marks the row with its operands and users on both sides. `quiet` leaves the address as it is. */
+/** Mark the row with its operands and users on both sides. `quiet` does not change the address. */
 function select(row, side, quiet = false) {
-  const started = performance.now();
   const root = $('rows');
   for (const marked of root.querySelectorAll('.selected, .operand, .user')) marked.classList.remove('selected', 'operand', 'user');
   for (const cell of root.querySelectorAll('[aria-selected=true]')) cell.setAttribute('aria-selected', 'false');
@@ -29,9 +27,7 @@ function select(row, side, quiet = false) {
   if (row) {
     const shown = state.view.show(row.place);
     shown.classList.add('selected');
-    for (const name of SIDES) {
-      const node = row[name];
-      if (!node) continue;
+    for (const name of state.model.sides(row)) {
       document.getElementById(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
       const relate = (names, kind) => {
         for (const place of new Set(names.map(other => state.model.places[name].get(other)))) {
@@ -40,14 +36,14 @@ function select(row, side, quiet = false) {
           if (cell) cell.classList.add(kind);
         }
       };
-      relate(node.reads, 'operand');
-      relate(state.model.users[name].get(node.name) || [], 'user');
+      relate(row[name].reads, 'operand');
+      relate(state.model.users[name].get(row[name].name) || [], 'user');
     }
     root.setAttribute('aria-activedescendant', `cell-${side}-${row.place}`);
     reveal(shown);
     const site = (row.after && row.after.site) || (row.before && row.before.site);
     markList(site ? `[data-site="${CSS.escape(site)}"]` : '');
-    const place = state.model.graph.rejections.findIndex(rejection => SIDES.some(name => row[name] && row[name].role === 'left-alone' && row[name].name === rejection.add));
+    const place = state.model.graph.rejections.indexOf(state.model.rejection(row));
     if (place >= 0) markList(`[data-rejection="${place}"]`);
   } else {
     root.removeAttribute('aria-activedescendant');
@@ -55,11 +51,6 @@ function select(row, side, quiet = false) {
   fillDetails($('details'), state.model, row, side);
   state.arcs.draw(row ? row.place : null, related);
   if (!quiet) remember();
-  requestAnimationFrame(() => {
-    const channel = new MessageChannel(); // its message comes after the frame is painted
-    channel.port1.onmessage = () => window.mhc.timings.push(performance.now() - started);
-    channel.port2.postMessage(null);
-  });
 }
 
 function markList(selector) {
@@ -104,7 +95,7 @@ function search(text, jump = true) {
   if (!state.model) return;
   const query = text.trim().toLowerCase();
   for (const marked of $('rows').querySelectorAll('.hit')) marked.classList.remove('hit');
-  // The graph's own nodes first: parameters bear the names of all modules.
+  // Calls first: parameters contain the names of all modules.
   const found = query ? state.model.rows.filter(row => state.model.texts[row.place].includes(query)) : [];
   state.hits = [...found.filter(row => state.model.isCall(row)), ...found.filter(row => !state.model.isCall(row))];
   state.hit = -1;
@@ -167,7 +158,7 @@ function turn(side) {
   if (state.selected && state.selected.row[side]) select(state.selected.row, side);
 }
 
-/** After a fold: the arcs end elsewhere, and rows that have come into being are hits or operands. */
+/** After a fold the arcs end elsewhere, and new rows may be hits or operands. */
 function redraw() {
   search($('query').value, false);
   if (state.selected) {

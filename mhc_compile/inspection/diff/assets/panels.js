@@ -4,137 +4,98 @@ function fillSites(nav, model) {
   nav.replaceChildren();
   model.graph.chains.forEach((chain, number) => {
     const facts = `${many(chain.sites.length, 'site')} · C = ${chain.width} · n = ${streams}`;
-    nav.append(heading(`Chain ${number + 1}`, facts));
-    const list = element('ul');
-    for (const site of chain.sites) {
-      const button = element('button', 'site', '', {type: 'button', 'data-site': site.path});
-      button.append(dotted(site.path), element('small', '', [site.owner_kind, brief(site.source)].filter(Boolean).join(' · ')));
-      button.title = site.source;
-      const item = element('li');
-      item.append(button);
-      list.append(item);
-    }
-    nav.append(list);
-    if (chain.lifted.length) nav.append(element('p', 'note', `${many(chain.lifted.length, 'trunk operation')} on all streams: ${[...new Set(chain.lifted)].join(', ')}`));
+    nav.append(heading(`Chain ${number + 1}`, facts), element('ul', '', chain.sites.map(site => {
+      const content = [dotted(site.path), element('small', '', origin(site.owner_kind, site.source))];
+      return element('li', '', element('button', 'site', content, {type: 'button', title: site.source, 'data-site': site.path}));
+    })));
+    const lifted = [...new Set(chain.lifted)].join(', ');
+    if (lifted) nav.append(element('p', 'note', `${many(chain.lifted.length, 'trunk operation')} on all streams: ${lifted}`));
   });
   if (!model.graph.chains.length) nav.append(heading('No chain', 'nothing is rewritten in this graph'));
   if (!model.graph.rejections.length) return;
-  nav.append(heading('Left alone', many(model.graph.rejections.length, 'addition')));
+  nav.append(heading('Skipped', many(model.graph.rejections.length, 'addition')));
   const reasons = new Map();
   model.graph.rejections.forEach((rejection, place) => {
     if (!reasons.has(rejection.reason)) reasons.set(rejection.reason, []);
     reasons.get(rejection.reason).push([rejection, place]);
   });
   for (const [reason, members] of reasons) {
-    nav.append(element('h3', '', `${reason} × ${members.length}`));
-    const list = element('ul');
-    let told = '';
-    for (const [rejection, place] of members) {
-      const button = element('button', 'rejection', '', {type: 'button', 'data-rejection': place});
-      button.append(element('b', '', rejection.add), element('small', '', [rejection.module, brief(rejection.source)].filter(Boolean).join(' · ')));
-      button.title = rejection.message;
-      if (rejection.message !== told) button.append(element('span', 'sentence', rejection.message));
-      told = rejection.message;
-      const item = element('li');
-      item.append(button);
-      list.append(item);
-    }
-    nav.append(list);
+    let last = '';
+    nav.append(element('h3', '', `${reason} × ${members.length}`), element('ul', '', members.map(([rejection, place]) => {
+      const {add, module, source, message} = rejection;
+      const content = [element('b', '', add), element('small', '', origin(module, source))];
+      if (message !== last) content.push(element('span', 'sentence', message));
+      last = message;
+      return element('li', '', element('button', 'rejection', content, {type: 'button', title: message, 'data-rejection': place}));
+    })));
   }
 }
 
-const many = (count, thing) => `${count} ${thing}${count === 1 ? '' : 's'}`;
+const origin = (owner, source) => [owner, brief(source)].filter(Boolean).join(' · ');
 
-/** A path that may break behind its dots. */
-function dotted(path) {
-  const made = element('b');
-  path.split(/(?<=\.)/).forEach(part => made.append(part, element('wbr')));
-  return made;
-}
+/** A path that may break after its dots. */
+const dotted = path => element('b', '', path.split(/(?<=\.)/).flatMap(part => [part, element('wbr')]));
 
-function heading(title, facts) {
-  const made = element('h2', '', title);
-  made.append(element('small', '', facts));
-  return made;
-}
+const heading = (title, facts) => element('h2', '', [title, element('small', '', facts)]);
 
 const MARKS = [
   ['', 'Select a node to see its operation, operands (solid arcs) and users (dashed arcs); a site to see its rows.'],
-  ['│', 'The line beside each graph is the residual trunk; where it has become streams there is one line for each.'],
+  ['│', 'The line next to each graph is the residual trunk; after the expansion there is one line for each stream.'],
   ['◆', 'An addition that becomes a hyper-connection; on the line, a circle before and a bar after.'],
-  ['∅', 'An addition that is left alone; the list on the left says why.'],
+  ['∅', 'An addition that is skipped; the list on the left says why.'],
 ];
 
 function fillDetails(panel, model, row, side) {
   panel.replaceChildren();
   if (!row) {
-    for (const [mark, text] of MARKS) {
-      const line = element('p', 'note');
-      line.append(element('b', '', mark), ` ${text}`);
-      panel.append(line);
-    }
+    panel.append(...MARKS.map(([mark, text]) => element('p', 'note', [element('b', '', mark), ` ${text}`])));
     return;
   }
-  const chosen = row[side] || row[other(side)];
+  const shown = row[side] ? side : other(side);
+  const chosen = row[shown];
   const legend = data.legend.find(entry => entry.change === row.change);
-  const title = element('h2', '', chosen.op === 'output' ? 'output' : chosen.name);
-  title.append(element('small', `tag ${row.change}`, `${legend.sign} ${legend.text}`.trim()));
-  panel.append(title);
+  const tag = element('small', `tag ${row.change}`, `${legend.sign} ${legend.text}`.trim());
   const table = element('dl');
   const add = (name, ...values) => {
-    const shown = values.filter(Boolean);
-    if (!shown.length) return;
-    const cell = element('dd');
-    shown.forEach(value => cell.append(typeof value === 'string' ? element('span', '', value) : value));
-    table.append(element('dt', '', name), cell);
+    const known = values.filter(Boolean).map(value => (typeof value === 'string' ? element('span', '', value) : value));
+    if (known.length) table.append(element('dt', '', name), element('dd', '', known));
   };
-  const sides = SIDES.filter(name => row[name]);
+  const sides = model.sides(row);
   const alike = sides.length === 2 && row.before.text === row.after.text && row.before.value === row.after.value;
   for (const name of alike ? ['after'] : sides) {
-    const node = row[name];
-    const line = element('span', 'code');
-    line.append(node.text, element('i', '', node.value && ` : ${node.value}`));
-    add(alike ? 'both' : name, line);
+    const {text, value} = row[name];
+    add(alike ? 'both' : name, element('span', 'code', [text, element('i', '', value && ` : ${value}`)]));
   }
   add('module', chosen.module && `${chosen.module}  ${chosen.kind}`);
   add('site', chosen.site || (row.before && row.before.site) || '');
-  for (const name of sides) {
-    const rejection = model.rejection(row[name]);
-    if (rejection) {
-      add('left alone', `${rejection.reason}: ${rejection.message}`);
-      break;
-    }
-  }
+  const rejection = model.rejection(row);
+  add('skipped', rejection && `${rejection.reason}: ${rejection.message}`);
   add('source', chosen.source.split('/site-packages/').pop());
-  for (const [label, names] of [['reads', chosen.reads], ['read by', model.users[row[side] ? side : other(side)].get(chosen.name) || []]]) {
-    add(label, ...[...new Set(names)].map(name => {
-      const link = element('button', 'link', name, {type: 'button', 'data-name': name, 'data-side': row[side] ? side : other(side)});
-      return link;
-    }));
+  for (const [label, names] of [['reads', chosen.reads], ['read by', model.users[shown].get(chosen.name) || []]]) {
+    add(label, ...[...new Set(names)].map(name =>
+      element('button', 'link', name, {type: 'button', 'data-name': name, 'data-side': shown})));
   }
-  panel.append(table);
+  panel.append(element('h2', '', [chosen.op === 'output' ? 'output' : chosen.name, tag]), table);
 }
 
 function fillLegend(box) {
-  for (const entry of data.legend) {
-    const count = data.changes[entry.change];
+  for (const {change, sign, text} of data.legend) {
+    const count = data.changes[change];
     if (!count) continue;
-    const button = element('button', `tag ${entry.change}`, '', {type: 'button', 'aria-pressed': 'true', 'data-change': entry.change});
-    button.title = entry.text;
-    if (entry.sign) button.append(element('b', '', entry.sign));
-    button.append(`${count} `, element('span', '', entry.change === 'same' ? 'unchanged' : entry.change));
-    box.append(button);
+    const word = element('span', '', change === 'same' ? 'unchanged' : change);
+    const content = [...(sign ? [element('b', '', sign)] : []), `${count} `, word];
+    box.append(element('button', `tag ${change}`, content, {type: 'button', title: text, 'aria-pressed': 'true', 'data-change': change}));
   }
 }
 
 function fillHeader() {
   document.getElementById('title').append(data.model, element('small', '', ` ${data.stage.before} → ${data.stage.after}`));
-  document.getElementById('before').textContent = data.stage.before;
-  document.getElementById('after').textContent = data.stage.after;
-  const changed = Object.entries(data.options).filter(([name, value]) => JSON.stringify(value) !== JSON.stringify(data.defaults[name]));
-  const line = [`streams=${streams}`, `mapping=${data.options.mapping}`];
-  line.push(...changed.filter(([name]) => name !== 'streams' && name !== 'mapping').map(([name, value]) => `${name}=${typeof value === 'string' ? value : JSON.stringify(value)}`));
+  for (const side of SIDES) document.getElementById(side).textContent = data.stage[side];
+  const spelled = ([name, value]) => `${name}=${typeof value === 'string' ? value : JSON.stringify(value)}`;
+  const options = Object.entries(data.options);
+  const always = ['streams', 'mapping'];
+  const changed = ([name, value]) => !always.includes(name) && JSON.stringify(value) !== JSON.stringify(data.defaults[name]);
   const box = document.getElementById('options');
-  box.textContent = line.join('  ');
-  box.title = Object.entries(data.options).map(([name, value]) => `${name} = ${JSON.stringify(value)}`).join('\n');
+  box.textContent = [...always.map(name => [name, data.options[name]]), ...options.filter(changed)].map(spelled).join('  ');
+  box.title = options.map(([name, value]) => `${name} = ${JSON.stringify(value)}`).join('\n');
 }

@@ -1,23 +1,21 @@
-// The two graphs: groups, folds and rows. What is folded is not built before it is opened.
+// The two graphs: groups, folds and rows. Folded rows are built when they are first opened.
 
-const LONG = 3; // as many unchanged rows stay open
+const LONG = 3; // longer runs of unchanged rows are folded
 
-/** A stretch of rows below a heading. `build` fills it when it is first opened. */
+/** Rows below a heading. `build` fills it when it is first opened. */
 class Group {
-  /** `label`: elements that name it; `note`: what is said about it. */
+  /** `label`: the elements of its name; `note`: a remark. */
   constructor(view, parent, depth, members, label, note) {
     Object.assign(this, {view, parent, depth, members, built: false, build: () => {}});
-    this.box = element('div', `group depth${depth}`, '', {role: 'rowgroup'});
-    this.head = element('div', 'head', '', {role: 'row'});
-    const cell = element('div', 'label', '', {role: 'gridcell'});
-    this.button = element('button', '', '', {'aria-expanded': 'false', type: 'button'});
-    this.button.append(...label);
-    cell.append(this.button);
-    this.head.append(view.gutter('before', members), cell, view.gutter('after', members), element('div', 'note', note, {role: 'gridcell'}));
+    this.button = element('button', '', label, {'aria-expanded': 'false', type: 'button'});
+    this.head = element('div', 'head', [
+      view.gutter('before', members), element('div', 'label', this.button, {role: 'gridcell'}),
+      view.gutter('after', members), element('div', 'note', note, {role: 'gridcell'}),
+    ], {role: 'row'});
+    this.head.group = this;
     this.body = element('div', 'body');
     this.body.hidden = true;
-    this.box.append(this.head, this.body);
-    this.head.group = this;
+    this.box = element('div', `group depth${depth}`, [this.head, this.body], {role: 'rowgroup'});
     for (const place of members) view.owners[place] = this;
   }
 
@@ -67,7 +65,7 @@ class RowsView {
     return group;
   }
 
-  /** The modules of a layer one after the other, and the rows of the layer itself between them; what is unchanged folded. */
+  /** The modules of a layer, and the rows of the layer itself between them; unchanged ones folded. */
   fill(group, layer) {
     const parts = runs(layer.rows, place => this.child(layer, place));
     if (!this.changes(layer.rows)) {
@@ -89,8 +87,7 @@ class RowsView {
 
   /** The first part of a row's module below its layer. */
   child(layer, place) {
-    const row = this.model.rows[place];
-    const {module, role, site} = row.after || row.before;
+    const {module, role, site} = nodeOf(this.model.rows[place]);
     if (role === 'stream' && !site) return ''; // where streams begin and end
     const prefix = layer.path ? `${layer.path}.` : '';
     return layer.inputs || !module.startsWith(prefix) ? '' : module.slice(prefix.length).split('.')[0];
@@ -105,7 +102,7 @@ class RowsView {
     const changed = this.changes(places);
     const path = layer.path ? `${layer.path}.${name}` : name;
     const rows = places.map(place => this.model.rows[place]);
-    const own = rows.map(row => row.after || row.before).find(node => node.module === path);
+    const own = rows.map(nodeOf).find(node => node.module === path);
     const label = [element('span', 'path', `.${name}`)];
     if (own) label.push(element('i', '', own.kind));
     if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
@@ -115,7 +112,7 @@ class RowsView {
     if (changed || this.everything) inner.toggle(true);
   }
 
-  /** Rows, the long unchanged stretches folded. */
+  /** Rows, with long unchanged runs folded. */
   stretch(group, places, folded = group.depth < 3) {
     for (const [same, members] of runs(places, place => this.model.rows[place].change === 'same')) {
       const show = inner => inner.body.append(...members.map(place => this.row(place)));
@@ -125,7 +122,8 @@ class RowsView {
   }
 
   fold(group, places, names, build) {
-    const label = [element('span', 'note', `⋯ ${places.length} unchanged${names.length ? `, also in ${names.join(', ')}` : ''}`)];
+    const also = names.length ? `, also in ${names.join(', ')}` : '';
+    const label = element('span', 'note', `⋯ ${places.length} unchanged${also}`);
     const fold = this.group(group, 3, places, label, operations(places.map(place => this.model.rows[place])));
     fold.build = () => build(fold);
     group.body.append(fold.box);
@@ -138,37 +136,30 @@ class RowsView {
 
   row(place) {
     const row = this.model.rows[place];
-    const made = element('div', 'row', '', {role: 'row', 'data-place': place, 'data-change': row.change});
-    const what = row.change === 'same' ? '' : `${signs.get(row.change)}`;
-    for (const side of SIDES) {
-      const node = row[side];
-      made.append(this.gutter(side, [place], true), node ? this.cell(row, side, node, what) : element('div', 'cell none', '', {role: 'gridcell'}));
-    }
-    this.elements[place] = made;
-    return made;
+    const cells = SIDES.flatMap(side => [
+      this.gutter(side, [place], true),
+      row[side] ? this.cell(row, side) : element('div', 'cell none', '', {role: 'gridcell'}),
+    ]);
+    this.elements[place] = element('div', 'row', cells, {role: 'row', 'data-place': place, 'data-change': row.change});
+    return this.elements[place];
   }
 
-  cell(row, side, node, sign) {
-    const cell = element('div', 'cell', '', {
-      role: 'gridcell', 'data-side': side, id: `cell-${side}-${row.place}`, 'aria-selected': 'false',
-    });
-    const mark = node.role === 'left-alone' ? '∅' : node.role === 'site' && (!sign || row.change === 'marked') ? '◆' : sign;
-    const rest = node.op === 'call' || node.op === 'output' ? node.text.slice(node.op === 'call' ? node.name.length : 0) : '';
-    cell.append(
+  cell(row, side) {
+    const {name, op, role, text, value} = row[side];
+    const isSite = role === 'site' && /same|marked/.test(row.change);
+    const mark = role === 'skipped' ? '∅' : isSite ? '◆' : row.change === 'same' ? '' : signs.get(row.change);
+    return element('div', 'cell', [
       element('span', 'sign', mark, {'aria-label': mark ? row.change : ''}),
-      element('span', 'text'),
-      element('span', 'value', node.value));
-    const text = cell.children[1];
-    if (node.op !== 'output') text.append(element('b', '', node.name));
-    text.append(rest);
-    return cell;
+      element('span', 'text', op === 'output' ? text : [element('b', '', name), op === 'call' ? text.slice(name.length) : '']),
+      element('span', 'value', value),
+    ], {role: 'gridcell', 'data-side': side, id: `cell-${side}-${row.place}`, 'aria-selected': 'false'});
   }
 
   gutter(side, places, single = false) {
     const gutter = element('div', 'gutter', '', {'aria-hidden': 'true'});
     const lanes = places.map(place => this.model.lane(place)).filter(Boolean);
     if (!lanes.length) return gutter;
-    // Of a heading: whether the trunk passes it, or begins below it.
+    // A heading shows whether the trunk passes it or begins below it.
     const part = single ? lanes[0] : /middle|last/.test(this.model.lane(places[0])) ? 'middle' : 'below';
     const lane = element('span', `lane ${side} ${part}`);
     gutter.append(lane);
@@ -176,28 +167,28 @@ class RowsView {
     return gutter;
   }
 
-  /** Opens whatever hides a row and gives its element. */
-  show(place) {
-    const closed = [];
-    for (;;) {
-      closed.length = 0;
-      for (let group = this.owners[place]; group; group = group.parent) closed.push(group);
-      const shut = closed.reverse().find(group => !group.open);
-      if (!shut) return this.elements[place];
-      shut.toggle(true);
-    }
+  /** The outermost closed group that hides a row. */
+  closed(place) {
+    let found = null;
+    for (let group = this.owners[place]; group; group = group.parent) if (!group.open) found = group;
+    return found;
   }
 
-  /** The element that stands for a row now: itself, or the heading of the outermost group that hides it. */
+  /** Open the groups that hide a row and return its element. */
+  show(place) {
+    for (let group = this.closed(place); group; group = this.closed(place)) group.toggle(true);
+    return this.elements[place];
+  }
+
+  /** The visible element of a row: itself, or the heading of the outermost group that hides it. */
   stand(place) {
-    let found = this.elements[place];
-    for (let group = this.owners[place]; group; group = group.parent) if (!group.open) found = group.head;
-    return found;
+    const group = this.closed(place);
+    return group ? group.head : this.elements[place];
   }
 
   toggleAll() {
     this.everything = !this.everything;
-    // Groups come into being while others are opened.
+    // Opening a group adds others to the list.
     for (let place = 0; place < this.groups.length; place++) this.groups[place].toggle(this.everything || this.isOpen(this.groups[place]));
   }
 

@@ -1,7 +1,8 @@
-"""Loaded by every Python below `mhc run`, before the script: waits for torch, then sets the default backend.
+"""Loaded by every Python below `mhc run`, before the script: wait for torch, then set the backend.
 
-Nothing but modules that Python has loaded by now is imported before torch is: a script may have files beside it that are called like modules of the
-standard library. Another `sitecustomize`, hidden by this one, is loaded in its place.
+Before torch is imported, only modules that Python has loaded already are used: files next to the
+script may have names of the standard library. Another `sitecustomize`, which this one hides, is
+loaded at the end.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ if TYPE_CHECKING:
     from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_ORDER = os.environ.get("MHC_RUN", "")
-_PID, _PREFIX, _IDLE = [*_ORDER.split("\n"), "", "", ""][:3]
+_CONFIG = os.environ.get("MHC_RUN", "")
+_PID, _PREFIX, _IDLE = [*_CONFIG.split("\n"), "", "", ""][:3]
 
 
 class After:
-    """Calls `then(module)` once the module `name` has been imported. Finds nothing itself."""
+    """A meta path finder that finds nothing, and calls `then(module)` once `name` is imported."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self.name, self.then = name, then
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """What the other finders find; see `importlib.abc.MetaPathFinder`."""
+        """Return the spec of the other finders, as `importlib.abc.MetaPathFinder` asks for."""
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None:
-            self._follow(spec.loader)  # perhaps somebody only asks whether there is such a module, and will ask again
+            self._follow(spec.loader)  # stays in place: the caller may only ask whether the module exists
         return spec
 
     def _follow(self, loader: Any) -> None:
         plain = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # from here on the loader is as it was
+            del loader.exec_module  # restores the loader
             plain(module)
             sys.meta_path.remove(self)
             self.then(module)
@@ -50,11 +51,11 @@ class After:
 
 
 def _with_torch(torch: ModuleType) -> None:
-    """Hands over to this very copy of the package, wherever the script would find another."""
+    """Activate this copy of the package, even if the script would find another one."""
     import importlib.util
 
     if "mhc_compile" not in sys.modules:
-        root = os.path.dirname(os.path.dirname(_HERE))
+        root = _HERE.removesuffix(os.path.join(os.sep, "tools", "launcher", "site"))
         spec = importlib.util.spec_from_file_location(
             "mhc_compile", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
         )
@@ -64,15 +65,15 @@ def _with_torch(torch: ModuleType) -> None:
         spec.loader.exec_module(package)
     from mhc_compile.tools.launcher.activation import activate
 
-    activate(torch, _ORDER, After)
+    activate(torch, _CONFIG, After)
 
 
 def _at_exit() -> None:
-    # Nothing is imported here: that a KeyboardInterrupt ended the script, and is to end the process by its signal, is forgotten by Python when it
-    # runs code from a string, as the modules of dataclasses do.
+    # Nothing is imported here. After a KeyboardInterrupt Python must end by that signal; it forgets
+    # this when it runs code from a string, as dataclasses do.
     activation = sys.modules.get("mhc_compile.tools.launcher.activation")
     if activation is not None:
-        activation.say_last()
+        activation.report_at_exit()
     elif _IDLE and str(os.getpid()) == _PID and os.environ.get("RANK", "0") == "0" and not hasattr(sys, "last_type"):
         stderr: Any = sys.__stderr__
         try:
@@ -94,7 +95,7 @@ def _load_hidden() -> None:
 
 
 sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _HERE]
-if _ORDER and sys.prefix == _PREFIX:  # Pythons of other environments may have no mhc_compile, or another torch
+if _CONFIG and sys.prefix == _PREFIX:  # Pythons of other environments may have no mhc_compile, or another torch
     import atexit
 
     atexit.register(_at_exit)  # the first to be registered is the last to run

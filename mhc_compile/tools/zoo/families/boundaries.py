@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mhc_compile import _torch
+
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
     INTO, OUT, Block, Each, FeedForward, Square, network, spelled, vectors,
 )  # fmt: skip
@@ -24,7 +26,7 @@ class BreakInBranch(Block, up=Square, down=Square):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.up(x))
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         return x + self.down(h)
 
 
@@ -33,7 +35,7 @@ class BreakBetween(Block, f=FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(x)
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         return x
 
 
@@ -44,7 +46,7 @@ class BreakInMiddle(Block, into=INTO, out=OUT, first=_MLPS, second=_MLPS):
         x = self.into(x)
         for mlp in self.first:
             x = x + mlp(x)
-        torch._dynamo.graph_break()
+        _torch.graph_break()
         for mlp in self.second:
             x = x + mlp(x)
         return self.out(x)

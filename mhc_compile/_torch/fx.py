@@ -1,0 +1,131 @@
+"""FX graphs and operators: copying nodes without loss, and what an operator's schema says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.fx import GraphModule, Node
+
+__all__ = [
+    "FakeTensorMode",
+    "checkpoint_context",
+    "copy_node",
+    "is_higher_order",
+    "is_operator",
+    "is_overload",
+    "map_tensors",
+    "new_graph_like",
+    "operator_name",
+    "overload_like",
+    "storage_key",
+    "tensor_leaves",
+    "written_arguments",
+]
+
+
+def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
+    """Return an empty graph of the same tracer as `graph`.
+
+    Args:
+        graph: the graph to imitate.
+        codegen: also take over how the graph's code is generated. An exported program's graph
+            flattens its inputs there, so that the graph of a region inside it must not.
+    """
+    new = Graph(tracer_cls=graph._tracer_cls)
+    if codegen:
+        new.set_codegen(graph._codegen)
+    return new
+
+
+def copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
+    """Copy `node` to the end of `graph`, with operands from `nodes` and a shallow copy of `meta`.
+
+    Dynamo stores the source of every graph input on the node itself, where `Graph.node_copy` loses
+    it; AOTAutograd asks for it later.
+    """
+    copy = graph.node_copy(node, nodes.__getitem__)
+    if hasattr(node, "_dynamo_source"):
+        copy._dynamo_source = node._dynamo_source
+    return copy
+
+
+def is_overload(target: object) -> TypeGuard[OpOverload]:
+    """Return whether a node's target is an operator overload, as `torch.ops.aten.add.Tensor`."""
+    return isinstance(target, OpOverload)
+
+
+def is_operator(target: object) -> TypeGuard[OpOverload | OpOverloadPacket]:
+    """Return whether a node's target is an operator of a library, with or without an overload."""
+    return isinstance(target, (OpOverload, OpOverloadPacket))
+
+
+def is_higher_order(target: object) -> TypeGuard[HigherOrderOperator]:
+    """Return whether a node's target is an operator that calls graphs, such as `cond`."""
+    return isinstance(target, HigherOrderOperator)
+
+
+def operator_name(target: object) -> str | None:
+    """Return an operator's name, "aten::add", or None for any other function."""
+    if isinstance(target, OpOverload):
+        return str(target._schema.name)
+    if isinstance(target, OpOverloadPacket):
+        return str(target._qualified_op_name)
+    return None
+
+
+def overload_like(packet: Any, target: OpOverload) -> OpOverload | None:
+    """Return the overload of `packet` with the name of the overload `target`, or None."""
+    overload: OpOverload | None = getattr(packet, target._overloadname, None)
+    return overload
+
+
+def written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Return position and name of every argument that the operator writes in place."""
+    schema = target._schema
+    if not schema.is_mutable:
+        return ()
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def checkpoint_context(body: GraphModule) -> Callable[[], Any] | None:
+    """Return the context function of a checkpointed region, which holds its policy, or None."""
+    context: Callable[[], Any] | None = body.meta.get("_checkpoint_context_fn")
+    return context
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """Return the identity of a tensor's storage, or None if it has no storage.
+
+    Tensors that share memory have the same.
+
+    The number is valid as long as the tensor is alive. `data_ptr` does not exist for example
+    values, which own no memory.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    # sparse tensors, and tensors wrapped by vmap, have none
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """Return the tensors inside nested lists, tuples, dicts and registered containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return `value` with `function` applied to the tensors inside nested containers."""
+    return pytree.tree_map_only(torch.Tensor, function, value)

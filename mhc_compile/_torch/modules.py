@@ -1,0 +1,74 @@
+"""Modules and tensors: attributes that `torch.nn` and autograd keep under private names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+__all__ = [
+    "COMPILED_ATTRIBUTE",
+    "child_module",
+    "has_compiled_call",
+    "has_hooks",
+    "original_module",
+    "set_state_metadata",
+    "shallow_copy",
+    "state_metadata",
+    "write_count",
+]
+
+#: The attribute of what `torch.compile(model)` returns that holds `model`; it appears in the names
+#: of its parameters.
+COMPILED_ATTRIBUTE = "_orig_mod"
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """Return the module inside the result of `torch.compile(module)`; any other module as it is."""
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+def has_compiled_call(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+def child_module(module: nn.Module, name: str) -> nn.Module | None:
+    """Return the submodule registered as `name`, or None. Other attributes do not count."""
+    return module._modules.get(name)
+
+
+def shallow_copy(module: nn.Module | None) -> nn.Module:
+    """Return a module with the attributes of `module`; adding some does not change `module`."""
+    copy = nn.Module()
+    for name, value in (module.__dict__ if module is not None else {}).items():
+        copy.__dict__[name] = dict(value) if name in {"_modules", "_parameters", "_buffers"} else value
+    return copy
+
+
+def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Return the notes of modules in a state dict, by module path, or None if it has none."""
+    metadata: dict[str, dict[str, Any]] | None = getattr(state, "_metadata", None)
+    return metadata
+
+
+def set_state_metadata(state: OrderedDict[str, Any], metadata: Mapping[str, dict[str, Any]]) -> None:
+    """Give a state dict the notes of its modules, by module path."""
+    state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+
+
+def write_count(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written in place; None for an inference tensor."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Return whether hooks wait for the gradient of a tensor."""
+    return bool(tensor._backward_hooks)

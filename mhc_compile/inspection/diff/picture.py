@@ -1,0 +1,247 @@
+"""Content of the drawings of a `ModelDiff`: the trunk of each chain with its sites, folded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from mhc_compile.inspection.diff.fold import layers
+from mhc_compile.inspection.diff.results import Change
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mhc_compile.inspection.diff.fold import Section
+    from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff
+    from mhc_compile.inspection.explain.results import ChainReport, SiteReport
+
+__all__ = ["Lifted", "Note", "Part", "Picture", "Place", "Repeat", "Sketch", "Trunk", "sketch"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site: a branch, and the add that becomes a hyper-connection.
+
+    Attributes:
+        path: of the hyper-connection.
+        label: the last parts of the branch's path: "h.0.attn".
+        kind: class of the module that performs the add.
+        adds: number of adds in the site.
+        holds: sites of other chains inside the branch; they are not drawn.
+    """
+
+    path: str
+    label: str
+    kind: str
+    adds: int = 1
+    holds: int = 0
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The text of its box."""
+        adds = [f"{self.adds} additions in one"] * (self.adds > 1)
+        holds = [f"holds {self.holds} more sites"] * (self.holds > 0)
+        return self.label, self.kind, *adds, *holds
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """An operation on the trunk, which afterwards runs on all streams: "relu"."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Layers like an earlier one: their number, its path, and the number of their sites."""
+
+    count: int
+    like: str
+    sites: int
+
+    @property
+    def text(self) -> str:
+        """The text of its box."""
+        return f"× {self.count}: as {self.like}"
+
+
+Part = Place | Lifted | Repeat
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """One chain.
+
+    Attributes:
+        width: C.
+        parts: in the order along the trunk.
+        arrives: its streams come from another graph.
+        departs: its streams continue in another graph.
+    """
+
+    width: int
+    parts: tuple[Part, ...]
+    arrives: bool
+    departs: bool
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The sites that are drawn."""
+        return tuple(part for part in self.parts if isinstance(part, Place))
+
+    def ends(self, streams: int, *, after: bool) -> tuple[str, str]:
+        """Return the texts at both ends of the trunk, before or after the rewrite."""
+        if not after:
+            return f"trunk, C = {self.width}", "goes on in another graph" if self.departs else "end"
+        start = f"{streams} streams arrive" if self.arrives else f"copies: 1 → {streams}"
+        return start, f"{streams} streams go on" if self.departs else f"mean: {streams} → 1"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Adds that are skipped for one reason: its code, and the names of the adds."""
+
+    reason: str
+    adds: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """In one line: "skipped: 3 × broadcast (add, add_1, …)"."""
+        names = ", ".join(self.adds[:2]) + (", …" if len(self.adds) > 2 else "")
+        return f"skipped: {len(self.adds)} × {self.reason} ({names})"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One graph."""
+
+    title: str
+    trunks: tuple[Trunk, ...]
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """All graphs of a model that have something to draw."""
+
+    model: str
+    streams: int
+    pictures: tuple[Picture, ...]
+
+    @property
+    def title(self) -> str:
+        """The title of the drawing."""
+        return f"{self.model}: the residual trunk before and after"
+
+    @property
+    def description(self) -> str:
+        """The drawing in words, for screen readers."""
+        trunks = [trunk for picture in self.pictures for trunk in picture.trunks]
+        if not trunks:
+            return "Nothing is rewritten."
+        sites = sum(_sites(trunk.parts) for trunk in trunks)
+        return (
+            f"Before: one line with an addition after each branch. After: {self.streams} parallel streams; at each of"
+            f" {sites} sites in {len(trunks)} chain{'s' * (len(trunks) > 1)} the branch reads their sum weighted by"
+            " pre, and its result returns to them weighted by post, while res mixes the streams."
+        )
+
+
+def sketch(diff: ModelDiff) -> Sketch:
+    """Return the content of the drawings of `diff`."""
+    pieces = len(diff.graphs) > 1 or any(len(graph.modules) > 1 for graph in diff.graphs)
+    pictures = (_picture(graph, pieces) for graph in diff.graphs)
+    drawn = tuple(picture for picture in pictures if picture.trunks or picture.notes)
+    return Sketch(diff.model, diff.options.streams, drawn)
+
+
+def _picture(graph: GraphDiff, pieces: bool) -> Picture:
+    rows = _rows(graph)
+    holds: Counter[str] = Counter()
+    outermost = []
+    for chain in graph.chains:
+        around = [site for other in graph.chains if other is not chain and (site := _around(other, chain, rows))]
+        holds.update(site.path for site in around for _ in chain.sites)
+        if not around:
+            outermost.append(chain)
+    homes = {row.node.site: layer for layer in layers(graph.rows) for row in layer.rows}
+    trunks = tuple(
+        Trunk(
+            chain.width,
+            tuple(_folded(_parts(graph, chain, rows, holds), homes)),
+            chain.arrives,
+            chain.departs and pieces,
+        )
+        for chain in outermost
+    )
+    reasons: dict[str, list[str]] = {}
+    for rejection in graph.rejections:
+        reasons.setdefault(rejection.reason, []).append(rejection.add)
+    return Picture(graph.title, trunks, tuple(Note(reason, tuple(adds)) for reason, adds in reasons.items()))
+
+
+def _rows(graph: GraphDiff) -> dict[str, int]:
+    """Return the row of every site's add, or of the last node of the site."""
+    found: dict[str, int] = {}
+    for place, row in enumerate(graph.rows):
+        for node in (row.before, row.after):
+            if node is not None and node.op == "call" and node.site:
+                found[node.site] = place
+    return found
+
+
+def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> SiteReport | None:
+    """Return the site of `outer` whose branch contains `inner`.
+
+    `inner` is in a module below the site's, and ends before the site's add.
+    """
+    if any(site.path not in rows for site in (*outer.sites, *inner.sites)):
+        return None
+    start = -1
+    for site in outer.sites:
+        end = rows[site.path]
+        if all(start < rows[held.path] < end and _is_below(held.owner, site.owner) for held in inner.sites):
+            return site
+        start = end
+    return None
+
+
+def _is_below(path: str, above: str) -> bool:
+    return path != above and (not above or path.startswith(f"{above}."))
+
+
+def _parts(
+    graph: GraphDiff, chain: ChainReport, rows: dict[str, int], holds: Counter[str]
+) -> Iterator[tuple[str, Part]]:
+    """Yield the sites and the operations between them, with the path of this or the last site."""
+    lifted = [(place, row.node) for place, row in enumerate(graph.rows) if row.change is Change.LIFTED]
+    last, path = len(graph.rows), ""
+    for site in chain.sites:
+        place = rows.get(site.path, last)
+        for at, node in lifted:
+            if last < at < place:
+                yield path, Lifted(node.target.rpartition(".")[2] or node.target)
+        label = ".".join([*site.owner.split(".")[-2:], site.branch]).lstrip(".")
+        yield site.path, Place(site.path, label, site.owner_kind, site.adds, holds[site.path])
+        last, path = place, site.path
+
+
+def _folded(parts: Iterator[tuple[str, Part]], homes: dict[str, Section]) -> Iterator[Part]:
+    """Yield the parts; successive layers like the same earlier one are a single `Repeat`."""
+
+    def like(item: tuple[str, Part]) -> str:
+        return homes[item[0]].like if item[0] in homes else ""
+
+    for earlier, items in groupby(parts, key=like):
+        members = list(items)
+        if earlier:
+            count = len({id(homes[path]) for path, _ in members})
+            yield Repeat(count, earlier, _sites(part for _, part in members))
+        else:
+            yield from (part for _, part in members)
+
+
+def _sites(parts: Iterable[Part]) -> int:
+    return sum(part.sites if isinstance(part, Repeat) else isinstance(part, Place) for part in parts)

@@ -1,0 +1,222 @@
+"""The difference that the rewrite makes to a model, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any, Literal
+
+from mhc_compile.reporting.base import Renderable
+
+if TYPE_CHECKING:
+    from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.inspection.explain.results import ChainReport, RejectionReport
+
+__all__ = ["SCHEMA", "Change", "GraphDiff", "ModelDiff", "NodeView", "Operation", "Role", "Row", "export"]
+
+#: Changes when a field of `ModelDiff.to_dict` changes its meaning or is removed.
+SCHEMA = "mhc-compile/diff/1"
+
+Operation = Literal["input", "parameter", "call", "output"]
+#: "site": an add that becomes a hyper-connection. "skipped": an add that does not. "stream": a node
+#: of the rewrite.
+Role = Literal["", "site", "skipped", "stream"]
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One node of a graph, without tensors or references to the model.
+
+    Attributes:
+        name: unique in its graph. A parameter has its path below the model, an input the name in
+            the model's signature.
+        op: kind of node.
+        target: the operation: "torch.nn.functional.linear", "aten.add.Tensor", ".view",
+            "mhc.update"; "" for inputs and the output.
+        template: its arguments, with {} for every operand: "{}, {}, alpha=2".
+        reads: names of its operands, in the order of the template.
+        value: dtype and shape, "float32[2, 8, 64]"; several in parentheses; "" without a tensor.
+        module: path of the innermost module call that contains it; "" is the model itself.
+        kind: class of that module.
+        source: `file:line` in the model's code, "" if the tracer did not record it.
+        role: see `Role`.
+        site: path of its hyper-connection, or "".
+        reason: code of the reason why an add is skipped, or "".
+    """
+
+    name: str
+    op: Operation
+    target: str
+    template: str
+    reads: tuple[str, ...]
+    value: str
+    module: str
+    kind: str
+    source: str
+    role: Role
+    site: str
+    reason: str
+
+    @property
+    def arguments(self) -> str:
+        """The arguments by name. Parameters of the node's own module lose its path: ".weight"."""
+
+        def short(name: str) -> str:
+            inside = self.module and name.startswith(f"{self.module}.")
+            return name.removeprefix(self.module) if inside else name
+
+        return self.template.format(*map(short, self.reads))
+
+    def __str__(self) -> str:
+        if self.op == "output":
+            return f"return {self.arguments}"
+        if self.op != "call":
+            return self.name
+        if self.target.startswith("."):  # a method
+            receiver, _, rest = self.arguments.partition(", ")
+            return f"{self.name} = {receiver}{self.target}({rest})"
+        return f"{self.name} = {self.target}({self.arguments})"
+
+
+class Change(Enum):
+    """What a stage does to a node. The value is the word that reports print."""
+
+    #: Nothing.
+    SAME = "same"
+    #: Only the plan's verdict is new: the add becomes a site, or is skipped.
+    MARKED = "marked"
+    #: The same operation with other operands.
+    REWIRED = "rewired"
+    #: The same operation on streams: one more axis.
+    LIFTED = "lifted"
+    #: Another operation in its place: a residual add that becomes a hyper-connection.
+    REPLACED = "replaced"
+    REMOVED = "removed"
+    ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A node before and after; `before` is None if it was added, `after` if it was removed."""
+
+    change: Change
+    before: NodeView | None
+    after: NodeView | None
+
+    @property
+    def node(self) -> NodeView:
+        """The node after the change; of a removed one, before it."""
+        node = self.after or self.before
+        assert node is not None
+        return node
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """One graph before and after.
+
+    Attributes:
+        modules: paths of the modules that run it; several for equivalent blocks. ("",) is the
+            model itself.
+        rows: its nodes, aligned.
+        chains: the chains of the plan.
+        rejections: the adds that the plan skips.
+    """
+
+    modules: tuple[str, ...]
+    rows: tuple[Row, ...]
+    chains: tuple[ChainReport, ...]
+    rejections: tuple[RejectionReport, ...]
+
+    @property
+    def changes(self) -> Counter[Change]:
+        """Number of rows by kind of change."""
+        return Counter(row.change for row in self.rows)
+
+    @property
+    def title(self) -> str:
+        """The modules in a few words: "blocks.0 and 3 blocks like it"."""
+        first, count = self.modules[0] or "the model itself", len(self.modules) - 1
+        return f"{first} and {count} blocks like it" if count else first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; see `ModelDiff.to_dict`."""
+        sides: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+        rows = []
+        for row in self.rows:
+            places: dict[str, int | None] = {"before": None, "after": None}
+            for side, node in (("before", row.before), ("after", row.after)):
+                if node is not None:
+                    places[side] = len(sides[side])
+                    sides[side].append({**asdict(node), "text": str(node)})
+            rows.append({"change": row.change.value, **places})
+        chains, rejections = ([asdict(report) for report in reports] for reports in (self.chains, self.rejections))
+        return {"modules": list(self.modules), "chains": chains, "rejections": rejections, **sides, "rows": rows}
+
+
+@dataclass(frozen=True)
+class ModelDiff(Renderable):
+    """Result of `mhc_compile.diff`. Print it with rich, show it in a notebook, or read the fields.
+
+    Attributes:
+        model: class name.
+        options: the options of the rewrite.
+        before: name of the earlier stage, "capture" by default.
+        after: name of the later stage, "expand" by default.
+        graphs: one for every graph that Dynamo captures, in the order in which they run.
+    """
+
+    model: str
+    options: ResolvedOptions
+    before: str
+    after: str
+    graphs: tuple[GraphDiff, ...]
+
+    @property
+    def changes(self) -> Counter[Change]:
+        """Number of rows by kind of change, in all graphs."""
+        return sum((graph.changes for graph in self.graphs), Counter())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON.
+
+        {schema, model, options: {name: value}, stage: {before, after}, changes: {word: number},
+        graphs: [{modules, chains, rejections, before: [node], after: [node],
+        rows: [{change, before, after}]}]}
+
+        A node is a `NodeView` and its `text`; `before` and `after` of a row are indices into those
+        lists, or null. Chains and rejections are those of `explain`.
+        """
+        changes = self.changes
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "options": self.options.to_dict(),
+            "stage": {"before": self.before, "after": self.after},
+            "changes": {change.value: changes[change] for change in Change if changes[change]},
+            "graphs": [graph.to_dict() for graph in self.graphs],
+        }
+
+    def to_html(self) -> str:
+        """Return one self-contained page: both graphs, with search and the list of sites."""
+        return export(self, "html")
+
+    def to_svg(self) -> str:
+        """Return a drawing of the residual trunk before, and of its streams after."""
+        return export(self, "svg")
+
+    def to_dot(self) -> str:
+        """Return the same drawing for Graphviz."""
+        return export(self, "dot")
+
+    def to_mermaid(self) -> str:
+        """Return the same drawing for Markdown."""
+        return export(self, "mermaid")
+
+
+@singledispatch
+def export(result: object, medium: str) -> str:
+    """Return a result as the text of a file: "html", "svg", "dot" or "mermaid"."""
+    raise TypeError(f"no {medium} is registered for {type(result).__name__}; expected a ModelDiff")

@@ -1,0 +1,325 @@
+"""Run rewritten graphs operation by operation, and record and reduce what every site does.
+
+A chain is followed through the values of a graph, and between graphs by the memory of the streams,
+which leave one graph as a result and enter the next as an input. The parameters of a site identify
+its hyper-connection, because equivalent blocks share one graph. All figures are in float64.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from mhc_compile.inspection.stream_stats.results import ChainStability, Geometry, SiteStability, Weights
+from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mhc_compile.inspection.stream_stats.results import Matrix
+
+__all__ = ["Recording", "address", "geometry", "has_sites", "recorder"]
+
+#: Entries of streams that are converted to float64 at a time: 32 MB.
+_CHUNK = 1 << 22
+#: The operators with which a site reads the streams.
+_READS = (torch.ops.mhc.coefficients.default, torch.ops.mhc.gated_read.default)
+
+
+class _At(NamedTuple):
+    """A place in a chain: after the given number of its sites."""
+
+    chain: _Chain
+    site: int
+
+
+class _Pending(NamedTuple):
+    """An open branch: its path, its pre, and its res, kept so that its memory is not reused."""
+
+    path: str
+    pre: Weights | None
+    res: Tensor
+
+
+class Recording:
+    """The sites of one call of a model.
+
+    Args:
+        paths: of the hyper-connections, by the address of their second parameter (see `address`),
+            which is never empty.
+    """
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self.paths = paths
+        self.chains: list[_Chain] = []
+        self.seen: set[str] = set()
+        self.dtype = ""
+        self._pending: dict[int, _Pending] = {}
+        self._leaving: list[tuple[weakref.ref[Tensor], _At]] = []
+
+    def begin(self, parameter: Tensor, name: str, pre: Tensor | None, res: Tensor) -> None:
+        """Record coefficients. The graph calls the parameter `name`; a gated read has no pre."""
+        path = self.paths.get(address(parameter), name)
+        self._pending[address(res)] = _Pending(path, _weights(pre) if pre is not None else None, res)
+
+    def site(self, at: _At | None, streams: Tensor, post: Tensor, res: Tensor, after: Tensor) -> _At:
+        """Record an update of streams and return the place of the new ones."""
+        if at is None or at.site != len(at.chain.sites):  # a second path from the same streams is another chain
+            at = _At(_Chain(), 0)
+        begun = self._pending.pop(address(res), None)
+        if begun is None:  # a plain sum: the branch does not read these streams
+            return at
+        if not at.chain.sites:
+            self.chains.append(at.chain)
+        at.chain.add(begun.path, begun.pre, post, res, streams, after)
+        self.seen.add(begun.path)
+        self.dtype = self.dtype or str(streams.dtype).removeprefix("torch.")
+        return _At(at.chain, at.site + 1)
+
+    def leave(self, streams: Tensor, at: _At) -> None:
+        """Record streams that leave a graph."""
+        self._leaving = [(one, place) for one, place in self._leaving if one() is not None]
+        self._leaving.append((weakref.ref(streams), at))
+
+    def arrive(self, value: Any) -> _At | None:
+        """Return the place of a graph input, if it is streams that left another graph."""
+        if not isinstance(value, Tensor) or value.dim() < 3:
+            return None
+        for one, at in reversed(self._leaving):
+            left = one()
+            if left is not None and left.shape == value.shape and address(left) == address(value) != 0:
+                return at
+        return None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a rewritten graph and passes its sites to a recording."""
+
+    def __init__(self, graph_module: fx.GraphModule, recording: Callable[[], Recording]) -> None:
+        flat = InlineRegions().apply(graph_module.graph)
+        super().__init__(fx.GraphModule(flat.owning_module or graph_module, flat))
+        self._recording = recording
+        self._places: dict[fx.Node, tuple[_At, torch.Size | None]] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self._places = {}
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            self._leave(n)
+        result = super().run_node(n)
+        at = self._follow(n, result)
+        if at is not None:
+            self._places[n] = at, result.shape if isinstance(result, Tensor) else None
+        return result
+
+    def _follow(self, n: fx.Node, result: Any) -> _At | None:
+        """Return the place of a node's result, None if it is not streams."""
+        recording = self._recording()
+        if n.op == "placeholder":
+            return recording.arrive(result)
+        if n.target in _READS:
+            (_, _, parameter, *_), _ = self.fetch_args_kwargs_from_env(n)
+            pre = result[0] if n.target is torch.ops.mhc.coefficients.default else None
+            recording.begin(parameter, str(n.args[2]), pre, result[2])
+            return None
+        if n.target is torch.ops.mhc.collapse.default:
+            return None
+        if n.target is torch.ops.mhc.update.default:
+            (streams, _, post, res), _ = self.fetch_args_kwargs_from_env(n)
+            source: Any = n.args[0]
+            at = self._places[source][0] if source in self._places else None
+            return recording.site(at, streams, post, res, result)
+        known = [self._places[operand] for operand in n.all_input_nodes if operand in self._places]
+        if not known:
+            return None
+        # A long skip reads older streams too: the chain continues from the newest.
+        at, shape = max(known, key=lambda place: place[0].site)
+        return None if _is_read_out(result, shape) else at
+
+    def _leave(self, n: fx.Node) -> None:
+        for operand in n.all_input_nodes:
+            if operand in self._places and isinstance(value := self.env[operand], Tensor):
+                self._recording().leave(value, self._places[operand][0])
+
+
+def recorder(graph_module: fx.GraphModule, recording: Callable[[], Recording]) -> Callable[..., Any]:
+    """Return the graph as a function that passes its sites to the current `recording()`."""
+    return _Recorder(graph_module, recording).run
+
+
+def address(value: Tensor) -> int:
+    """Return the address of a tensor's memory, 0 if it has none."""
+    return value.untyped_storage().data_ptr()
+
+
+def _is_read_out(result: Any, streams: torch.Size | None) -> bool:
+    """Return whether streams [..., n, C] became a value without streams, [..., C]."""
+    return isinstance(result, Tensor) and streams is not None and result.shape == streams[:-2] + streams[-1:]
+
+
+def has_sites(model: object) -> bool:
+    """Return whether `model` is a graph module that was rewritten already."""
+    graph = getattr(model, "graph", None)
+    return isinstance(graph, fx.Graph) and any(node.target in _READS for node in graph.nodes)
+
+
+@dataclass(eq=False)
+class _Chain:
+    """Reduces the sites of a chain one by one; keeps H_res [tokens, n, n], but no streams."""
+
+    sites: list[SiteStability] = field(default_factory=list)
+    width: int = 0
+    merged: bool = False
+    #: Every site's H_res, on the CPU.
+    _matrices: list[Tensor] = field(default_factory=list)
+    #: The composite of each token so far.
+    _product: Tensor | None = None
+    #: The streams that left the last site, while they exist, and their geometry.
+    _left: tuple[weakref.ref[Tensor], Geometry] | None = None
+
+    def add(self, path: str, pre: Weights | None, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
+        """Add a site.
+
+        Args:
+            path: of its hyper-connection.
+            pre: read weights, reduced, if there are any.
+            post: [..., n].
+            res: [..., n, n], multiplied with the streams from the left.
+            streams: [..., n, C], before the site.
+            after: [..., n, C], after it.
+        """
+        self.width = streams.shape[-1]
+        n = res.shape[-1]
+        kept = res.detach().reshape(-1, n, n).cpu()
+        matrices = kept.double()
+        # Token axes may be reshaped between sites, but keep their order and number.
+        product = matrices if self._product is None else matrices @ self._fit(self._product, len(matrices))
+        self._product = product
+        self._matrices.append(kept)
+        mean = matrices.mean(0)
+        alone, composite = _amax(matrices), _amax(product)
+        self.sites.append(
+            SiteStability(
+                path=path,
+                tokens=len(matrices),
+                mean=_rows(mean),
+                spread=(matrices - mean).abs().amax().item(),
+                composite=_rows(product.mean(0)),
+                remainder=(),
+                forward=alone[0],
+                backward=alone[1],
+                composite_forward=composite[0],
+                composite_backward=composite[1],
+                remainder_forward=0.0,
+                remainder_backward=0.0,
+                row_error=(matrices.sum(-1) - 1).abs().amax().item(),
+                column_error=(matrices.sum(-2) - 1).abs().amax().item(),
+                lowest=matrices.amin().item(),
+                pre=pre,
+                post=_weights(post),
+                entering=self._entering(streams),
+            )
+        )
+        self._left = weakref.ref(after), geometry(after)
+
+    def result(self) -> ChainStability:
+        """Return the chain with the products from each site to the end."""
+        product: Tensor | None = None
+        sites = []
+        for site, kept in zip(reversed(self.sites), reversed(self._matrices), strict=True):
+            matrices = kept.double()
+            product = matrices if product is None else self._fit(product, len(matrices)) @ matrices
+            forward, backward = _amax(product)
+            remainder = _rows(product.mean(0))
+            sites.append(replace(site, remainder=remainder, remainder_forward=forward, remainder_backward=backward))
+        assert self._left is not None
+        return ChainStability(len(sites[0].mean), self.width, tuple(sites[::-1]), self._left[1], self.merged)
+
+    def _fit(self, product: Tensor, tokens: int) -> Tensor:
+        if len(product) == tokens:
+            return product
+        self.merged = True
+        return product.mean(0, keepdim=True).expand(tokens, -1, -1)
+
+    def _entering(self, streams: Tensor) -> Geometry:
+        """Return the geometry of the streams, which is known if they left the last site."""
+        if self._left is not None and self._left[0]() is streams:
+            return self._left[1]
+        with torch.no_grad():
+            return geometry(streams)
+
+
+def _amax(matrices: Tensor) -> tuple[float, float]:
+    """Return largest absolute row sum (forward) and column sum (backward), averaged over tokens.
+
+    Source: arXiv 2512.24880 v2, section 5.3, "Amax gain magnitude". Shape: [tokens, n, n].
+    """
+    absolute = matrices.abs()
+    return (absolute.sum(-1).amax(-1).mean().item(), absolute.sum(-2).amax(-1).mean().item())
+
+
+def _rows(matrix: Tensor) -> Matrix:
+    return tuple(tuple(row) for row in matrix.tolist())
+
+
+def _weights(values: Tensor) -> Weights:
+    """Return the distribution over tokens of pre or post, [..., n]."""
+    wide = values.detach().flatten(0, -2).cpu().double()
+    moments = wide.mean(0), wide.std(0, correction=0), wide.amin(0), wide.amax(0)
+    return Weights(*(tuple(moment.tolist()) for moment in moments))
+
+
+def geometry(streams: Tensor, chunk: int = _CHUNK) -> Geometry:
+    """Return how far the streams [..., n, C] of a token differ from each other.
+
+    Tokens whose streams are all zero (padding) have no direction and are excluded from similarity
+    and rank. Values that are not finite give NaN. `chunk` entries at a time become float64.
+    """
+    n, width = streams.shape[-2:]
+    flat = streams.detach().reshape(-1, n, width)
+    size = max(chunk // max(n * width, 1), 1)
+    deviation = trunk = 0.0
+    grams = []
+    for part in flat.split(size):
+        wide = (part.cpu() if part.device.type == "mps" else part).double()  # there is no float64 on mps
+        mean = wide.mean(-2, keepdim=True)
+        deviation += (wide - mean).square().sum().item() / n
+        trunk += mean.square().sum().item()
+        grams.append((wide @ wide.mT).cpu())
+    gram = torch.cat(grams)
+    distance = (deviation / trunk) ** 0.5 if trunk > 0 else (float("inf") if deviation > 0 else 0.0)
+    if not bool(gram.isfinite().all()):
+        return Geometry(float("nan"), float("nan"), float("nan"))
+    gram = gram[gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0]
+    if not len(gram):
+        return Geometry(1.0, 1.0, distance)
+    return Geometry(_similarity(gram), _rank(gram), distance)
+
+
+def _similarity(gram: Tensor) -> float:
+    n = gram.shape[-1]
+    if n == 1:
+        return 1.0
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    cosines = gram / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
+    upper = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return float(cosines[:, upper].mean())
+
+
+def _rank(gram: Tensor) -> float:
+    """Return the exponential of the entropy of the normalised singular values.
+
+    Those of the streams are the square roots of the eigenvalues of their Gram matrix. Source: Roy
+    and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    floor = gram.shape[-1] * torch.finfo(torch.float64).eps * eigenvalues[:, -1:]  # rounding noise
+    singular = torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt()
+    share = singular / singular.sum(-1, keepdim=True)
+    return float(torch.special.entr(share).sum(-1).exp().mean())

@@ -1,0 +1,262 @@
+"""The result of `mhc_compile.stability`, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
+
+from mhc_compile.reporting.base import Renderable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+__all__ = ["ChainStability", "Geometry", "Matrix", "SiteStability", "Stability", "Weights", "write_plot"]
+
+#: An n × n matrix, row by row.
+Matrix = tuple[tuple[float, ...], ...]
+
+#: Streams with a smaller distance are copies of each other.
+_COPIES = 1e-6
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Distribution of pre or post over tokens, with a number for each stream."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How far the n streams of a token differ, over all tokens.
+
+    Attributes:
+        similarity: mean cosine of two different streams: 1 for copies.
+        effective_rank: exp of the entropy of the normalised singular values of the n × C matrix: 1
+            for copies, at most n.
+        distance: root mean square of the streams' deviation from their mean, relative to that of
+            the mean: 0 for copies.
+    """
+
+    similarity: float
+    effective_rank: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class SiteStability:
+    """One site l of a chain 1 … L.
+
+    H is H_res as it is applied, X' = H X + ...; averages are over tokens. The composite is
+    H_l ··· H_1, from the start of the chain through this site; the remainder is H_L ··· H_l, from
+    this site to the end. "forward" is the largest absolute row sum, a bound on the growth of a
+    signal; "backward" is the largest absolute column sum, a bound on the growth of a gradient; each
+    of every token's matrix, then averaged ("Amax gain magnitude", arXiv 2512.24880 v2, section 5.3;
+    its figures show the remainder over l). A signal from the start of the chain passes through the
+    composite, a gradient from its end through the remainder: `composite_forward` and
+    `remainder_backward` are their gains. A doubly stochastic composite has both at 1.
+
+    Attributes:
+        path: of the hyper-connection, as in `mhc_compile.connections`.
+        tokens: number of tokens.
+        mean: average H.
+        spread: largest deviation of an entry of any token's H from `mean`: 0 if H is the same for
+            all tokens.
+        composite: average composite.
+        remainder: average remainder.
+        forward: of H alone.
+        backward: of H alone.
+        composite_forward: of the composite.
+        composite_backward: of the composite.
+        remainder_forward: of the remainder.
+        remainder_backward: of the remainder.
+        row_error: largest |row sum − 1| of any token's H.
+        column_error: largest |column sum − 1| of any token's H.
+        lowest: smallest entry of any token's H; below 0, H is not doubly stochastic.
+        pre: weights with which the branch reads the streams; in a single pass, the next one. None
+            if every channel has its own.
+        post: weights with which the branch is written into the streams.
+        entering: geometry of the streams before the site.
+    """
+
+    path: str
+    tokens: int
+    mean: Matrix
+    spread: float
+    composite: Matrix
+    remainder: Matrix
+    forward: float
+    backward: float
+    composite_forward: float
+    composite_backward: float
+    remainder_forward: float
+    remainder_backward: float
+    row_error: float
+    column_error: float
+    lowest: float
+    pre: Weights | None
+    post: Weights
+    entering: Geometry
+
+    @property
+    def name(self) -> str:
+        """The path without the part "mhc": `blocks.0.attn` for `blocks.0.mhc.attn`."""
+        return ".".join(part for part in self.path.split(".") if part != "mhc")
+
+
+@dataclass(frozen=True)
+class ChainStability:
+    """The sites of one chain, in the order of the signal.
+
+    Attributes:
+        streams: n.
+        width: C.
+        sites: at least one.
+        leaving: geometry of the streams after the last site.
+        merged: the number of tokens changes along the chain (pooling, a class token); products
+            across such a place are of averages.
+    """
+
+    streams: int
+    width: int
+    sites: tuple[SiteStability, ...]
+    leaving: Geometry
+    merged: bool
+
+    @property
+    def amax_forward(self) -> float:
+        """Largest gain of a signal over depth: maximum of `composite_forward`."""
+        return _largest(site.composite_forward for site in self.sites)
+
+    @property
+    def amax_backward(self) -> float:
+        """Largest gain of a gradient over depth: maximum of `remainder_backward`."""
+        return _largest(site.remainder_backward for site in self.sites)
+
+    @property
+    def geometry(self) -> tuple[Geometry, ...]:
+        """Geometry of the streams before each site and after the last."""
+        return (*(site.entering for site in self.sites), self.leaving)
+
+    @property
+    def copies(self) -> bool:
+        """Whether all streams are copies, so that the model computes what the plain one does."""
+        return all(one.distance < _COPIES for one in self.geometry)
+
+
+@dataclass(frozen=True)
+class Stability(Renderable):
+    """Result of `mhc_compile.stability`. Print it with rich, `plot` it, or read the fields.
+
+    Attributes:
+        model: class name.
+        mode: "train" or "eval".
+        dtype: of the streams, without "torch.".
+        chains: in the order in which they begin.
+        idle: paths of hyper-connections that the call did not use.
+    """
+
+    model: str
+    mode: str
+    dtype: str
+    chains: tuple[ChainStability, ...]
+    idle: tuple[str, ...]
+
+    @property
+    def sites(self) -> tuple[SiteStability, ...]:
+        """The sites of all chains."""
+        return tuple(site for chain in self.chains for site in chain.sites)
+
+    @property
+    def amax_forward(self) -> float:
+        """Maximum over all chains; 1 is neither growth nor decay."""
+        return _largest(chain.amax_forward for chain in self.chains)
+
+    @property
+    def amax_backward(self) -> float:
+        """Maximum over all chains; 1 is neither growth nor decay."""
+        return _largest(chain.amax_backward for chain in self.chains)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Notes on the figures, a sentence each."""
+        found = []
+        if self.chains and all(chain.copies for chain in self.chains):
+            found.append(
+                "All streams are copies of each other, and matrices whose rows sum to 1 keep them so: the model computes"
+                " what the plain one does. That is the start; streams separate as they are trained"
+            )
+        if self.sites and all(site.spread < _COPIES for site in self.sites):
+            found.append("H_res is the same for every token: phi does not reach it yet, as at the start")
+        if any(chain.merged for chain in self.chains):
+            found.append("The number of tokens changes along a chain: products over that place are of averages")
+        if self.idle:
+            more = ", ..." if len(self.idle) > 1 else ""
+            found.append(f"{len(self.idle)} hyper-connections had no part in this call ({self.idle[0]}{more})")
+        return tuple(found)
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures to log during training, by name."""
+        sites, ends = self.sites, [chain.leaving for chain in self.chains]
+        if not sites:
+            return {}
+        return {
+            "amax_forward": self.amax_forward,
+            "amax_backward": self.amax_backward,
+            "site_amax_forward": _largest(site.forward for site in sites),
+            "site_amax_backward": _largest(site.backward for site in sites),
+            "row_error": _largest(site.row_error for site in sites),
+            "column_error": _largest(site.column_error for site in sites),
+            "lowest": -_largest(-site.lowest for site in sites),
+            "similarity": sum(end.similarity for end in ends) / len(ends),
+            "effective_rank": sum(end.effective_rank for end in ends) / len(ends),
+            "distance": _largest(one.distance for chain in self.chains for one in chain.geometry),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; figures that are not finite are None.
+
+        {schema, model, mode, dtype, chains: [{..., sites: [...]}], idle, summary, remarks}, with
+        the fields of the classes.
+        """
+        data: dict[str, Any] = _finite(asdict(self))
+        for chain, plain in zip(self.chains, data["chains"], strict=True):
+            plain["amax_forward"], plain["amax_backward"] = _finite([chain.amax_forward, chain.amax_backward])
+            for site, row in zip(chain.sites, plain["sites"], strict=True):
+                row["name"] = site.name
+        more = {"summary": _finite(self.summary()), "remarks": list(self.remarks)}
+        return {"schema": "mhc-compile/stability/1"} | data | more
+
+    def plot(self, path: str | Path) -> None:
+        """Write a PNG: H_res and composites as heat maps; gains, similarity and rank over depth.
+
+        Raises:
+            MhcError: matplotlib is not installed, or there is no chain to draw.
+        """
+        write_plot(self, path)
+
+
+@singledispatch
+def write_plot(result: object, path: str | Path) -> None:
+    """Write the plot of a result to `path`; `plots` registers it."""
+    raise TypeError(f"no plot is registered for {type(result).__name__}, to be written to {path}")
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Return the maximum: NaN if any value is NaN, 1 if there is none."""
+    known = list(values)
+    return float("nan") if any(map(math.isnan, known)) else max(known, default=1.0)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value

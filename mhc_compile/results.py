@@ -1,0 +1,10 @@
+"""The types of what `explain`, `why`, `diff`, `check` and `stability` return, for annotations."""
+
+from __future__ import annotations
+
+from mhc_compile.inspection.diff.results import ModelDiff
+from mhc_compile.inspection.explain.results import AddExplanation, Explanation
+from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.inspection.verification.results import CheckResult
+
+__all__ = ["AddExplanation", "CheckResult", "Explanation", "ModelDiff", "Stability"]

@@ -1,0 +1,198 @@
+"""Results as rich tables and as a PNG."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mhc_compile.tools.bench.candidates import LIMIT, PLAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from rich.console import RenderableType
+
+    from mhc_compile.tools.bench.results import Benchmark, Counters, Result, Row, TargetResult
+
+__all__ = ["WIDE", "chart", "conditions_line", "target_view", "view", "write_png"]
+
+#: Width in columns from which on times and counts are one table.
+WIDE = 130
+_TITLES = {
+    "site": "One site: the write of a site and the read of the next",
+    "step": "One training step: forward, backward, AdamW",
+}
+_LEGENDS = {
+    "site": (
+        "ms: median (quartiles of both together). × plain: of the same rounds. of limit: limit / this. kernels: that"
+        " Inductor generated + calls of other operators. MB: read and written, by Inductor's count; the limit's by"
+        " hand. saved, peak, compile: as below."
+    ),
+    "step": (
+        "+ ms/site, kernels/site and MB/site: (this − plain) / sites. saved: alive between forward and backward; saved"
+        " and peak are over the memory in use before the step. compile: the first forward and backward, from empty"
+        " caches."
+    ),
+    "target": (
+        "total: median (quartiles). × plain: of the same rounds. per site: (this − plain) / sites. compile: the first"
+        " forward and backward, from empty caches unless --quick."
+    ),
+}
+_COLOURS = {"missing": "yellow", "failed": "red"}
+
+
+def view(result: Result, width: int) -> RenderableType:
+    """Return the tables of a run for a terminal of `width` columns."""
+    parts: list[RenderableType] = []
+    for benchmark in result.benchmarks:
+        title = f"{_TITLES[benchmark.kind]}; {_rounds(benchmark)}"
+        parts += [*_section(title, benchmark, _LEGENDS[benchmark.kind], width), Text()]
+    return Group(*parts, *_end(conditions_line(result.conditions), result.interrupted))
+
+
+def target_view(result: TargetResult, width: int) -> RenderableType:
+    """Return the table of a user's model for a terminal of `width` columns."""
+    work = "training step: forward, backward, AdamW" if result.train else "forward pass"
+    title = f"{result.model}, {result.sites} sites; one {work}; {_rounds(result.benchmark)}"
+    before, after = result.load
+    conditions = f"torch {result.torch}, {result.threads} threads; load {before:.1f} before, {after:.1f} after"
+    section = _section(title, result.benchmark, _LEGENDS["target"], width)
+    return Group(*section, *_end(conditions, result.interrupted))
+
+
+def conditions_line(c: Mapping[str, Any]) -> str:
+    """Return the conditions of a run as one line."""
+    before, after = c["load"]
+    return (
+        f"{c['device']}, {c['cores']} cores, {c['threads']} threads ({c['wait_policy']} waiting); torch {c['torch']};"
+        f" {c['dtype']}, C = {c['width']}, {c['tokens']} tokens, {c['layers']} layers, vocabulary {c['vocabulary']},"
+        f" n = {c['streams']}, {c['iterations']} Sinkhorn iterations; load {before:.1f} before, {after:.1f} after"
+    )
+
+
+def _rounds(benchmark: Benchmark) -> str:
+    return f"{benchmark.rounds} round{'s' * (benchmark.rounds != 1)}"
+
+
+def _section(title: str, benchmark: Benchmark, legend: str, width: int) -> list[RenderableType]:
+    messages = [Text(f"{row.name}: {row.message}", _COLOURS[row.status]) for row in benchmark.rows if row.message]
+    return [Text(title, "italic"), *_tables(benchmark, width), Text(legend, "dim"), *messages]
+
+
+def _end(conditions: str, interrupted: bool) -> list[RenderableType]:
+    return [Text(conditions), *([Text("Interrupted: complete rounds only.", "yellow")] if interrupted else [])]
+
+
+def _tables(benchmark: Benchmark, width: int) -> list[Table]:
+    """Return one table, or times and counts apart if `width` columns are too few for both."""
+    per = "\n/site" if benchmark.kind == "step" else ""
+    times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
+    counts = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
+    if width >= WIDE:
+        return [_table(benchmark, (*times, *counts), slice(None))]
+    split = len(times)
+    return [_table(benchmark, times, slice(split)), _table(benchmark, counts, slice(split, None))]
+
+
+def _table(benchmark: Benchmark, titles: Sequence[str], part: slice) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("candidate", no_wrap=True)
+    for one in titles:
+        table.add_column(one, justify="right", min_width=16 if "quartiles" in one else None)
+    for row in benchmark.rows:
+        if row.status == "ok":
+            table.add_row(row.name, *_cells(row, benchmark.kind == "step")[part])
+        elif part.start is None:
+            table.add_row(Text(row.name, _COLOURS[row.status]), row.status)
+    return table
+
+
+def _cells(row: Row, step: bool) -> Sequence[str]:
+    total = row.seconds["total"]
+    counted = row.plus if step else row.counters
+    return (
+        _ms(row.seconds["forward"].median),
+        _ms(row.seconds["backward"].median),
+        f"{_ms(total.median)} ({_ms(total.low)}–{_ms(total.high)})",
+        f"{row.ratio['total'].median:.2f}" if row.ratio else "–",
+        _ms(row.extra.median) if row.extra else "–",
+        f"{100 * row.share:.0f} %" if row.share is not None else "–",
+        _kernels(counted),
+        _megabytes(counted.bytes or None if counted else None),
+        _megabytes(row.saved_bytes),
+        _megabytes(row.peak_bytes),
+        f"{row.compile_seconds:.1f}" if row.compile_seconds is not None else "–",
+    )
+
+
+def _ms(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+def _megabytes(size: float | None) -> str:
+    return "–" if size is None else f"{size / 1e6:.1f}"
+
+
+def _kernels(counters: Counters | None) -> str:
+    if counters is None or not (counters.kernels or counters.externs):
+        return "–"
+    return f"{counters.kernels:.3g} + {counters.externs:.3g}"
+
+
+def write_png(result: Result, path: Path) -> None:
+    """Write the chart to `path`, 160 pixels an inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chart(result).savefig(path)
+
+
+def chart(result: Result) -> Any:
+    """Return a figure with a panel for each benchmark: the cost over plain, with quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = max((len(_shown(benchmark)) for benchmark in result.benchmarks), default=1)
+    panels = max(1, len(result.benchmarks))
+    figure = Figure(figsize=(6.5 * panels, 2.0 + 0.45 * bars), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, benchmark in zip(figure.subplots(1, panels, squeeze=False)[0], result.benchmarks, strict=False):
+        _panel(axes, benchmark)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(conditions_line(result.conditions), 95 * panels)), fontsize=7, color="0.35"
+    )
+    return figure
+
+
+def _shown(benchmark: Benchmark) -> list[Row]:
+    return [row for row in benchmark.rows if row.status == "ok" and row.name != PLAIN and row.extra and row.ratio]
+
+
+def _panel(axes: Any, benchmark: Benchmark) -> None:
+    """Draw a step as percent over plain, and a site, whose plain form costs little, in ms."""
+    rows = _shown(benchmark)[::-1]
+    step = benchmark.kind == "step"
+    for place, row in enumerate(rows):
+        value = row.ratio["total"] if step else row.extra
+        assert value is not None
+        low, median, high = (100 * (x - 1) if step else 1000 * x for x in (value.low, value.median, value.high))
+        colour = "tab:orange" if row.name.startswith("ours") else "0.45" if row.name == LIMIT else "tab:blue"
+        whiskers = [[max(0.0, median - low)], [max(0.0, high - median)]]
+        axes.barh(place, median, xerr=whiskers, color=colour, height=0.65, error_kw={"elinewidth": 1, "capsize": 2})
+        text = f"{median:+.0f} %" if step else f"{median:.2f} ms"
+        axes.annotate(text, (max(high, 0.0), place), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.axvline(0.0, color="0.3", linewidth=0.8)
+    axes.margins(x=0.18)
+    axes.set_xlabel(
+        "training step over the plain model, %" if step else "one site over a plain add, forward + backward, ms"
+    )
+    axes.set_title(
+        f"{'Training step' if step else 'One site'}, median and quartiles of {benchmark.rounds} rounds", fontsize=10
+    )
+    axes.grid(axis="x", alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,163 @@
+"""Observation of workloads: the first run, the memory of a run, and interleaved rounds."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mhc_compile._torch.benchmarking import caches, memory_events, observe_graphs
+from mhc_compile.tools.bench.results import Counters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from mhc_compile.tools.bench.workloads import Times, Workload
+
+__all__ = ["FirstRun", "Memory", "Rounds", "first_run", "interleave", "measure_memory"]
+
+_MARK = "mhc-bench: forward done"
+
+
+class FirstRun(NamedTuple):
+    """Seconds of compilation and one run from empty caches, and counts of all compiled graphs."""
+
+    seconds: float | None
+    counters: Counters | None
+
+
+def first_run(workload: Workload, *, cold: bool) -> FirstRun:
+    """Run a workload for the first time. `cold` empties the caches of compiled code before.
+
+    Seconds are None unless `cold`, counters are None where Inductor compiled nothing.
+    """
+    seen: list[tuple[int, int, int]] = []
+    if cold:
+        _forget_kernels()
+    with caches(cold=cold), observe_graphs(lambda *counts: seen.append(counts)):
+        begin = time.perf_counter()
+        workload.backward(workload.forward())
+        workload.synchronize()
+        seconds = time.perf_counter() - begin
+    workload.finish()
+    workload.clear()
+    if not seen:
+        return FirstRun(None, None)
+    return FirstRun(seconds if cold else None, Counters(*(sum(column) for column in zip(*seen, strict=True))))
+
+
+def _forget_kernels() -> None:
+    """Drop the loaded C++ kernels, so that the next compilation builds them as on a new machine."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mhc_compile.ops."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+class Memory(NamedTuple):
+    """Bytes over those in use before a run: after the forward (outputs included), and at most."""
+
+    saved: int
+    peak: int
+
+
+def measure_memory(workload: Workload) -> Memory:
+    """Run once more, untimed; read CUDA's allocator, or on CPU the profiler's allocation events.
+
+    Scratch memory that libraries allocate themselves (oneDNN, MKL, vectors of the C++ kernels) is
+    not included.
+    """
+    saved, peak = _cuda(workload) if workload.device == "cuda" else _cpu(workload)
+    return Memory(saved // workload.repeats, peak // workload.repeats)
+
+
+def _cuda(workload: Workload) -> tuple[int, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = workload.forward()
+    saved = torch.cuda.memory_allocated() - before
+    workload.backward(outputs)
+    workload.finish()
+    peak = torch.cuda.max_memory_allocated() - before
+    del outputs
+    workload.clear()
+    return saved, peak
+
+
+def _cpu(workload: Workload) -> tuple[int, int]:
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        outputs = workload.forward()
+        with record_function(_MARK):
+            pass
+        workload.backward(outputs)
+        workload.finish()
+        del outputs
+        workload.clear()
+    live = peak = saved = 0
+    for _, name, size in memory_events(seen):
+        if name == "[memory]":
+            live += size
+            peak = max(peak, live)
+        elif name == _MARK:
+            saved = live
+    return saved, peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what the profiler writes to file descriptor 2 when it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@dataclass
+class Rounds:
+    """Complete rounds: times by candidate, and exceptions by candidate, whose times are dropped."""
+
+    times: dict[str, list[Times]] = field(default_factory=dict)
+    failures: dict[str, BaseException] = field(default_factory=dict)
+    complete: int = 0
+    interrupted: bool = False
+
+
+def interleave(workloads: Mapping[str, Workload], rounds: int, warm_up: int, advance: Callable[[str], None]) -> Rounds:
+    """Time every workload once in each round, so that a disturbance of the machine hits all.
+
+    `warm_up` rounds before the others do not count. The order rotates by one each round, so that no
+    candidate always follows the same. `advance` is called with a name before its turn. A workload
+    that raises is left out of the rounds that follow. Ctrl-C ends them and keeps the complete ones.
+    """
+    result = Rounds({name: [] for name in workloads})
+    try:
+        for index in range(-warm_up, rounds):
+            names = [name for name in workloads if name not in result.failures]
+            turn = index % max(1, len(names))
+            measured: dict[str, Times] = {}
+            for name in names[turn:] + names[:turn]:
+                advance(name)
+                try:
+                    measured[name] = workloads[name].timed()
+                except Exception as error:  # any error of a candidate becomes its row; the others go on
+                    result.failures[name] = error
+                    del result.times[name]
+            if index >= 0:
+                for name, times in measured.items():
+                    result.times[name].append(times)
+                result.complete = index + 1
+    except KeyboardInterrupt:
+        result.interrupted = True
+    return result

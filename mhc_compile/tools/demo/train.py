@@ -1,0 +1,256 @@
+"""Two models from the same weights, plain and mhc, trained in turn on the same batches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+import mhc_compile
+import mhc_compile.results
+from mhc_compile.errors import MhcError
+from mhc_compile.tools.demo.data import stable_seed
+from mhc_compile.tools.demo.settings import HEAD, PATCH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from mhc_compile.tools.demo.data import NextByte
+    from mhc_compile.tools.demo.settings import Settings
+
+__all__ = ["PairedTraining", "Trainer", "build_model", "check_same_weights", "deterministic", "learning_rate"]
+
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+#: Steps over which the learning rate rises, and steps between two validations.
+WARM_UP, EVERY = 100, 50
+
+
+def build_model(settings: Settings, classes: int) -> nn.Module:
+    """Build a model of transformers from a small configuration, its weights from the seed alone.
+
+    Its forward takes ids int64 [batch, context] and returns `.logits` [batch, context, classes]
+    (gpt2, llama), or images float32 [batch, 1, side, side] and `.logits` [batch, classes] (vit).
+    """
+    import transformers
+
+    torch.manual_seed(stable_seed("weights", settings.seed))
+    context, width, layers, p = settings.context, settings.width, settings.layers, settings.dropout
+    language: dict[str, Any] = {"vocab_size": classes, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // HEAD}
+    if settings.model == "gpt2":
+        gpt2: dict[str, Any] = {"n_positions": context, "n_embd": width, "n_layer": layers, "n_head": width // HEAD}
+        dropout: dict[str, Any] = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**language, **gpt2, **dropout))
+    if settings.model == "llama":
+        llama: dict[str, Any] = {"num_key_value_heads": width // HEAD, "intermediate_size": 8 * width // 3 // 8 * 8}
+        llama |= {"max_position_embeddings": context, "attention_dropout": p}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**language, **sizes, **llama))
+    image: dict[str, Any] = {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
+    dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+    config = transformers.ViTConfig(**sizes, **image, **dropout, intermediate_size=4 * width)
+    config.num_labels = classes
+    return transformers.ViTForImageClassification(config)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Use deterministic algorithms inside this context; a step is as fast.
+
+    Without them Inductor sums the gradient of an embedding with atomic additions, in the order in
+    which the threads arrive: after about ten steps two runs differ in the last bit of the loss.
+    """
+    memory: Any = torch.utils.deterministic  # its attribute is a property of a module, which mypy does not see
+    before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = fill
+
+
+def learning_rate(step: int, peak: float) -> float:
+    """Return the rate of `step`: a linear rise over 100 steps, then peak · sqrt(100 / step).
+
+    It depends on the step alone: a run that is continued with more steps has the rates of one long
+    run.
+    """
+    return peak * min((step + 1) / WARM_UP, math.sqrt(WARM_UP / (step + 1)))
+
+
+def check_same_weights(plain: nn.Module, other: nn.Module) -> None:
+    """Raise MhcError unless every parameter and buffer of `plain` is in `other`, bit for bit."""
+    others = other.state_dict()
+    for name, value in plain.state_dict().items():
+        if name not in others or not torch.equal(value, others[name]):
+            raise MhcError(f"the two models start from different weights: {name} differs")
+
+
+class Trainer:
+    """A model under `torch.compile`, its optimizer, and its measurements.
+
+    Args:
+        model: the model; hyper-connections are attached already, so that the optimizer holds every
+            parameter.
+        backend: as for `torch.compile`.
+        options: as for `torch.compile`.
+        preparation: seconds of earlier work that belong to the compilation.
+
+    Attributes:
+        losses: training loss of every step before its update, in nats.
+        seconds: duration of every step.
+        starts: `(first step, preparation)` of every process of the run.
+    """
+
+    def __init__(self, model: nn.Module, backend: str, options: dict[str, Any] | None, preparation: float) -> None:
+        self.model = model
+        self.compiled = torch.compile(model, backend=backend, options=options)
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.starts = [(0, preparation)]
+
+    def train(self, inputs: Tensor, targets: Tensor, *, seed: int, lr: float) -> float:
+        """Train one step with clipping and AdamW. Return the loss before the update, in nats.
+
+        Args:
+            inputs: the model's inputs.
+            targets: int64, the shape of the logits without the last axis.
+            seed: for the dropout of this step.
+            lr: the learning rate of this step.
+        """
+        begin = time.perf_counter()
+        torch.manual_seed(seed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._loss(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - begin)
+        return self.losses[-1]
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.compiled(inputs).logits.flatten(0, -2), targets.flatten())
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[tuple[Tensor, Tensor]]) -> float:
+        """Return the mean loss over `batches` without dropout, in nats."""
+        self.model.eval()
+        loss = statistics.fmean(self._loss(*batch).item() for batch in batches)
+        self.model.train()
+        return loss
+
+    @property
+    def step_seconds(self) -> float:
+        """Median of the steps that did not compile, without the two after each if possible."""
+        for skipped in (3, 1, 0):
+            cold = {start + i for start, _ in self.starts for i in range(skipped)}
+            settled = [value for step, value in enumerate(self.seconds) if step not in cold]
+            if settled:
+                break
+        return statistics.median(settled)
+
+    @property
+    def compile_seconds(self) -> list[float]:
+        """Preparation and first step of each process of the run, less `step_seconds`."""
+        first = [(preparation, self.seconds[step]) for step, preparation in self.starts if step < len(self.seconds)]
+        return [preparation + max(0.0, seconds - self.step_seconds) for preparation, seconds in first]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, and the history."""
+        history = {"losses": self.losses, "seconds": self.seconds, "starts": self.starts}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state` in another process."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
+        self.starts = [*state["starts"], (len(self.losses), self.starts[-1][1])]
+
+
+class PairedTraining:
+    """The plain model and the one with hyper-connections, trained in turn from the same weights.
+
+    They differ in the backend alone: `torch.compile(model)` and `torch.compile(model,
+    backend="mhc")`. The second has its hyper-connections attached before the first call, so that a
+    checkpoint can be loaded into them.
+
+    Attributes:
+        step: number of steps trained.
+        trainers: by name, "plain" and "mhc".
+        validation: losses by step (the number of steps trained) and name.
+        explanation: the site report.
+    """
+
+    def __init__(self, settings: Settings, task: NextByte) -> None:
+        self.settings, self.task, self.step = settings, task, 0
+        self.held_out = task.validation()
+        self.validation: dict[int, dict[str, float]] = {}
+        inner, sample = settings.inner_backend, task.training(0)[0]
+        self._options = None if inner == "inductor" else {"inner_backend": inner}
+        plain, mhc = (build_model(settings, task.classes) for _ in range(2))
+        self.explanation = mhc_compile.explain(mhc, sample, options=self._options)
+        begin = time.perf_counter()
+        mhc_compile.attach(mhc, sample, options=self._options)
+        attaching = time.perf_counter() - begin
+        check_same_weights(plain, mhc)
+        self.trainers = {
+            "plain": Trainer(plain, inner, None, 0.0),
+            "mhc": Trainer(mhc, "mhc", self._options, attaching),
+        }
+
+    def advance(self) -> dict[str, float]:
+        """Train one step of both, in alternating order, and return their losses.
+
+        Batch, dropout and learning rate are functions of the seed and the step alone.
+        """
+        inputs, targets = self.task.training(self.step)
+        seed = stable_seed("dropout", self.settings.seed, self.step)
+        lr = learning_rate(self.step, self.settings.lr)
+        names = ("plain", "mhc") if self.step % 2 == 0 else ("mhc", "plain")
+        losses = {name: self.trainers[name].train(inputs, targets, seed=seed, lr=lr) for name in names}
+        self.step += 1
+        return losses
+
+    @property
+    def due(self) -> bool:
+        """Whether a validation is due, every 50 steps: a function of the step alone."""
+        return self.step % EVERY == 0 and self.step not in self.validation
+
+    def validate(self) -> dict[str, float]:
+        """Return the validation losses of both at this step, from the history if they are there."""
+        if self.step not in self.validation:
+            losses = {name: trainer.evaluate(self.held_out) for name, trainer in self.trainers.items()}
+            self.validation[self.step] = losses
+        return self.validation[self.step]
+
+    def measure_streams(self) -> mhc_compile.results.Stability:
+        """Measure the gain of the composite H_res and the streams on one validation batch."""
+        model = self.trainers["mhc"].model.eval()
+        try:
+            return mhc_compile.stability(model, self.held_out[0][0], options=self._options)
+        finally:
+            model.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, and the history."""
+        trainers = {name: trainer.state_dict() for name, trainer in self.trainers.items()}
+        return {"step": self.step, "validation": self.validation, **trainers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        self.step, self.validation = state["step"], dict(state["validation"])
+        for name, trainer in self.trainers.items():
+            trainer.load_state_dict(state[name])

@@ -1,0 +1,181 @@
+"""Counts and reports what is rewritten below `mhc run`, in the script and its children."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import weakref
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from mhc_compile._torch.default_backend import captured_graphs
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from torch import nn
+
+    from mhc_compile.compilation.session import GraphSession
+    from mhc_compile.modules.hyper_connection import HyperConnection
+    from mhc_compile.tools.launcher.run_config import RunConfig
+
+__all__ = ["Graph", "ReportCounter", "Total"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One compiled graph.
+
+    Attributes:
+        pid: the process.
+        model: number of the compiled model in its process.
+        kind: class of the model, or name of the function if there is no module.
+        connections: hyper-connections seen in this graph first.
+        skipped: additions not rewritten, less those counted for this code and model before.
+        form: streams and mapping of the hyper-connections, in words.
+    """
+
+    pid: int
+    model: int
+    kind: str
+    connections: int
+    skipped: int
+    form: str
+
+
+@dataclass
+class Total:
+    """The sums over all graphs."""
+
+    graphs: list[Graph] = field(default_factory=list)
+
+    @property
+    def connections(self) -> int:
+        """The number of hyper-connections."""
+        return sum(graph.connections for graph in self.graphs)
+
+    @property
+    def skipped(self) -> int:
+        """The number of additions not rewritten, in models that have hyper-connections."""
+        rewritten = {(graph.pid, graph.model) for graph in self.graphs if graph.connections}
+        return sum(graph.skipped for graph in self.graphs if (graph.pid, graph.model) in rewritten)
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that rewrote something."""
+        return len({graph.pid for graph in self.graphs if graph.connections})
+
+    @property
+    def models(self) -> Counter[str]:
+        """The number of models with hyper-connections, by class."""
+        rewritten = {(graph.pid, graph.model): graph.kind for graph in self.graphs if graph.connections}
+        return Counter(rewritten.values())
+
+
+class ReportCounter:
+    """Counts the graphs that this process compiles with mhc.
+
+    The first model of a class is reported at once, because a run that is killed never ends; the
+    total is reported at the end. Children append their graphs to a file for the script as they go,
+    because many never run their exit handlers.
+
+    Args:
+        config: the script's process and the file.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.total = Total()
+        self._connections: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
+        self._models: weakref.WeakKeyDictionary[nn.Module | CodeType, int] = weakref.WeakKeyDictionary()
+        self._skipped: weakref.WeakKeyDictionary[nn.Module | CodeType, Counter[CodeType]] = weakref.WeakKeyDictionary()
+
+    def count(self, study: GraphSession) -> None:
+        """Count one graph, while Dynamo traces it: sites are bound and nothing is rewritten yet."""
+        from mhc_compile import _torch
+        from mhc_compile.attachment.model_tree import find_connection
+
+        code = _torch.frame_code()
+        root = study.provenance.root
+        model: nn.Module | CodeType = code if root is None else root
+        new, form = 0, ""
+        for site in study.plan.sites:
+            owner = study.provenance.module(site.owner)
+            connection = find_connection(owner, site) if owner is not None else None
+            if connection is not None and connection not in self._connections:
+                self._connections.add(connection)
+                new += 1
+                preset = f"preset {connection.preset}, " if connection.preset != "paper" else ""
+                form = f"{preset}streams {connection.streams}, mapping {connection.mapping}"
+        # A graph that is compiled again, for other shapes, has the same additions.
+        skipped = self._skipped.setdefault(model, Counter())
+        more = max(0, len(study.plan.rejections) - skipped[code])
+        skipped[code] += more
+        number = self._models.setdefault(model, len(self.total.graphs))
+        kind = f"{code.co_name}()" if root is None else type(root).__name__
+        self._record(Graph(os.getpid(), number, kind, new, more, form))
+
+    def _record(self, graph: Graph) -> None:
+        first = graph.connections > 0 and graph.kind not in self.total.models
+        self.total.graphs.append(graph)
+        if graph.pid != self.config.pid:
+            with open(self.config.reports, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(graph)) + "\n")  # one write: lines of several children stay whole
+        if first:
+            self._print(f"{graph.kind}: {_found(graph.connections, graph.skipped)} ({graph.form})")
+
+    def report_total(self) -> None:
+        """Report what was rewritten in all, or why nothing was. Children report nothing here."""
+        if os.getpid() != self.config.pid:
+            return
+        total = self.with_children()
+        if not total.connections:
+            if not hasattr(sys, "last_type"):  # an exception ended the script, and must be the last to be read
+                self._print(self._nothing(total))
+        elif len([graph for graph in total.graphs if graph.connections or graph.skipped]) > 1:
+            models = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in total.models.items())
+            where = f" in {total.processes} processes" if total.processes > 1 else ""
+            self._print(f"in all {_found(total.connections, total.skipped, f' ({models}){where}')}")
+
+    def with_children(self) -> Total:
+        """Return the graphs of this process and of all children; their file is deleted."""
+        try:
+            with open(self.config.reports, encoding="utf-8") as file:
+                children = [Graph(**json.loads(line)) for line in file]
+            os.unlink(self.config.reports)
+        except FileNotFoundError:
+            children = []
+        return Total([*self.total.graphs, *children])
+
+    def _nothing(self, total: Total) -> str:
+        script = self.config.script
+        if total.graphs:
+            return (
+                f"nothing was rewritten: {script} compiled {_number(len(total.graphs), 'graph')} with mhc, and none has"
+                " residual adds that can be rewritten. `mhc explain` shows each addition with its reason"
+            )
+        if captured_graphs():
+            return (
+                f"nothing was rewritten: {script} names a backend in every torch.compile(...) that it runs, and mhc run"
+                " does not replace it. Leave backend= out, or write backend='mhc'"
+            )
+        return self.config.never_compiled
+
+    def _print(self, message: str) -> None:
+        """Write a line to stderr, in one process of a torchrun group."""
+        if self.config.quiet or os.environ.get("RANK", "0") != "0" or sys.__stderr__ is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # the script closed it, or its reader has gone
+            sys.__stderr__.write(f"mhc run: {message.removeprefix('mhc run: ')}\n")
+            sys.__stderr__.flush()
+
+
+def _found(connections: int, skipped: int, models: str = "") -> str:
+    return f"{_number(connections, 'hyper-connection')}{models}, {_number(skipped, 'addition')} skipped"
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' if count != 1 else ''}"

@@ -1,0 +1,111 @@
+"""Results as JSON, table and chart: renderers of the same data."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from mhc_compile.tools.bench.report import WIDE, chart, view
+from mhc_compile.tools.bench.results import PHASES, Benchmark, Counters, Result, Row, Spread
+
+CONDITIONS = {
+    "device": "A processor",
+    "cores": 2,
+    "threads": 2,
+    "torch": "2.13.0",
+    "python": "3.11",
+    "packages": {"mhc-compile": "0.1.0"},
+    "dtype": "float32",
+    "width": 256,
+    "layers": 4,
+    "tokens": 1024,
+    "vocabulary": 50257,
+    "streams": 4,
+    "iterations": 20,
+    "rounds": 3,
+    "wait_policy": "passive",
+    "load": (0.5, 1.5),
+}
+
+
+def row(name, total, **more):
+    seconds = {phase: Spread(total, 0.9 * total, 1.1 * total) for phase in PHASES}
+    return Row(
+        name=name,
+        title=name,
+        status="ok",
+        samples=dict.fromkeys(PHASES, (total, total)),
+        seconds=seconds,
+        ratio={phase: Spread(total / 0.1, total / 0.1, total / 0.1) for phase in PHASES},
+        extra=Spread(total - 0.1, total - 0.1, total - 0.1),
+        share=0.5,
+        counters=Counters(7, 3, 2_000_000),
+        plus=Counters(1.25, 0.5, 1_500_000.0),
+        compile_seconds=12.5,
+        saved_bytes=3_000_000,
+        peak_bytes=4_000_000,
+        parameters=10,
+        **more,
+    )
+
+
+def made_up() -> Result:
+    rows = (
+        row("plain", 0.1),
+        row("ours", 0.2, loss=5.0),
+        Row(name="liger", title="Liger", status="missing", message="not installed: pip install liger-kernel"),
+        Row(name="bad", title="Bad", status="failed", message="RuntimeError: no"),
+    )
+    return Result(CONDITIONS, (Benchmark("site", 3, rows), Benchmark("step", 3, rows)))
+
+
+def test_json_has_every_field():
+    result = made_up()
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["conditions"] == {**CONDITIONS, "load": [0.5, 1.5]}
+    assert [(one["kind"], one["rounds"], len(one["rows"])) for one in data["benchmarks"]] == [
+        ("site", 3, 4),
+        ("step", 3, 4),
+    ]
+    _, ours, missing, _ = data["benchmarks"][1]["rows"]
+    assert ours["samples"]["forward"] == [0.2, 0.2]
+    assert ours["seconds"]["total"] == {"median": 0.2, "low": 0.9 * 0.2, "high": 1.1 * 0.2}
+    assert ours["ratio"]["total"]["median"] == 0.2 / 0.1
+    assert (ours["extra"]["median"], ours["share"], ours["loss"]) == (0.2 - 0.1, 0.5, 5.0)
+    assert ours["counters"] == {"kernels": 7, "externs": 3, "bytes": 2_000_000}
+    assert ours["plus"] == {"kernels": 1.25, "externs": 0.5, "bytes": 1_500_000.0}
+    assert (ours["compile_seconds"], ours["saved_bytes"], ours["peak_bytes"]) == (12.5, 3_000_000, 4_000_000)
+    assert (missing["status"], missing["message"]) == ("missing", "not installed: pip install liger-kernel")
+    assert (missing["samples"], missing["extra"], missing["loss"]) == ({}, None, None)
+    assert result.failed
+
+
+@pytest.mark.parametrize("width", [80, WIDE])
+def test_the_table_shows_every_row_and_cuts_nothing(width):
+    out = io.StringIO()
+    Console(file=out, width=width).print(view(made_up(), width))
+    text = out.getvalue()
+    assert "…" not in text
+    assert "200 (180–220)" in text
+    assert "2.00" in text
+    assert "50 %" in text
+    assert "7 + 3" in text  # a site: its own
+    assert "1.25 + 0.5" in text  # a step: over plain
+    assert "liger: not installed: pip install liger-kernel" in text
+    assert "bad: RuntimeError: no" in text
+    assert "A processor, 2 cores, 2 threads (passive waiting); torch 2.13.0" in text
+    assert max(len(line) for line in text.splitlines() if "quartiles" not in line and "torch" not in line) <= width
+
+
+def test_chart_has_a_bar_for_every_candidate_but_plain():
+    site, step = chart(made_up()).axes
+    assert [label.get_text() for label in site.get_yticklabels()] == ["ours"]
+    assert [text.get_text() for text in site.texts] == ["100.00 ms"]
+    assert [text.get_text() for text in step.texts] == ["+100 %"]
+
+
+def test_chart_without_rows():
+    assert len(chart(Result(CONDITIONS, (Benchmark("step", 0, ()),))).axes) == 1
