@@ -104,10 +104,10 @@ def architecture(
         expected: the structure; by default one chain of two sites a layer.
         inputs: draws the arguments of the call.
         prepare: changes the model before it is used.
-        double: see `Family`.
-        tolerance: see `Family`.
-        because: see `Family`; `NOISY` where only `double` needs a reason.
-        differentiable_inputs: see `Family`.
+        double: as for `Family`, like the following.
+        tolerance: largest relative error.
+        because: `NOISY` by default where `double` is set.
+        differentiable_inputs: whether gradients of inputs are compared.
     """
 
     def make(layers: int) -> Case:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 
 __all__ = [
-    "INTO", "OUT", "WIDTH", "Attention", "Block", "Each", "Embedded", "FeedForward", "Framed", "Norm", "Plain", "Residual",
-    "Square", "Stack", "TransformerBlock", "conv2d", "formula", "ids", "linear", "network", "parameter", "spelled", "tokens", "vectors",
+    "INTO", "OUT", "WIDTH", "Attention", "Block", "Each", "Embedded", "FeedForward", "Framed", "Norm", "Plain",
+    "Residual", "Square", "Stack", "TransformerBlock", "conv2d", "formula", "ids", "linear", "network", "parameter",
+    "spelled", "tokens", "vectors",
 ]  # fmt: skip
 
 #: C of every handwritten family, and the size of its vocabulary.
@@ -27,21 +28,19 @@ Part: TypeAlias = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Each:
-    """A part that a network has once for each layer, or `count(layers)` times."""
+    """A list of copies of a part: one for each layer of the network, or `count(layers)`."""
 
     part: Part
     count: Callable[[int], int] = int
 
     def __call__(self, layers: int) -> nn.Module:
-        """Return the copies as a list."""
         return nn.ModuleList(self.part() for _ in range(self.count(layers)))
 
 
 class Stack(Each):
-    """Parts that are called one after the other, as one module."""
+    """A sequence of copies of a part, called as one module."""
 
     def __call__(self, layers: int) -> nn.Module:
-        """Return the copies as a sequence."""
         return nn.Sequential(*(self.part() for _ in range(self.count(layers))))
 
 
@@ -63,7 +62,9 @@ class Block(nn.Module):
         for name, part in self.parts.items():
             setattr(self, name, part(layers) if isinstance(part, Each) else part())
 
-        def __getattr__(self, name: str) -> Any: ...  # noqa: N807
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 def formula(name: str, doc: str, forward: Callable[..., Any], **parts: Part) -> type[Block]:

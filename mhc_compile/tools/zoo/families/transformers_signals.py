@@ -20,32 +20,14 @@ def _speech(layers: int, **more: Any) -> dict[str, Any]:
             "vocab_size": 20, "layerdrop": 0.0, "apply_spec_augment": False, **more}  # fmt: skip
 
 
-def _conformer(layers: int) -> dict[str, Any]:
-    return _speech(layers, position_embeddings_type="rotary", conv_depthwise_kernel_size=5)
-
-
-def _spectrogram(layers: int) -> dict[str, Any]:
-    return {**SIZES, "num_hidden_layers": layers, "patch_size": 4, "frequency_stride": 4, "time_stride": 4,
-            "max_length": 8, "num_mel_bins": 8}  # fmt: skip
-
-
 def _patches(layers: int, **more: Any) -> dict[str, Any]:
     return {"num_input_channels": 2, "context_length": 16, "patch_length": 4, "patch_stride": 4, "d_model": 16,
             "prediction_length": 4, "num_hidden_layers": layers, **more}  # fmt: skip
 
 
-def _mixed_patches(layers: int) -> dict[str, Any]:
-    return _patches(layers, num_layers=layers, expansion_factor=2, mode="mix_channel")
-
-
 def _forecast(layers: int, **more: Any) -> dict[str, Any]:
     return {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1, "d_model": 16,
             **sides(layers=layers, attention_heads=2, ffn_dim=16, layerdrop=0.0), **more}  # fmt: skip
-
-
-def _timesfm(layers: int) -> dict[str, Any]:
-    return {"patch_length": 8, "context_length": 16, "horizon_length": 4, "freq_size": 3, "num_hidden_layers": layers,
-            "hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}  # fmt: skip
 
 
 def _forecast_inputs() -> dict[str, Any]:
@@ -82,15 +64,21 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "audio_and_series": (
         _recognition("hubert", "HubertForCTC", _speech, _POSITIONED),
         _recognition("wav2vec2-stable", "Wav2Vec2ForCTC", lambda n: _speech(n, do_stable_layer_norm=True), _POSITIONED),
-        _recognition("wav2vec2-conformer", "Wav2Vec2ConformerForCTC", _conformer, per_layer(4)),
-        architecture("ast", "ASTForAudioClassification", _spectrogram, inputs=normal(input_values=(2, 8, 8))),
+        _recognition("wav2vec2-conformer", "Wav2Vec2ConformerForCTC",
+                     lambda n: _speech(n, position_embeddings_type="rotary", conv_depthwise_kernel_size=5), per_layer(4)),
+        architecture("ast", "ASTForAudioClassification",
+                     lambda n: {**SIZES, "num_hidden_layers": n, "patch_size": 4, "frequency_stride": 4, "time_stride": 4,
+                                "max_length": 8, "num_mel_bins": 8}, inputs=normal(input_values=(2, 8, 8))),
         _series("patchtst", "PatchTSTForPrediction",
                 lambda n: _patches(n, num_attention_heads=2, ffn_dim=24, path_dropout=0.1)),
-        _series("patchtsmixer", "PatchTSMixerForPrediction", _mixed_patches, per_layer(3)),
+        _series("patchtsmixer", "PatchTSMixerForPrediction",
+                lambda n: _patches(n, num_layers=n, expansion_factor=2, mode="mix_channel"), per_layer(3)),
         _forecasting("informer", "InformerForPrediction",
                      lambda n: _forecast(n, attention_type="prob", distil=True), _DISTILLED),
         _forecasting("time-series-transformer", "TimeSeriesTransformerForPrediction", _forecast, per_layer(2, 3)),
-        architecture("timesfm", "TimesFmModel", _timesfm, per_layer(2, projected=1),
-                     inputs=_timesfm_inputs, double=False),
+        architecture("timesfm", "TimesFmModel",
+                     lambda n: {**SIZES, "intermediate_size": 16, "num_hidden_layers": n, "patch_length": 8, "head_dim": 8,
+                                "context_length": 16, "horizon_length": 4, "freq_size": 3},
+                     per_layer(2, projected=1), inputs=_timesfm_inputs, double=False),
     ),
 }  # fmt: skip

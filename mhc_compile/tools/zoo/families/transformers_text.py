@@ -10,7 +10,7 @@ from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 __all__ = ["FAMILIES"]
 
-_ONE, _THREE, _PAIR = per_layer(1), per_layer(3), per_layer(2, 3)
+_ONE, _PAIR = per_layer(1), per_layer(2, 3)
 
 
 def _every_second(layers: int, first: str, second: str) -> list[str]:
@@ -25,20 +25,8 @@ def _gpt(layers: int, **more: Any) -> dict[str, Any]:
     return {**SPECIAL, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64, **more}
 
 
-def _gpt_neo(layers: int) -> dict[str, Any]:
-    return {**SPECIAL, "hidden_size": 16, "num_layers": layers, "num_heads": 2, "attention_types": [[["global"], layers]],
-            "intermediate_size": 24, "max_position_embeddings": 64, "window_size": 8}  # fmt: skip
-
-
 def _bloom(layers: int, **more: Any) -> dict[str, Any]:
     return {**SPECIAL, "hidden_size": 16, "n_layer": layers, "n_head": 2, **more}
-
-
-def _gemma4(layers: int) -> dict[str, Any]:
-    return _llama(
-        layers, global_head_dim=8, sliding_window=8, vocab_size_per_layer_input=40, hidden_size_per_layer_input=8,
-        layer_types=_every_second(layers, "sliding_attention", "full_attention"), num_kv_shared_layers=0,
-    )  # fmt: skip
 
 
 _grouped = partial(sizes, num_key_value_heads=2)
@@ -77,7 +65,9 @@ _LANGUAGE = (
     architecture("gpt-bigcode", "GPTBigCodeForCausalLM", _gpt),
     architecture("gptj", "GPTJForCausalLM", lambda n: _gpt(n, rotary_dim=4, tie_word_embeddings=False), _ONE),
     architecture("codegen", "CodeGenForCausalLM", lambda n: _gpt(n, n_head=4, rotary_dim=4, n_ctx=64), _ONE),
-    architecture("gpt-neo", "GPTNeoForCausalLM", _gpt_neo),
+    architecture("gpt-neo", "GPTNeoForCausalLM",
+                 lambda n: {**SPECIAL, "hidden_size": 16, "num_layers": n, "num_heads": 2, "intermediate_size": 24,
+                            "attention_types": [[["global"], n]], "max_position_embeddings": 64, "window_size": 8}),
     architecture("gpt-neox", "GPTNeoXForCausalLM", lambda n: sizes(n, use_parallel_residual=True), _ONE),
     architecture("gpt-neox-sequential", "GPTNeoXForCausalLM", lambda n: sizes(n, use_parallel_residual=False)),
     architecture("llama", "LlamaForCausalLM", _llama),
@@ -89,7 +79,10 @@ _LANGUAGE = (
     architecture("mistral", "MistralForCausalLM", lambda n: _llama(n, sliding_window=8)),
     architecture("qwen2", "Qwen2ForCausalLM", _grouped),
     architecture("gemma3", "Gemma3ForCausalLM", lambda n: _llama(n, sliding_window=8, query_pre_attn_scalar=8)),
-    architecture("gemma4", "Gemma4ForCausalLM", _gemma4, _THREE),
+    architecture("gemma4", "Gemma4ForCausalLM",
+                 lambda n: _llama(n, global_head_dim=8, sliding_window=8, vocab_size_per_layer_input=40,
+                                  hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+                                  layer_types=_every_second(n, "sliding_attention", "full_attention")), per_layer(3)),
     architecture("phi", "PhiForCausalLM", sizes, _ONE),
     architecture("phi3", "Phi3ForCausalLM", _grouped),
     architecture("falcon", "FalconForCausalLM", lambda n: sizes(n, new_decoder_architecture=True, num_kv_heads=2), _ONE),
@@ -155,45 +148,12 @@ _MIXTURE = (
 
 # State-space models, recurrences and hybrids: scans full of additions that are no residual adds
 
-_MIXER: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2}
+_SCAN: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2}
+_MIXER: dict[str, Any] = {**_SCAN, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 
 
 def _mamba(layers: int, **more: Any) -> dict[str, Any]:
     return {**SPECIAL, "hidden_size": 16, "state_size": 4, "num_hidden_layers": layers, "conv_kernel": 4, **more}
-
-
-def _jamba(layers: int) -> dict[str, Any]:
-    """Return settings with attention and experts in every second layer."""
-    return _grouped(
-        layers, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-        num_experts=4, num_experts_per_tok=2, mamba_dt_rank=4, use_mamba_kernels=False, **_MIXER,
-    )  # fmt: skip
-
-
-def _zamba(layers: int) -> dict[str, Any]:
-    """Return settings with a shared attention layer before every mixer but the first.
-
-    The result of the attention is an input of the mixer only.
-    """
-    return _grouped(
-        layers + 1, n_mamba_heads=2, mamba_dt_rank=4, use_mamba_kernels=False,
-        layers_block_type=["linear_attention"] + ["hybrid"] * layers, **_MIXER,
-    )  # fmt: skip
-
-
-def _zamba2(layers: int) -> dict[str, Any]:
-    return _grouped(
-        layers, n_mamba_heads=4, mamba_headdim=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1,
-        layers_block_type=_every_second(layers, "mamba", "hybrid"), **_MIXER,
-    )  # fmt: skip
-
-
-def _qwen3_next(layers: int) -> dict[str, Any]:
-    return _qwen(
-        layers, head_dim=8, shared_expert_intermediate_size=8, linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_num_key_heads=2, linear_num_value_heads=2,
-        layer_types=_every_second(layers, "linear_attention", "full_attention"),
-    )  # fmt: skip
 
 
 _state_space = partial(architecture, inputs=lambda: call(4))
@@ -206,11 +166,22 @@ _STATE_SPACE = (
     _state_space("falcon-mamba", "FalconMambaForCausalLM", _mamba, _ONE),
     _state_space("rwkv", "RwkvForCausalLM",
                  lambda n: {**SPECIAL, "hidden_size": 16, "num_hidden_layers": n, "context_length": 64}),
-    _state_space("jamba", "JambaForCausalLM", _jamba, double=False),
-    _state_space("zamba", "ZambaForCausalLM", _zamba, chains(lambda n: (n + 1,))),
-    _state_space("zamba2", "Zamba2ForCausalLM", _zamba2, _ONE),
+    # Attention and experts in every second layer.
+    _state_space("jamba", "JambaForCausalLM",
+                 lambda n: _grouped(n, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+                                    expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, **_MIXER), double=False),
+    # A shared attention layer before every mixer but the first, which alone reads its result.
+    _state_space("zamba", "ZambaForCausalLM",
+                 lambda n: _grouped(n + 1, n_mamba_heads=2, **_MIXER,
+                                    layers_block_type=["linear_attention"] + ["hybrid"] * n), chains(lambda n: (n + 1,))),
+    _state_space("zamba2", "Zamba2ForCausalLM",
+                 lambda n: _grouped(n, n_mamba_heads=4, mamba_headdim=8, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1,
+                                    layers_block_type=_every_second(n, "mamba", "hybrid"), **_SCAN), _ONE),
     _state_space("xlstm", "xLSTMForCausalLM", lambda n: {**SPECIAL, "hidden_size": 16, "num_blocks": n, "num_heads": 2}),
-    _state_space("qwen3-next", "Qwen3NextForCausalLM", _qwen3_next, double=False),
+    _state_space("qwen3-next", "Qwen3NextForCausalLM",
+                 lambda n: _qwen(n, head_dim=8, shared_expert_intermediate_size=8, linear_key_head_dim=8,
+                                 linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+                                 layer_types=_every_second(n, "linear_attention", "full_attention")), double=False),
     _state_space("recurrent-gemma", "RecurrentGemmaForCausalLM",
                  lambda n: sizes(n, num_key_value_heads=1, lru_width=16, attention_window_size=8)),
 )  # fmt: skip
@@ -223,17 +194,6 @@ def _labelled() -> dict[str, Any]:
     import torch
 
     return _attended(labels=torch.tensor([0, 1]))
-
-
-def _deberta(layers: int) -> dict[str, Any]:
-    return sizes(
-        layers, relative_attention=True, position_buckets=16, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], conv_kernel_size=3, conv_act="gelu",
-    )  # fmt: skip
-
-
-def _distilbert(layers: int) -> dict[str, Any]:
-    return {**SPECIAL, "dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": layers, "max_position_embeddings": 64}
 
 
 _CONVOLVED = chains(
@@ -249,8 +209,11 @@ _ENCODERS = (
     _encoder("xlm-roberta-xl", "XLMRobertaXLForMaskedLM", sizes),
     _encoder("electra", "ElectraForPreTraining", lambda n: sizes(n, embedding_size=8)),
     _encoder("albert", "AlbertForMaskedLM", lambda n: sizes(n, embedding_size=8)),
-    _encoder("distilbert", "DistilBertForMaskedLM", _distilbert),
-    _encoder("deberta-v2", "DebertaV2ForMaskedLM", _deberta, _CONVOLVED),
+    _encoder("distilbert", "DistilBertForMaskedLM",
+             lambda n: {**SPECIAL, "dim": 16, "hidden_dim": 24, "n_heads": 2, "n_layers": n, "max_position_embeddings": 64}),
+    _encoder("deberta-v2", "DebertaV2ForMaskedLM",
+             lambda n: sizes(n, relative_attention=True, position_buckets=16, norm_rel_ebd="layer_norm", share_att_key=True,
+                             pos_att_type=["p2c", "c2p"], conv_kernel_size=3, conv_act="gelu"), _CONVOLVED),
     _encoder("modernbert", "ModernBertForMaskedLM",
              lambda n: sizes(n, cls_token_id=1, sep_token_id=2, local_attention=8)),
     _encoder("xlnet", "XLNetLMHeadModel", lambda n: {**SPECIAL, "d_model": 16, "n_layer": n, "n_head": 2, "d_inner": 24}),
@@ -270,18 +233,9 @@ def _bart(layers: int, **more: Any) -> dict[str, Any]:
             "max_position_embeddings": 64, "decoder_start_token_id": 2, **more}  # fmt: skip
 
 
-def _led(layers: int) -> dict[str, Any]:
-    positions = {f"max_{name}": 64 for name in sides(position_embeddings=64)}
-    return _bart(layers, **positions, attention_window=8)
-
-
 def _t5(layers: int) -> dict[str, Any]:
     return {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": layers, "num_decoder_layers": layers,
             "num_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # fmt: skip
-
-
-def _whisper(layers: int) -> dict[str, Any]:
-    return _bart(layers, num_mel_bins=4, max_source_positions=8, max_target_positions=16)
 
 
 def _prophet(layers: int) -> dict[str, Any]:
@@ -309,10 +263,13 @@ _ENCODER_DECODER = (
     _pair("mbart", "MBartForConditionalGeneration", _bart, _PAIR),
     _pair("pegasus", "PegasusForConditionalGeneration", _bart, _PAIR),
     _pair("marian", "MarianMTModel", lambda n: _bart(n, decoder_vocab_size=40), _PAIR),
-    _pair("whisper", "WhisperForConditionalGeneration", _whisper, _PAIR, inputs=_transcribed),
+    _pair("whisper", "WhisperForConditionalGeneration",
+          lambda n: _bart(n, num_mel_bins=4, max_source_positions=8, max_target_positions=16), _PAIR, inputs=_transcribed),
     _pair("prophetnet", "ProphetNetForConditionalGeneration", _prophet, _PAIR),
-    _pair("led", "LEDForConditionalGeneration", _led, _APART),
-)
+    _pair("led", "LEDForConditionalGeneration",
+          lambda n: _bart(n, attention_window=8, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
+          _APART),
+)  # fmt: skip
 
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "language": _LANGUAGE,

@@ -1,4 +1,4 @@
-"""Vision models of transformers: flat and staged transformers, convolutional networks, text and images."""
+"""Vision models of transformers: flat, in stages, convolutional, with text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 __all__ = ["FAMILIES"]
 
-_PAIR, _FOUR = per_layer(2, 2), per_layer(1, 1, 1, 1)
+_PAIR = per_layer(2, 2)
 
 
 _small, _medium, _large = (partial(architecture, inputs=partial(images, side)) for side in (16, 32, 64))
@@ -31,38 +31,6 @@ def _swin(layers: int, **more: Any) -> dict[str, Any]:
             "window_size": 4, "num_labels": 5, **more}  # fmt: skip
 
 
-def _segformer(layers: int) -> dict[str, Any]:
-    return {"num_encoder_blocks": 3, "depths": [layers] * 3, "sr_ratios": [4, 2, 1], "hidden_sizes": [8, 16, 24],
-            "patch_sizes": [7, 3, 3], "strides": [4, 2, 2], "num_attention_heads": [1, 2, 2], "mlp_ratios": [2, 2, 2],
-            "decoder_hidden_size": 8}  # fmt: skip
-
-
-def _pvt(layers: int) -> dict[str, Any]:
-    return {"image_size": 64, "depths": [layers] * 4, "hidden_sizes": [8, 16, 24, 32], "mlp_ratios": [2] * 4,
-            "num_attention_heads": [1, 2, 2, 2], "num_labels": 5}  # fmt: skip
-
-
-def _hiera(layers: int) -> dict[str, Any]:
-    return {"embed_dim": 8, "image_size": [64, 64], "mlp_ratio": 2.0, "depths": [layers] * 4, "num_heads": [1, 2, 2, 4],
-            "num_query_pool": 2, "num_labels": 5}  # fmt: skip
-
-
-def _cvt(layers: int) -> dict[str, Any]:
-    return {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [layers, layers, layers + 1],
-            "drop_path_rate": [0.0, 0.0, 0.1], "num_labels": 5}  # fmt: skip
-
-
-def _focalnet(layers: int) -> dict[str, Any]:
-    return {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [layers] * 2, "focal_levels": [2, 2],
-            "focal_windows": [3, 3], "drop_path_rate": 0.1, "use_layerscale": True, "hidden_sizes": [8, 16],
-            "num_labels": 5}  # fmt: skip
-
-
-def _dpt(layers: int) -> dict[str, Any]:
-    return _flat(layers + 2, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
-                 fusion_hidden_size=8, is_hybrid=False)  # fmt: skip
-
-
 #: Each of three transitions projects the skip of its first add; its second add begins a chain.
 _STAGED = chains(lambda n: (2 * n, 2 * n - 1, 2 * n - 1, 2 * n - 1), projected=3)
 _REFINED = chains(
@@ -72,23 +40,34 @@ _REFINED = chains(
 _VISION = (
     _small("vit", "ViTForImageClassification", _flat),
     _small("deit", "DeiTForImageClassificationWithTeacher", _flat),
-    _small(
-        "beit",
-        "BeitForImageClassification",
-        lambda n: _dropping(n, use_relative_position_bias=True, layer_scale_init_value=0.1),
-    ),
+    _small("beit", "BeitForImageClassification",
+           lambda n: _dropping(n, use_relative_position_bias=True, layer_scale_init_value=0.1)),
     _small("dinov2", "Dinov2ForImageClassification", lambda n: _dropping(n, mlp_ratio=2, layerscale_value=0.1)),
     _small("dinov3", "DINOv3ViTModel", lambda n: _dropping(n, num_register_tokens=2)),
     _small("vit-msn", "ViTMSNForImageClassification", _flat),
     _small("swin", "SwinForImageClassification", lambda n: _swin(n, drop_path_rate=0.1), _PAIR),
     _small("swinv2", "Swinv2ForImageClassification", _swin, _PAIR),
-    _medium("segformer", "SegformerForSemanticSegmentation", _segformer, per_layer(2, 2, 2)),
-    _large("pvt", "PvtForImageClassification", _pvt, per_layer(2, 2, 2, 2)),
-    _large("hiera", "HieraForImageClassification", _hiera, _STAGED),
-    _medium("cvt", "CvtForImageClassification", _cvt, chains(lambda n: (2 * n, 2 * n, 2 * n + 2))),
-    _small("focalnet", "FocalNetForImageClassification", _focalnet, _PAIR),
-    _small("dpt", "DPTForDepthEstimation", _dpt, _REFINED),
-)
+    _medium("segformer", "SegformerForSemanticSegmentation",
+            lambda n: {"num_encoder_blocks": 3, "depths": [n] * 3, "sr_ratios": [4, 2, 1], "hidden_sizes": [8, 16, 24],
+                       "patch_sizes": [7, 3, 3], "strides": [4, 2, 2], "num_attention_heads": [1, 2, 2],
+                       "mlp_ratios": [2, 2, 2], "decoder_hidden_size": 8}, per_layer(2, 2, 2)),
+    _large("pvt", "PvtForImageClassification",
+           lambda n: {"image_size": 64, "depths": [n] * 4, "hidden_sizes": [8, 16, 24, 32], "mlp_ratios": [2] * 4,
+                      "num_attention_heads": [1, 2, 2, 2], "num_labels": 5}, per_layer(2, 2, 2, 2)),
+    _large("hiera", "HieraForImageClassification",
+           lambda n: {"embed_dim": 8, "image_size": [64, 64], "mlp_ratio": 2.0, "depths": [n] * 4, "num_heads": [1, 2, 2, 4],
+                      "num_query_pool": 2, "num_labels": 5}, _STAGED),
+    _medium("cvt", "CvtForImageClassification",
+            lambda n: {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [n, n, n + 1], "num_labels": 5,
+                       "drop_path_rate": [0.0, 0.0, 0.1]}, chains(lambda n: (2 * n, 2 * n, 2 * n + 2))),
+    _small("focalnet", "FocalNetForImageClassification",
+           lambda n: {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [n] * 2, "hidden_sizes": [8, 16],
+                      "focal_levels": [2, 2], "focal_windows": [3, 3], "drop_path_rate": 0.1, "use_layerscale": True,
+                      "num_labels": 5}, _PAIR),
+    _small("dpt", "DPTForDepthEstimation",
+           lambda n: _flat(n + 2, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
+                           fusion_hidden_size=8, is_hybrid=False), _REFINED),
+)  # fmt: skip
 
 
 # Convolutional networks
@@ -113,19 +92,6 @@ def _upernet(layers: int) -> dict[str, Any]:
             "num_labels": 5}  # fmt: skip
 
 
-def _mobilevit(_layers: int) -> dict[str, Any]:
-    return {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 24, 24],
-            "num_attention_heads": 2, "mlp_ratio": 2.0, "num_labels": 5}  # fmt: skip
-
-
-def _mobilenet_v2(_layers: int) -> dict[str, Any]:
-    return {"image_size": 32, "depth_multiplier": 0.35, "num_labels": 5}
-
-
-def _swiftformer(layers: int) -> dict[str, Any]:
-    return {"image_size": 64, "depths": [layers] * 4, "embed_dims": [8, 16, 24, 32], "num_labels": 5}
-
-
 _SHORTER = chains(lambda n: (n - 1, n - 1), projected=2)
 _BASIC = chains(lambda n: (n, n - 1, n - 1), projected=2)
 _FIXED = "the depth belongs to the architecture"
@@ -138,21 +104,20 @@ _CONVOLUTIONAL = (
     _small("convnext", "ConvNextForImageClassification", _convnext, per_layer(1, 1, 1)),
     _small("convnextv2", "ConvNextV2ForImageClassification", _convnext, per_layer(1, 1, 1)),
     _medium("hf-resnet", "ResNetForImageClassification", lambda n: _stages(n, "basic", 8, 16, 24), _BASIC),
-    _medium(
-        "hf-resnet-bottleneck", "ResNetForImageClassification", lambda n: _stages(n, "bottleneck", 16, 32), _SHORTER
-    ),
+    _medium("hf-resnet-bottleneck", "ResNetForImageClassification", lambda n: _stages(n, "bottleneck", 16, 32), _SHORTER),
     _medium("hf-regnet", "RegNetForImageClassification", lambda n: _stages(n, "y", 8, 16, groups_width=4), _SHORTER),
-    _medium(
-        "bit",
-        "BitForImageClassification",
-        lambda n: _stages(n, "preactivation", 64, 128, stem=32, num_groups=8),
-        _SHORTER,
-    ),
-    _medium("mobilenet-v2", "MobileNetV2ForImageClassification", _mobilenet_v2, _MOBILENET),
-    _large("mobilevit", "MobileViTForImageClassification", _mobilevit, _MOBILEVIT),
-    _large("swiftformer", "SwiftFormerForImageClassification", _swiftformer, chains(lambda n: (n + 2,) * 4)),
-    _large("upernet", "UperNetForSemanticSegmentation", _upernet, _FOUR),
-)
+    _medium("bit", "BitForImageClassification",
+            lambda n: _stages(n, "preactivation", 64, 128, stem=32, num_groups=8), _SHORTER),
+    _medium("mobilenet-v2", "MobileNetV2ForImageClassification",
+            lambda _: {"image_size": 32, "depth_multiplier": 0.35, "num_labels": 5}, _MOBILENET),
+    _large("mobilevit", "MobileViTForImageClassification",
+           lambda _: {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 24, 24],
+                      "num_attention_heads": 2, "mlp_ratio": 2.0, "num_labels": 5}, _MOBILEVIT),
+    _large("swiftformer", "SwiftFormerForImageClassification",
+           lambda n: {"image_size": 64, "depths": [n] * 4, "embed_dims": [8, 16, 24, 32], "num_labels": 5},
+           chains(lambda n: (n + 2,) * 4)),
+    _large("upernet", "UperNetForSemanticSegmentation", _upernet, per_layer(1, 1, 1, 1)),
+)  # fmt: skip
 
 
 # Text and images: two towers, or one that feeds the other
