@@ -101,7 +101,7 @@ def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) ->
 def _check_all(
     jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
 ) -> list[Outcome]:
-    """Return the outcomes in order. Shows a progress bar on a terminal, and prints deviations at once."""
+    """Return the outcomes in order. Shows a progress bar, and prints deviations at once."""
     import warnings
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

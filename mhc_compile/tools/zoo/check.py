@@ -98,8 +98,7 @@ def check(
     import torch
 
     given = dict(options or {})
-    min_chain_length = Options.parse(given).min_chain_length
-    expected = family.expected(layers, mode)
+    expected, min_chain_length = family.expected(layers, mode), Options.parse(given).min_chain_length
     chains = expected.rewritten(min_chain_length)
     outcome = Outcome(family.name, mode, layers, expected_sites=sum(chains), expected_chains=chains)
     if family.needs != "torch" and importlib.util.find_spec(family.needs) is None:
@@ -111,8 +110,7 @@ def check(
         _compare_structure(family, outcome, given, expected, min_chain_length)
         if preserve:
             _compare_numbers(family, outcome, given)
-    except Exception as error:
-        # One broken model, in whatever way, must not end a run over all families.
+    except Exception as error:  # one broken model, in whatever way, must not end a run over all families
         log.debug("%s in %s mode failed", family.name, mode, exc_info=True)
         outcome.status, outcome.message = "failed", _one_line(error)
     finally:

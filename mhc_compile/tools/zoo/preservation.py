@@ -61,10 +61,9 @@ def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Erro
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MhcWarning)  # the count of sites says that nothing was rewritten
         got = record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
-    outputs = [
-        *compare(_values(got), _values(want), 0.0, "values"),
-        *compare(_buffers(got), _buffers(want), 0.0, "buffers", share=FLOOR),
-    ]
+    before, after = ({f"buffer {name}": value for name, value in run.buffers.items()} for run in (want, got))
+    buffers = compare(after, before, 0.0, "buffers", share=FLOOR)
+    outputs = [*compare(_values(got), _values(want), 0.0, "values"), *buffers]
     gradients = list(compare(_gradients(got), _gradients(want), 0.0, "gradients", share=FLOOR))
     (forward, output), (backward, gradient) = _worst(outputs), _worst(gradients)
     return Errors(forward, backward, output, gradient)
@@ -72,10 +71,6 @@ def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Erro
 
 def _values(seen: RunRecord) -> dict[str, Tensor]:
     return {name: value for name, value in (seen.outputs | seen.inputs).items() if value.is_floating_point()}
-
-
-def _buffers(seen: RunRecord) -> dict[str, Tensor]:
-    return {f"buffer {name}": value for name, value in seen.buffers.items()}
 
 
 def _gradients(seen: RunRecord) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`mhc zoo` and `zoo:` targets. What prints a table is driven in a subprocess; wrong names need none."""
+"""`mhc zoo` and `zoo:` targets. Commands that print a table run in a subprocess."""
 
 from __future__ import annotations
 

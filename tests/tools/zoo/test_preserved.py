@@ -1,4 +1,4 @@
-"""The rewritten model computes what the plain one does: outputs, buffers, written inputs, and every original gradient."""
+"""Outputs, buffers, written inputs and original gradients of a rewritten model are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = {"streams": 3, "min_chain_length": 1}
 
 
 class Graphs:
-    """An inner compiler: runs each graph as it is, or by its definition, and counts sites that run."""
+    """An inner compiler that runs each graph, or its definition, and counts the sites that run."""
 
     def __init__(self, expansions) -> None:
         self.expansions = expansions

@@ -1,8 +1,8 @@
 """Structure of every family, traced once for all assertions on it.
 
-The chains are those of the formula, traps are rejected for the reason that their family names, and the
-site tree is the reviewed one. `pytest --regenerate` writes the trees; read the difference before you
-commit it.
+The chains are those of the formula, traps are rejected for the reasons of their family, and the
+site tree is the reviewed one. `pytest --regenerate` writes the trees; review the difference before
+you commit it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Additions that look like residual adds: what the traps cover, and that they catch a wrong finder."""
+"""Traps: the reasons that they cover, and that they catch a wrong finder."""
 
 from __future__ import annotations
 

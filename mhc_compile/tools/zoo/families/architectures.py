@@ -83,18 +83,10 @@ def to_bfloat16(model: Any) -> Any:
 
 
 def architecture(
-    name: str,
-    model: str,
-    settings: Callable[[int], dict[str, Any]],
-    expected: Expect | None = None,
-    *,
-    inputs: Callable[[], dict[str, Any]] = call,
-    prepare: Callable[[Any], Any] | None = None,
-    double: bool = True,
-    tolerance: float = 1e-5,
-    because: str = "",
-    differentiable_inputs: bool = True,
-) -> Family:
+    name: str, model: str, settings: Callable[[int], dict[str, Any]], expected: Expect | None = None, *,
+    inputs: Callable[[], dict[str, Any]] = call, prepare: Callable[[Any], Any] | None = None, double: bool = True,
+    because: str = "", **more: Any,
+) -> Family:  # fmt: skip
     """Return a family of transformers models.
 
     Args:
@@ -104,10 +96,9 @@ def architecture(
         expected: the structure; by default one chain of two sites a layer.
         inputs: draws the arguments of the call.
         prepare: changes the model before it is used.
-        double: as for `Family`, like the following.
-        tolerance: largest relative error.
-        because: `NOISY` by default where `double` is set.
-        differentiable_inputs: whether gradients of inputs are compared.
+        double: compare in float64.
+        because: as for `Family`; `NOISY` by default if `double` is set.
+        more: other fields of `Family`.
     """
 
     def make(layers: int) -> Case:
@@ -119,5 +110,4 @@ def architecture(
         return built if prepare is None else prepare(built), (), inputs()
 
     because = because or (NOISY if double else "")
-    expected = expected or per_layer(2)
-    return Family(name, make, expected, "transformers", tolerance, double, because, differentiable_inputs)
+    return Family(name, make, expected or per_layer(2), "transformers", double=double, because=because, **more)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mhc_compile import _torch
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
-    INTO, OUT, Block, Each, FeedForward, Square, network, spelled, vectors,
+    INTO, OUT, Block, Each, FeedForward, Square, spelled, vectors, wired,
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Expected, Family, Mode, per_layer
 
@@ -21,35 +21,29 @@ __all__ = ["FAMILIES"]
 _MLPS = Each(FeedForward)
 
 
-class BreakInBranch(Block, up=Square, down=Square):
-    """A graph break in the middle of the branch: its start and its add are in different graphs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.up(x))
-        _torch.graph_break()
-        return x + self.down(h)
+def _break_in_branch(block: Any, x: Tensor) -> Tensor:
+    """Break the graph inside the branch: its start and its add are in different graphs."""
+    h = F.gelu(block.up(x))
+    _torch.graph_break()
+    return x + block.down(h)
 
 
-class BreakBetween(Block, f=FeedForward):
-    """A graph break after every add: each graph has one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.f(x)
-        _torch.graph_break()
-        return x
+def _break_between(block: Any, x: Tensor) -> Tensor:
+    """Break the graph after every add: each graph has one."""
+    x = x + block.f(x)
+    _torch.graph_break()
+    return x
 
 
-class BreakInMiddle(Block, into=INTO, out=OUT, first=_MLPS, second=_MLPS):
+def _break_in_middle(net: Any, x: Tensor) -> Tensor:
     """One graph break in the middle of the network: a chain on either side."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        for mlp in self.first:
-            x = x + mlp(x)
-        _torch.graph_break()
-        for mlp in self.second:
-            x = x + mlp(x)
-        return self.out(x)
+    x = net.into(x)
+    for mlp in net.first:
+        x = x + mlp(x)
+    _torch.graph_break()
+    for mlp in net.second:
+        x = x + mlp(x)
+    return net.out(x)
 
 
 class Checkpointed(Block, f=FeedForward, g=FeedForward):
@@ -71,17 +65,15 @@ class CheckpointedBranch(Checkpointed):
         return x + checkpoint(self.g, x, use_reentrant=False)
 
 
-class FrozenHalf(Block, into=INTO, out=OUT, first=_MLPS, second=_MLPS):
-    """The first half runs under no_grad."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            x = self.into(x)
-            for mlp in self.first:
-                x = x + mlp(x)
-        for mlp in self.second:
+def _frozen_half(net: Any, x: Tensor) -> Tensor:
+    """Run the first half under no_grad."""
+    with torch.no_grad():
+        x = net.into(x)
+        for mlp in net.first:
             x = x + mlp(x)
-        return self.out(x)
+    for mlp in net.second:
+        x = x + mlp(x)
+    return net.out(x)
 
 
 class Squared(torch.autograd.Function):
@@ -107,15 +99,13 @@ class Autocast(Block, f=FeedForward):
         return x + y.float()
 
 
-class SkippedLayers(Block, mlps=Each(lambda: FeedForward(8), lambda n: 2 * n)):
+def _skipped_layers(net: Any, x: Tensor) -> Tensor:
     """LayerDrop by position: training skips every second block, which the tracer decides."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, mlp in enumerate(self.mlps):
-            if self.training and index % 2:
-                continue
-            x = x + mlp(x)
-        return x
+    for index, mlp in enumerate(net.mlps):
+        if net.training and index % 2:
+            continue
+        x = x + mlp(x)
+    return x
 
 
 def _alone(layers: int, _mode: Mode) -> Expected:
@@ -129,15 +119,17 @@ def _skipped(layers: int, mode: Mode) -> Expected:
 _ONE, _TWO = per_layer(1), per_layer(2)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "boundaries": (
-        Family("break-in-branch", vectors(BreakInBranch), _alone),
-        Family("break-between", vectors(BreakBetween), _alone),
-        Family("break-in-middle", network(BreakInMiddle), per_layer(1, 1)),
+        spelled("break-in-branch", _break_in_branch, expected=_alone, up=Square, down=Square),
+        spelled("break-between", _break_between, expected=_alone, f=FeedForward),
+        wired("break-in-middle", _break_in_middle, expected=per_layer(1, 1), into=INTO, out=OUT, first=_MLPS,
+              second=_MLPS),
         Family("checkpointed", vectors(Checkpointed), _TWO),
         Family("checkpointed-branch", vectors(CheckpointedBranch), _TWO),
-        Family("frozen-half", network(FrozenHalf), _TWO),
-        spelled("autograd-function", "`x + square(f(x))`, the square an autograd function.",
-                lambda block, x: x + Squared.apply(block.f(x)), f=FeedForward),
+        wired("frozen-half", _frozen_half, expected=_TWO, into=INTO, out=OUT, first=_MLPS, second=_MLPS),
+        spelled("autograd-function", lambda block, x: x + Squared.apply(block.f(x)),
+                doc="`x + square(f(x))`, the square an autograd function.", f=FeedForward),
         Family("autocast-branch", vectors(Autocast), _ONE, tolerance=5e-2, because="the branch computes in bfloat16"),
-        Family("skipped-layers", network(SkippedLayers), _skipped),
+        wired("skipped-layers", _skipped_layers, expected=_skipped,
+              mlps=Each(lambda: FeedForward(8), lambda n: 2 * n)),
     ),
 }  # fmt: skip

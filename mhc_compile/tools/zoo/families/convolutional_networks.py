@@ -1,22 +1,18 @@
-"""Convolutional classifiers in stages, and networks whose output is an image: trunks [B, C, H, W]."""
+"""Convolutional classifiers in stages, and networks whose output is an image."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
-    WIDTH, Attention, Block, Each, Stack, TransformerBlock, conv2d, linear, network,
+    WIDTH, Attention, Block, Each, Stack, TransformerBlock, conv2d, linear, network, wired,
 )  # fmt: skip
-from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 __all__ = ["FAMILIES"]
 
@@ -32,7 +28,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class Basic(nn.Module):
-    """ResNet: `relu(shortcut(x) + f(x))`, the shortcut a 1 × 1 convolution where the shape changes."""
+    """ResNet: `relu(shortcut(x) + f(x))`, the shortcut a convolution where the shape changes."""
 
     def __init__(self, into: int, out: int, stride: int = 1) -> None:
         super().__init__()
@@ -44,7 +40,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(Basic):
-    """ResNeXt, RegNet: 1 × 1, grouped 3 × 3, 1 × 1; the add and the ReLU are in place on the branch."""
+    """ResNeXt, RegNet: a grouped bottleneck; the add and the ReLU are in place on the branch."""
 
     def __init__(self, into: int, out: int, stride: int = 1) -> None:
         super().__init__(into, out, stride)
@@ -62,7 +58,7 @@ class Bottleneck(Basic):
 
 
 class PreActivation(nn.Module):
-    """ResNet v2: `shortcut + f(relu(norm(x)))`. A convolutional shortcut reads the activated value."""
+    """ResNet v2: `skip + f(relu(norm(x)))`. A convolutional skip reads the activated value."""
 
     def __init__(self, into: int, out: int, stride: int = 1) -> None:
         super().__init__()
@@ -167,12 +163,10 @@ class Staged(nn.Module):
 def _staged(name: str, block: type[nn.Module], *, projected: int = 1, because: str = "") -> Family:
     """Return a family whose second stage has a chain that is shorter by its first block."""
     expected = chains(lambda n: (n, n - 1), projected=projected)
-    return Family(name, _images(partial(Staged, block)), expected, double=bool(because), because=because)
+    return Family(name, network(partial(Staged, block), _IMAGES), expected, double=bool(because), because=because)
 
 
 # Networks whose output is an image: U-Nets, super-resolution, dense connections
-
-
 class ResidualConv(nn.Module):
     """`x + conv(silu(norm(conv(silu(norm(x))))))` on group norms: the block of diffusion U-Nets."""
 
@@ -189,16 +183,11 @@ class ResidualConv(nn.Module):
 _NARROW = Stack(partial(ResidualConv, 8))
 
 
-class UNet(
-    Block, stem=conv2d(3, 8, 3, 1, 1), down=conv2d(8, 8, 2, 2), up=partial(nn.ConvTranspose2d, 8, 8, 2, 2), encoder=_NARROW,
-    middle=_NARROW, decoder=_NARROW, merge=conv2d(16, 8, 1), head=conv2d(8, 3, 1),
-):  # fmt: skip
-    """Residual blocks at two resolutions; the decoder concatenates the encoder's result to its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        high = self.encoder(self.stem(x))
-        low = self.middle(self.down(high))
-        return self.head(self.decoder(self.merge(torch.cat([self.up(low), high], dim=1))))
+def _unet(net: Any, x: Tensor) -> Tensor:
+    """Residual blocks at two resolutions; the decoder concatenates the encoder's result."""
+    high = net.encoder(net.stem(x))
+    low = net.middle(net.down(high))
+    return net.head(net.decoder(net.merge(torch.cat([net.up(low), high], dim=1))))
 
 
 class DenseBlock(nn.Module):
@@ -222,14 +211,10 @@ class NestedDense(Block, blocks=lambda: Stack(DenseBlock)(3)):
         return x + 0.2 * self.blocks(x)
 
 
-class SuperResolution(
-    Block, stem=conv2d(3, 8, 3, 1, 1), trunk=conv2d(8, 8, 3, 1, 1), head=conv2d(8, 12, 3, 1, 1), blocks=Stack(NestedDense)
-):  # fmt: skip
+def _super_resolution(net: Any, x: Tensor) -> Tensor:
     """Nested blocks, a convolution, a skip over all of them, then a higher resolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return F.pixel_shuffle(self.head(x + self.trunk(self.blocks(x))), 2)
+    x = net.stem(x)
+    return F.pixel_shuffle(net.head(x + net.trunk(net.blocks(x))), 2)
 
 
 class DenseNet(nn.Module):
@@ -245,55 +230,38 @@ class DenseNet(nn.Module):
         return x
 
 
-class LongSkips(
-    Block, into=conv2d(3, WIDTH, 2, 2), first=Each(TransformerBlock), second=Each(TransformerBlock),
-    merge=Each(linear(2 * WIDTH, WIDTH)), out=linear(WIDTH, 12),
-):  # fmt: skip
+def _long_skips(net: Any, x: Tensor) -> Tensor:
     """U-ViT: a linear layer merges the trunk of the first half into each block of the second."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x).flatten(2).transpose(1, 2)
-        kept = []
-        for block in self.first:
-            x = block(x)
-            kept.append(x)
-        for block, merge in zip(self.second, self.merge, strict=True):
-            x = block(merge(torch.cat([x, kept.pop()], dim=-1)))
-        return self.out(x)
+    x = net.into(x).flatten(2).transpose(1, 2)
+    kept = []
+    for block in net.first:
+        x = block(x)
+        kept.append(x)
+    for block, merge in zip(net.second, net.merge, strict=True):
+        x = block(merge(torch.cat([x, kept.pop()], dim=-1)))
+    return net.out(x)
 
 
-class SpatialAttention(
-    Block, stem=conv2d(3, WIDTH, 3, 1, 1), norm=partial(nn.GroupNorm, 2, WIDTH), head=conv2d(WIDTH, 3, 1),
-    convs=Each(ResidualConv), attns=Each(Attention),
-):  # fmt: skip
-    """The middle of a VAE: a convolutional residual, then attention over the pixels, in turn."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for conv, attn in zip(self.convs, self.attns, strict=True):
-            x = conv(x)
-            pixels = attn(self.norm(x).flatten(2).transpose(1, 2))
-            x = x + pixels.transpose(1, 2).reshape(x.shape)
-        return self.head(x)
+def _spatial_attention(net: Any, x: Tensor) -> Tensor:
+    """VAE, in its middle: a convolutional residual and attention over the pixels in turn."""
+    x = net.stem(x)
+    for conv, attn in zip(net.convs, net.attns, strict=True):
+        x = conv(x)
+        pixels = attn(net.norm(x).flatten(2).transpose(1, 2))
+        x = x + pixels.transpose(1, 2).reshape(x.shape)
+    return net.head(x)
 
 
-class BothLayouts(
-    Block, stem=conv2d(3, WIDTH, 2, 2), head=conv2d(WIDTH, 3, 1), convs=Each(ResidualConv), blocks=Each(TransformerBlock)
-):  # fmt: skip
+def _both_layouts(net: Any, x: Tensor) -> Tensor:
     """CoAtNet, MaxViT: a convolutional residual on [B, C, H, W], then attention on [B, H·W, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for conv, block in zip(self.convs, self.blocks, strict=True):
-            x = conv(x)
-            x = block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
-        return self.head(x)
+    x = net.stem(x)
+    for conv, block in zip(net.convs, net.blocks, strict=True):
+        x = conv(x)
+        x = block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+    return net.head(x)
 
 
-def _images(body: Callable[[int], nn.Module], size: int = 8) -> Callable[[int], Case]:
-    return network(body, (2, 3, size, size))
-
-
+_IMAGES = (2, 3, 8, 8)
 _BOTTLENECK = "a batch norm after a linear bottleneck: means that are zero in exact arithmetic"
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "convolutional_blocks": (
@@ -303,14 +271,22 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         _staged("padded-resnet", Padded),
         _staged("mobilenet", Inverted, projected=0, because=_BOTTLENECK),
         _staged("efficientnet", EfficientBlock, projected=0, because=_BOTTLENECK),
-        Family("convnext-stages", _images(partial(Staged, ConvNeXt)), per_layer(1, 1)),
+        Family("convnext-stages", network(partial(Staged, ConvNeXt), _IMAGES), per_layer(1, 1)),
     ),
     "dense_prediction": (
-        Family("residual-unet", _images(UNet), per_layer(1, 1, 1)),
-        Family("rrdb", _images(SuperResolution), chains(lambda n: (3 * n, 1))),
-        Family("densenet", _images(DenseNet), per_layer()),
-        Family("uvit", _images(LongSkips), chains(lambda n: (2 * n, *(2,) * n))),
-        Family("both-layouts", _images(BothLayouts), per_layer(3)),
-        Family("vae-middle", _images(SpatialAttention, 4), per_layer(2)),
+        wired("residual-unet", _unet, _IMAGES, expected=per_layer(1, 1, 1), stem=conv2d(3, 8, 3, 1, 1),
+              down=conv2d(8, 8, 2, 2), up=partial(nn.ConvTranspose2d, 8, 8, 2, 2), encoder=_NARROW, middle=_NARROW,
+              decoder=_NARROW, merge=conv2d(16, 8, 1), head=conv2d(8, 3, 1)),
+        wired("rrdb", _super_resolution, _IMAGES, expected=chains(lambda n: (3 * n, 1)), stem=conv2d(3, 8, 3, 1, 1),
+              trunk=conv2d(8, 8, 3, 1, 1), head=conv2d(8, 12, 3, 1, 1), blocks=Stack(NestedDense)),
+        Family("densenet", network(DenseNet, _IMAGES), per_layer()),
+        wired("uvit", _long_skips, _IMAGES, expected=chains(lambda n: (2 * n, *(2,) * n)),
+              into=conv2d(3, WIDTH, 2, 2), first=Each(TransformerBlock), second=Each(TransformerBlock),
+              merge=Each(linear(2 * WIDTH, WIDTH)), out=linear(WIDTH, 12)),
+        wired("both-layouts", _both_layouts, _IMAGES, expected=per_layer(3), stem=conv2d(3, WIDTH, 2, 2),
+              head=conv2d(WIDTH, 3, 1), convs=Each(ResidualConv), blocks=Each(TransformerBlock)),
+        wired("vae-middle", _spatial_attention, (2, 3, 4, 4), expected=per_layer(2), stem=conv2d(3, WIDTH, 3, 1, 1),
+              norm=partial(nn.GroupNorm, 2, WIDTH), head=conv2d(WIDTH, 3, 1), convs=Each(ResidualConv),
+              attns=Each(Attention)),
     ),
-}
+}  # fmt: skip

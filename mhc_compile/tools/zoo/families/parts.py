@@ -17,7 +17,7 @@ from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 __all__ = [
     "INTO", "OUT", "WIDTH", "Attention", "Block", "Each", "Embedded", "FeedForward", "Framed", "Norm", "Plain",
     "Residual", "Square", "Stack", "TransformerBlock", "conv2d", "formula", "ids", "linear", "network", "parameter",
-    "spelled", "tokens", "vectors",
+    "spelled", "tokens", "vectors", "wired",
 ]  # fmt: skip
 
 #: C of every handwritten family, and the size of its vocabulary.
@@ -67,13 +67,14 @@ class Block(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
-def formula(name: str, doc: str, forward: Callable[..., Any], **parts: Part) -> type[Block]:
-    """Return the class of blocks with the docstring `doc` and the forward `forward(block, x)`.
+def formula(name: str, forward: Callable[..., Any], *, doc: str = "", **parts: Part | Each) -> type[Block]:
+    """Return a class of blocks with this `forward(block, x)`, named like the family in camel case.
 
-    The name is that of the family in camel case.
+    Its docstring is `doc`, or that of `forward`.
     """
     title = "".join(word.capitalize() for word in name.removeprefix("trap-").split("-"))
-    return types.new_class(title, (Block,), parts, lambda body: body.update(__doc__=doc, forward=forward))
+    contents = {"__doc__": doc or forward.__doc__, "forward": forward}
+    return types.new_class(title, (Block,), parts, lambda body: body.update(contents))
 
 
 class Attention(nn.Module):
@@ -177,15 +178,17 @@ def network(body: Callable[[int], nn.Module], *shapes: tuple[int, ...]) -> Calla
 
 
 def spelled(
-    name: str,
-    doc: str,
-    forward: Callable[..., Any],
-    *more: tuple[int, ...],
-    expected: Expect | None = None,
-    **parts: Part,
+    name: str, forward: Callable[..., Any], *more: tuple[int, ...], expected: Expect | None = None, **formed: Any
 ) -> Family:
-    """Return the family of the blocks `formula(name, doc, forward, **parts)`, called as in `vectors`.
+    """Return the family of the blocks `formula(name, forward, **formed)`, called as in `vectors`.
 
-    The structure is one site a layer unless `expected` is given.
+    The structure is one chain of a site a layer unless `expected` is given.
     """
-    return Family(name, vectors(formula(name, doc, forward, **parts), *more), expected or per_layer(1))
+    return Family(name, vectors(formula(name, forward, **formed), *more), expected or per_layer(1))
+
+
+def wired(
+    name: str, forward: Callable[..., Any], *shapes: tuple[int, ...], expected: Expect | None = None, **formed: Any
+) -> Family:
+    """Return the family of networks `formula(name, forward, **formed)`, called as in `network`."""
+    return Family(name, network(formula(name, forward, **formed), *shapes), expected or per_layer(1))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
-    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, Square, network, spelled, vectors,
+    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, Square, network, spelled, vectors, wired,
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
@@ -42,7 +42,7 @@ class WaveNet(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """TCN: `relu(skip + f(x))`, causal by a cut; the skip is a convolution where the width changes."""
+    """TCN: `relu(skip + f(x))`, made causal by a cut; the skip is a convolution at a new width."""
 
     def __init__(self, into: int, dilation: int) -> None:
         super().__init__()
@@ -75,17 +75,15 @@ class Conformer(
         return self.norm3(x + 0.5 * self.last(x))
 
 
-class GatedRecurrence(Block, norm=Norm, into=Square, decay=Square, out=Square):
-    """A linear recurrence in the branch, step by step: its additions are no residual adds."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        u, decay = self.into(h), torch.sigmoid(self.decay(h))
-        state, states = torch.zeros_like(u[:, 0]), []
-        for step in range(u.shape[1]):
-            state = decay[:, step] * state + (1 - decay[:, step]) * u[:, step]
-            states.append(state)
-        return x + self.out(torch.stack(states, dim=1))
+def _gated_recurrence(block: Any, x: Tensor) -> Tensor:
+    """Compute a linear recurrence in the branch: its additions are no residual adds."""
+    h = block.norm(x)
+    u, decay = block.into(h), torch.sigmoid(block.decay(h))
+    state, states = torch.zeros_like(u[:, 0]), []
+    for step in range(u.shape[1]):
+        state = decay[:, step] * state + (1 - decay[:, step]) * u[:, step]
+        states.append(state)
+    return x + block.out(torch.stack(states, dim=1))
 
 
 class GraphConvolution(Block, norm=Norm, weight=Square):
@@ -96,29 +94,25 @@ class GraphConvolution(Block, norm=Norm, weight=Square):
 
 
 class ScatterConvolution(GraphConvolution):
-    """A graph convolution on an edge list: messages are gathered, weighted and added by `index_add`."""
+    """Graph convolution on an edge list: messages are weighted and added by `index_add`."""
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         messages = self.weight(self.norm(x))[edges[0]]
         return x + torch.zeros_like(x).index_add(0, edges[1], F.relu(messages))
 
 
-class Decomposed(Block, mlp=Plain, average=partial(nn.AvgPool1d, 3, 1, 1)):
-    """Autoformer: after every add the trunk loses its moving average, `x - mean of its neighbours`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mlp(x)
-        return x - self.average(x.transpose(1, 2)).transpose(1, 2)
+def _decomposed(block: Any, x: Tensor) -> Tensor:
+    """Autoformer: subtracts from the trunk its moving average after every add."""
+    x = x + block.mlp(x)
+    return x - block.average(x.transpose(1, 2)).transpose(1, 2)
 
 
-class ResidualLSTM(Block, into=INTO, out=OUT, layers=Each(partial(nn.LSTM, WIDTH, WIDTH, batch_first=True))):
+def _residual_lstm(net: Any, x: Tensor) -> Tensor:
     """`x + lstm(x)`. Dynamo runs an LSTM outside its graphs: there is no graph at all."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        for layer in self.layers:
-            x = x + layer(x)[0]
-        return self.out(x)
+    x = net.into(x)
+    for layer in net.layers:
+        x = x + layer(x)[0]
+    return net.out(x)
 
 
 def _tcn(layers: int) -> nn.Module:
@@ -136,14 +130,15 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "sequences": (
         Family("wavenet", network(WaveNet, (2, 1, 12)), _ONE),
         Family("tcn", network(_tcn, (2, 3, 12)), per_layer(1, projected=1)),
-        spelled("gated-merge", "A GRU cell merges the branch into the trunk: there is no add.",
-                lambda block, x: block.cell(block.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x), expected=per_layer(),
+        spelled("gated-merge", lambda block, x: block.cell(block.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x),
+                doc="A GRU cell merges the branch into the trunk: there is no add.", expected=per_layer(),
                 mlp=FeedForward, cell=partial(nn.GRUCell, WIDTH, WIDTH)),
-        Family("decomposed", vectors(Decomposed), _ONE),
+        spelled("decomposed", _decomposed, mlp=Plain, average=partial(nn.AvgPool1d, 3, 1, 1)),
         Family("conformer", vectors(Conformer), per_layer(4)),
-        Family("gated-recurrence", vectors(GatedRecurrence), _ONE),
+        spelled("gated-recurrence", _gated_recurrence, norm=Norm, into=Square, decay=Square, out=Square),
         Family("gcn", _nodes(GraphConvolution, lambda: torch.rand(6, 6).softmax(-1)), _ONE),
         Family("gcn-scatter", _nodes(ScatterConvolution, lambda: torch.tensor(_EDGES)), _ONE),
-        Family("residual-lstm", network(ResidualLSTM, (2, 6, 8)), _UNSEEN),
+        wired("residual-lstm", _residual_lstm, (2, 6, 8), expected=_UNSEEN, into=INTO, out=OUT,
+              layers=Each(partial(nn.LSTM, WIDTH, WIDTH, batch_first=True))),
     ),
 }  # fmt: skip

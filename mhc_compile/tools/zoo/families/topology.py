@@ -1,4 +1,4 @@
-"""Networks by how their blocks are wired: shared, nested, called twice, read from outside, joined by long skips."""
+"""Networks by how their blocks are wired: shared, nested, called twice, joined by long skips."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
     INTO, OUT, WIDTH, Attention, Block, Each, Embedded, FeedForward, Framed, Norm, Residual, Square, Stack, ids,
-    linear, network, vectors,
+    linear, network, spelled, wired,
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
 __all__ = ["FAMILIES"]
 
-_BLOCKS, _MLPS = Each(Residual), Each(FeedForward)
-_STACK = Stack(Residual)
+_BLOCKS, _STACK, _MLPS = Each(Residual), Stack(Residual), Each(FeedForward)
 
 
 class Shared(nn.Module):
@@ -34,11 +33,9 @@ class Shared(nn.Module):
         return x
 
 
-class Siamese(Block, into=INTO, encoder=_STACK):
+def _siamese(net: Any, a: Tensor, b: Tensor) -> Tensor:
     """One encoder, called on two inputs; the sum of its results is no residual add."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.encoder(self.into(a)) + self.encoder(self.into(b))
+    return net.encoder(net.into(a)) + net.encoder(net.into(b))
 
 
 class Twice(nn.Module):
@@ -74,11 +71,9 @@ class AuxiliaryHeads(HiddenStates):
         return {"logits": self.out(x), "early": early}
 
 
-class Nested(Block, inner=lambda: Stack(Residual)(2), out=Square):
-    """A residual block of residual blocks: `x + f(g(x))`, where g runs two blocks."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(self.inner(x))
+def _nested(block: Any, x: Tensor) -> Tensor:
+    """`x + f(g(x))`, where g runs two residual blocks."""
+    return x + block.out(block.inner(x))
 
 
 class Wide(Residual, mlp=partial(FeedForward, 24)):
@@ -97,40 +92,32 @@ class TwoWidths(nn.Module):
         return self.body(x)
 
 
-class Bare(Block, mlps=_MLPS):
-    """The trunk is the input of the graph and its output: nothing stands at either end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for mlp in self.mlps:
-            x = x + mlp(x)
-        return x
+def _bare(net: Any, x: Tensor) -> Tensor:
+    """`x + f(x)` on the input of the graph up to its output: nothing stands at either end."""
+    for mlp in net.mlps:
+        x = x + mlp(x)
+    return x
 
 
-class GlobalSkip(Block, into=INTO, blocks=_STACK, last=Square, out=OUT):
+def _global_skip(net: Any, x: Tensor) -> Tensor:
     """`x0 + linear(blocks(x0))`: the input of the first block is added again after the last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        return self.out(self.last(self.blocks(x)) + x)
+    x = net.into(x)
+    return net.out(net.last(net.blocks(x)) + x)
 
 
-class Reversible(Block, into=INTO, out=linear(2 * WIDTH, 4), f=_MLPS, g=_MLPS):
+def _reversible(net: Any, x: Tensor) -> Tensor:
     """RevNet: two halves that start alike, `a += f(b)`, `b += g(a)`; each half is a trunk."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = b = self.into(x)
-        for f, g in zip(self.f, self.g, strict=True):
-            a = a + f(b)
-            b = b + g(a)
-        return self.out(torch.cat([a, b], dim=-1))
+    a = b = net.into(x)
+    for f, g in zip(net.f, net.g, strict=True):
+        a = a + f(b)
+        b = b + g(a)
+    return net.out(torch.cat([a, b], dim=-1))
 
 
-class PartialChannels(Block, into=linear(8, 2 * WIDTH), out=linear(2 * WIDTH, 4), blocks=_STACK):
+def _partial_channels(net: Any, x: Tensor) -> Tensor:
     """CSP: half of the features goes through residual blocks, the other half around them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        moved, kept = self.into(x).chunk(2, dim=-1)
-        return self.out(torch.cat([self.blocks(moved), kept], dim=-1))
+    moved, kept = net.into(x).chunk(2, dim=-1)
+    return net.out(torch.cat([net.blocks(moved), kept], dim=-1))
 
 
 class Hooked(Block, into=INTO, blocks=_STACK):
@@ -157,16 +144,28 @@ _ONE, _PAIR = per_layer(1), per_layer(1, 1)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "topology": (
         Family("shared-layer", _shared, per_layer(2)),
-        Family("siamese", network(Siamese, (2, 5, 8), (2, 5, 8)), _PAIR),
+        wired("siamese", _siamese, (2, 5, 8), (2, 5, 8), expected=_PAIR, into=INTO, encoder=_STACK),
         Family("called-twice", network(Twice), _PAIR),
         Family("hidden-states", network(HiddenStates), _ONE),
         Family("auxiliary-heads", network(AuxiliaryHeads), _ONE),
-        Family("nested", vectors(Nested), chains(lambda n: (n, *(2,) * n))),
+        spelled(
+            "nested", _nested, expected=chains(lambda n: (n, *(2,) * n)), inner=lambda: Stack(Residual)(2), out=Square
+        ),
         Family("two-widths", network(TwoWidths), _PAIR),
-        Family("bare-trunk", network(Bare, (2, 5, WIDTH)), _ONE),
-        Family("global-skip", network(GlobalSkip), chains(lambda n: (n, 1))),
-        Family("reversible", network(Reversible), _PAIR),
-        Family("partial-channels", network(PartialChannels), _ONE),
+        wired("bare-trunk", _bare, (2, 5, WIDTH), mlps=_MLPS),
+        wired(
+            "global-skip",
+            _global_skip,
+            expected=chains(lambda n: (n, 1)),
+            into=INTO,
+            blocks=_STACK,
+            last=Square,
+            out=OUT,
+        ),
+        wired("reversible", _reversible, expected=_PAIR, into=INTO, out=linear(2 * WIDTH, 4), f=_MLPS, g=_MLPS),
+        wired(
+            "partial-channels", _partial_channels, into=linear(8, 2 * WIDTH), out=linear(2 * WIDTH, 4), blocks=_STACK
+        ),
         Family("hooked", network(Hooked), _ONE),
     ),
 }

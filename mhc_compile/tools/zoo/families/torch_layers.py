@@ -1,17 +1,14 @@
-"""The transformer layers that torch ships.
-
-In eval mode without gradients the encoder runs a fused path without adds; the zoo traces with
-gradients.
-"""
+"""The transformer layers of torch. Traced with gradients: without, an encoder runs a fused path."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.tools.zoo.families.parts import WIDTH, Block, Each, Norm, network
+from mhc_compile.tools.zoo.families.parts import WIDTH, Each, Norm, network, wired
 from mhc_compile.tools.zoo.family import Case, Family, per_layer
 
 __all__ = ["FAMILIES"]
@@ -36,14 +33,12 @@ def _both(layers: int) -> nn.Module:
     return nn.Transformer(WIDTH, 2, layers, layers, 24, batch_first=True)
 
 
-class AttentionStack(Block, norms=Each(Norm), attns=Each(partial(nn.MultiheadAttention, WIDTH, 2))):
+def _attention_stack(net: Any, x: Tensor) -> Tensor:
     """`x + nn.MultiheadAttention(norm(x))`, with tokens first: [T, B, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for norm, attn in zip(self.norms, self.attns, strict=True):
-            h = norm(x)
-            x = x + attn(h, h, h, need_weights=False)[0]
-        return x
+    for norm, attn in zip(net.norms, net.attns, strict=True):
+        h = norm(x)
+        x = x + attn(h, h, h, need_weights=False)[0]
+    return x
 
 
 _TWO, _THREE = per_layer(2), per_layer(3)
@@ -55,6 +50,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         Family("torch-decoder", _decoder, _THREE),
         Family("torch-decoder-pre", partial(_decoder, norm_first=True), _THREE),
         Family("torch-transformer", network(_both, (2, 5, WIDTH), (2, 4, WIDTH)), per_layer(2, 3)),
-        Family("torch-attention", network(AttentionStack, (5, 2, WIDTH)), per_layer(1)),
+        wired("torch-attention", _attention_stack, (5, 2, WIDTH), norms=Each(Norm),
+              attns=Each(partial(nn.MultiheadAttention, WIDTH, 2))),
     ),
-}
+}  # fmt: skip

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
-    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, Residual, TransformerBlock, linear,
-    network, parameter, spelled, tokens, vectors,
+    INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, TransformerBlock, linear,
+    parameter, tokens, spelled, vectors, wired,
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
@@ -100,92 +101,61 @@ class StochasticDepth(TransformerBlock):
         return x + self._drop(self.mlp(x))
 
 
-class Orthogonal(Residual):
+def _orthogonal(block: Any, x: Tensor) -> Tensor:
     """`x + (f(x) - its part along x)`: the branch reads the trunk a second time, at its end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.mlp(x)
-        along = (y * x).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(1e-6)
-        return x + (y - along * x)
+    y = block.mlp(x)
+    along = (y * x).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(1e-6)
+    return x + (y - along * x)
 
 
 # Blocks that read more than the trunk, and mixers without attention
-
-
-class AdaptiveBlock(
-    Block, norm=partial(nn.LayerNorm, WIDTH, elementwise_affine=False), attn=Attention, mlp=Plain,
-    modulation=lambda: nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH)),
-):  # fmt: skip
+def _adaptive_block(block: Any, x: Tensor, c: Tensor) -> Tensor:
     """DiT: `x + gate(c) f(norm(x) (1 + scale(c)) + shift(c))`, conditioned on a vector c [B, C]."""
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)[:, None].chunk(6, dim=-1)
+    x = x + gate1 * block.attn(block.norm(x) * (1 + scale1) + shift1)
+    return x + gate2 * block.mlp(block.norm(x) * (1 + scale2) + shift2)
 
 
-class CrossBlock(
-    Block, norm1=Norm, norm2=Norm, attn=partial(Attention, causal=True), cross=Attention, mlp=FeedForward
-):  # fmt: skip
-    """A decoder block: self-attention, attention to a memory, MLP."""
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross(self.norm2(x), memory)
-        return x + self.mlp(x)
+def _cross_block(block: Any, x: Tensor, memory: Tensor) -> Tensor:
+    """`x + attention(norm(x))`, then attention to a memory, then an MLP: a decoder block."""
+    x = x + block.attn(block.norm1(x))
+    x = x + block.cross(block.norm2(x), memory)
+    return x + block.mlp(x)
 
 
-class Perceiver(
-    Block, latents=lambda: nn.Parameter(torch.randn(1, 4, WIDTH)), into=INTO, cross=Each(Attention),
-    mlps=Each(FeedForward), norm=Norm, out=OUT,
-):  # fmt: skip
+def _perceiver(net: Any, x: Tensor) -> Tensor:
     """Latents read the input by cross attention; the first skip is a parameter."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        memory = self.into(x)
-        latents = self.latents.expand(len(x), -1, -1)
-        for cross, mlp in zip(self.cross, self.mlps, strict=True):
-            latents = latents + cross(self.norm(latents), memory)
-            latents = latents + mlp(latents)
-        return self.out(latents)
+    memory = net.into(x)
+    latents = net.latents.expand(len(x), -1, -1)
+    for cross, mlp in zip(net.cross, net.mlps, strict=True):
+        latents = latents + cross(net.norm(latents), memory)
+        latents = latents + mlp(latents)
+    return net.out(latents)
 
 
-class ClassAttention(
-    Block, into=INTO, out=OUT, attns=Each(Attention), mlps=Each(FeedForward),
-    token=lambda: nn.Parameter(torch.randn(1, 1, WIDTH)), readers=Each(Attention, lambda _: 2),
-    heads=Each(FeedForward, lambda _: 2), norm=Norm, scale=parameter(0.1),
-):  # fmt: skip
+def _class_attention(net: Any, x: Tensor) -> Tensor:
     """CaiT: a trunk of patches; then a class token, a residual stream too, reads them twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.into(x)
-        for attn, mlp in zip(self.attns, self.mlps, strict=True):
-            x = x + self.scale * attn(self.norm(x))
-            x = x + self.scale * mlp(x)
-        token = self.token.expand(len(x), -1, -1)
-        for reader, head in zip(self.readers, self.heads, strict=True):
-            token = token + self.scale * reader(self.norm(token), torch.cat([token, x], dim=1))
-            token = token + self.scale * head(token)
-        return self.out(token[:, 0])
+    x = net.into(x)
+    for attn, mlp in zip(net.attns, net.mlps, strict=True):
+        x = x + net.scale * attn(net.norm(x))
+        x = x + net.scale * mlp(x)
+    token = net.token.expand(len(x), -1, -1)
+    for reader, head in zip(net.readers, net.heads, strict=True):
+        token = token + net.scale * reader(net.norm(token), torch.cat([token, x], dim=1))
+        token = token + net.scale * head(token)
+    return net.out(token[:, 0])
 
 
-class MixerBlock(Block, norm=Norm, mix=partial(FeedForward, 5, norm=False), mlp=FeedForward):
+def _mixer_block(block: Any, x: Tensor) -> Tensor:
     """MLP-Mixer: the first branch mixes tokens through a transpose, the second features."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.mlp(x)
+    x = x + block.mix(block.norm(x).transpose(1, 2)).transpose(1, 2)
+    return x + block.mlp(x)
 
 
-class SpatialGate(
-    Block, norm=Norm, up=linear(WIDTH, 4 * WIDTH), down=linear(2 * WIDTH, WIDTH),
-    inner=partial(nn.LayerNorm, 2 * WIDTH), mix=partial(nn.Conv1d, 5, 5, 1),
-):  # fmt: skip
+def _spatial_gate(block: Any, x: Tensor) -> Tensor:
     """gMLP: `x + down(u ⊙ mix(v))`, u and v the halves of one projection."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, v = F.gelu(self.up(self.norm(x))).chunk(2, dim=-1)
-        return x + self.down(u * self.mix(self.inner(v)))
+    u, v = F.gelu(block.up(block.norm(x))).chunk(2, dim=-1)
+    return x + block.down(u * block.mix(block.inner(v)))
 
 
 class WindowBlock(TransformerBlock):
@@ -221,27 +191,39 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         Family("sandwich", tokens(Sandwich), _TWO),
         Family("normformer", tokens(NormFormer), _TWO),
         Family("deepnorm", tokens(DeepNorm), _TWO),
-        _mlp("scaled-skip", "`w * x + f(x)` with a learned vector w: the skip is scaled by a parameter.",
-             lambda block, x: block.w * x + block.mlp(x), w=lambda: nn.Parameter(torch.linspace(0.5, 1.0, WIDTH))),
-        _mlp("interpolated", "`0.9 x + 0.1 f(x)`: both sides are scaled.", lambda block, x: 0.9 * x + 0.1 * block.mlp(x)),
-        spelled("rezero", "`x + a f(x)` with a learned number a.",
-                lambda block, x: x + block.a * block.mlp(x), mlp=Plain, a=parameter(0.1, 1)),
+        _mlp("scaled-skip", lambda block, x: block.w * x + block.mlp(x),
+             doc="`w * x + f(x)` with a learned vector w: the skip is scaled by a parameter.",
+             w=lambda: nn.Parameter(torch.linspace(0.5, 1.0, WIDTH))),
+        _mlp("interpolated", lambda block, x: 0.9 * x + 0.1 * block.mlp(x),
+             doc="`0.9 x + 0.1 f(x)`: both sides are scaled."),
+        spelled("rezero", lambda block, x: x + block.a * block.mlp(x), doc="`x + a f(x)` with a learned number a.",
+                mlp=Plain, a=parameter(0.1, 1)),
         Family("layer-scale", vectors(LayerScale), _TWO),
-        _mlp("rescaled-sum", "`(x + f(x)) / √2`: the sum is scaled.", lambda block, x: (x + block.mlp(x)) * 0.5**0.5),
+        _mlp("rescaled-sum", lambda block, x: (x + block.mlp(x)) * 0.5**0.5,
+             doc="`(x + f(x)) / √2`: the sum is scaled."),
         Family("stochastic-depth", vectors(StochasticDepth), _TWO),
-        Family("orthogonal-update", vectors(Orthogonal), _ONE),
-        _mlp("dropped-trunk", "`dropout(x + f(x))`: in training the trunk itself loses entries.",
-             lambda block, x: block.drop(x + block.mlp(x)), drop=partial(nn.Dropout, 0.1)),
+        spelled("orthogonal-update", _orthogonal, mlp=FeedForward),
+        _mlp("dropped-trunk", lambda block, x: block.drop(x + block.mlp(x)),
+             doc="`dropout(x + f(x))`: in training the trunk itself loses entries.", drop=partial(nn.Dropout, 0.1)),
     ),
     "attention_variants": (
-        Family("dit", vectors(AdaptiveBlock, (2, WIDTH)), _TWO),
-        Family("cross-attention", vectors(CrossBlock, (2, 7, WIDTH)), per_layer(3)),
-        Family("perceiver", network(Perceiver), _TWO),
-        Family("cait", network(ClassAttention), chains(lambda n: (2 * n, 4))),
-        Family("mlp-mixer", vectors(MixerBlock), _TWO),
-        Family("gmlp", vectors(SpatialGate), _ONE),
+        spelled("dit", _adaptive_block, (2, WIDTH), expected=_TWO,
+                norm=partial(nn.LayerNorm, WIDTH, elementwise_affine=False), attn=Attention, mlp=Plain,
+                modulation=lambda: nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 6 * WIDTH))),
+        spelled("cross-attention", _cross_block, (2, 7, WIDTH), expected=per_layer(3), norm1=Norm, norm2=Norm,
+                attn=partial(Attention, causal=True), cross=Attention, mlp=FeedForward),
+        wired("perceiver", _perceiver, expected=_TWO, latents=lambda: nn.Parameter(torch.randn(1, 4, WIDTH)),
+              into=INTO, cross=Each(Attention), mlps=Each(FeedForward), norm=Norm, out=OUT),
+        wired("cait", _class_attention, expected=chains(lambda n: (2 * n, 4)), into=INTO, out=OUT,
+              attns=Each(Attention), mlps=Each(FeedForward), token=lambda: nn.Parameter(torch.randn(1, 1, WIDTH)),
+              readers=Each(Attention, lambda _: 2), heads=Each(FeedForward, lambda _: 2), norm=Norm,
+              scale=parameter(0.1)),
+        spelled("mlp-mixer", _mixer_block, expected=_TWO, norm=Norm, mix=partial(FeedForward, 5, norm=False),
+                mlp=FeedForward),
+        spelled("gmlp", _spatial_gate, norm=Norm, up=linear(WIDTH, 4 * WIDTH), down=linear(2 * WIDTH, WIDTH),
+                inner=partial(nn.LayerNorm, 2 * WIDTH), mix=partial(nn.Conv1d, 5, 5, 1)),
         Family("swin-windows", _windows, _TWO),
-        _mlp("global-context", "`x + f(mean of x)`: the branch is [B, 1, C] and every token receives the same.",
-             lambda block, x: x + block.mlp(x.mean(1, keepdim=True))),
+        _mlp("global-context", lambda block, x: x + block.mlp(x.mean(1, keepdim=True)),
+             doc="`x + f(mean of x)`: the branch is [B, 1, C] and every token receives the same."),
     ),
 }  # fmt: skip

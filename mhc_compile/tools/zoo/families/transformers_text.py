@@ -18,8 +18,6 @@ def _every_second(layers: int, first: str, second: str) -> list[str]:
 
 
 # Decoders
-
-
 def _gpt(layers: int, **more: Any) -> dict[str, Any]:
     """Return settings under the names of GPT-2 and its kin."""
     return {**SPECIAL, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64, **more}
@@ -109,7 +107,6 @@ _LANGUAGE = (
 
 
 # Mixtures of experts: sums of experts inside the branch, losses of the router outside the trunk
-
 _experts = partial(_grouped, num_experts_per_tok=2)
 _qwen = partial(_experts, num_experts=4, moe_intermediate_size=8)
 _four_experts = partial(_experts, num_local_experts=4)
@@ -147,7 +144,6 @@ _MIXTURE = (
 
 
 # State-space models, recurrences and hybrids: scans full of additions that are no residual adds
-
 _SCAN: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2}
 _MIXER: dict[str, Any] = {**_SCAN, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 
@@ -188,8 +184,6 @@ _STATE_SPACE = (
 
 
 # Encoders: most are post-norm, with a layer norm on the trunk after every add
-
-
 def _labelled() -> dict[str, Any]:
     import torch
 
@@ -226,8 +220,6 @@ _ENCODERS = (
 
 
 # Encoder and decoder: two adds a layer in one, three in the other, and no trunk between them
-
-
 def _bart(layers: int, **more: Any) -> dict[str, Any]:
     return {**SPECIAL, **sides(layers=layers, attention_heads=2, ffn_dim=24), "d_model": 16,
             "max_position_embeddings": 64, "decoder_start_token_id": 2, **more}  # fmt: skip

@@ -17,8 +17,6 @@ _small, _medium, _large = (partial(architecture, inputs=partial(images, side)) f
 
 
 # Transformers
-
-
 def _flat(layers: int, **more: Any) -> dict[str, Any]:
     return {**SIZES, "num_hidden_layers": layers, "image_size": 16, "patch_size": 8, "num_labels": 5, **more}
 
@@ -71,8 +69,6 @@ _VISION = (
 
 
 # Convolutional networks
-
-
 def _convnext(layers: int) -> dict[str, Any]:
     return {"num_stages": 3, "hidden_sizes": [8, 16, 24], "depths": [layers] * 3, "patch_size": 2, "image_size": 16,
             "drop_path_rate": 0.1, "num_labels": 5}  # fmt: skip
@@ -121,8 +117,6 @@ _CONVOLUTIONAL = (
 
 
 # Text and images: two towers, or one that feeds the other
-
-
 def _towers(layers: int, **text: Any) -> dict[str, Any]:
     vision = {**SIZES, "num_hidden_layers": layers, "image_size": 16, "patch_size": 8}
     return {"text_config": sizes(layers, **text), "vision_config": vision, "projection_dim": 8}
