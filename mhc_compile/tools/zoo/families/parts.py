@@ -33,14 +33,14 @@ class Each:
     part: Part
     count: Callable[[int], int] = int
 
-    def __call__(self, layers: int) -> nn.Module:
+    def __call__(self, layers: int) -> Any:
         return nn.ModuleList(self.part() for _ in range(self.count(layers)))
 
 
 class Stack(Each):
     """A sequence of copies of a part, called as one module."""
 
-    def __call__(self, layers: int) -> nn.Module:
+    def __call__(self, layers: int) -> Any:
         return nn.Sequential(*(self.part() for _ in range(self.count(layers))))
 
 
@@ -105,7 +105,8 @@ class FeedForward(nn.Sequential):
         super().__init__(first, nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
-linear, conv2d = partial(partial, nn.Linear), partial(partial, nn.Conv2d)
+linear: Callable[..., Part] = partial(partial, nn.Linear)
+conv2d: Callable[..., Part] = partial(partial, nn.Conv2d)
 Norm, Square, Plain = partial(nn.LayerNorm, WIDTH), linear(WIDTH, WIDTH), partial(FeedForward, norm=False)
 INTO, OUT = linear(8, WIDTH), linear(WIDTH, 4)
 
@@ -136,11 +137,13 @@ class Embedded(nn.Module):
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.Sequential(*blocks)
-        self.norm, self.head = Norm(), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks, self.norm, self.head = nn.ModuleList(blocks), Norm(), nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embed(ids))))
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
 
 
 class Framed(nn.Module):

@@ -110,12 +110,6 @@ def _reparameterised(block: Any, x: Tensor) -> Tensor:
     return mean + torch.randn_like(mean) * (0.5 * block.g(x)).exp()
 
 
-def _shift(block: Any, x: Tensor) -> Tensor:
-    """RWKV: a mix of each token with the previous one: `x + mu (before - x)`."""
-    before = F.pad(x, (0, 0, 1, -1))
-    return block.f(x + block.mu * (before - x))
-
-
 def _doubled(block: Any, x: Tensor) -> Tensor:
     """`x + x`."""
     x = block.f(x)
@@ -136,7 +130,7 @@ def _direct_path(block: Any, x: Tensor) -> Tensor:
     return x + block.out(scanned + block.d * u)
 
 
-_NO_BIAS = partial(Square, bias=False)
+_NO_BIAS = linear(WIDTH, WIDTH, bias=False)
 
 
 def _query_positions(block: Any, x: Tensor) -> Tensor:
@@ -281,8 +275,9 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
              gate=linear(WIDTH, 1)),
         spelled("trap-experts", _experts, expected=_INDEPENDENT, router=linear(WIDTH, 3),
                 experts=lambda: Each(Square)(3)),
-        spelled("trap-token-shift", _shift, expected=_allowed(Reason.NO_CONTRACTION, Reason.INDEPENDENT),
-                mu=parameter(0.3), f=Square),
+        spelled("trap-token-shift", lambda block, x: block.f(x + block.mu * (F.pad(x, (0, 0, 1, -1)) - x)),
+                doc="RWKV: a mix of each token with the previous one: `x + mu (before - x)`.",
+                expected=_allowed(Reason.NO_CONTRACTION, Reason.INDEPENDENT), mu=parameter(0.3), f=Square),
         _two("trap-lerp", _lerp, expected=_INDEPENDENT),
         spelled("trap-highway", _highway, expected=_INDEPENDENT, gate=Square, f=Square),
         spelled("trap-straight-through", _straight_through,
