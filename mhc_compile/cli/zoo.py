@@ -1,4 +1,4 @@
-"""`mhc zoo [NAME...]`: the families of the zoo, checked and tabled."""
+"""`mhc zoo [NAME...]`: check families of models and print a table."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["command"]
 
 @click.command("zoo", cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--group", help="All families of one theme.")
+@click.option("--group", help="Check all families of one theme.")
 @click.option("--layers", type=click.IntRange(2), default=2, show_default=True, help="Depth of the models.")
 @click.option("--mode", type=click.Choice(["train", "eval", "both"]), default="train", show_default=True)
-@click.option("--structure", is_flag=True, help="Do not run the models: compare sites and chains alone.")
-@click.option("--list", "only_list", is_flag=True, help="List the families with their chains, and check nothing.")
+@click.option("--structure", is_flag=True, help="Compare sites and chains only, without running the models.")
+@click.option("--list", "only_list", is_flag=True, help="List the families with their chains, without checking them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout and nothing else there.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @option_flags
@@ -43,14 +43,15 @@ def command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Check families of models: every residual add is found, nothing else is touched, the numbers are those of the plain model.
+    """Check families of models: all residual adds found, no other touched, numbers kept.
 
-    The models are tiny and randomly initialised; nothing is downloaded. Without NAME and --group all families are checked, which takes many
-    minutes. `mhc explain zoo:NAME` shows one of them in detail.
+    The models are tiny and randomly initialised; nothing is downloaded. Without NAME and --group
+    all families are checked, which takes many minutes. `mhc explain zoo:NAME` shows one in detail.
 
-    Columns: sites found/expected; lengths of chains; additions left alone, by reason; largest relative error of an output and of a gradient.
+    Columns: sites found/expected; lengths of chains; skipped additions by reason; largest relative
+    error of an output and of a gradient.
 
-    Exit code 1 if anything deviates from what is expected.
+    Exit code 1 if an outcome deviates from the expected one or fails.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
     from rich.console import Console
@@ -58,7 +59,7 @@ def command(
     from mhc_compile.tools import zoo
     from mhc_compile.tools.zoo.report import listing, summary, table, to_json
 
-    chosen = tuple(zoo.get(name) for name in names) if names else zoo.families(group)
+    chosen = tuple(zoo.get(name) for name in names) if names else zoo.list_families(group)
     if group is not None:
         chosen = tuple(family for family in chosen if family.group == group)
     settings = given_options(flags)  # a wrong option is an error before the first model is built
@@ -100,7 +101,7 @@ def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) ->
 def _check_all(
     jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
 ) -> list[Outcome]:
-    """The outcomes in order, with a bar on a terminal; in a log only what deviates is printed as it happens."""
+    """Return the outcomes in order. Shows a progress bar, and prints deviations at once."""
     import warnings
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -109,7 +110,7 @@ def _check_all(
     from mhc_compile.tools.zoo.check import check
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
-    show_compiler_errors_only()  # graph breaks are counted
+    show_compiler_errors_only()  # the table counts graph breaks
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -1,15 +1,19 @@
-"""The zoo: tiny models of many families, and what their residual structure is.
+"""Tiny models of many families, each with its residual structure.
 
-    zoo.families() ─> Family(name, build(layers), expected(layers, mode)) ─ check.check ─> Outcome: does the finder see what the source says,
-                                                                                         and does the rewritten model compute the same?
+    zoo.get(NAME) ─> Family(name, make(layers), expected(layers, mode)) ─ check.check ─> Outcome
 
-Each theme is a module with a tuple `FAMILIES`. To add a family, write its model (or the config of a transformers model), write the formula of its
-chains after its source, and put it in the tuple of its theme; the tests find it there. torch is imported when the families are first asked for,
-transformers when one of its models is built.
+An `Outcome` says whether the finder sees the structure that the source has, and whether the
+rewritten model computes the same as the plain one.
+
+Each module of `families` has a dictionary `FAMILIES`, from a theme to its families. To add one,
+write its model (or the config of a transformers model) and the formula of its chains, and put it
+into the tuple of its theme; the tests find it there. The first call of `get` or `list_families`
+imports torch; building a model of transformers imports transformers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from functools import cache
@@ -20,50 +24,45 @@ from mhc_compile.errors import MhcError
 if TYPE_CHECKING:
     from mhc_compile.tools.zoo.family import Family
 
-__all__ = ["GROUPS", "UnknownFamilyError", "families", "get"]
+__all__ = ["GROUPS", "UnknownFamilyError", "get", "list_families"]
 
-#: The themes, which are modules of this package, in the order of reports.
-GROUPS = (
-    "transformer_blocks",
-    "attention_variants",
-    "convolutional_blocks",
-    "dense_prediction",
-    "sequences",
-    "topology",
-    "spelling",
-    "boundaries",
-    "torch_layers",
-    "traps",
-    "traps_on_trunk",
-    "language",
-    "mixture",
-    "state_space",
-    "encoders",
-    "encoder_decoder",
-    "vision",
-    "convolutional",
-    "multimodal",
-    "audio_and_series",
-)
+#: From each module of `families` to its themes.
+_MODULES = {
+    "transformer_blocks": ("transformer_blocks", "attention_variants"),
+    "convolutional_networks": ("convolutional_blocks", "dense_prediction"),
+    "sequences": ("sequences",),
+    "topology": ("topology",),
+    "spelling": ("spelling",),
+    "boundaries": ("boundaries",),
+    "torch_layers": ("torch_layers",),
+    "traps": ("traps", "traps_on_trunk"),
+    "transformers_text": ("language", "mixture", "state_space", "encoders", "encoder_decoder"),
+    "transformers_vision": ("vision", "convolutional", "multimodal"),
+    "transformers_signals": ("audio_and_series",),
+}
+#: The themes, in the order of reports.
+GROUPS = tuple(group for groups in _MODULES.values() for group in groups)
 
 
 class UnknownFamilyError(MhcError):
-    """The zoo has no family of this name."""
+    """The zoo has no family or theme of this name."""
 
 
 @cache
 def _by_name() -> dict[str, Family]:
     found: dict[str, Family] = {}
-    for group in GROUPS:
-        for family in importlib.import_module(f"{__name__}.{group}").FAMILIES:
-            assert family.name not in found, f"two families are called {family.name!r}"
-            assert family.group == group, f"{family.name} says it is of {family.group!r} and lies in {group!r}"
-            found[family.name] = family
+    for module, groups in _MODULES.items():
+        themes = importlib.import_module(f"{__name__}.families.{module}").FAMILIES
+        assert tuple(themes) == groups, f"{module} defines the themes {', '.join(themes)}"
+        for group in groups:
+            for family in themes[group]:
+                assert family.name not in found, f"two families are called {family.name!r}"
+                found[family.name] = dataclasses.replace(family, group=group)
     return found
 
 
-def families(group: str | None = None) -> tuple[Family, ...]:
-    """All families, or those of one theme.
+def list_families(group: str | None = None) -> tuple[Family, ...]:
+    """Return all families, or those of one theme.
 
     Raises:
         UnknownFamilyError: there is no such theme.
@@ -74,7 +73,7 @@ def families(group: str | None = None) -> tuple[Family, ...]:
 
 
 def get(name: str) -> Family:
-    """The family of this name.
+    """Return the family of this name.
 
     Raises:
         UnknownFamilyError: there is none; the message lists near names.

@@ -1,8 +1,9 @@
-"""One family, checked: what the finder sees beside what the source says, and the rewritten model beside the plain one."""
+"""Check one family: compare found with expected structure, and rewritten with plain results."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -17,27 +18,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Status", "check", "deviation"]
 
-#: "deviates": another structure or other numbers than expected. "failed": the model could not be traced or run. "skipped": its package is missing.
+log = logging.getLogger(__name__)
+
+#: "deviates": other structure or numbers than expected. "failed": the model could not be traced or
+#: run. "skipped": its package is missing.
 Status = Literal["ok", "deviates", "failed", "skipped"]
 
 
 @dataclass
 class Outcome:
-    """What came of one family in one mode.
+    """The result of checking one family in one mode.
 
     Attributes:
         name: of the family.
         mode: "train" or "eval".
-        layers: the depth that it was built with.
-        expected_sites: what would be rewritten by its source, with these options.
-        expected_chains: the lengths of their chains, the longest first.
-        graphs: the graphs that Dynamo made.
-        sites: what is rewritten.
-        chains: the lengths of their chains, the longest first.
-        rejected: additions left alone, by reason.
-        error_forward: largest relative deviation of an output, a buffer or an input that the model writes; None if it was not measured.
-        error_gradients: of a gradient.
-        seconds: for everything.
+        layers: the depth of the model.
+        expected_sites: number of sites that should be rewritten with these options.
+        expected_chains: the lengths of their chains, longest first.
+        graphs: number of graphs that Dynamo captured.
+        sites: number of sites that are rewritten.
+        chains: the lengths of their chains, longest first.
+        rejected: number of skipped additions, by reason.
+        error_forward: largest relative deviation of an output, a buffer or an input that the model
+            writes; None if not measured.
+        error_gradients: largest relative deviation of a gradient; None if not measured.
+        seconds: duration of the whole check.
         status: see `Status`.
         message: "" or one line that says what is wrong.
     """
@@ -58,8 +63,14 @@ class Outcome:
     message: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self) | {"rejected": dict(self.rejected)}
+
+    def complain(self, message: str) -> None:
+        """Record a deviation, unless the message is empty."""
+        if message:
+            self.status = "deviates"
+            self.message = f"{self.message}; {message}" if self.message else message
 
 
 def check(
@@ -70,14 +81,16 @@ def check(
     options: Mapping[str, Any] | None = None,
     preserve: bool = True,
 ) -> Outcome:
-    """Studies the family's graphs and, with `preserve`, runs it plain and compiled. Nothing that the model does wrong is raised.
+    """Analyze the family's graphs and, with `preserve`, run it plain and compiled.
+
+    Errors of the model are recorded in the outcome and not raised.
 
     Args:
         family: see `zoo.get`.
         layers: the depth.
         mode: in which mode the model is traced and run.
-        options: of the backend; `inner_backend` is "eager" unless they say otherwise.
-        preserve: compare the numbers as well.
+        options: of the backend; `inner_backend` is "eager" by default.
+        preserve: compare outputs and gradients as well.
 
     Raises:
         OptionError: the options are wrong.
@@ -85,8 +98,7 @@ def check(
     import torch
 
     given = dict(options or {})
-    min_chain_length = Options.parse(given).min_chain_length
-    expected = family.expected(layers, mode)
+    expected, min_chain_length = family.expected(layers, mode), Options.parse(given).min_chain_length
     chains = expected.rewritten(min_chain_length)
     outcome = Outcome(family.name, mode, layers, expected_sites=sum(chains), expected_chains=chains)
     if family.needs != "torch" and importlib.util.find_spec(family.needs) is None:
@@ -95,10 +107,11 @@ def check(
     torch.compiler.reset()
     started = time.monotonic()
     try:
-        _study(family, outcome, given, expected, min_chain_length)
+        _compare_structure(family, outcome, given, expected, min_chain_length)
         if preserve:
-            _preserve(family, outcome, given)
-    except Exception as error:
+            _compare_numbers(family, outcome, given)
+    except Exception as error:  # one broken model, in whatever way, must not end a run over all families
+        log.debug("%s in %s mode failed", family.name, mode, exc_info=True)
         outcome.status, outcome.message = "failed", _one_line(error)
     finally:
         torch.compiler.reset()
@@ -106,38 +119,24 @@ def check(
     return outcome
 
 
-def _study(
-    family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int
-) -> None:
-    from mhc_compile.inspection.explain.explain import explain
-
-    model, args, kwargs = family.build(outcome.layers)
-    explanation = explain(model.train(outcome.mode == "train"), *args, options=options, **kwargs)
-    outcome.graphs = len(explanation.graphs)
-    outcome.sites = len(explanation.sites)
-    outcome.chains = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
-    outcome.rejected = explanation.reasons
-    _complain(outcome, deviation(outcome.chains, outcome.rejected, expected, min_chain_length))
-
-
 def deviation(chains: tuple[int, ...], rejected: Counter[str], expected: Expected, min_chain_length: int = 2) -> str:
-    """In what a structure differs from the expected one, in one line; "" if it does not.
+    """Return one line that says how a structure differs from the expected one, or "".
 
     Args:
-        chains: the lengths that were found, the longest first.
-        rejected: how many additions were left alone for each reason.
-        expected: what the source says.
-        min_chain_length: chains shorter than this are left alone.
+        chains: the lengths that were found, longest first.
+        rejected: number of skipped additions, by reason.
+        expected: the structure of the source.
+        min_chain_length: chains shorter than this are skipped.
     """
     from mhc_compile.passes import Reason
 
     want = expected.rewritten(min_chain_length)
     if chains != want:
         hint = f" ({expected.note})" if expected.note else ""
-        return f"chains {_list(chains)}, expected {_list(want)}{hint}"
-    alone, short = rejected[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_chain_length)
-    if alone < short:
-        return f"{alone} sites in chains that are too short, expected {short}"
+        return f"chains {_join(chains)}, expected {_join(want)}{hint}"
+    skipped, short = rejected[Reason.CHAIN_TOO_SHORT.value], expected.too_short(min_chain_length)
+    if skipped < short:
+        return f"{skipped} sites in chains that are too short, expected {short}"
     if expected.reasons is not None:
         allowed = {reason.value for reason in expected.reasons}
         others = sorted(set(rejected) - allowed)
@@ -146,32 +145,34 @@ def deviation(chains: tuple[int, ...], rejected: Counter[str], expected: Expecte
     return ""
 
 
-def _preserve(family: Family, outcome: Outcome, options: Mapping[str, Any]) -> None:
+def _compare_structure(
+    family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int
+) -> None:
+    from mhc_compile.inspection.explain.explain import explain
+
+    model, args, kwargs = family.build(outcome.layers)
+    explanation = explain(model.train(outcome.mode == "train"), *args, options=options, **kwargs)
+    outcome.graphs, outcome.sites = len(explanation.graphs), len(explanation.sites)
+    outcome.chains = tuple(sorted((len(chain.sites) for chain in explanation.chains), reverse=True))
+    outcome.rejected = explanation.reasons
+    outcome.complain(deviation(outcome.chains, outcome.rejected, expected, min_chain_length))
+
+
+def _compare_numbers(family: Family, outcome: Outcome, options: Mapping[str, Any]) -> None:
     import torch
 
     from mhc_compile.tools.zoo.preservation import preservation
 
     torch.compiler.reset()
     model, args, kwargs = family.build(outcome.layers)
-    errors = preservation(
-        (model.train(outcome.mode == "train"), args, kwargs),
-        options,
-        double=family.double,
-        differentiable_inputs=family.differentiable_inputs,
-    )
+    errors = preservation(family, (model.train(outcome.mode == "train"), args, kwargs), options)
     outcome.error_forward, outcome.error_gradients = errors.forward, errors.gradients
-    for what, error in ((errors.worst_output, errors.forward), (errors.worst_gradient, errors.gradients)):
+    for name, error in ((errors.worst_output, errors.forward), (errors.worst_gradient, errors.gradients)):
         if not error <= family.tolerance:
-            _complain(outcome, f"{what} deviates by {error:.1e}, allowed {family.tolerance:.0e}")
+            outcome.complain(f"{name} deviates by {error:.1e}, allowed {family.tolerance:.0e}")
 
 
-def _complain(outcome: Outcome, message: str) -> None:
-    if message:
-        outcome.status = "deviates"
-        outcome.message = f"{outcome.message}; {message}" if outcome.message else message
-
-
-def _list(lengths: tuple[int, ...]) -> str:
+def _join(lengths: tuple[int, ...]) -> str:
     return " + ".join(map(str, lengths)) or "none"
 
 

@@ -1,4 +1,4 @@
-"""What the zoo knows about a family of models: how a tiny one is built, and what its residual structure is, as formulas in the number of layers."""
+"""A family of models: how to build one of any depth, and its residual structure as a formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes import Reason
 
-__all__ = ["MODES", "Case", "Expect", "Expected", "Family", "Mode", "chains", "no_chain"]
+__all__ = ["MODES", "Case", "Expect", "Expected", "Family", "Mode", "chains", "per_layer"]
 
 Mode: TypeAlias = Literal["train", "eval"]
 MODES: tuple[Mode, ...] = ("train", "eval")
@@ -22,16 +22,19 @@ Case: TypeAlias = tuple["nn.Module", tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Expected:
-    """The residual structure of a model, read in its source and not in what the finder says.
+    """The residual structure of a model, derived from its source and not from the finder.
 
     Attributes:
-        chains: lengths of the runs of residual adds whose skip is the sum before, directly or through operations that are cheap to run on every
-            stream: views, casts, dropout, scales, norms, activations, slices, pads, pooling. A run of one is listed too, although
-            `min_chain_length` leaves it alone by default.
-        projected: merges whose skip passes through a convolution or a matrix product. They end a chain and are not rewritten.
-        reasons: for traps, the codes that every addition which is left alone must have one of. None where they are not the point.
-        note: what a reader of a deviation should know.
-        pieces: lengths of what the graphs of a model in pieces have of chains that run through several graphs; none is too short.
+        chains: lengths of the runs of residual adds whose skip is the previous sum, directly or
+            through operations that are cheap to apply to every stream: views, casts, dropout,
+            scales, norms, activations, slices, pads, pooling. Includes runs of one, which
+            `min_chain_length` excludes by default.
+        projected: adds whose skip passes through a convolution or a matrix product. They end a
+            chain and are not rewritten.
+        reasons: for traps, the reasons that skipped additions may be rejected with. None if any.
+        note: context for a reader of a deviation.
+        pieces: lengths of the parts that the graphs of a split model hold of chains that run
+            through several graphs; none is too short.
     """
 
     chains: tuple[int, ...] = ()
@@ -42,16 +45,16 @@ class Expected:
 
     @property
     def sites(self) -> int:
-        """Residual adds with an identity skip, in chains of any length."""
+        """Number of residual adds with an identity skip, in chains of any length."""
         return sum(self.chains) + sum(self.pieces)
 
     def rewritten(self, min_chain_length: int) -> tuple[int, ...]:
-        """The chains that are long enough to be rewritten, the longest first."""
+        """Return the lengths of the chains that are long enough to be rewritten, longest first."""
         long = [length for length in self.chains if length >= min_chain_length]
         return tuple(sorted((*long, *self.pieces), reverse=True))
 
     def too_short(self, min_chain_length: int) -> int:
-        """The sites that are left alone because their chain is short."""
+        """Return the number of sites that are skipped because their chain is short."""
         return sum(length for length in self.chains if length < min_chain_length)
 
 
@@ -64,18 +67,19 @@ class Family:
 
     Attributes:
         name: as `mhc zoo NAME` takes it.
-        group: the theme, which is the name of its module.
-        make: the number of layers to a randomly initialised model with inputs. Downloads nothing.
-        expected: the number of layers and the mode to the structure.
-        needs: the package that it comes from.
+        make: maps the number of layers to a randomly initialised model with inputs. Downloads
+            nothing.
+        expected: maps the number of layers and the mode to the structure.
+        needs: the package that defines the model.
         tolerance: largest relative error of an output or gradient.
         double: compare in float64.
-        because: why `tolerance` or `double` differ from the default.
-        differentiable_inputs: gradients of floating-point inputs are compared too. Off where the model writes into its inputs.
+        because: why one of `tolerance`, `double`, `differentiable_inputs` is not the default.
+        differentiable_inputs: compare gradients of floating-point inputs too. Off where the model
+            writes into its inputs.
+        group: the theme, a key of `FAMILIES` in its module; filled in by `zoo.families`.
     """
 
     name: str
-    group: str
     make: Callable[[int], Case]
     expected: Expect
     needs: Literal["torch", "transformers"] = "torch"
@@ -83,9 +87,10 @@ class Family:
     double: bool = False
     because: str = ""
     differentiable_inputs: bool = True
+    group: str = ""
 
     def build(self, layers: int) -> Case:
-        """The model with its inputs, the same numbers every time. The caller's random numbers go on undisturbed."""
+        """Return the model with its inputs: always the same numbers. Keeps the global RNG state."""
         import torch
 
         with torch.random.fork_rng(devices=[]):
@@ -94,11 +99,12 @@ class Family:
         return model, args, kwargs
 
 
-def no_chain(layers: int) -> tuple[int, ...]:  # noqa: ARG001
-    """The formula of a model without residual adds."""
-    return ()
-
-
 def chains(formula: Callable[[int], tuple[int, ...]], *, projected: int = 0, note: str = "") -> Expect:
-    """Chains that are the same in training and in eval mode: `chains(lambda n: (2 * n,))`."""
-    return lambda layers, mode: Expected(formula(layers), projected, note=note)  # noqa: ARG005
+    """Return chains that do not depend on the mode: `chains(lambda n: (n, n - 1))`."""
+    return lambda layers, _mode: Expected(formula(layers), projected, note=note)
+
+
+def per_layer(*sites: int, reasons: tuple[Reason, ...] | None = None, projected: int = 0) -> Expect:
+    """Return one chain for each number in `sites`, of so many sites a layer."""
+    allowed = None if reasons is None else frozenset(reasons)
+    return lambda layers, _mode: Expected(tuple(k * layers for k in sites), projected, allowed)

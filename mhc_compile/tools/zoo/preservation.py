@@ -1,4 +1,4 @@
-"""Whether a rewritten model computes what the plain one does: outputs, buffers, what was written into the inputs, and every original gradient."""
+"""Compare a rewritten model with the plain one: outputs, buffers, written inputs, gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.verification.comparison import RunRecord
     from mhc_compile.inspection.verification.results import Difference
-    from mhc_compile.tools.zoo.family import Case
+    from mhc_compile.tools.zoo.family import Case, Family
 
 __all__ = ["Errors", "preservation"]
 
@@ -35,31 +35,35 @@ class Errors:
     worst_gradient: str
 
 
-def preservation(case: Case, options: Mapping[str, Any], *, double: bool, differentiable_inputs: bool) -> Errors:
-    """Runs the model plain and compiled, forward and backward with the same random numbers, and compares.
+def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> Errors:
+    """Compare a forward and backward pass of the plain and the compiled model, seeded alike.
 
-    Parameters that the rewrite added have no counterpart and are left out.
+    Parameters that the rewrite adds have no counterpart and are left out.
+
+    Args:
+        family: says whether to compare in float64 and to differentiate the inputs.
+        case: a model of the family, in the mode to compare in. Stays compiled.
+        options: of the backend; `inner_backend` is "eager" by default.
 
     Raises:
-        ValueError: the plain model's values are not numbers.
-        Exception: whatever the model raises in either form.
+        ValueError: a value of the plain model is NaN.
+        Exception: any error that the model raises in either form.
     """
     model, args, kwargs = case
-    if double:
+    if family.double:
         model, args, kwargs = model.double(), cast(args, torch.float64), cast(kwargs, torch.float64)
     twin = copy.deepcopy(model)
-    want = record_run(twin, twin, args, kwargs, differentiable_inputs=differentiable_inputs)
+    want = record_run(twin, twin, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     undefined = [name for name, value in {**_values(want), **_gradients(want)}.items() if value.isnan().any()]
     if undefined:
         raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", **options})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MhcWarning)  # that nothing was rewritten is in the count of sites
-        got = record_run(compiled, model, args, kwargs, differentiable_inputs=differentiable_inputs)
-    outputs = [
-        *compare(_values(got), _values(want), 0.0, "values"),
-        *compare(_buffers(got), _buffers(want), 0.0, "buffers", share=FLOOR),
-    ]
+        warnings.simplefilter("ignore", MhcWarning)  # the count of sites says that nothing was rewritten
+        got = record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+    before, after = ({f"buffer {name}": value for name, value in run.buffers.items()} for run in (want, got))
+    buffers = compare(after, before, 0.0, "buffers", share=FLOOR)
+    outputs = [*compare(_values(got), _values(want), 0.0, "values"), *buffers]
     gradients = list(compare(_gradients(got), _gradients(want), 0.0, "gradients", share=FLOOR))
     (forward, output), (backward, gradient) = _worst(outputs), _worst(gradients)
     return Errors(forward, backward, output, gradient)
@@ -67,10 +71,6 @@ def preservation(case: Case, options: Mapping[str, Any], *, double: bool, differ
 
 def _values(seen: RunRecord) -> dict[str, Tensor]:
     return {name: value for name, value in (seen.outputs | seen.inputs).items() if value.is_floating_point()}
-
-
-def _buffers(seen: RunRecord) -> dict[str, Tensor]:
-    return {f"buffer {name}": value for name, value in seen.buffers.items()}
 
 
 def _gradients(seen: RunRecord) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The zoo's results as one table, or as JSON. Data first: everything here reads `Outcome`."""
+"""Render outcomes as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ _STYLES = {"ok": "green", "deviates": "red", "failed": "red", "skipped": "yellow
 
 
 def table(outcomes: Sequence[Outcome], width: int) -> Table:
-    """One row per family and mode: structure found and expected, what was rejected, how far the numbers are off."""
+    """Return a table of one row per family and mode: structure, rejections, errors."""
     narrow = width < NARROW
     view = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     view.add_column("model", no_wrap=True, overflow="ellipsis", max_width=22 if narrow else 30)
-    for title in ("mode", "graphs", "sites"):
-        view.add_column(
-            "g" if narrow and title == "graphs" else title, justify="left" if title == "mode" else "right", no_wrap=True
-        )
+    view.add_column("mode", no_wrap=True)
+    for title in ("g" if narrow else "graphs", "sites"):
+        view.add_column(title, justify="right", no_wrap=True)
     view.add_column("chains", overflow="fold", max_width=12 if narrow else 18)
     view.add_column("rejected by reason", overflow="fold")
     for title in ("error",) if narrow else ("forward", "gradients"):
@@ -52,14 +51,12 @@ def table(outcomes: Sequence[Outcome], width: int) -> Table:
 
 
 def summary(outcomes: Sequence[Outcome]) -> Text:
-    """One line: how many of what came out how, and how long it took."""
+    """Return one line: number of outcomes by status, sites, worst error, duration."""
     counts = Counter(outcome.status for outcome in outcomes)
     text = Text(f"{len(outcomes)} checked: ")
     text.append(", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing")
-    rewritten = sum(outcome.sites for outcome in outcomes)
-    text.append(
-        f"; {rewritten} sites rewritten, {sum(sum(o.rejected.values()) for o in outcomes)} additions left alone"
-    )
+    rewritten, skipped = sum(o.sites for o in outcomes), sum(sum(o.rejected.values()) for o in outcomes)
+    text.append(f"; {rewritten} sites rewritten, {skipped} additions skipped")
     worst = max((o.error_gradients for o in outcomes if o.error_gradients is not None), default=None)
     if worst is not None:
         text.append(f"; largest gradient error {worst:.1e}")
@@ -69,7 +66,7 @@ def summary(outcomes: Sequence[Outcome]) -> Text:
 
 
 def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Plain data: every outcome, and the counts."""
+    """Return plain data: every outcome, and the number of outcomes by status."""
     return {
         "outcomes": [outcome.to_dict() for outcome in outcomes],
         "counts": dict(Counter(outcome.status for outcome in outcomes)),
@@ -77,7 +74,7 @@ def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def listing(rows: Sequence[tuple[str, str, str, str]]) -> Table:
-    """Names of families, their themes, what they need, and their chains at a depth."""
+    """Return a table of names of families, their themes, packages, and chains at a depth."""
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in ("family", "group", "needs", "chains"):
         view.add_column(title, no_wrap=title != "chains", overflow="fold")
@@ -92,12 +89,12 @@ def _sites(outcome: Outcome) -> Text:
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:
-    """`6 + 4`, and `3 × 4` for equal ones."""
+    """Return `6 + 4`, and `3×4` for three equal ones."""
     return " + ".join(f"{n}×{length}" if n > 1 else str(length) for length, n in Counter(lengths).items()) or "–"
 
 
 def _remarks(outcome: Outcome) -> Text:
-    """The additions that were left alone, by reason, and below them what is wrong."""
+    """Return the skipped additions by reason, and below them the message."""
     text = Text(", ".join(f"{reason} {count}" for reason, count in outcome.rejected.most_common()) or "–")
     if outcome.message:
         text.append(f"\n{outcome.message}", style=_STYLES[outcome.status])

@@ -1,4 +1,4 @@
-"""The site tree of a family, as data and as text that is the same on every machine: no node names, no source lines, no timings."""
+"""The site tree of a family, as data and as text without node names, source lines or timings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["Structure", "structure"]
 
 @dataclass(frozen=True)
 class Structure:
-    """What the finder makes of a family.
+    """The sites and rejections that the finder reports for a family.
 
     Attributes:
-        graphs: the graphs that Dynamo made.
+        graphs: number of graphs that Dynamo captured.
         chains: for every chain its sites, each as one line: path, width, axis, number of adds.
         rejected: module and reason of every other addition, in the order of the graph.
         layers: the depth.
@@ -41,21 +41,21 @@ class Structure:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the chains, the longest first."""
+        """Lengths of the chains, longest first."""
         return tuple(sorted(map(len, self.chains), reverse=True))
 
     @property
     def reasons(self) -> Counter[str]:
-        """How often each reason was given."""
+        """Number of rejections by reason."""
         return Counter(reason for _, reason in self.rejected)
 
     def __str__(self) -> str:
-        head = f"{self.layers} layers, {self.mode}: {sum(self.lengths)} sites, {len(self.rejected)} additions left alone, {self.graphs} graphs"
-        lines = [head]
+        sites, skipped = sum(self.lengths), len(self.rejected)
+        lines = [f"{self.layers} layers, {self.mode}: {sites} sites, {skipped} additions skipped, {self.graphs} graphs"]
         for number, chain in enumerate(self.chains, start=1):
             lines += ["", f"chain {number}", *(f"  {site}" for site in chain)]
         if self.rejected:
-            lines += ["", "left alone"]
+            lines += ["", "skipped"]
             lines += [
                 f"  {module or '(the model itself)'}  {reason}" + (f"  × {count}" if count > 1 else "")
                 for (module, reason), count in Counter(self.rejected).items()
@@ -64,7 +64,7 @@ class Structure:
 
 
 def structure(family: Family, layers: int = 2, mode: Mode = "train", options: Options | None = None) -> Structure:
-    """Traces the family and studies its graphs; nothing is run.
+    """Trace the family and analyze its graphs. Runs nothing.
 
     Raises:
         CaptureError: the model could not be traced.

@@ -1,4 +1,4 @@
-"""What the tests of the zoo share: which families run by default, and structures that are traced once."""
+"""Parameters over families for the tests of the zoo, and structures that are traced once."""
 
 from __future__ import annotations
 
@@ -10,47 +10,23 @@ import pytest
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.structure import structure
 
-#: One or two transformers models for each structure. The others are slow tests.
-REPRESENTATIVE = frozenset(
-    "gpt2 llama gptj opt-post albert t5 vit swin convnextv2 clip mixtral wav2vec2-conformer".split()
+#: The families of the default run, one for each way of carrying streams. The others are slow tests.
+DEFAULT = frozenset(
+    "pre-norm post-norm pre-norm-dropout parallel cast-skip resnet nested checkpointed trap-cubic-gelu"
+    " trap-straight-through trap-many-streams trap-side-add gpt2 llama t5".split()
 )
 
 
-#: One family for each way in which streams are carried.
-CARRIED = frozenset(
-    "pre-norm-dropout post-norm deepnorm stochastic-depth dropped-trunk dit cait global-context resnet regnet padded-resnet rrdb conformer"
-    " decomposed shared-layer hidden-states reversible add-statement augmented-trunk written-input addcmul cast-skip break-in-middle checkpointed"
-    " frozen-half autograd-function trap-many-streams".split()
-)
+def parameters(*, runs, needs=None):
+    """Yield `(family, layers, mode)` with readable ids.
 
-
-def is_fast(family) -> bool:
-    return family.needs == "torch" or family.name in REPRESENTATIVE
-
-
-def is_handwritten(family) -> bool:
-    return family.needs == "torch"
-
-
-def is_carried(family) -> bool:
-    return family.name in CARRIED
-
-
-def never(family) -> bool:
-    return False
-
-
-#: Which families a test runs over by default, by the name that the `zoo` mark uses.
-FAST = {"representative": is_fast, "handwritten": is_handwritten, "none": never, "carried": is_carried}
-
-
-def parameters(*, layers_and_modes, groups=None, without=()):
-    """`(family, layers, mode)` with readable ids. `layers_and_modes` maps depth and mode to which families the default run has."""
-    for family in zoo.families():
-        if family.group in without or (groups is not None and family.group not in groups):
-            continue
-        for (layers, mode), fast in layers_and_modes.items():
-            marks = () if FAST[fast](family) else (pytest.mark.slow,)
+    `runs` maps depth and mode to whether the default run has the families of `DEFAULT`; `needs`
+    restricts these to families of one package.
+    """
+    for family in zoo.list_families():
+        default = family.name in DEFAULT and needs in {None, family.needs}
+        for (layers, mode), fast in runs.items():
+            marks = () if fast and default else (pytest.mark.slow,)
             yield pytest.param(family, layers, mode, id=f"{family.name}-{mode}-{layers}", marks=marks)
 
 
@@ -62,7 +38,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """Libraries warn about their own future, and Dynamo tells of graph breaks that the families are made for."""
+    """Silence deprecations of libraries, and Dynamo's messages about intended graph breaks."""
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -75,7 +51,7 @@ def _quiet():
 
 @pytest.fixture(scope="session")
 def traced():
-    """`traced(family, layers, mode)`: the structure, traced once per session."""
+    """Return `traced(family, layers, mode)`: the structure, traced once per session."""
     known = {}
 
     def look(family, layers, mode):

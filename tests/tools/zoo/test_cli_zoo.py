@@ -1,4 +1,4 @@
-"""`mhc zoo` and `zoo:` targets. What prints a table is driven in a subprocess; wrong names need none."""
+"""`mhc zoo` and `zoo:` targets. Commands that print a table run in a subprocess."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_table_at_80_columns():
     assert lines[0].split()[:4] == ["model", "mode", "g", "sites"]
     assert any(line.split()[:4] == ["pre-norm", "train", "1", "4/4"] for line in lines)
     assert any("no-contraction 2" in line for line in lines)
-    assert lines[-1].startswith("2 checked: 2 ok; 4 sites rewritten, 2 additions left alone; largest gradient error ")
+    assert lines[-1].startswith("2 checked: 2 ok; 4 sites rewritten, 2 additions skipped; largest gradient error ")
     assert done.stderr == ""
 
 
@@ -94,9 +94,9 @@ def test_a_family_is_a_target_of_explain(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(_group, ["explain", "zoo:parallel", "--set", "layers=3"])
     assert done.exit_code == 0, done.output
-    assert "Embedded: 3 sites in 1 chain" in done.stdout
+    assert "Embedded: 3 residual adds rewritten, 0 additions skipped" in done.stdout
 
 
 def test_the_list_of_groups_needs_no_torch():
-    script = "import sys; from mhc_compile import zoo; assert zoo.GROUPS; assert 'torch' not in sys.modules"
+    script = "import sys; from mhc_compile.tools import zoo; assert zoo.GROUPS; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

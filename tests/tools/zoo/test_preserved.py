@@ -1,4 +1,4 @@
-"""The rewritten model computes what the plain one does: outputs, buffers, written inputs, and every original gradient."""
+"""Outputs, buffers, written inputs and original gradients of a rewritten model are kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from mhc_compile.compilation.inner_compiler import run_eagerly
 from mhc_compile.inspection.verification.comparison import differences, record_run
 from mhc_compile.tools import zoo
 from mhc_compile.tools.zoo.check import check
-from mhc_compile.tools.zoo.family import Family, chains, no_chain
-from mhc_compile.tools.zoo.parts import FeedForward
+from mhc_compile.tools.zoo.families.parts import FeedForward
+from mhc_compile.tools.zoo.family import Family, per_layer
 from mhc_compile.tools.zoo.preservation import preservation
 
 OPTIONS = {"streams": 3, "min_chain_length": 1}
-RUNS = {(2, "train"): "carried", (2, "eval"): "none"}
 
 
 class Graphs:
-    """An inner compiler: runs each graph as it is, or by its definition, and counts sites that run."""
+    """An inner compiler that runs each graph, or its definition, and counts the sites that run."""
 
     def __init__(self, expansions) -> None:
         self.expansions = expansions
@@ -46,7 +45,7 @@ class Graphs:
         return run
 
 
-@pytest.mark.zoo(layers_and_modes=RUNS)
+@pytest.mark.zoo(runs={(2, "train"): True, (2, "eval"): False}, needs="torch")
 def test_outputs_and_gradients_are_those_of_the_plain_model(family, layers, mode):
     """At the start. Then, at random parameters, those of the plain graph interpreted on streams."""
     model, args, kwargs = family.build(layers)
@@ -54,9 +53,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_model(family, layers, mode
     with record_expansions() as expansions:
         graphs = Graphs(expansions)
         options = {**OPTIONS, "inner_backend": graphs}
-        errors = preservation(
-            (model, args, kwargs), options, double=family.double, differentiable_inputs=family.differentiable_inputs
-        )
+        errors = preservation(family, (model, args, kwargs), options)
     expected = family.expected(layers, mode)
     assert graphs.sites == sum(expected.rewritten(OPTIONS["min_chain_length"]))
     assert errors.forward <= family.tolerance, errors
@@ -135,8 +132,8 @@ class Drifting(nn.Module):
     ],
 )
 def test_each_kind_of_difference_is_seen(what, worst):
-    family = Family("drifting", "none", lambda n: (Drifting(what), (torch.randn(2, 5, 16),), {}), chains(no_chain))
-    errors = preservation(family.build(1), {}, double=False, differentiable_inputs=True)
+    family = Family("drifting", lambda n: (Drifting(what), (torch.randn(2, 5, 16),), {}), per_layer())
+    errors = preservation(family, family.build(1), {})
     if not worst:
         assert max(errors.forward, errors.gradients) < 1e-6
     elif what == "gradient":
@@ -151,14 +148,14 @@ def test_a_model_without_numbers_proves_nothing():
         def forward(self, x):
             return super().forward(x) * float("nan")
 
-    family = Family("undefined", "none", lambda n: (Undefined(4, 4), (torch.randn(2, 4),), {}), chains(no_chain))
+    family = Family("undefined", lambda n: (Undefined(4, 4), (torch.randn(2, 4),), {}), per_layer())
     outcome = check(family)
     assert outcome.status == "failed"
     assert "the plain model gives NaN in output" in outcome.message
 
 
 def test_a_model_that_cannot_run_is_failed_and_not_raised():
-    family = Family("broken", "none", lambda n: (nn.Linear(3, 3), (torch.randn(2, 4),), {}), chains(no_chain))
+    family = Family("broken", lambda n: (nn.Linear(3, 3), (torch.randn(2, 4),), {}), per_layer())
     outcome = check(family)
     assert outcome.status == "failed"
     assert "could not be traced" in outcome.message
