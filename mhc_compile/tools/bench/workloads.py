@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times"]
-__all__ += ["Workload", "batch"]
+__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times", "Workload", "batch"]
 
-_LR = 1e-4
 #: Sites that the benchmark of one site runs in turn, each with its own tensors.
 SITES = 8
 
 
 class _Attention(nn.Module):
-    """Layer norm, causal attention and projection: [1, T, C] to [1, T, C]."""
+    """Layer norm, causal attention, projection: [1, T, C] to [1, T, C]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -238,7 +236,7 @@ class StepWorkload(Workload):
         super().__init__(device)
         self._call, self._inputs = call, inputs
         # Built before the first call, as in scripts; the backend adds its parameters to it.
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=fused)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         self.loss = float("nan")
 
     def forward(self) -> Tensor:
