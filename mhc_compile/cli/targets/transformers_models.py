@@ -12,7 +12,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import TargetError
+from mhc_compile.cli.error_handling import TargetError, one_line
 from mhc_compile.cli.targets.suggestions import near_names
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load(
     except TargetError:
         raise
     except Exception as error:  # whatever the code of an architecture raises
-        why, model = error.args if isinstance(error, _NotRunningError) else (_line(error), model)
+        why, model = error.args if isinstance(error, _NotRunningError) else (one_line(error), model)
         raise TargetError(_explain(model_type, kind, why, model)) from error
 
 
@@ -108,7 +108,7 @@ def _tiny(kind: Any, default: dict[str, Any], pinned: dict[str, Any]) -> tuple[n
         except ImportError:  # a package that this architecture needs
             raise
         except Exception as error:  # whatever a config of these sizes does not fit: the next may
-            reasons.append(_line(error))
+            reasons.append(one_line(error))
         if time.thread_time() - started > _PATIENCE:
             break
     most = max(set(reasons), key=reasons.count)
@@ -221,19 +221,11 @@ def _explain(model_type: str, config_class: Any, why: str, model: nn.Module | No
     module, kind = home.replace("configuration_", "modeling_"), "MODEL"
     if model is not None:
         module, kind, names = type(model).__module__, type(model).__name__, needed(model)
-    inputs = ", ".join(
-        f'"{name}": torch.zeros(2, 16, dtype=torch.long)' if name.endswith("ids") else f'"{name}": ...'
-        for name in names
-    )
+    ids = "torch.zeros(2, 16, dtype=torch.long)"
+    inputs = ", ".join(f'"{name}": {ids if name.endswith("ids") else "..."}' for name in names)
     return (
         f"no tiny model of type {model_type!r} could be made: {why}. Write a factory, with sizes and inputs in the place"
         f" of the dots, and name it as models.py:build:\n\n"
         f"import torch\nfrom {home} import {config}\nfrom {module} import {kind}\n\n"
         f"def build():\n    return {kind}({config}(...)), (), {{{inputs}}}"
     )
-
-
-def _line(error: BaseException) -> str:
-    """Return the class and the text of an error in one line."""
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
