@@ -122,7 +122,7 @@ def command(
 
     from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.bench.measure import run
-    from mhc_compile.tools.bench.report import target_view, view, write_png
+    from mhc_compile.tools.bench.report import chart, target_view, view
     from mhc_compile.tools.bench.sites import Shape
 
     if threads is not None:
@@ -140,7 +140,8 @@ def command(
             result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=cold, progress=progress)
             shown = view(result, width)
             if png_file is not None:
-                write_png(result, png_file)
+                png_file.parent.mkdir(parents=True, exist_ok=True)
+                chart(result).savefig(png_file)
     if json_file == Path("-"):
         print_json(result.to_dict())
     else:

@@ -163,8 +163,7 @@ def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -
 
 def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Compile as the backend does with a rewritten graph."""
-    tag = f"mhc-{ops.fingerprint()}"
-    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, tag)
+    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, f"mhc-{ops.fingerprint()}")
 
 
 def _workload(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:

@@ -211,14 +211,7 @@ class SiteWorkload(Workload):
 
 
 class StepWorkload(Workload):
-    """One training step: loss, gradients, AdamW.
-
-    Args:
-        device: "cpu" or "cuda".
-        call: the model as it is called; returns the loss.
-        model: the module itself.
-        inputs: arguments of `call`.
-        fused: whether AdamW is one kernel.
+    """One training step of `model`: `call(*inputs)` is its loss, gradients, AdamW.
 
     Attributes:
         loss: of the last step, in nats.
@@ -230,7 +223,6 @@ class StepWorkload(Workload):
         call: Callable[..., Any],
         model: nn.Module,
         inputs: tuple[Any, ...],
-        *,
         fused: bool | None = True,
     ) -> None:
         super().__init__(device)
