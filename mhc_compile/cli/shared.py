@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from mhc_compile.cli.targets import Target
-    from mhc_compile.reporting.base import Renderable
 
 __all__ = ["Command", "ModelCall", "model_command", "print_json", "progress", "result_console", "write"]
 
@@ -115,8 +114,8 @@ class ModelCall:
         """Return a context with a spinner on stderr that says "`doing` TARGET"."""
         return progress(f"{doing} {self.target}", quiet=self.quiet)
 
-    def show(self, result: Renderable, **settings: Any) -> None:
-        """Print `result` as JSON, or by its renderer with the keywords `settings`."""
+    def show(self, result: Any, **settings: Any) -> None:
+        """Print `result.to_dict()` as JSON, or `result` by its renderer with these keywords."""
         from mhc_compile.reporting.base import render
 
         if self.as_json:

@@ -98,7 +98,8 @@ def _check_all(jobs: Sequence[tuple[Family, Mode]], *, quiet: bool, **settings: 
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
     show_compiler_errors_only()  # graph breaks are counted
-    console, outcomes = Console(stderr=True), []
+    console = Console(stderr=True)
+    outcomes: list[Outcome] = []
     with choose_progress(console, quiet=quiet) as progress:
         if console.is_terminal:
             progress.count("", len(jobs))

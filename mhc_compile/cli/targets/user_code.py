@@ -90,8 +90,8 @@ def load_factory(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tup
             f" that returns {_EXPECTED}"
         )
     model, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in {2, 3} else (made, None, None)
-    kinds = zip((model, args, kwargs), ((nn.Module, ExportedProgram), tuple, dict), strict=True)
-    if not all(isinstance(part, kind) for part, kind in kinds):
+    kinds: tuple[Any, ...] = ((nn.Module, ExportedProgram), tuple, dict)
+    if not all(map(isinstance, (model, args, kwargs), kinds)):
         shown = tuple(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
         raise TargetError(f"{target} returned {shown}; expected {_EXPECTED}")
     return model, args, kwargs

@@ -76,7 +76,7 @@ def _read(path: str) -> Mapping[str, Tensor]:
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
-    entries = content.values() if isinstance(content, Mapping) else ()
+    entries = list(content.values()) if isinstance(content, Mapping) else []
     if not entries or not all(isinstance(value, torch.Tensor) for value in entries):
         kind = type(content).__name__
         keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, Mapping) else ""
@@ -84,7 +84,7 @@ def _read(path: str) -> Mapping[str, Tensor]:
             f"--weights {path}: found a {kind}{keys}; expected a state dict, or a dict with one under"
             f" {' or '.join(_KEYS[:2])}"
         )
-    return content
+    return dict(content)
 
 
 def _safetensors(path: str) -> Mapping[str, Tensor]:

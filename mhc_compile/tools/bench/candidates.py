@@ -114,13 +114,9 @@ class Candidate:
 _EAGER: dict[str, Any] = {"compiler": "eager", "site_compiler": "eager"}
 _BLOCKS: dict[str, Any] = {"compiler": "blocks", "site_compiler": "eager"}
 _OURS = Candidate(
-    name="ours",
-    title='torch.compile(backend="mhc")',
-    compiler="mhc",
-    site_compiler="operators",
-    plain_model=True,
-    fused=True,
-)
+    name="ours", title='torch.compile(backend="mhc")', compiler="mhc", site_compiler="operators",
+    plain_model=True, fused=True,
+)  # fmt: skip
 _DEEPSEEK = Candidate(
     name="deepseek-v4", title="transformers' DeepSeek-V4, Inductor", connection="deepseek",
     package="transformers.models.deepseek_v4.modeling_deepseek_v4", distribution="transformers",

@@ -82,8 +82,8 @@ class Measurement:
         return self.normalize + self.plan + self.expand
 
 
-def measure(nodes: int, *, runs: int = 3) -> Measurement:
-    """Run the passes on a graph of about `nodes` nodes."""
+def measure(nodes: int, *, runs: int = 3, memory: bool = True) -> Measurement:
+    """Run the passes on a graph of about `nodes` nodes; the peak is 0 without `memory`."""
     one, two = (len(fx.symbolic_trace(_Layers(layers)).graph.nodes) for layers in (1, 2))
     module = fx.symbolic_trace(_Layers(max(1, round(nodes / (two - one)))))
     positions = torch.zeros(4, _WIDTH // 2)
@@ -92,16 +92,19 @@ def measure(nodes: int, *, runs: int = 3) -> Measurement:
     module.hyper = HyperConnection(_WIDTH)
     gc.collect()
     gc.freeze()  # the collector need not traverse the graph in every run
-    stages = [min(times) for times in zip(*(_run(module)[1:] for _ in range(runs)), strict=True)]
-    tracemalloc.start()
-    sites, *_ = _run(module)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    (sites, *_), *stages = zip(*(_run(module) for _ in range(runs)), strict=True)
+    normalized, planned, expanded = map(min, stages)
+    peak = 0
+    if memory:
+        tracemalloc.start()
+        _run(module)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     gc.unfreeze()
-    return Measurement(len(module.graph.nodes), sites, *stages, peak)
+    return Measurement(len(module.graph.nodes), int(sites), normalized, planned, expanded, peak)
 
 
-def _run(module: fx.GraphModule) -> tuple[int, float, float, float]:
+def _run(module: fx.GraphModule) -> tuple[float, ...]:
     """Return the number of sites, and the seconds of each stage."""
     start = time.perf_counter()
     graph = normalize(module.graph)

@@ -15,7 +15,7 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "parameters": 123 | null, "loss": of the last step | null}]}],
      "interrupted": false}
 
-`Counters` documents "counters" and "plus". "conditions" are the sizes of `workloads.Shape`, the
+`Counters` documents "counters" and "plus". "conditions" are the sizes of `sites.Shape`, the
 machine (`reporting.conditions`), the versions of the packages, the rounds, and the load of the
 machine before and after.
 """
