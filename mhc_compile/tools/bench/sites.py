@@ -226,14 +226,8 @@ class _DeepseekSite(Residual):
 
     def write(self, branch: Tensor, *held: Tensor) -> Tensor:
         streams, post, comb = held
-        dtype = streams.dtype
-        mixed = torch.matmul(comb.to(dtype).transpose(-1, -2), streams)
-        return post.to(dtype).unsqueeze(-1) * branch.unsqueeze(-2) + mixed
-
-
-def _deepseek_ends(shape: Shape) -> StreamEnds:
-    """Return copies, and the learned weighted sum of `DeepseekV4HyperHead`."""
-    return StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_"))
+        mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
+        return post.to(streams.dtype).unsqueeze(-1) * branch.unsqueeze(-2) + mixed
 
 
 class _PackageSite(Residual):
@@ -307,7 +301,10 @@ class _TileSite(Residual):
 #: Builders of a site, from the sizes and its place in the model, and of the ends of the streams.
 CONNECTIONS: dict[str, tuple[Callable[[Shape, int], Residual], Callable[[Shape], StreamEnds]]] = {
     "operators": (lambda shape, _: _OperatorsSite(shape), StreamEnds),
-    "deepseek": (lambda shape, _: _DeepseekSite(shape), _deepseek_ends),
+    "deepseek": (
+        lambda shape, _: _DeepseekSite(shape),
+        lambda shape: StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_")),  # a learned sum
+    ),
     "package": (_PackageSite, _package_ends),
     "liger": (lambda shape, _: _LigerSite(shape).to(shape.device), StreamEnds),
     "tile": (lambda shape, _: _TileSite(shape).to(shape.device), StreamEnds),

@@ -64,8 +64,7 @@ class Memory(NamedTuple):
 def measure_memory(workload: Workload) -> Memory:
     """Run once more, untimed; read CUDA's allocator, or on CPU the profiler's allocation events.
 
-    Scratch memory that libraries allocate themselves (oneDNN, MKL, vectors of the C++ kernels) is
-    not included.
+    Scratch memory of libraries (oneDNN, MKL, vectors of the C++ kernels) is not included.
     """
     return Memory(*(size // workload.repeats for size in (_cuda if workload.device == "cuda" else _cpu)(workload)))
 
@@ -106,14 +105,14 @@ def _cpu(workload: Workload) -> tuple[int, int]:
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Discard what the profiler writes to file descriptor 2 when it starts and stops."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
-        os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
 
 
 @dataclass

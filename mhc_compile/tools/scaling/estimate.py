@@ -115,7 +115,7 @@ def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, 
     n = options.streams
     first = sites if recompute == "cheap" else ceil(sites / block_length(sites, n))
     coefficients = _FLOAT32 * (2 * n + get_mapping(options.mapping).logits(n))
-    # All branch outputs, less the branch inputs that the plain model keeps and these sites recompute.
+    # All branch outputs, less the branch inputs of the plain model that these sites recompute.
     return (first * n + sites - (sites - first)) * width * itemsize + first * coefficients
 
 
