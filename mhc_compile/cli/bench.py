@@ -11,22 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mhc_compile.cli.shared import (
-    Command,
-    backend_options,
-    open_target,
-    optional_target,
-    print_json,
-    result_console,
-    weights_given,
-    write,
-)
+from mhc_compile.cli.shared import ModelCall, model_command, print_json, result_console, write
 from mhc_compile.config.options import Options
-from mhc_compile.tools.bench.candidates import UnknownNameError, check_names
+from mhc_compile.tools.bench.candidates import UnknownNameError, choose
 
 if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
-    from mhc_compile.reporting.progress import Silent
     from mhc_compile.tools.bench.results import Result, TargetResult
 
 __all__ = ["command"]
@@ -34,24 +24,22 @@ __all__ = ["command"]
 _FILE = click.Path(dir_okay=False, path_type=Path)
 #: Sizes of --quick, which shows that everything runs; the figures mean little.
 _QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
-_QUICK_ROUNDS = 3
 #: Parameters of the benchmark without TARGET, and of the one with it.
 _SIZES = ("width", "layers", "tokens", "vocabulary")
 _NOT_OF_A_TARGET = ("kind", "only", "png_file", *_SIZES)
-_OF_A_TARGET = ("settings", "full_size", "train")
+_OF_A_TARGET = ("settings", "full_size", "train", "weights")
 _FLAGS = {"kind": "--benchmark", "png_file": "--png"}
 
 
 def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
     try:
-        check_names(value)
+        choose(value)
     except UnknownNameError as error:
         raise click.UsageError(str(error)) from error
     return value
 
 
-@click.command("bench", cls=Command)
-@optional_target
+@model_command("bench", optional=True, json_flag=False)
 @click.option("--width", type=click.IntRange(8), default=256, show_default=True, help="Width C; GPT-2 has 768.")
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Blocks of the training step.")
 @click.option("--tokens", type=click.IntRange(8), default=1024, show_default=True, help="Sequence length; batch is 1.")
@@ -62,31 +50,19 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     type=click.Choice(["site", "step", "both"]),
     default="both",
     show_default=True,
-    help="One site by itself, a training step, or both.",
+    help="What runs.",
 )
-@click.option(
-    "--only", multiple=True, callback=_known, metavar="NAME", help="A candidate, measured with plain; repeatable."
-)
-@click.option(
-    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds; every candidate once in each."
-)
+@click.option("--only", multiple=True, callback=_known, metavar="NAME", help="A candidate, with plain; repeatable.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Every candidate once in each.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: as many as cores]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32; cuda bfloat16]")
 @click.option("--quick", is_flag=True, help="Tiny sizes, 3 rounds and warm caches: does everything run?")
-@click.option(
-    "--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure and sample; - for stdout alone."
-)
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure; - for stdout alone.")
 @click.option("--png", "png_file", type=_FILE, metavar="FILE", help="Draw the overhead over plain.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    target: str | None,
-    settings: tuple[str, ...],
-    full_size: bool,
-    train: bool,
+    call: ModelCall,
+    *,
     kind: str,
     only: tuple[str, ...],
     rounds: int,
@@ -96,8 +72,7 @@ def command(
     quick: bool,
     json_file: Path | None,
     png_file: Path | None,
-    quiet: bool,
-    **flags: Any,
+    **sizes: int,
 ) -> None:
     """Measure the cost of hyper-connections, of other implementations and of the physical limit.
 
@@ -118,40 +93,43 @@ def command(
     Exit codes: 0 success, 1 a candidate failed, 2 wrong usage, 130 interrupted (complete rounds are
     shown).
     """
-    sizes: dict[str, int] = {name: flags.pop(name) for name in _SIZES}
-    options = backend_options(flags)
+    ctx, options = click.get_current_context(), call.options
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
-    rounds = _QUICK_ROUNDS if quick and "rounds" not in given else rounds
+    rounds = 3 if quick and "rounds" not in given else rounds
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
-    _check_device(device)
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("--device cuda: this torch sees no CUDA device")
     loaded: Target | None = None
-    if target is not None:
+    if call.target:
         if foreign := ", ".join(_FLAGS.get(name, f"--{name}") for name in _NOT_OF_A_TARGET if name in given):
-            raise click.UsageError(f"{foreign}: of the benchmark without TARGET; {target!r} has its own sizes")
-        loaded = open_target(target, settings, full_size=full_size, train=train)
+            raise click.UsageError(f"{foreign}: of the benchmark without TARGET; {call.target!r} has its own sizes")
+        loaded = call.loaded
     else:
         own = [*sorted(set(options) - {"iterations"}), *(name for name in _OF_A_TARGET if name in given)]
-        if foreign := ", ".join([*own, *(["weights"] if weights_given() is not None else [])]):
-            raise click.UsageError(f"{foreign}: for a TARGET; the benchmark without one sets its own options")
+        if own:
+            raise click.UsageError(f"{', '.join(own)}: for a TARGET; the benchmark without one sets its own options")
         if png_file is not None and find_spec("matplotlib") is None:
             raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
         sizes["iterations"] = options.get("iterations", 20)
         if quick:
             sizes |= {name: value for name, value in _QUICK.items() if name not in given}
 
-    import torch
+    import torch  # after OMP_WAIT_POLICY
     from rich.console import Console
 
     from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.bench.measure import run
-    from mhc_compile.tools.bench.report import target_view, view, write_png
+    from mhc_compile.tools.bench.report import chart, target_view, view
     from mhc_compile.tools.bench.sites import Shape
 
     if threads is not None:
         torch.set_num_threads(threads)
     width, cold = result_console().width, not quick
     result: Result | TargetResult
-    with choose_progress(Console(stderr=True), quiet=quiet) as progress:
+    with choose_progress(Console(stderr=True), quiet=call.quiet) as progress:
         if loaded is not None:
             result = _time_target(loaded, options, device, dtype, rounds=rounds, cold=cold, progress=progress)
             shown = target_view(result, width)
@@ -162,7 +140,8 @@ def command(
             result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=cold, progress=progress)
             shown = view(result, width)
             if png_file is not None:
-                write_png(result, png_file)
+                png_file.parent.mkdir(parents=True, exist_ok=True)
+                chart(result).savefig(png_file)
     if json_file == Path("-"):
         print_json(result.to_dict())
     else:
@@ -176,23 +155,8 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def _check_device(device: str | None) -> None:
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.UsageError("--device cuda: this torch sees no CUDA device")
-
-
 def _time_target(
-    loaded: Target,
-    options: dict[str, Any],
-    device: str | None,
-    dtype: str | None,
-    *,
-    rounds: int,
-    cold: bool,
-    progress: Silent,
+    loaded: Target, options: dict[str, Any], device: str | None, dtype: str | None, **how: Any
 ) -> TargetResult:
     import torch
 
@@ -213,5 +177,4 @@ def _time_target(
         model = model.to(device=device, dtype=real)
         inputs = tree_map_only(torch.Tensor, move, inputs)
     args, kwargs = inputs
-    parsed = Options.parse(options)
-    return measure_target(loaded.name, model, args, kwargs, parsed, rounds=rounds, cold=cold, progress=progress)
+    return measure_target(loaded.name, model, args, kwargs, Options.parse(options), **how)

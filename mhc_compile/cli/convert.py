@@ -23,17 +23,9 @@ _SHOWN = 9
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--from",
-    "origin",
-    metavar="PRESET",
-    help="The system of the checkpoint: deepseek-v4, glm5-next, hy-v4, qwen4-exp.",
+    "--from", "origin", metavar="PRESET", help="System of the checkpoint: deepseek-v4, glm5-next, hy-v4, qwen4-exp."
 )
-@click.option(
-    "--to",
-    "into",
-    metavar="PRESET",
-    help="The checkpoint is of a model with our hyper-connections; convert it for this system.",
-)
+@click.option("--to", "into", metavar="PRESET", help="Convert a checkpoint with our hyper-connections for this system.")
 @click.option(
     "--spelling",
     metavar="NAME",
@@ -45,7 +37,7 @@ _SHOWN = 9
     "branches",
     multiple=True,
     metavar="OURS=THEIRS",
-    help="A branch that the system calls otherwise: attn=self_attn; repeatable.",
+    help="A branch's other name: attn=self_attn; repeatable.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--all", "every", is_flag=True, help="List every converted entry, not only the first ones.")
@@ -79,7 +71,12 @@ def command(
         raise click.UsageError("give either --from PRESET (into our layout) or --to PRESET (out of it)")
     if origin and spelling:
         raise click.UsageError("--spelling is for --to: with --from it is detected from the names of the checkpoint")
-    pairs = dict(_pair(branch) for branch in branches)
+    pairs: dict[str, str] = {}
+    for branch in branches:
+        ours, _, theirs = branch.partition("=")
+        if not (ours and theirs):
+            raise click.UsageError(f"--branch {branch!r}: expected OURS=THEIRS, such as attn=self_attn")
+        pairs[ours] = theirs
     from mhc_compile.cli.error_handling import TargetError
     from mhc_compile.cli.targets.suggestions import near_files
 
@@ -87,16 +84,9 @@ def command(
         raise TargetError(f"there is no file or folder {str(checkpoint)!r}{near_files(str(checkpoint))}")
     from mhc_compile.interop.convert import convert
 
+    native, names = into is not None, spelling or "transformers"
     with progress(f"converting {checkpoint}", quiet=quiet):
-        result = convert(
-            checkpoint,
-            out,
-            preset,
-            native=into is not None,
-            spelling=spelling or "transformers",
-            branches=pairs,
-            force=force,
-        )
+        result = convert(checkpoint, out, preset, native=native, spelling=names, branches=pairs, force=force)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -122,19 +112,12 @@ def _report(conversion: Conversion, *, every: bool) -> RenderableType:
         for source, shape in zip(change.sources, change.before, strict=True):
             table.add_row(source, str(list(shape)), "")
         table.add_row(f"  {change.target}", str(list(change.after)), Text(change.what, style="dim"))
-    hidden = 0 if every else max(len(changes) - _SHOWN, 0)
+    hidden = 0 if every else len(changes) - _SHOWN
     lines = [
-        f"... and {hidden} more of the same kind (--all lists them)" if hidden else "",
+        f"... and {hidden} more of the same kind (--all lists them)" if hidden > 0 else "",
         f"{len(changes)} entries converted, {len(plan.entries) - len(changes)} copied as they are;"
         f" {len(conversion.files)} files, {sum(conversion.files.values()):,} bytes",
         f"copied: {', '.join(conversion.copied)}" if conversion.copied else "",
         f"left out, folders: {', '.join(conversion.left)}" if conversion.left else "",
     ]
     return Group(head, Text(), table, *(Text(line) for line in lines if line))
-
-
-def _pair(branch: str) -> tuple[str, str]:
-    ours, found, theirs = branch.partition("=")
-    if not (ours and found and theirs):
-        raise click.UsageError(f"--branch {branch!r}: expected OURS=THEIRS, such as attn=self_attn")
-    return ours, theirs

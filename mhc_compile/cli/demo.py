@@ -15,45 +15,25 @@ from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings, check_requi
 __all__ = ["command"]
 
 _OUT = Path("runs/demo")
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_COMPILER = click.Choice(["inductor", "aot_eager", "eager"])
 _D = Settings()
 
 
 @click.command("demo", cls=Command)
-@click.option(
-    "--model", type=click.Choice(MODELS), default=_D.model, show_default=True, help="Architecture, from transformers."
-)
+@click.option("--model", type=click.Choice(MODELS), default=_D.model, show_default=True, help="From transformers.")
 @click.option("--steps", type=click.IntRange(1), help=f"Length of the run.  [default: {STEPS}, or the checkpoint's]")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=_OUT,
-    show_default=True,
-    help="Folder for the results.",
-)
+@click.option("--out", type=_FOLDER, default=_OUT, show_default=True, help="Folder for the results.")
 @click.option("--resume", is_flag=True, help="Continue the checkpoint in --out, bit for bit. Settings come from it.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=_D.seed, show_default=True, help="Weights, batches and dropout."
-)
+@click.option("--seed", type=click.IntRange(0), default=_D.seed, show_default=True, help="Weights, batches, dropout.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences per step.  [default: 8; vit 16]")
-@click.option(
-    "--context", type=click.IntRange(1), help="Bytes per sequence; vit: patches per image.  [default: 128; vit 64]"
-)
+@click.option("--context", type=click.IntRange(1), help="Bytes a sequence; vit: patches.  [default: 128; vit 64]")
 @click.option("--layers", type=click.IntRange(1), default=_D.layers, show_default=True, help="Transformer blocks.")
-@click.option(
-    "--width", type=click.IntRange(32), default=_D.width, show_default=True, help="Width C, a multiple of 32."
-)
+@click.option("--width", type=click.IntRange(32), default=_D.width, show_default=True, help="C, a multiple of 32.")
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=_D.dropout, show_default=True, help="Probability.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 0.003; vit 0.0003]")
-@click.option(
-    "--inner-backend",
-    type=click.Choice(["inductor", "aot_eager", "eager"]),
-    default=_D.inner_backend,
-    show_default=True,
-    help="Compiler of both models.",
-)
-@click.option(
-    "--save-every", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds between checkpoints."
-)
+@click.option("--inner-backend", type=_COMPILER, default=_D.inner_backend, show_default=True, help="Of both models.")
+@click.option("--save-every", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print result.json on stdout and nothing else there.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.pass_context
@@ -93,11 +73,8 @@ def command(
     from mhc_compile.reporting.progress import choose_progress
 
     check_requirements()
-    given = {
-        name: value
-        for name, value in options.items()
-        if value is not None and ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    }
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in options.items() if ctx.get_parameter_source(name) is not default}
     session = None
     try:
         with choose_progress(Console(stderr=True), quiet=quiet) as progress:
@@ -112,16 +89,13 @@ def command(
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     except KeyboardInterrupt:
-        click.echo(_farewell(session.saved if session else 0, out), err=True)
+        if session is None or not session.saved:
+            click.echo("Interrupted before the first step was done: nothing was saved.", err=True)
+        else:
+            where = "" if out == _OUT else f" --out {out}"
+            click.echo(f"Interrupted after step {session.saved}. Continue with: mhc demo --resume{where}", err=True)
         sys.exit(130)
     if as_json:
         click.echo(files[0].read_text(), nl=False)
     else:
         print_summary(Console(), result, explanation, files)
-
-
-def _farewell(step: int, out: Path) -> str:
-    if step == 0:
-        return "Interrupted before the first step was done: nothing was saved."
-    where = "" if out == _OUT else f" --out {out}"
-    return f"Interrupted after step {step}. Continue with: mhc demo --resume{where}"

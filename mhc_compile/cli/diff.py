@@ -34,10 +34,7 @@ def command(
     side_by_side: bool,
     every: bool,
     kernels: bool,
-    html: Path | None,
-    svg: Path | None,
-    dot: Path | None,
-    mermaid: Path | None,
+    **files: Path | None,
 ) -> None:
     """Show what backend="mhc" changes in the graph of TARGET.
 
@@ -65,21 +62,18 @@ def command(
 
     with call.progress("tracing"):
         found = diff(loaded.model, *loaded.args, options=call.options, stage=stage, **loaded.kwargs)
-    files = {"html": html, "svg": svg, "dot": dot, "mermaid": mermaid}
-    for medium, path in files.items():
-        if path is not None:
-            _save(export(found, medium), path, quiet=call.quiet)
+    for medium in ("html", "svg", "dot", "mermaid"):
+        if (path := files[medium]) is None:
+            continue
+        text = export(found, medium)
+        if str(path) == "-":
+            click.echo(text)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        if not call.quiet:
+            click.echo(f"wrote {path} ({len(text) / 1024:.0f} kB)", err=True)
     if call.as_json or not any(files.values()):
         call.show(found, side_by_side=side_by_side, every=every)
     if not any(graph.chains for graph in found.graphs):
         raise click.exceptions.Exit(1)
-
-
-def _save(text: str, path: Path, *, quiet: bool) -> None:
-    if str(path) == "-":
-        click.echo(text)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    if not quiet:
-        click.echo(f"wrote {path} ({len(text) / 1024:.0f} kB)", err=True)

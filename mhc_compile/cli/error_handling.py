@@ -9,7 +9,7 @@ import click
 
 from mhc_compile.errors import MhcError, OptionError, UnknownAddError
 
-__all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "report"]
+__all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "one_line", "report"]
 
 _FLAG = "mhc_compile.debug"
 
@@ -26,16 +26,16 @@ class WeightsError(MhcError):
     """A checkpoint does not fit the model of the target."""
 
 
+def one_line(error: BaseException, most: int | None = 200) -> str:
+    """Return the class and the text of an error, of the text at most so many characters."""
+    text = " ".join(str(error).split())[:most]
+    return f"{type(error).__name__}{f': {text}' if text else ''}"
+
+
 def debug_option() -> click.Option:
     """Return `--debug`, an option of the group and of every command."""
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_set,
-        help="Show the traceback of an error.",
-    )
+    text = "Show the traceback of an error."
+    return click.Option(["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_set, help=text)
 
 
 def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -44,14 +44,9 @@ def _set(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def report(error: Exception, settings: dict[str, Any]) -> int:
-    """Write `error` to stderr and return the exit code.
+    """Write `error` to stderr; return 2 if a target, option or addition does not exist, else 1.
 
-    Args:
-        error: the exception that ended the command.
-        settings: the object of the click group, in which `--debug` is recorded.
-
-    Returns:
-        2 for a target, an option or an addition that does not exist, 1 for every other error.
+    `settings` is the object of the click group, in which `--debug` is recorded.
     """
     from mhc_compile.tools.zoo import UnknownFamilyError
 

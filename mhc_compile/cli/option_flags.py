@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from ast import literal_eval
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import NoneType
@@ -12,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from mhc_compile.cli.targets import TargetError, parse_settings
+from mhc_compile.cli.targets import TargetError, parse_settings, parse_value
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 
@@ -32,7 +31,7 @@ def option_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             option = click.option(flag, field.name, multiple=True, metavar="NAME=VALUE", help=f"{text} Repeatable.")
         else:
             shown = f"{text}  [default: {default}]"
-            option = click.option(flag, field.name, type=_value, metavar=_metavar(kinds), help=shown)
+            option = click.option(flag, field.name, type=parse_value, metavar=_metavar(kinds), help=shown)
         command = option(command)
     return command
 
@@ -59,14 +58,6 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return tuple(part for part in parts if part is not NoneType)
 
 
-def _value(text: str) -> Any:
-    """Return a Python literal, or else the text. `Options` validates it, with its own messages."""
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def _metavar(kinds: tuple[Any, ...]) -> str:
     for part in (*kinds, *get_args(kinds[0])):
         if get_origin(part) is Literal:
@@ -78,10 +69,9 @@ def _texts() -> dict[str, str]:
     """Return the docstring of each option, up to the first colon or full stop."""
     known = "|".join(Options.names())
     _, *parts = re.split(rf"^ *({known}): ", inspect.getdoc(Options) or "", flags=re.MULTILINE)
-    texts = (re.split(r":\s|\.\s| \(e\.g", f"{text} ")[0].strip() for text in parts[1::2])
-    return {name: _sentence(" ".join(text.split())) for name, text in zip(parts[::2], texts, strict=True)}
-
-
-def _sentence(text: str) -> str:
-    symbol = len(text.split(",")[0]) == 1  # n is not written N
-    return f"{text if symbol else text[:1].upper() + text[1:]}."
+    texts = {}
+    for name, part in zip(parts[::2], parts[1::2], strict=True):
+        text = " ".join(re.split(r":\s|\.\s| \(e\.g", f"{part} ")[0].split())
+        symbol = len(text.split(",")[0]) == 1  # n is not written N
+        texts[name] = f"{text if symbol else text[:1].upper() + text[1:]}."
+    return texts

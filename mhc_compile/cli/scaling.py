@@ -22,19 +22,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def command(
-    width: int | None,
-    layers: int | None,
-    heads: int | None,
-    hidden: int | None,
-    vocabulary: int,
-    tokens: int,
-    streams: int,
-    mapping: str,
-    as_json: bool,
-    as_markdown: bool,
-    quiet: bool,
-) -> None:
+def command(streams: int, mapping: str, as_json: bool, as_markdown: bool, quiet: bool, **sizes: int | None) -> None:
     """Estimate the cost of hyper-connections at 3B to 671B, and at a size of your own.
 
     Parameters, bytes, memory and time are counts and rooflines, those of `mhc explain`; nothing is
@@ -45,18 +33,14 @@ def command(
     from mhc_compile.tools.scaling.report import markdown, view
     from mhc_compile.tools.scaling.shapes import SHAPES, Shape
 
-    if (width is None) != (layers is None):
+    own = {name: size for name, size in sizes.items() if size is not None}
+    if ("width" in own) != ("layers" in own):
         raise click.UsageError("a size of your own needs both --width and --layers")
-    if width is None and (heads is not None or hidden is not None):
+    if "width" not in own and ("heads" in own or "hidden" in own):
         raise click.UsageError("--heads and --hidden are of a size of your own, which needs --width and --layers")
-    shapes = list(SHAPES)
     try:
         options = Options.parse({"streams": streams, "mapping": mapping})
-        if width is not None and layers is not None:
-            yours = Shape.of(
-                width=width, layers=layers, heads=heads, hidden=hidden, vocabulary=vocabulary, tokens=tokens
-            )
-            shapes.insert(0, yours)
+        shapes = [*([Shape.of(**own)] if "width" in own else []), *SHAPES]
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     estimates = []

@@ -9,7 +9,7 @@ import functools
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -25,27 +25,16 @@ if TYPE_CHECKING:
 
     from mhc_compile.cli.targets import Target
 
-__all__ = [
-    "Command",
-    "ModelCall",
-    "backend_options",
-    "model_command",
-    "open_target",
-    "optional_target",
-    "print_json",
-    "progress",
-    "result_console",
-    "target_arguments",
-    "weights_given",
-    "write",
-]
+__all__ = ["Command", "ModelCall", "model_command", "print_json", "progress", "result_console", "write"]
 
-_WEIGHTS = "mhc_compile.weights"
 _TARGET_HELP = (
     "TARGET: package.module:factory or path/to/file.py:factory (returns (model, args) or (model, args, kwargs)),"
     " hf:MODEL_TYPE (tiny, random; most transformers architectures), file.pt2 (an exported program), or zoo:FAMILY."
     " Targets are trusted input: their code is run."
 )
+_WEIGHTS_HELP = "Checkpoint to load into the model: .safetensors, or a state dict written by torch.save."
+_FULL_SIZE_HELP = "hf: targets: use the default config, on the meta device, without weights."
+_SET_HELP = "Set a config field of an hf: target, or layers of a zoo: target; repeatable."
 
 
 class Command(click.Command):
@@ -57,14 +46,9 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of the command, then those of the backend."""
-        own: list[tuple[str, str]] = []
-        backend: list[tuple[str, str]] = []
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                (backend if parameter.name in Options.names() else own).append(record)
-        for title, records in (("Options", own), ("Options of the backend", backend)):
-            if records:
+        for title, of_backend in (("Options", False), ("Options of the backend", True)):
+            parameters = [one for one in self.get_params(ctx) if (one.name in Options.names()) is of_backend]
+            if records := [record for one in parameters if (record := one.get_help_record(ctx)) is not None]:
                 with formatter.section(title):
                     formatter.write_dl(records)
 
@@ -76,14 +60,6 @@ class Command(click.Command):
         super().format_epilog(ctx, formatter)
 
 
-class Result(Protocol):
-    """A result with a registered renderer (`mhc_compile.reporting.base`)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON data."""
-        ...
-
-
 @dataclass(frozen=True)
 class ModelCall:
     """One call of a command made by `model_command`.
@@ -92,6 +68,7 @@ class ModelCall:
         target: TARGET as it was written; "" where it is optional and missing.
         settings: the values of `--set`.
         full_size: whether `--full-size` was given.
+        weights: the file given with `--weights`, or None.
         train: whether the model is in training mode.
         options: the options of the backend that were given, validated.
         seed: of all random numbers, None for a command that does not run the model.
@@ -102,6 +79,7 @@ class ModelCall:
     target: str
     settings: tuple[str, ...]
     full_size: bool
+    weights: str | None
     train: bool
     options: dict[str, Any]
     seed: int | None
@@ -117,18 +95,27 @@ class ModelCall:
             FactoryError: the code of the target failed.
             WeightsError: the weights do not fit the model.
         """
+        from mhc_compile.cli.targets import load_target, parse_settings
+
         if self.seed is not None:
             import torch
 
             torch.manual_seed(self.seed)  # a factory may draw its weights and inputs
-        return open_target(self.target, self.settings, full_size=self.full_size, train=self.train)
+        settings, memory = parse_settings(self.settings), self.weights is not None
+        loaded = load_target(self.target, settings, full_size=self.full_size, memory=memory)
+        if self.weights is not None:
+            from mhc_compile.cli.targets.weights import load_weights
+
+            load_weights(loaded, self.weights)
+        loaded.set_mode(self.train)
+        return loaded
 
     def progress(self, doing: str) -> AbstractContextManager[Any]:
         """Return a context with a spinner on stderr that says "`doing` TARGET"."""
         return progress(f"{doing} {self.target}", quiet=self.quiet)
 
-    def show(self, result: Result, **settings: Any) -> None:
-        """Print `result` as JSON, or by its renderer with the keywords `settings`."""
+    def show(self, result: Any, **settings: Any) -> None:
+        """Print `result.to_dict()` as JSON, or `result` by its renderer with these keywords."""
         from mhc_compile.reporting.base import render
 
         if self.as_json:
@@ -156,35 +143,34 @@ def model_command(
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
-        def call(
-            target: str | None,
-            settings: tuple[str, ...],
-            full_size: bool,
-            train: bool,
-            quiet: bool,
-            as_json: bool = False,
-            seed: int | None = None,
-            **rest: Any,
-        ) -> None:
-            if runs_model and full_size and weights_given() is None:
+        def call(target: str | None, as_json: bool = False, seed: int | None = None, **values: Any) -> None:
+            if runs_model and values["full_size"] and values["weights"] is None:
                 raise click.UsageError(
                     f"--full-size models have no memory without --weights FILE, and {name} runs the model:"
                     " leave it out, or --set sizes"
                 )
-            options = given_options({option: rest.pop(option) for option in Options.names()})
-            function(ModelCall(target or "", settings, full_size, train, options, seed, as_json, quiet), **rest)
+            options = given_options({option: values.pop(option) for option in Options.names()})
+            shared = {key: values.pop(key) for key in ("settings", "full_size", "weights", "train", "quiet")}
+            function(ModelCall(target or "", options=options, seed=seed, as_json=as_json, **shared), **values)
 
-        decorated = _target_arguments(call, required=not optional)
-        command: click.Command = click.command(name, cls=Command)(decorated)
-        shared = [click.Option(["--quiet"], is_flag=True, help="Show no progress.")]
+        wrapped: Callable[..., Any] = option_flags(call)
+        for option in (
+            click.option("--train/--eval", "train", default=True, help="Mode of the model.  [default: train]"),
+            click.option("--weights", type=click.Path(), metavar="FILE", help=_WEIGHTS_HELP),
+            click.option("--full-size", is_flag=True, help=_FULL_SIZE_HELP),
+            click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help=_SET_HELP),
+            click.argument("target", required=not optional, shell_complete=_complete),
+        ):
+            wrapped = option(wrapped)
+        command: click.Command = click.command(name, cls=Command)(wrapped)
+        last = [click.Option(["--quiet"], is_flag=True, help="Show no progress.")]
         if json_flag:
-            shared.insert(0, click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."))
+            last.insert(0, click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."))
         if runs_model:
-            seed = click.Option(
-                ["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers."
-            )
-            shared.insert(0, seed)
-        command.params[-1:-1] = shared  # --debug stays the last one
+            text = "Seed of all random numbers."
+            seed = click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True, help=text)
+            last.insert(0, seed)
+        command.params[-1:-1] = last  # --debug stays the last one
         return command
 
     return decorate
@@ -195,85 +181,6 @@ def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
     # Shells split words at a colon: the names after a prefix cannot be completed.
     kinds = [CompletionItem(kind) for kind in ("hf:", "zoo:") if kind.startswith(incomplete)]
     return [*kinds, CompletionItem(incomplete, type="file")]
-
-
-def target_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add TARGET, the options that build it and the options of the backend to a command.
-
-    The command gets `target: str`, `settings: tuple[str, ...]`, `full_size: bool`, `train: bool`,
-    and one keyword per option of the backend, None or () if it was not given: pass the latter to
-    `backend_options`. `open_target` reads `--weights` itself.
-    """
-    return _target_arguments(command, required=True)
-
-
-def optional_target(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the same arguments as `target_arguments`; `target` is None if it was not given."""
-    return _target_arguments(command, required=False)
-
-
-def _target_arguments(command: Callable[..., Any], *, required: bool) -> Callable[..., Any]:
-    command = option_flags(command)
-    for option in (
-        click.option("--train/--eval", "train", default=True, help="Mode of the model.  [default: train]"),
-        click.option(
-            "--weights",
-            type=click.Path(),
-            metavar="FILE",
-            expose_value=False,
-            callback=_remember_weights,
-            help="Checkpoint to load into the model: .safetensors, or a state dict written by torch.save.",
-        ),
-        click.option(
-            "--full-size",
-            is_flag=True,
-            help="hf: targets: use the default config, on the meta device, without weights.",
-        ),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Set a config field of an hf: target, or layers of a zoo: target; repeatable.",
-        ),
-        click.argument("target", required=required, shell_complete=_complete),
-    ):
-        command = option(command)
-    return command
-
-
-def _remember_weights(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    ctx.meta[_WEIGHTS] = value
-
-
-def weights_given() -> str | None:
-    """Return the file given with `--weights`, if any."""
-    context = click.get_current_context(silent=True)
-    return context.meta.get(_WEIGHTS) if context is not None else None
-
-
-def open_target(target: str, settings: tuple[str, ...], *, full_size: bool, train: bool) -> Target:
-    """Load a target, with the weights of `--weights`, in training or evaluation mode.
-
-    Raises:
-        TargetError: no such target, or no such file of weights.
-        FactoryError: the code of the target failed.
-        WeightsError: the weights do not fit the model.
-    """
-    from mhc_compile.cli.targets import load_target, parse_settings
-
-    weights = weights_given()
-    loaded = load_target(target, parse_settings(settings), full_size=full_size, memory=weights is not None)
-    if weights is not None:
-        from mhc_compile.cli.targets.weights import load_weights
-
-        load_weights(loaded, weights)
-    loaded.set_mode(train)
-    return loaded
-
-
-#: The options of the backend among the keywords of a command. Raises click.UsageError.
-backend_options = given_options
 
 
 def result_console() -> Console:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mhc_compile.cli.shared import ModelCall, model_command
+from mhc_compile.errors import MhcError
 
 __all__ = ["command"]
 
@@ -37,7 +38,14 @@ def command(call: ModelCall, *, random_logits: float | None, png_file: Path | No
     Exit codes: 0 measured, 1 nothing is rewritten, 2 wrong usage.
     """
     if png_file is not None:
-        _check_png(png_file)
+        from mhc_compile.inspection.stream_stats.plots import require_matplotlib
+
+        try:
+            require_matplotlib()
+        except MhcError as error:
+            raise click.UsageError(f"--png: {error}") from None
+        if not png_file.absolute().parent.is_dir():
+            raise click.UsageError(f"--png: there is no directory {png_file.absolute().parent}")
     import torch
     from torch import nn
 
@@ -68,15 +76,3 @@ def command(call: ModelCall, *, random_logits: float | None, png_file: Path | No
         raise click.exceptions.Exit(1)
     if png_file is not None and not call.as_json:
         click.echo(f"wrote {png_file}", err=True)
-
-
-def _check_png(path: Path) -> None:
-    from mhc_compile.errors import MhcError
-    from mhc_compile.inspection.stream_stats.plots import require_matplotlib
-
-    try:
-        require_matplotlib()
-    except MhcError as error:
-        raise click.UsageError(f"--png: {error}") from None
-    if not path.absolute().parent.is_dir():
-        raise click.UsageError(f"--png: there is no directory {path.absolute().parent}")

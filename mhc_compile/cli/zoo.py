@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mhc_compile.cli.option_flags import given_options, option_flags
-from mhc_compile.cli.shared import Command
+from mhc_compile.cli.shared import Command, result_console, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.console import Console
 
     from mhc_compile.tools.zoo.check import Outcome
     from mhc_compile.tools.zoo.family import Family, Mode
@@ -43,10 +42,11 @@ def command(
     quiet: bool,
     **flags: Any,
 ) -> None:
-    """Check families of models: all residual adds found, no other touched, numbers kept.
+    """Check families of models: residual adds found, nothing else touched, numbers kept.
 
-    The models are tiny and randomly initialised; nothing is downloaded. Without NAME and --group
-    all families are checked, which takes many minutes. `mhc explain zoo:NAME` shows one in detail.
+    The models are tiny and randomly initialized; nothing is downloaded. Without NAME and --group
+    all families are checked, which takes many minutes. `mhc explain zoo:NAME` shows one of them in
+    detail.
 
     Columns: sites found/expected; lengths of chains; skipped additions by reason; largest relative
     error of an output and of a gradient.
@@ -54,43 +54,33 @@ def command(
     Exit code 1 if an outcome deviates from the expected one or fails.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see `mhc demo`; read when torch is loaded
-    from rich.console import Console
-
     from mhc_compile.tools import zoo
-    from mhc_compile.tools.zoo.report import listing, summary, table, to_json
+    from mhc_compile.tools.zoo.report import summary, table, to_json
 
     chosen = tuple(zoo.get(name) for name in names) if names else zoo.list_families(group)
-    if group is not None:
-        chosen = tuple(family for family in chosen if family.group == group)
+    chosen = tuple(family for family in chosen if group in {None, family.group})
     settings = given_options(flags)  # a wrong option is an error before the first model is built
     if only_list:
-        _list(chosen, layers, as_json, listing)
+        _list(chosen, layers, as_json)
         return
     modes: tuple[Mode, ...] = ("train", "eval") if mode == "both" else ("eval",) if mode == "eval" else ("train",)
     jobs = [(family, one) for family in chosen for one in modes]
-    outcomes = _check_all(jobs, layers, settings, not structure, Console(stderr=True, quiet=quiet))
+    outcomes = _check_all(jobs, quiet=quiet, layers=layers, options=settings, preserve=not structure)
     if as_json:
         click.echo(json.dumps(to_json(outcomes), indent=2))
     else:
-        console = Console()
+        console = result_console()
         console.print(table(outcomes, console.width))
         console.print(summary(outcomes), soft_wrap=True)
     if any(outcome.status in {"deviates", "failed"} for outcome in outcomes):
         raise click.exceptions.Exit(1)
 
 
-def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) -> None:
-    from mhc_compile.cli.shared import write
+def _list(chosen: Sequence[Family], layers: int, as_json: bool) -> None:
+    from mhc_compile.tools.zoo.report import listing
 
-    rows = [
-        (
-            family.name,
-            family.group,
-            family.needs,
-            ", ".join(map(str, family.expected(layers, "train").chains)) or "none",
-        )
-        for family in chosen
-    ]
+    expected = [", ".join(map(str, family.expected(layers, "train").chains)) or "none" for family in chosen]
+    rows = [(family.name, family.group, family.needs, one) for family, one in zip(chosen, expected, strict=True)]
     if as_json:
         keys = ("family", "group", "needs", "chains")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
@@ -98,34 +88,25 @@ def _list(chosen: Sequence[Family], layers: int, as_json: bool, listing: Any) ->
         write(listing(rows))
 
 
-def _check_all(
-    jobs: Sequence[tuple[Family, Mode]], layers: int, settings: dict[str, Any], preserve: bool, console: Console
-) -> list[Outcome]:
-    """Return the outcomes in order. Shows a progress bar, and prints deviations at once."""
-    import warnings
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def _check_all(jobs: Sequence[tuple[Family, Mode]], *, quiet: bool, **settings: Any) -> list[Outcome]:
+    """Return the outcomes in order, with a bar on a terminal; deviations are printed at once."""
+    from rich.console import Console
 
     from mhc_compile._torch import show_compiler_errors_only
+    from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.zoo.check import check
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers)\.")
-    show_compiler_errors_only()  # the table counts graph breaks
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    show_compiler_errors_only()  # graph breaks are counted
+    console = Console(stderr=True)
     outcomes: list[Outcome] = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(jobs))
+    with choose_progress(console, quiet=quiet) as progress:
+        if console.is_terminal:
+            progress.count("", len(jobs))
         for family, mode in jobs:
-            progress.update(task, description=f"{family.name} {mode}")
-            outcome = check(family, layers=layers, mode=mode, options=settings, preserve=preserve)
+            progress.advance(f"{family.name} {mode}", done=len(outcomes))
+            outcome = check(family, mode=mode, **settings)
             outcomes.append(outcome)
-            progress.advance(task)
             if outcome.status in {"deviates", "failed"}:
-                progress.console.print(f"{family.name} {mode}: {outcome.message}", markup=False, highlight=False)
+                progress.note(f"{family.name} {mode}: {outcome.message}")
     return outcomes

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["FactoryError", "Target", "TargetError", "load_target", "parse_settings"]
+__all__ = ["FactoryError", "Target", "TargetError", "load_target", "parse_settings", "parse_value"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,16 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise TargetError(f"{pair!r} is no setting; expected NAME=VALUE")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value
+        settings[name] = parse_value(value)
     return settings
+
+
+def parse_value(text: str) -> Any:
+    """Return a Python literal, or else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = False, memory: bool = False) -> Target:
@@ -87,7 +92,7 @@ def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = F
 
         return Target(target, *transformers_models.load(name, settings, full_size=full_size, memory=memory))
     if kind == "zoo" and colon:
-        return Target(target, *_load_family(name, settings))
+        return Target(target, *_load_family(name, dict(settings)))
     if settings:
         raise TargetError(f"--set is for hf: and zoo: targets; {target!r} builds its model itself")
     from mhc_compile.cli.targets import user_code
@@ -103,13 +108,13 @@ def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = F
     return Target(target, *user_code.load_factory(file, factory))
 
 
-def _load_family(name: str, settings: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _load_family(name: str, settings: dict[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Return a model of the zoo, of 2 layers unless `settings` has "layers"."""
     from mhc_compile.tools import zoo
 
     layers = settings.get("layers", 2)
     if set(settings) - {"layers"} or not isinstance(layers, int) or layers < 1:
-        raise TargetError(f"zoo: targets have one setting, layers=N with N >= 1; found {dict(settings)}")
+        raise TargetError(f"zoo: targets have one setting, layers=N with N >= 1; found {settings}")
     try:
         family = zoo.get(name)
     except zoo.UnknownFamilyError as error:

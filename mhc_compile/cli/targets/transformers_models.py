@@ -12,11 +12,11 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import TargetError
+from mhc_compile.cli.error_handling import TargetError, one_line
 from mhc_compile.cli.targets.suggestions import near_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
@@ -30,12 +30,9 @@ _TASKS = (
     " IMAGE_CLASSIFICATION VIDEO_CLASSIFICATION CTC AUDIO_CLASSIFICATION SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION"
     " DEPTH_ESTIMATION OBJECT_DETECTION TIME_SERIES_PREDICTION"
 ).split()
-#: A model with more parameters is not tiny; a mild scale can leave billions.
-_MOST_PARAMETERS = 60_000_000
-#: Models are not scaled down to less than this width.
-_LEAST_WIDTH = 24
-#: Seconds of computing for trying sizes.
-_PATIENCE = 20.0
+#: Parameters of a tiny model at most (a mild scale can leave billions), the least width of a scaled
+#: one, and seconds of computing for trying sizes.
+_MOST_PARAMETERS, _LEAST_WIDTH, _PATIENCE = 60_000_000, 24, 20.0
 
 
 def load(
@@ -81,7 +78,7 @@ def load(
     except TargetError:
         raise
     except Exception as error:  # whatever the code of an architecture raises
-        why, model = error.args if isinstance(error, _NotRunningError) else (_line(error), model)
+        why, model = error.args if isinstance(error, _NotRunningError) else (one_line(error), model)
         raise TargetError(_explain(model_type, kind, why, model)) from error
 
 
@@ -108,7 +105,7 @@ def _tiny(kind: Any, default: dict[str, Any], pinned: dict[str, Any]) -> tuple[n
         except ImportError:  # a package that this architecture needs
             raise
         except Exception as error:  # whatever a config of these sizes does not fit: the next may
-            reasons.append(_line(error))
+            reasons.append(one_line(error))
         if time.thread_time() - started > _PATIENCE:
             break
     most = max(set(reasons), key=reasons.count)
@@ -125,9 +122,8 @@ def _pinned(config: Any, settings: Mapping[str, Any], model_type: str) -> dict[s
             fields = {**place.to_dict(), **dict.fromkeys(type(place).attribute_map)}
             place, here = getattr(place, parent, None), here.setdefault(parent, {})
             if not hasattr(place, "to_dict"):
-                raise TargetError(
-                    f"--set {path}: the config of {model_type} has no such nested config{near_names(parent, fields, 5)}"
-                )
+                near = near_names(parent, fields, 5)
+                raise TargetError(f"--set {path}: the config of {model_type} has no such nested config{near}")
         known = {**{field: field for field in place.to_dict()}, **type(place).attribute_map}
         if name not in known:
             fields = place.to_dict()
@@ -168,30 +164,24 @@ def _affordable(config: Any) -> nn.Module:
 
 
 def _build(config: Any) -> nn.Module:
-    """Return a model of the first class that accepts the config."""
-    errors: list[Exception] = []
-    for kind in _model_classes(config):
-        try:
-            return kind._from_config(config)  # type: ignore[no-any-return]
-        except Exception as error:  # another class may accept it; else the first error is raised below
-            errors.append(error)
-    raise errors[0] if errors else ImportError(f"transformers has no model of a {type(config).__name__} alone")
-
-
-def _model_classes(config: Any) -> Iterator[Any]:
-    """Yield the classes of the usual tasks for this config, or those in its modeling file."""
+    """Return a model of the first class that accepts the config: of a task, or in its own file."""
     import transformers
 
     kind = type(config)
     mappings = [getattr(transformers, f"MODEL_FOR_{task}_MAPPING", {}) for task in _TASKS]
     found = [mapping[kind] for mapping in (*mappings, transformers.MODEL_MAPPING) if kind in mapping]
-    for entry in found:
-        yield from entry if isinstance(entry, (tuple, list)) else (entry,)
+    classes = [one for entry in found for one in (entry if isinstance(entry, (tuple, list)) else (entry,))]
     if not found:  # a part of a larger model
-        module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
-        for name, entry in vars(module).items():
-            if getattr(entry, "config_class", None) is kind and not name.endswith("PreTrainedModel"):
-                yield entry
+        named = vars(importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))).items()
+        own = [(name, entry) for name, entry in named if getattr(entry, "config_class", None) is kind]
+        classes = [entry for name, entry in own if not name.endswith("PreTrainedModel")]
+    errors: list[Exception] = []
+    for model_class in classes:
+        try:
+            return model_class._from_config(config)  # type: ignore[no-any-return]
+        except Exception as error:  # another class may accept it; else the first error is raised below
+            errors.append(error)
+    raise errors[0] if errors else ImportError(f"transformers has no model of a {kind.__name__} alone")
 
 
 def _inputs(model: Any) -> dict[str, Any]:
@@ -221,19 +211,11 @@ def _explain(model_type: str, config_class: Any, why: str, model: nn.Module | No
     module, kind = home.replace("configuration_", "modeling_"), "MODEL"
     if model is not None:
         module, kind, names = type(model).__module__, type(model).__name__, needed(model)
-    inputs = ", ".join(
-        f'"{name}": torch.zeros(2, 16, dtype=torch.long)' if name.endswith("ids") else f'"{name}": ...'
-        for name in names
-    )
+    ids = "torch.zeros(2, 16, dtype=torch.long)"
+    inputs = ", ".join(f'"{name}": {ids if name.endswith("ids") else "..."}' for name in names)
     return (
         f"no tiny model of type {model_type!r} could be made: {why}. Write a factory, with sizes and inputs in the place"
         f" of the dots, and name it as models.py:build:\n\n"
         f"import torch\nfrom {home} import {config}\nfrom {module} import {kind}\n\n"
         f"def build():\n    return {kind}({config}(...)), (), {{{inputs}}}"
     )
-
-
-def _line(error: BaseException) -> str:
-    """Return the class and the text of an error in one line."""
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

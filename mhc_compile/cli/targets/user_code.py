@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import FactoryError, TargetError
+from mhc_compile.cli.error_handling import FactoryError, TargetError, one_line
 from mhc_compile.cli.targets.suggestions import near_files, near_names
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def load_program(path: str) -> tuple[ExportedProgram, tuple[Any, ...], dict[str,
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises whatever its unpickler or a schema check meets
-        reason = str(error).strip().splitlines() or [""]
         raise TargetError(
-            f"{path!r} is no program that torch {torch.__version__} can load ({type(error).__name__}: {reason[0]})."
+            f"{path!r} is no program that torch {torch.__version__} can load ({one_line(error)})."
             " Expected what torch.export.save(torch.export.export(model, inputs), path) writes"
         ) from error
     if program.example_inputs is None:
@@ -76,16 +75,12 @@ def load_factory(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tup
     elif isinstance(found, type) and issubclass(found, nn.Module):
         raise TargetError(f"{target} is a class; expected a function without arguments that returns {_EXPECTED}")
     elif callable(found):
-        made = _call(found, target)
+        try:
+            made = found()
+        except Exception as error:  # the user's code may raise anything; the error names its line
+            raise _failed(f"{target} raised", error) from error
     else:
         raise TargetError(f"{target} is {type(found).__name__}; expected a function that returns {_EXPECTED}")
-    return _parts(made, target)
-
-
-def _parts(made: Any, target: str) -> tuple[nn.Module | ExportedProgram, tuple[Any, ...], dict[str, Any]]:
-    from torch import nn
-    from torch.export import ExportedProgram
-
     if isinstance(made, ExportedProgram) and made.example_inputs is not None:
         args, kwargs = made.example_inputs
         return made, tuple(args), dict(kwargs)
@@ -95,21 +90,11 @@ def _parts(made: Any, target: str) -> tuple[nn.Module | ExportedProgram, tuple[A
             f" that returns {_EXPECTED}"
         )
     model, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in {2, 3} else (made, None, None)
-    if (
-        not isinstance(model, (nn.Module, ExportedProgram))
-        or not isinstance(args, tuple)
-        or not isinstance(kwargs, dict)
-    ):
+    kinds: tuple[Any, ...] = ((nn.Module, ExportedProgram), tuple, dict)
+    if not all(map(isinstance, (model, args, kwargs), kinds)):
         shown = tuple(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
         raise TargetError(f"{target} returned {shown}; expected {_EXPECTED}")
     return model, args, kwargs
-
-
-def _call(factory: Any, target: str) -> Any:
-    try:
-        return factory()
-    except Exception as error:  # the user's code may raise anything; the error names its line
-        raise _failed(f"{target} raised", error) from error
 
 
 def _module(name: str) -> ModuleType:
@@ -125,7 +110,7 @@ def _module(name: str) -> ModuleType:
                 f"module {name!r} could not be imported: {error} (looked in {os.getcwd()} too){files}"
             ) from error
         raise _failed(f"module {name} could not be imported: it raised", error) from error
-    except Exception as error:  # as in `_call`
+    except Exception as error:  # as in `load_factory`
         raise _failed(f"module {name} could not be imported: it raised", error) from error
 
 
@@ -140,7 +125,7 @@ def _file(path: str) -> ModuleType:
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as `python path/to/file.py` does
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # as in `_call`
+    except Exception as error:  # as in `load_factory`
         raise _failed(f"{path} could not be run: it raised", error) from error
     return module
 
@@ -158,5 +143,4 @@ def _failed(what: str, error: Exception) -> FactoryError:
             where += f", in {frames[-1].filename}:{frames[-1].lineno}"
     else:
         where = "outside any file"
-    text = " ".join(str(error).split())
-    return FactoryError(f"{what} {type(error).__name__}{f': {text}' if text else ''} ({where})")
+    return FactoryError(f"{what} {one_line(error, None)} ({where})")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import TargetError, WeightsError
+from mhc_compile.cli.error_handling import TargetError, WeightsError, one_line
 from mhc_compile.cli.targets.suggestions import near_files
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def load_weights(target: Target, path: str) -> None:
 
     Args:
         target: the target.
-        path: a `.safetensors` file, or `torch.save` of a state dict or of a dict that has one under
-            "state_dict" or "model".
+        path: a `.safetensors` file, or `torch.save` of a state dict or of a dict with one.
 
     Raises:
         TargetError: there is no such file.
@@ -67,7 +66,9 @@ def _read(path: str) -> Mapping[str, Tensor]:
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader meets
         rejected = re.search(r"GLOBAL ([\w.]+)", str(error))
         if rejected is None:
-            raise WeightsError(f"--weights {path}: no checkpoint that torch.load can read ({_line(error)})") from error
+            raise WeightsError(
+                f"--weights {path}: no checkpoint that torch.load can read ({one_line(error)})"
+            ) from error
         raise WeightsError(
             f"--weights {path}: the file holds Python objects that are no tensors ({rejected[1]}), which could run code"
             " when they are loaded; it was not read. Save the tensors alone: torch.save(model.state_dict(), path), or as"
@@ -75,18 +76,15 @@ def _read(path: str) -> Mapping[str, Tensor]:
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in _KEYS if isinstance(content.get(key), Mapping)), content)
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-    ):
+    entries = list(content.values()) if isinstance(content, Mapping) else []
+    if not entries or not all(isinstance(value, torch.Tensor) for value in entries):
         kind = type(content).__name__
         keys = f" with {', '.join(map(repr, list(content)[:_SHOWN]))}" if isinstance(content, Mapping) else ""
         raise WeightsError(
             f"--weights {path}: found a {kind}{keys}; expected a state dict, or a dict with one under"
             f" {' or '.join(_KEYS[:2])}"
         )
-    return content
+    return dict(content)
 
 
 def _safetensors(path: str) -> Mapping[str, Tensor]:
@@ -97,7 +95,7 @@ def _safetensors(path: str) -> Mapping[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # the library's own error class is private
-        raise WeightsError(f"--weights {path}: no safetensors file ({_line(error)})") from error
+        raise WeightsError(f"--weights {path}: no safetensors file ({one_line(error)})") from error
 
 
 def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: str) -> None:
@@ -113,38 +111,23 @@ def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: s
         for name, value in wanted.items()
         if name not in state and id(value) not in loaded and (has_connections or split_entry(name) is None)
     ]
-    unexpected = [name for name in state if name not in wanted]
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(value.shape)} in the model"
         for name, value in wanted.items()
         if name in state and getattr(value, "shape", None) != state[name].shape
     ]
+    unexpected = [name for name in state if name not in wanted]
     parts = [
-        *_list("entries of the file are not in the model", unexpected),
-        *_list("of the model are not in the file", missing),
+        f"{len(unexpected)} entries of the file are not in the model ({_first(unexpected)})" if unexpected else "",
+        f"{len(missing)} of the model are not in the file ({_first(missing)})" if missing else "",
+        f"{len(shapes)} with other shapes: {_first(shapes, '; ')}" if shapes else "",
     ]
-    parts += (
-        [f"{len(shapes)} with other shapes: {'; '.join(shapes[:_SHOWN])}{'; ...' if len(shapes) > _SHOWN else ''}"]
-        if shapes
-        else []
-    )
-    if parts:
-        hint = (
-            " An hf: target is tiny unless --full-size or --set gives it the sizes of the checkpoint"
-            if target.startswith("hf:")
-            else ""
-        )
-        raise WeightsError(
-            f"--weights {path} does not fit {target} ({type(model).__name__}): {', and '.join(parts)}.{hint}"
-        )
+    if any(parts):
+        text = f"--weights {path} does not fit {target} ({type(model).__name__}): {', and '.join(filter(None, parts))}."
+        if target.startswith("hf:"):
+            text += " An hf: target is tiny unless --full-size or --set gives it the sizes of the checkpoint"
+        raise WeightsError(text)
 
 
-def _list(what: str, names: list[str]) -> list[str]:
-    return (
-        [f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"] if names else []
-    )
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _first(entries: list[str], between: str = ", ") -> str:
+    return between.join([*entries[:_SHOWN], *(["..."] if len(entries) > _SHOWN else [])])

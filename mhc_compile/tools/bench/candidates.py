@@ -6,19 +6,18 @@ import difflib
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
     from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["CANDIDATES", "LIMIT", "NAMES", "ONLY_WHEN_NAMED", "PLAIN", "Candidate", "UnknownNameError"]
-__all__ += ["check_names", "choose"]
+__all__ = ["CANDIDATES", "LIMIT", "NAMES", "ONLY_WHEN_NAMED", "PLAIN", "Candidate", "UnknownNameError", "choose"]
 
 PLAIN, LIMIT = "plain", "limit"
 #: "mhc" is the backend of this package, with a suffix for another option `recompute`. "operators"
@@ -112,29 +111,28 @@ class Candidate:
         return cell(shape, site, ends)
 
 
+_EAGER: dict[str, Any] = {"compiler": "eager", "site_compiler": "eager"}
+_BLOCKS: dict[str, Any] = {"compiler": "blocks", "site_compiler": "eager"}
 _OURS = Candidate(
-    name="ours",
-    title='torch.compile(backend="mhc")',
-    compiler="mhc",
-    site_compiler="operators",
-    plain_model=True,
-    fused=True,
-)
+    name="ours", title='torch.compile(backend="mhc")', compiler="mhc", site_compiler="operators",
+    plain_model=True, fused=True,
+)  # fmt: skip
 _DEEPSEEK = Candidate(
-    name="deepseek-v4",
-    title="transformers' DeepSeek-V4, Inductor",
-    connection="deepseek",
-    package="transformers.models.deepseek_v4.modeling_deepseek_v4",
-    distribution="transformers",
-)
+    name="deepseek-v4", title="transformers' DeepSeek-V4, Inductor", connection="deepseek",
+    package="transformers.models.deepseek_v4.modeling_deepseek_v4", distribution="transformers",
+)  # fmt: skip
+_PACKAGE = Candidate(
+    name="hyper-connections", title="hyper-connections' mHC, Inductor", connection="package",
+    package="hyper_connections", distribution="hyper-connections",
+)  # fmt: skip
 _LIGER = Candidate(
-    name="liger",
-    title="Liger-Kernel's mHC, Inductor",
-    connection="liger",
-    package="liger_kernel",
-    distribution="liger-kernel",
-    cuda=True,
-)
+    name="liger", title="Liger-Kernel's mHC, Inductor", connection="liger",
+    package="liger_kernel", distribution="liger-kernel", cuda=True,
+)  # fmt: skip
+_TILE = Candidate(
+    name="tilekernels", title="TileKernels' mHC, blocks under Inductor", connection="tile",
+    package="tile_kernels", distribution="tile-kernels", cuda=True, dtype="bfloat16", **_BLOCKS,
+)  # fmt: skip
 #: `ours` with other residual mappings; a table of all candidates has the paper's alone.
 _MAPPINGS = tuple(
     replace(_OURS, name=f"ours-{mapping}", title=f'ours, mapping="{mapping}"', mapping=mapping)
@@ -147,55 +145,14 @@ CANDIDATES: tuple[Candidate, ...] = (
     replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none", fused=False),
     *_MAPPINGS,
     _DEEPSEEK,
-    replace(
-        _DEEPSEEK,
-        name="deepseek-v4-eager",
-        title="transformers' DeepSeek-V4, eager",
-        compiler="eager",
-        site_compiler="eager",
-    ),
-    Candidate(
-        name="hyper-connections",
-        title="hyper-connections' mHC, Inductor",
-        connection="package",
-        package="hyper_connections",
-        distribution="hyper-connections",
-    ),
+    replace(_DEEPSEEK, name="deepseek-v4-eager", title="transformers' DeepSeek-V4, eager", **_EAGER),
+    _PACKAGE,
     _LIGER,
-    replace(
-        _LIGER,
-        name="liger-eager",
-        title="Liger-Kernel's mHC, blocks under Inductor",
-        compiler="blocks",
-        site_compiler="eager",
-    ),
-    Candidate(
-        name="tilekernels",
-        title="TileKernels' mHC, blocks under Inductor",
-        compiler="blocks",
-        site_compiler="eager",
-        connection="tile",
-        package="tile_kernels",
-        distribution="tile-kernels",
-        cuda=True,
-        dtype="bfloat16",
-    ),
+    replace(_LIGER, name="liger-eager", title="Liger-Kernel's mHC, blocks under Inductor", **_BLOCKS),
+    _TILE,
 )
 NAMES = (*(candidate.name for candidate in CANDIDATES), LIMIT)
 ONLY_WHEN_NAMED = tuple(candidate.name for candidate in _MAPPINGS)
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Check that every name is one of `NAMES`.
-
-    Raises:
-        UnknownNameError: with the nearest names.
-    """
-    for name in names:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-            guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise UnknownNameError(f"--only {name!r}: there is no such candidate; {guess}known: {', '.join(NAMES)}")
 
 
 def choose(names: Sequence[str]) -> tuple[tuple[Candidate, ...], bool]:
@@ -207,7 +164,11 @@ def choose(names: Sequence[str]) -> tuple[tuple[Candidate, ...], bool]:
     Raises:
         UnknownNameError: with the nearest names.
     """
-    check_names(names)
+    for name in names:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
+            guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise UnknownNameError(f"--only {name!r}: there is no such candidate; {guess}known: {', '.join(NAMES)}")
     chosen = {PLAIN, *(names or set(NAMES) - set(ONLY_WHEN_NAMED))}
     return tuple(candidate for candidate in CANDIDATES if candidate.name in chosen), LIMIT in chosen
 

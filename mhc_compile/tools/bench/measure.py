@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mhc_compile.reporting.progress import Silent
     from mhc_compile.tools.bench.candidates import Candidate, Compiler
     from mhc_compile.tools.bench.sites import Shape
-from mhc_compile.tools.bench.workloads import Times, Workload
+    from mhc_compile.tools.bench.workloads import Times, Workload
 
 __all__ = ["compiled", "measure", "prepare", "run", "time_rows"]
 
@@ -69,13 +69,13 @@ def run(
     progress.phase("loading the compiler")
     warm_up()
     benchmarks: list[Benchmark] = []
-    interrupted = False
     for kind in kinds:
-        if not interrupted:
-            benchmark, interrupted = measure(
-                kind, shape, candidates, limit=limit, rounds=rounds, cold=cold, progress=progress
-            )
-            benchmarks.append(benchmark)
+        benchmark, interrupted = measure(
+            kind, shape, candidates, limit=limit, rounds=rounds, cold=cold, progress=progress
+        )
+        benchmarks.append(benchmark)
+        if interrupted:
+            break
     versions = {candidate.distribution: candidate.installed() for candidate in candidates}
     conditions = {
         **asdict(shape),
@@ -90,10 +90,7 @@ def run(
 def measure(
     kind: str, shape: Shape, candidates: Sequence[Candidate], *, limit: bool, rounds: int, cold: bool, progress: Silent
 ) -> tuple[Benchmark, bool]:
-    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted.
-
-    `limit` adds the row of the limit. `cold` compiles from empty caches, which takes longer.
-    """
+    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted."""
     torch.compiler.reset()
     mine = [candidate for candidate in candidates if kind in candidate.kinds]
     rows = {c.name: Row(name=c.name, title=c.title, status="missing", message=c.missing(shape) or "") for c in mine}
@@ -117,10 +114,7 @@ def prepare(
     cold: bool,
     progress: Silent,
 ) -> dict[str, Workload]:
-    """Build, compile and run every candidate for the first time, unless its row has a message.
-
-    Update the rows, without times, and return the workloads of those that did not fail.
-    """
+    """Build, compile and run candidates without a message; update `rows`, return what runs."""
     workloads: dict[str, Workload] = {}
     for index, (name, build) in enumerate(builds.items()):
         progress.phase(f"{label}compiling {name} ({index + 1} of {len(builds)})")
@@ -157,8 +151,6 @@ def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -
     if compiler.startswith("mhc"):
         recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
         return torch.compile(module, backend="mhc", options={"recompute": recompute, "mapping": mapping})
-    if compiler == "operators":
-        return isolated_compile(module, _inductor)
     if compiler == "blocks":
         for block in module.modules():
             if isinstance(block, Block):
@@ -166,13 +158,12 @@ def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -
                 block.mlp.compile()
         return module
     # Isolated: the cells of all candidates share a code object, and Dynamo limits its compilations.
-    return isolated_compile(module, "inductor")  # type: ignore[arg-type]
+    return isolated_compile(module, _inductor if compiler == "operators" else "inductor")  # type: ignore[arg-type]
 
 
 def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Compile as the backend does with a rewritten graph."""
-    tag = f"mhc-{ops.fingerprint()}"
-    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, tag)
+    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, f"mhc-{ops.fingerprint()}")
 
 
 def _workload(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:

@@ -82,32 +82,30 @@ class Measurement:
         return self.normalize + self.plan + self.expand
 
 
-def measure(nodes: int, *, runs: int = 3) -> Measurement:
-    """Run the passes on a graph of about `nodes` nodes."""
-    module = fx.symbolic_trace(_Layers(max(1, round(nodes / _nodes_per_layer()))))
+def measure(nodes: int, *, runs: int = 3, memory: bool = True) -> Measurement:
+    """Run the passes on a graph of about `nodes` nodes; the peak is 0 without `memory`."""
+    one, two = (len(fx.symbolic_trace(_Layers(layers)).graph.nodes) for layers in (1, 2))
+    module = fx.symbolic_trace(_Layers(max(1, round(nodes / (two - one)))))
     positions = torch.zeros(4, _WIDTH // 2)
     inputs = (torch.zeros(2, 4, _WIDTH), positions, positions)
     propagate_fake_tensors(module, *inputs)
     module.hyper = HyperConnection(_WIDTH)
     gc.collect()
     gc.freeze()  # the collector need not traverse the graph in every run
-    timed = [_run(module) for _ in range(runs)]
-    stages = [min(run[index] for run in timed) for index in range(3)]
-    tracemalloc.start()
-    _run(module)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    plan = plan_chains(normalize(module.graph), Provenance())
+    (sites, *_), *stages = zip(*(_run(module) for _ in range(runs)), strict=True)
+    normalized, planned, expanded = map(min, stages)
+    peak = 0
+    if memory:
+        tracemalloc.start()
+        _run(module)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     gc.unfreeze()
-    return Measurement(len(module.graph.nodes), len(plan.sites), stages[0], stages[1], stages[2], peak)
+    return Measurement(len(module.graph.nodes), int(sites), normalized, planned, expanded, peak)
 
 
-def _nodes_per_layer() -> int:
-    one, two = (len(fx.symbolic_trace(_Layers(layers)).graph.nodes) for layers in (1, 2))
-    return two - one
-
-
-def _run(module: fx.GraphModule) -> tuple[float, float, float]:
+def _run(module: fx.GraphModule) -> tuple[float, ...]:
+    """Return the number of sites, and the seconds of each stage."""
     start = time.perf_counter()
     graph = normalize(module.graph)
     normalized = time.perf_counter()
@@ -115,7 +113,7 @@ def _run(module: fx.GraphModule) -> tuple[float, float, float]:
     planned = time.perf_counter()
     binding = Binding("hyper.phi", "hyper.bias", "hyper.scale", 4, "sinkhorn", 20, 1e-6)
     expand_plan(graph, plan, dict.fromkeys(plan.sites, binding))
-    return normalized - start, planned - normalized, time.perf_counter() - planned
+    return len(plan.sites), normalized - start, planned - normalized, time.perf_counter() - planned
 
 
 def _main(sizes: Iterable[int]) -> None:
@@ -125,14 +123,9 @@ def _main(sizes: Iterable[int]) -> None:
     table = Table("nodes", "sites", "normalize", "plan", "expand", "all, s", "MiB", "µs/node")
     for size in sizes:
         m = measure(size)
-        cells = (m.normalize, m.plan, m.expand, m.seconds)
-        table.add_row(
-            f"{m.nodes:,}",
-            f"{m.sites:,}",
-            *(f"{seconds:.3f}" for seconds in cells),
-            f"{m.peak / 2**20:.0f}",
-            f"{m.seconds / m.nodes * 1e6:.0f}",
-        )
+        times = (f"{seconds:.3f}" for seconds in (m.normalize, m.plan, m.expand, m.seconds))
+        rest = (f"{m.peak / 2**20:.0f}", f"{m.seconds / m.nodes * 1e6:.0f}")
+        table.add_row(f"{m.nodes:,}", f"{m.sites:,}", *times, *rest)
     Console().print(table)
 
 

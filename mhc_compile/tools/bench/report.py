@@ -13,13 +13,12 @@ from mhc_compile.tools.bench.candidates import LIMIT, PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from rich.console import RenderableType
 
     from mhc_compile.tools.bench.results import Benchmark, Counters, Result, Row, TargetResult
 
-__all__ = ["WIDE", "chart", "conditions_line", "target_view", "view", "write_png"]
+__all__ = ["WIDE", "chart", "target_view", "view"]
 
 #: Width in columns from which on times and counts are one table.
 WIDE = 130
@@ -52,7 +51,7 @@ def view(result: Result, width: int) -> RenderableType:
     for benchmark in result.benchmarks:
         title = f"{_TITLES[benchmark.kind]}; {_rounds(benchmark)}"
         parts += [*_section(title, benchmark, _LEGENDS[benchmark.kind], width), Text()]
-    return Group(*parts, *_end(conditions_line(result.conditions), result.interrupted))
+    return Group(*parts, *_end(_conditions(result.conditions), result.interrupted))
 
 
 def target_view(result: TargetResult, width: int) -> RenderableType:
@@ -65,8 +64,7 @@ def target_view(result: TargetResult, width: int) -> RenderableType:
     return Group(*section, *_end(conditions, result.interrupted))
 
 
-def conditions_line(c: Mapping[str, Any]) -> str:
-    """Return the conditions of a run as one line."""
+def _conditions(c: Mapping[str, Any]) -> str:
     before, after = c["load"]
     return (
         f"{c['device']}, {c['cores']} cores, {c['threads']} threads ({c['wait_policy']} waiting); torch {c['torch']};"
@@ -93,10 +91,9 @@ def _tables(benchmark: Benchmark, width: int) -> list[Table]:
     per = "\n/site" if benchmark.kind == "step" else ""
     times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
     counts = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
-    if width >= WIDE:
-        return [_table(benchmark, (*times, *counts), slice(None))]
-    split = len(times)
-    return [_table(benchmark, times, slice(split)), _table(benchmark, counts, slice(split, None))]
+    titles, split = (*times, *counts), len(times)
+    parts = [slice(None)] if width >= WIDE else [slice(split), slice(split, None)]
+    return [_table(benchmark, titles[part], part) for part in parts]
 
 
 def _table(benchmark: Benchmark, titles: Sequence[str], part: slice) -> Table:
@@ -145,12 +142,6 @@ def _kernels(counters: Counters | None) -> str:
     return f"{counters.kernels:.3g} + {counters.externs:.3g}"
 
 
-def write_png(result: Result, path: Path) -> None:
-    """Write the chart to `path`, 160 pixels an inch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart(result).savefig(path)
-
-
 def chart(result: Result) -> Any:
     """Return a figure with a panel for each benchmark: the cost over plain, with quartiles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -162,9 +153,8 @@ def chart(result: Result) -> Any:
     FigureCanvasAgg(figure)
     for axes, benchmark in zip(figure.subplots(1, panels, squeeze=False)[0], result.benchmarks, strict=False):
         _panel(axes, benchmark)
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(conditions_line(result.conditions), 95 * panels)), fontsize=7, color="0.35"
-    )
+    conditions = "\n".join(textwrap.wrap(_conditions(result.conditions), 95 * panels))
+    figure.supxlabel(conditions, fontsize=7, color="0.35")
     return figure
 
 
@@ -188,11 +178,9 @@ def _panel(axes: Any, benchmark: Benchmark) -> None:
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.axvline(0.0, color="0.3", linewidth=0.8)
     axes.margins(x=0.18)
-    axes.set_xlabel(
-        "training step over the plain model, %" if step else "one site over a plain add, forward + backward, ms"
-    )
-    axes.set_title(
-        f"{'Training step' if step else 'One site'}, median and quartiles of {benchmark.rounds} rounds", fontsize=10
-    )
+    over = "training step over the plain model, %" if step else "one site over a plain add, forward + backward, ms"
+    axes.set_xlabel(over)
+    title = "Training step" if step else "One site"
+    axes.set_title(f"{title}, median and quartiles of {benchmark.rounds} rounds", fontsize=10)
     axes.grid(axis="x", alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "parameters": 123 | null, "loss": of the last step | null}]}],
      "interrupted": false}
 
-`Counters` documents "counters" and "plus". "conditions" are the sizes of `workloads.Shape`, the
+`Counters` documents "counters" and "plus". "conditions" are the sizes of `sites.Shape`, the
 machine (`reporting.conditions`), the versions of the packages, the rounds, and the load of the
 machine before and after.
 """
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["PHASES", "Benchmark", "Counters", "Result", "Row", "Spread", "TargetResult"]
-__all__ += ["paired_difference", "paired_ratio", "spread"]
+__all__ = ["PHASES", "Benchmark", "Counters", "Result", "Row", "Spread", "TargetResult", "paired_difference"]
+__all__ += ["paired_ratio", "spread"]
 
 PHASES = ("forward", "backward", "total")
 

@@ -70,7 +70,7 @@ class Shape:
 
     @property
     def heads(self) -> int:
-        """_Attention heads of 64 channels, as in GPT-2; one if 64 does not divide the width."""
+        """Attention heads of 64 channels, as in GPT-2; one if 64 does not divide the width."""
         return self.width // 64 if self.width % 64 == 0 else 1
 
     @property
@@ -99,10 +99,7 @@ class Residual(nn.Module):
 
 
 class StreamEnds(nn.Module):
-    """Streams [1, T, n, C] as copies of the trunk [1, T, C], and their mean.
-
-    `enter` and `leave` replace them where an implementation has its own.
-    """
+    """`enter` and `leave` of an implementation; by default copies [1, T, n, C], and their mean."""
 
     def __init__(
         self,
@@ -111,17 +108,11 @@ class StreamEnds(nn.Module):
         leave: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.streams, self._enter, self._leave = shape.streams, enter, leave
+        self.streams = shape.streams
+        self.enter, self.leave = enter or self._copies, leave or (lambda streams: streams.mean(-2))
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Return the streams in the layout of this implementation."""
-        if self._enter is not None:
-            return self._enter(x)
+    def _copies(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.streams, x.shape[-1]).contiguous()
-
-    def leave(self, streams: Tensor) -> Tensor:
-        """Return the trunk [1, T, C]."""
-        return self._leave(streams) if self._leave is not None else streams.mean(-2)
 
 
 class _Cell(nn.Module):
@@ -235,14 +226,8 @@ class _DeepseekSite(Residual):
 
     def write(self, branch: Tensor, *held: Tensor) -> Tensor:
         streams, post, comb = held
-        dtype = streams.dtype
-        mixed = torch.matmul(comb.to(dtype).transpose(-1, -2), streams)
-        return post.to(dtype).unsqueeze(-1) * branch.unsqueeze(-2) + mixed
-
-
-def _deepseek_ends(shape: Shape) -> StreamEnds:
-    """Return copies, and the learned weighted sum of `DeepseekV4HyperHead`."""
-    return StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_"))
+        mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
+        return post.to(streams.dtype).unsqueeze(-1) * branch.unsqueeze(-2) + mixed
 
 
 class _PackageSite(Residual):
@@ -275,31 +260,21 @@ class _LigerSite(Residual):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        from liger_kernel.transformers.mhc import LigerMHC
+        from liger_kernel.transformers import functional, mhc
 
-        self.connection = LigerMHC(
-            nn.Identity(),
-            hc=shape.streams,
-            c=shape.width,
-            tmax=shape.iterations,
-            phi_dtype=shape.real,
-            allow_fp32=shape.real == torch.float32,
-        )
-        self.to(shape.device)
+        sizes = {"hc": shape.streams, "c": shape.width, "tmax": shape.iterations, "phi_dtype": shape.real}
+        self.connection = mhc.LigerMHC(nn.Identity(), **sizes, allow_fp32=shape.real == torch.float32)
+        self.functional = functional
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_pre
-
         c = self.connection
         names = ("allow_fp32", "tmax", "rms_eps", "pre_eps", "sinkhorn_eps", "post_mult")
-        settings = {name: getattr(c, name) for name in names}
-        pre, post, res = liger_mhc_coeffs(streams, c.phi, c.b, c.alpha_pre, c.alpha_post, c.alpha_res, **settings)
-        return liger_mhc_pre(streams, pre), (streams, post, res)
+        tensors = (c.phi, c.b, c.alpha_pre, c.alpha_post, c.alpha_res)
+        pre, *rest = self.functional.liger_mhc_coeffs(streams, *tensors, **{name: getattr(c, name) for name in names})
+        return self.functional.liger_mhc_pre(streams, pre), (streams, *rest)
 
     def write(self, branch: Tensor, *held: Tensor) -> Tensor:
-        from liger_kernel.transformers.functional import liger_mhc_post_res
-
-        return liger_mhc_post_res(held[0], branch.contiguous(), held[1], held[2])  # type: ignore[no-any-return]
+        return self.functional.liger_mhc_post_res(held[0], branch.contiguous(), *held[1:])  # type: ignore[no-any-return]
 
 
 class _TileSite(Residual):
@@ -307,18 +282,15 @@ class _TileSite(Residual):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.streams, self.iterations = shape.streams, shape.iterations
-        columns = shape.coefficients
-        self.fn = nn.Parameter(_STD * torch.randn(columns, shape.streams * shape.width))
-        self.base, self.scale = nn.Parameter(torch.zeros(columns)), nn.Parameter(torch.ones(3))
-        self.to(shape.device)
+        self.sizes = {"mhc_mult": shape.streams, "sinkhorn_repeat": shape.iterations, "post_mult_value": 2.0}
+        self.fn = nn.Parameter(_STD * torch.randn(shape.coefficients, shape.streams * shape.width))
+        self.base, self.scale = nn.Parameter(torch.zeros(shape.coefficients)), nn.Parameter(torch.ones(3))
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         from tile_kernels.modeling.mhc.functional import mhc_pre
 
-        sizes = {"mhc_mult": self.streams, "sinkhorn_repeat": self.iterations}
-        h, (post, comb) = mhc_pre(streams, self.fn, self.scale, self.base, post_mult_value=2.0, **sizes)
-        return h, (streams, post, comb)
+        h, held = mhc_pre(streams, self.fn, self.scale, self.base, **self.sizes)
+        return h, (streams, *held)
 
     def write(self, branch: Tensor, *held: Tensor) -> Tensor:
         from tile_kernels.modeling.mhc.ops import mhc_post
@@ -329,8 +301,11 @@ class _TileSite(Residual):
 #: Builders of a site, from the sizes and its place in the model, and of the ends of the streams.
 CONNECTIONS: dict[str, tuple[Callable[[Shape, int], Residual], Callable[[Shape], StreamEnds]]] = {
     "operators": (lambda shape, _: _OperatorsSite(shape), StreamEnds),
-    "deepseek": (lambda shape, _: _DeepseekSite(shape), _deepseek_ends),
+    "deepseek": (
+        lambda shape, _: _DeepseekSite(shape),
+        lambda shape: StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_")),  # a learned sum
+    ),
     "package": (_PackageSite, _package_ends),
-    "liger": (lambda shape, _: _LigerSite(shape), StreamEnds),
-    "tile": (lambda shape, _: _TileSite(shape), StreamEnds),
+    "liger": (lambda shape, _: _LigerSite(shape).to(shape.device), StreamEnds),
+    "tile": (lambda shape, _: _TileSite(shape).to(shape.device), StreamEnds),
 }

@@ -38,8 +38,11 @@ def first_run(workload: Workload, *, cold: bool) -> FirstRun:
     Seconds are None unless `cold`, counters are None where Inductor compiled nothing.
     """
     seen: list[tuple[int, int, int]] = []
-    if cold:
-        _forget_kernels()
+    if cold:  # loaded C++ kernels are built again, as on a new machine
+        loaded = [module for name, module in sys.modules.items() if name.startswith("mhc_compile.ops.")]
+        for value in [value for module in loaded for value in vars(module).values()]:
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
     with caches(cold=cold), observe_graphs(lambda *counts: seen.append(counts)):
         begin = time.perf_counter()
         workload.backward(workload.forward())
@@ -47,18 +50,8 @@ def first_run(workload: Workload, *, cold: bool) -> FirstRun:
         seconds = time.perf_counter() - begin
     workload.finish()
     workload.clear()
-    if not seen:
-        return FirstRun(None, None)
-    return FirstRun(seconds if cold else None, Counters(*(sum(column) for column in zip(*seen, strict=True))))
-
-
-def _forget_kernels() -> None:
-    """Drop the loaded C++ kernels, so that the next compilation builds them as on a new machine."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mhc_compile.ops."):
-            for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+    counters = Counters(*map(sum, zip(*seen, strict=True))) if seen else None
+    return FirstRun(seconds if cold and seen else None, counters)
 
 
 class Memory(NamedTuple):
@@ -71,11 +64,9 @@ class Memory(NamedTuple):
 def measure_memory(workload: Workload) -> Memory:
     """Run once more, untimed; read CUDA's allocator, or on CPU the profiler's allocation events.
 
-    Scratch memory that libraries allocate themselves (oneDNN, MKL, vectors of the C++ kernels) is
-    not included.
+    Scratch memory of libraries (oneDNN, MKL, vectors of the C++ kernels) is not included.
     """
-    saved, peak = _cuda(workload) if workload.device == "cuda" else _cpu(workload)
-    return Memory(saved // workload.repeats, peak // workload.repeats)
+    return Memory(*(size // workload.repeats for size in (_cuda if workload.device == "cuda" else _cpu)(workload)))
 
 
 def _cuda(workload: Workload) -> tuple[int, int]:
@@ -114,14 +105,14 @@ def _cpu(workload: Workload) -> tuple[int, int]:
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Discard what the profiler writes to file descriptor 2 when it starts and stops."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
-        os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
 
 
 @dataclass

@@ -34,11 +34,7 @@ class _Forward(Workload):
 
     def __init__(self, device: str, call: Callable[[], Any]) -> None:
         super().__init__(device)
-        self._call = call
-
-    def forward(self) -> Any:
-        with torch.no_grad():
-            return self._call()
+        self.forward = torch.no_grad()(call)  # type: ignore[method-assign]
 
     def backward(self, outputs: Any) -> None:
         pass
@@ -83,12 +79,10 @@ def measure_target(
     progress.phase("loading the compiler")
     warm_up()
     sites = len(explain(model, *args, options=options, **kwargs).sites)
+    ours = partial(torch.compile, backend="mhc", options=options.to_dict())
     compilers: dict[str, tuple[str, Callable[[nn.Module], Callable[..., Any]]]] = {
         PLAIN: ("plain residual, Inductor", lambda own: isolated_compile(own, "inductor")),  # type: ignore[arg-type]
-        "ours": (
-            'torch.compile(backend="mhc")',
-            lambda own: torch.compile(own, backend="mhc", options=options.to_dict()),
-        ),
+        "ours": ('torch.compile(backend="mhc")', ours),
         "eager": ("plain residual, eager", lambda own: own),
     }
 
@@ -98,19 +92,8 @@ def measure_target(
 
     rows = {key: Row(name=key, title=title, status="missing") for key, (title, _) in compilers.items()}
     builds = {key: partial(build, compiler) for key, (_, compiler) in compilers.items()}
+    how: dict[str, Any] = {"rounds": rounds, "sites": max(1, sites), "label": "step" if model.training else "forward"}
     workloads = prepare(rows, builds, cold=cold, progress=progress)
-    label = "step" if model.training else "forward"
-    benchmark, interrupted = time_rows(
-        "step", rows, workloads, rounds=rounds, sites=max(1, sites), progress=progress, label=label
-    )
-    return TargetResult(
-        name,
-        type(model).__name__,
-        sites,
-        model.training,
-        benchmark,
-        torch.__version__,
-        torch.get_num_threads(),
-        (before, load_average()),
-        interrupted,
-    )
+    benchmark, interrupted = time_rows("step", rows, workloads, progress=progress, **how)
+    machine = (torch.__version__, torch.get_num_threads(), (before, load_average()))
+    return TargetResult(name, type(model).__name__, sites, model.training, benchmark, *machine, interrupted)

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times"]
-__all__ += ["Workload", "batch"]
+__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times", "Workload", "batch"]
 
-_LR = 1e-4
 #: Sites that the benchmark of one site runs in turn, each with its own tensors.
 SITES = 8
 
 
 class _Attention(nn.Module):
-    """Layer norm, causal attention and projection: [1, T, C] to [1, T, C]."""
+    """Layer norm, causal attention, projection: [1, T, C] to [1, T, C]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -213,14 +211,7 @@ class SiteWorkload(Workload):
 
 
 class StepWorkload(Workload):
-    """One training step: loss, gradients, AdamW.
-
-    Args:
-        device: "cpu" or "cuda".
-        call: the model as it is called; returns the loss.
-        model: the module itself.
-        inputs: arguments of `call`.
-        fused: whether AdamW is one kernel.
+    """One training step of `model`: `call(*inputs)` is its loss, gradients, AdamW.
 
     Attributes:
         loss: of the last step, in nats.
@@ -232,13 +223,12 @@ class StepWorkload(Workload):
         call: Callable[..., Any],
         model: nn.Module,
         inputs: tuple[Any, ...],
-        *,
         fused: bool | None = True,
     ) -> None:
         super().__init__(device)
         self._call, self._inputs = call, inputs
         # Built before the first call, as in scripts; the backend adds its parameters to it.
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=fused)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         self.loss = float("nan")
 
     def forward(self) -> Tensor:

@@ -29,6 +29,10 @@ SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "t
 HELD_OUT, PACKAGES, VALIDATION_BATCHES = 10, 8, 8
 
 
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
 def stable_seed(*parts: object) -> int:
     """Return a seed of 63 bits that depends on `parts` alone, in every process."""
     return int.from_bytes(_digest(":".join(map(str, parts)))[:8], "big") >> 1
@@ -37,10 +41,6 @@ def stable_seed(*parts: object) -> int:
 def is_validation(path: str) -> bool:
     """Return whether a file is held out: a stable hash of its relative path decides."""
     return int.from_bytes(_digest(path)[:8], "big") % HELD_OUT == 0
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,10 @@ class Corpus:
 
 
 def load_corpus(root: Path | None = None, limit: int = LIMIT) -> Corpus:
-    """Read the `.py` files of the standard library of the running interpreter.
+    """Read the `.py` files of the standard library of this Python, or of the folder `root`.
 
-    Args:
-        root: another folder to read.
-        limit: maximum number of bytes. Files are taken in the order of the hash of their paths, so
-            a smaller limit is a random sample.
+    Files are taken in the order of the hash of their paths up to `limit` bytes, so that a smaller
+    limit is a random sample.
 
     Raises:
         MhcError: there are too few files to split.

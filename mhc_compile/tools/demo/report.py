@@ -157,13 +157,11 @@ def print_summary(
     console: Console, result: dict[str, Any], explanation: mhc_compile.results.Explanation, files: Sequence[Path]
 ) -> None:
     """Print the site report, the table of figures, and the paths of the files."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     models = [result["plain"], result["mhc"]]
     unit = "bytes" if result["unit"] == "byte" else "patches"
-    table = Table("")
-    for name in ("plain", "mhc"):
-        table.add_column(name, justify="right")
+    table = Table("", *(Column(name, justify="right") for name in ("plain", "mhc")))
     table.add_row("parameters", *(f"{model['parameters']:,}" for model in models))
     table.add_row("loss before any update", *(f"{model['loss'][0]:.6f}" for model in models))
     table.add_row(f"training loss, last {SMOOTHED} steps", *(f"{model['final']:.4f}" for model in models))

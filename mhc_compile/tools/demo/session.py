@@ -97,12 +97,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         MhcError: it does not exist, cannot be read, or has another format.
     """
-    if not path.exists():
-        raise MhcError(
-            f"there is no checkpoint {path} to resume. Leave --resume out to start a run,"
-            " or name another folder with --out"
-        )
     way_out = "Leave --resume out to start over, or name another folder with --out"
+    if not path.exists():
+        raise MhcError(f"there is no checkpoint {path} to resume. {way_out}")
     try:
         content = torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -121,8 +118,7 @@ class Session:
 
     Attributes:
         out: folder of the checkpoint, `result.json` and `loss.png`.
-        given: the named settings; the rest come from the defaults, or from the checkpoint that is
-            resumed.
+        given: the named settings; the rest are the defaults, or those of the resumed checkpoint.
         steps: the length of the run, None for the default or the checkpoint's.
         resume: whether to continue the checkpoint in `out`.
         save_every: seconds between two checkpoints.
@@ -152,9 +148,8 @@ class Session:
         with _written(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         if not self.resume and self.checkpoint.exists():
-            self.progress.note(
-                f"The checkpoint of an earlier run in {self.out} will be replaced (--resume would continue it)."
-            )
+            text = f"The checkpoint of an earlier run in {self.out} will be replaced (--resume would continue it)."
+            self.progress.note(text)
         content = load_checkpoint(self.checkpoint) if self.resume else None
         corpus, now = load_corpus(), conditions()
         settings, target = self._settle(content, corpus.digest, now)
@@ -171,12 +166,12 @@ class Session:
                 self._train(target, inductor=inductor)
             self.progress.phase("measuring")
             result = collect(self.training, now)
-        files = [self.out / RESULT, self.out / PICTURE]
-        with _written(files[0]):
-            files[0].write_text(json.dumps(result, indent=1) + "\n")
-        with _written(files[1]):
-            draw(result).savefig(files[1])
-        return result, self.training.explanation, [*files, self.checkpoint]
+        figures, picture = self.out / RESULT, self.out / PICTURE
+        with _written(figures):
+            figures.write_text(json.dumps(result, indent=1) + "\n")
+        with _written(picture):
+            draw(result).savefig(picture)
+        return result, self.training.explanation, [figures, picture, self.checkpoint]
 
     def _settle(self, content: dict[str, Any] | None, digest: str, now: dict[str, Any]) -> tuple[Settings, int]:
         """Return settings and length of the run; compare the checkpoint with the request."""
@@ -212,12 +207,11 @@ class Session:
 
     def _train(self, target: int, *, inductor: bool) -> None:
         training, progress = self.training, self.progress
-        compiling = "compiling both models (a minute or so)" if inductor else "tracing both models"
         if inductor:
             progress.phase("loading Inductor")
             warm_up()  # the first compilation of a process would be charged with it
         try:
-            progress.phase(compiling)
+            progress.phase("compiling both models (a minute or so)" if inductor else "tracing both models")
             self._validate(target)
             training.advance()  # unshielded, because it is slow: until it is done there is nothing new to save
             self._save()

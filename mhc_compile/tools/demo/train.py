@@ -98,8 +98,7 @@ class Trainer:
     """A model under `torch.compile`, its optimizer, and its measurements.
 
     Args:
-        model: the model; hyper-connections are attached already, so that the optimizer holds every
-            parameter.
+        model: the model; hyper-connections are attached, so that the optimizer has all parameters.
         backend: as for `torch.compile`.
         options: as for `torch.compile`.
         preparation: seconds of earlier work that belong to the compilation.
@@ -121,11 +120,7 @@ class Trainer:
     def train(self, inputs: Tensor, targets: Tensor, *, seed: int, lr: float) -> float:
         """Train one step with clipping and AdamW. Return the loss before the update, in nats.
 
-        Args:
-            inputs: the model's inputs.
-            targets: int64, the shape of the logits without the last axis.
-            seed: for the dropout of this step.
-            lr: the learning rate of this step.
+        `targets`, int64, have the shape of the logits without the last axis; `seed` is for dropout.
         """
         begin = time.perf_counter()
         torch.manual_seed(seed)
@@ -183,9 +178,8 @@ class Trainer:
 class PairedTraining:
     """The plain model and the one with hyper-connections, trained in turn from the same weights.
 
-    They differ in the backend alone: `torch.compile(model)` and `torch.compile(model,
-    backend="mhc")`. The second has its hyper-connections attached before the first call, so that a
-    checkpoint can be loaded into them.
+    They differ in the backend alone. The second has its hyper-connections attached before the first
+    call, so that a checkpoint can be loaded into them.
 
     Attributes:
         step: number of steps trained.
@@ -206,10 +200,8 @@ class PairedTraining:
         mhc_compile.attach(mhc, sample, options=self._options)
         attaching = time.perf_counter() - begin
         check_same_weights(plain, mhc)
-        self.trainers = {
-            "plain": Trainer(plain, inner, None, 0.0),
-            "mhc": Trainer(mhc, "mhc", self._options, attaching),
-        }
+        ours = Trainer(mhc, "mhc", self._options, attaching)
+        self.trainers = {"plain": Trainer(plain, inner, None, 0.0), "mhc": ours}
 
     def advance(self) -> dict[str, float]:
         """Train one step of both, in alternating order, and return their losses.

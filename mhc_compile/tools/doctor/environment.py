@@ -35,6 +35,7 @@ _OPTIONAL = {
     "matplotlib": "mhc demo, --png of mhc bench and mhc stability",
     "hyper-connections": "a peer in mhc bench",
 }
+_SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")  # which have a check each
 #: Prefixes of variables that change how models are compiled.
 _PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS", "CXX", "OMP_", "KMP_", "TRITON_")
 _PROGRAM = (
@@ -44,12 +45,8 @@ _PROGRAM = (
 _ROOM = 1 << 30
 
 
-def _switched_off(name: str) -> bool:
-    return name.endswith("_DISABLE") and os.environ.get(name, "0") not in {"", "0"}
-
-
 def _compiling_enabled(name: str) -> None:
-    if _switched_off(name):
+    if os.environ.get(name, "0") not in {"", "0"}:
         raise Problem(f"{os.environ[name]}: torch.compile does nothing", f"Unset {name}.")
 
 
@@ -60,7 +57,7 @@ def _wait_policy() -> None:
 
 
 def _variables() -> str:
-    names = sorted(name for name in os.environ if name.startswith(_PREFIXES) and not _switched_off(name))
+    names = sorted(name for name in os.environ if name.startswith(_PREFIXES) and name not in _SWITCHES)
     shown = ", ".join(f"{name}={os.environ[name]}" for name in names)
     return shown or "nothing that changes how models are compiled"
 
@@ -193,8 +190,7 @@ def _first_line(error: Exception) -> str:
 
 #: The variables come before torch is imported, which sets some.
 CHECKS: dict[str, Callable[[], str | None]] = {
-    "TORCHDYNAMO_DISABLE": partial(_compiling_enabled, "TORCHDYNAMO_DISABLE"),
-    "TORCH_COMPILE_DISABLE": partial(_compiling_enabled, "TORCH_COMPILE_DISABLE"),
+    **{name: partial(_compiling_enabled, name) for name in _SWITCHES},
     "OMP_WAIT_POLICY": _wait_policy,
     "environment": _variables,
     "Python": lambda: f"{platform.python_version()} ({sys.executable})",

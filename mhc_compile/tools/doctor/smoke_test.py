@@ -28,14 +28,13 @@ def smoke_test(seconds: float = 300) -> str:
         raise Problem(f"exit code {done.returncode}: {cause}", f"python -m {module} shows the whole trace.")
     seen, duration = json.loads(done.stdout.splitlines()[-1]), time.monotonic() - started
     found = f"{seen['sites']} sites, largest deviation {seen['deviation']:.0e}, {duration:.0f} s"
-    wrong = [
-        (seen["sites"] != 2, "2 were expected; is compiling switched off?"),
-        (not seen["deviation"] <= 1e-5, "the compiled model computes something else"),
-        (not seen["learns"], "no gradient reaches the new parameters"),
-    ]
-    for is_wrong, text in wrong:
-        if is_wrong:
-            raise Problem(f"{found}: {text}", f"python -m {module} prints what it measured; please report it.")
+    expected = {
+        "2 were expected; is compiling switched off?": seen["sites"] == 2,
+        "the compiled model computes something else": seen["deviation"] <= 1e-5,
+        "no gradient reaches the new parameters": seen["learns"],
+    }
+    if wrong := next((text for text, holds in expected.items() if not holds), None):
+        raise Problem(f"{found}: {wrong}", f"python -m {module} prints what it measured; please report it.")
     return found
 
 

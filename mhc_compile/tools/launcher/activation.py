@@ -6,6 +6,7 @@ import difflib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile._torch.default_backend import install_default_backend
 from mhc_compile.compilation.observers import observe
 from mhc_compile.config.options import Options, ResolvedOptions
@@ -27,10 +28,8 @@ _counter: ReportCounter | None = None
 def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[ModuleType], None]], Any]) -> None:
     """Make mhc the default backend of `torch.compile`, and count its graphs, once.
 
-    Args:
-        torch: the module, just imported.
-        config: the value of the environment variable.
-        after: `after(name, then)` calls `then(module)` once the module `name` has been imported.
+    `config` is the value of the environment variable; `after(name, then)` calls `then(module)` once
+    the module `name` has been imported.
     """
     global _counter
     if _counter is None:
@@ -58,8 +57,7 @@ class DefaultBackend:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self.__name__ = "mhc"  # what Dynamo calls it
-        #: See `mhc_compile.backend`.
-        self.takes_whole_graphs = True
+        self.takes_whole_graphs = True  # see `mhc_compile.backend`
 
     def __call__(
         self,
@@ -74,21 +72,21 @@ class DefaultBackend:
         Raises:
             OptionError: `options` has something that is no setting of Inductor.
         """
-        from mhc_compile import _torch
         from mhc_compile.backend import mhc
 
         try:
-            merged = self._merge(options or {}, mode, _torch.inductor_settings)
+            merged = self._merge(options or {}, mode)
         except MhcError as error:
             _torch.raise_through_dynamo(error)
             raise
         return mhc(graph_module, inputs, options=merged, mode=mode)
 
-    def _merge(self, settings: Mapping[str, Any], mode: str | None, known: Callable[[], list[str]]) -> ResolvedOptions:
+    def _merge(self, settings: Mapping[str, Any], mode: str | None) -> ResolvedOptions:
         options = Options.parse(self.options)
         given = {name.replace("-", "_"): value for name, value in settings.items()}  # Inductor takes both spellings
-        for name in set(given) - set(known()) if given else ():
-            near = difflib.get_close_matches(name, known(), n=1)
+        known = _torch.inductor_settings() if given else []
+        for name in set(given) - set(known):
+            near = difflib.get_close_matches(name, known, n=1)
             ours = f" mhc run takes it as a flag: --{name.replace('_', '-')}." if name in Options.names() else ""
             raise OptionError(
                 f"torch.compile(..., options={dict(settings)!r}) names no backend, so its options are settings for"

@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from mhc_compile._torch.default_backend import captured_graphs
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.tools.launcher.run_config import RunConfig
 
-__all__ = ["Graph", "ReportCounter", "Total"]
+__all__ = ["ReportCounter"]
 
 
 @dataclass(frozen=True)
@@ -46,49 +46,17 @@ class Graph:
     form: str
 
 
-@dataclass
-class Total:
-    """The sums over all graphs."""
-
-    graphs: list[Graph] = field(default_factory=list)
-
-    @property
-    def connections(self) -> int:
-        """The number of hyper-connections."""
-        return sum(graph.connections for graph in self.graphs)
-
-    @property
-    def skipped(self) -> int:
-        """The number of additions not rewritten, in models that have hyper-connections."""
-        rewritten = {(graph.pid, graph.model) for graph in self.graphs if graph.connections}
-        return sum(graph.skipped for graph in self.graphs if (graph.pid, graph.model) in rewritten)
-
-    @property
-    def processes(self) -> int:
-        """The number of processes that rewrote something."""
-        return len({graph.pid for graph in self.graphs if graph.connections})
-
-    @property
-    def models(self) -> Counter[str]:
-        """The number of models with hyper-connections, by class."""
-        rewritten = {(graph.pid, graph.model): graph.kind for graph in self.graphs if graph.connections}
-        return Counter(rewritten.values())
-
-
 class ReportCounter:
     """Counts the graphs that this process compiles with mhc.
 
     The first model of a class is reported at once, because a run that is killed never ends; the
     total is reported at the end. Children append their graphs to a file for the script as they go,
     because many never run their exit handlers.
-
-    Args:
-        config: the script's process and the file.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.total = Total()
+        self.graphs: list[Graph] = []
         self._connections: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
         self._models: weakref.WeakKeyDictionary[nn.Module | CodeType, int] = weakref.WeakKeyDictionary()
         self._skipped: weakref.WeakKeyDictionary[nn.Module | CodeType, Counter[CodeType]] = weakref.WeakKeyDictionary()
@@ -114,47 +82,51 @@ class ReportCounter:
         skipped = self._skipped.setdefault(model, Counter())
         more = max(0, len(study.plan.rejections) - skipped[code])
         skipped[code] += more
-        number = self._models.setdefault(model, len(self.total.graphs))
+        number = self._models.setdefault(model, len(self.graphs))
         kind = f"{code.co_name}()" if root is None else type(root).__name__
-        self._record(Graph(os.getpid(), number, kind, new, more, form))
-
-    def _record(self, graph: Graph) -> None:
-        first = graph.connections > 0 and graph.kind not in self.total.models
-        self.total.graphs.append(graph)
+        graph = Graph(os.getpid(), number, kind, new, more, form)
+        first = new > 0 and not any(one.kind == kind and one.connections for one in self.graphs)
+        self.graphs.append(graph)
         if graph.pid != self.config.pid:
             with open(self.config.reports, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(graph)) + "\n")  # one write: lines of several children stay whole
         if first:
-            self._print(f"{graph.kind}: {_found(graph.connections, graph.skipped)} ({graph.form})")
+            self._print(f"{kind}: {_number(new, 'hyper-connection')}, {_number(more, 'addition')} skipped ({form})")
 
     def report_total(self) -> None:
         """Report what was rewritten in all, or why nothing was. Children report nothing here."""
         if os.getpid() != self.config.pid:
             return
-        total = self.with_children()
-        if not total.connections:
+        graphs = [*self.graphs, *self._children()]
+        rewritten = {(graph.pid, graph.model): graph.kind for graph in graphs if graph.connections}
+        if not rewritten:
             if not hasattr(sys, "last_type"):  # an exception ended the script, and must be the last to be read
-                self._print(self._nothing(total))
-        elif len([graph for graph in total.graphs if graph.connections or graph.skipped]) > 1:
-            models = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in total.models.items())
-            where = f" in {total.processes} processes" if total.processes > 1 else ""
-            self._print(f"in all {_found(total.connections, total.skipped, f' ({models}){where}')}")
+                self._print(self._nothing(len(graphs)))
+        elif len([graph for graph in graphs if graph.connections or graph.skipped]) > 1:
+            kinds = Counter(rewritten.values()).items()
+            models = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds)
+            processes = len({pid for pid, _ in rewritten})
+            where = f" in {processes} processes" if processes > 1 else ""
+            found = _number(sum(graph.connections for graph in graphs), "hyper-connection")
+            # Additions of models without hyper-connections do not count.
+            skipped = sum(graph.skipped for graph in graphs if (graph.pid, graph.model) in rewritten)
+            self._print(f"in all {found} ({models}){where}, {_number(skipped, 'addition')} skipped")
 
-    def with_children(self) -> Total:
-        """Return the graphs of this process and of all children; their file is deleted."""
+    def _children(self) -> list[Graph]:
+        """Return the graphs of all children, and delete their file."""
         try:
             with open(self.config.reports, encoding="utf-8") as file:
                 children = [Graph(**json.loads(line)) for line in file]
             os.unlink(self.config.reports)
         except FileNotFoundError:
-            children = []
-        return Total([*self.total.graphs, *children])
+            return []
+        return children
 
-    def _nothing(self, total: Total) -> str:
+    def _nothing(self, graphs: int) -> str:
         script = self.config.script
-        if total.graphs:
+        if graphs:
             return (
-                f"nothing was rewritten: {script} compiled {_number(len(total.graphs), 'graph')} with mhc, and none has"
+                f"nothing was rewritten: {script} compiled {_number(graphs, 'graph')} with mhc, and none has"
                 " residual adds that can be rewritten. `mhc explain` shows each addition with its reason"
             )
         if captured_graphs():
@@ -171,10 +143,6 @@ class ReportCounter:
         with contextlib.suppress(OSError, ValueError):  # the script closed it, or its reader has gone
             sys.__stderr__.write(f"mhc run: {message.removeprefix('mhc run: ')}\n")
             sys.__stderr__.flush()
-
-
-def _found(connections: int, skipped: int, models: str = "") -> str:
-    return f"{_number(connections, 'hyper-connection')}{models}, {_number(skipped, 'addition')} skipped"
 
 
 def _number(count: int, thing: str) -> str:

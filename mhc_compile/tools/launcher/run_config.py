@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["VARIABLE", "RunConfig", "find_options"]
 
@@ -80,15 +78,9 @@ def find_options(*starts: Path) -> dict[str, Any]:
         OptionError: a file on the way is no TOML, or the table has a wrong option; the message
             names the file.
     """
-    for start in starts:
-        directory = start.resolve()
-        for folder in (directory, *directory.parents):
-            file = folder / "pyproject.toml"
-            if file.is_file():
-                options = _read(file)
-                if options is not None:
-                    return options
-    return {}
+    folders = (folder for start in map(Path.resolve, starts) for folder in (start, *start.parents))
+    tables = (_read(file) for folder in folders if (file := folder / "pyproject.toml").is_file())
+    return next((table for table in tables if table is not None), {})
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, 
     n = options.streams
     first = sites if recompute == "cheap" else ceil(sites / block_length(sites, n))
     coefficients = _FLOAT32 * (2 * n + get_mapping(options.mapping).logits(n))
-    # A branch input that is recomputed is not kept, while the plain model keeps its own.
+    # All branch outputs, less the branch inputs of the plain model that these sites recompute.
     return (first * n + sites - (sites - first)) * width * itemsize + first * coefficients
 
 
@@ -173,17 +173,10 @@ def estimate(shape: Shape, options: Options | None = None) -> Estimate:
         works.append((found.plain, found.added, found.floor))
     plain, added, floor = (_scaled(one, two, shape.layers) for one, two in zip(*works, strict=True))
     cost, sites = site_cost(shape.width, _BFLOAT16, options), 2 * shape.layers
-    return Estimate(
-        shape=shape,
-        sites=sites,
-        parameters=parameters(shape),
-        active=parameters(shape, active=True),
-        cost=replace(cost.times(sites), parameters=sites * cost.parameters),
-        plain=plain,
-        added=added,
-        floor=floor,
-        kept={name: kept_bytes(shape.width, _BFLOAT16, options, sites, name) for name in ("cheap", "block")},
-    )
+    cost = replace(cost.times(sites), parameters=sites * cost.parameters)
+    weights = (parameters(shape), parameters(shape, active=True))
+    kept = {name: kept_bytes(shape.width, _BFLOAT16, options, sites, name) for name in ("cheap", "block")}
+    return Estimate(shape, sites, *weights, cost, plain, added, floor, kept)
 
 
 def _scaled(one: Work, two: Work, layers: int) -> Work:
