@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["Dependence", "contracts", "weights_of"]
-
 
 class Dependence:
     """Dependence of every node on `sources`: at all, by value, by value through a contraction.

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
-__all__ = ["RESHAPES", "carry_axis", "entry_axis", "exit_axis", "permutation", "whole_axis"]
-
 _LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm", "_fused_rms_norm"})
 _CHANNEL_NORMS = frozenset(
     "batch_norm instance_norm group_norm native_batch_norm native_group_norm _native_batch_norm_legit"

@@ -17,30 +17,6 @@ from mhc_compile._torch import is_higher_order, is_overload, operator_name, writ
 if TYPE_CHECKING:
     from torch.fx import Node
 
-__all__ = [
-    "ADDS",
-    "INPLACE_ADDS",
-    "INPLACE_FLAG",
-    "example_value",
-    "is_attention",
-    "is_contraction",
-    "is_convolution",
-    "is_fused_layer",
-    "is_inplace",
-    "is_random",
-    "is_recurrence",
-    "is_region",
-    "is_update",
-    "is_view",
-    "leaf_module",
-    "op_name",
-    "passes_value",
-    "runs_once",
-    "sets_grad_mode",
-    "tensor_value",
-    "written_operands",
-]
-
 ADDS = frozenset({"add", "__add__", "__radd__"})
 INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
 

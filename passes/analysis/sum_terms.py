@@ -15,19 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
-__all__ = [
-    "SHORTCUT",
-    "carried",
-    "cheap_path",
-    "describe",
-    "flatten",
-    "is_candidate",
-    "is_parameter",
-    "operands",
-    "same_shape",
-    "same_size",
-]
-
 #: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad,
 #: scale).
 SHORTCUT = 8

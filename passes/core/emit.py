@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["PROVENANCE", "compute_example", "inherit", "is_copies", "mark_copies", "trace_into"]
-
 #: The metadata that a new node takes over from the node that it replaces or serves.
 PROVENANCE = ("nn_module_stack", "stack_trace", "mhc_region")
 #: The key of `Node.meta` that says what a node is to later passes. Copies of a node keep it.

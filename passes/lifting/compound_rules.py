@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Graph, Node
 
-__all__ = ["BatchNorm", "Dropped", "Vmapped"]
-
 log = logging.getLogger(__name__)
 
 #: One operand; zeroes some of it and scales the rest.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["AsWritten", "Permuted", "Reshaped"]
-
 #: One operand, value by value, in any layout. Further arguments are numbers and dtypes.
 _UNARY = frozenset(
     "relu relu6 gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh softplus softsign sigmoid tanh clamp clamp_min clamp_max neg"

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["Obstacle", "lift", "lifted_axis"]
-
 #: The first that applies is used. Rules that keep the graph readable come before those that trace a
 #: function.
 _RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), BatchNorm(), Vmapped())

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.aliases import Aliases
 
-__all__ = ["Obstacle", "TrunkPath", "trunk_path_between"]
-
 #: More nodes than this are no path between two sites, but a branch.
 _LONGEST = 256
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.planning.plan import Chain
 
-__all__ = ["crossed_shortcuts", "long_skips", "reject_site", "short_chains", "side_adds"]
-
 
 def reject_site(site: Site, reason: Reason, message: Callable[[], str]) -> Rejection:
     """Return the rejection of a site that was found."""

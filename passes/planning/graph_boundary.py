@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import ModuleRef
 
-__all__ = [
-    "BoundaryInfo",
-    "BranchInput",
-    "BranchOutput",
-    "BranchTail",
-    "StreamInput",
-    "StreamOutput",
-    "crossings",
-    "departures",
-]
-
 #: The keys of `Node.meta` of a graph input that receives streams, and of the output of a graph that
 #: returns streams.
 ARRIVAL = "mhc_arrival"

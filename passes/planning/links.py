@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.planning.verdict import Site
 
-__all__ = ["link_sites", "nearest_sum", "trunk_paths_to"]
-
 
 def trunk_paths_to(
     sites: list[Site], by_sum: dict[Node, Site], aliases: Aliases, edges: BoundaryInfo

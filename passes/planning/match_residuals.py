@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.aliases import Aliases
 
-__all__ = ["Findings", "find"]
-
 
 @dataclass(frozen=True)
 class Findings:

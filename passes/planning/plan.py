@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
     from mhc_compile.passes.planning.verdict import Rejection, Site
 
-__all__ = ["BranchHead", "Chain", "Plan"]
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import Provenance
     from mhc_compile.passes.planning.verdict import Rejection
 
-__all__ = ["Planner"]
-
 
 @dataclass(eq=False)
 class Planner:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["Split", "SumSplitter"]
-
 
 @dataclass(frozen=True)
 class Split:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
 
-__all__ = ["Reason", "Rejection", "Site"]
-
 
 class Reason(Enum):
     """Why an addition is not rewritten. The value is the code that reports print.

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
 
-__all__ = ["BoundaryBuilder"]
-
 
 class BoundaryBuilder(StreamBuilder):
     """Writes graph inputs that receive streams, and results that return them.

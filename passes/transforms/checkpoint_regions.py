@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-__all__ = ["FIXED", "PLACE", "InlineRegions", "Place", "Region", "attribute_of", "with_attributes"]
-
 #: The key of `Node.meta` of a node's place, between the two passes. New nodes inherit it (see
 #: `emit.PROVENANCE`).
 PLACE = "mhc_region"

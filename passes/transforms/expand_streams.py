@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.verdict import Site
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["ExpandStreams", "RemoveDeclarations"]
-
 
 @dataclass(frozen=True)
 class ExpandStreams(Pass):

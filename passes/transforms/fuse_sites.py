@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["FuseSites"]
-
 _COEFFICIENTS = torch.ops.mhc.coefficients.default
 _COLLAPSE = torch.ops.mhc.collapse.default
 _UPDATE = torch.ops.mhc.update.default

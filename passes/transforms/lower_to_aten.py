@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["CanonicalizeAten", "LowerOperators", "RecomposeLayerNorms"]
-
 #: Functions that are one ATen operation with the same arguments: the node itself is kept, with its
 #: name and metadata.
 _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}

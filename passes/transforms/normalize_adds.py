@@ -14,8 +14,6 @@ from mhc_compile.passes.core.pass_base import Pass, copy_graph
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-__all__ = ["NormalizeAdds"]
-
 
 @dataclass(frozen=True)
 class NormalizeAdds(Pass):

@@ -22,8 +22,6 @@ from mhc_compile.passes.transforms.checkpoint_regions import FIXED, PLACE, Regio
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["OutlineRegions", "adopt"]
-
 #: The metadata of a value that the placeholder of a body takes over.
 _SHARED = frozenset({"example_value", "val", "nn_module_stack", "stack_trace"})
 #: The operations of a mean of streams.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["PathBuilder"]
-
 
 class PathBuilder(BoundaryBuilder):
     """Writes trunk paths for streams.

@@ -16,8 +16,6 @@ from mhc_compile.passes.core.pass_base import Pass, copy_graph
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-__all__ = ["RecomputeSteps", "block_length"]
-
 _STEP = torch.ops.mhc.step.default
 
 

@@ -18,8 +18,6 @@ from mhc_compile.passes.core.emit import compute_example, inherit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Binding", "End", "StreamBuilder"]
-
 
 @dataclass(frozen=True)
 class End:
