@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import passes_value
-from mhc_compile.passes.lifting.rules import Obstacle, lifted_axis
+from mhc_compile.passes.lifting.rules import lifted_axis
+from mhc_compile.passes.lifting.trunk_op import Obstacle
 
 if TYPE_CHECKING:
     from torch.fx import Node

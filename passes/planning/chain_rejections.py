@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import runs_once
-from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
+from mhc_compile.passes.lifting.trunk_op import Obstacle
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.links import nearest_sum
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 

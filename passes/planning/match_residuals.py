@@ -27,7 +27,8 @@ from mhc_compile.passes.analysis.sum_terms import (
     same_shape,
     same_size,
 )
-from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
+from mhc_compile.passes.lifting.trunk_op import Obstacle
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, BranchTail
 from mhc_compile.passes.planning.split_sums import Split, SumSplitter
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhc_compile.passes.analysis.op_info import runs_once
-from mhc_compile.passes.lifting.rules import Obstacle, lift, lifted_axis
+from mhc_compile.passes.lifting.rules import lift, lifted_axis
+from mhc_compile.passes.lifting.trunk_op import Obstacle
 from mhc_compile.passes.transforms.boundary_builder import BoundaryBuilder
 
 if TYPE_CHECKING:
