@@ -55,24 +55,13 @@ _NO_VALUE = frozenset(
     " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
 )
 
-_MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
 _MODULE_CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_MODULE_ATTENTIONS = (nn.MultiheadAttention,)
-_MODULE_RECURRENCES = (nn.RNNBase,)
-_CONTRACTING_MODULES = (*_MODULE_CONTRACTIONS, *_MODULE_CONVOLUTIONS, *_MODULE_ATTENTIONS, *_MODULE_RECURRENCES)
+_CONTRACTING_MODULES = (nn.Linear, nn.Bilinear, *_MODULE_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase)
 _CONTRACTIONS = _PRODUCTS | _CONVOLUTIONS | _ATTENTIONS | _RECURRENCES
 _INPLACE_OPERATORS = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.ipow,
-        operator.setitem,
-    }
+    getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow setitem".split()
 )
 _INPLACE_DUNDERS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__ __setitem__".split())
 #: Where the functional form takes its `inplace` flag: Dynamo passes such flags by position.
@@ -112,12 +101,12 @@ def is_convolution(node: Node) -> bool:
 
 def is_attention(node: Node) -> bool:
     """Return whether the node is a fused attention."""
-    return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), _MODULE_ATTENTIONS)
+    return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), nn.MultiheadAttention)
 
 
 def is_recurrence(node: Node) -> bool:
     """Return whether the node is a whole LSTM, GRU or plain recurrent network."""
-    return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), _MODULE_RECURRENCES)
+    return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), nn.RNNBase)
 
 
 def is_fused_layer(node: Node) -> bool:
@@ -189,14 +178,12 @@ def is_update(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """Return whether the result depends on random numbers."""
-    return any(
-        part in op_name(node)
-        for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
-    )
+    parts = ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
+    return any(part in op_name(node) for part in parts)
 
 
 def runs_once(node: Node) -> bool:
-    """Whether a second run would change the model: the operation draws random numbers or keeps statistics."""
+    """Return whether a second run would change the model: random numbers, running statistics."""
     return is_random(node) or op_name(node) == "batch_norm"
 
 
@@ -209,6 +196,13 @@ def tensor_value(node: Node) -> torch.Tensor | None:
     """Return the example tensor of a node, or None if its value is unknown or no tensor."""
     value = example_value(node)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def known_tensor(node: Node) -> torch.Tensor:
+    """Return the example tensor of a node that must have one."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} has no example tensor"
+    return value
 
 
 def passes_value(node: Node) -> bool:

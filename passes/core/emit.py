@@ -44,25 +44,12 @@ def is_copies(streams: Node) -> bool:
 
 
 def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:
-    """Return an operation's result on example values, or None if an operand has none.
-
-    Args:
-        op: "call_function" or "call_method".
-        target: the function, or the name of the method.
-        args: positional arguments, nodes among them.
-        kwargs: keyword arguments, nodes among them.
-    """
-    missing = []
-
-    def value(operand: Node) -> Any:
-        known = example_value(operand)
-        if known is None:
-            missing.append(operand)
-        return known
-
-    args, kwargs = torch.fx.map_arg(args, value), torch.fx.map_arg(kwargs, value)
-    if missing:
+    """Return the result of a function or method on example values, or None if an operand has none."""
+    operands: list[Node] = []
+    torch.fx.map_arg((args, kwargs), operands.append)
+    if any(example_value(operand) is None for operand in operands):
         return None
+    args, kwargs = torch.fx.map_arg((args, kwargs), example_value)
     with torch.no_grad():
         return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
@@ -83,8 +70,7 @@ def trace_into(
 
     Args:
         graph: where to write.
-        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is
-            called once, on fake tensors.
+        function: takes one tensor for each operand, and is called once, on fake tensors.
         operands: nodes with example values.
         before: the node before which to write.
         like: the node whose provenance the new nodes get.
@@ -96,8 +82,12 @@ def trace_into(
     Raises:
         ValueError: the function reads a tensor that is not among its operands.
     """
-    values = [_example(operand) for operand in operands]
-    with torch.no_grad(), _fake_mode(values):
+    values = [example_value(operand) for operand in operands]
+    for operand, value in zip(operands, values, strict=True):
+        assert value is not None, f"{operand} has no example value"
+    # tensors that the function creates must have the mode of the example values
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    with torch.no_grad(), mode:
         traced: GraphModule = make_fx(function, decomposition_table=dict(decompositions or {}))(*values)
     traced.graph.eliminate_dead_code()
     new: dict[Node, Any] = {}
@@ -116,14 +106,3 @@ def trace_into(
                 inherit(copy, like)
                 new[node] = copy
     raise AssertionError("a traced graph has an output")
-
-
-def _example(node: Node) -> Any:
-    value = example_value(node)
-    assert value is not None, f"{node} has no example value"
-    return value
-
-
-def _fake_mode(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the mode of the example values, which tensors that the function creates need too."""
-    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

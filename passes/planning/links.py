@@ -109,8 +109,7 @@ def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[
         trunk_path = trunk_paths[site]
         if trunk_path is not None:
             rivals.setdefault(trunk_path.source, []).append(site)
-    chosen: set[Site] = set()
-    for group in rivals.values():
-        outer = [site for site in group if not any(site.add in other.branch for other in group)]
-        chosen.add(outer[0])
-    return chosen
+    return {
+        next(site for site in group if not any(site.add in other.branch for other in group))
+        for group in rivals.values()
+    }

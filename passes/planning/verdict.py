@@ -61,12 +61,7 @@ class Reason(Enum):
         "features on a symbolic axis",
         "give the axis a fixed size, or do not mark it as dynamic",
     )
-    SAME_VALUE = (
-        "same-value",
-        "A value is added to itself.",
-        "`x + x`",
-        "nothing: no residual add",
-    )
+    SAME_VALUE = ("same-value", "A value is added to itself.", "`x + x`", "nothing: no residual add")
     INDEPENDENT = (
         "independent",
         "No term depends on another: embeddings that are summed, experts that are accumulated, two encoders that meet.",
