@@ -44,7 +44,7 @@ def is_copies(streams: Node) -> bool:
 
 
 def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:
-    """Return the result of a function or method on example values, or None if an operand has none."""
+    """Return what a function or method gives on example values, or None if an operand has none."""
     operands: list[Node] = []
     torch.fx.map_arg((args, kwargs), operands.append)
     if any(example_value(operand) is None for operand in operands):

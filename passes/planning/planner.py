@@ -54,7 +54,7 @@ class Planner:
         return self._plan
 
     def settle(self, rejections: Callable[[Plan], Mapping[Node, Rejection]]) -> Plan:
-        """Return the first plan that has no `rejections`: those of sites that cannot stay, by add."""
+        """Return the first plan without `rejections`: those of sites that cannot stay, by add."""
         while new := rejections(self.plan):
             self.rejected |= new
             self._plan = None

@@ -149,11 +149,9 @@ class _Inliner:
         raise AssertionError("a graph without output")
 
     def _open(self, region: Region, arguments: Sequence[Node]) -> Sequence[Node]:
-        placeholders = region.body.graph.find_nodes(op="placeholder")
+        given = dict(zip(region.body.graph.find_nodes(op="placeholder"), arguments, strict=True))
         self.layout.append(region)
-        results: Sequence[Node] = self._write(
-            region.body.graph, region, dict(zip(placeholders, arguments, strict=True))
-        )
+        results: Sequence[Node] = self._write(region.body.graph, region, given)
         self.layout.append(region.parent)
         return results
 

@@ -30,11 +30,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
 _OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ipow: operator.pow,
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in "add sub mul truediv pow".split()
 }
 #: Operations `name_` that have an out-of-place form `name` with the same arguments.
 _METHODS = frozenset(
@@ -42,8 +38,7 @@ _METHODS = frozenset(
     " masked_fill addcmul addcdiv lerp sin cos erf reciprocal round floor ceil relu6 leaky_relu elu hardtanh silu selu celu hardswish"
     " hardsigmoid threshold nan_to_num".split()
 )
-#: Activation modules with an `inplace` flag: the function, and the attributes that are its
-#: arguments.
+#: Activation modules with an `inplace` flag: the function, and the attributes that it takes.
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
     nn.ReLU: (F.relu, ()),
     nn.ReLU6: (F.relu6, ()),
