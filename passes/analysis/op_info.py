@@ -48,8 +48,7 @@ _VIEWS = frozenset(
     " narrow slice chunk split split_with_sizes unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
 )
 
-#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value
-#: flows from skip to branch through it.
+#: No value flows through these: the result depends on a shape, dtype or place, or is detached.
 _NO_VALUE = frozenset(
     "size shape dim numel ones_like zeros_like full_like empty_like rand_like randn_like randint_like new_ones new_zeros new_full"
     " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
@@ -215,6 +214,5 @@ def passes_value(node: Node) -> bool:
     value = example_value(node)
     if isinstance(value, torch.Tensor):
         return value.dtype.is_floating_point or value.dtype.is_complex
-    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets
-    # the benefit of the doubt.
+    # Tuples of tensors and unknown values pass; sizes and Python numbers do not.
     return not isinstance(value, (bool, int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))

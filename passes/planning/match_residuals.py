@@ -101,7 +101,7 @@ class _Finder(SumSplitter):
             others = tuple(term for term in terms if term is not skip)
             if skip not in self.edges.inputs:
                 continue
-            behind = [sorted(closure([term], lambda node: node.all_input_nodes), reverse=True) for term in others]
+            behind = [sorted(closure([term], lambda node: node.all_input_nodes)) for term in others]
             foreign = tuple(tuple(node for node in nodes if node in self.edges.inputs) for nodes in behind)
             products = sorted(node for nodes in behind for node in nodes if contracts(node, self.weights))
             tail = self.edges.tail(add, skip, foreign, bool(products)) if all(foreign) else None
@@ -190,13 +190,8 @@ class _Finder(SumSplitter):
         last = [node for node in branch if contracts(node, self.weights)][-1]
         shortcut = self._shortcut(split, branch, last)
         if shortcut is None:
-            return self.reject(
-                add,
-                Reason.FEATURE_AXIS,
-                lambda: (
-                    f"neither the first reader of '{split.trunk}' nor '{last}' tells which axis of {describe(total)} holds the features"
-                ),
-            )
+            unknown = "neither the first reader of '{}' nor '{}' tells which axis of {} holds the features"
+            return self.reject(add, Reason.FEATURE_AXIS, lambda: unknown.format(split.trunk, last, describe(total)))
         if isinstance(shortcut, str):
             return self.reject(add, Reason.PROJECTED_SKIP, lambda: shortcut)
         axis = shortcut.axes[split.trunk]
@@ -209,13 +204,8 @@ class _Finder(SumSplitter):
             return self.reject(add, Reason.NO_OWNER, lambda: "the add is performed outside every module")
         name, declaring_module = self._name(owner, child, last)
         if declaring_module is None:
-            return self.reject(
-                add,
-                Reason.NO_CARRIER,
-                lambda: (
-                    f"the branch ends in '{last}', written with parameters of the compiled module itself; no module call can declare ours"
-                ),
-            )
+            own = "the branch ends in '{}', written with parameters of the compiled module itself; no module call can declare ours"
+            return self.reject(add, Reason.NO_CARRIER, lambda: own.format(last))
         writers = self.aliases.writers(split.trunk)
         return Site(
             add=add,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.aliases import Aliases
@@ -122,13 +123,8 @@ class SumSplitter:
         if self._related(skip, others):
             return self.reject(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
         plain = next(term for term in others if not dependence.contracted(skip, term))
-        return self.reject(
-            add,
-            Reason.NO_CONTRACTION,
-            lambda: (
-                f"'{plain}' is computed from '{skip}' without a product, a convolution or attention that has weights"
-            ),
-        )
+        without = "'{}' is computed from '{}' without a product, a convolution or attention that has weights"
+        return self.reject(add, Reason.NO_CONTRACTION, lambda: without.format(plain, skip))
 
     def _projected(self, add: Node, terms: tuple[Node, ...]) -> Rejection | None:
         """Return the rejection of a merge whose skip is a contraction of the trunk, or None."""
@@ -140,19 +136,13 @@ class SumSplitter:
                 if not all(self.dependence.contracted(trunk, term) for term in others):
                     continue
                 if sum(operand not in self.weights for operand in product.all_input_nodes) > 1:
-                    return self.reject(
-                        add,
-                        Reason.MULTI_STREAM,
-                        lambda trunk=trunk, product=product: (  # type: ignore[misc]
-                            f"the skip is '{trunk}' mixed by the data-dependent product '{product}': residual streams of the model's own"
-                        ),
+                    mixed = (
+                        "the skip is '{}' mixed by the data-dependent product '{}': residual streams of the model's own"
                     )
+                    return self.reject(add, Reason.MULTI_STREAM, partial(mixed.format, trunk, product))
                 if all(self.dependence.contracted_twice(trunk, term) for term in others):
-                    return self.reject(
-                        add,
-                        Reason.PROJECTED_SKIP,
-                        lambda trunk=trunk, product=product: f"the skip is '{trunk}' projected by '{product}'",  # type: ignore[misc]
-                    )
+                    projected = "the skip is '{}' projected by '{}'"
+                    return self.reject(add, Reason.PROJECTED_SKIP, partial(projected.format, trunk, product))
         return None
 
     def _behind(self, product: Node) -> Iterator[Node]:

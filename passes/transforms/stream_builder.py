@@ -113,7 +113,7 @@ class StreamBuilder:
         return node
 
     def _example(self, node: Node) -> Any:
-        """Return the example value of a new node, so that later passes and reports know its shape."""
+        """Return the example value of a new node: later passes and reports read its shape."""
         if node.op == "get_attr":
             return self._attribute(str(node.target))
         if node.op == "call_module":  # only leaf modules that keep the shape are lifted
