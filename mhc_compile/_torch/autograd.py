@@ -23,8 +23,7 @@ _KEYS = (
 def autograd_inside_operators() -> Iterator[None]:
     """Record gradients in this context, for `torch.autograd.grad` before its end.
 
-    Functorch is no way there: the wrappers of `torch.func.vjp` reach the tracer of a decomposition,
-    which does not know them.
+    The tracer of a decomposition does not know the wrappers of `torch.func.vjp`.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _KEYS:

@@ -49,12 +49,7 @@ def silence_inductor() -> None:
 
 def warm_up() -> None:
     """Compile a one-line function and its backward; the first compilation loads the compiler."""
-
-    def line(x: torch.Tensor) -> torch.Tensor:
-        return x.sin().sum()
-
-    x = torch.ones(8, requires_grad=True)
-    torch.compile(line)(x).backward()
+    torch.compile(lambda x: x.sin().sum())(torch.ones(8, requires_grad=True)).backward()
 
 
 def propagate_fake_tensors(module: torch.fx.GraphModule, *inputs: torch.Tensor) -> None:
@@ -66,8 +61,8 @@ def propagate_fake_tensors(module: torch.fx.GraphModule, *inputs: torch.Tensor) 
 def caches(*, cold: bool) -> Iterator[None]:
     """Lower every graph inside this context, even one that Inductor's cache of graphs holds.
 
-    With `cold`, all caches of compiled code are empty, on disk and in this process, and nothing is
-    kept. Without it, machine code is reused where the same source was compiled before.
+    With `cold`, all caches of compiled code are empty, and nothing is kept. Without it, machine
+    code of the same source is reused.
     """
     if cold:
         with tempfile.TemporaryDirectory(prefix="mhc-bench-") as folder, fresh_cache(dir=folder, delete=False):
@@ -81,11 +76,8 @@ def caches(*, cold: bool) -> Iterator[None]:
 def observe_graphs(see: Callable[[int, int, int], None]) -> Iterator[None]:
     """Call `see(kernels, externs, bytes)` for every graph that Inductor compiles in this context.
 
-    Args:
-        see: takes the number of kernels that Inductor generated (`metrics.generated_kernel_count`;
-            on CPU a kernel is a parallel loop nest), the number of calls of operators that it did
-            not generate, and the bytes read and written (`GraphLowering.count_bytes`, which
-            `metrics.num_bytes_accessed` sums when its log is on).
+    That is the number of kernels that Inductor generated (on CPU a parallel loop nest), of calls of
+    operators that it did not generate, and the bytes read and written.
     """
     original = GraphLowering.compile_to_module
 

@@ -1,8 +1,4 @@
-"""The default backend of `torch.compile`, for `mhc run`.
-
-torch is imported when these functions are called, and nothing more of it is loaded than the script
-asks for.
-"""
+"""The default backend of `torch.compile`, for `mhc run`, which must not import torch itself."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["captured_graphs", "install_default_backend", "patch_compile"]
 
-#: The module that holds the default backend (torch 2.13). The first `torch.compile` loads it with
-#: the whole of Dynamo, so a script that only imports torch need not wait for it.
+#: The module that holds the default backend (torch 2.13); the first `torch.compile` loads it.
 _REGISTRY = "torch._dynamo.backends.registry"
 #: The attribute of a patched `torch.compile` that holds the original.
 _PLAIN = "_mhc_plain_compile"
@@ -28,10 +23,7 @@ def install_default_backend(
 ) -> None:
     """Make `backend` the default of `torch.compile`; a second call replaces it.
 
-    Args:
-        torch: the module.
-        backend: the backend.
-        after: `after(name, then)` calls `then(module)` once the module `name` has been imported.
+    `after(name, then)` calls `then(module)` once the module `name` has been imported.
     """
     if not hasattr(torch.compiler, "set_default_backend"):
         patch_compile(torch, backend)

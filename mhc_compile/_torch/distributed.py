@@ -33,19 +33,16 @@ __all__ = [
 #: The optimizer of DDP's graphs that waits for the rewritten graph, while this package's backend
 #: works on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)
-
-
 _split: Callable[..., Any] = DDPOptimizer.compile_fn
 _lock = threading.Lock()
 
 
 def rewrite_before_ddp_splits() -> None:
-    """Patch Dynamo to give a backend with `takes_whole_graphs = True` the whole graph of a DDP model.
+    """Patch Dynamo to give backends with `takes_whole_graphs = True` whole graphs of DDP models.
 
-    Under `DistributedDataParallel` Dynamo splits a graph into one piece for each bucket of gradients
-    and calls the backend for each piece, so that buckets are reduced while the backward still runs.
-    Such a backend is called once instead, with the inputs that Dynamo traced, and splits its own
-    result by `split_as_ddp_would`. Other backends get pieces. Repeated calls change nothing.
+    Dynamo splits a graph into one piece for each bucket of gradients and calls the backend for each
+    piece, so that buckets are reduced while the backward still runs. Such a backend is called once
+    instead, and splits its own result by `split_as_ddp_would`. Repeated calls change nothing.
     """
     with _lock:
         if vars(DDPOptimizer)["compile_fn"] is not _compile_whole:
@@ -64,7 +61,7 @@ def _compile_whole(self: DDPOptimizer, graph_module: torch.fx.GraphModule, input
 
 
 def _innermost(backend: Any) -> Any:
-    """The function behind the objects that `torch.compile` and its users wrap around a backend."""
+    """Return the function inside the objects that wrap a backend."""
     while True:
         if isinstance(backend, functools.partial):
             backend = backend.func
@@ -79,7 +76,7 @@ def _innermost(backend: Any) -> Any:
 def split_as_ddp_would(
     graph_module: torch.fx.GraphModule, inputs: list[Any], compiler: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Compiles a graph: in pieces where the model is in DDP and Dynamo is told to overlap its reductions, else as one."""
+    """Compile a graph: in DDP's pieces, whose reductions overlap the backward, else as one."""
     optimizer = _ddp_optimizer.get()
     if optimizer is None:
         return compiler(graph_module, inputs)  # type: ignore[no-any-return]
@@ -88,36 +85,35 @@ def split_as_ddp_would(
 
 
 def whole_graphs() -> AbstractContextManager[None]:
-    """In this context Dynamo does not cut the graphs of models in DDP."""
+    """Return a context in which Dynamo does not cut the graphs of models in DDP."""
     return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
 
 
 def ddp_parameters(ddp: DistributedDataParallel) -> set[int]:
-    """`id` of every parameter that `ddp` found in its module when it was built."""
-    return {id(parameter) for parameter in ddp._module_parameters} | {
-        id(parameter) for parameter in ddp.parameters() if getattr(parameter, "_ddp_ignored", False)
-    }
+    """Return the `id` of every parameter that `ddp` found in its module when it was built."""
+    ignored = (parameter for parameter in ddp.parameters() if getattr(parameter, "_ddp_ignored", False))
+    return {id(parameter) for parameter in (*ddp._module_parameters, *ignored)}
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP manages the parameters of this module, in whichever group."""
+    """Return whether FSDP manages the parameters of this module."""
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def placements(value: Any) -> tuple[Any, ...] | None:
-    """How a DTensor is laid out over ranks; None for any other value."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has DTensors has loaded it
+    """Return the placements of a DTensor over ranks; None for any other value."""
+    module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only once it is loaded
     return value.placements if module is not None and isinstance(value, module.DTensor) else None
 
 
 def fsdp_hooks(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What FSDP does before and after the forward of `module`, one to which `fully_shard` was applied."""
+    """Return what FSDP does before and after the forward of a module under `fully_shard`."""
     state = module._get_fsdp_state()
     return state._pre_forward, state._post_forward
 
 
 def pipeline_stage(owner: Any) -> tuple[int, int] | None:
-    """Number of a pipeline stage and how many there are; None for any other object, and where there is only one."""
+    """Return number and count of a pipeline's stages; None for other objects and for one stage."""
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None or not isinstance(owner, module.PipelineStage) or owner.num_stages <= 1:
         return None

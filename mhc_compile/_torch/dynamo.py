@@ -15,8 +15,10 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
 from torch._dynamo.exc import (
+    BackendCompilerFailed,
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
+    TorchDynamoException,
 )
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from mhc_compile.errors import MhcError
 
 __all__ = [
+    "BackendCompilerFailed",
+    "TorchDynamoException",
     "ends_at_break",
     "example_size",
     "forget_compiled",
@@ -52,9 +56,10 @@ __all__ = [
     "root_module",
     "running_objects",
     "same_function",
+    "uncompiled",
 ]
 
-#: Stands for an object that is in no frame.
+#: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 
 
@@ -63,7 +68,7 @@ def _tracer() -> Any:
 
 
 def in_trace() -> bool:
-    """Whether Dynamo is tracing a frame at this moment, so that there is something to restart."""
+    """Return whether Dynamo is tracing a frame at this moment."""
     try:
         return _tracer() is not None
     # torch stores the tracer in a thread-local that first exists when something was traced
@@ -72,28 +77,25 @@ def in_trace() -> bool:
 
 
 def restart_trace() -> None:
-    """Asks Dynamo to trace the current frame again from its beginning. Raises; never returns.
-
-    The log of speculations must be empty, or the second trace would be held to the graph breaks of
-    the first.
-    """
+    """Raise the exception by which Dynamo traces the current frame again from its beginning."""
+    # with its speculations logged, the second trace would repeat the graph breaks of the first
     _tracer().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason="mhc_compile attached hyper-connections")
 
 
 def frame_code() -> CodeType:
-    """The code object of the frame that is being traced."""
+    """Return the code object of the frame that is being traced."""
     return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
 
 
 def frame_location() -> str:
-    """File and line of the frame that is being traced."""
+    """Return file and line of the frame that is being traced."""
     code = frame_code()
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def same_function(one: CodeType, other: CodeType) -> bool:
-    """Whether two frames run the same function of the user, one perhaps from its beginning and the other from behind a graph break."""
+    """Return whether two frames run one function, from its beginning or after a graph break."""
     return (one.co_filename, _written_name(one)) == (other.co_filename, _written_name(other))
 
 
@@ -107,37 +109,36 @@ def _is_rest(code: CodeType) -> bool:
 
 
 def ends_at_break() -> bool:
-    """Whether a graph break follows the graph that is being compiled."""
+    """Return whether a graph break follows the graph that is being compiled."""
     reason = _tracer().output.compile_subgraph_reason
     return bool(reason is not None and reason.graph_break)
 
 
 def graph_is_part() -> bool:
-    """Whether the graph that is being compiled ends at a graph break, or begins behind one."""
+    """Return whether the graph that is being compiled ends at a graph break, or follows one."""
     return ends_at_break() or _is_rest(frame_code())
 
 
 def name_input(node: torch.fx.Node) -> None:
-    """Gives a graph input that Dynamo does not know a source: AOTAutograd asks every input of a Dynamo graph for one."""
+    """Give a new graph input the source that AOTAutograd asks every input of a Dynamo graph for."""
     node._dynamo_source = SyntheticLocalSource(str(node.target))
 
 
 def numpy_draws_as_in_eager() -> AbstractContextManager[None]:
-    """A context in which compiled code draws `numpy.random` from NumPy's stream, as eager code does; Dynamo's default is torch's."""
+    """Return a context in which compiled code draws `numpy.random` from NumPy's stream."""
     return torch._dynamo.config.patch(use_numpy_random_stream=True)  # type: ignore[no-any-return]
 
 
 def has_compiled(code: CodeType) -> bool:
-    """Whether Dynamo keeps a compiled version of this code."""
+    """Return whether Dynamo keeps a compiled version of this code."""
     return bool(_debug_get_cache_entry_list(code))
 
 
 def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
-    """Makes Dynamo trace `code` again at its next call.
+    """Make Dynamo trace `code` again at its next call.
 
-    `all_entries` drops everything that is known of the code, which must not happen while it is
-    being traced. Otherwise the compiled versions stay in their list with guards that always fail,
-    as Dynamo itself does when a guarded object dies.
+    `all_entries` drops all compiled versions, which must not happen while `code` is traced.
+    Otherwise they stay with guards that always fail, as after the death of a guarded object.
     """
     if all_entries:
         reset_code(code)
@@ -148,12 +149,11 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
 
 
 def make_room() -> None:
-    """Makes room for one more compiled version of the frame that is being traced, whose guards will hold for what they did not hold for before.
+    """Make room for one more compiled version of the frame that is being traced.
 
-    Versions of the same backend whose guards hold now would be its duplicates: they are dropped,
-    and whoever used them will use the new one. The others stay valid and no longer count towards
-    the recompile limit: Dynamo counts those of which it cannot tell that they are another object's,
-    and a name that no frame has makes them such.
+    Versions of the same backend whose guards hold now would be its duplicates, and are dropped. The
+    others stay valid and no longer count towards the recompile limit: Dynamo does not count
+    versions of other objects, and a name that no frame has makes them such.
     """
     output = _tracer().output
     backend, scope = innermost_backend(output.compiler_fn), output.local_scope
@@ -171,7 +171,7 @@ def _invalidate(entry: Any, reason: str) -> None:
 
 
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`torch.compile` whose graphs do not count towards the recompile limit of the model's code, where torch can do that (2.13).
+    """Compile without counting towards the recompile limit of the model's code (torch 2.13).
 
     `settings` that this torch does not know are left out.
     """
@@ -185,10 +185,9 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], 
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """In this context the compiled versions that modules of `model` call themselves, after `module.compile()` or as results of `torch.compile`, rest.
+    """Let compiled modules inside `model` run eagerly in this context.
 
-    Called inside another `torch.compile`, they would run as they were compiled, and whoever
-    compiles the model would not see them.
+    Inside another `torch.compile` they would run as they were compiled, and hide from its capture.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
@@ -207,25 +206,22 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def root_module() -> nn.Module | None:
-    """The module whose method Dynamo traces: `self` of the outermost frame, or else the first module among its arguments."""
+    """Return the traced module: `self` of the outermost frame, else its first module argument."""
     scope: dict[str, Any] = _tracer().output.local_scope
     me = scope.get("self")
     if isinstance(me, nn.Module):
         return me
     for name, value in scope.items():
-        if name.startswith(
-            "___stack"
-        ):  # what a graph break left half evaluated: some module that is about to be called
+        if name.startswith("___stack"):  # a module that a graph break left half called
             continue
-        candidates = value if isinstance(value, tuple) else (value,)
-        for candidate in candidates:
+        for candidate in value if isinstance(value, tuple) else (value,):
             if isinstance(candidate, nn.Module):
                 return candidate
     return None
 
 
 def example_size(size: int | torch.SymInt) -> int:
-    """The number that a size is in the example inputs. Unlike `int(size)` this does not pin a dynamic size to it."""
+    """Return a size in the example inputs as a number, without pinning a dynamic size to it."""
     if isinstance(size, int):
         return size
     # Older versions of torch call it `hint_int`.
@@ -234,12 +230,12 @@ def example_size(size: int | torch.SymInt) -> int:
 
 
 def frame_self() -> Any:
-    """`self` of the frame that is being traced; None where it has none."""
+    """Return `self` of the frame that is being traced; None where it has none."""
     return _tracer().output.local_scope.get("self")
 
 
 def running_objects() -> list[tuple[Any, bool]]:
-    """The objects whose methods run around this one, the innermost first, each with whether since `torch.compile` was entered.
+    """Return the objects whose methods run, innermost first, and whether inside `torch.compile`.
 
     Only frames of torch's own files are read, those that call modules, DDP and pipeline stages:
     reading the locals of a user's frame would keep them alive until that frame is left.
@@ -262,14 +258,14 @@ def running_objects() -> list[tuple[Any, bool]]:
 
 
 def module_by_id(identity: int) -> nn.Module | None:
-    """The module with this `id`, among those that the current trace has called."""
+    """Return the module with this `id`, among those that the current trace has called, or None."""
     variable = _tracer().output.side_effects.id_to_variable.get(identity)
     value = getattr(variable, "value", None)
     return value if isinstance(value, nn.Module) and id(value) == identity else None
 
 
 def raise_through_dynamo(error: MhcError) -> None:
-    """Raises `error` so that it leaves `torch.compile` as itself, not wrapped in BackendCompilerFailed, and without Dynamo's frames."""
+    """Raise `error` so that it leaves `torch.compile` as itself, without Dynamo's frames."""
     kind = type(error)
     through = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__init__": _init_through})
     raise through(error) from error.__cause__

@@ -20,14 +20,12 @@ __all__ = [
     "checkpoint_context",
     "copy_node",
     "is_higher_order",
-    "is_operator",
     "is_overload",
     "map_tensors",
     "new_graph_like",
     "operator_name",
     "overload_like",
     "storage_key",
-    "tensor_leaves",
     "written_arguments",
 ]
 
@@ -35,10 +33,8 @@ __all__ = [
 def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
     """Return an empty graph of the same tracer as `graph`.
 
-    Args:
-        graph: the graph to imitate.
-        codegen: also take over how the graph's code is generated. An exported program's graph
-            flattens its inputs there, so that the graph of a region inside it must not.
+    With `codegen`, its code is generated alike: an exported program's graph flattens its inputs
+    there, which the graph of a region inside it must not.
     """
     new = Graph(tracer_cls=graph._tracer_cls)
     if codegen:
@@ -61,11 +57,6 @@ def copy_node(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
 def is_overload(target: object) -> TypeGuard[OpOverload]:
     """Return whether a node's target is an operator overload, as `torch.ops.aten.add.Tensor`."""
     return isinstance(target, OpOverload)
-
-
-def is_operator(target: object) -> TypeGuard[OpOverload | OpOverloadPacket]:
-    """Return whether a node's target is an operator of a library, with or without an overload."""
-    return isinstance(target, (OpOverload, OpOverloadPacket))
 
 
 def is_higher_order(target: object) -> TypeGuard[HigherOrderOperator]:
@@ -107,23 +98,15 @@ def checkpoint_context(body: GraphModule) -> Callable[[], Any] | None:
 
 
 def storage_key(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's storage, or None if it has no storage.
+    """Return the identity of a tensor's storage while the tensor lives, or None if it has none.
 
-    Tensors that share memory have the same.
-
-    The number is valid as long as the tensor is alive. `data_ptr` does not exist for example
-    values, which own no memory.
+    Tensors that share memory have the same. Example values own no memory, and have no `data_ptr`.
     """
     try:
         return int(tensor.untyped_storage()._cdata)
     # sparse tensors, and tensors wrapped by vmap, have none
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def tensor_leaves(value: Any) -> list[torch.Tensor]:
-    """Return the tensors inside nested lists, tuples, dicts and registered containers, in order."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:

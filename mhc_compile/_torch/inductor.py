@@ -46,22 +46,14 @@ def inductor_settings() -> list[str]:
 
 
 def cpp_compiler() -> str:
-    """Return the C++ compiler that Inductor calls.
-
-    Raises:
-        Exception: Inductor's, if there is no compiler.
-    """
+    """Return the C++ compiler that Inductor calls, or raise Inductor's exception."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     return str(get_cpp_compiler())
 
 
 def cache_folder() -> str:
-    """Return the folder of Inductor's caches, which is created if it does not exist.
-
-    Raises:
-        OSError: it cannot be created.
-    """
+    """Return the folder of Inductor's caches, or raise OSError where it cannot be created."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return str(cache_dir())
@@ -109,14 +101,8 @@ def compile_with_inductor(
 ) -> Callable[..., Any]:
     """Compile with Inductor, adding decompositions of `mhc::` operators to its table.
 
-    Args:
-        module: the graph.
-        inputs: its example inputs.
-        decompositions: see `register_decompositions`.
-        mode: as for `torch.compile`.
-        settings: as for `torch.compile(options=...)`.
-        tag: part of the key of Inductor's caches. They know operators by name only, and must not
-            return what another version of an operator was compiled to.
+    `mode` and `settings` are those of `torch.compile`. `tag` becomes part of the key of Inductor's
+    caches, which know operators by name only, and not by version.
     """
     from torch._inductor import list_mode_options
 

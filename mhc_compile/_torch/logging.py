@@ -16,10 +16,7 @@ __all__ = ["show_compiler_errors_only", "trace_artifact"]
 def trace_artifact(name: str, text: Callable[[], str], *, encoding: str = "string") -> None:
     """Write an artifact to torch's structured trace. `text` is called only if a trace is written.
 
-    Args:
-        name: as `tlparse` lists it.
-        text: returns the content.
-        encoding: "string", or "json" for a content that `tlparse` formats.
+    `encoding` is "string", or "json" for a content that `tlparse` formats.
     """
     trace_structured(
         "artifact",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPILED_ATTRIBUTE",
-    "child_module",
+    "OptimizedModule",
+    "TensorWeakRef",
+    "WeakTensorKeyDictionary",
+    "buffers_of",
     "has_compiled_call",
     "has_hooks",
     "original_module",
+    "set_buffer",
     "set_state_metadata",
     "shallow_copy",
     "state_metadata",
@@ -38,11 +43,6 @@ def original_module(module: nn.Module) -> nn.Module:
 def has_compiled_call(module: nn.Module) -> bool:
     """Return whether `module.compile()` was called."""
     return module._compiled_call_impl is not None
-
-
-def child_module(module: nn.Module, name: str) -> nn.Module | None:
-    """Return the submodule registered as `name`, or None. Other attributes do not count."""
-    return module._modules.get(name)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -34,8 +34,7 @@ _before_update: list[Callable[[AveragedModel, nn.Module], None]] = []
 def living_optimizers() -> list[Optimizer]:
     """Return every optimizer that exists. The first call patches `Optimizer` to record new ones.
 
-    Torch keeps no list. The first call finds those that exist with the garbage collector; from then
-    on each is recorded when it is made or unpickled.
+    It finds those that exist already with the garbage collector.
     """
     global _living
     with _lock:
@@ -44,8 +43,7 @@ def living_optimizers() -> list[Optimizer]:
             Optimizer._patch_step_function = _recorded  # type: ignore[method-assign]
             begun = time.perf_counter()
             for found in gc.get_objects():
-                # `vars`: a wrapper may have groups that are a property. What it wraps is found as
-                # well.
+                # `vars`: the groups of a wrapper may be a property, and what it wraps is found too
                 if issubclass(type(found), Optimizer) and "param_groups" in vars(found):
                     _living.add(found)
             log.debug("found %d optimizers in %.0f ms", len(_living), 1e3 * (time.perf_counter() - begun))
@@ -54,7 +52,7 @@ def living_optimizers() -> list[Optimizer]:
 
 @functools.wraps(_patch_step)
 def _recorded(self: Optimizer) -> None:
-    """Runs when an optimizer is made and when it is unpickled."""
+    """Record an optimizer that is made or unpickled."""
     if _living is not None:
         _living.add(self)
     _patch_step(self)
@@ -82,7 +80,7 @@ def lbfgs_has_memory(optimizer: torch.optim.LBFGS) -> bool:
 
 
 def restart_lbfgs(optimizer: torch.optim.LBFGS) -> None:
-    """Clear its vectors before its parameters change. Not in the middle of a step."""
+    """Clear the flat vectors before parameters change. Not in the middle of a step."""
     if lbfgs_has_memory(optimizer):
         optimizer.state.clear()
     optimizer._numel_cache = None

@@ -18,8 +18,6 @@ from mhc_compile.passes.analysis.op_info import example_value, written_operands
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-__all__ = ["Aliases"]
-
 
 class Aliases:
     """The aliases of a graph whose nodes carry example values. Valid until the graph changes."""

@@ -19,14 +19,12 @@ from mhc_compile.passes.analysis.op_info import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
-
-__all__ = ["Dependence", "contracts", "weights_of"]
 
 
 class Dependence:
@@ -86,19 +84,30 @@ class Dependence:
 
     def between(self, source: Node, terms: Iterable[Node]) -> tuple[Node, ...]:
         """Return the nodes from `source` to `terms`, the terms included, in graph order."""
-        order, found = self._aliases.order, set()
+        order = self._aliases.order
         # Writes that complete the source come before everything that is computed from it.
         own = set(self._aliases.writers(source))
-        stack = [term for term in terms if self.value(source, term)]
-        while stack:
-            node = stack.pop()
-            if node in found:
-                continue
-            found.add(node)
+
+        def before(node: Node) -> Iterator[Node]:
             for operand in node.all_input_nodes:
                 writers = [w for w in self._aliases.writers(operand) if order[w] < order[node] and w not in own]
-                stack.extend(one for one in (operand, *writers) if one not in found and self.value(source, one))
-        return tuple(sorted(found, key=order.__getitem__))
+                yield from (one for one in (operand, *writers) if self.value(source, one))
+
+        return tuple(
+            sorted(closure((term for term in terms if self.value(source, term)), before), key=order.__getitem__)
+        )
+
+
+def closure(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Return `starts` and every node that repeated steps lead to."""
+    reached: set[Node] = set()
+    stack = list(starts)
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(step(node))
+    return reached
 
 
 def weights_of(graph: Graph, provenance: Provenance) -> frozenset[Node]:

@@ -8,8 +8,7 @@ features (`exit_axis`).
 
 from __future__ import annotations
 
-import functools
-import operator
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.fx import Node
-
-__all__ = ["RESHAPES", "carry_axis", "entry_axis", "exit_axis", "permutation", "whole_axis"]
 
 _LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm", "_fused_rms_norm"})
 _CHANNEL_NORMS = frozenset(
@@ -81,22 +78,16 @@ def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
 def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
     name, module = op_name(node), leaf_module(node)
     if name in _LAYER_NORMS or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        shape = (
-            module.normalized_shape
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-            else _argument(node, 1, "normalized_shape")
-        )
+        shape: Any = getattr(module, "normalized_shape", None) or argument(node, 1, "normalized_shape")
         return rank - 1 if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
-    if name in _CHANNEL_NORMS or isinstance(module, _CHANNEL_NORM_MODULES):
-        return 1
-    if is_convolution(node):
+    if name in _CHANNEL_NORMS or isinstance(module, _CHANNEL_NORM_MODULES) or is_convolution(node):
         return 1
     if is_contraction(node):
         place = int(name in _ADDED_FIRST)
         first = node.args[place] if len(node.args) > place else None
         return rank - 1 if first is operand or is_attention(node) or is_recurrence(node) else None
     if name in _REDUCTIONS:
-        dims = _argument(node, 1, "dim")
+        dims = argument(node, 1, "dim")
         single = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
         return single % rank if isinstance(single, int) else None
     return None
@@ -109,12 +100,9 @@ def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | N
     every other contraction on the last one.
     """
     value = tensor_value(contraction)
-    if value is None:
-        # Attention returns (output, weights); `getitem` takes the tensor out, and its features are
-        # last as well.
-        axes: dict[Node, int | None] = {contraction: -1}
-    else:
-        axes = {contraction: 1 if is_convolution(contraction) else value.dim() - 1}
+    # Attention returns (output, weights); `getitem` takes the tensor out, with its features last.
+    last = -1 if value is None else value.dim() - 1
+    axes: dict[Node, int | None] = {contraction: 1 if is_convolution(contraction) and value is not None else last}
     for node in ordered:
         if node in axes:
             continue
@@ -145,28 +133,24 @@ def carry_axis(node: Node, operand: Node, axis: int | None) -> int | None:
 
 def whole_axis(before: Tensor, after: Tensor, axis: int) -> int | None:
     """Return the axis of `after` that is the axis `axis` of `before`, neither split nor merged."""
-    leading = _product(before.shape[:axis])
+    leading = math.prod(before.shape[:axis])
     for candidate in range(after.dim()):
-        same = after.shape[candidate] == before.shape[axis] and _product(after.shape[:candidate]) == leading
+        same = after.shape[candidate] == before.shape[axis] and math.prod(after.shape[:candidate]) == leading
         if statically_known_true(same):
             return candidate
     return None
-
-
-def _product(sizes: Sequence[Any]) -> Any:
-    return functools.reduce(operator.mul, sizes, 1)
 
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
     """Return the operand's axes in their new order, None if `node` does not permute."""
     name = op_name(node)
     if name in {"transpose", "swapaxes"}:
-        first, second = (int(_argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))
+        first, second = (int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2))
         order = list(range(rank))
         order[first], order[second] = second, first
         return tuple(order)
     if name == "permute":
-        given = _argument(node, 1, "dims")
+        given = argument(node, 1, "dims")
         listed: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
         return tuple(int(entry) % rank for entry in listed)
     if name in {"t", "T", "mT"}:
@@ -174,5 +158,6 @@ def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
     return None
 
 
-def _argument(node: Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument that is given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

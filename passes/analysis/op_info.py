@@ -17,30 +17,6 @@ from mhc_compile._torch import is_higher_order, is_overload, operator_name, writ
 if TYPE_CHECKING:
     from torch.fx import Node
 
-__all__ = [
-    "ADDS",
-    "INPLACE_ADDS",
-    "INPLACE_FLAG",
-    "example_value",
-    "is_attention",
-    "is_contraction",
-    "is_convolution",
-    "is_fused_layer",
-    "is_inplace",
-    "is_random",
-    "is_recurrence",
-    "is_region",
-    "is_update",
-    "is_view",
-    "leaf_module",
-    "op_name",
-    "passes_value",
-    "runs_once",
-    "sets_grad_mode",
-    "tensor_value",
-    "written_operands",
-]
-
 ADDS = frozenset({"add", "__add__", "__radd__"})
 INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
 
@@ -72,31 +48,19 @@ _VIEWS = frozenset(
     " narrow slice chunk split split_with_sizes unbind expand expand_as diagonal unfold as_strided contiguous detach alias".split()
 )
 
-#: The result depends on the operand's shape, dtype or place, or is cut from its gradient: no value
-#: flows from skip to branch through it.
+#: No value flows through these: the result depends on a shape, dtype or place, or is detached.
 _NO_VALUE = frozenset(
     "size shape dim numel ones_like zeros_like full_like empty_like rand_like randn_like randint_like new_ones new_zeros new_full"
     " new_empty new_tensor detach detach_ sym_size is_floating_point".split()
 )
 
-_MODULE_CONTRACTIONS = (nn.Linear, nn.Bilinear)
 _MODULE_CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-_MODULE_ATTENTIONS = (nn.MultiheadAttention,)
-_MODULE_RECURRENCES = (nn.RNNBase,)
-_CONTRACTING_MODULES = (*_MODULE_CONTRACTIONS, *_MODULE_CONVOLUTIONS, *_MODULE_ATTENTIONS, *_MODULE_RECURRENCES)
+_CONTRACTING_MODULES = (nn.Linear, nn.Bilinear, *_MODULE_CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase)
 _CONTRACTIONS = _PRODUCTS | _CONVOLUTIONS | _ATTENTIONS | _RECURRENCES
 _INPLACE_OPERATORS = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.ipow,
-        operator.setitem,
-    }
+    getattr(operator, name) for name in "iadd isub imul itruediv ifloordiv ipow setitem".split()
 )
 _INPLACE_DUNDERS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__ __setitem__".split())
 #: Where the functional form takes its `inplace` flag: Dynamo passes such flags by position.
@@ -136,12 +100,12 @@ def is_convolution(node: Node) -> bool:
 
 def is_attention(node: Node) -> bool:
     """Return whether the node is a fused attention."""
-    return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), _MODULE_ATTENTIONS)
+    return op_name(node) in _ATTENTIONS or isinstance(leaf_module(node), nn.MultiheadAttention)
 
 
 def is_recurrence(node: Node) -> bool:
     """Return whether the node is a whole LSTM, GRU or plain recurrent network."""
-    return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), _MODULE_RECURRENCES)
+    return op_name(node) in _RECURRENCES or isinstance(leaf_module(node), nn.RNNBase)
 
 
 def is_fused_layer(node: Node) -> bool:
@@ -213,14 +177,12 @@ def is_update(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """Return whether the result depends on random numbers."""
-    return any(
-        part in op_name(node)
-        for part in ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
-    )
+    parts = ("rand", "dropout", "bernoulli", "normal_", "uniform_", "multinomial", "rrelu")
+    return any(part in op_name(node) for part in parts)
 
 
 def runs_once(node: Node) -> bool:
-    """Whether a second run would change the model: the operation draws random numbers or keeps statistics."""
+    """Return whether a second run would change the model: random numbers, running statistics."""
     return is_random(node) or op_name(node) == "batch_norm"
 
 
@@ -235,6 +197,13 @@ def tensor_value(node: Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def known_tensor(node: Node) -> torch.Tensor:
+    """Return the example tensor of a node that must have one."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} has no example tensor"
+    return value
+
+
 def passes_value(node: Node) -> bool:
     """Return whether a differentiable value of an operand can reach the result.
 
@@ -245,6 +214,5 @@ def passes_value(node: Node) -> bool:
     value = example_value(node)
     if isinstance(value, torch.Tensor):
         return value.dtype.is_floating_point or value.dtype.is_complex
-    # Tuples of tensors pass; sizes and Python numbers do not. A node without a recorded value gets
-    # the benefit of the doubt.
+    # Tuples of tensors and unknown values pass; sizes and Python numbers do not.
     return not isinstance(value, (bool, int, float, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -17,8 +17,6 @@ from mhc_compile.passes.analysis.op_info import tensor_value
 if TYPE_CHECKING:
     from torch.fx import Node
 
-__all__ = ["ModuleRef", "Provenance", "common_owner", "source_line"]
-
 
 @dataclass(frozen=True)
 class ModuleRef:

@@ -10,26 +10,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from mhc_compile.passes.analysis.op_info import ADDS, INPLACE_ADDS, is_contraction, op_name, passes_value, tensor_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
     from torch.fx import Node
 
-__all__ = [
-    "SHORTCUT",
-    "carried",
-    "cheap_path",
-    "describe",
-    "flatten",
-    "is_candidate",
-    "is_parameter",
-    "operands",
-    "same_shape",
-    "same_size",
-]
-
-#: How many operations a shortcut may have. The longest in the zoo has four (slice, slice, pad,
-#: scale).
+#: How many operations a shortcut may have. The longest in the zoo has four.
 SHORTCUT = 8
 
 
@@ -38,9 +22,8 @@ def is_candidate(node: Node) -> bool:
     if op_name(node) not in ADDS | INPLACE_ADDS:
         return False
     value = tensor_value(node)
-    if value is None or not (value.dtype.is_floating_point or value.dtype.is_complex):
-        return False
-    return len(operands(node)) == 2
+    numbers = value is not None and (value.dtype.is_floating_point or value.dtype.is_complex)
+    return numbers and len(operands(node)) == 2
 
 
 def is_parameter(node: Node) -> bool:
@@ -48,14 +31,14 @@ def is_parameter(node: Node) -> bool:
     return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_value(node), torch.nn.Parameter))
 
 
-def cheap_path(term: Node) -> Iterator[Node]:
-    """Yield `term` and the values that it cheaply comes from, the first contraction included."""
+def product_behind(term: Node) -> Node | None:
+    """Return the first contraction among `term` and the values that it cheaply comes from."""
     node: Node | None = term
     for _ in range(SHORTCUT + 1):
-        if node is None:
-            return
-        yield node
+        if node is None or is_contraction(node):
+            return node
         node = carried(node)
+    return None
 
 
 def carried(node: Node) -> Node | None:
@@ -116,4 +99,5 @@ def same_size(one: object, other: object) -> bool:
 
 def describe(value: Tensor) -> str:
     """Return shape and dtype as text, for messages."""
-    return f"{[str(size) if not isinstance(size, int) else size for size in value.shape]} {str(value.dtype).removeprefix('torch.')}"
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return f"{sizes} {str(value.dtype).removeprefix('torch.')}"

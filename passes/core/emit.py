@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["PROVENANCE", "compute_example", "inherit", "is_copies", "mark_copies", "trace_into"]
-
 #: The metadata that a new node takes over from the node that it replaces or serves.
 PROVENANCE = ("nn_module_stack", "stack_trace", "mhc_region")
 #: The key of `Node.meta` that says what a node is to later passes. Copies of a node keep it.
@@ -49,25 +47,12 @@ def is_copies(streams: Node) -> bool:
 
 
 def compute_example(op: str, target: Any, args: Any, kwargs: Any) -> Any:
-    """Return an operation's result on example values, or None if an operand has none.
-
-    Args:
-        op: "call_function" or "call_method".
-        target: the function, or the name of the method.
-        args: positional arguments, nodes among them.
-        kwargs: keyword arguments, nodes among them.
-    """
-    missing = []
-
-    def value(operand: Node) -> Any:
-        known = example_value(operand)
-        if known is None:
-            missing.append(operand)
-        return known
-
-    args, kwargs = torch.fx.map_arg(args, value), torch.fx.map_arg(kwargs, value)
-    if missing:
+    """Return what a function or method gives on example values, or None if an operand has none."""
+    operands: list[Node] = []
+    torch.fx.map_arg((args, kwargs), operands.append)
+    if any(example_value(operand) is None for operand in operands):
         return None
+    args, kwargs = torch.fx.map_arg((args, kwargs), example_value)
     with torch.no_grad():
         return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
@@ -88,8 +73,7 @@ def trace_into(
 
     Args:
         graph: where to write.
-        function: takes one tensor for each operand, returns a tensor or a tuple of tensors. It is
-            called once, on fake tensors.
+        function: takes one tensor for each operand, and is called once, on fake tensors.
         operands: nodes with example values.
         before: the node before which to write.
         like: the node whose provenance the new nodes get.
@@ -101,8 +85,12 @@ def trace_into(
     Raises:
         ValueError: the function reads a tensor that is not among its operands.
     """
-    values = [_example(operand) for operand in operands]
-    with torch.no_grad(), _fake_mode(values):
+    values = [example_value(operand) for operand in operands]
+    for operand, value in zip(operands, values, strict=True):
+        assert value is not None, f"{operand} has no example value"
+    # tensors that the function creates must have the mode of the example values
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    with torch.no_grad(), mode:
         traced: GraphModule = make_fx(function, decomposition_table=dict(decompositions or {}))(*values)
     traced.graph.eliminate_dead_code()
     new: dict[Node, Any] = {}
@@ -121,14 +109,3 @@ def trace_into(
                 inherit(copy, like)
                 new[node] = copy
     raise AssertionError("a traced graph has an output")
-
-
-def _example(node: Node) -> Any:
-    value = example_value(node)
-    assert value is not None, f"{node} has no example value"
-    return value
-
-
-def _fake_mode(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the mode of the example values, which tensors that the function creates need too."""
-    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

@@ -13,8 +13,6 @@ from torch.fx import Graph, Node
 
 from mhc_compile._torch import copy_node, new_graph_like, trace_artifact
 
-__all__ = ["Hook", "Pass", "copy_graph", "run_passes"]
-
 log = logging.getLogger(__name__)
 
 #: Called after every pass with the pass, the graph before it and the graph after it.

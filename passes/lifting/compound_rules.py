@@ -13,10 +13,10 @@ from mhc_compile.passes.analysis.feature_axis import RESHAPES, carry_axis, whole
 from mhc_compile.passes.analysis.op_info import (
     example_value,
     is_random,
+    known_tensor,
     leaf_module,
     op_name,
     passes_value,
-    tensor_value,
 )
 from mhc_compile.passes.core.emit import is_copies, trace_into
 from mhc_compile.passes.lifting.trunk_op import Obstacle, Rule, TrunkOp
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.fx import Graph, Node
-
-__all__ = ["BatchNorm", "Dropped", "Vmapped"]
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +68,8 @@ class Dropped(Rule):
 class BatchNorm(Rule):
     """Batch norm of features on axis 1, with statistics over the tokens of all streams.
 
-    Where the streams are equal, running statistics move as in the plain model: it corrects the
-    running variance for N tokens, and n N values that are copies of N are no larger a sample, so
-    the correction stays.
+    Where the streams are equal, running statistics move as in the plain model: n N values that are
+    copies of N are no larger a sample, so the correction of the running variance stays that of N.
 
     before: y = batch_norm(x, mean, var, w, b, True)
     after:  flat = streams.reshape(-1, C); ys = batch_norm(flat, ...).reshape(...)
@@ -87,8 +84,7 @@ class BatchNorm(Rule):
 
     def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
         given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-        # ATen (and `torch.batch_norm`) take weight and bias first, the functional form the running
-        # statistics.
+        # ATen and `torch.batch_norm` take weight and bias first, `F.batch_norm` the statistics
         functional = op.node.target is F.batch_norm
         names = self.names if functional else ("input", *self.names[3:5], *self.names[1:3], *self.names[5:])
         given.update(zip(names, op.node.args, strict=False))
@@ -110,8 +106,7 @@ class BatchNorm(Rule):
             return F.batch_norm(flat, None, None, scale, shift, True, 0.0, eps).reshape(streams.shape)
 
         operands = [lifted[op.operands[0]], *(given[name] for name in tensors)]
-        result: Node = trace_into(graph, normalise, operands, before=before, like=op.node)
-        return result
+        return trace_into(graph, normalise, operands, before=before, like=op.node)  # type: ignore[no-any-return]
 
 
 class Vmapped(Rule):
@@ -129,7 +124,8 @@ class Vmapped(Rule):
         carried = whole_axis(op.before, value, op.axis) if reshaped else carry_axis(node, op.operands[0], op.axis)
         if carried is None or not 0 <= carried < value.dim() or not isinstance(value.shape[carried], int):
             return None
-        streams = [self._example(operand, op.axes[operand]) for operand in op.operands]
+        wide = [known_tensor(operand).movedim(op.axes[operand], -1).unsqueeze(-2) for operand in op.operands]
+        streams = [value.expand(*value.shape[:-2], 2, -1) for value in wide]  # two are enough to see the axes
         others = [example_value(other) for other in op.others]
         try:
             with torch.no_grad():
@@ -144,15 +140,7 @@ class Vmapped(Rule):
     def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
         operands = [*(lifted[operand] for operand in op.operands), *op.others]
         function = self._function(op, op.axes[op.node])
-        result: Node = trace_into(graph, function, operands, before=before, like=op.node)
-        return result
-
-    @staticmethod
-    def _example(node: Node, axis: int) -> Tensor:
-        """Return two streams for a trunk value."""
-        value = tensor_value(node)
-        assert value is not None
-        return value.movedim(axis, -1).unsqueeze(-2).expand(*[-1] * (value.dim() - 1), 2, -1)
+        return trace_into(graph, function, operands, before=before, like=op.node)  # type: ignore[no-any-return]
 
     @staticmethod
     def _function(op: TrunkOp, carried: int) -> Callable[..., Tensor]:

@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mhc_compile.passes.analysis.feature_axis import carry_axis, permutation
-from mhc_compile.passes.analysis.op_info import leaf_module, op_name, tensor_value
+from mhc_compile.passes.analysis.feature_axis import argument, carry_axis, permutation
+from mhc_compile.passes.analysis.op_info import known_tensor, leaf_module, op_name, tensor_value
 from mhc_compile.passes.lifting.trunk_op import Rule, TrunkOp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.fx import Graph, Node
-
-__all__ = ["AsWritten", "Permuted", "Reshaped"]
 
 #: One operand, value by value, in any layout. Further arguments are numbers and dtypes.
 _UNARY = frozenset(
@@ -49,8 +47,9 @@ class AsWritten(Rule):
         if len({op.axes[operand] for operand in op.operands}) != 1:
             return None
         unary = name in _UNARY or isinstance(module, _UNARY_MODULES)
-        norm = name in _NORMS and len(_shape_argument(op.node)) == 1
-        leaf_norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1
+        norm = name in _NORMS or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        shape: Any = getattr(module, "normalized_shape", None) or argument(op.node, 1, "normalized_shape")
+        over_last = norm and isinstance(shape, (tuple, list)) and len(shape) == 1
         rank = op.value.dim()
         fits = (
             (unary and not op.others and op.value.shape == op.before.shape)
@@ -59,7 +58,7 @@ class AsWritten(Rule):
                 and rank == op.before.dim()
                 and all(_broadcasts(other, rank, op.last) for other in op.others)
             )
-            or (op.last and (norm or leaf_norm))
+            or (op.last and over_last)
             or (op.last and name in _REDUCTIONS and _keeps_last(op.node, op.before.dim()))
         )
         return axis if fits else None
@@ -125,17 +124,17 @@ class Reshaped(Rule):
 
     def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
         streams = lifted[op.operands[0]]
-        example = tensor_value(streams)
-        assert example is not None
         given = op.node.args[1:]
         sizes: Sequence[Any] = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         with graph.inserting_before(before):
             if op_name(op.node) == "flatten":
                 # Token axes first..last become one; reshape finds its size.
-                first, last = _flatten_range(op.node, op.before.dim())
-                kept = [*range(first), -1, *range(last + 1, op.before.dim())]
+                rank = op.before.dim()
+                first = int(argument(op.node, 1, "start_dim", 0)) % rank
+                last = int(argument(op.node, 2, "end_dim", -1)) % rank
+                kept = [*range(first), -1, *range(last + 1, rank)]
                 sizes = [-1 if axis == -1 else graph.call_method("size", (streams, axis)) for axis in kept]
-            shape = (*sizes[:-1], int(example.shape[-2]), int(op.value.shape[-1]))
+            shape = (*sizes[:-1], int(known_tensor(streams).shape[-2]), int(op.value.shape[-1]))
             return graph.call_method("reshape", (streams, *shape))
 
 
@@ -144,19 +143,7 @@ def _broadcasts(other: Node, rank: int, last: bool) -> bool:
     return value is not None and (value.dim() in {0, rank} or (last and value.dim() == 1))
 
 
-def _shape_argument(node: Node) -> tuple[Any, ...]:
-    shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape", ())
-    return tuple(shape) if isinstance(shape, (tuple, list)) else ()
-
-
 def _keeps_last(node: Node, rank: int) -> bool:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    dims, kept = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
     single = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
     return kept is True and isinstance(single, int) and single % rank == rank - 1
-
-
-def _flatten_range(node: Node, rank: int) -> tuple[int, int]:
-    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-    end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-    return int(start) % rank, int(end) % rank  # type: ignore[arg-type]

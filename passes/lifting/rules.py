@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["Obstacle", "lift", "lifted_axis"]
-
 #: The first that applies is used. Rules that keep the graph readable come before those that trace a
 #: function.
 _RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), BatchNorm(), Vmapped())
@@ -33,10 +31,7 @@ _RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), Batc
 def lifted_axis(node: Node, operands: Iterable[Node], axes: Mapping[Node, int]) -> int | Obstacle:
     """Return the feature axis of `node` on streams, or why it cannot run on them.
 
-    Args:
-        node: a trunk operation.
-        operands: its operands on the trunk.
-        axes: the feature axis of each of them.
+    `operands` are those on the trunk, `axes` has the feature axis of each.
     """
     op = TrunkOp.of(node, operands, axes)
     if op is None:
@@ -52,12 +47,7 @@ def lifted_axis(node: Node, operands: Iterable[Node], axes: Mapping[Node, int]) 
 def lift(graph: Graph, node: Node, lifted: Mapping[Node, Node], axes: Mapping[Node, int], before: Node) -> Node:
     """Write `node` for streams [..., n, C] before `before`. Each rule shows what that looks like.
 
-    Args:
-        graph: where to write.
-        node: the trunk operation, for which `lifted_axis` gave an axis.
-        lifted: the streams that stand for its operands.
-        axes: the feature axis of the operands and of `node`.
-        before: the node before which to write.
+    `lifted` gives the streams for its operands, `axes` the feature axes of them and of `node`.
     """
     op = TrunkOp.of(node, [operand for operand in node.all_input_nodes if operand in lifted], axes)
     assert op is not None

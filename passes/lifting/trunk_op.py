@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Graph, Node
 
-__all__ = ["Obstacle", "Rule", "TrunkOp"]
-
 
 @dataclass(frozen=True)
 class TrunkOp:

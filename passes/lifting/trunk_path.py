@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import passes_value
-from mhc_compile.passes.lifting.rules import Obstacle, lifted_axis
+from mhc_compile.passes.lifting.rules import lifted_axis
+from mhc_compile.passes.lifting.trunk_op import Obstacle
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from mhc_compile.passes.analysis.aliases import Aliases
 
-__all__ = ["Obstacle", "TrunkPath", "trunk_path_between"]
-
 #: More nodes than this are no path between two sites, but a branch.
 _LONGEST = 256
 
 
+@dataclass(frozen=True, eq=False)
 class TrunkPath:
     """The trunk operations from `source`, a site's sum, to a later trunk value, which is the last.
 
     `axes` gives for every operation, and for the sum itself, the axis that holds the features.
     """
 
-    def __init__(self, source: Node, nodes: tuple[Node, ...], axes: dict[Node, int]) -> None:
-        self.source = source
-        self.nodes = nodes
-        self.axes = axes
+    source: Node
+    nodes: tuple[Node, ...]
+    axes: dict[Node, int]
 
     @classmethod
     def empty(cls, trunk: Node, axis: int) -> TrunkPath:
@@ -54,9 +54,7 @@ def trunk_path_between(source: Node, target: Node, axis: int, aliases: Aliases) 
     for node in sorted(ancestors, key=order.__getitem__):
         operands = [operand for operand in node.all_input_nodes if operand in axes]
         if not operands or not passes_value(node):
-            # an operation that takes only a shape from the trunk, or is detached from it, reads the
-            # streams' mean
-            continue
+            continue  # what takes only a shape from the trunk, or is detached, reads the mean
         carried = lifted_axis(node, operands, axes)
         if isinstance(carried, Obstacle):
             return carried

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import runs_once
-from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
+from mhc_compile.passes.lifting.trunk_op import Obstacle
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.links import nearest_sum
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.planning.plan import Chain
-
-__all__ = ["crossed_shortcuts", "long_skips", "reject_site", "short_chains", "side_adds"]
 
 
 def reject_site(site: Site, reason: Reason, message: Callable[[], str]) -> Rejection:
@@ -35,19 +35,15 @@ def long_skips(
     """
     long: dict[Site, Rejection] = {}
     for site in sites:
-        last = nearest_sum(site.branch_outputs[0], by_sum, aliases) if len(site.branch_outputs) == 1 else None
+        output = site.branch_outputs[0]
+        last = nearest_sum(output, by_sum, aliases) if len(site.branch_outputs) == 1 else None
         if last is None or last is site.add:
             continue
-        if isinstance(trunk_path_between(last, site.branch_outputs[0], by_sum[last].axis, aliases), Obstacle):
+        if isinstance(trunk_path_between(last, output, by_sum[last].axis, aliases), Obstacle):
             continue
         if _follows(by_sum[last], site, trunk_paths, by_sum, aliases):
-            long[site] = reject_site(
-                site,
-                Reason.LONG_SKIP,
-                lambda site=site: (
-                    f"'{site.skip}' is added to its own trunk some sites later, '{site.branch_outputs[0]}'"
-                ),  # type: ignore[misc]
-            )
+            message = "'{}' is added to its own trunk some sites later, '{}'".format
+            long[site] = reject_site(site, Reason.LONG_SKIP, partial(message, site.skip, output))
     return long
 
 
@@ -55,8 +51,8 @@ def _follows(
     last: Site, site: Site, trunk_paths: dict[Site, TrunkPath | None], by_sum: dict[Node, Site], aliases: Aliases
 ) -> bool:
     """Return whether the trunk of `last`, followed back, passes the trunk value of `site`."""
-    step: Site | None = last
-    while step is not None:
+    step = last
+    while True:
         trunk_path = trunk_paths[step]
         if site.trunk is step.trunk or (trunk_path is not None and site.trunk in trunk_path.axes):
             return True
@@ -66,7 +62,6 @@ def _follows(
             path = trunk_path_between(site.trunk, step.trunk, site.shortcut.axes[site.trunk], aliases)
             return isinstance(path, TrunkPath)
         step = by_sum[trunk_path.source]
-    return False
 
 
 def side_adds(chains: list[Chain]) -> dict[Site, Rejection]:
@@ -80,11 +75,8 @@ def side_adds(chains: list[Chain]) -> dict[Site, Rejection]:
         site = chain.sites[0]
         outer = inside.get(site.add)
         if len(chain.sites) == 1 and outer is not None and outer not in sides:
-            sides[site] = reject_site(
-                site,
-                Reason.SIDE_ADD,
-                lambda outer=outer: f"it stands alone inside the branch of {outer.path}, and its sum goes no further",  # type: ignore[misc]
-            )
+            message = "it stands alone inside the branch of {0.path}, and its sum goes no further".format
+            sides[site] = reject_site(site, Reason.SIDE_ADD, partial(message, outer))
     return sides
 
 
@@ -109,13 +101,9 @@ def crossed_shortcuts(chains: list[Chain]) -> dict[Site, Rejection]:
         for site in chain.sites:
             through = [node for node in site.shortcut.nodes if carried.get(node, chain) is not chain]
             if through:
-                crossed[site] = reject_site(
-                    site,
-                    Reason.SIDE_ADD,
-                    lambda node=through[0]: (
-                        f"its skip runs through '{node}', which the chain of {carried[node].sites[0].path} carries on"
-                    ),  # type: ignore[misc]
-                )
+                message = "its skip runs through '{}', which the chain of {.path} carries on".format
+                other = carried[through[0]].sites[0]
+                crossed[site] = reject_site(site, Reason.SIDE_ADD, partial(message, through[0], other))
     return crossed
 
 
@@ -124,13 +112,8 @@ def short_chains(chains: list[Chain], min_chain_length: int, blocked: dict[Site,
 
     def too_short(site: Site, size: int) -> Rejection:
         why = f". It ends because {blocked[site]}" if site in blocked else ""
-        return reject_site(
-            site,
-            Reason.CHAIN_TOO_SHORT,
-            lambda: (
-                f"its chain has {size} site{'s'[: size > 1]}; min_chain_length={min_chain_length} asks for more{why}"
-            ),
-        )
+        message = "its chain has {} site{}; min_chain_length={} asks for more{}".format
+        return reject_site(site, Reason.CHAIN_TOO_SHORT, partial(message, size, "s"[: size > 1], min_chain_length, why))
 
     short = [chain for chain in chains if len(chain.sites) < min_chain_length]
     return {site: too_short(site, len(chain.sites)) for chain in short for site in chain.sites}

@@ -25,7 +25,7 @@ from mhc_compile.passes.planning.plan import Chain, Plan
 from mhc_compile.passes.planning.split_branches import find_heads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torch.fx import Graph
 
@@ -64,26 +64,22 @@ def plan_chains(
     """
     started = time.perf_counter()
     findings = find(graph, provenance, edges) if findings is None else findings
-    vetoed = {
-        site: rejection for site in findings.sites if reject is not None and (rejection := reject(site)) is not None
-    }
-    kept = [site for site in findings.sites if site not in vetoed]
     aliases = findings.aliases
+    vetoed = {site: rejection for site in findings.sites if reject is not None and (rejection := reject(site))}
     while True:
-        sites = [site for site in kept if site not in vetoed]
+        sites = [site for site in findings.sites if site not in vetoed]
         by_sum = {site.add: site for site in sites}
         trunk_paths, blocked = trunk_paths_to(sites, by_sum, aliases, edges)
         rejected = long_skips(sites, trunk_paths, by_sum, aliases)
         if not rejected:
             chains = [_at_edges(chain, graph, edges, aliases) for chain in link_sites(sites, trunk_paths, by_sum)]
-            rejected = side_adds(chains) or crossed_shortcuts(chains)
-        if not rejected:
-            rejected = short_chains(
-                [chain for chain in chains if not _goes_on(chain, edges)], min_chain_length, blocked
-            )
+            whole = [chain for chain in chains if not _goes_on(chain, edges)]
+            rejected = side_adds(chains) or crossed_shortcuts(chains) or short_chains(whole, min_chain_length, blocked)
         if not rejected:
             heads = find_heads(graph, provenance, chains, edges, aliases)
-            plan = Plan(tuple(chains), _in_order(findings, vetoed.values()), heads)
+            rejections = [*findings.rejections, *vetoed.values()]
+            rejections.sort(key=lambda rejection: aliases.order[rejection.add])
+            plan = Plan(tuple(chains), tuple(rejections), heads)
             _report(plan, time.perf_counter() - started)
             return plan
         vetoed |= rejected  # the remaining chains may run through the adds that stay
@@ -131,8 +127,3 @@ def _goes_on(chain: Chain, edges: BoundaryInfo) -> bool:
         return False
     value = tensor_value(chain.start)
     return edges.part or (chain.arrives and value is not None and value.requires_grad)
-
-
-def _in_order(findings: Findings, later: Iterable[Rejection]) -> tuple[Rejection, ...]:
-    order = findings.aliases.order
-    return tuple(sorted([*findings.rejections, *later], key=lambda rejection: order[rejection.add]))

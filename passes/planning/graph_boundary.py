@@ -22,29 +22,10 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import ModuleRef
 
-__all__ = [
-    "BoundaryInfo",
-    "BranchInput",
-    "BranchOutput",
-    "BranchTail",
-    "StreamInput",
-    "StreamOutput",
-    "crossings",
-    "departures",
-]
-
 #: The keys of `Node.meta` of a graph input that receives streams, and of the output of a graph that
 #: returns streams.
 ARRIVAL = "mhc_arrival"
 DEPARTURES = "mhc_departures"
-
-
-def _never(site: Site) -> bool:  # noqa: ARG001 - a default answer
-    return False
-
-
-def _no_tail(add: Node, skip: Node, foreign: tuple[tuple[Node, ...], ...], contracted: bool) -> None:  # noqa: ARG001 - a default answer
-    return None
 
 
 @dataclass(frozen=True)
@@ -74,11 +55,11 @@ class BoundaryInfo:
     #: the end.
     arriving: Mapping[Node, int] = field(default_factory=dict)
     #: Whether a site has hyper-connections from an earlier trace or from `attach`.
-    attached: Callable[[Site], bool] = _never
-    #: Takes the sum, its term that is an input, the inputs that each other term comes from, and
-    #: whether this graph has a product with weights on the way. Returns the tail of a branch, or
-    #: why its branch is lost, or None if it is no tail.
-    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], BranchTail | str | None] = _no_tail
+    attached: Callable[[Site], bool] = lambda _: False
+    #: The tail of a branch, why its branch is lost, or None if it is no tail; given the sum, its
+    #: term that is an input, the inputs that each other term comes from, and whether this graph has
+    #: a product with weights on the way.
+    tail: Callable[[Node, Node, tuple[tuple[Node, ...], ...], bool], BranchTail | str | None] = lambda *_: None
 
     def axis(self, node: Node) -> int | None:
         """Return the feature axis of the streams that arrive at `node`, or None."""
@@ -120,8 +101,7 @@ class BranchInput:
 class StreamOutput:
     """Streams that leave: result number `streams`, for result `value` with features on `axis` < 0.
 
-    `mean`: whether the value is their mean. A trunk operation at the end of a graph yields one
-    value from the mean, and another from each stream.
+    `mean`: whether the value is their mean, and not what a trunk operation makes of the mean.
     """
 
     value: int
@@ -135,8 +115,7 @@ class StreamOutput:
 class BranchOutput:
     """A branch that ends in another graph: results `post` and `res` are its coefficients.
 
-    They belong to a trunk value: result number `result`, or else the input `value`, whose streams
-    are the input `arrival`.
+    Its trunk value is result number `result`, or else the input `value` with streams `arrival`.
     """
 
     value: str | None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import is_contraction
-from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
+from mhc_compile.passes.lifting.trunk_op import Obstacle
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 from mhc_compile.passes.planning.plan import Chain
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.planning.verdict import Site
-
-__all__ = ["link_sites", "nearest_sum", "trunk_paths_to"]
 
 
 def trunk_paths_to(
@@ -110,8 +109,7 @@ def _heirs(sites: list[Site], trunk_paths: dict[Site, TrunkPath | None]) -> set[
         trunk_path = trunk_paths[site]
         if trunk_path is not None:
             rivals.setdefault(trunk_path.source, []).append(site)
-    chosen: set[Site] = set()
-    for group in rivals.values():
-        outer = [site for site in group if not any(site.add in other.branch for other in group)]
-        chosen.add(outer[0])
-    return chosen
+    return {
+        next(site for site in group if not any(site.add in other.branch for other in group))
+        for group in rivals.values()
+    }

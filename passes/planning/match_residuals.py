@@ -16,18 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from mhc_compile.passes.analysis.dependence import contracts
+from mhc_compile.passes.analysis.dependence import closure, contracts
 from mhc_compile.passes.analysis.feature_axis import entry_axis, exit_axis
-from mhc_compile.passes.analysis.op_info import INPLACE_ADDS, is_update, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import INPLACE_ADDS, is_update, known_tensor, op_name, tensor_value
 from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance, common_owner
-from mhc_compile.passes.analysis.sum_terms import (
-    describe,
-    flatten,
-    operands,
-    same_shape,
-    same_size,
-)
-from mhc_compile.passes.lifting.trunk_path import Obstacle, TrunkPath, trunk_path_between
+from mhc_compile.passes.analysis.sum_terms import describe, flatten, operands, same_shape, same_size
+from mhc_compile.passes.lifting.trunk_op import Obstacle
+from mhc_compile.passes.lifting.trunk_path import TrunkPath, trunk_path_between
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo, BranchTail
 from mhc_compile.passes.planning.split_sums import Split, SumSplitter
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
@@ -36,8 +31,6 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.analysis.aliases import Aliases
-
-__all__ = ["Findings", "find"]
 
 
 @dataclass(frozen=True)
@@ -94,17 +87,13 @@ class _Finder(SumSplitter):
         if isinstance(split, Rejection):
             tail = self._tail(add, adds, terms) if split.reason is Reason.INDEPENDENT and self.edges.inputs else None
             return split if tail is None else tail
-        problem = self._shape_problem(add, terms, split)
-        if problem is not None:
+        if (problem := self._shape_problem(add, terms, split)) is not None:
             return problem
         branch = self.dependence.between(split.trunk, split.others)
         streams = next((node for node in branch if is_update(node)), None)
         if streams is not None:
             return self.reject(add, Reason.REWRITTEN, lambda: f"its branch already runs on streams, '{streams}'")
-        problem = self._written(add, split, branch)
-        if problem is not None:
-            return problem
-        return self._site(add, adds, split, branch)
+        return self._written(add, split, branch) or self._site(add, adds, split, branch)
 
     def _tail(self, add: Node, adds: tuple[Node, ...], terms: tuple[Node, ...]) -> Site | Rejection | None:
         """Return the verdict on a sum whose branch began in another graph, or None."""
@@ -112,7 +101,7 @@ class _Finder(SumSplitter):
             others = tuple(term for term in terms if term is not skip)
             if skip not in self.edges.inputs:
                 continue
-            behind = [self._behind_term(term) for term in others]
+            behind = [sorted(closure([term], lambda node: node.all_input_nodes)) for term in others]
             foreign = tuple(tuple(node for node in nodes if node in self.edges.inputs) for nodes in behind)
             products = sorted(node for nodes in behind for node in nodes if contracts(node, self.weights))
             tail = self.edges.tail(add, skip, foreign, bool(products)) if all(foreign) else None
@@ -126,13 +115,10 @@ class _Finder(SumSplitter):
     def _tail_site(
         self, add: Node, adds: tuple[Node, ...], split: Split, tail: BranchTail, products: list[Node]
     ) -> Site | Rejection:
-        problem = self._shape_problem(add, (split.skip, *split.others), split)
-        if problem is None:
-            problem = self._written(add, split, ())
+        problem = self._shape_problem(add, (split.skip, *split.others), split) or self._written(add, split, ())
         if problem is not None:
             return problem
-        total = tensor_value(add)
-        assert total is not None
+        total = known_tensor(add)
         axis = tail.axis + total.dim()
         width = _fixed(total.shape[axis])
         if width is None:
@@ -162,15 +148,6 @@ class _Finder(SumSplitter):
             heads=tail.heads,
         )
 
-    def _behind_term(self, term: Node) -> list[Node]:
-        """Return `term` and everything that it is computed from."""
-        found, stack = {term: None}, [term]
-        while stack:
-            fresh = [operand for operand in stack.pop().all_input_nodes if operand not in found]
-            found.update(dict.fromkeys(fresh))
-            stack.extend(fresh)
-        return list(found)
-
     def _shape_problem(self, add: Node, terms: tuple[Node, ...], split: Split) -> Rejection | None:
         total, skip = tensor_value(add), tensor_value(split.skip)
         shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
@@ -188,8 +165,7 @@ class _Finder(SumSplitter):
 
     def _written(self, add: Node, split: Split, branch: tuple[Node, ...]) -> Rejection | None:
         """Return the rejection of a site whose values are written where streams cannot follow."""
-        victims: list[tuple[Node, Node]] = []
-        victims += [(add, writer) for writer in self.aliases.writers(add)[:1]]
+        victims = [(add, writer) for writer in self.aliases.writers(add)[:1]]
         for term in split.others:
             late = self.aliases.written_after(term, self.order[add])
             victims += [(term, late)] if late is not None else []
@@ -210,23 +186,16 @@ class _Finder(SumSplitter):
         return self.reject(add, Reason.MUTATED_OPERAND, lambda: f"'{victim}' is written in place by '{writer}'")
 
     def _site(self, add: Node, adds: tuple[Node, ...], split: Split, branch: tuple[Node, ...]) -> Site | Rejection:
-        total = tensor_value(add)
-        assert total is not None
+        total = known_tensor(add)
         last = [node for node in branch if contracts(node, self.weights)][-1]
         shortcut = self._shortcut(split, branch, last)
         if shortcut is None:
-            return self.reject(
-                add,
-                Reason.FEATURE_AXIS,
-                lambda: (
-                    f"neither the first reader of '{split.trunk}' nor '{last}' tells which axis of {describe(total)} holds the features"
-                ),
-            )
+            unknown = "neither the first reader of '{}' nor '{}' tells which axis of {} holds the features"
+            return self.reject(add, Reason.FEATURE_AXIS, lambda: unknown.format(split.trunk, last, describe(total)))
         if isinstance(shortcut, str):
             return self.reject(add, Reason.PROJECTED_SKIP, lambda: shortcut)
         axis = shortcut.axes[split.trunk]
-        trunk = tensor_value(split.trunk)
-        assert trunk is not None
+        trunk = known_tensor(split.trunk)
         width = _fixed(trunk.shape[axis])
         if width is None:
             return self.reject(add, Reason.DYNAMIC_WIDTH, lambda: f"axis {axis} of {describe(trunk)} has no fixed size")
@@ -235,13 +204,8 @@ class _Finder(SumSplitter):
             return self.reject(add, Reason.NO_OWNER, lambda: "the add is performed outside every module")
         name, declaring_module = self._name(owner, child, last)
         if declaring_module is None:
-            return self.reject(
-                add,
-                Reason.NO_CARRIER,
-                lambda: (
-                    f"the branch ends in '{last}', written with parameters of the compiled module itself; no module call can declare ours"
-                ),
-            )
+            own = "the branch ends in '{}', written with parameters of the compiled module itself; no module call can declare ours"
+            return self.reject(add, Reason.NO_CARRIER, lambda: own.format(last))
         writers = self.aliases.writers(split.trunk)
         return Site(
             add=add,
@@ -267,9 +231,7 @@ class _Finder(SumSplitter):
         known = [axis for axis in (entry, leaving) if axis is not None and axis >= 0]
         if not known:
             return None
-        trunk, skip = tensor_value(split.trunk), tensor_value(split.skip)
-        assert trunk is not None
-        assert skip is not None
+        trunk, skip = known_tensor(split.trunk), known_tensor(split.skip)
         if known[0] < trunk.dim():
             path = trunk_path_between(split.trunk, split.skip, known[0], self.aliases)
         else:
@@ -302,6 +264,5 @@ def _fixed(size: object) -> int | None:
 
 def _below(owner: str, path: str) -> str:
     """Return `path` relative to `owner`; "" if it lies elsewhere."""
-    if not owner:
-        return path
-    return path.removeprefix(owner + ".") if path.startswith(owner + ".") else ""
+    prefix = f"{owner}." if owner else ""
+    return path.removeprefix(prefix) if path.startswith(prefix) else ""

@@ -12,23 +12,18 @@ if TYPE_CHECKING:
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
     from mhc_compile.passes.planning.verdict import Rejection, Site
 
-__all__ = ["BranchHead", "Chain", "Plan"]
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """Sites in order, from the first to the last that share streams in this graph."""
 
     sites: tuple[Site, ...]
-    #: For each site, the trunk operations between the previous site's sum and its trunk value,
-    #: which run on the streams. Those of the first are empty, unless its streams arrive from
-    #: another graph.
+    #: For each site, the trunk operations from the previous sum to its trunk value. Those of the
+    #: first are empty, unless its streams arrive from another graph.
     links: tuple[TrunkPath, ...]
-    #: Whether the chain begins at a graph input whose streams arrive from another graph, as one
-    #: more input.
+    #: Whether the chain begins at a graph input whose streams are one more input.
     arrives: bool = False
-    #: The paths from the last sum to each result of the graph whose streams leave as one more
-    #: result.
+    #: The paths from the last sum to each result whose streams leave as one more result.
     departures: tuple[TrunkPath, ...] = ()
 
     @property

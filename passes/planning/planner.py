@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.planning.chains import Plan, plan_chains
@@ -17,39 +18,30 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import Provenance
     from mhc_compile.passes.planning.verdict import Rejection
 
-__all__ = ["Planner"]
-
 
 @dataclass(eq=False)
 class Planner:
-    """Plan one normalised graph, again without the sites that a caller rejects for reasons outside the graph.
+    """Plan one normalised graph without the sites that a caller rejects for outside reasons.
 
     Sites are looked for once. Chains are linked again after each rejection, because the chain of a
     rejected site may end there, or run through the add that stays.
-
-    Attributes:
-        graph: the normalised graph.
-        provenance: of its nodes.
-        min_chain_length: chains of fewer sites are rejected.
-        boundary: what is known of the other graphs of the model.
-        rejected: rejections so far, by the add of the site.
     """
 
     graph: Graph
     provenance: Provenance
     min_chain_length: int = 2
     boundary: BoundaryInfo = field(default_factory=BoundaryInfo)
+    #: Rejections so far, by the add of the site.
     rejected: dict[Node, Rejection] = field(default_factory=dict)
+    _plan: Plan | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self._findings: Findings | None = None
-        self._plan: Plan | None = None
+    @cached_property
+    def _findings(self) -> Findings:
+        return find(self.graph, self.provenance, self.boundary)
 
     @property
     def plan(self) -> Plan:
         """The plan without the sites that were rejected so far."""
-        if self._findings is None:
-            self._findings = find(self.graph, self.provenance, self.boundary)
         if self._plan is None:
             self._plan = plan_chains(
                 self.graph,
@@ -62,14 +54,7 @@ class Planner:
         return self._plan
 
     def settle(self, rejections: Callable[[Plan], Mapping[Node, Rejection]]) -> Plan:
-        """Plan until `rejections` rejects no site of the plan.
-
-        Args:
-            rejections: the sites of a plan that cannot stay, by their adds. Each call sees a whole plan.
-
-        Returns:
-            The first plan that is accepted as it is.
-        """
+        """Return the first plan without `rejections`: those of sites that cannot stay, by add."""
         while new := rejections(self.plan):
             self.rejected |= new
             self._plan = None

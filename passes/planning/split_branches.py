@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.analysis.dependence import contracts, weights_of
+from mhc_compile.passes.analysis.dependence import closure, contracts, weights_of
 from mhc_compile.passes.analysis.feature_axis import entry_axis
 from mhc_compile.passes.analysis.op_info import passes_value, tensor_value
 from mhc_compile.passes.planning.plan import BranchHead
@@ -37,20 +37,20 @@ def find_heads(
     graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: BoundaryInfo, aliases: Aliases
 ) -> tuple[BranchHead, ...]:
     """Return the heads of branches whose tails may lie in other graphs."""
-    chains = tuple(chains)
-    if not edges.inputs and not edges.part:
-        return ()
-    results = graph.output_node().args[0]
-    if not isinstance(results, (tuple, list)):
+    chains, results = tuple(chains), graph.output_node().args[0]
+    if not (edges.inputs or edges.part) or not isinstance(results, (tuple, list)):
         return ()
     places = {node: number for number, node in reversed(list(enumerate(results))) if isinstance(node, Node)}
     taken = {
         node for chain in chains for site in chain.sites for node in (*site.branch, *site.adds, *site.shortcut.nodes)
     }
     last = {chain.sites[-1].add for chain in chains}
-    values = [node for node in graph.nodes if node in edges.inputs or (node in places and node in last)]
     weights = weights_of(graph, provenance)
-    found = (_head(value, provenance, places, taken, aliases, weights) for value in values)
+    found = (
+        _head(node, provenance, places, taken, aliases, weights)
+        for node in graph.nodes
+        if node in edges.inputs or (node in places and node in last)
+    )
     return tuple(head for head in found if head is not None)
 
 
@@ -78,33 +78,21 @@ def _head(
     example = tensor_value(value)
     if None in modules or axis is None or example is None or not 0 <= axis < example.dim():
         return None
-    return BranchHead(
-        value, tuple(readers), tuple(dict.fromkeys(ref for ref in modules if ref is not None)), numbers, axis
-    )
+    named = dict.fromkeys(ref for ref in modules if ref is not None)
+    return BranchHead(value, tuple(readers), tuple(named), numbers, axis)
 
 
 def _last_module(
     result: Node, reached: set[Node], provenance: Provenance, weights: frozenset[Node]
 ) -> ModuleRef | None:
     """Return the module of the last contraction among the nodes `reached` that lead to `result`."""
-    behind: set[Node] = set()
-    stack = [result]
-    while stack:
-        node = stack.pop()
-        if node in reached and node not in behind:
-            behind.add(node)
-            stack.extend(node.all_input_nodes)
+    behind = closure([result], lambda node: reached.intersection(node.all_input_nodes))
     products = sorted(node for node in behind if contracts(node, weights))
     return next((ref for ref in provenance.stack(products[-1])[1:] if ref.called), None) if products else None
 
 
 def _forward(starts: Iterable[Node], aliases: Aliases) -> set[Node]:
     """Return `starts` and everything that is computed from them."""
-    reached: set[Node] = set()
-    stack = list(starts)
-    while stack:
-        node = stack.pop()
-        if node.op != "output" and node not in reached and passes_value(node):
-            reached.add(node)
-            stack.extend(node.users)
-    return {node for node in reached if node in aliases.order}
+    carries = (start for start in starts if start.op != "output" and passes_value(start))
+    reached = closure(carries, lambda node: [user for user in node.users if user.op != "output" and passes_value(user)])
+    return reached & aliases.order.keys()

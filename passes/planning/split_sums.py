@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.aliases import Aliases
 from mhc_compile.passes.analysis.dependence import Dependence, weights_of
-from mhc_compile.passes.analysis.op_info import is_contraction, tensor_value
+from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.analysis.sum_terms import (
     SHORTCUT,
     carried,
-    cheap_path,
     describe,
     is_candidate,
     operands,
+    product_behind,
     same_shape,
 )
 from mhc_compile.passes.planning.verdict import Reason, Rejection
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.analysis.provenance import Provenance
-
-__all__ = ["Split", "SumSplitter"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,7 @@ class Split:
 
 
 class SumSplitter:
-    """The facts about a graph that tell the terms of its sums apart.
-
-    Args:
-        graph: a normalised graph with example values.
-        provenance: names its modules and parameters.
-    """
+    """The facts about a normalised graph that tell the terms of its sums apart."""
 
     def __init__(self, graph: Graph, provenance: Provenance) -> None:
         self.provenance = provenance
@@ -55,7 +49,7 @@ class SumSplitter:
         terms = {term for add in self.candidates for term in operands(add)}
         origins = {origin for term in terms for origin in self._origins(term)}
         for term in terms:
-            product = next((node for node in cheap_path(term) if is_contraction(node)), None)
+            product = product_behind(term)
             origins.update(self._behind(product) if product is not None else ())
         sources = sorted(terms | origins, key=self.order.__getitem__)
         self.dependence = Dependence(graph, sources, self.aliases, self.weights)
@@ -110,18 +104,16 @@ class SumSplitter:
         dependence, total = self.dependence, tensor_value(add)
         if total is None or not total.dtype.is_floating_point:
             return self.reject(add, Reason.DTYPE, lambda: "the sum is complex, or of unknown shape")
-        full = [term for term in terms if same_shape(tensor_value(term), total)]
-        if len(full) < len(terms):
+        if not all(same_shape(tensor_value(term), total) for term in terms):
             shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
             return self.reject(add, Reason.BROADCAST, lambda: f"the terms have different shapes: {shown}")
         skip = min(terms, key=self.order.__getitem__)
         others = tuple(term for term in terms if term is not skip)
         strangers = [term for term in others if not dependence.value(skip, term)]
         if strangers and not dependence.at_all(skip, strangers[0]):
-            projected = self._projected(add, terms)
-            if projected is not None:
-                return projected
-            return self.reject(add, Reason.INDEPENDENT, lambda: f"'{strangers[0]}' does not depend on '{skip}'")
+            return self._projected(add, terms) or self.reject(
+                add, Reason.INDEPENDENT, lambda: f"'{strangers[0]}' does not depend on '{skip}'"
+            )
         if strangers:
             return self.reject(
                 add,
@@ -131,38 +123,26 @@ class SumSplitter:
         if self._related(skip, others):
             return self.reject(add, Reason.INDEPENDENT, lambda: "the terms of the sum are computed from each other")
         plain = next(term for term in others if not dependence.contracted(skip, term))
-        return self.reject(
-            add,
-            Reason.NO_CONTRACTION,
-            lambda: (
-                f"'{plain}' is computed from '{skip}' without a product, a convolution or attention that has weights"
-            ),
-        )
+        without = "'{}' is computed from '{}' without a product, a convolution or attention that has weights"
+        return self.reject(add, Reason.NO_CONTRACTION, lambda: without.format(plain, skip))
 
     def _projected(self, add: Node, terms: tuple[Node, ...]) -> Rejection | None:
         """Return the rejection of a merge whose skip is a contraction of the trunk, or None."""
         for skip in terms:
-            product = next((node for node in cheap_path(skip) if is_contraction(node)), None)
-            if product is None:
+            if (product := product_behind(skip)) is None:
                 continue
             for trunk in self._behind(product):
                 others = [term for term in terms if term is not skip]
                 if not all(self.dependence.contracted(trunk, term) for term in others):
                     continue
-                if self._mixes_streams(product):
-                    return self.reject(
-                        add,
-                        Reason.MULTI_STREAM,
-                        lambda trunk=trunk, product=product: (  # type: ignore[misc]
-                            f"the skip is '{trunk}' mixed by the data-dependent product '{product}': residual streams of the model's own"
-                        ),
+                if sum(operand not in self.weights for operand in product.all_input_nodes) > 1:
+                    mixed = (
+                        "the skip is '{}' mixed by the data-dependent product '{}': residual streams of the model's own"
                     )
+                    return self.reject(add, Reason.MULTI_STREAM, partial(mixed.format, trunk, product))
                 if all(self.dependence.contracted_twice(trunk, term) for term in others):
-                    return self.reject(
-                        add,
-                        Reason.PROJECTED_SKIP,
-                        lambda trunk=trunk, product=product: f"the skip is '{trunk}' projected by '{product}'",  # type: ignore[misc]
-                    )
+                    projected = "the skip is '{}' projected by '{}'"
+                    return self.reject(add, Reason.PROJECTED_SKIP, partial(projected.format, trunk, product))
         return None
 
     def _behind(self, product: Node) -> Iterator[Node]:
@@ -170,6 +150,3 @@ class SumSplitter:
         for operand in product.all_input_nodes:
             if tensor_value(operand) is not None and operand not in self.weights:
                 yield from self._origins(operand)
-
-    def _mixes_streams(self, product: Node) -> bool:
-        return sum(operand not in self.weights for operand in product.all_input_nodes) > 1

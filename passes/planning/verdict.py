@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
 
-__all__ = ["Reason", "Rejection", "Site"]
-
 
 class Reason(Enum):
     """Why an addition is not rewritten. The value is the code that reports print.
@@ -63,12 +61,7 @@ class Reason(Enum):
         "features on a symbolic axis",
         "give the axis a fixed size, or do not mark it as dynamic",
     )
-    SAME_VALUE = (
-        "same-value",
-        "A value is added to itself.",
-        "`x + x`",
-        "nothing: no residual add",
-    )
+    SAME_VALUE = ("same-value", "A value is added to itself.", "`x + x`", "nothing: no residual add")
     INDEPENDENT = (
         "independent",
         "No term depends on another: embeddings that are summed, experts that are accumulated, two encoders that meet.",

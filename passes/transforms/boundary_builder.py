@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile.passes.analysis.op_info import tensor_value
+from mhc_compile.passes.analysis.op_info import known_tensor
 from mhc_compile.passes.planning.graph_boundary import (
     ARRIVAL,
     DEPARTURES,
@@ -26,17 +26,12 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
 
-__all__ = ["BoundaryBuilder"]
-
 
 class BoundaryBuilder(StreamBuilder):
     """Writes graph inputs that receive streams, and results that return them.
 
-    Args:
-        graph: see `StreamBuilder`.
-        nodes: see `StreamBuilder`.
-        openings: the heads of branches that end in other graphs, with the names and parameters of
-            their sites.
+    `openings` are the heads of branches that end in other graphs, with the names and parameters of
+    their sites.
     """
 
     def __init__(
@@ -48,7 +43,9 @@ class BoundaryBuilder(StreamBuilder):
         #: Results to add, and the functions that describe them, given their numbers.
         self.leaving: list[tuple[tuple[Node, ...], Callable[..., StreamOutput | BranchOutput]]] = []
         #: The place of each result of the original graph.
-        self.results = {node: number for number, node in reversed(list(enumerate(_results(nodes))))}
+        output = next(node for node in reversed(nodes) if node.op == "output").args[0]
+        results = output if isinstance(output, (tuple, list)) else ()
+        self.results: dict[Any, int] = {node: number for number, node in reversed(list(enumerate(results)))}
 
     def depart(self) -> None:
         """Add the streams that leave to the results of the graph."""
@@ -84,26 +81,14 @@ class BoundaryBuilder(StreamBuilder):
         collapsed = self._features_back(collapsed, head.axis, trunk)
         for reader in readers:
             reader.replace_input_with(trunk, collapsed)
-        example = tensor_value(value)
-        assert example is not None
-        self.leaving.append(
-            (
-                (post, res),
-                partial(
-                    BranchOutput,
-                    str(value.target) if value.op == "placeholder" else None,
-                    self.results.get(value),
-                    str(streams.target) if streams.op == "placeholder" else None,
-                    axis=head.axis - example.dim(),
-                    name=name,
-                ),
-            )
-        )
+        entry, arrival = (str(node.target) if node.op == "placeholder" else None for node in (value, streams))
+        axis = head.axis - known_tensor(value).dim()
+        note = partial(BranchOutput, entry, self.results.get(value), arrival, axis=axis, name=name)
+        self.leaving.append(((post, res), note))
 
     def _arrive(self, start: Node, axis: int, n: int, path: str) -> Node:
         """Add the graph input that receives streams, whose mean is the input `start`."""
-        value = tensor_value(start)
-        assert value is not None
+        value = known_tensor(start)
         with torch.no_grad():
             wide = value.movedim(axis, -1).unsqueeze(-2)
             copies = wide.expand(*wide.shape[:-2], n, wide.shape[-1]).clone(memory_format=torch.contiguous_format)
@@ -113,9 +98,7 @@ class BoundaryBuilder(StreamBuilder):
 
     def _close(self, site: Site, streams: Node) -> tuple[Node, Node]:
         """Add the inputs that receive post and res of a branch that began in another graph."""
-        wide, branch = tensor_value(streams), tensor_value(site.branch_outputs[0])
-        assert wide is not None
-        assert branch is not None
+        wide, branch = known_tensor(streams), known_tensor(site.branch_outputs[0])
         tokens, n = wide.shape[:-2], wide.shape[-2]
         dtype = torch.promote_types(wide.dtype, torch.float32)
         found = []
@@ -127,10 +110,3 @@ class BoundaryBuilder(StreamBuilder):
             node.meta[ARRIVAL] = BranchInput(str(node.target), str(site.trunk.target), axis, n, site.name, kind)
             found.append(node)
         return found[0], found[1]
-
-
-def _results(nodes: dict[Node, Node]) -> tuple[Any, ...]:
-    """Return the results of the plan's graph, if it returns a tuple."""
-    output = next(node for node in reversed(nodes) if node.op == "output")
-    results = output.args[0]
-    return tuple(results) if isinstance(results, (tuple, list)) else ()

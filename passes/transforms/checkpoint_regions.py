@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-__all__ = ["FIXED", "PLACE", "InlineRegions", "Place", "Region", "attribute_of", "with_attributes"]
-
 #: The key of `Node.meta` of a node's place, between the two passes. New nodes inherit it (see
 #: `emit.PROVENANCE`).
 PLACE = "mhc_region"
@@ -151,11 +149,9 @@ class _Inliner:
         raise AssertionError("a graph without output")
 
     def _open(self, region: Region, arguments: Sequence[Node]) -> Sequence[Node]:
-        placeholders = region.body.graph.find_nodes(op="placeholder")
+        given = dict(zip(region.body.graph.find_nodes(op="placeholder"), arguments, strict=True))
         self.layout.append(region)
-        results: Sequence[Node] = self._write(
-            region.body.graph, region, dict(zip(placeholders, arguments, strict=True))
-        )
+        results: Sequence[Node] = self._write(region.body.graph, region, given)
         self.layout.append(region.parent)
         return results
 

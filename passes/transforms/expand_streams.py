@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from mhc_compile.errors import AttachError
-from mhc_compile.passes.analysis.op_info import runs_once, tensor_value
+from mhc_compile.passes.analysis.op_info import known_tensor, runs_once, tensor_value
 from mhc_compile.passes.core.emit import mark_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 from mhc_compile.passes.planning.graph_boundary import StreamOutput
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.planning.verdict import Site
     from mhc_compile.passes.transforms.stream_builder import Binding
-
-__all__ = ["ExpandStreams", "RemoveDeclarations"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,8 @@ class RemoveDeclarations(Pass):
         if not any(node.target in declarations for node in graph.nodes):
             return graph
         copy, _ = copy_graph(graph)
-        for node in list(copy.nodes):
-            if node.target in declarations:
-                copy.erase_node(node)
+        for node in [node for node in copy.nodes if node.target in declarations]:
+            copy.erase_node(node)
         return copy
 
 
@@ -127,13 +124,11 @@ class _Expansion(PathBuilder):
         ready = start if first.ready is first.trunk else max(start, self.nodes[first.ready])
         self._follow(ready, like=self.nodes[first.add])
         if chain.arrives:
-            streams = self._arrive(
-                chain.start, chain.links[0].axes[chain.start], self.bindings[first].streams, first.path
-            )
+            axis = chain.links[0].axes[chain.start]
+            streams = self._arrive(chain.start, axis, self.bindings[first].streams, first.path)
+            self._open(chain.start, streams)
         else:
             streams = self._copies(start, first)
-        if chain.arrives:
-            self._open(chain.start, streams)
         stages: list[tuple[Site, TrunkPath, dict[Node, Node], Node]] = []
         self.known = {}
         self.between, self.passed = self.bindings[first].end.between, None
@@ -149,8 +144,7 @@ class _Expansion(PathBuilder):
         for departure in chain.departures:
             self._leave(chain.sites[-1], departure, streams)
         self._open(chain.sites[-1].add, streams)
-        # Backwards, so that a value has lost the readers that disappear before its own readers are
-        # counted.
+        # backwards: a value's readers are counted after those that disappear are gone
         for site, link, lifted, after in reversed(stages):
             last = self.bindings[site] if site is chain.sites[-1] else None
             self._read_out(self.nodes[site.add], after, site.axis, last)
@@ -169,24 +163,21 @@ class _Expansion(PathBuilder):
 
     def _leave(self, site: Site, departure: TrunkPath, streams: Node) -> None:
         target = list(departure.axes)[-1]
-        value = tensor_value(target)
-        assert value is not None
         self._follow(max(streams, self.nodes[site.add]), like=self.nodes[site.add])
         lifted = self._lift(departure, streams)
         old = self.nodes[target]
         once = bool(departure.nodes) and runs_once(old)
         if once:
             self._read_out(old, lifted[target], departure.axes[target])
-        axis, mean = departure.axes[target] - value.dim(), once or not departure.nodes
+        axis, mean = departure.axes[target] - known_tensor(target).dim(), once or not departure.nodes
         note = partial(StreamOutput, self.results[target], axis=axis, path=site.path, mean=mean)
         self.leaving.append(((lifted[target],), note))
 
     def _copies(self, start: Node, first: Site) -> Node:
-        value, n = tensor_value(start), self.bindings[first].streams
-        assert value is not None
+        rank, n = known_tensor(start).dim(), self.bindings[first].streams
         trunk = self._features_last(start, first.shortcut.axes[first.trunk])
         wide = self._emit("trunk", "call_method", "unsqueeze", (trunk, -2))
-        streams = self._emit("streams", "call_method", "expand", (wide, *[-1] * (value.dim() - 1), n, -1))
+        streams = self._emit("streams", "call_method", "expand", (wide, *[-1] * (rank - 1), n, -1))
         mark_copies(streams)
         return streams
 
@@ -211,29 +202,25 @@ class _Expansion(PathBuilder):
     def _start(self, site: Site) -> Node:
         """Return the trunk value that a chain starts from, as its first reader reads it now."""
         readers = (*site.shortcut.nodes[:1], *site.adds)
-        for reader in readers:
-            for old, new in self._operands(reader):
-                if old is site.trunk:
-                    return new
-        raise AssertionError(f"{site}: none of {readers} reads its trunk {site.trunk}")
+        now = (new for reader in readers for old, new in self._operands(reader) if old is site.trunk)
+        start = next(now, None)
+        assert start is not None, f"{site}: none of {readers} reads its trunk {site.trunk}"
+        return start
 
     def _site(self, site: Site, trunk: Node, streams: Node, lifted: dict[Node, Node]) -> Node:
         add, axis = self.nodes[site.add], site.shortcut.axes[site.trunk]
         branch = {self.nodes[node] for node in site.branch}
         readers = [user for user in trunk.users if user in branch]
         if readers:
-            # Directly before their first reader, where the branch's gradient mode holds: the
-            # trunk's may differ (no_grad).
+            # before their first reader, where the branch's gradient mode holds (no_grad)
             self._follow(min(readers).prev, like=add)
         if site.tail:
             post, res = self._close(site, streams)
         else:
             collapsed, post, res = self._begin(site, streams)
             collapsed = self._features_back(collapsed, axis, trunk)
-        if (
-            site.shortcut.nodes
-            # Before the branch reads collapsed streams: it may read an operation of the shortcut.
-        ):
+        # before the branch reads collapsed streams: it may read an operation of the shortcut
+        if site.shortcut.nodes:
             lifted.update(self._lift(site.shortcut, streams))
         for reader in readers:
             reader.replace_input_with(trunk, collapsed)
@@ -266,8 +253,7 @@ class _Expansion(PathBuilder):
 
     def _update(self, site: Site, streams: Node, branch: Node, post: Node, res: Node) -> Node:
         """Write the new streams, in the dtype of the plain sum. The branch may be broadcast."""
-        total, value, wide = tensor_value(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
-        assert total is not None
+        total, value, wide = known_tensor(self.nodes[site.add]), tensor_value(branch), tensor_value(streams)
         if wide is not None and wide.dtype != total.dtype:
             streams = self._emit("streams", "call_method", "to", (streams, total.dtype))
         if value is not None and value.shape != total.shape:

@@ -29,14 +29,8 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["FunctionalizeWrites"]
-
 _OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ipow: operator.pow,
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in "add sub mul truediv pow".split()
 }
 #: Operations `name_` that have an out-of-place form `name` with the same arguments.
 _METHODS = frozenset(
@@ -44,8 +38,7 @@ _METHODS = frozenset(
     " masked_fill addcmul addcdiv lerp sin cos erf reciprocal round floor ceil relu6 leaky_relu elu hardtanh silu selu celu hardswish"
     " hardsigmoid threshold nan_to_num".split()
 )
-#: Activation modules with an `inplace` flag: the function, and the attributes that are its
-#: arguments.
+#: Activation modules with an `inplace` flag: the function, and the attributes that it takes.
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Any], tuple[str, ...]]] = {
     nn.ReLU: (F.relu, ()),
     nn.ReLU6: (F.relu6, ()),
@@ -108,7 +101,6 @@ def _protect_inputs(graph: Graph) -> None:
     after:  x = placeholder; own = x.clone(); iadd = operator.iadd(own, y); ...; x.copy_(own)
     """
     aliases = Aliases(graph)
-    output = next(iter(reversed(graph.nodes)))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
         value = tensor_value(node)
@@ -122,15 +114,14 @@ def _protect_inputs(graph: Graph) -> None:
             private = value.clone()
         with graph.inserting_before(inputs[-1].next):
             own = graph.call_method("clone", (node,))
-        first = writers[0]
-        inherit(own, first)
+        inherit(own, writers[0])
         own.meta["example_value"] = private
         for reader in list(node.users):
             if reader is not own:
                 reader.replace_input_with(node, own)
         for writer in writers:  # results of in-place operations are the tensor itself
             writer.meta["example_value"] = private
-        with graph.inserting_before(output):
+        with graph.inserting_before(graph.output_node()):
             back = graph.call_method("copy_", (node, own))
         inherit(back, writers[-1])
         back.meta["example_value"] = value
@@ -164,8 +155,7 @@ def _private(node: Node, same: list[Node], aliases: Aliases) -> bool:
 
 
 def _replace(node: Node, target: Node, same: list[Node], aliases: Aliases, names: dict[Node, Node]) -> None:
-    value = tensor_value(target)
-    form = _out_of_place(node)
+    value, form = tensor_value(target), _out_of_place(node)
     if form is None or value is None:
         return
     op, function, args, kwargs = form

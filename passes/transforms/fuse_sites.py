@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["FuseSites"]
-
 _COEFFICIENTS = torch.ops.mhc.coefficients.default
 _COLLAPSE = torch.ops.mhc.collapse.default
 _UPDATE = torch.ops.mhc.update.default
@@ -103,10 +101,8 @@ def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None
         return
     collapse = readers[0]
     value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
-    # static coefficients need no pass over the streams
-    if projection is not None and projection.shape[1] == 0:
-        return
-    if value is None or modes[collapse] != modes[coefficients]:
+    static = projection is not None and projection.shape[1] == 0  # needs no pass over the streams
+    if static or value is None or modes[collapse] != modes[coefficients]:
         return
     settings = (mapping, iterations, eps)
     update = streams if streams.target is _UPDATE and modes[streams] == modes[coefficients] else None  # type: ignore[union-attr, index]

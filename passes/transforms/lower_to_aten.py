@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-__all__ = ["CanonicalizeAten", "LowerOperators", "RecomposeLayerNorms"]
-
-#: Functions that are one ATen operation with the same arguments: the node itself is kept, with its
-#: name and metadata.
+#: Functions that are one ATen operation with the same arguments: their nodes are kept.
 _OVERLOADS: dict[Any, Any] = {torch.add: torch.ops.aten.add.Tensor}
 
 
@@ -120,9 +117,9 @@ def _is_mhc(node: Node) -> bool:
 def _is_python(node: Node) -> bool:
     if node.op == "call_method":
         return True
-    if node.op != "call_function" or node.target is operator.getitem:
+    if node.op != "call_function" or is_overload(node.target) or is_higher_order(node.target):
         return False
-    if is_overload(node.target) or is_higher_order(node.target):
+    if node.target is operator.getitem:
         return False
     value = example_value(node)
     parts = value if isinstance(value, (tuple, list)) else (value,)
@@ -154,9 +151,8 @@ def _replace(node: Node, result: Any) -> None:
             user.replace_all_uses_with(result[_index(user)])
             node.graph.erase_node(user)
         else:
-            user.args, user.kwargs = torch.fx.map_arg(
-                (user.args, user.kwargs), lambda old: result if old is node else old
-            )
+            given = (user.args, user.kwargs)
+            user.args, user.kwargs = torch.fx.map_arg(given, lambda old: result if old is node else old)
     node.graph.erase_node(node)
     if fresh:
         result.name = node.name

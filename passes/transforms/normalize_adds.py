@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mhc_compile.passes.analysis.op_info import ADDS, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import ADDS, known_tensor, op_name, tensor_value
 from mhc_compile.passes.core.emit import inherit
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
-
-__all__ = ["NormalizeAdds"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,7 @@ class NormalizeAdds(Pass):
                 _split_addcmul(node)
             elif op_name(node) in {"sub", "subtract", "__sub__"}:
                 _negate(node)
-            if op_name(node) not in ADDS:
-                continue
-            terms = _terms(node)
-            if terms is not None:
+            if op_name(node) in ADDS and (terms := _terms(node)) is not None:
                 _respell(node, terms)
         return copy
 
@@ -84,10 +79,8 @@ def _negate(node: Node) -> None:
     terms = _terms(node)
     if terms is None:
         return
-    first, second = tensor_value(terms[0]), tensor_value(terms[1])
-    if first is None or second is None or first.shape != second.shape:
-        return
-    if not (first.is_floating_point() and second.is_floating_point()):
+    first, second = map(known_tensor, terms)
+    if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
         return
     with node.graph.inserting_before(node), torch.no_grad():
         negative = node.graph.call_function(torch.neg, (terms[1],))
@@ -99,13 +92,11 @@ def _negate(node: Node) -> None:
 
 
 def _respell(node: Node, terms: tuple[Node, Node]) -> None:
-    graph, (first, second) = node.graph, terms
-    alpha = node.kwargs.get("alpha", 1)
-    with graph.inserting_before(node):
-        if alpha != 1:
-            scaled = graph.call_function(torch.mul, (second, alpha))
-            inherit(scaled, node)
-            scaled.meta["example_value"] = tensor_value(second)
-            second = scaled
-    node.op, node.target = "call_function", torch.add
-    node.args, node.kwargs = (first, second), {}
+    (first, second), alpha = terms, node.kwargs.get("alpha", 1)
+    if alpha != 1:
+        with node.graph.inserting_before(node):
+            scaled = node.graph.call_function(torch.mul, (second, alpha))
+        inherit(scaled, node)
+        scaled.meta["example_value"] = tensor_value(second)
+        second = scaled
+    node.op, node.target, node.args, node.kwargs = "call_function", torch.add, (first, second), {}

@@ -20,9 +20,7 @@ from mhc_compile.passes.core.pass_base import Pass
 from mhc_compile.passes.transforms.checkpoint_regions import FIXED, PLACE, Region, attribute_of, with_attributes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-__all__ = ["OutlineRegions", "adopt"]
+    from collections.abc import Mapping, Sequence
 
 #: The metadata of a value that the placeholder of a body takes over.
 _SHARED = frozenset({"example_value", "val", "nn_module_stack", "stack_trace"})
@@ -115,11 +113,7 @@ class _Places:
         return next(around, latest)
 
     def _leave(self) -> None:
-        """Move read-outs at the end of a region out of it, if that saves nothing more.
-
-        These are new nodes whose readers are all outside, and whose operands are outside, or have
-        other readers outside.
-        """
+        """Move read-outs at the end of a region out of it, if that saves nothing more."""
         leaving = {
             node for node in self.new if op_name(node) in _READ_OUT and node.users and self.region(node) is not None
         }
@@ -131,6 +125,7 @@ class _Places:
             self.of[node] = next(i for i in range(self.of[node], len(self.layout)) if self.layout[i] is home.parent)
 
     def _may_leave(self, node: Node, leaving: set[Node]) -> bool:
+        """Return whether all readers are outside, and operands are, or have other readers there."""
         home = self.region(node)
 
         def outside(other: Node) -> bool:
@@ -149,12 +144,10 @@ class _Outliner:
         self.places = _Places(graph, layout)
 
     def run(self) -> Graph:
-        source = self.source
-        copy = new_graph_like(source)
-        ordered = sorted(source.nodes, key=self.places.of.__getitem__)
+        copy = new_graph_like(self.source)
         bodies: dict[str, Any] = {}
-        self._write(copy, ordered, None, {}, bodies)
-        copy.owning_module = with_attributes(source.owning_module, bodies)
+        self._write(copy, sorted(self.source.nodes, key=self.places.of.__getitem__), None, {}, bodies)
+        copy.owning_module = with_attributes(self.source.owning_module, bodies)
         return copy
 
     def _write(
@@ -182,12 +175,7 @@ class _Outliner:
         return None if inner is region else inner
 
     def _close(
-        self,
-        graph: Graph,
-        members: Sequence[Node],
-        region: Region,
-        written: dict[Node, Node],
-        bodies: dict[str, Any],
+        self, graph: Graph, members: Sequence[Node], region: Region, written: dict[Node, Node], bodies: dict[str, Any]
     ) -> None:
         inside = set(members)
         operands = dict.fromkeys(
@@ -213,7 +201,11 @@ class _Outliner:
 
         origin = region.call.args[0]
         assert isinstance(origin, Node)
-        name = _fresh(str(origin.target).replace(".", "_"), {str(n.target) for n in self._attributes()} | bodies.keys())
+        taken = {
+            str(node.target) for node in self.source.nodes if node.op in {"get_attr", "call_module"}
+        } | bodies.keys()
+        base = str(origin.target).replace(".", "_")
+        name = next(name for name in (base, *(f"{base}_{i}" for i in range(1, len(taken) + 1))) if name not in taken)
         bodies[name] = module
         holder = graph.create_node("get_attr", name, name=origin.name)
         holder.meta = _clean(origin.meta)
@@ -225,9 +217,6 @@ class _Outliner:
             written[node] = graph.create_node("call_function", operator.getitem, (call, index), name=node.name)
             written[node].meta = _clean(node.meta)
 
-    def _attributes(self) -> Iterable[Node]:
-        return (node for node in self.source.nodes if node.op in {"get_attr", "call_module"})
-
 
 def _holds_module(node: Node) -> bool:
     return node.op == "get_attr" and isinstance(attribute_of(node), nn.Module)
@@ -235,11 +224,3 @@ def _holds_module(node: Node) -> bool:
 
 def _clean(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in meta.items() if key not in {PLACE, FIXED}}
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    number, candidate = 0, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhc_compile.passes.analysis.op_info import runs_once
-from mhc_compile.passes.lifting.rules import Obstacle, lift, lifted_axis
+from mhc_compile.passes.lifting.rules import lift, lifted_axis
+from mhc_compile.passes.lifting.trunk_op import Obstacle
 from mhc_compile.passes.transforms.boundary_builder import BoundaryBuilder
 
 if TYPE_CHECKING:
@@ -19,18 +20,9 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["PathBuilder"]
-
 
 class PathBuilder(BoundaryBuilder):
-    """Writes trunk paths for streams.
-
-    Args:
-        graph: see `StreamBuilder`.
-        nodes: see `StreamBuilder`.
-        openings: see `BoundaryBuilder`.
-        sums: the residual adds of all chains.
-    """
+    """Writes trunk paths for streams. `sums` are the residual adds of all chains."""
 
     def __init__(
         self,
@@ -55,18 +47,15 @@ class PathBuilder(BoundaryBuilder):
             # The operands may have been replaced by what another chain made of them.
             operands = self._operands(node)
             given = {new: lifted[before] for before, new in operands if before in lifted}
-            axes = {
-                **{new: trunk_path.axes[before] for before, new in operands if before in lifted},
-                old: trunk_path.axes[node],
-            }
+            axes = {new: trunk_path.axes[before] for before, new in operands if before in lifted}
+            axes[old] = trunk_path.axes[node]
             older = {new: known for before, new in operands if new not in given and (known := self._known(before))}
             wide = {**axes, **{new: axis for new, (_, axis) in older.items()}}
             if older and lifted_axis(old, [*given, *older], wide) == axes[old]:
                 given |= {new: older_streams for new, (older_streams, _) in older.items()}
                 axes = wide
-            new = self._emit_lifted(old, given, axes)
-            lifted[node] = new
-            self.known[node] = new, trunk_path.axes[node]
+            lifted[node] = self._emit_lifted(old, given, axes)
+            self.known[node] = lifted[node], trunk_path.axes[node]
         return lifted
 
     def _known(self, node: Node) -> tuple[Node, int] | None:
@@ -102,6 +91,6 @@ class PathBuilder(BoundaryBuilder):
         """Return the operands of a node of the plan, each with its current replacement."""
         given: list[Node] = []
         now: list[Node] = []
-        for one, operands in ((node, given), (self.nodes[node], now)):
-            torch.fx.map_arg((one.args, one.kwargs), operands.append)
+        torch.fx.map_arg((node.args, node.kwargs), given.append)
+        torch.fx.map_arg((self.nodes[node].args, self.nodes[node].kwargs), now.append)
         return list(zip(given, now, strict=True))

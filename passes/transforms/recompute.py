@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
@@ -15,8 +15,6 @@ from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
-
-__all__ = ["RecomputeSteps", "block_length"]
 
 _STEP = torch.ops.mhc.step.default
 
@@ -74,15 +72,7 @@ def _chains(graph: Graph) -> list[list[Node]]:
     chains: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if node.target is _STEP:
-            before = _before(node)
-            chains[node] = chains.pop(before) if before in chains else []
-            chains[node].append(node)
+            streams: Any = node.args[0]
+            first = streams.target is operator.getitem and streams.args[1] == 0
+            chains[node] = [*chains.pop(streams.args[0] if first else node, []), node]
     return list(chains.values())
-
-
-def _before(step: Node) -> Node | None:
-    streams = step.args[0]
-    if getattr(streams, "target", None) is not operator.getitem or streams.args[1] != 0:  # type: ignore[union-attr]
-        return None
-    packed = streams.args[0]  # type: ignore[union-attr]
-    return packed if getattr(packed, "target", None) is _STEP else None  # type: ignore[return-value]

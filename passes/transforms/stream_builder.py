@@ -18,8 +18,6 @@ from mhc_compile.passes.core.emit import compute_example, inherit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Binding", "End", "StreamBuilder"]
-
 
 @dataclass(frozen=True)
 class End:
@@ -74,9 +72,7 @@ class Binding:
 class StreamBuilder:
     """Writes into a copy of a graph, after the node `cursor`, with the provenance of `like`.
 
-    Args:
-        graph: the copy.
-        nodes: its nodes, by those of the original.
+    `nodes` are the nodes of the copy, by those of the original.
     """
 
     def __init__(self, graph: Graph, nodes: dict[Node, Node]) -> None:
@@ -104,25 +100,30 @@ class StreamBuilder:
 
     def _finish(self, node: Node) -> Node:
         inherit(node, self.like)
+        self.cursor = node
         if "example_value" in node.meta:
-            self.cursor = node
             return node
         value = None
         if node.target is torch.ops.mhc.coefficients.default:
             value = self._coefficients_like.get(self._shapes(node))
         if value is None:
-            value = self._attribute(str(node.target)) if node.op == "get_attr" else _example(node)
+            value = self._example(node)
         if value is not None:
             node.meta["example_value"] = value
-        self.cursor = node
         return node
+
+    def _example(self, node: Node) -> Any:
+        """Return the example value of a new node: later passes and reports read its shape."""
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        if node.op == "call_module":  # only leaf modules that keep the shape are lifted
+            return example_value(node.all_input_nodes[0])
+        return compute_example(node.op, node.target, node.args, node.kwargs)
 
     def _attribute(self, path: str) -> Any:
         """Return the example value of a parameter that is an attribute: a fake tensor."""
-        mode = next(
-            (mode for node in self.graph.nodes if (mode := getattr(tensor_value(node), "fake_mode", None)) is not None),
-            None,
-        )
+        modes = (getattr(tensor_value(node), "fake_mode", None) for node in self.graph.nodes)
+        mode = next((mode for mode in modes if mode is not None), None)
         if mode is None or self.graph.owning_module is None:
             return None
         owner, _, name = path.rpartition(".")
@@ -141,11 +142,8 @@ class StreamBuilder:
         if example is None or axis == example.dim() - 1:
             return value
         moved = self._emit("features_back", "call_method", "movedim", (value, -1, axis))
-        if (
-            example.dim() == 4
-            and not example.is_contiguous()
-            and example.is_contiguous(memory_format=torch.channels_last)
-        ):
+        wide = example.dim() == 4 and example.is_contiguous(memory_format=torch.channels_last)
+        if wide and not example.is_contiguous():
             return self._call("features_back", torch.clone, moved, memory_format=torch.channels_last)
         return self._emit("features_back", "call_method", "contiguous", (moved,))
 
@@ -176,10 +174,7 @@ class StreamBuilder:
         return [self._call("collapsed", torch.ops.mhc.collapse.default, streams, pre), pre, post, res]
 
     def _end(self, end: End, eps: float, streams: Node, pre: Node | None) -> Node:
-        """Write the result of a chain, [..., C].
-
-        `eps` is for the norm of a learned end, `pre` are the weights of the last site.
-        """
+        """Write the result of a chain, [..., C]; `pre` are the weights of the last site."""
         if end.kind == "pre":
             assert pre is not None
             return self._call("read_out", torch.ops.mhc.collapse.default, streams, pre)
@@ -188,8 +183,7 @@ class StreamBuilder:
         parameters = [self._parameter(name) for name in end.parameters]
         if end.kind == "gated":
             return self._call("read_out", torch.ops.mhc.gated_read_out.default, streams, *parameters, eps)
-        settings = (end.pre_eps, eps)
-        return self._call("read_out", torch.ops.mhc.read_out.default, streams, *parameters, *settings)
+        return self._call("read_out", torch.ops.mhc.read_out.default, streams, *parameters, end.pre_eps, eps)
 
     def _coefficients(self, binding: Binding, streams: Node) -> list[Node]:
         parameters = [self._parameter(name) for name in (binding.phi, binding.bias, binding.scale)]
@@ -206,10 +200,3 @@ class StreamBuilder:
 
     def _parameter(self, name: Node | str) -> Node:
         return self.nodes[name] if isinstance(name, Node) else self._emit("parameter", "get_attr", name, ())
-
-
-def _example(node: Node) -> Any:
-    """Return the example value of a new node, so that later passes and reports know its shape."""
-    if node.op == "call_module":  # only leaf modules that keep the shape are lifted
-        return example_value(node.all_input_nodes[0])
-    return compute_example(node.op, node.target, node.args, node.kwargs)
