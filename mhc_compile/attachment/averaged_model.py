@@ -1,9 +1,8 @@
-"""Averaged copies of a model that were made before its first compiled call.
+"""Give hyper-connections to averaged copies that were made before a model got them.
 
-`torch.optim.swa_utils.AveragedModel` pairs the parameters of the model with those of its copy by
-position and does not compare how many there are. A copy that was made before hyper-connections were
-attached would be paired wrongly, or left without them. There is no hook before an update, so the
-method is wrapped; a model without hyper-connections passes through.
+`torch.optim.swa_utils.AveragedModel` pairs parameters by position without comparing their number,
+so a copy made before attaching would be paired wrongly. Torch has no hook before an update,
+therefore the method is wrapped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["follow_averages", "share_connections"]
 
 
 def follow_averages() -> None:
-    """From now on, give averaged copies hyper-connections at the update that finds them without: their average begins there."""
+    """Complete averaged copies at their next update, where their hyper-connections start."""
     _torch.before_averaging(_complete)
 
 
@@ -35,13 +34,13 @@ def _complete(averaged: AveragedModel, model: nn.Module) -> None:
         share_connections(model, averaged.module)
     elif len(has) > len(wants):
         raise AttachError(
-            f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they were taken off"
-            " after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
+            f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they"
+            " were taken off after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
         )
 
 
 def share_connections(model: nn.Module, twin: nn.Module) -> None:
-    """Gives `twin`, a copy of `model` from before hyper-connections were attached, copies of those that it lacks.
+    """Copy to `twin`, an earlier copy of `model`, the hyper-connections that it lacks.
 
     Raises:
         AttachError: `twin` does not have the modules of `model`.
@@ -70,14 +69,14 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
 
 def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     mine, theirs = _modules(model), _modules(twin)
-    # Wrappers (DDP, torch.compile) stand before what they wrap, and only one of the two may have
-    # one.
+    # Wrappers (DDP, torch.compile) precede their module, and only one of the two may have one.
     length = min(len(mine), len(theirs))
     pairs = list(zip(mine[-length:], theirs[-length:], strict=True))
     if not all(type(one) is type(other) for one, other in pairs):
         raise AttachError(
-            f"{type(unwrap(twin)).__name__} was averaged before hyper-connections were attached to {type(unwrap(model)).__name__}, and has other"
-            " modules: they cannot be given to it. Make the AveragedModel after mhc_compile.attach(model, ...)"
+            f"{type(unwrap(twin)).__name__} was averaged before hyper-connections were attached to"
+            f" {type(unwrap(model)).__name__}, and has other modules: they cannot be given to it. Make the"
+            " AveragedModel after mhc_compile.attach(model, ...)"
         )
     return pairs
 
