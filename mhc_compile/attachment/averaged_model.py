@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["follow_averages", "share_connections"]
+__all__ = ["follow_averages"]
 
 
 def follow_averages() -> None:
@@ -29,23 +29,16 @@ def follow_averages() -> None:
 
 
 def _complete(averaged: AveragedModel, model: nn.Module) -> None:
+    """Copy to `averaged`, an earlier copy of `model`, the hyper-connections that it lacks."""
     has, wants = connections(averaged.module), connections(model)
-    if len(has) < len(wants):
-        share_connections(model, averaged.module)
-    elif len(has) > len(wants):
+    if len(has) > len(wants):
         raise AttachError(
             f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they"
             " were taken off after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
         )
-
-
-def share_connections(model: nn.Module, twin: nn.Module) -> None:
-    """Copy to `twin`, an earlier copy of `model`, the hyper-connections that it lacks.
-
-    Raises:
-        AttachError: `twin` does not have the modules of `model`.
-    """
-    pairs = _pairs(model, twin)
+    if len(has) == len(wants):
+        return
+    pairs = _pairs(model, averaged.module)
     copies: dict[HyperConnection, HyperConnection] = {}
     for owner, other in pairs:
         container = getattr(owner, CONTAINER, None)
@@ -68,7 +61,8 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    mine, theirs = _modules(model), _modules(twin)
+    ours = (HyperConnection, HyperConnections)
+    mine, theirs = ([part for part in root.modules() if not isinstance(part, ours)] for root in (model, twin))
     # Wrappers (DDP, torch.compile) precede their module, and only one of the two may have one.
     length = min(len(mine), len(theirs))
     pairs = list(zip(mine[-length:], theirs[-length:], strict=True))
@@ -79,10 +73,6 @@ def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module
             " AveragedModel after mhc_compile.attach(model, ...)"
         )
     return pairs
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if not isinstance(module, (HyperConnection, HyperConnections))]
 
 
 def _copy(connection: HyperConnection, owner: nn.Module) -> HyperConnection:

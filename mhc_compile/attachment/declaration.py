@@ -90,7 +90,10 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
 
 def _warn_of_plain_run(declaring_module: nn.Module) -> None:
     """Warn, once for each model, that the running model drops its streams."""
-    model = _running_model(declaring_module)
+    model = declaring_module
+    for owner, _ in _torch.running_objects():  # innermost first
+        if isinstance(owner, torch.nn.Module) and any(module is model for module in owner.modules()):
+            model = owner
     _warned.update(module for module in model.modules() if HOOK in module.__dict__)
     warn(
         f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it"
@@ -99,12 +102,3 @@ def _warn_of_plain_run(declaring_module: nn.Module) -> None:
         " compiling, mhc_compile.detach(model) takes them off",
         repeat=True,
     )
-
-
-def _running_model(declaring_module: nn.Module) -> nn.Module:
-    """Return the outermost running module that contains `declaring_module`."""
-    model = declaring_module
-    for owner, _ in _torch.running_objects():
-        if isinstance(owner, torch.nn.Module) and any(module is model for module in owner.modules()):
-            model = owner
-    return model

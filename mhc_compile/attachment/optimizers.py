@@ -77,12 +77,7 @@ def expect(
 ) -> None:
     """Apply `policy` to optimizers that train `owner` but not `connection`, from now on.
 
-    Args:
-        connection: a new hyper-connection.
-        owner: the module it was attached to.
-        policy: the option `existing_optimizers`.
-        root: a module around the owner; it gives the order within a group.
-        path: path of the owner in the root.
+    `root`, which has the owner at `path`, gives the order within a group.
     """
     global _hooked, _expected
     if policy == "ignore":

@@ -50,8 +50,8 @@ def attach_site(
         declaring_module: the module whose call declares the parameters.
         site: the site.
         options: resolved for this site.
-        index: position of the site in its chain, over all equivalent blocks.
-        dtype: of new parameters.
+        index: position in the chain, over all equivalent blocks.
+        dtype: dtype of new parameters.
         last: whether the site ends its chain and may have a learned read-out.
         root: the traced module, if any.
 

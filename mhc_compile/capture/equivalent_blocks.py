@@ -41,20 +41,12 @@ def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
         whole = call.module
         if whole is module or isinstance(whole, OptimizedModule):
             continue
-        path = next((path for path, one in whole.named_modules() if one is module), None)
-        found = _in_list(whole, path.split("."), module) if path else None
-        if found is not None:
-            return found
+        path = next((path.split(".") for path, other in whole.named_modules() if other is module), [])
+        for length in reversed(range(len(path))):
+            holder = whole.get_submodule(".".join(path[:length]))
+            if isinstance(holder, (nn.ModuleList, nn.Sequential)):
+                return _others(holder, path[length], ".".join(path[length + 1 :]), module)
     return EquivalentBlocks(0, {})
-
-
-def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> EquivalentBlocks | None:
-    """Return the equivalent blocks of `module`, which is `whole.path`; None if it is in no list."""
-    for length in range(len(path) - 1, -1, -1):
-        holder = whole.get_submodule(".".join(path[:length]))
-        if isinstance(holder, (nn.ModuleList, nn.Sequential)):
-            return _others(holder, path[length], ".".join(path[length + 1 :]), module)
-    return None
 
 
 def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> EquivalentBlocks:

@@ -24,12 +24,9 @@ _LOCAL = re.compile(r"^[LG]\[[^\]]*\]\.?")
 
 
 class DynamoProvenance(Provenance):
-    """Maps nodes to modules and parameters. Valid while Dynamo traces the frame.
+    """Maps nodes to modules, and graph inputs to parameters by the example inputs.
 
-    Args:
-        graph: the graph as Dynamo made it.
-        inputs: the example inputs, in the order of the placeholders.
-        frame: the traced frame.
+    Valid while Dynamo traces the frame.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], frame: Frame) -> None:

@@ -51,11 +51,7 @@ def capture(
     in training, and the zeros have a history that tells a later graph their origin. Compiled
     versions of the model are not affected.
 
-    Args:
-        model: any module.
-        args: its inputs.
-        kwargs: its inputs by name.
-        on_graph: gets each graph and its example inputs while it is traced; returns annotations.
+    `on_graph` gets each graph and its example inputs while it is traced, and returns annotations.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs; the cause is chained.

@@ -64,17 +64,9 @@ def dry_run(
 ) -> Begun:
     """Trace `model(*args, **kwargs)` as the compiled call would, and predict each rewrite.
 
-    Args:
-        model: any module.
-        args: example inputs.
-        kwargs: example inputs by name.
-        options: of the backend.
-        on_graph: called with every graph, in the order in which they run.
-        begun: the result of an earlier run. The first half of a split branch is traced before its
-            site is known, so only a second run can predict its rewrite.
-
-    Returns:
-        The sites of split branches, by the modules that start them.
+    `on_graph` gets the graphs in the order in which they run. Return the sites of split branches by
+    the modules that start them. The first half of such a branch is traced before its site is known:
+    to predict its rewrite, run again with the result as `begun`.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs.

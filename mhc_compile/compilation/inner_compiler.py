@@ -29,16 +29,10 @@ _FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "bl
 
 
 def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mode: str | None) -> Callable[..., Any]:
-    """Compile the result of `session.rewrite` and connect it with other graphs of the model.
+    """Compile `graph`, the result of `session.rewrite`, and connect it with other graphs.
 
-    Args:
-        session: the session of the graph.
-        graph: the rewritten graph. Arriving streams are inputs after Dynamo's.
-        inputs: the example inputs of Dynamo's graph.
-        mode: as for Inductor.
-
-    Returns:
-        A callable with the inputs and results of Dynamo's graph.
+    The callable has the inputs and results of Dynamo's graph. `graph` also takes arriving streams
+    and returns departing ones.
     """
     options = session.options
     arrivals, departures = crossings(graph)

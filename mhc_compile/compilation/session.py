@@ -29,7 +29,7 @@ from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
-from mhc_compile.distributed.guards import check_site, ddp_parameters, warn_of_pipeline
+from mhc_compile.distributed.guards import check_site, warn_of_pipeline
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.split_branches import Notes
 from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
@@ -95,7 +95,7 @@ class GraphSession:
         parameters = ModuleParameters(self.graph, self.provenance)
         planned = parameters.resolve(self.planner, self.options)
         root, frame = self.provenance.root, self.provenance.frame
-        ddp = ddp_parameters(frame)
+        ddp = None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
         blocks = EquivalentBlocks(0, {})
         if root is not None and any(parameters.existing(item) is None for item in planned):
             blocks = equivalent_blocks(root, frame)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-__all__ = ["check_site", "check_unwrapped", "ddp_parameters", "warn_of_pipeline"]
+__all__ = ["check_site", "check_unwrapped", "warn_of_pipeline"]
 
 _WAY_OUT = (
     "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled"
@@ -30,19 +30,10 @@ _WAY_OUT = (
 )
 
 
-def ddp_parameters(frame: Frame) -> set[int] | None:
-    """Return the `id`s of the parameters that DDP around the frame handles, or None without DDP."""
-    return None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
-
-
-def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, known: set[int] | None) -> None:
+def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, ddp: set[int] | None) -> None:
     """Check that distributed wrappers handle the parameters of a site, before any are created.
 
-    Args:
-        site: the site.
-        owner: the module that performs its add.
-        connection: its hyper-connection, None if it has none yet.
-        known: the result of `ddp_parameters`.
+    `ddp` has the `id`s of the parameters that DDP around the model handles; None without DDP.
 
     Raises:
         AttachError: DDP or FSDP wrapped the model before the hyper-connection existed, or the trunk
@@ -56,8 +47,8 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
             " tokens. Leave sequence parallelism off (tensor parallelism that ends every branch in RowwiseParallel()"
             " works), or compile this model with another backend"
         )
-    if known is not None:
-        if connection is None or any(id(parameter) not in known for parameter in connection.parameters()):
+    if ddp is not None:
+        if connection is None or any(id(parameter) not in ddp for parameter in connection.parameters()):
             raise AttachError(
                 f"{site}: DistributedDataParallel wrapped the model before its hyper-connections were attached, and"
                 f" would not average their gradients. {_WAY_OUT}"

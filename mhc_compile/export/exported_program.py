@@ -102,17 +102,12 @@ def _assemble(
     program: ExportedProgram,
     graph: Graph,
     inputs: list[InputSpec],
-    tensors: dict[str, torch.nn.Parameter],
+    tensors: dict[str, Any],
     kept: set[str] | None = None,
 ) -> ExportedProgram:
-    """Return `program` with another graph and further tensors.
+    """Return `program` with another graph, its input specs, and new state dict entries `tensors`.
 
-    Args:
-        program: the original program.
-        graph: the new graph, in ATen.
-        inputs: specs of the graph's placeholders, in order.
-        tensors: new entries of the state dict.
-        kept: names of the program's values that the graph still has; by default all of the graph.
+    `kept` names the program's values that the graph still has, by default all of the graph.
     """
     for node in graph.nodes:
         if "example_value" in node.meta:

@@ -35,12 +35,7 @@ _KINDS = (HyperConnection.names, GatedConnection.names)
 
 
 class ProgramProvenance(Provenance):
-    """Maps nodes to modules (`nn_module_stack`) and parameters (the signature).
-
-    Args:
-        graph: the program's graph or a copy.
-        inputs: specs of the graph's placeholders, in order.
-    """
+    """Maps nodes of a program to modules (`nn_module_stack`) and parameters (the signature)."""
 
     def __init__(self, graph: Graph, inputs: Iterable[InputSpec]) -> None:
         # Placeholders keep their target through every copy of the graph.
@@ -68,11 +63,7 @@ class ProgramParameters(SiteParameters):
     """The parameters of a program's hyper-connections.
 
     A program exported from a model with hyper-connections has them as unread inputs, which are
-    used; others are created.
-
-    Args:
-        graph: the normalised graph; `bind` adds inputs.
-        program: the original program.
+    used. Others are created; `bind` adds them to the graph, a normalised copy of the program's.
     """
 
     def __init__(self, graph: Graph, program: ExportedProgram) -> None:
@@ -81,7 +72,8 @@ class ProgramParameters(SiteParameters):
         self.tensors: dict[str, nn.Parameter] = {}
         #: Specs of all graph inputs, in order.
         self.specs = list(program.graph_signature.input_specs)
-        self._nodes = {spec.target: node for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER}
+        placeholders = zip(graph.find_nodes(op="placeholder"), self.specs, strict=True)
+        self._nodes = {spec.target: node for node, spec in placeholders if spec.kind is InputKind.PARAMETER}
         self._state = program.state_dict
         self._aliases = {path: names for names in _aliases(program) for path in names}
 
@@ -177,11 +169,6 @@ class ProgramParameters(SiteParameters):
         modes = (getattr(tensor_value(node), "fake_mode", None) for node in self.graph.nodes)
         mode = next(mode for mode in modes if mode is not None)
         return mode.from_tensor(parameter, static_shapes=True)  # type: ignore[no-any-return]
-
-
-def _inputs(graph: Graph, program: ExportedProgram) -> list[tuple[Node, InputSpec]]:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return list(zip(placeholders, program.graph_signature.input_specs, strict=True))
 
 
 def _aliases(program: ExportedProgram) -> list[list[str]]:

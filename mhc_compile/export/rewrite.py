@@ -145,17 +145,9 @@ def _keep_connections(old: fx.GraphModule, new: fx.GraphModule) -> None:
     for path, module in old.named_modules():
         parent, _, name = path.rpartition(".")
         if isinstance(module, HyperConnections) and not isinstance(old.get_submodule(parent), HyperConnections):
-            if parent and not _has(new, parent):
+            if parent and parent not in dict(new.named_modules(remove_duplicate=False)):
                 new.add_submodule(parent, nn.Module())
             new.get_submodule(parent).add_module(name, module)
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:

@@ -46,7 +46,7 @@ class StreamBoundary:
         positions: positions of the inputs by their targets.
         notes: annotations for the autograd history of the results.
         root: the module whose method the frame is, if any.
-        where: file and line of the frame, for messages.
+        where: file and line of the frame.
         strict: raise an error where streams are lost.
 
     Raises:

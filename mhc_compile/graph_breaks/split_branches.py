@@ -62,21 +62,13 @@ class _Note:
 
 
 class Notes:
-    """The annotations that one compiled graph adds to the autograd history of its results.
+    """The annotations that a graph with `heads` adds to the autograd history of its `results`.
 
-    Args:
-        heads: the heads of branches in the graph.
-        provenance: of the graph.
-        positions: positions of the graph's inputs by their targets.
-        results: the graph's results.
+    `positions` gives the positions of the graph's inputs by their targets.
     """
 
     def __init__(
-        self,
-        heads: Iterable[BranchHead],
-        provenance: DynamoProvenance,
-        positions: Mapping[str, int],
-        results: Sequence[Any],
+        self, heads: Iterable[BranchHead], provenance: DynamoProvenance, positions: Mapping[str, int], results: Any
     ) -> None:
         self._entries: list[tuple[int | None, int | None, dict[int, weakref.ref[nn.Module] | None], Beginning]] = []
         for head in heads:
