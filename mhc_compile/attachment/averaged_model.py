@@ -47,11 +47,11 @@ def _complete(averaged: AveragedModel, model: nn.Module) -> None:
         theirs = container_of(other)
         for name, connection in container.named_modules():
             if isinstance(connection, HyperConnection):
-                if theirs.get(name) is None:
-                    theirs.put(name, _copy(connection, other))
-                mine = theirs.get(name)
-                assert mine is not None
-                copies[connection] = mine
+                twin = theirs.get(name)
+                if twin is None:
+                    twin = _copy(connection, other)
+                    theirs.put(name, twin)
+                copies[connection] = twin
         theirs.train(other.training)
     for declaring_module, other in pairs:
         for connection in declaring_module.__dict__.get(DECLARED, ()):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ExistingOptimizers
 
     Group = dict[str, Any]
+    Places = dict[int, list[tuple[Optimizer, Group]]]
 
 __all__ = ["expect", "leave", "settle"]
 
@@ -68,12 +69,7 @@ _lock = threading.Lock()
 
 
 def expect(
-    connection: HyperConnection,
-    owner: nn.Module,
-    policy: ExistingOptimizers,
-    *,
-    root: nn.Module | None = None,
-    path: str = "",
+    connection: HyperConnection, owner: nn.Module, policy: ExistingOptimizers, *, root: nn.Module | None, path: str
 ) -> None:
     """Apply `policy` to optimizers that train `owner` but not `connection`, from now on.
 
@@ -127,7 +123,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
 
 def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
     """Apply the policy of every waiting hyper-connection. `stepping` is about to step."""
-    places: dict[int, list[tuple[Optimizer, Group]]] = {}
+    places: Places = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -184,12 +180,7 @@ def _scopes(owner: nn.Module, root: nn.Module, path: str) -> Iterator[nn.Module]
 
 
 def _targets(
-    parameter: nn.Parameter,
-    scopes: list[nn.Module],
-    places: dict[int, list[tuple[Optimizer, Group]]],
-    stepping: Optimizer | None,
-    *,
-    matrix: bool,
+    parameter: nn.Parameter, scopes: list[nn.Module], places: Places, stepping: Optimizer | None, *, matrix: bool
 ) -> list[tuple[Optimizer, Group]]:
     """Return the groups that `parameter` joins, as the rules above say; `matrix`: like a matrix."""
 

@@ -41,7 +41,7 @@ def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
         whole = call.module
         if whole is module or isinstance(whole, OptimizedModule):
             continue
-        path = next((path.split(".") for path, other in whole.named_modules() if other is module), [])
+        path: list[str] = next((path.split(".") for path, other in whole.named_modules() if other is module), [])
         for length in reversed(range(len(path))):
             holder = whole.get_submodule(".".join(path[:length]))
             if isinstance(holder, (nn.ModuleList, nn.Sequential)):

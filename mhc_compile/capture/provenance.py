@@ -58,17 +58,13 @@ class DynamoProvenance(Provenance):
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
         """Return the root, then the modules whose calls surround `node`."""
-        refs = [self._ref(str(key), name, kind) for key, (name, kind) in node.meta.get("nn_module_stack", {}).items()]
-        if self.root is not None and (not refs or _identity(refs[0]) != id(self.root)):
+        refs = []
+        for key, (name, kind) in node.meta.get("nn_module_stack", {}).items():
+            path = self._paths.get(_identity(str(key)), _LOCAL.sub("", name))
+            refs.append(ModuleRef(str(key), path, getattr(kind, "__name__", str(kind))))
+        if self.root is not None and (not refs or _identity(refs[0].key) != id(self.root)):
             refs.insert(0, ModuleRef(str(id(self.root)), "", type(self.root).__name__, called=False))
         return tuple(refs)
-
-    def _ref(self, key: str, name: str, kind: Any) -> ModuleRef:
-        identity = int(key.split("@")[0])
-        path = self._paths.get(identity)
-        if path is None:
-            path = _LOCAL.sub("", name)
-        return ModuleRef(key, path, getattr(kind, "__name__", str(kind)))
 
     def parameter_name(self, node: Node) -> str | None:
         """Return the path of the parameter that a graph input is."""
@@ -84,7 +80,7 @@ class DynamoProvenance(Provenance):
 
     def module(self, ref: ModuleRef) -> nn.Module | None:
         """Return the module itself."""
-        identity = _identity(ref)
+        identity = _identity(ref.key)
         if self.root is not None and identity == id(self.root):
             return self.root
         return _torch.module_by_id(identity)
@@ -94,6 +90,6 @@ class DynamoProvenance(Provenance):
         return self._targets.get(id(parameter))
 
 
-def _identity(ref: ModuleRef) -> int:
+def _identity(key: str) -> int:
     """Return the module's `id`: the key without the call number ("140…@1")."""
-    return int(ref.key.split("@")[0])
+    return int(key.split("@")[0])

@@ -13,7 +13,7 @@ from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
 if TYPE_CHECKING:
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
 
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.config.options import ResolvedOptions
@@ -25,9 +25,12 @@ __all__ = ["analyze_boundary", "check_whole"]
 def analyze_boundary(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> BoundaryInfo:
     """Return the boundary of a graph, from its example inputs and the attached modules."""
     placeholders = zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
-    values = {
-        node: value for node, value in placeholders if _is_activation(node) and not provenance.holds_weights(node)
-    }
+    values = {}
+    for node, value in placeholders:
+        example = tensor_value(node)
+        activation = example is not None and example.is_floating_point() and example.dim() > 1
+        if activation and not provenance.holds_weights(node):
+            values[node] = value
 
     def attached(site: Site) -> bool:
         owner = provenance.module(site.owner)
@@ -60,8 +63,3 @@ def check_whole(plan: Plan, boundary: BoundaryInfo, options: ResolvedOptions, pr
                 " break (mhc explain shows the pieces; torch.compile(fullgraph=True) names it) and compile the model as"
                 " a whole, or use read_out='mean', single_pass=False"
             )
-
-
-def _is_activation(node: Node) -> bool:
-    value = tensor_value(node)
-    return value is not None and value.is_floating_point() and value.dim() > 1

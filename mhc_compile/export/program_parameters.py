@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
@@ -20,7 +20,6 @@ from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch import nn
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
@@ -73,7 +72,9 @@ class ProgramParameters(SiteParameters):
         #: Specs of all graph inputs, in order.
         self.specs = list(program.graph_signature.input_specs)
         placeholders = zip(graph.find_nodes(op="placeholder"), self.specs, strict=True)
-        self._nodes = {spec.target: node for node, spec in placeholders if spec.kind is InputKind.PARAMETER}
+        self._nodes: dict[Any, Node] = {
+            spec.target: node for node, spec in placeholders if spec.kind is InputKind.PARAMETER
+        }
         self._state = program.state_dict
         self._aliases = {path: names for names in _aliases(program) for path in names}
 
@@ -160,15 +161,13 @@ class ProgramParameters(SiteParameters):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
                 # An argument name of the graph's code; a module's name may be anything.
                 node.target = node.name
-            node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
+            modes = (getattr(tensor_value(other), "fake_mode", None) for other in self.graph.nodes)
+            mode: Any = next(mode for mode in modes if mode is not None)
+            parameter = self.tensors.get(target, self._state.get(target))
+            node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
             self.specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node
         return self._nodes[target]
-
-    def _fake(self, parameter: nn.Parameter) -> torch.Tensor:
-        modes = (getattr(tensor_value(node), "fake_mode", None) for node in self.graph.nodes)
-        mode = next(mode for mode in modes if mode is not None)
-        return mode.from_tensor(parameter, static_shapes=True)  # type: ignore[no-any-return]
 
 
 def _aliases(program: ExportedProgram) -> list[list[str]]:

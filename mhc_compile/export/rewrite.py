@@ -99,11 +99,13 @@ def _rewrite_graph_module(
     planner = Planner(source.graph, Provenance(), options.min_chain_length)
     parameters = AttributeParameters(source)
     bindings = {one.site: parameters.bind(one) for one in parameters.resolve(planner, options)}
-    if not bindings:
-        if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
-            warn_nothing_rewritten(planner.plan.rejections, options)
-        return _with_graph(source, close_regions(source.graph))
-    return _with_graph(source, expand_plan(source.graph, planner.plan, bindings))
+    if not bindings and not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
+        warn_nothing_rewritten(planner.plan.rejections, options)
+    graph = expand_plan(source.graph, planner.plan, bindings) if bindings else close_regions(source.graph)
+    adopt(source, graph)
+    source.graph = graph
+    source.recompile()
+    return source
 
 
 class AttributeParameters(SiteParameters):
@@ -131,13 +133,6 @@ class AttributeParameters(SiteParameters):
         binding = bind_connection(connection, lambda name: f"{site.path}.{name}")
         assert binding is not None  # every name is a path
         return binding
-
-
-def _with_graph(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    adopt(source, graph)
-    source.graph = graph
-    source.recompile()
-    return source
 
 
 def _keep_connections(old: fx.GraphModule, new: fx.GraphModule) -> None:

@@ -156,7 +156,7 @@ def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
     if not value.requires_grad:
         return entry.streams.detach()
     observed = value is not other or has_hooks(value) or value.retains_grad
-    return _Through.apply(value, entry.streams, entry) if observed else entry.streams  # type: ignore[no-any-return]
+    return _Through.apply(value, entry.streams, entry) if observed else entry.streams
 
 
 class _Through(torch.autograd.Function):

@@ -125,7 +125,10 @@ def changed(value: Tensor, other: Tensor, entry: StreamEntry) -> str | None:
     """Return why streams of `other` are not valid for `value`, or None."""
     if _torch.write_count(value) != entry.version:
         return "the tensor was written to in place on the way"
-    if value is not other and not _is_connected(value, other):
+    if value is not other and (
+        value.requires_grad != other.requires_grad
+        or (value.requires_grad and all(node is not other.grad_fn for node, _ in history(value, _NEAR)))
+    ):
         return "the tensor was cut off from its history on the way, as in a reentrant checkpoint"
     if value.requires_grad and not (torch.is_grad_enabled() and entry.streams.requires_grad):
         return "its history is not recorded here, as in a reentrant checkpoint"
@@ -136,13 +139,6 @@ def find_lost_streams(value: Tensor) -> Departed | None:
     """Return untaken streams of a tensor from which a few recorded operations made `value`."""
     found = (node.metadata.get(_LEFT, {}).get(output) for node, output in history(value, _NEAR))
     return next((left for left in found if left is not None and not left.taken), None)
-
-
-def _is_connected(value: Tensor, other: Tensor) -> bool:
-    """Whether gradients flow from an alias to the tensor itself, which `detach` prevents."""
-    return value.requires_grad == other.requires_grad and (
-        not value.requires_grad or any(node is other.grad_fn for node, _ in history(value, _NEAR))
-    )
 
 
 def history(
