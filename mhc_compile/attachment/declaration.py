@@ -48,10 +48,7 @@ def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool
 
 
 def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
-    """Record that `modules` start the branch of site `name` in another graph than its add.
-
-    Return True if that is new.
-    """
+    """Record that `modules` start the branch of site `name` elsewhere. Return True if new."""
     changed = False
     for module in modules:
         begun: tuple[tuple[str, HyperConnection], ...] = module.__dict__.get(BEGUN, ())

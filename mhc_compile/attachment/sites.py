@@ -45,15 +45,8 @@ def attach_site(
 ) -> bool:
     """Give `site` its parameters and its declaration. Return True if anything was missing.
 
-    Args:
-        owner: the module that performs the add.
-        declaring_module: the module whose call declares the parameters.
-        site: the site.
-        options: resolved for this site.
-        index: position in the chain, over all equivalent blocks.
-        dtype: dtype of new parameters.
-        last: whether the site ends its chain and may have a learned read-out.
-        root: the traced module, if any.
+    The owner performs the add; a call of the declaring module declares the parameters. `index` is
+    the position in the chain, over all equivalent blocks. The `last` site may get a read-out.
 
     Raises:
         AttachError: the owner has a hyper-connection for the site that contradicts the options.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
+    GraphCallback = Callable[[GraphModule, list[Any]], "ResultAnnotator"]
 
 __all__ = ["Probe", "ResultAnnotator", "capture"]
 
@@ -38,12 +39,7 @@ class ResultAnnotator(Protocol):
         """Annotate the results of one call of the graph."""
 
 
-def capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    on_graph: Callable[[GraphModule, list[Any]], ResultAnnotator],
-) -> int:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_graph: GraphCallback) -> int:
     """Call `on_graph` with every graph that Dynamo makes of `model(*args, **kwargs)`; count them.
 
     Graphs are not run, except for operations on integers. They return zeros of the right shapes,

@@ -81,7 +81,7 @@ def dry_run(
             for module in (module for head in planned.site.heads for module in head.alive()):
                 cut.setdefault(module, []).append(planned)
         parameters = PredictedParameters(session.graph, session.provenance)
-        bindings = {one.site: parameters.bind(one) for one in parameters.resolve(session.planner, options)}
+        bindings = {item.site: parameters.bind(item) for item in parameters.resolve(session.planner, options)}
         openings = parameters.predicted_openings(session.plan, begun or {})
         modules = tuple(sharing.modules(session.provenance.root, session.provenance.frame))
         if modules:

@@ -35,11 +35,7 @@ def _by_reason(rejections: Iterable[Rejection]) -> tuple[int, str]:
 def warn_nothing_rewritten(
     rejections: Iterable[Rejection], options: ResolvedOptions, graphs: Iterable[Graph] = ()
 ) -> None:
-    """Warn that nothing was rewritten in `graphs`, and why.
-
-    Raises:
-        NothingRewrittenError: `options.strict`.
-    """
+    """Warn that nothing was rewritten in `graphs`; if `strict`, raise NothingRewrittenError."""
     count, listed = _by_reason(rejections)
     found = f"{count} floating-point additions, all rejected ({listed})"
     _warn_or_raise(
@@ -66,11 +62,7 @@ def _hint(graphs: Iterable[Graph]) -> str:
 
 
 def warn_unused(unused: list[str], rejections: Iterable[Rejection], options: ResolvedOptions) -> None:
-    """Warn that hyper-connections of modules in a graph have no site there, so run as plain adds.
-
-    Raises:
-        NothingRewrittenError: `options.strict`.
-    """
+    """Warn of hyper-connections without a site; if `strict`, raise NothingRewrittenError."""
     count, listed = _by_reason(rejections)
     others = f"rejected additions: {listed}" if count else "there is no other addition of floating-point tensors"
     listed_paths = f"{unused[0]}, ..." if len(unused) > 1 else unused[0]
@@ -84,11 +76,7 @@ def warn_unused(unused: list[str], rejections: Iterable[Rejection], options: Res
 
 
 def warn_split_branch(rejection: Rejection, provenance: DynamoProvenance, options: ResolvedOptions) -> None:
-    """Warn that a residual add is skipped and ends its chain, because of where its branch ran.
-
-    Raises:
-        StreamsLostError: `options.strict`.
-    """
+    """Warn that a split branch ends a chain; if `strict`, raise StreamsLostError."""
     owner = rejection.module_path or (type(provenance.root).__name__ if provenance.root is not None else "a function")
     _warn_or_raise(
         f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end"

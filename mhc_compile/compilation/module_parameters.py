@@ -63,7 +63,7 @@ class ModuleParameters(SiteParameters):
 
     def undeclared(self, planned: tuple[PlannedSite, ...]) -> dict[Node, Rejection]:
         """Reject sites whose parameters did not enter the graph."""
-        return {one.site.add: _not_declared(one.site) for one in planned if self.find(one) is None}
+        return {item.site.add: _not_declared(item.site) for item in planned if self.find(item) is None}
 
     def openings(self, plan: Plan) -> dict[BranchHead, tuple[str, Binding]]:
         """Return name and parameters of each branch that starts here and ends in another graph."""
@@ -110,10 +110,7 @@ class PredictedParameters(ModuleParameters):
     def predicted_openings(
         self, plan: Plan, begun: Mapping[nn.Module, Sequence[PlannedSite]]
     ) -> dict[BranchHead, tuple[str, Binding]]:
-        """Return what `openings` finds after attaching.
-
-        `begun` maps a module to the sites at the ends of the branches that it starts.
-        """
+        """Predict `openings`. `begun` maps a module to the sites whose branches it starts."""
         found = self.openings(plan)
         for head in plan.heads:
             sites = [

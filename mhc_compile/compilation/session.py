@@ -124,16 +124,14 @@ class GraphSession:
         return changed
 
     def rewrite(self) -> Graph:
-        """Return the graph on streams, with `mhc::` operators.
-
-        Without sites it is the normalised graph.
+        """Return the graph on streams, with `mhc::` operators; without sites, the normalised graph.
 
         Raises:
             NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
         """
         parameters = ModuleParameters(self.graph, self.provenance)
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
-        bindings = {one.site: parameters.bind(one) for one in self.sites}
+        bindings = {item.site: parameters.bind(item) for item in self.sites}
         openings = parameters.openings(self.plan)
         self._report([*bindings.values(), *(binding for _, binding in openings.values())])
         if not bindings and not openings:
@@ -164,12 +162,12 @@ class GraphSession:
             log.debug("rejected %s: %s", rejection.add, rejection)
             if rejection.reason is Reason.BROKEN_BRANCH:
                 warn_split_branch(rejection, self.provenance, self.options)
-        unused = self._unused(bindings)
+        unused = self._unused_connections(bindings)
         # The first graph of a split branch cannot know its site yet.
         if unused and not self.provenance.frame.is_part:
             warn_unused(unused, self.plan.rejections, self.options)
 
-    def _unused(self, bindings: Iterable[Binding]) -> list[str]:
+    def _unused_connections(self, bindings: Iterable[Binding]) -> list[str]:
         """Return the paths of hyper-connections that the captured graph declares without a site."""
         used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
         captured = self.captured.graph
@@ -180,10 +178,7 @@ class GraphSession:
         return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name and name.endswith(".phi")))
 
     def _should_have_sites(self) -> bool:
-        """Return False for graphs without residual adds by design, such as a loss or an embedding.
-
-        Of a model in several graphs, only the last one counts.
-        """
+        """Return False for a loss or an embedding, and for all but the last graph of a model."""
         root, frame = self.provenance.root, self.provenance.frame
         if root is None or connections(root) or not any(is_contraction(node) for node in self.graph.nodes):
             return False

@@ -33,7 +33,7 @@ _WAY_OUT = (
 def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, ddp: set[int] | None) -> None:
     """Check that distributed wrappers handle the parameters of a site, before any are created.
 
-    `ddp` has the `id`s of the parameters that DDP around the model handles; None without DDP.
+    `ddp` has the `id`s of the parameters that DDP around the frame handles; None without DDP.
 
     Raises:
         AttachError: DDP or FSDP wrapped the model before the hyper-connection existed, or the trunk

@@ -79,12 +79,7 @@ class PlannedProgram:
 
 
 def plan_program(program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None) -> PlannedProgram:
-    """Plan the graph of a program.
-
-    Raises:
-        CaptureError: the program is a joint graph of forward and backward.
-        AttachError: the program has hyper-connections that contradict the options.
-    """
+    """Plan the graph of a program. Raise CaptureError for a joint graph of forward and backward."""
     signature = program.graph_signature
     if signature.backward_signature is not None:
         raise CaptureError(

@@ -89,12 +89,7 @@ class ProgramParameters(SiteParameters):
         return False
 
     def existing(self, planned: PlannedSite) -> HyperConnection | None:
-        """Return a hyper-connection with the shapes that the program has for the site, or None.
-
-        Raises:
-            AttachError: the owner has another `mhc`, or a hyper-connection that contradicts the
-                options.
-        """
+        """Return a hyper-connection on the meta device, with the shapes that the program has."""
         site, path = planned.site, self.path(planned)
         container = path.removesuffix(f".{site.name}")
         inside = [name for name in self._state if name == container or name.startswith(f"{container}.")]

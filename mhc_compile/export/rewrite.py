@@ -98,7 +98,7 @@ def _rewrite_graph_module(
     source.graph = normalize(source.graph)
     planner = Planner(source.graph, Provenance(), options.min_chain_length)
     parameters = AttributeParameters(source)
-    bindings = {one.site: parameters.bind(one) for one in parameters.resolve(planner, options)}
+    bindings = {item.site: parameters.bind(item) for item in parameters.resolve(planner, options)}
     if not bindings and not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
         warn_nothing_rewritten(planner.plan.rejections, options)
     graph = expand_plan(source.graph, planner.plan, bindings) if bindings else close_regions(source.graph)

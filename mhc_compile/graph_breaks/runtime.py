@@ -47,7 +47,7 @@ class StreamBoundary:
         notes: annotations for the autograd history of the results.
         root: the module whose method the frame is, if any.
         where: file and line of the frame.
-        strict: raise an error where streams are lost.
+        strict: raise errors instead of warnings.
 
     Raises:
         StreamsLostError: `strict`, and streams of another graph did not arrive.

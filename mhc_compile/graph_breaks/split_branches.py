@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.planning.split_branches import BranchHead
 
+    #: The graph inputs that each term of a sum comes from.
+    Terms = tuple[tuple[Node, ...], ...]
 __all__ = ["Beginning", "Notes", "find_tail"]
 
 #: The key of `Node.metadata` under which a history holds notes.
@@ -106,12 +108,7 @@ class Notes:
 
 
 def find_tail(
-    provenance: DynamoProvenance,
-    values: Mapping[Node, Any],
-    add: Node,
-    skip: Node,
-    foreign: tuple[tuple[Node, ...], ...],
-    contracted: bool,
+    provenance: DynamoProvenance, values: Mapping[Node, Any], add: Node, skip: Node, foreign: Terms, contracted: bool
 ) -> BranchTail | str | None:
     """Implement `BoundaryInfo.tail`: return a branch tail, the reason why it is lost, or None."""
     trunk = values[skip]
