@@ -26,12 +26,12 @@ def _mhc(
     options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph that Dynamo captured, its residual adds rewritten into hyper-connections.
+    """Compile a graph that Dynamo captured, with residual adds rewritten to hyper-connections.
 
-    Users name it: `torch.compile(model, backend="mhc", options={...}, mode=...)`. The first graph of a model has no
-    hyper-connections: they are attached to its modules, and Dynamo traces the frame again. From then on their
-    parameters are inputs of the graph, the residual adds become operations on streams, and the result goes to the
-    inner compiler.
+    Use it by name: `torch.compile(model, backend="mhc", options={...}, mode=...)`. The first graph
+    of a model has no hyper-connections: they are attached to its modules, and Dynamo traces the
+    frame again. Their parameters are then graph inputs, the residual adds become operations on
+    streams, and the inner compiler compiles the result.
 
     Args:
         graph_module: the graph that Dynamo captured.
@@ -43,12 +43,13 @@ def _mhc(
         The compiled graph.
 
     Raises:
-        OptionError, AttachError, NothingRewrittenError: as themselves, through Dynamo.
+        OptionError, AttachError, NothingRewrittenError: without Dynamo's wrapper.
     """
     try:
         if not _torch.in_trace():
             raise MhcError(
-                "the mhc backend was called outside torch.compile; for a graph module of your own use mhc_compile.rewrite(graph_module, ...)"
+                "the mhc backend was called outside torch.compile; for a graph module of your own use"
+                " mhc_compile.rewrite(graph_module, ...)"
             )
         return compile_captured(graph_module, inputs, Options.parse(options), mode)
     except MhcError as error:
@@ -57,12 +58,12 @@ def _mhc(
 
 
 _mhc.__name__ = _mhc.__qualname__ = "mhc"
-#: Under DDP this backend takes the whole graph and splits its own result (`_torch.rewrite_before_ddp_splits`).
+#: Under DDP this backend gets whole graphs and splits its result (`rewrite_before_ddp_splits`).
 _mhc.takes_whole_graphs = True  # type: ignore[attr-defined]
 
 
 def __getattr__(name: str) -> Any:
-    """Return the backend. Torch is prepared for it when it is first looked up, by its name or in Python, and not on import."""
+    """Return the backend. Torch is patched for it at the first access, not on import."""
     if name == "mhc":
         _torch.rewrite_before_ddp_splits()
         return _mhc

@@ -1,4 +1,4 @@
-"""The errors and warnings that this package raises, and how it warns."""
+"""The errors and warnings of this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class MhcError(Exception):
-    """Base of every error that mhc_compile raises on purpose. The message restates the input and names the way out."""
+    """Base of all errors raised on purpose. The message restates the input and a way out."""
 
 
 class OptionError(MhcError, ValueError):
@@ -30,11 +30,11 @@ class OptionError(MhcError, ValueError):
 
 
 class ShapeError(MhcError, ValueError):
-    """Tensors handed to an mHC operation or module do not fit together."""
+    """Tensors passed to an mHC operation or module do not fit together."""
 
 
 class AttachError(MhcError, RuntimeError):
-    """Hyper-connections could not be attached, or those already attached contradict the options."""
+    """Hyper-connections could not be attached, or existing ones contradict the options."""
 
 
 class CaptureError(MhcError, RuntimeError):
@@ -42,11 +42,11 @@ class CaptureError(MhcError, RuntimeError):
 
 
 class CheckpointError(MhcError, ValueError):
-    """A checkpoint is not of the system that it was said to be of, or has entries without a counterpart in the other layout."""
+    """A checkpoint is of another system, or has entries without a counterpart there."""
 
 
 class UnknownAddError(MhcError, LookupError):
-    """`why` was asked for an addition that the model does not have."""
+    """`why` was asked for an addition that is not in the model."""
 
 
 class NothingRewrittenError(MhcError, RuntimeError):
@@ -54,11 +54,11 @@ class NothingRewrittenError(MhcError, RuntimeError):
 
 
 class StreamsLostError(MhcError, RuntimeError):
-    """`strict=True` and streams that left one compiled graph did not arrive at the next."""
+    """`strict=True` and streams that left one compiled graph did not reach the next."""
 
 
 class MhcWarning(UserWarning):
-    """Something that a user should know: nothing was rewritten, streams were dropped, an optimizer was left alone."""
+    """A problem a user should know: nothing rewritten, streams dropped, an optimizer incomplete."""
 
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -68,9 +68,9 @@ def warn(message: str, *, repeat: bool = False) -> None:
     """Issue an `MhcWarning` that points at the innermost frame outside this package and torch.
 
     Args:
-        message: what the user should know.
-        repeat: by default Python shows the same message at the same line once in a process. With
-            `repeat` every call is shown, unless the user's filters say otherwise.
+        message: the text of the warning.
+        repeat: show every call, unless the user's filters say otherwise. By default Python shows a
+            message once for each line.
     """
     torch = sys.modules.get("torch")
     inside = (_HERE, os.path.dirname(torch.__file__)) if torch is not None and torch.__file__ else (_HERE,)

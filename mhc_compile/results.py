@@ -1,4 +1,4 @@
-"""The types of what `explain`, `why`, `diff`, `check` and `stability` return, for annotations."""
+"""The result types of `explain`, `why`, `diff`, `check` and `stability`, for annotations."""
 
 from __future__ import annotations
 

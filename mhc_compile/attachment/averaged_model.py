@@ -1,9 +1,8 @@
-"""Averaged copies of a model that were made before its first compiled call.
+"""Give hyper-connections to averaged copies that were made before a model got them.
 
-`torch.optim.swa_utils.AveragedModel` pairs the parameters of the model with those of its copy by
-position and does not compare how many there are. A copy that was made before hyper-connections were
-attached would be paired wrongly, or left without them. There is no hook before an update, so the
-method is wrapped; a model without hyper-connections passes through.
+`torch.optim.swa_utils.AveragedModel` pairs parameters by position without comparing their number,
+so a copy made before attaching would be paired wrongly. Torch has no hook before an update,
+therefore the method is wrapped.
 """
 
 from __future__ import annotations
@@ -21,32 +20,25 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["follow_averages", "share_connections"]
+__all__ = ["follow_averages"]
 
 
 def follow_averages() -> None:
-    """From now on, give averaged copies hyper-connections at the update that finds them without: their average begins there."""
+    """Complete averaged copies at their next update, where their hyper-connections start."""
     _torch.before_averaging(_complete)
 
 
 def _complete(averaged: AveragedModel, model: nn.Module) -> None:
+    """Copy to `averaged`, an earlier copy of `model`, the hyper-connections that it lacks."""
     has, wants = connections(averaged.module), connections(model)
-    if len(has) < len(wants):
-        share_connections(model, averaged.module)
-    elif len(has) > len(wants):
+    if len(has) > len(wants):
         raise AttachError(
-            f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they were taken off"
-            " after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
+            f"AveragedModel has {len(has)} hyper-connections and {type(unwrap(model)).__name__} has {len(wants)}: they"
+            " were taken off after the averaged copy was made. Call mhc_compile.detach(averaged.module) too"
         )
-
-
-def share_connections(model: nn.Module, twin: nn.Module) -> None:
-    """Gives `twin`, a copy of `model` from before hyper-connections were attached, copies of those that it lacks.
-
-    Raises:
-        AttachError: `twin` does not have the modules of `model`.
-    """
-    pairs = _pairs(model, twin)
+    if len(has) == len(wants):
+        return
+    pairs = _pairs(model, averaged.module)
     copies: dict[HyperConnection, HyperConnection] = {}
     for owner, other in pairs:
         container = getattr(owner, CONTAINER, None)
@@ -55,11 +47,11 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
         theirs = container_of(other)
         for name, connection in container.named_modules():
             if isinstance(connection, HyperConnection):
-                if theirs.get(name) is None:
-                    theirs.put(name, _copy(connection, other))
-                mine = theirs.get(name)
-                assert mine is not None
-                copies[connection] = mine
+                twin = theirs.get(name)
+                if twin is None:
+                    twin = _copy(connection, other)
+                    theirs.put(name, twin)
+                copies[connection] = twin
         theirs.train(other.training)
     for declaring_module, other in pairs:
         for connection in declaring_module.__dict__.get(DECLARED, ()):
@@ -69,21 +61,18 @@ def share_connections(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _pairs(model: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    mine, theirs = _modules(model), _modules(twin)
-    # Wrappers (DDP, torch.compile) stand before what they wrap, and only one of the two may have
-    # one.
+    ours = (HyperConnection, HyperConnections)
+    mine, theirs = ([part for part in root.modules() if not isinstance(part, ours)] for root in (model, twin))
+    # Wrappers (DDP, torch.compile) precede their module, and only one of the two may have one.
     length = min(len(mine), len(theirs))
     pairs = list(zip(mine[-length:], theirs[-length:], strict=True))
     if not all(type(one) is type(other) for one, other in pairs):
         raise AttachError(
-            f"{type(unwrap(twin)).__name__} was averaged before hyper-connections were attached to {type(unwrap(model)).__name__}, and has other"
-            " modules: they cannot be given to it. Make the AveragedModel after mhc_compile.attach(model, ...)"
+            f"{type(unwrap(twin)).__name__} was averaged before hyper-connections were attached to"
+            f" {type(unwrap(model)).__name__}, and has other modules: they cannot be given to it. Make the"
+            " AveragedModel after mhc_compile.attach(model, ...)"
         )
     return pairs
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if not isinstance(module, (HyperConnection, HyperConnections))]
 
 
 def _copy(connection: HyperConnection, owner: nn.Module) -> HyperConnection:

@@ -1,10 +1,9 @@
-"""How a tracer sees the parameters of hyper-connections.
+"""Show the parameters of hyper-connections to a tracer.
 
-A compiler backend cannot give a graph new inputs. The module that ends a branch (`h.0.attn`, the
-declaring module) therefore gets a forward pre-hook that calls the no-op `mhc::declare` on the
-parameters: a tracer that meets the call lifts them as inputs of its graph. The declaring module is
-called inside the graph even where the block itself is the compiled function, whose own hooks run
-outside.
+A backend cannot add inputs to a graph. Therefore the module at the end of a branch (`h.0.attn`, the
+declaring module) gets a forward pre-hook that calls the no-op `mhc::declare` on the parameters, and
+a tracer lifts them as graph inputs. The hook is not on the block: where the block is the compiled
+function, its own hooks run outside the graph.
 """
 
 from __future__ import annotations
@@ -26,24 +25,19 @@ if TYPE_CHECKING:
 
 __all__ = ["BEGUN", "DECLARED", "begin_branch", "begun_by", "declare_on", "remove_declarations"]
 
-#: A declaring module's tuple of the hyper-connections it declares. Not a submodule: each has one
-#: owner, and this is another module.
+#: A declaring module's tuple of hyper-connections. They are submodules of the owner, not of it.
 DECLARED = "_mhc_declared"
-#: A module's tuple of the hyper-connections whose branch it begins in one graph, where the branch
-#: ends in another, each with the name of its site.
+#: A module's tuple of (site name, hyper-connection) of split branches that it starts.
 BEGUN = "_mhc_begun"
 #: The handle of the hook.
 HOOK = "_mhc_hook"
 
-#: Declaring modules of models that ran without streams and were warned about.
+#: Declaring modules whose model ran without streams and was warned about.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool:
-    """Make calls of `declaring_module` declare `connection` to a tracer.
-
-    Return whether they did not before.
-    """
+    """Make calls of `declaring_module` declare `connection`. Return True if they did not before."""
     declared: tuple[HyperConnection, ...] = declaring_module.__dict__.get(DECLARED, ())
     if any(known is connection for known in declared):
         return False
@@ -54,10 +48,7 @@ def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool
 
 
 def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name: str) -> bool:
-    """Record that `modules` begin the branch of a site called `name` in a graph of their own.
-
-    Return whether that is new.
-    """
+    """Record that `modules` start the branch of site `name` elsewhere. Return True if new."""
     changed = False
     for module in modules:
         begun: tuple[tuple[str, HyperConnection], ...] = module.__dict__.get(BEGUN, ())
@@ -68,14 +59,14 @@ def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name
 
 
 def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection] | None:
-    """Return the one site whose branch all of `modules` begin, with its name; None if there is none."""
+    """Return name and hyper-connection of the one site whose branch all `modules` start."""
     sites = [module.__dict__.get(BEGUN, ()) if module is not None else () for module in modules]
     common = [site for site in sites[0] if all(any(site[1] is other for _, other in more) for more in sites[1:])]
     return common[0] if len(common) == 1 else None
 
 
 def remove_declarations(module: nn.Module) -> None:
-    """Remove every declaration, and the hook, from one module."""
+    """Remove all declarations and the hook from one module."""
     module.__dict__.pop(DECLARED, None)
     module.__dict__.pop(BEGUN, None)
     hook = module.__dict__.pop(HOOK, None)
@@ -95,21 +86,16 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
 
 
 def _warn_of_plain_run(declaring_module: nn.Module) -> None:
-    """Warn that the running model drops its streams, once for the whole model."""
-    model = _running_model(declaring_module)
-    _warned.update(module for module in model.modules() if HOOK in module.__dict__)
-    warn(
-        f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it computed plain residual adds."
-        " Call what torch.compile returned, or model.compile(backend='mhc') where a method such as generate calls the model itself."
-        " mhc_compile.eager(model) runs the hyper-connections without compiling, mhc_compile.detach(model) takes them off",
-        repeat=True,
-    )
-
-
-def _running_model(declaring_module: nn.Module) -> nn.Module:
-    """Return the outermost module whose call is under way and that holds `declaring_module`."""
+    """Warn, once for each model, that the running model drops its streams."""
     model = declaring_module
-    for owner, _ in _torch.running_objects():
+    for owner, _ in _torch.running_objects():  # innermost first
         if isinstance(owner, torch.nn.Module) and any(module is model for module in owner.modules()):
             model = owner
-    return model
+    _warned.update(module for module in model.modules() if HOOK in module.__dict__)
+    warn(
+        f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it"
+        " computed plain residual adds. Call what torch.compile returned, or model.compile(backend='mhc') where a"
+        " method such as generate calls the model itself. mhc_compile.eager(model) runs the hyper-connections without"
+        " compiling, mhc_compile.detach(model) takes them off",
+        repeat=True,
+    )

@@ -1,7 +1,6 @@
-"""The place of hyper-connections in a model: `mhc.<branch>`, a submodule of the module that performs the residual add.
+"""The place of hyper-connections in a model: submodule `mhc.<branch>` of the owner of the add.
 
-So `parameters()`, `state_dict`, `to`, EMA and `deepcopy` treat `h.0.mhc.attn.phi` like the block's
-own.
+`parameters()`, `state_dict`, `to`, EMA and `deepcopy` thus include `h.0.mhc.attn.phi`.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ __all__ = ["CONTAINER", "HyperConnections", "connections", "container_of", "find
 
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
-#: Where the second face of a model, made by `mhc_compile.eager`, keeps the model itself.
+#: Attribute of a module made by `mhc_compile.eager` that holds the model itself.
 BEHIND = "_mhc_behind"
 
 
 class HyperConnections(nn.Module):
-    """The hyper-connections of one module, by the name of the branch; a dotted name is a path of nested containers."""
+    """The hyper-connections of one module by branch name; a dotted name is a path of containers."""
 
     def get(self, name: str) -> HyperConnection | None:
-        """Return the hyper-connection called `name`, None if there is none."""
+        """Return the hyper-connection called `name`, or None."""
         module: nn.Module | None = self
         for part in name.split("."):
             module = dict(module.named_children()).get(part) if module is not None else None
@@ -49,41 +48,39 @@ class HyperConnections(nn.Module):
 
 
 def find_connection(owner: nn.Module, site: Site) -> HyperConnection | None:
-    """Return the hyper-connection of `site`, if its owner has one.
+    """Return the hyper-connection of `site`, or None.
 
     Raises:
-        AttachError: the owner has a `mhc` of its own.
+        AttachError: the owner has another attribute `mhc`.
     """
     container = getattr(owner, CONTAINER, None)
     if container is None:
         return None
     if not isinstance(container, HyperConnections):
         raise AttachError(
-            f"{site}: module {site.owner.path or type(owner).__name__!r} already has an attribute 'mhc' ({type(container).__name__});"
-            " hyper-connections need that name. Rename the attribute, or compile the model with another backend"
+            f"{site}: module {site.owner.path or type(owner).__name__!r} already has an attribute 'mhc'"
+            f" ({type(container).__name__}); hyper-connections need that name. Rename the attribute, or compile the"
+            " model with another backend"
         )
     return container.get(site.name)
 
 
 def container_of(owner: nn.Module) -> HyperConnections:
-    """Return the container of a module's hyper-connections, made if there is none.
-
-    `find_connection` rejects any other `mhc` before.
-    """
+    """Return the container of a module's hyper-connections, created if missing."""
     container = getattr(owner, CONTAINER, None)
     if container is None:
         container = HyperConnections()
         owner.add_module(CONTAINER, container)
-    assert isinstance(container, HyperConnections)
+    assert isinstance(container, HyperConnections)  # `find_connection` rejects anything else
     return container
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile(model)` and behind `mhc_compile.eager(model)`; any other model as it is."""
+    """Return the model in `torch.compile(model)` or `mhc_compile.eager(model)`, else `model`."""
     model = _torch.original_module(model)
     return getattr(model, BEHIND, model)
 
 
 def connections(model: nn.Module) -> dict[str, HyperConnection]:
-    """Every hyper-connection of `model` by its path, in the order of `named_modules`: {"transformer.h.0.mhc.attn": ...}."""
+    """Return the hyper-connections of `model` by path: {"transformer.h.0.mhc.attn": ...}."""
     return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, HyperConnection)}

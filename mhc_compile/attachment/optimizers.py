@@ -1,30 +1,23 @@
-"""Optimizers that were built before the hyper-connections were attached.
+"""Add the parameters of hyper-connections to optimizers that were built before.
 
-An optimizer that exists by then has never heard of their parameters, and would train the model
-around them, silently. So the parameters join it as soon as they exist: gradient clipping over its
-groups and `GradScaler.unscale_` see them at the very first step. `_torch.living_optimizers` knows
-the optimizers of the process. A hook before every optimizer step looks after what was not settled
-then.
+Such an optimizer would silently train the model without them. So the parameters join it when they
+are created, and gradient clipping and `GradScaler.unscale_` see them at the first step. A hook
+before each optimizer step handles optimizers that could not be settled then.
 
 Where a parameter goes:
 
-1. To the group of a trained parameter of its own kind in its owner, the module that performs the
-   residual add: `phi` to the last matrix, `bias` and `scale` to the last vector, one without weight
-   decay if there is any. So a user's split of decayed and other parameters, of learning rates by
-   depth, or of matrices and vectors between two optimizers holds for them too. (With the Trainer of
+1. To the group of a trained parameter of the same kind in its owner, the module that performs the
+   add: `phi` to the last matrix, `bias` and `scale` to the last vector, preferably without weight
+   decay. A user's split by decay, depth or optimizer thus holds for them too. (With the Trainer of
    transformers, which decays by name, `scale` goes with the matrices.)
 2. If all of that kind are frozen in the owner (LoRA), to the nearest module around it that trains
    any; if there is none, to a parameter of another kind, in the same order of modules.
-3. Where that one is in several optimizers, the parameter is; where it is in none, the parameter
-   waits.
+3. To all optimizers that have this parameter. If there is none, it waits.
 
-Never to a group of its own. Schedulers keep lists by group: with a group that came later LambdaLR,
-MultiplicativeLR, CosineAnnealingWarmRestarts, CyclicLR, ReduceLROnPlateau and SequentialLR stop
-with an error (OneCycleLR, SWALR, ConstantLR and LinearLR also, or they drive it wrongly, unless it
-has all keys of an old one), and schedules written by hand often know group 0 alone. The number of
-groups is part of a checkpoint as well. The price: in an optimizer of one group with weight decay,
-`bias` and `scale` are decayed as the biases of the model are. `mhc_compile.parameter_groups` makes
-groups in which neither is.
+They never get a group of their own. Schedulers keep lists by group: after a new group most of
+torch's stop with an error or set wrong rates, schedules written by hand often know only group 0,
+and a checkpoint fixes the number of groups. The price: an optimizer with one decayed group decays
+`bias` and `scale` as it does the model's biases. `mhc_compile.parameter_groups` avoids that.
 """
 
 from __future__ import annotations
@@ -51,6 +44,7 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ExistingOptimizers
 
     Group = dict[str, Any]
+    Places = dict[int, list[tuple[Optimizer, Group]]]
 
 __all__ = ["expect", "leave", "settle"]
 
@@ -64,11 +58,10 @@ class _Waiting(NamedTuple):
     policy: ExistingOptimizers
 
 
-#: Hyper-connections that no optimizer trains yet. Nothing here keeps a model alive, and every
-#: access is one atomic step: one thread may compile a model while another one trains.
+#: Hyper-connections that no optimizer trains yet, held weakly. Every access is one atomic step,
+#: because one thread may compile a model while another trains.
 _waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
-#: Optimizers that were looked at already: how much was expected then, and how many parameters they
-#: had.
+#: Optimizers seen before a step: `_expected` and their number of parameters at that time.
 _seen: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _expected = 0
 _hooked = False
@@ -76,21 +69,11 @@ _lock = threading.Lock()
 
 
 def expect(
-    connection: HyperConnection,
-    owner: nn.Module,
-    policy: ExistingOptimizers,
-    *,
-    root: nn.Module | None = None,
-    path: str = "",
+    connection: HyperConnection, owner: nn.Module, policy: ExistingOptimizers, *, root: nn.Module | None, path: str
 ) -> None:
-    """From now on, `settle` and optimizer steps act on `policy` for optimizers that train `owner` but not `connection`.
+    """Apply `policy` to optimizers that train `owner` but not `connection`, from now on.
 
-    Args:
-        connection: what is new.
-        owner: the module it was attached to.
-        policy: the option `optimizer`.
-        root: a module around the owner, whose parameters give the order within a group.
-        path: of the owner below the root.
+    `root`, which has the owner at `path`, gives the order within a group.
     """
     global _hooked, _expected
     if policy == "ignore":
@@ -104,13 +87,13 @@ def expect(
 
 
 def settle() -> None:
-    """Lets expected parameters with the policy "extend" join the optimizers that exist."""
+    """Add expected parameters with the policy "extend" to the existing optimizers."""
     if _waiting:
         _settle(_torch.living_optimizers(), stepping=None)
 
 
 def leave(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes parameters of no model any more out of every optimizer, with their state."""
+    """Remove parameters and their state from every optimizer."""
     gone = {id(parameter) for parameter in parameters}
     for optimizer in _torch.living_optimizers():
         for group in optimizer.param_groups:
@@ -139,8 +122,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
 
 
 def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
-    """Acts on what waits. `stepping` is the optimizer before whose step this happens."""
-    places: dict[int, list[tuple[Optimizer, Group]]] = {}
+    """Apply the policy of every waiting hyper-connection. `stepping` is about to step."""
+    places: Places = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -179,17 +162,17 @@ def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
         arrival.insert()
     if left_out:
         warn(
-            f"{type(stepping).__name__} was built before hyper-connections were attached and does not train {left_out} of them."
-            " Build it after mhc_compile.attach(model, ...), or use the option existing_optimizers='extend'"
+            f"{type(stepping).__name__} was built before hyper-connections were attached and does not train {left_out}"
+            " of them. Build it after mhc_compile.attach(model, ...), or use the option existing_optimizers='extend'"
         )
 
 
 def _scopes(owner: nn.Module, root: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The owner and the modules around it, inside out."""
+    """Yield the owner and the modules around it, innermost first."""
     yield owner
     try:
         inside = root.get_submodule(path) is owner
-    except AttributeError:  # what was traced is a function, and the path is not below this module
+    except AttributeError:  # a function was traced; the path is not below this module
         inside = False
     while inside and path:
         path = path.rpartition(".")[0]
@@ -197,22 +180,14 @@ def _scopes(owner: nn.Module, root: nn.Module, path: str) -> Iterator[nn.Module]
 
 
 def _targets(
-    parameter: nn.Parameter,
-    scopes: list[nn.Module],
-    places: dict[int, list[tuple[Optimizer, Group]]],
-    stepping: Optimizer | None,
-    *,
-    matrix: bool,
+    parameter: nn.Parameter, scopes: list[nn.Module], places: Places, stepping: Optimizer | None, *, matrix: bool
 ) -> list[tuple[Optimizer, Group]]:
-    """The groups that `parameter` is to join, beside a `matrix` or beside a vector: see the rules at the top of the file."""
+    """Return the groups that `parameter` joins, as the rules above say; `matrix`: like a matrix."""
 
     def targets(guide: nn.Parameter) -> list[tuple[Optimizer, Group]]:
         return [place for place in places.get(id(guide), ()) if _takes(place[0], parameter, stepping)]
 
-    def alike(other: nn.Parameter) -> bool:
-        return (other.dim() >= 2) == matrix
-
-    kinds: tuple[Callable[[nn.Parameter], bool], ...] = (alike, lambda _: True)
+    kinds: tuple[Callable[[nn.Parameter], bool], ...] = (lambda other: (other.dim() >= 2) == matrix, lambda _: True)
     for kind in kinds:
         for scope in scopes:
             trained = [other for other in _plain_parameters(scope) if other.requires_grad and kind(other)]
@@ -220,26 +195,25 @@ def _targets(
             if found:
                 undecayed = [place for place in found if not any(group.get("weight_decay") for _, group in place)]
                 return (undecayed if not matrix and undecayed else found)[-1]
-            if trained:  # by nobody so far; nor is what belongs to them
+            if trained:  # in no optimizer yet, so the parameter waits too
                 break
-    # All frozen, and yet in an optimizer: for later, when they are not.
+    # All are frozen, but in an optimizer that may train them later.
     return next((place for place in map(targets, reversed(_plain_parameters(scopes[0]))) if place), [])
 
 
 def _decayed_by_name(owner: nn.Module) -> bool:
-    """Whether the names of parameters say which are decayed, and not their kinds.
+    """Whether weight decay goes by parameter names.
 
-    The Trainer of transformers leaves biases and norms alone, and so decays `scale`: an optimizer
-    that it builds after attaching has `scale` among the matrices, and one that existed before must
-    agree, or the one cannot load the other's state.
+    The Trainer of transformers decays all but biases and norms, so also `scale`. An optimizer that
+    existed before attaching must have the same groups, so that each can load the other's state.
     """
     return "transformers.trainer" in sys.modules and type(owner).__module__.startswith("transformers.")
 
 
 def _takes(optimizer: Optimizer, parameter: nn.Parameter, stepping: Optimizer | None) -> bool:
-    if type(optimizer).__name__ == "Muon":  # torch's rejects anything but matrices, and so does the method
+    if type(optimizer).__name__ == "Muon":  # takes matrices only
         return parameter.dim() == 2
-    if isinstance(optimizer, LBFGS):  # in the middle of its step it holds vectors of the old size
+    if isinstance(optimizer, LBFGS):  # within a step it holds vectors of the old size
         return optimizer is stepping or not _torch.lbfgs_has_memory(optimizer)
     return True
 
@@ -250,11 +224,10 @@ def _plain_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class _Arrivals:
-    """Parameters of one model on their way into groups.
+    """New parameters of one model by their groups.
 
-    They are put where `model.parameters()` has them, so that an optimizer that is built after
-    attaching has the same order and can load the state of this one; and into the list object that
-    is there, which wrappers, and LBFGS itself, hold on to.
+    They are inserted in the order of `model.parameters()`, so that an optimizer built after
+    attaching can load the state; and into the existing list, which wrappers and LBFGS reference.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -263,12 +236,12 @@ class _Arrivals:
         self._groups: dict[int, tuple[Optimizer, Group, list[nn.Parameter]]] = {}
 
     def add(self, parameter: nn.Parameter, optimizer: Optimizer, group: Group) -> None:
-        """`parameter` is to join `group`."""
-        # Wrappers show the groups of the optimizer that they wrap, whose list is the same.
+        """Queue `parameter` for `group`."""
+        # A wrapper's groups have the same lists as those of its optimizer.
         self._groups.setdefault(id(group["params"]), (optimizer, group, []))[2].append(parameter)
 
     def insert(self) -> None:
-        """Puts everything in place."""
+        """Insert all queued parameters."""
         for optimizer, group, newcomers in self._groups.values():
             newcomers = list({id(parameter): parameter for parameter in newcomers}.values())
             known = sorted(
@@ -286,13 +259,13 @@ class _Arrivals:
                 if prefix is not None:
                     group["param_names"].insert(index, prefix + self._paths[id(parameter)])
             if isinstance(optimizer, Adagrad):
-                # Has its state from the beginning, and counts on it in some versions of torch.
+                # It creates its state when it is built; some versions of torch rely on that.
                 fresh = Adagrad(newcomers, **{name: group[name] for name in optimizer.defaults})
                 optimizer.state.update(fresh.state)
             log.info("%d parameters joined %s", len(newcomers), type(optimizer).__name__)
 
     def _prefix(self, group: Group) -> str | None:
-        """What the names in this group have before the path below our root; None where parameters have no names."""
+        """Return the prefix of the group's names before paths in the root; None without names."""
         names: Collection[str] | None = group.get("param_names")
         if names is None or len(names) != len(group["params"]):
             return None

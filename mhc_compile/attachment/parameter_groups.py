@@ -1,4 +1,4 @@
-"""`mhc_compile.parameter_groups`: the parameters of a model, as groups for an optimizer."""
+"""`mhc_compile.parameter_groups`: the parameters of a model as optimizer groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["parameter_groups"]
 
-#: Those whose weights may have more than one dimension.
+#: Their weights may have more than one dimension.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -28,32 +28,29 @@ def parameter_groups(
     no_decay: Callable[[str, nn.Parameter], bool] | None = None,
     named: bool = False,
 ) -> list[dict[str, Any]]:
-    """Every trained parameter of `model`, once, in groups with and without weight decay.
+    """Return the trained parameters of `model` in groups with and without weight decay.
 
-        optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model, weight_decay=0.1),
-        lr=3e-4)
+        optimizer = torch.optim.AdamW(
+            mhc_compile.parameter_groups(model, weight_decay=0.1), lr=3e-4
+        )
 
-    Decayed is what multiplies features: parameters of two and more dimensions, `phi` of
-    hyper-connections among them. Not decayed are parameters of one dimension or none and those of
-    normalisation layers, hence `bias` and `scale` of hyper-connections: decay would draw H_res from
-    the identity to the uniform matrix, and the read-out of every branch from its stream to all of
-    them.
+    Parameters of two or more dimensions are decayed, also `phi` of hyper-connections. Vectors,
+    scalars and normalisation layers are not, hence neither are `bias` and `scale`: decay would draw
+    H_res from the identity to the uniform matrix, and each branch's input from one stream to all.
 
     Args:
-        model: a model with hyper-connections, or one that `torch.compile` returned. Frozen
-            parameters are left out; shared ones are in the group of the first name that
-            `model.named_parameters()` gives them.
+        model: a model with hyper-connections, compiled or not. Frozen parameters are left out;
+            shared ones count under their first name.
         weight_decay: of the decayed groups; the others have 0.
-        lr: learning rate of all groups; the optimizer's own without it.
-        mhc_lr: learning rate of hyper-connections, which then have groups of their own.
-        no_decay: `no_decay(name, parameter)` is true for further parameters that are not to decay,
-            e.g. embeddings.
-        named: groups hold pairs of name and parameter, so that the optimizer's state dict has the
-            names.
+        lr: learning rate of all groups; by default the optimizer's.
+        mhc_lr: learning rate of hyper-connections, which then get their own groups.
+        no_decay: `no_decay(name, parameter)` is True for further undecayed parameters, such as
+            embeddings.
+        named: groups hold (name, parameter) pairs, so that the optimizer's state dict has names.
 
     Returns:
-        Up to two groups, decayed first; with `mhc_lr` up to four, those of hyper-connections last.
-        Empty ones are left out. Within a group parameters are in the order of the model.
+        Up to two groups, decayed first; with `mhc_lr` up to four, hyper-connections last. Empty
+        groups are left out. Parameters keep the model's order.
 
     Raises:
         AttachError: the model has no hyper-connections yet.
@@ -66,8 +63,8 @@ def parameter_groups(
     hyper = {id(p) for connection in connections(target).values() for p in connection.parameters()}
     if not hyper:
         raise AttachError(
-            f"parameter_groups: {type(target).__name__} has no hyper-connections yet, so groups made now would lack their parameters."
-            " Call mhc_compile.attach(model, *example_inputs) first, or the compiled model once"
+            f"parameter_groups: {type(target).__name__} has no hyper-connections yet, so groups made now would lack"
+            " their parameters. Call mhc_compile.attach(model, *example_inputs) first, or the compiled model once"
         )
     norms = {id(p) for module in target.modules() if isinstance(module, _NORMS) for p in module.parameters()}
     members: dict[tuple[bool, bool], list[Any]] = {}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attach_like", "attach_site", "check_options", "detach", "put_connection"]
 
-#: What an existing hyper-connection and the options must agree on.
+#: Settings in which an existing hyper-connection and the options must agree.
 _FIXED = ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out")
 
 
@@ -43,17 +43,10 @@ def attach_site(
     last: bool = False,
     root: nn.Module | None = None,
 ) -> bool:
-    """Give `site` its parameters and its declaration. Return whether anything was missing.
+    """Give `site` its parameters and its declaration. Return True if anything was missing.
 
-    Args:
-        owner: the module that performs the add.
-        declaring_module: the module whose call declares the parameters.
-        site: the site.
-        options: of this site; checked against a hyper-connection that exists already.
-        index: position of the site in its chain, over all equivalent blocks.
-        dtype: of new parameters.
-        last: whether it is the last one of its chain, and may have a learned read-out.
-        root: the module that is traced, if it is one.
+    The owner performs the add; a call of the declaring module declares the parameters. `index` is
+    the position in the chain, over all equivalent blocks. The `last` site may get a read-out.
 
     Raises:
         AttachError: the owner has a hyper-connection for the site that contradicts the options.
@@ -77,10 +70,7 @@ def attach_site(
 def attach_like(
     root: nn.Module, like: nn.Module, site: Site, options: ResolvedOptions, *, index: int, dtype: torch.dtype
 ) -> None:
-    """Give `root` a hyper-connection where `site`, found in the block `like`, is.
-
-    Do nothing where the blocks differ after all.
-    """
+    """Give `root` a hyper-connection in the place of `site` in the block `like`, if it has one."""
     try:
         owner, declaring_module = root.get_submodule(site.owner.path), root.get_submodule(site.declaring_module.path)
     except AttributeError:
@@ -106,7 +96,7 @@ def put_connection(
     root: nn.Module | None,
     path: str,
 ) -> None:
-    """Make `connection` a submodule of its owner, the module `path` of `root`, and let existing optimizers know of it."""
+    """Add `connection` to its owner, the module `path` of `root`, and to existing optimizers."""
     container = container_of(owner)
     container.put(name, connection)
     container.train(owner.training)
@@ -125,14 +115,10 @@ def check_options(connection: HyperConnection, site: Site, options: ResolvedOpti
 
 
 def detach(model: nn.Module) -> int:
-    """Take every hyper-connection off: parameters, hooks and declarations. The model is the plain one again.
+    """Remove all hyper-connections, hooks and declarations. Return how many there were.
 
-    Optimizers that trained the parameters forget them, and their state. A compiled version of the
-    model that is called again attaches new ones, as its first call did: they start from their init,
-    and nothing of the old ones is used.
-
-    Returns:
-        How many hyper-connections were taken off.
+    The model is the plain one again, and optimizers forget the parameters and their state. A
+    compiled version that is called again attaches new hyper-connections, at their init.
     """
     target = unwrap(model)
     gone = connections(target)

@@ -1,10 +1,9 @@
 """The blocks of a model that share one compiled graph.
 
-Where blocks are compiled one by one, or a graph break stands between them, Dynamo compiles the
-first block and uses that graph for all the others, as long as they look the same. Blocks without
-hyper-connections do not look like one with them: each would be traced, attached and compiled anew,
-until Dynamo gives up at its limit of recompiles and runs the rest without. Whoever attaches to one
-block therefore attaches to all that are like it.
+Where blocks are compiled one by one or separated by graph breaks, Dynamo compiles the first block
+and reuses its graph for all blocks of the same structure. Hyper-connections change the structure:
+attached one block at a time, each block would be compiled again until Dynamo hits its recompile
+limit and runs the rest plain. Therefore all equivalent blocks get them at once.
 """
 
 from __future__ import annotations
@@ -25,39 +24,29 @@ __all__ = ["EquivalentBlocks", "equivalent_blocks"]
 
 @dataclass(frozen=True, eq=False)
 class EquivalentBlocks:
-    """The modules at one place of blocks that are alike, by the number of the block."""
+    """The `number` of a module's block in its list, and the same module in equivalent blocks."""
 
-    #: Number of the block that the question was asked for.
     number: int
     others: dict[int, nn.Module]
 
 
 def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
-    """What stands in the place of `module` in the other blocks of its `nn.ModuleList` or `nn.Sequential`.
+    """Return the modules in the place of `module` in other blocks of its list or `nn.Sequential`.
 
-    A block counts if it has the same class and parameters of the same shapes, and is compiled by
-    itself exactly if `module` is. Modules do not know their parents: the list is found below the
-    modules whose calls surround this one. Where a function runs the blocks, there are none, and
-    each block is traced for itself.
+    A block counts if it has the same class, the same parameter shapes, and is compiled by itself
+    exactly if `module` is. The list is searched in the modules whose calls surround this one; if a
+    function runs the blocks, there is none, and each block is traced by itself.
     """
     for call in frame.calls:
         whole = call.module
         if whole is module or isinstance(whole, OptimizedModule):
             continue
-        path = next((path for path, one in whole.named_modules() if one is module), None)
-        found = _in_list(whole, path.split("."), module) if path else None
-        if found is not None:
-            return found
+        path: list[str] = next((path.split(".") for path, other in whole.named_modules() if other is module), [])
+        for length in reversed(range(len(path))):
+            holder = whole.get_submodule(".".join(path[:length]))
+            if isinstance(holder, (nn.ModuleList, nn.Sequential)):
+                return _others(holder, path[length], ".".join(path[length + 1 :]), module)
     return EquivalentBlocks(0, {})
-
-
-def _in_list(whole: nn.Module, path: list[str], module: nn.Module) -> EquivalentBlocks | None:
-    """The equivalent blocks of `whole.path`, which is `module`; None where it is in no list."""
-    for length in range(len(path) - 1, -1, -1):
-        holder = whole.get_submodule(".".join(path[:length]))
-        if isinstance(holder, (nn.ModuleList, nn.Sequential)):
-            return _others(holder, path[length], ".".join(path[length + 1 :]), module)
-    return None
 
 
 def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> EquivalentBlocks:

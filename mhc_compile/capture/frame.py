@@ -1,4 +1,4 @@
-"""The Python frame whose graph is compiled, and the calls around it: read once for each graph."""
+"""The Python frame whose graph is compiled, and the calls around it, read once for each graph."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ __all__ = ["Frame", "ModuleCall", "read_frame"]
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """A call of a module that surrounds the frame."""
+    """A call of a module around the frame, and whether `torch.compile` was entered before it."""
 
     module: nn.Module
-    #: Whether the call came after `torch.compile` was entered.
     inside_compile: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """What a graph's frame and the Python stack around it say. Valid while Dynamo traces the frame.
+    """A frame and the Python stack around it. Valid while Dynamo traces the frame.
 
     Attributes:
-        root: the module whose method is traced; None for a function, or where a graph break lost
-            it.
+        root: the module whose method is traced; None for functions and rests after graph breaks.
         code: the code object of the frame.
         location: "file:line" of the code.
         ends_at_break: whether a graph break follows the graph.
-        is_part: whether the graph ends at a graph break, or begins behind one.
-        calls: the module calls around the frame, the innermost first.
-        ddp: the `DistributedDataParallel` whose forward runs around the frame, or is the frame.
-        pipeline_stage: number of the pipeline stage and how many there are; None outside pipelines.
+        is_part: whether a graph break comes before or after the graph.
+        calls: the module calls around the frame, innermost first.
+        ddp: the `DistributedDataParallel` whose forward surrounds the frame or is the frame.
+        pipeline_stage: index and number of pipeline stages; None outside pipelines.
     """
 
     root: nn.Module | None
@@ -51,11 +49,10 @@ class Frame:
     pipeline_stage: tuple[int, int] | None = None
 
     def runs_inside_another(self, module: nn.Module, *, compiled_alone: bool = False) -> bool:
-        """Return True if the call of a module that holds `module` surrounds the frame, inside `torch.compile`.
+        """Return True if a call of a module that contains `module` surrounds the frame.
 
-        With `compiled_alone` also calls outside `torch.compile` count: `module` is then a part that
-        was compiled by itself. Wrappers that hold nothing but `module`, such as DDP, do not count
-        there.
+        The call counts inside `torch.compile`. With `compiled_alone` it also counts outside, except
+        for wrappers of nothing but `module`, such as DDP: `module` is then compiled by itself.
         """
         return any(
             (call.inside_compile or (compiled_alone and not _only_wraps(call.module, module)))

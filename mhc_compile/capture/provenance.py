@@ -1,4 +1,4 @@
-"""Provenance of the graphs that Dynamo hands to a backend: modules by identity, parameters by the object behind each graph input."""
+"""Provenance of a Dynamo graph: modules by identity, parameters by the objects of graph inputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["DynamoProvenance"]
 
-#: "L['self'].transformer.h.0" and "L['fn']" as Dynamo names modules; what follows the local is the
-#: path below the root.
+#: Dynamo's module names: "L['self'].transformer.h.0", "L['fn']". The path follows the local.
 _LOCAL = re.compile(r"^[LG]\[[^\]]*\]\.?")
 
 
 class DynamoProvenance(Provenance):
-    """Valid while Dynamo traces the frame whose graph it describes.
+    """Maps nodes to modules, and graph inputs to parameters by the example inputs.
 
-    Args:
-        graph: the graph as Dynamo made it.
-        inputs: the example inputs of the backend, in the order of the graph's placeholders.
-        frame: the frame that is traced.
+    Valid while Dynamo traces the frame.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Any], frame: Frame) -> None:
@@ -40,16 +36,13 @@ class DynamoProvenance(Provenance):
         self._names: dict[str, str] = {}
         if frame.root is not None:
             self.adopt_root(frame.root)
-        names: dict[int, str] = (
-            {id(parameter): path for path, parameter in self.root.named_parameters(remove_duplicate=False)}
-            if self.root
-            else {}
-        )
-        buffers: set[int] = {id(buffer) for buffer in self.root.buffers()} if self.root else set()
+        named = frame.root.named_parameters(remove_duplicate=False) if frame.root is not None else ()
+        names: dict[int, str] = {id(parameter): path for path, parameter in named}
+        buffers = {id(buffer) for buffer in frame.root.buffers()} if frame.root is not None else set()
         self._buffers: set[str] = set()
-        # Placeholders keep their target through every copy of the graph, and it is unique.
+        # The target of a placeholder is unique and survives copies of the graph.
         self._targets: dict[int, str] = {}
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        placeholders = graph.find_nodes(op="placeholder")
         for node, value in zip(placeholders, inputs, strict=True):
             if id(value) in buffers:
                 self._buffers.add(str(node.target))
@@ -58,31 +51,27 @@ class DynamoProvenance(Provenance):
                 self._names[str(node.target)] = names.get(id(value), "")
 
     def adopt_root(self, root: nn.Module) -> None:
-        """Names the module whose method the frame is, where the frame has lost it: behind a graph break it keeps what it still needs, and no more."""
+        """Set the module whose method the frame is, which is unknown after some graph breaks."""
         self.root = root
         for path, module in root.named_modules():
             self._paths.setdefault(id(module), path)
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
-        """The root, then the modules whose calls surround `node`."""
-        refs = [self._ref(str(key), name, kind) for key, (name, kind) in node.meta.get("nn_module_stack", {}).items()]
-        if self.root is not None and (not refs or _identity(refs[0]) != id(self.root)):
+        """Return the root, then the modules whose calls surround `node`."""
+        refs = []
+        for key, (name, kind) in node.meta.get("nn_module_stack", {}).items():
+            path = self._paths.get(_identity(str(key)), _LOCAL.sub("", name))
+            refs.append(ModuleRef(str(key), path, getattr(kind, "__name__", str(kind))))
+        if self.root is not None and (not refs or _identity(refs[0].key) != id(self.root)):
             refs.insert(0, ModuleRef(str(id(self.root)), "", type(self.root).__name__, called=False))
         return tuple(refs)
 
-    def _ref(self, key: str, name: str, kind: Any) -> ModuleRef:
-        identity = int(key.split("@")[0])
-        path = self._paths.get(identity)
-        if path is None:
-            path = _LOCAL.sub("", name)
-        return ModuleRef(key, path, getattr(kind, "__name__", str(kind)))
-
     def parameter_name(self, node: Node) -> str | None:
-        """Path of the parameter behind a graph input."""
+        """Return the path of the parameter that a graph input is."""
         return self._names.get(str(node.target)) if node.op == "placeholder" else None
 
     def name_parameter(self, node: Node, path: str) -> None:
-        """Says that `node`, a graph input, stands for the parameter that will be at `path`."""
+        """Record that the graph input `node` stands for the future parameter at `path`."""
         self._names[str(node.target)] = path
 
     def holds_weights(self, node: Node) -> bool:
@@ -90,17 +79,17 @@ class DynamoProvenance(Provenance):
         return super().holds_weights(node) or (node.op == "placeholder" and str(node.target) in self._buffers)
 
     def module(self, ref: ModuleRef) -> nn.Module | None:
-        """The module itself."""
-        identity = _identity(ref)
+        """Return the module itself."""
+        identity = _identity(ref.key)
         if self.root is not None and identity == id(self.root):
             return self.root
         return _torch.module_by_id(identity)
 
     def target_of(self, parameter: nn.Parameter) -> str | None:
-        """Target of the graph input through which `parameter`, the very object, enters the graph."""
+        """Return the target of the graph input that is this parameter object."""
         return self._targets.get(id(parameter))
 
 
-def _identity(ref: ModuleRef) -> int:
-    """`id` of the module: the key without the number of the call ("140…@1")."""
-    return int(ref.key.split("@")[0])
+def _identity(key: str) -> int:
+    """Return the module's `id`: the key without the call number ("140…@1")."""
+    return int(key.split("@")[0])

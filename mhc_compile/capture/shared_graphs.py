@@ -1,4 +1,4 @@
-"""Which modules of a model run a graph: reports count every block, and Dynamo traces only the first of those that look the same."""
+"""The modules that run each graph: Dynamo traces only the first of equivalent blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Sharing", "below"]
 
 
 class Sharing:
-    """Asked for every graph of one capture of `model`, in order."""
+    """Assigns modules to the graphs of one capture of `model`, in order."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -25,12 +25,12 @@ class Sharing:
         self._foreseen: set[tuple[CodeType, str]] = set()
 
     def modules(self, root: nn.Module | None, frame: Frame) -> list[str]:
-        """The paths below the model of the modules that run the graph that is being traced for `root`; "" is the model itself."""
+        """Return the paths of the modules that run the graph traced for `root`; "" is the model."""
         if root is None or root is self.model:
             return [""]
         code = frame.code
         paths = [self._paths.get(id(module), "") for module in (root, *equivalent_blocks(root, frame).others.values())]
-        # It was not so like its sibling that it could use the graph.
+        # This block was predicted to share a graph that it could not use.
         if (code, paths[0]) in self._foreseen:
             self._foreseen.discard((code, paths[0]))
             return []
@@ -40,5 +40,5 @@ class Sharing:
 
 
 def below(module: str, path: str) -> str:
-    """`path` below `module`, both dotted."""
+    """Join two dotted paths, each maybe empty."""
     return ".".join(part for part in (module, path) if part)

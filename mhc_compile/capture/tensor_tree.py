@@ -1,4 +1,4 @@
-"""Tensors in nested containers: the arguments and the results of models."""
+"""Tensors in nested containers, such as the arguments and results of models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["cast", "fresh", "map_tensors", "tensors"]
 
 
 def tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested containers, with the path that leads to each: `output.logits`, `input.0`."""
+    """Yield the tensors in nested containers with their paths: `output.logits`, `input.0`."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -32,7 +32,7 @@ def tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers (dicts, lists, tuples) round `function` of each tensor."""
+    """Return the same containers (dicts, lists, tuples) with `function` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -43,10 +43,10 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def fresh(value: Tensor) -> Tensor:
-    """A copy without a history."""
+    """Return a copy without a history."""
     return value.detach().clone()
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same containers with every real floating-point tensor in `dtype`."""
+    """Return the same containers with every real floating-point tensor in `dtype`."""
     return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

@@ -1,4 +1,4 @@
-"""Traces a model as the compiled call would, without running it."""
+"""Trace a model as the compiled call would, without running it."""
 
 from __future__ import annotations
 
@@ -17,63 +17,52 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import CodeType
 
+    from torch.fx import GraphModule, Node
 
-__all__ = ["Probe", "ResultAnnotator", "capture", "probe"]
+    Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
+    GraphCallback = Callable[[GraphModule, list[Any]], "ResultAnnotator"]
+
+__all__ = ["Probe", "ResultAnnotator", "capture"]
 
 log = logging.getLogger(__name__)
 
-#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run as it is, and nothing would
-#: be seen of it.
+#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run without a trace.
 _VERSIONS = 1_000_000
 
 
 class ResultAnnotator(Protocol):
-    """What a compiled graph would write into the autograd history of its results."""
+    """The annotations that a compiled graph adds to the autograd history of its results."""
 
     def __bool__(self) -> bool: ...
 
     def write(self, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-        """Write it, for one call of the graph."""
+        """Annotate the results of one call of the graph."""
 
 
-def capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    on_graph: Callable[[torch.fx.GraphModule, list[Any]], ResultAnnotator],
-) -> int:
-    """Hands every graph that Dynamo makes of `model(*args, **kwargs)` to `on_graph`, with its example inputs, while it is being traced.
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_graph: GraphCallback) -> int:
+    """Call `on_graph` with every graph that Dynamo makes of `model(*args, **kwargs)`; count them.
 
-    No operation of the model runs inside a graph, but for those on integers alone: where a graph
-    would be executed, tensors of the right shapes, filled with zeros, are returned, so that a model
-    that breaks into several graphs is seen to its end. Gradients are enabled, as in training, and
-    the zeros have a history, by which a later graph can tell what they were computed from. The
-    model's compiled versions, if it has any, stay as they are.
+    Graphs are not run, except for operations on integers. They return zeros of the right shapes,
+    so that a model that breaks into several graphs is traced to its end. Gradients are enabled, as
+    in training, and the zeros have a history that tells a later graph their origin. Compiled
+    versions of the model are not affected.
 
-    Args:
-        model: any module.
-        args: its inputs.
-        kwargs: its inputs by name.
-        on_graph: gets each graph, and returns what the graph would leave in the history of its
-            results.
-
-    Returns:
-        The number of graphs.
+    `on_graph` gets each graph and its example inputs while it is traced, and returns annotations.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs; the cause is chained.
-        MhcError: whatever `on_graph` raised.
+        MhcError: raised by `on_graph`.
     """
     graphs = 0
 
-    def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def backend(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
         return _stub(graph_module, on_graph(graph_module, inputs))
 
     try:
-        with torch.enable_grad():
-            probe(model, look, args, kwargs)
+        with torch.enable_grad(), Probe(model, backend) as probe:
+            probe(*args, **kwargs)
     except MhcError:
         raise
     except Exception as error:
@@ -85,29 +74,19 @@ def capture(
     return graphs
 
 
-def probe(
-    model: nn.Module,
-    backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Calls `torch.compile(model, backend=backend)` once and leaves Dynamo's caches as they were: the model's compiled versions stay."""
-    with Probe(model, backend) as call:
-        return call(*args, **kwargs)
-
-
 class Probe:
-    """`torch.compile(model, backend=backend)` beside the model's compiled versions, which stay, until it is closed; a context manager."""
+    """`torch.compile(model, backend=backend)` that keeps other compiled versions of the model.
 
-    def __init__(
-        self, model: nn.Module, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
-    ) -> None:
+    A context manager; `close` restores Dynamo's caches.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
         self._model = model
-        self._single = _SingleUse(backend)
-        self._call = _torch.isolated_compile(model, self._single, recompile_limit=_VERSIONS)
+        self._backend = _ClosableBackend(backend)
+        self._call = _torch.isolated_compile(model, self._backend, recompile_limit=_VERSIONS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the compiled model; errors of this package come as themselves."""
+        """Call the compiled model. Errors of this package are raised without Dynamo's wrapper."""
         try:
             with _torch.whole_graphs(), _torch.uncompiled(self._model):
                 return self._call(*args, **kwargs)
@@ -117,8 +96,8 @@ class Probe:
             raise
 
     def close(self) -> None:
-        """Leaves Dynamo's caches as they were."""
-        self._single.close()
+        """Restore Dynamo's caches."""
+        self._backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,117 +106,93 @@ class Probe:
         self.close()
 
 
-class _SingleUse:
-    """A backend for a while.
+class _ClosableBackend:
+    """A backend that can release its references: Dynamo keeps it as long as the compiled code."""
 
-    Dynamo keeps a backend as long as the code that it compiled, so this one can let go of what it
-    holds.
-    """
+    def __init__(self, backend: Backend) -> None:
+        self.backend: Backend | None = backend
+        self._compiled: list[CodeType] = []
 
-    def __init__(self, backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
-        self.backend: Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]] | None = backend
-        self._fresh: list[CodeType] = []
-
-    def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         assert self.backend is not None
         code = _torch.frame_code()
         if not _torch.has_compiled(code):
-            self._fresh.append(code)
+            self._compiled.append(code)
         return self.backend(graph_module, inputs)
 
     def close(self) -> None:
-        """Forgets the backend, and every entry of code that only this call compiled."""
+        """Release the backend and all entries of code that only it compiled."""
         self.backend = None
-        for code in self._fresh:
+        for code in self._compiled:
             _torch.forget_compiled(code, all_entries=True)
 
 
-def _stub(graph_module: torch.fx.GraphModule, notes: ResultAnnotator | None) -> Callable[..., Any]:
+def _stub(graph_module: GraphModule, annotations: ResultAnnotator | None) -> Callable[..., Any]:
+    """Return a callable like the graph that returns stand-ins for the results."""
     nodes = list(graph_module.graph.nodes)
-    positions = {node: position for position, node in enumerate(n for n in nodes if n.op == "placeholder")}
-
-    def recipe(node: torch.fx.Node) -> Any:
-        if node in positions:
-            return _Input(positions[node])
-        return _Fake(node, node.meta.get("example_value"), _sources(node, positions))
-
-    recipes: Any = torch.fx.map_arg(nodes[-1].args[0], recipe)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    outputs: Any = nodes[-1].args[0]
+    # Dynamo deletes the example values when it is done with the graph.
+    examples = {
+        node: (node.meta.get("example_value"), _sources(node, placeholders)) for node in nodes[-1].all_input_nodes
+    }
 
     def run(*inputs: Any) -> Any:
-        known = _integers(nodes, dict(zip(positions, inputs, strict=True)))
+        values = dict(zip(placeholders, inputs, strict=True))
+        known = _integers(nodes, values)
 
-        def make(entry: Any) -> Any:
-            if isinstance(entry, _Input):
-                return inputs[entry.position]
-            if isinstance(entry, _Fake):
-                return (
-                    known[entry.node]
-                    if entry.node in known
-                    else _connect(_concrete(entry.value), entry.sources, inputs)
-                )
-            return entry
+        def stand_in(node: Node) -> Any:
+            if node in values or node in known:
+                return values[node] if node in values else known[node]
+            example, sources = examples[node]
+            return _connect(_concrete(example), [values[source] for source in sources])
 
-        if not isinstance(recipes, (tuple, list)):
-            return make(recipes)
-        results = tuple(map(make, recipes))
-        if notes:
-            notes.write(inputs, results)
+        results: Any = torch.fx.map_arg(outputs, stand_in)
+        if annotations and isinstance(results, (tuple, list)):
+            annotations.write(inputs, results)
         return results
 
     return run
 
 
 class _Zeros(torch.autograd.Function):
-    """Zeros that are said to be computed from other tensors."""
+    """Zeros with a history that contains other tensors."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004 - the sources are there for their history
-        """New zeros: a view of others could not be written in place, as the model may want to."""
+    def forward(ctx: Any, like: Tensor, *sources: Tensor) -> Tensor:  # noqa: ARG004
+        """Return new zeros, because a view of others could not be written in place."""
         return torch.zeros_like(like)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # noqa: ARG004
-        """Never called: nothing is trained on zeros."""
+        """Raise: nothing is trained on zeros."""
         raise AssertionError("the backward of a capture")
 
 
-def _connect(value: Any, positions: tuple[int, ...], inputs: tuple[Any, ...]) -> Any:
-    sources = [
-        source for position in positions if isinstance(source := inputs[position], Tensor) and source.requires_grad
-    ]
+def _connect(value: Any, inputs: list[Any]) -> Any:
+    sources = [source for source in inputs if isinstance(source, Tensor) and source.requires_grad]
     if not isinstance(value, Tensor) or not value.requires_grad or not sources:
         return value
     return _Zeros.apply(value.detach(), *sources)
 
 
-class _Input:
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-
-class _Fake:
-    def __init__(self, node: torch.fx.Node, value: Any, sources: tuple[int, ...]) -> None:
-        self.node, self.value, self.sources = node, value, sources
-
-
-def _sources(node: torch.fx.Node, positions: dict[torch.fx.Node, int]) -> tuple[int, ...]:
-    """The inputs of the graph that `node` is computed from."""
-    seen: set[torch.fx.Node] = set()
+def _sources(node: Node, placeholders: list[Node]) -> list[Node]:
+    """Return the placeholders that `node` is computed from."""
+    seen: set[Node] = set()
     stack = [node]
     while stack:
-        one = stack.pop()
-        if one not in seen:
-            seen.add(one)
-            stack.extend(one.all_input_nodes)
-    return tuple(position for placeholder, position in positions.items() if placeholder in seen)
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return [placeholder for placeholder in placeholders if placeholder in seen]
 
 
-def _integers(nodes: list[torch.fx.Node], inputs: dict[torch.fx.Node, Any]) -> dict[torch.fx.Node, Any]:
-    """The results that are integers or truth values and are computed from integers alone: token counts, masks, conditions.
+def _integers(nodes: list[Node], inputs: dict[Node, Any]) -> dict[Node, Any]:
+    """Compute the integers and booleans that depend on integers alone: token counts, masks.
 
-    A model that breaks its graph to look at one of them ("are there as many images as image
-    tokens?") would be led astray by a zero. They are cheap, have no gradient, and nothing of the
-    model's weights goes into them.
+    A model that breaks its graph to branch on one of them ("as many images as image tokens?") would
+    take the wrong branch with a zero.
     """
     known = {node: value for node, value in inputs.items() if _is_exact(value)}
     for node in nodes:
@@ -249,7 +204,7 @@ def _integers(nodes: list[torch.fx.Node], inputs: dict[torch.fx.Node, Any]) -> d
         try:
             call: Any = node.target if node.op == "call_function" else getattr(args[0], str(node.target))
             value = call(*args, **kwargs) if node.op == "call_function" else call(*args[1:], **kwargs)
-        except Exception:  # what cannot be computed here gets a stand-in, as every other result does
+        except Exception:  # it gets a stand-in, as other results do
             log.debug("%s could not be computed from integers", node, exc_info=True)
             continue
         if _is_exact(value):
@@ -278,15 +233,14 @@ def _show(value: Any) -> str:
     return type(value).__name__
 
 
-#: How Dynamo quotes the error of an operation that failed on fake tensors.
+#: Dynamo's quote of an error of an operation on fake tensors.
 _QUOTED = re.compile(r"got (\w+\(.*\))")
 
 
 def _cause(error: BaseException) -> str:
-    """The one line of a Dynamo error that tells a user what is wrong with the inputs."""
+    """Return the line of a Dynamo error that says what is wrong with the inputs."""
     if isinstance(error, _torch.BackendCompilerFailed):
-        # The wrapper's first line names the backend and not the trouble.
-        error = error.inner_exception
+        error = error.inner_exception  # the wrapper names only the backend
     quoted = _QUOTED.search(str(error))
     if quoted:
         return quoted.group(1)

@@ -1,4 +1,4 @@
-"""`mhc_compile.attach`: hyper-connections ahead of the first compiled call."""
+"""`mhc_compile.attach`: create hyper-connections before the first compiled call."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["attach"]
 def attach(
     model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
 ) -> dict[str, HyperConnection]:
-    """Attach hyper-connections ahead of the first compiled call, without running the model.
+    """Attach hyper-connections before the first compiled call, without running the model.
 
-    The model is traced with the example inputs, as the compiled call would trace it; nothing of it
-    is executed, and it may live on the meta device. Do this where the parameters must exist early:
-    before an optimizer is built, before a checkpoint is loaded, before DDP or FSDP wraps the model.
+    The model is traced with the example inputs and may live on the meta device. Use this where
+    parameters must exist early: before an optimizer is built, a checkpoint is loaded, or DDP or
+    FSDP wraps the model.
 
     Args:
         model: any module, or one that `torch.compile` returned.
@@ -45,8 +45,8 @@ def attach(
         OptionError: the options are wrong.
         CaptureError: the model cannot be traced with these inputs.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a hyper-connection that exists contradicts the options, or the model is wrapped
-            in DDP or sharded by FSDP already.
+        AttachError: an existing hyper-connection contradicts the options, or the model is already
+            wrapped in DDP or sharded by FSDP.
     """
     parsed = Options.parse(options)
     target = unwrap(model)

@@ -1,8 +1,8 @@
-"""From a site to its parameters, or to a rejection: one contract for every way in which a graph is obtained.
+"""The contract between a site and its parameters. Each front end implements `SiteParameters`.
 
-Dynamo, compiling     `ModuleParameters`      the graph inputs that Dynamo made of a model's parameters
-Dynamo, dry run       `PredictedParameters`   those, and inputs that stand for parameters to come
-torch.export          `ProgramParameters`     inputs of the program's signature, old and new
+torch.compile         `ModuleParameters`      graph inputs that Dynamo made of model parameters
+dry run of that       `PredictedParameters`   the same, with stand-ins for missing parameters
+torch.export          `ProgramParameters`     inputs in the program's signature
 symbolic_trace        `AttributeParameters`   attributes of the graph module
 """
 
@@ -35,15 +35,7 @@ __all__ = ["PlannedSite", "SiteParameters", "bind_connection", "bound_names", "p
 
 @dataclass(frozen=True, eq=False)
 class PlannedSite:
-    """A site with what the plan and the options decide for it.
-
-    Attributes:
-        site: the site.
-        index: its position in its chain.
-        last: whether it ends the chain.
-        options: those that hold for its path.
-        dtype: of its parameters: float64 for a float64 trunk, else float32.
-    """
+    """A site, its `index` in its chain, whether it is the `last` there, and its options."""
 
     site: Site
     index: int
@@ -52,14 +44,14 @@ class PlannedSite:
 
     @property
     def value(self) -> torch.Tensor:
-        """The example value of the site's sum."""
+        """The example value of the sum."""
         value = tensor_value(self.site.add)
         assert value is not None
         return value
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the site's parameters."""
+        """Dtype of the parameters: float64 for a float64 trunk, else float32."""
         return parameter_dtype(self.value)
 
 
@@ -73,60 +65,53 @@ def planned_sites(plan: Plan, options: ResolvedOptions) -> tuple[PlannedSite, ..
 
 
 class SiteParameters(ABC):
-    """Where the parameters of the sites of one graph are, or will be."""
+    """The parameters of the sites of one graph, existing or to be created."""
 
     @abstractmethod
     def existing(self, planned: PlannedSite) -> HyperConnection | None:
-        """Return the hyper-connection that the site has already. It may have shapes alone.
+        """Return the hyper-connection that the site already has, maybe on the meta device.
 
         Raises:
-            AttachError: its owner has something else called `mhc`, or a hyper-connection that
-                contradicts the options.
+            AttachError: the owner has another `mhc`, or a hyper-connection that contradicts the
+                options.
         """
 
     @abstractmethod
     def bind(self, planned: PlannedSite) -> Binding:
-        """Return the parameters of a site that was not rejected, made if need be."""
+        """Return the parameters of a site that was not rejected, created if missing."""
 
     def path(self, planned: PlannedSite) -> str:
-        """Return what identifies the hyper-connection: sites of one path share it."""
+        """Return the key of the hyper-connection: sites with the same path share it."""
         return planned.site.path
 
     def rejections(self, planned: tuple[PlannedSite, ...]) -> dict[Node, Rejection]:
-        """Reject sites that cannot have the parameters at their path, because these serve another width."""
+        """Reject sites whose path already has parameters of another width."""
         widths: dict[str, int] = {}
         rejected: dict[Node, Rejection] = {}
-        for one in planned:
-            connection = self.existing(one)
-            width = connection.width if connection is not None else widths.setdefault(self.path(one), one.site.width)
-            if width != one.site.width:
-                rejected[one.site.add] = _width_conflict(one.site, width)
+        for item in planned:
+            site, connection = item.site, self.existing(item)
+            width = connection.width if connection is not None else widths.setdefault(self.path(item), site.width)
+            if width != site.width:
+                rejected[site.add] = _width_conflict(site, width)
         return rejected
 
     def resolve(self, planner: Planner, options: ResolvedOptions) -> tuple[PlannedSite, ...]:
-        """Plan until every site of the plan can have its parameters.
-
-        Return those sites; `planner.plan` is their plan.
-        """
+        """Plan until no site is rejected. Return the sites of `planner.plan`."""
         return planned_sites(planner.settle(lambda plan: self.rejections(planned_sites(plan, options))), options)
 
 
 def bound_names(connection: HyperConnection) -> list[str]:
-    """The parameters of a hyper-connection and of its read-out, by name: ["phi", "bias", "scale", "read_out.weight", ...]."""
+    """Return the parameter names, read-out included: ["phi", "bias", ..., "read_out.weight"]."""
     read_out = connection.read_out
     return [*connection.names, *(f"read_out.{name}" for name in (read_out.names if read_out is not None else ()))]
 
 
 def bind_connection(connection: HyperConnection, find: Callable[[str], Node | str | None]) -> Binding | None:
-    """Return what a pass needs to know of a hyper-connection.
+    """Return the binding of a hyper-connection, or None if the graph lacks a parameter.
 
     Args:
-        connection: whose settings count.
-        find: gives the graph input, or the path of an attribute, that is the parameter of this
-            name; None where the graph does not have it.
-
-    Returns:
-        The binding; None where the graph lacks a parameter.
+        connection: gives the settings.
+        find: maps a parameter name to the graph input or attribute path; None if there is none.
     """
     found = [find(name) for name in bound_names(connection)]
     nodes = [node for node in found if node is not None]

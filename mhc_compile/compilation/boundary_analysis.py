@@ -1,4 +1,4 @@
-"""What is known of a graph's surroundings: where streams arrive, which branches end here, whether the chain is whole."""
+"""Find where streams and branches cross the boundary of a graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 
 if TYPE_CHECKING:
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
 
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.config.options import ResolvedOptions
@@ -23,11 +23,14 @@ __all__ = ["analyze_boundary", "check_whole"]
 
 
 def analyze_boundary(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> BoundaryInfo:
-    """Return what the example inputs and the attached modules say of the other graphs of the model."""
+    """Return the boundary of a graph, from its example inputs and the attached modules."""
     placeholders = zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
-    values = {
-        node: value for node, value in placeholders if _is_activation(node) and not provenance.holds_weights(node)
-    }
+    values = {}
+    for node, value in placeholders:
+        example = tensor_value(node)
+        activation = example is not None and example.is_floating_point() and example.dim() > 1
+        if activation and not provenance.holds_weights(node):
+            values[node] = value
 
     def attached(site: Site) -> bool:
         owner = provenance.module(site.owner)
@@ -39,29 +42,24 @@ def analyze_boundary(graph: Graph, provenance: DynamoProvenance, inputs: list[An
 
 
 def check_whole(plan: Plan, boundary: BoundaryInfo, options: ResolvedOptions, provenance: DynamoProvenance) -> None:
-    """Check that every chain begins and ends in this graph.
+    """Check that every chain starts and ends in this graph.
 
-    Streams that ride from graph to graph are read out as their mean where they end; other read-outs
-    need the whole chain in one graph.
+    Streams that end after a graph break are read out as their mean; other read-outs need the whole
+    chain in one graph.
 
     Raises:
-        AttachError: a chain comes from another graph, or may go on in one.
+        AttachError: a chain comes from another graph, or may continue in one.
     """
     root = provenance.root
     alone = root is not None and provenance.frame.runs_inside_another(root, compiled_alone=True)
     for chain in plan.chains:
-        # Of blocks that are compiled one by one, each takes its trunk from outside and gives it
-        # back.
+        # A block compiled alone takes its trunk from outside and returns it.
         part = boundary.part or (alone and chain.arrives)
         goes_on = part and (chain.departures or any(site.tail for site in chain.sites))
         if chain.start in boundary.arriving or goes_on:
             asked = "single_pass=True" if options.single_pass else f"read_out={options.read_out!r}"
             raise AttachError(
-                f"{chain.sites[0]}: its chain runs through several graphs, and {asked} needs it whole. Find the graph break (mhc explain shows the"
-                " pieces; torch.compile(fullgraph=True) names it) and compile the model as a whole, or use read_out='mean', single_pass=False"
+                f"{chain.sites[0]}: its chain runs through several graphs, and {asked} needs it whole. Find the graph"
+                " break (mhc explain shows the pieces; torch.compile(fullgraph=True) names it) and compile the model as"
+                " a whole, or use read_out='mean', single_pass=False"
             )
-
-
-def _is_activation(node: Node) -> bool:
-    value = tensor_value(node)
-    return value is not None and value.is_floating_point() and value.dim() > 1

@@ -1,7 +1,6 @@
-"""The plan for every graph of a model, and what the rewrite would bind to it, while nothing is run and nothing changed.
+"""Predict how the backend rewrites every graph of a model, without running or changing it.
 
-`explain` reports it, `diff` expands it, and the backend makes it again by the same `GraphSession`
-when the model is compiled.
+`explain` reports the result and `diff` expands it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.split_branches import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-    #: The sites that end the branches which a module begins.
+    #: The sites at the ends of the branches that a module starts.
     Begun = Mapping[nn.Module, Sequence[PlannedSite]]
 
 __all__ = ["DryGraph", "dry_run"]
@@ -38,14 +37,13 @@ class DryGraph:
     """One graph that Dynamo makes of a model. Valid while Dynamo traces the frame.
 
     Attributes:
-        modules: paths of the modules that run it: the one that was traced, and blocks that are
-            alike; ("",) is the model itself.
-        captured: the graph as Dynamo handed it over.
-        session: the normalised graph and the plan for it.
-        bindings: parameters for every site of the plan, as graph inputs: those that the model has,
-            and inputs that stand for those it will get.
-        openings: name and parameters of every branch that begins here and ends in another graph.
-        foreseen: the paths of the parameters that it will get, below the traced module.
+        modules: paths of the modules that run it: the traced one and equivalent blocks; ("",) is
+            the model itself.
+        captured: the graph as Dynamo captured it.
+        session: the normalised graph and its plan.
+        bindings: parameters of every site, as graph inputs; stand-ins where none exist yet.
+        openings: name and parameters of every branch that starts here and ends in another graph.
+        foreseen: paths of the parameters to be created, below the traced module.
     """
 
     modules: tuple[str, ...]
@@ -64,21 +62,11 @@ def dry_run(
     on_graph: Callable[[DryGraph], None],
     begun: Begun | None = None,
 ) -> Begun:
-    """Trace `model(*args, **kwargs)` as the compiled call would, and hand over what the backend would do with each graph.
+    """Trace `model(*args, **kwargs)` as the compiled call would, and predict each rewrite.
 
-    Args:
-        model: any module.
-        args: example inputs.
-        kwargs: example inputs by name.
-        options: of the backend.
-        on_graph: is called with every graph, in the order in which they run.
-        begun: what an earlier run returned. A branch that a graph break cuts begins in a graph that
-            is traced before the one in which it ends: only the second run knows what the first of
-            the two graphs must open.
-
-    Returns:
-        The sites of branches that are cut, by the modules that begin them. Empty where no branch
-        is.
+    `on_graph` gets the graphs in the order in which they run. Return the sites of split branches by
+    the modules that start them. The first half of such a branch is traced before its site is known:
+    to predict its rewrite, run again with the result as `begun`.
 
     Raises:
         CaptureError: the model cannot be traced with these inputs.
@@ -93,7 +81,7 @@ def dry_run(
             for module in (module for head in planned.site.heads for module in head.alive()):
                 cut.setdefault(module, []).append(planned)
         parameters = PredictedParameters(session.graph, session.provenance)
-        bindings = {one.site: parameters.bind(one) for one in parameters.resolve(session.planner, options)}
+        bindings = {item.site: parameters.bind(item) for item in parameters.resolve(session.planner, options)}
         openings = parameters.predicted_openings(session.plan, begun or {})
         modules = tuple(sharing.modules(session.provenance.root, session.provenance.frame))
         if modules:

@@ -1,4 +1,4 @@
-"""From the rewritten graph to a callable: fuse the operators, split for DDP, call the inner compiler, connect the streams."""
+"""Fuse a rewritten graph, call the inner compiler, connect streams with other graphs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_graph", "fuse", "fusion_passes", "module_like", "prepare_kernels", "run_eagerly"]
 
-#: What runs on the rewritten graph before the inner compiler, by the option `recompute`.
+#: Passes between the rewrite and the inner compiler, by the option `recompute`.
 _FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
 
 
 def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mode: str | None) -> Callable[..., Any]:
-    """Compile what `session.rewrite` returned, connected with the other graphs of its model.
+    """Compile `graph`, the result of `session.rewrite`, and connect it with other graphs.
 
-    Args:
-        session: of the graph.
-        graph: the rewritten graph. Streams that arrive are inputs after Dynamo's.
-        inputs: the example inputs of Dynamo's graph.
-        mode: as for Inductor.
-
-    Returns:
-        A callable with the inputs and results of Dynamo's graph.
+    The callable has the inputs and results of Dynamo's graph. `graph` also takes arriving streams
+    and returns departing ones.
     """
     options = session.options
     arrivals, departures = crossings(graph)
@@ -64,16 +58,13 @@ def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mod
 
 
 def prepare_kernels(session: GraphSession) -> None:
-    """Start building the kernels that the sites will need, while the tracing goes on."""
+    """Start building the kernels of the sites in the background."""
     if not fusion_passes(session.options):
         return
     kinds = {}
     for planned in session.sites:
-        streams, branch, spec = (
-            tensor_value(planned.site.add),
-            tensor_value(planned.site.branch_outputs[0]),
-            planned.options.spec,
-        )
+        site, spec = planned.site, planned.options.spec
+        streams, branch = tensor_value(site.add), tensor_value(site.branch_outputs[0])
         if streams is not None and branch is not None:
             kinds[streams.device, streams.dtype, branch.dtype, spec] = streams, branch
     for (*_, spec), (streams, branch) in kinds.items():
@@ -81,13 +72,13 @@ def prepare_kernels(session: GraphSession) -> None:
 
 
 def fusion_passes(options: ResolvedOptions) -> tuple[Pass, ...]:
-    """Return the passes that run on the rewritten graph before the inner compiler gets it."""
+    """Return the passes between the rewrite and the inner compiler."""
     inner = options.inner_backend
     return () if callable(inner) or inner == "eager" else _FUSION[options.recompute]
 
 
 def module_like(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Return a module like `graph_module` with another graph, and with whatever Dynamo hung on the old one."""
+    """Return a copy of `graph_module` with another graph and Dynamo's attributes."""
     root = graph.owning_module or graph_module  # where the bodies of regions are
     new = fx.GraphModule(root, graph, type(graph_module).__name__)
     new.meta.update(graph_module.meta)
@@ -97,7 +88,7 @@ def module_like(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
 
 
 def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
-    """Run fusion passes on a graph and on the bodies of its regions, which are recomputed as a whole."""
+    """Run fusion passes on a graph, and the first on its regions, which are recomputed whole."""
     fused = module_like(graph_module, run_passes(graph_module.graph, passes))
     for name, body in graph_module.named_children():
         if isinstance(body, fx.GraphModule):
@@ -125,11 +116,10 @@ def _compile(
 
 
 def run_eagerly(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return the graph module itself, with checkpointed regions that keep the state of the random number generator.
+    """Make checkpointed regions keep the state of the random number generator, in place.
 
-    torch's own backend "eager" runs `tag_activation_checkpoint` without keeping that state, which
-    it leaves to the partitioner of AOTAutograd: dropout in a region then has another mask in the
-    backward, and gradients are wrong. The graph module and its bodies are changed in place.
+    Torch's backend "eager" leaves that to AOTAutograd's partitioner, so dropout in a region would
+    draw another mask in the backward.
     """
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):
@@ -141,6 +131,6 @@ def run_eagerly(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _checkpoint(body: fx.GraphModule, *args: Any, use_reentrant: bool = False, **settings: Any) -> Any:  # noqa: ARG001 - torch, too, ignores it here
+def _checkpoint(body: fx.GraphModule, *args: Any, use_reentrant: bool = False, **settings: Any) -> Any:  # noqa: ARG001
     context = _torch.checkpoint_context(body) or noop_context_fn
     return checkpoint(body, *args, use_reentrant=False, context_fn=context, **settings)

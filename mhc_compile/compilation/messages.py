@@ -1,4 +1,4 @@
-"""What users are told of graphs that are not, or not wholly, rewritten: a warning, or an error with `strict`."""
+"""Warnings about graphs that are rewritten in part or not at all; errors with `strict`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["warn_nothing_rewritten", "warn_split_branch", "warn_unused"]
 
 
-def _say(message: str, error: type[MhcError], options: ResolvedOptions) -> None:
+def _warn_or_raise(message: str, error: type[MhcError], options: ResolvedOptions) -> None:
     if options.strict:
         raise error(message)
     warn(message)
@@ -35,19 +35,12 @@ def _by_reason(rejections: Iterable[Rejection]) -> tuple[int, str]:
 def warn_nothing_rewritten(
     rejections: Iterable[Rejection], options: ResolvedOptions, graphs: Iterable[Graph] = ()
 ) -> None:
-    """Say that nothing was rewritten in `graphs`, and why.
-
-    Raises:
-        NothingRewrittenError: `options.strict`.
-    """
+    """Warn that nothing was rewritten in `graphs`; if `strict`, raise NothingRewrittenError."""
     count, listed = _by_reason(rejections)
-    found = (
-        f"{count} floating-point additions, all rejected ({listed})"
-        if count
-        else "no addition of floating-point tensors"
-    )
-    _say(
-        f"nothing was rewritten: the model has {found}. It runs as the plain model.{_hint(graphs)}"
+    found = f"{count} floating-point additions, all rejected ({listed})"
+    _warn_or_raise(
+        f"nothing was rewritten: the model has {found if count else 'no addition of floating-point tensors'}."
+        f" It runs as the plain model.{_hint(graphs)}"
         " `mhc explain` or mhc_compile.explain(model, ...) shows each addition with its reason",
         NothingRewrittenError,
         options,
@@ -61,37 +54,33 @@ def _hint(graphs: Iterable[Graph]) -> str:
         return f" It has regions that are not analyzed ({', '.join(regions)}): residual adds inside them stay plain."
     if any(is_fused_layer(node) for graph in graphs for node in graph.nodes):
         return (
-            " It runs torch's fused encoder layer, as nn.TransformerEncoder does in eval mode without gradients: call it once in training mode,"
-            " or mhc_compile.attach(model, ...), and it will take the path that can be rewritten."
+            " It runs torch's fused encoder layer, as nn.TransformerEncoder does in eval mode without gradients: call"
+            " it once in training mode, or mhc_compile.attach(model, ...), and it will take the path that can be"
+            " rewritten."
         )
     return ""
 
 
 def warn_unused(unused: list[str], rejections: Iterable[Rejection], options: ResolvedOptions) -> None:
-    """Say that hyper-connections of modules that run in a graph have no part in it, so that their residual adds are plain ones.
-
-    Raises:
-        NothingRewrittenError: `options.strict`.
-    """
+    """Warn of hyper-connections without a site; if `strict`, raise NothingRewrittenError."""
     count, listed = _by_reason(rejections)
     others = f"rejected additions: {listed}" if count else "there is no other addition of floating-point tensors"
-    _say(
-        f"{len(unused)} hyper-connections have no part in a graph in which their modules run ({unused[0]}{', ...' if len(unused) > 1 else ''}):"
-        f" their residual adds run as plain adds ({others}). mhc_compile.explain(model, ...) shows each addition with its reason",
+    listed_paths = f"{unused[0]}, ..." if len(unused) > 1 else unused[0]
+    _warn_or_raise(
+        f"{len(unused)} hyper-connections have no part in a graph in which their modules run ({listed_paths}):"
+        f" their residual adds run as plain adds ({others}). mhc_compile.explain(model, ...) shows each addition with"
+        " its reason",
         NothingRewrittenError,
         options,
     )
 
 
 def warn_split_branch(rejection: Rejection, provenance: DynamoProvenance, options: ResolvedOptions) -> None:
-    """Say that a residual add stays plain, and ends the streams of its trunk, because of where its branch ran.
-
-    Raises:
-        StreamsLostError: `options.strict`.
-    """
+    """Warn that a split branch ends a chain; if `strict`, raise StreamsLostError."""
     owner = rejection.module_path or (type(provenance.root).__name__ if provenance.root is not None else "a function")
-    _say(
-        f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end there: {rejection.message}."
+    _warn_or_raise(
+        f"a residual add of {owner} ({source_line(rejection.add)}) stays as it is, and the streams of its trunk end"
+        f" there: {rejection.message}."
         " Let a module that is compiled be the first to read the trunk in the branch (a norm, a projection)",
         StreamsLostError,
         options,

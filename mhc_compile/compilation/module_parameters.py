@@ -1,4 +1,4 @@
-"""The parameters of the sites in a Dynamo graph: the graph inputs that Dynamo made of a model's parameters."""
+"""Find the parameters of sites among the inputs of a Dynamo graph."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ __all__ = ["ModuleParameters", "PredictedParameters"]
 
 
 class ModuleParameters(SiteParameters):
-    """The graph inputs that are parameters of hyper-connections attached to the modules.
-
-    Args:
-        graph: the normalised graph.
-        provenance: of it.
-    """
+    """The graph inputs that Dynamo made of the parameters of attached hyper-connections."""
 
     def __init__(self, graph: Graph, provenance: DynamoProvenance) -> None:
         self.graph = graph
@@ -45,18 +40,16 @@ class ModuleParameters(SiteParameters):
     def modules(self, site: Site) -> tuple[nn.Module, nn.Module]:
         """Return the owner of a site and its declaring module."""
         owner, declaring_module = self.provenance.module(site.owner), self.provenance.module(site.declaring_module)
-        assert owner is not None, f"{site}: Dynamo names module {site.owner} that it does not know"
-        assert declaring_module is not None, (
-            f"{site}: Dynamo names module {site.declaring_module} that it does not know"
-        )
+        assert owner is not None, f"{site}: unknown module {site.owner}"
+        assert declaring_module is not None, f"{site}: unknown module {site.declaring_module}"
         return owner, declaring_module
 
     def existing(self, planned: PlannedSite) -> HyperConnection | None:
-        """Return the hyper-connection that is attached for the site."""
+        """Return the hyper-connection attached for the site."""
         return find_connection(self.modules(planned.site)[0], planned.site)
 
     def find(self, planned: PlannedSite) -> Binding | None:
-        """Return the parameters of a site where the graph has them."""
+        """Return the graph inputs of a site, or None if its parameters are not in the graph."""
         connection = self.existing(planned)
         if connection is None:
             return None
@@ -70,10 +63,10 @@ class ModuleParameters(SiteParameters):
 
     def undeclared(self, planned: tuple[PlannedSite, ...]) -> dict[Node, Rejection]:
         """Reject sites whose parameters did not enter the graph."""
-        return {one.site.add: _not_declared(one.site) for one in planned if self.find(one) is None}
+        return {item.site.add: _not_declared(item.site) for item in planned if self.find(item) is None}
 
     def openings(self, plan: Plan) -> dict[BranchHead, tuple[str, Binding]]:
-        """Return the heads of branches that are known to end in other graphs, with the names of their sites and the parameters."""
+        """Return name and parameters of each branch that starts here and ends in another graph."""
         found: dict[BranchHead, tuple[str, Binding]] = {}
         for head in plan.heads:
             begun = begun_by([self.provenance.module(ref) for ref in head.modules])
@@ -91,19 +84,19 @@ class ModuleParameters(SiteParameters):
 
 
 class PredictedParameters(ModuleParameters):
-    """What `ModuleParameters` will find once the sites are attached. The modules stay as they are.
+    """The parameters as `ModuleParameters` finds them after attaching. No module changes.
 
-    Parameters to come are graph inputs that are added here.
+    Graph inputs are added as stand-ins for parameters that do not exist yet.
     """
 
     def __init__(self, graph: Graph, provenance: DynamoProvenance) -> None:
         super().__init__(graph, provenance)
-        #: The inputs that stand for parameters to come, by path.
+        #: The stand-ins, by the path of the parameter.
         self.added: dict[str, Node] = {}
         self._predicted: dict[str, HyperConnection] = {}
 
     def bind(self, planned: PlannedSite) -> Binding:
-        """Return the parameters that the graph has, or inputs that stand for them."""
+        """Return the graph inputs of the site, or stand-ins."""
         site = planned.site
         connection = self.existing(planned)
         if connection is None or (planned.last and connection.lacks_end):
@@ -117,10 +110,7 @@ class PredictedParameters(ModuleParameters):
     def predicted_openings(
         self, plan: Plan, begun: Mapping[nn.Module, Sequence[PlannedSite]]
     ) -> dict[BranchHead, tuple[str, Binding]]:
-        """Return what `openings` will find once the sites are attached whose branches begin in this graph.
-
-        `begun` gives the sites that end the branches that a module begins.
-        """
+        """Predict `openings`. `begun` maps a module to the sites whose branches it starts."""
         found = self.openings(plan)
         for head in plan.heads:
             sites = [
@@ -141,7 +131,7 @@ class PredictedParameters(ModuleParameters):
                 last = next(node for node in reversed(self.graph.nodes) if node.op == "placeholder")
                 with self.graph.inserting_after(last):
                     node = self.added[path] = self.graph.placeholder(path.replace(".", "_"))
-                    # An argument of the graph's code; a path may begin with a digit: "1.mhc.f".
+                    # An argument name of the graph's code; a path may start with a digit.
                     node.target = node.name
                 with like.fake_mode:  # type: ignore[attr-defined]
                     shape = connection.get_parameter(part).shape
@@ -155,17 +145,14 @@ class PredictedParameters(ModuleParameters):
 
 
 def _elsewhere(connection: HyperConnection) -> Binding:
-    """Return a binding without parameters: they are inputs of the graph in which the branch begins."""
+    """Return a binding without inputs: the parameters enter the graph of the branch's head."""
     binding = bind_connection(connection, lambda name: "")  # noqa: ARG005
     assert binding is not None
     return binding
 
 
 def _not_declared(site: Site) -> Rejection:
+    caller = site.declaring_module.path or site.declaring_module.kind
     return reject_site(
-        site,
-        Reason.NOT_DECLARED,
-        lambda: (
-            f"the call of {site.declaring_module.path or site.declaring_module.kind} did not declare {site.path} to the tracer"
-        ),
+        site, Reason.NOT_DECLARED, lambda: f"the call of {caller} did not declare {site.path} to the tracer"
     )

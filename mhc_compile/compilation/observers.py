@@ -1,4 +1,4 @@
-"""Callbacks for each compiled graph. Empty except under `mhc run`. Torch is not imported here."""
+"""Callbacks for each compiled graph. Empty except under `mhc run`; does not import torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["notify", "observe"]
 
 _observers: list[Callable[[GraphSession], None]] = []
-#: Two threads may compile at the same time.
+#: Several threads may compile at the same time.
 _lock = threading.Lock()
 
 
 def observe(observer: Callable[[GraphSession], None]) -> Callable[[], None]:
-    """Call `observer` with the session of each graph that is compiled from now on.
-
-    Returns:
-        A function that ends this.
-    """
+    """Call `observer` with the session of each graph compiled from now on. Return an undo."""
     with _lock:
         _observers.append(observer)
 
@@ -34,7 +30,7 @@ def observe(observer: Callable[[GraphSession], None]) -> Callable[[], None]:
 
 
 def notify(session: GraphSession) -> None:
-    """Call every observer with the session of a graph that is rewritten."""
+    """Call every observer with the session of a rewritten graph."""
     with _lock:
         observers = tuple(_observers)
     for observer in observers:

@@ -1,4 +1,4 @@
-"""Compile one captured graph: analyze, attach, rewrite, compile. The backend is this function."""
+"""Compile one captured graph: analyze, attach, rewrite, compile."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_captured"]
 
-#: Code with a compiled version that has no hyper-connections, because there was nothing to rewrite
-#: when it was traced.
-_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
-#: Two threads may compile at the same time.
+#: Code with a compiled version that has no streams: it had no sites when it was traced.
+_compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
+#: Several threads may compile at the same time.
 _lock = threading.Lock()
 
 
@@ -35,27 +34,23 @@ def compile_captured(
     session = GraphSession.analyze(graph_module, inputs, options)
     prepare_kernels(session)
     if session.attach():
-        _trace_again()
+        _restart_trace()  # raises: the new parameters must be inputs of the graph
     graph = session.rewrite()
     if session.is_plain:
         with _lock:
-            _plain.add(session.provenance.frame.code)
+            _compiled_plain.add(session.provenance.frame.code)
     notify(session)
     return compile_graph(session, graph, inputs, mode)
 
 
-def _trace_again() -> None:
-    """Start the trace again, in which the parameters are inputs of the graph.
-
-    Raises; never returns.
-    """
+def _restart_trace() -> None:
+    """Make Dynamo trace the frame again, by an exception."""
     with _lock:
-        codes = tuple(_plain)
-        _plain.clear()
+        codes = tuple(_compiled_plain)
+        _compiled_plain.clear()
     for code in codes:
         _torch.forget_compiled(code, all_entries=False)
-    # A model that got its hyper-connections just now fits no compiled version of its class, and
-    # needs one of its own. (Once it has them, it shares those of other models like it.) Otherwise
-    # the ninth model of a process would meet Dynamo's limit and run without streams.
+    # A model with new hyper-connections fits no compiled version of its class: without room for one
+    # more, the ninth model of a process would hit Dynamo's recompile limit and run without streams.
     _torch.make_room()
     _torch.restart_trace()

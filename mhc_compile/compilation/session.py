@@ -1,10 +1,10 @@
-"""One Dynamo graph on its way from capture to the graph that the inner compiler gets.
+"""A captured graph on its way to the inner compiler.
 
-    GraphSession.analyze   read the frame, normalise the graph, find and plan its sites
-    GraphSession.attach    give the sites their parameters; the trace starts again if any were missing
-    GraphSession.rewrite   bind the parameters, put the graph on streams
+    GraphSession.analyze   normalise the graph, find its sites, plan their chains
+    GraphSession.attach    create missing parameters; the caller then restarts the trace
+    GraphSession.rewrite   bind parameters to graph inputs, expand the graph onto streams
 
-`explain`, `diff` and `attach` stop at the plan; the backend goes on to the end.
+`explain` and `diff` stop at the plan, `mhc_compile.attach` at the parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
-from mhc_compile.distributed.guards import check_site, ddp_parameters, warn_of_pipeline
+from mhc_compile.distributed.guards import check_site, warn_of_pipeline
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.split_branches import Notes
 from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
@@ -40,7 +40,6 @@ from mhc_compile.passes.planning.planner import Planner
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
     from torch.fx import Graph
 
     from mhc_compile.config.options import ResolvedOptions
@@ -54,10 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class GraphSession:
-    """A normalised graph, the plan for it, and the modules it comes from.
-
-    Valid while Dynamo traces the frame.
-    """
+    """A normalised graph, its plan and its modules. Valid while Dynamo traces the frame."""
 
     captured: torch.fx.GraphModule
     graph: Graph
@@ -67,18 +63,14 @@ class GraphSession:
 
     @classmethod
     def analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
-        """Normalise the graph that Dynamo handed over, find its sites and plan its chains.
-
-        The graph itself stays as it is.
-        """
+        """Normalise a copy of a captured graph, find its sites and plan their chains."""
         graph = normalize(graph_module.graph)
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
         planner = Planner(graph, provenance, options.min_chain_length, boundary)
         if options.read_out != "mean" or options.single_pass:
             check_whole(planner.plan, boundary, options, provenance)
-            # A value that happens to be a result of the graph ends its chain as any other reader
-            # does.
+            # With the whole chain here, a graph result ends a chain as any other reader does.
             boundary = BoundaryInfo(tail=boundary.tail, attached=boundary.attached)
             planner = Planner(graph, provenance, options.min_chain_length, boundary)
         session = cls(graph_module, graph, provenance, options, planner)
@@ -87,7 +79,7 @@ class GraphSession:
 
     @property
     def plan(self) -> Plan:
-        """The plan as it stands."""
+        """The current plan."""
         return self.planner.plan
 
     @property
@@ -96,72 +88,67 @@ class GraphSession:
         return planned_sites(self.plan, self.options)
 
     def attach(self) -> bool:
-        """Give every site its parameters.
+        """Create the missing parameters of all sites. Return True if any were missing.
 
-        Return whether any were missing, so that the graph must be traced again to see them.
-
-        Sites that cannot share the parameters of their module are rejected, and the plan is made
-        again.
+        A site whose module holds parameters of another width is rejected.
         """
         parameters = ModuleParameters(self.graph, self.provenance)
         planned = parameters.resolve(self.planner, self.options)
-        root, ddp = self.provenance.root, ddp_parameters(self.provenance.frame)
-        blocks = self._equivalent_blocks(parameters, planned)
+        root, frame = self.provenance.root, self.provenance.frame
+        ddp = None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
+        blocks = EquivalentBlocks(0, {})
+        if root is not None and any(parameters.existing(item) is None for item in planned):
+            blocks = equivalent_blocks(root, frame)
         lengths = {site: len(chain.sites) for chain in self.plan.chains for site in chain.sites}
         changed = False
-        for one in planned:
-            owner, declaring_module = parameters.modules(one.site)
-            check_site(one.site, owner, find_connection(owner, one.site), ddp)
+        for item in planned:
+            site, index = item.site, blocks.number * lengths[item.site] + item.index
+            owner, declaring_module = parameters.modules(site)
+            check_site(site, owner, find_connection(owner, site), ddp)
             changed |= attach_site(
-                owner,
-                declaring_module,
-                one.site,
-                one.options,
-                index=blocks.number * lengths[one.site] + one.index,
-                dtype=one.dtype,
-                last=one.last,
-                root=root,
+                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=root
             )
         for number, block in blocks.others.items():
             assert root is not None
-            for one in planned:
-                index = number * lengths[one.site] + one.index
-                attach_like(block, root, one.site, one.options, index=index, dtype=one.dtype)
+            for item in planned:
+                index = number * lengths[item.site] + item.index
+                attach_like(block, root, item.site, item.options, index=index, dtype=item.dtype)
         if changed:
             settle()
             follow_averages()
-            self._forget_heads()
+            for head in (head for site in self.plan.sites for head in site.heads):
+                code = head.code()  # of an earlier graph, which must declare the new parameters
+                if code is not None and code is not frame.code:
+                    _torch.forget_compiled(code, all_entries=False)
             log.info("attached hyper-connections to %d sites", len(planned))
         return changed
 
     def rewrite(self) -> Graph:
-        """Return the graph on streams, with `mhc::` operators; where nothing is to be rewritten, the normalised graph.
+        """Return the graph on streams, with `mhc::` operators; without sites, the normalised graph.
 
         Raises:
-            NothingRewrittenError, StreamsLostError: with `strict`, where a warning would be given
-            otherwise.
+            NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
         """
         parameters = ModuleParameters(self.graph, self.provenance)
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
-        bindings = {one.site: parameters.bind(one) for one in self.sites}
+        bindings = {item.site: parameters.bind(item) for item in self.sites}
         openings = parameters.openings(self.plan)
         self._report([*bindings.values(), *(binding for _, binding in openings.values())])
         if not bindings and not openings:
             if self._should_have_sites():
                 warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
-            # Declarations of sites that other graphs of the model rewrite are not for the inner
-            # compiler's eyes.
+            # Sites of other graphs may be declared here; the inner compiler must not see that.
             return close_regions(self.graph)
         warn_of_pipeline(self.provenance.frame)
         return expand_plan(self.graph, self.plan, bindings, openings=openings)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the graph has neither sites nor beginnings of their branches, so that a compiled version of it has no streams."""
+        """Whether the compiled graph has no streams: neither sites nor heads of branches."""
         return not self.plan.sites and not ModuleParameters(self.graph, self.provenance).openings(self.plan)
 
     def annotations(self) -> Notes:
-        """Return what the compiled graph writes into the history of its results, so that a later graph finds the heads of its branches."""
+        """Return the notes by which a later graph finds the heads of its branches."""
         placeholders = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         positions = {target: position for position, target in enumerate(placeholders)}
         results: Any = self.graph.output_node().args[0]
@@ -175,52 +162,30 @@ class GraphSession:
             log.debug("rejected %s: %s", rejection.add, rejection)
             if rejection.reason is Reason.BROKEN_BRANCH:
                 warn_split_branch(rejection, self.provenance, self.options)
-        unused = self._unused(bindings)
-        # Of a branch in two halves, the graph that is traced first knows nothing yet.
+        unused = self._unused_connections(bindings)
+        # The first graph of a split branch cannot know its site yet.
         if unused and not self.provenance.frame.is_part:
             warn_unused(unused, self.plan.rejections, self.options)
 
-    def _unused(self, bindings: Iterable[Binding]) -> list[str]:
-        """The paths of hyper-connections that are declared in the graph as Dynamo made it, and that no site uses."""
+    def _unused_connections(self, bindings: Iterable[Binding]) -> list[str]:
+        """Return the paths of hyper-connections that the captured graph declares without a site."""
         used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
         captured = self.captured.graph
         shown = [node.args[0] for node in captured.nodes if node.target is torch.ops.mhc.declare]
         names = {node.target: self.provenance.parameter_name(node) for node in captured.find_nodes(op="placeholder")}
         idle = [names.get(phi.target) for phi in shown if isinstance(phi, Node) and str(phi.target) not in used]
-        # A read-out stays with its site where the chain has grown beyond it.
+        # `.phi` only: a read-out may stay declared at a site that its chain has grown beyond.
         return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name and name.endswith(".phi")))
 
     def _should_have_sites(self) -> bool:
-        """Whether a user expects residual adds here: not in a loss function or an embedding that Dynamo compiles by itself.
-
-        Of a model in pieces, the last piece answers for all, and for the modules that Dynamo
-        compiles by themselves because of a graph break.
-        """
+        """Return False for a loss or an embedding, and for all but the last graph of a model."""
         root, frame = self.provenance.root, self.provenance.frame
         if root is None or connections(root) or not any(is_contraction(node) for node in self.graph.nodes):
             return False
         return not frame.ends_at_break and not frame.runs_inside_another(root)
 
-    def _equivalent_blocks(self, parameters: ModuleParameters, planned: Iterable[PlannedSite]) -> EquivalentBlocks:
-        """The blocks that will run with this graph, if it is about to get hyper-connections."""
-        root: nn.Module | None = self.provenance.root
-        if root is None or all(parameters.existing(one) is not None for one in planned):
-            return EquivalentBlocks(0, {})
-        return equivalent_blocks(root, self.provenance.frame)
-
-    def _forget_heads(self) -> None:
-        """Have the graphs traced again in which branches of this graph's sites begin: they do not know of it yet."""
-        for site in self.plan.sites:
-            for head in site.heads:
-                code = head.code()
-                if code is not None and code is not self.provenance.frame.code:
-                    _torch.forget_compiled(code, all_entries=False)
-
     def _check_overrides(self) -> None:
-        """Warn of patterns of `overrides` that fit no site.
-
-        A piece of a model knows its own sites only: nothing is said there.
-        """
+        """Warn of `overrides` patterns that match no site, unless other graphs may have them."""
         overrides, plan = self.options.overrides, self.plan
         if not overrides or not plan.sites or self.provenance.frame.is_part:
             return
@@ -230,7 +195,8 @@ class GraphSession:
             if pattern not in used:
                 near = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)[0]
                 warn(
-                    f"option 'overrides': {pattern!r} fits no site of this graph, whose {len(paths)} sites are called like {near!r}"
+                    f"option 'overrides': {pattern!r} fits no site of this graph, whose {len(paths)} sites are"
+                    f" called like {near!r}"
                 )
 
 

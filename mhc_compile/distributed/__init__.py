@@ -1,4 +1,4 @@
-"""Distributed training: sharding with FSDP2, and checks for wrappers that would miss hyper-connections."""
+"""Distributed training: FSDP2 sharding, and checks for wrappers that miss hyper-connections."""
 
 from mhc_compile.distributed.fsdp import fully_shard
 

@@ -1,11 +1,9 @@
-"""FSDP for models with hyper-connections: their parameters stay in float32.
+"""FSDP2 for models with hyper-connections: their parameters keep float32.
 
-Coefficients are computed in float32. Under a `MixedPrecisionPolicy` FSDP gathers all parameters of
-a block in its `param_dtype`, and the coefficients would be computed from rounded parameters.
-`fully_shard` here gives the hyper-connections of a block a group of their own, sharded like the
-rest, that is gathered and reduced as it is stored. FSDP gathers a group when the module that it
-belongs to is called, and hyper-connections are never called: the hooks of their group are on the
-block.
+Under a `MixedPrecisionPolicy` FSDP gathers all parameters of a block in `param_dtype`, which would
+round the coefficients. `fully_shard` here gives a block's hyper-connections their own group, which
+is gathered and reduced in its stored dtype. FSDP gathers a group when its module is called.
+Hyper-connections are never called, so the hooks of their group are on the block.
 """
 
 from __future__ import annotations
@@ -25,20 +23,18 @@ __all__ = ["fully_shard"]
 
 
 def fully_shard(module: nn.Module, *, mp_policy: MixedPrecisionPolicy | None = None, **settings: Any) -> nn.Module:
-    """`torch.distributed.fsdp.fully_shard` for modules with hyper-connections, whose parameters are not cast by `mp_policy`.
+    """Shard as `torch.distributed.fsdp.fully_shard`, without casting hyper-connections.
 
-    Use it as torch's: for every block, and then for the model. Attach hyper-connections before.
+    Call it on every block, then on the model. Attach hyper-connections before.
 
     Args:
-        module: a block, or the model; also one that `torch.compile` returned, or that
-            `module.compile` compiles.
-        mp_policy: the precision of all parameters but those of hyper-connections. These keep the
-            dtype in which they are stored, float32 as a rule, for gathering, computing and
-            reducing.
+        module: a block or the model, compiled or not.
+        mp_policy: the precision of all other parameters. Hyper-connections are gathered, computed
+            and reduced in their stored dtype, usually float32.
         **settings: as for torch's `fully_shard`.
 
     Returns:
-        `module`, which is an `FSDPModule` from now on.
+        `module`, now an `FSDPModule`.
     """
     policy = mp_policy or MixedPrecisionPolicy()
     containers: list[nn.Module] = [
@@ -47,8 +43,7 @@ def fully_shard(module: nn.Module, *, mp_policy: MixedPrecisionPolicy | None = N
     if containers and (policy.param_dtype is not None or policy.reduce_dtype is not None):
         _shard(containers, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **settings)
         before, after = _torch.fsdp_hooks(containers[0])
-        # Inside the hooks of the module's own group: the first group that runs in a step is the one
-        # that leads.
+        # Inside the hooks of the module's own group: the first group to run in a step is the root.
         module.register_forward_pre_hook(before, with_kwargs=True)
         _shard(module, mp_policy=policy, **settings)
         module.register_forward_hook(after, prepend=True)

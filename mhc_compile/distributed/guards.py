@@ -1,9 +1,8 @@
-"""Models that are distributed in a way that hyper-connections would not follow: how that is noticed, and how it is said.
+"""Checks for distributed training that would miss hyper-connections.
 
-DDP and FSDP find the parameters of a model when they wrap it. Parameters that are attached
-afterwards would be trained on every rank by that rank's own gradients, and the ranks would drift
-apart without a word. So would those of a trunk that is cut along its tokens (sequence parallel),
-where each rank has the gradient of its own tokens.
+DDP and FSDP collect parameters when they wrap a model. Parameters attached later would follow each
+rank's own gradients, and the ranks would silently diverge. So would those of a trunk sharded along
+its tokens (sequence parallel), where each rank has the gradient of its own tokens.
 """
 
 from __future__ import annotations
@@ -23,55 +22,46 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-__all__ = ["check_site", "check_unwrapped", "ddp_parameters", "warn_of_pipeline"]
+__all__ = ["check_site", "check_unwrapped", "warn_of_pipeline"]
 
 _WAY_OUT = (
-    "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled call finds the"
-    " hyper-connections"
+    "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled"
+    " call finds the hyper-connections"
 )
 
 
-def ddp_parameters(frame: Frame) -> set[int] | None:
-    """Return the `id` of every parameter that the `DistributedDataParallel` around the frame takes care of; None if there is none."""
-    return None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
+def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, ddp: set[int] | None) -> None:
+    """Check that distributed wrappers handle the parameters of a site, before any are created.
 
-
-def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, known: set[int] | None) -> None:
-    """Rejects parameters that the wrapper round the model being traced does not know, before any are made.
-
-    Args:
-        site: the site.
-        owner: the module that performs it.
-        connection: its hyper-connection, None where it has none yet.
-        known: what `ddp_parameters` returned.
+    `ddp` has the `id`s of the parameters that DDP around the frame handles; None without DDP.
 
     Raises:
-        AttachError: the model runs inside DDP, and DDP was built before `connection`; FSDP manages
-            `owner`, and there is no `connection`; or the trunk is a DTensor or one rank's share of
-            one.
+        AttachError: DDP or FSDP wrapped the model before the hyper-connection existed, or the trunk
+            is sharded over ranks.
     """
     placements = _share(site)
     if placements is not None:
         raise AttachError(
-            f"{site}: the sum is distributed over ranks with placements {placements}; expected a plain tensor that is whole on every rank,"
-            " because the gradients of a hyper-connection are not added up over shares of the tokens. Leave sequence parallelism off (tensor"
-            " parallelism that ends every branch in RowwiseParallel() works), or compile this model with another backend"
+            f"{site}: the sum is distributed over ranks with placements {placements}; expected a plain tensor that is"
+            " whole on every rank, because the gradients of a hyper-connection are not added up over shares of the"
+            " tokens. Leave sequence parallelism off (tensor parallelism that ends every branch in RowwiseParallel()"
+            " works), or compile this model with another backend"
         )
-    if known is not None:
-        if connection is None or any(id(parameter) not in known for parameter in connection.parameters()):
+    if ddp is not None:
+        if connection is None or any(id(parameter) not in ddp for parameter in connection.parameters()):
             raise AttachError(
-                f"{site}: DistributedDataParallel wrapped the model before its hyper-connections were attached, and would not average"
-                f" their gradients. {_WAY_OUT}"
+                f"{site}: DistributedDataParallel wrapped the model before its hyper-connections were attached, and"
+                f" would not average their gradients. {_WAY_OUT}"
             )
     elif connection is None and _torch.is_sharded(owner):
         raise AttachError(
-            f"{site}: FSDP sharded the {type(owner).__name__} before its hyper-connections were attached, and would neither shard"
-            f" them nor reduce their gradients. {_WAY_OUT}"
+            f"{site}: FSDP sharded the {type(owner).__name__} before its hyper-connections were attached, and would"
+            f" neither shard them nor reduce their gradients. {_WAY_OUT}"
         )
 
 
 def _share(site: Site) -> tuple[Any, ...] | None:
-    """The placements of the sum: those of a DTensor, or of one whose local part a term is. None where every rank has all of it."""
+    """Return the placements if the sum or a term is sharded, None if every rank has all of it."""
     todo = [site.add, *site.branch_outputs]
     seen = set(todo)
     while todo:
@@ -82,7 +72,7 @@ def _share(site: Site) -> tuple[Any, ...] | None:
                 placement.is_replicate() for placement in placements
             ):
                 return placements
-            continue  # what is whole on every rank may be computed in shares
+            continue  # a replicated value may be computed from shards
         news = [operand for operand in node.all_input_nodes if operand in site.branch and operand not in seen]
         seen.update(news)
         todo += news
@@ -90,28 +80,24 @@ def _share(site: Site) -> tuple[Any, ...] | None:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Rejects to attach to a model that DDP or FSDP has wrapped.
-
-    Raises:
-        AttachError: with the path of the wrapped module.
-    """
+    """Raise AttachError, with the module's path, if DDP or FSDP has already wrapped the model."""
     for path, module in model.named_modules():
         ddp = isinstance(module, DistributedDataParallel)
         if ddp or _torch.is_sharded(module):
             where = f"its module {path!r}" if path else "it"
             wrapper = "wrapped in DistributedDataParallel" if ddp else "sharded by FSDP"
             raise AttachError(
-                f"mhc_compile.attach cannot attach to {type(model).__name__}: {where} is {wrapper} already, which knows only the parameters"
-                f" that it found then. {_WAY_OUT}"
+                f"mhc_compile.attach cannot attach to {type(model).__name__}: {where} is {wrapper} already, which knows"
+                f" only the parameters that it found then. {_WAY_OUT}"
             )
 
 
 def warn_of_pipeline(frame: Frame) -> None:
-    """Says that streams end where a pipeline stage ends, if the model being traced is one of several stages."""
+    """Warn that streams end with a pipeline stage, if the model is one of several."""
     if frame.pipeline_stage is not None:
         index, count = frame.pipeline_stage
         warn(
-            f"pipeline stage {index} of {count}: the next stage receives one tensor, so the streams are averaged where this stage ends and begin"
-            " anew in the next one. That is another model than the unpipelined one as soon as the streams differ; train and evaluate it with the"
-            " same stages"
+            f"pipeline stage {index} of {count}: the next stage receives one tensor, so the streams are averaged where"
+            " this stage ends and start again in the next one. That is another model than the unpipelined one as soon"
+            " as the streams differ; train and evaluate it with the same stages"
         )

@@ -1,8 +1,7 @@
-"""`mhc_compile.rewrite` for a `torch.export.ExportedProgram`: the same passes, and a program that needs nothing of ours to run.
+"""`mhc_compile.rewrite` for a `torch.export.ExportedProgram`.
 
-An exported program is a graph of ATen operations and a signature that says which graph input is
-which entry of the state dict. The rewrite adds inputs for the new parameters behind the old ones,
-puts the graph on streams, and writes every operator of ours as ATen.
+The rewrite adds graph inputs for the new parameters after the existing ones, expands the graph onto
+streams, and lowers every `mhc::` operator to ATen, so that the program runs without this package.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PREPARE", "PlannedProgram", "lowering", "plan_program", "rewrite_program"]
 
-#: What runs on the graph of a program before its sites are looked for.
+#: The passes before sites are searched.
 PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
 
 
 def rewrite_program(program: ExportedProgram, options: ResolvedOptions) -> ExportedProgram:
-    """A program like `program`, on parallel residual streams; see `mhc_compile.rewrite`."""
+    """Return a program like `program` on parallel residual streams; see `mhc_compile.rewrite`."""
     found = plan_program(program, options)
     parameters, graph = found.parameters, found.graph
     if not found.plan.sites:
@@ -60,14 +59,14 @@ def rewrite_program(program: ExportedProgram, options: ResolvedOptions) -> Expor
 
 
 def lowering(program: ExportedProgram) -> tuple[Pass, ...]:
-    """The passes that write the rewritten graph of `program` in ATen."""
+    """Return the passes that lower the rewritten graph of `program` to ATen."""
     table = {} if program.dialect == "TRAINING" else dict(default_decompositions())
     return LowerOperators({**table, **LowerOperators().decompositions}), CanonicalizeAten(table)
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedProgram:
-    """The normalised graph of a program, the plan for it, and the parameters that its sites have or will have."""
+    """The normalised graph of a program, its plan, and the parameters of its sites."""
 
     graph: Graph
     plan: Plan
@@ -75,22 +74,17 @@ class PlannedProgram:
     parameters: ProgramParameters
 
     def bind(self) -> dict[Site, Binding]:
-        """Return the parameters of every site, as inputs of the graph."""
+        """Return the parameters of every site as graph inputs, created if missing."""
         return {planned.site: self.parameters.bind(planned) for planned in self.sites}
 
 
 def plan_program(program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None) -> PlannedProgram:
-    """Plan the graph of a program.
-
-    Raises:
-        CaptureError: the program is a joint graph of forward and backward.
-        AttachError: the program has hyper-connections that contradict the options.
-    """
+    """Plan the graph of a program. Raise CaptureError for a joint graph of forward and backward."""
     signature = program.graph_signature
     if signature.backward_signature is not None:
         raise CaptureError(
-            "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program first, then make the"
-            " joint graph"
+            "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program"
+            " first, then make the joint graph"
         )
     graph = run_passes(program.graph, PREPARE, hook)
     planner = Planner(graph, ProgramProvenance(graph, signature.input_specs), options.min_chain_length)
@@ -103,18 +97,12 @@ def _assemble(
     program: ExportedProgram,
     graph: Graph,
     inputs: list[InputSpec],
-    tensors: dict[str, torch.nn.Parameter],
+    tensors: dict[str, Any],
     kept: set[str] | None = None,
 ) -> ExportedProgram:
-    """A program with another graph and further tensors, otherwise like `program`.
+    """Return `program` with another graph, its input specs, and new state dict entries `tensors`.
 
-    Args:
-        program: the program to be like.
-        graph: the graph, in ATen.
-        inputs: specs of the graph's placeholders, in order.
-        tensors: new entries of the state dict.
-        kept: names of the program's values that exist in the graph; all of the graph's, if not
-            given.
+    `kept` names the program's values that the graph still has, by default all of the graph.
     """
     for node in graph.nodes:
         if "example_value" in node.meta:
@@ -124,7 +112,7 @@ def _assemble(
     parameters = set(program.graph_signature.parameters)
     for node, spec in zip(placeholders, inputs, strict=True):
         if spec.kind is not InputKind.PARAMETER or spec.target in parameters:
-            # A copy renames inputs that are called like something of Python's (`input`).
+            # A copy renames inputs whose names are Python builtins (`input`).
             node.name = next(names)
     results: Any = next(iter(reversed(graph.nodes))).args[0]
     outputs = [_named(spec, node) for spec, node in zip(program.graph_signature.output_specs, results, strict=True)]
@@ -144,17 +132,16 @@ def _assemble(
 
 
 def _named(spec: Any, node: Node | Any) -> Any:
-    """`spec` for the value of `node`, which may have another name now."""
+    """Return `spec` with the current name of `node`."""
     if not isinstance(node, torch.fx.Node) or isinstance(spec.arg, ConstantArgument):
         return spec
     return replace(spec, arg=replace(spec.arg, name=node.name))
 
 
 def _call(entry: Any, kept: set[str], outputs: list[OutputSpec]) -> Any:
-    """The entry of a module call.
+    """Return the entry of a module call, without its signature if a value of it is now streams.
 
-    The signature of a call that takes or returns a value which is streams now is dropped;
-    `unflatten` makes one from the graph. The root takes and returns what it did.
+    `unflatten` derives the signature from the graph. That of the root stays.
     """
     signature = copy.deepcopy(entry.signature)
     if signature is None:

@@ -1,9 +1,9 @@
-"""What a `torch.export.ExportedProgram` knows beside its graph: which modules its nodes come from, and which parameters are theirs."""
+"""Provenance and site parameters of a `torch.export.ExportedProgram`, from its signature."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
@@ -20,7 +20,6 @@ from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch import nn
     from torch.export import ExportedProgram
     from torch.fx import Graph, Node
@@ -35,12 +34,7 @@ _KINDS = (HyperConnection.names, GatedConnection.names)
 
 
 class ProgramProvenance(Provenance):
-    """Provenance of the graph of an exported program: module paths from `nn_module_stack`, parameters from the signature.
-
-    Args:
-        graph: of the program, or a copy.
-        inputs: specs of the graph's placeholders, in order.
-    """
+    """Maps nodes of a program to modules (`nn_module_stack`) and parameters (the signature)."""
 
     def __init__(self, graph: Graph, inputs: Iterable[InputSpec]) -> None:
         # Placeholders keep their target through every copy of the graph.
@@ -51,43 +45,42 @@ class ProgramProvenance(Provenance):
         self._held = {name for name, spec in named if spec.kind is not InputKind.USER_INPUT}
 
     def stack(self, node: Node) -> tuple[ModuleRef, ...]:
-        """The root, then the modules whose calls surround `node`."""
+        """Return the root, then the modules whose calls surround `node`."""
         # Some versions write the second call of a module as "h.0@1".
         return tuple(replace(ref, path=ref.path.partition("@")[0]) for ref in super().stack(node))
 
     def parameter_name(self, node: Node) -> str | None:
-        """Path of the parameter behind a graph input."""
+        """Return the path of the parameter that a graph input is."""
         return self._targets.get(str(node.target)) if node.op == "placeholder" else None
 
     def holds_weights(self, node: Node) -> bool:
-        """Whether `node` is a graph input that the program brings along: a parameter, a buffer or a constant."""
+        """Whether `node` is a parameter, buffer or constant of the program."""
         return node.op == "placeholder" and str(node.target) in self._held
 
 
 class ProgramParameters(SiteParameters):
-    """The parameters of the hyper-connections of a program, those that it has and those that it gets.
+    """The parameters of a program's hyper-connections.
 
-    A program that was exported from a model with hyper-connections attached has them among its
-    inputs, unread: they are used.
-
-    Args:
-        graph: the normalised graph; `bind` adds inputs to it.
-        program: the program that it comes from.
+    A program exported from a model with hyper-connections has them as unread inputs, which are
+    used. Others are created; `bind` adds them to the graph, a normalised copy of the program's.
     """
 
     def __init__(self, graph: Graph, program: ExportedProgram) -> None:
         self.graph = graph
-        #: State dict entries that are new, by path.
+        #: New state dict entries, by path.
         self.tensors: dict[str, nn.Parameter] = {}
-        #: The specs of all inputs of the graph, in order.
+        #: Specs of all graph inputs, in order.
         self.specs = list(program.graph_signature.input_specs)
-        self._nodes = {spec.target: node for node, spec in _inputs(graph, program) if spec.kind is InputKind.PARAMETER}
+        placeholders = zip(graph.find_nodes(op="placeholder"), self.specs, strict=True)
+        self._nodes: dict[Any, Node] = {
+            spec.target: node for node, spec in placeholders if spec.kind is InputKind.PARAMETER
+        }
         self._state = program.state_dict
         self._aliases = {path: names for names in _aliases(program) for path in names}
 
     @property
     def in_use(self) -> bool:
-        """Whether the program reads parameters of hyper-connections already: it has been rewritten."""
+        """Whether the program reads hyper-connections, so that it was rewritten before."""
         for name, node in self._nodes.items():
             path, _, part = str(name).rpartition(".")
             complete = any(all(f"{path}.{other}" in self._nodes for other in names[1:]) for names in _KINDS)
@@ -96,20 +89,15 @@ class ProgramParameters(SiteParameters):
         return False
 
     def existing(self, planned: PlannedSite) -> HyperConnection | None:
-        """Return the shapes of the hyper-connection that the program has for the site.
-
-        Raises:
-            AttachError: the owner of the site has something else called `mhc`, or its
-                hyper-connection contradicts the options.
-        """
+        """Return a hyper-connection on the meta device, with the shapes that the program has."""
         site, path = planned.site, self.path(planned)
         container = path.removesuffix(f".{site.name}")
         inside = [name for name in self._state if name == container or name.startswith(f"{container}.")]
         foreign = [name for name in inside if not _is_part(name)]
         if foreign:
             raise AttachError(
-                f"{site}: the program has an entry {foreign[0]!r} of its own; hyper-connections need the name {container!r}."
-                " Rename the attribute of the model and export it again"
+                f"{site}: the program has an entry {foreign[0]!r} of its own; hyper-connections need the name"
+                f" {container!r}. Rename the attribute of the model and export it again"
             )
         if f"{path}.phi" not in self._state:
             return None
@@ -120,13 +108,14 @@ class ProgramParameters(SiteParameters):
         has = {part: list(self._state[f"{path}.{part}"].shape) for part in wants if f"{path}.{part}" in self._state}
         if has != wants:
             raise AttachError(
-                f"{site}: its hyper-connection has {_shown(has)}; streams={options.streams} and mapping={options.mapping!r} need {_shown(wants)}."
-                " Rewrite with the options that the model was attached with"
+                f"{site}: its hyper-connection has {_shown(has)}; streams={options.streams} and"
+                f" mapping={options.mapping!r} need {_shown(wants)}. Rewrite with the options that the model was"
+                " attached with"
             )
         return connection
 
     def bind(self, planned: PlannedSite) -> Binding:
-        """Return the inputs of the graph that are the parameters of the site, added where they are missing."""
+        """Return the graph inputs of the site's parameters, added if missing."""
         path = self.path(planned)
         like = create_connection(planned.site.width, planned.options, last=planned.last, device="meta")
         names = [f"{path}.{part}" for part in bound_names(like)]
@@ -137,10 +126,7 @@ class ProgramParameters(SiteParameters):
         return binding
 
     def path(self, planned: PlannedSite) -> str:
-        """Return where the parameters of a site are.
-
-        A module that the model holds under several names is one module: its first name counts.
-        """
+        """Return the path of a site's parameters, below the first name of a shared module."""
         owner = planned.site.owner.path
         return below(self._aliases.get(owner, [owner])[0], f"{CONTAINER}.{planned.site.name}")
 
@@ -155,41 +141,32 @@ class ProgramParameters(SiteParameters):
             dtype=planned.dtype,
         )
         new = [(part, p) for part, p in connection.named_parameters() if f"{path}.{part}" not in self._state]
+        # A state dict has shared tensors under every name; `path` comes last.
         _, *others = self._aliases.get(site.owner.path, [site.owner.path])
-        for owner in others:  # a state dict has shared tensors under every name
-            for part, parameter in new:
-                self.tensors[f"{owner}.{CONTAINER}.{site.name}.{part}"] = parameter
-        for part, parameter in new:
-            self.tensors[f"{path}.{part}"] = parameter
+        for prefix in (*(f"{owner}.{CONTAINER}.{site.name}" for owner in others), path):
+            self.tensors.update((f"{prefix}.{part}", parameter) for part, parameter in new)
 
     def _input(self, target: str) -> Node:
-        """The graph input that is this parameter, behind all other parameters if it is new."""
+        """Return the graph input of this parameter; a new one comes after all other parameters."""
         if target not in self._nodes:
-            behind = [i for i, spec in enumerate(self.specs) if spec.kind in {InputKind.TOKEN, InputKind.PARAMETER}]
-            place = behind[-1] + 1 if behind else 0
+            known = [i for i, spec in enumerate(self.specs) if spec.kind in {InputKind.TOKEN, InputKind.PARAMETER}]
+            place = known[-1] + 1 if known else 0
             following = [node for node in self.graph.nodes if node.op == "placeholder"][place:]
             with self.graph.inserting_before(following[0] if following else next(iter(self.graph.nodes))):
                 node = self.graph.placeholder("p_" + target.replace(".", "_"))
-                # An argument of the graph's code; a module's name may be anything without dots.
+                # An argument name of the graph's code; a module's name may be anything.
                 node.target = node.name
-            node.meta["val"] = self._fake(self.tensors.get(target, self._state.get(target)))
+            modes = (getattr(tensor_value(other), "fake_mode", None) for other in self.graph.nodes)
+            mode: Any = next(mode for mode in modes if mode is not None)
+            parameter = self.tensors.get(target, self._state.get(target))
+            node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
             self.specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
             self._nodes[target] = node
         return self._nodes[target]
 
-    def _fake(self, parameter: nn.Parameter) -> torch.Tensor:
-        modes = (getattr(tensor_value(node), "fake_mode", None) for node in self.graph.nodes)
-        mode = next(mode for mode in modes if mode is not None)
-        return mode.from_tensor(parameter, static_shapes=True)  # type: ignore[no-any-return]
-
-
-def _inputs(graph: Graph, program: ExportedProgram) -> list[tuple[Node, InputSpec]]:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    return list(zip(placeholders, program.graph_signature.input_specs, strict=True))
-
 
 def _aliases(program: ExportedProgram) -> list[list[str]]:
-    """Paths of the modules with tensors, those that hold the very same tensors together, in the order in which the program names them."""
+    """Return the paths of modules with tensors, grouped by identical contents, in program order."""
     contents: dict[str, list[tuple[str, int]]] = {}
     for name, tensor in program.state_dict.items():
         parts = name.split(".")
@@ -202,7 +179,7 @@ def _aliases(program: ExportedProgram) -> list[list[str]]:
 
 
 def root_kind(program: ExportedProgram) -> str:
-    """Class of the module that the program was exported from."""
+    """Return the class name of the module that the program was exported from."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in program.graph.nodes)
     roots = (kind for stack in stacks for path, kind in stack.values() if not path)
     kind = next(roots, "ExportedProgram")
@@ -214,7 +191,7 @@ def _shown(shapes: dict[str, list[int]]) -> str:
 
 
 def _is_part(name: str) -> bool:
-    """Whether a parameter of a hyper-connection, or of its read-out, may have this path."""
+    """Whether this may be the path of a parameter of a hyper-connection or its read-out."""
     path, _, part = name.rpartition(".")
     kinds = ReadOut.NAMES.values() if path.endswith(".read_out") else _KINDS
     return any(part in names for names in kinds)

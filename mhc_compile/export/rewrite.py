@@ -1,7 +1,4 @@
-"""`mhc_compile.rewrite`: hyper-connections for a graph module that `torch.fx.symbolic_trace` made, through the same passes.
-
-Exported programs are rewritten by `mhc_compile.export.exported_program`.
-"""
+"""`mhc_compile.rewrite`: hyper-connections for graph modules and exported programs."""
 
 from __future__ import annotations
 
@@ -32,57 +29,53 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes.transforms.stream_builder import Binding
 
+    OptionsLike = Mapping[str, Any] | Options | None
+
 __all__ = ["rewrite"]
 
 
 @overload
-def rewrite(
-    model: fx.GraphModule, *args: Any, options: Mapping[str, Any] | Options | None = None
-) -> fx.GraphModule: ...
+def rewrite(model: fx.GraphModule, *args: Any, options: OptionsLike = None) -> fx.GraphModule: ...
 @overload
+def rewrite(model: ExportedProgram, *args: Any, options: OptionsLike = None) -> ExportedProgram: ...
 def rewrite(
-    model: ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None
-) -> ExportedProgram: ...
-def rewrite(
-    model: fx.GraphModule | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None
+    model: fx.GraphModule | ExportedProgram, *args: Any, options: OptionsLike = None
 ) -> fx.GraphModule | ExportedProgram:
-    """A graph module, or an exported program, like `model`, on parallel residual streams, with the new parameters registered.
+    """Return a copy of a graph module or exported program on parallel residual streams.
 
     Args:
         model: a graph module from `torch.fx.symbolic_trace`, or a program from
-            `torch.export.export`, decomposed or not. It stays as it is; the result shares its
+            `torch.export.export`, decomposed or not. It is not changed; the result shares its
             parameters and leaf modules.
-        *args: example inputs for a graph module, tensors as for `model(*args)`. They give shapes
-            and dtypes and are not computed with. A program knows its own shapes, dynamic ones too,
-            and takes none.
+        *args: example inputs for a graph module, tensors as for `model(*args)`. Only shapes and
+            dtypes matter. A program knows its shapes, dynamic ones too, and takes none.
         options: as for `torch.compile(model, backend="mhc", options=options)`; `inner_backend`,
-            `inductor` and `existing_optimizers` play no part.
+            `inductor` and `existing_optimizers` have no effect.
 
     Returns:
-        A new one of the same kind; one that was rewritten before comes back as a copy. The
-        hyper-connection of `blocks.0.attn` has the parameters `blocks.0.mhc.attn.phi`, `.bias` and
-        `.scale`.
+        A new object of the same kind; a rewritten one comes back as a copy. The hyper-connection of
+        `blocks.0.attn` has the parameters `blocks.0.mhc.attn.phi`, `.bias` and `.scale`.
 
         A graph module has `mhc::` operators and a submodule `blocks.0.mhc.attn`; `torch.compile`
-        takes it with any backend.
+        accepts it with any backend.
 
-        A program consists of ATen operations alone: it is saved, loaded, decomposed, packaged and
-        trained without this package. Its new parameters are entries of its state dict and
-        parameters of its signature; everything else of the signature is that of `model`.
+        A program has ATen operations only: it is saved, loaded, decomposed, packaged and trained
+        without this package. New parameters are in its state dict and signature; the rest of the
+        signature is that of `model`.
 
     Raises:
         OptionError: the options are wrong.
         CaptureError: neither a graph module nor a program, or the example inputs do not fit.
         NothingRewrittenError: no residual add was found, and `strict` is set.
-        AttachError: a module has an attribute `mhc` of its own, or hyper-connections that
-            contradict the options.
+        AttachError: a module has another attribute `mhc`, or hyper-connections that contradict the
+            options.
     """
     parsed = Options.parse(options)
     if isinstance(model, ExportedProgram):
         if args:
             raise CaptureError(
-                f"rewrite takes no example inputs with an ExportedProgram, got {len(args)}: the program knows its shapes. Call"
-                " rewrite(program, options=...)"
+                f"rewrite takes no example inputs with an ExportedProgram, got {len(args)}: the program knows its"
+                " shapes. Call rewrite(program, options=...)"
             )
         return rewrite_program(model, parsed)
     if not isinstance(model, fx.GraphModule):
@@ -101,20 +94,22 @@ def _rewrite_graph_module(
     source = fx.GraphModule(flat.owning_module or graph_module, flat, type(graph_module).__name__)
     _keep_connections(graph_module, source)
     _propagate(source, args)
-    # Shapes are known now: additions of tensors can be told from additions of numbers.
+    # With shapes, additions of tensors differ from additions of numbers.
     source.graph = normalize(source.graph)
     planner = Planner(source.graph, Provenance(), options.min_chain_length)
     parameters = AttributeParameters(source)
-    bindings = {one.site: parameters.bind(one) for one in parameters.resolve(planner, options)}
-    if not bindings:
-        if not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
-            warn_nothing_rewritten(planner.plan.rejections, options)
-        return _with_graph(source, close_regions(source.graph))
-    return _with_graph(source, expand_plan(source.graph, planner.plan, bindings))
+    bindings = {item.site: parameters.bind(item) for item in parameters.resolve(planner, options)}
+    if not bindings and not any(node.target is torch.ops.mhc.update.default for node in source.graph.nodes):
+        warn_nothing_rewritten(planner.plan.rejections, options)
+    graph = expand_plan(source.graph, planner.plan, bindings) if bindings else close_regions(source.graph)
+    adopt(source, graph)
+    source.graph = graph
+    source.recompile()
+    return source
 
 
 class AttributeParameters(SiteParameters):
-    """The parameters of the sites of a graph module: its attributes, created where they are missing."""
+    """The parameters of the sites of a graph module: its attributes, created if missing."""
 
     def __init__(self, root: fx.GraphModule) -> None:
         self.root = root
@@ -140,29 +135,14 @@ class AttributeParameters(SiteParameters):
         return binding
 
 
-def _with_graph(source: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    adopt(source, graph)
-    source.graph = graph
-    source.recompile()
-    return source
-
-
 def _keep_connections(old: fx.GraphModule, new: fx.GraphModule) -> None:
-    """A new graph module has the parameters that its graph reads and plain modules round them: give it the hyper-connections of the old one."""
+    """Copy hyper-connections to `new`, which has only the parameters that its graph reads."""
     for path, module in old.named_modules():
         parent, _, name = path.rpartition(".")
         if isinstance(module, HyperConnections) and not isinstance(old.get_submodule(parent), HyperConnections):
-            if parent and not _has(new, parent):
+            if parent and parent not in dict(new.named_modules(remove_duplicate=False)):
                 new.add_submodule(parent, nn.Module())
             new.get_submodule(parent).add_module(name, module)
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
@@ -172,5 +152,6 @@ def _propagate(graph_module: fx.GraphModule, args: tuple[Any, ...]) -> None:
     except Exception as error:
         shown = ", ".join(str(list(arg.shape)) if isinstance(arg, torch.Tensor) else type(arg).__name__ for arg in args)
         raise CaptureError(
-            f"the example inputs ({shown}) do not fit the graph module: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"the example inputs ({shown}) do not fit the graph module:"
+            f" {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error

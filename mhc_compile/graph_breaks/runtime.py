@@ -1,10 +1,8 @@
-"""Streams between graphs: a tensor that leaves a compiled graph takes its streams along, and the next graph goes on with them.
+"""Pass streams from one compiled graph to the next.
 
-A graph break cuts a model into several graphs, and blocks that are compiled one by one are graphs
-of their own. What passes from one to the next is the mean of the streams, an ordinary tensor;
-whatever code lies in between sees nothing else. Its streams are kept beside it
-(`mhc_compile.graph_breaks.stream_registry`). Any other tensor starts as copies, as the first of a
-model does; where streams were lost on the way, that is said.
+A graph break splits a model into several graphs, and so does compiling block by block. The code
+between two graphs sees an ordinary tensor, the mean of the streams; the stream registry maps it to
+its streams. A tensor without streams is expanded to copies; streams that were lost cause a warning.
 """
 
 from __future__ import annotations
@@ -38,23 +36,21 @@ __all__ = ["StreamBoundary"]
 
 
 class StreamBoundary:
-    """A compiled graph whose chains come from other graphs or go on in them.
-
-    It is called as the graph that Dynamo captured.
+    """A compiled graph whose chains come from other graphs or continue in them.
 
     Args:
-        compiled: the graph with the inputs `arrivals` behind Dynamo's, and the results `departures`
-            behind Dynamo's.
-        arrivals: what enters, each with the position of the input that it belongs to.
-        departures: what leaves.
-        positions: the numbers of the inputs by their targets.
-        notes: what the graph leaves in the history of its results.
-        root: the module whose frame it is, if it has one.
-        where: file and line of the frame, for messages.
-        strict: streams that are lost are an error.
+        compiled: the graph. It takes `arrivals` after Dynamo's inputs and returns `departures`
+            after Dynamo's results.
+        arrivals: the streams and coefficients that enter.
+        departures: those that leave.
+        positions: positions of the inputs by their targets.
+        notes: annotations for the autograd history of the results.
+        root: the module whose method the frame is, if any.
+        where: file and line of the frame.
+        strict: raise errors instead of warnings.
 
     Raises:
-        StreamsLostError: `strict`, and streams that left another graph did not arrive here.
+        StreamsLostError: `strict`, and streams of another graph did not arrive.
     """
 
     def __init__(
@@ -83,7 +79,7 @@ class StreamBoundary:
         self._said: set[str] = set()
 
     def __call__(self, *inputs: Any) -> Any:
-        """Runs the graph on Dynamo's inputs, and gives Dynamo's results."""
+        """Run the graph on Dynamo's inputs. Return Dynamo's results."""
         received = [self._receive(inputs[position], arrival) for position, arrival in self.arrivals]
         results = self.compiled(*inputs, *received)
         if self.notes:
@@ -100,10 +96,10 @@ class StreamBoundary:
     def _begin(
         self, opening: BranchOutput, inputs: Sequence[Any], received: Sequence[Tensor], results: Sequence[Any]
     ) -> None:
-        """Puts the coefficients of a branch beside the tensor that it began at."""
+        """Register the coefficients of a branch with the trunk tensor that it starts from."""
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
         entry = registered_streams(value)
-        # The first of a chain: its streams are the copies that this graph received.
+        # At the start of a chain the streams are the copies that this graph received.
         if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
             entry = register_streams(value, received[number], opening.axis, f"{self.model}.{opening.name}")
@@ -113,7 +109,7 @@ class StreamBoundary:
         return self._coefficient(value, arrival) if isinstance(arrival, BranchInput) else self._streams(value, arrival)
 
     def _coefficient(self, value: Tensor, closing: BranchInput) -> Tensor:
-        """Post or res of a branch; 1 and the identity, which is the plain sum, where the branch did not begin on these streams."""
+        """Return post or res; without coefficients 1 or the identity, which make a plain add."""
         entry = registered_streams(value)
         found = entry.open.get(closing.name) if entry is not None else None
         if found is not None:
@@ -145,7 +141,8 @@ class StreamBoundary:
     def _report(self, origin: Departed, arrival: StreamInput, why: str) -> None:
         message = (
             f"the streams behind {origin.path} end before {self.model}.{arrival.path} ({self.where}):"
-            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be compiled in one graph"
+            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be"
+            " compiled in one graph"
         )
         if self.strict:
             raise StreamsLostError(message)
@@ -155,33 +152,31 @@ class StreamBoundary:
 
 
 def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
-    """The streams, connected in autograd with whoever waits for the gradient of the tensor that they are taken for."""
+    """Return the streams, routing gradient through `value` if hooks wait for it."""
     if not value.requires_grad:
         return entry.streams.detach()
-    waits = value is not other or has_hooks(value) or value.retains_grad
-    streams: Tensor = _Through.apply(value, entry.streams, entry) if waits else entry.streams
-    return streams
+    observed = value is not other or has_hooks(value) or value.retains_grad
+    return _Through.apply(value, entry.streams, entry) if observed else entry.streams
 
 
 class _Through(torch.autograd.Function):
-    """Streams S as a function of their mean y as well: S = y + (S - mean(S)).
+    """Streams S as a function of their mean y: S = y + (S - mean(S)).
 
-    Hooks on a block's inputs and outputs (of FSDP2, of a user) wait for the gradient of the tensor
-    that they see. They get the sum of the gradients of the streams, which is what arrives at a
-    residual trunk, and the streams get the rest. Where y is not their mean, it gets zeros, so that
-    the hooks run.
+    Hooks on a block's inputs and outputs (FSDP2's, a user's) then see the sum of the stream
+    gradients, which is the gradient of a residual trunk. If y is not the mean, it gets zeros, so
+    that the hooks still run.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, streams: Tensor, entry: StreamEntry) -> Tensor:
-        """The streams."""
+        """Return the streams."""
         ctx.entry = entry.mean, entry.axis
         ctx.like = value.shape
         return streams.view_as(streams)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Splits the gradient of the streams."""
+        """Split the gradient of the streams."""
         (gradient,) = gradients
         mean, axis = ctx.entry
         if not mean:
@@ -204,9 +199,6 @@ def _unfit(value: Tensor, other: Tensor, entry: StreamEntry, arrival: StreamInpu
 
 
 def _copies(value: Tensor, arrival: StreamInput) -> Tensor:
-    """N copies of `value`, [..., n, C].
-
-    In memory of their own: the graph was compiled for streams, not for a broadcast view.
-    """
+    """Return n copies of `value` [..., n, C], contiguous: the graph was compiled for streams."""
     wide = value.movedim(arrival.axis, -1).unsqueeze(-2)
     return wide.expand(*wide.shape[:-2], arrival.streams, wide.shape[-1]).contiguous()

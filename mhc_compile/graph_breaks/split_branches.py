@@ -1,10 +1,9 @@
-"""Branches that a graph break cuts in two: how the graph with the residual add finds the one in which the branch began.
+"""Branches that a graph break splits: find the head that belongs to a residual add.
 
-Dynamo compiles the graph with the head of the branch first, and cannot know what will become of it.
-So every graph leaves a note in the history of what it computes from a trunk value: "this was
-computed from that tensor, by these modules". When a later graph adds a tensor with such a note to
-the very tensor, the two belong together. The modules of the head get the declaration of the
-parameters, and its graph is traced again at its next call.
+Dynamo compiles the head of a branch before the graph with its add exists. Every graph therefore
+annotates the autograd history of its results: "computed from that trunk tensor, by these modules".
+When a later graph adds a result to that tensor, the two are one branch. The modules of the head
+then declare the parameters, and its graph is traced again at its next call.
 """
 
 from __future__ import annotations
@@ -30,32 +29,34 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
     from mhc_compile.passes.planning.split_branches import BranchHead
 
+    #: The graph inputs that each term of a sum comes from.
+    Terms = tuple[tuple[Node, ...], ...]
 __all__ = ["Beginning", "Notes", "find_tail"]
 
 #: The key of `Node.metadata` under which a history holds notes.
 _NOTES = "mhc_beginnings"
-#: A branch that is longer than this many operations is not followed to its beginning.
+#: A branch of more operations than this is not followed to its head.
 _LONGEST = 20_000
 
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """The head of a branch that may end in another graph: its modules, the feature axis (< 0) of its trunk, its frame."""
+    """The head of a branch that may end in another graph: modules, feature axis (< 0), frame."""
 
     modules: tuple[weakref.ref[nn.Module], ...]
     axis: int
-    #: The module whose method the frame was, and the code of that.
+    #: The module whose method the frame is, and its code.
     root: weakref.ref[nn.Module] | None
     code: weakref.ref[CodeType]
 
     def alive(self) -> tuple[nn.Module, ...]:
-        """The modules that still exist."""
+        """Return the modules that still exist."""
         return tuple(module for reference in self.modules if (module := reference()) is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class _Note:
-    """Something was computed from `tensor` (a weak reference), in a branch whose last product with weights so far was that of `anchor`."""
+    """A value computed from `tensor` (weak), the last product with weights by `anchor`."""
 
     tensor: Any
     beginning: Beginning
@@ -63,23 +64,14 @@ class _Note:
 
 
 class Notes:
-    """What one compiled graph writes into the history of its results.
+    """The annotations that a graph with `heads` adds to the autograd history of its `results`.
 
-    Args:
-        heads: the heads of branches in the graph.
-        provenance: of the graph.
-        positions: the numbers of the graph's inputs by their targets.
-        results: the graph's results.
+    `positions` gives the positions of the graph's inputs by their targets.
     """
 
     def __init__(
-        self,
-        heads: Iterable[BranchHead],
-        provenance: DynamoProvenance,
-        positions: Mapping[str, int],
-        results: Sequence[Any],
+        self, heads: Iterable[BranchHead], provenance: DynamoProvenance, positions: Mapping[str, int], results: Any
     ) -> None:
-        code = weakref.ref(provenance.frame.code)
         self._entries: list[tuple[int | None, int | None, dict[int, weakref.ref[nn.Module] | None], Beginning]] = []
         for head in heads:
             modules = [provenance.module(ref) for ref in head.modules]
@@ -88,21 +80,21 @@ class Notes:
                 tuple(weakref.ref(module) for module in modules if module is not None),
                 head.axis - example.dim(),
                 weakref.ref(provenance.root) if provenance.root is not None else None,
-                code,
+                weakref.ref(provenance.frame.code),
             )
             number = None if head.value.op == "placeholder" else list(results).index(head.value)
             position = positions[str(head.value.target)] if number is None else None
-            anchors = {
-                index: provenance.module(ref) if ref is not None else None for index, ref in head.results.items()
-            }
-            reached = {index: weakref.ref(module) if module is not None else None for index, module in anchors.items()}
+            reached: dict[int, weakref.ref[nn.Module] | None] = {}
+            for index, ref in head.results.items():
+                anchor = provenance.module(ref) if ref is not None else None
+                reached[index] = weakref.ref(anchor) if anchor is not None else None
             self._entries.append((position, number, reached, beginning))
 
     def __bool__(self) -> bool:
         return bool(self._entries)
 
     def write(self, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-        """Leaves the notes. Where autograd does not record there is no history, and nothing to find."""
+        """Annotate the results of one call. Without autograd there is no history to annotate."""
         for position, number, reached, beginning in self._entries:
             value = inputs[position] if position is not None else results[number]  # type: ignore[index]
             reference = _torch.TensorWeakRef(value)
@@ -116,25 +108,23 @@ class Notes:
 
 
 def find_tail(
-    provenance: DynamoProvenance,
-    values: Mapping[Node, Any],
-    add: Node,
-    skip: Node,
-    foreign: tuple[tuple[Node, ...], ...],
-    contracted: bool,
+    provenance: DynamoProvenance, values: Mapping[Node, Any], add: Node, skip: Node, foreign: Terms, contracted: bool
 ) -> BranchTail | str | None:
-    """See `Edges.tail`."""
+    """Implement `BoundaryInfo.tail`: return a branch tail, the reason why it is lost, or None."""
     trunk = values[skip]
     if not isinstance(trunk, Tensor):
         return None
     terms = [[values[node] for node in group if isinstance(values[node], Tensor)] for group in foreign]
     if not any(value.requires_grad for group in terms for value in group):
-        return _known(provenance, add, trunk)
+        return _find_open_branch(provenance, add, trunk)
     paths = [_Path(trunk, group) for group in terms]
     if not all(path.notes or path.related for path in paths):
         return None
     if not all(path.notes for path in paths):
-        return f"the branch of '{skip}' ran outside of this graph, and began where no module of a compiled graph read the trunk"
+        return (
+            f"the branch of '{skip}' ran outside of this graph, and began where no module of a compiled graph read the"
+            " trunk"
+        )
     beginnings = [note.beginning for path in paths for note in path.notes]
     _find_root(provenance, beginnings)
     ref, owner = _owner(provenance, add)
@@ -153,11 +143,11 @@ def find_tail(
 
 
 class _Path:
-    """What lies between a trunk value and tensors that one term of a sum is computed from.
+    """The autograd history between a trunk tensor and the tensors in one term of a sum.
 
     Attributes:
-        notes: those about the trunk value.
-        related: whether the tensors come from it in any way.
+        notes: the notes about the trunk tensor.
+        related: whether the tensors depend on it at all.
     """
 
     def __init__(self, trunk: Tensor, values: Sequence[Tensor]) -> None:
@@ -180,7 +170,7 @@ class _Path:
                     self._weights.append(weight)
 
     def name(self, owner: nn.Module) -> str | None:
-        """Path below `owner` of the module that the last matrix on the way belongs to: the module that ends the branch. None without a matrix."""
+        """Return the path below `owner` of the module with the last weight matrix, or None."""
         paths = {
             id(parameter): path
             for path, parameter in owner.named_parameters()
@@ -188,10 +178,10 @@ class _Path:
         }
         path = next((paths[id(weight)] for weight in self._weights if id(weight) in paths), None)
         if path is not None:
-            return _called(owner, path)
+            return _callable_path(owner, path)
         anchors = [module for note in self.notes if note.anchor is not None and (module := note.anchor()) is not None]
         inside = {id(module): path for path, module in owner.named_modules()}
-        return next((_called(owner, f"{inside[id(module)]}.") for module in anchors if id(module) in inside), None)
+        return next((_callable_path(owner, f"{inside[id(m)]}.") for m in anchors if id(m) in inside), None)
 
 
 def _owner(provenance: DynamoProvenance, add: Node) -> tuple[ModuleRef | None, nn.Module | None]:
@@ -200,7 +190,7 @@ def _owner(provenance: DynamoProvenance, add: Node) -> tuple[ModuleRef | None, n
 
 
 def _find_root(provenance: DynamoProvenance, beginnings: Sequence[Beginning]) -> None:
-    """A frame that has lost its module is a rest of the method in which the branch began."""
+    """Set the root of a frame that lost it: the rest of a method has the root of the head."""
     if provenance.root is not None:
         return
     for beginning in beginnings:
@@ -209,8 +199,8 @@ def _find_root(provenance: DynamoProvenance, beginnings: Sequence[Beginning]) ->
             provenance.adopt_root(root)
 
 
-def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail | None:
-    """Without a history: the one branch that was begun at `trunk` and belongs to the module that performs `add`."""
+def _find_open_branch(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail | None:
+    """Return the only branch open at `trunk` that the module of `add` owns. Needs no history."""
     entry = registered_streams(trunk)
     if entry is None:
         return None
@@ -226,8 +216,8 @@ def _known(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail
     return BranchTail(ref, names[0], entry.axis) if len(names) == 1 else None
 
 
-def _called(owner: nn.Module, path: str) -> str:
-    """The part of a parameter's path that names the outermost module that can be called: lists and dicts of modules cannot."""
+def _callable_path(owner: nn.Module, path: str) -> str:
+    """Return the leading part of a parameter's path that names a callable module, not a list."""
     parts = path.split(".")[:-1]
     module: Any = owner
     for length, part in enumerate(parts, 1):
