@@ -143,7 +143,8 @@ def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None) -> None:
         scopes = list(_scopes(owner, root, entry.path))
         like_matrix = {parameter for parameter in missing if parameter.dim() >= 2}
         if _decayed_by_name(owner):
-            like_matrix.add(connection.scale)
+            # A gated connection has no `scale`.
+            like_matrix.update(p for name, p in connection.named_parameters() if name == "scale")
         targets = {
             parameter: _targets(parameter, scopes, places, stepping, matrix=parameter in like_matrix)
             for parameter in missing

@@ -155,15 +155,6 @@ class _Plan:
                 if name in self.values and not connection.get_parameter(name).is_meta:
                     connection.get_parameter(name).copy_(self.values[name])
 
-            connection = create_connection(
-                self.width,
-                self.options,
-                index=index,
-                last=self.last,
-                device=phi.device if neighbour is None else neighbour.device,
-                dtype=phi.dtype,
-            )
-
 
 def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:
     """Return the module that the branch is named after; the first compiled call corrects it."""

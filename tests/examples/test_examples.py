@@ -103,7 +103,7 @@ def test_inspect_model():
     printed = example("inspect/inspect_model.py", *EAGER, *TINY)
     for words in (
         "2 sites in 1 chain",
-        "layers.0.mhc.linear2 becomes",
+        "layers.0.mhc.linear2: rewritten",
         "normalize → plan",
         "2 sites are live",
         "forward",
