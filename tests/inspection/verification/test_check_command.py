@@ -70,7 +70,7 @@ def test_weights_are_loaded_before_the_model_is_checked(check, tmp_path):
     torch.save(saved.state_dict(), tmp_path / "saved.pt")
     done = check("checked_models.py:small", "--weights", "saved.pt")
     assert done.exit_code == 0, done.output
-    assert "with the hyper-connections that the model came with" in " ".join(done.stdout.split())
+    assert "with the hyper-connections that the model had" in " ".join(done.stdout.split())
 
 
 def test_a_model_without_memory_is_wrong_usage(check):
