@@ -1,4 +1,4 @@
-"""Patches of torch: each is installed once, whoever calls and how often."""
+"""Patches of torch: each is installed once, from however many threads."""
 
 from __future__ import annotations
 

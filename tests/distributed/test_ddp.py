@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from helpers.builders import Decoder, tokens
+from torch._dynamo import trace_rules
 from torch.nn.parallel import DistributedDataParallel
 from training import Recomputing, Spy, Wrapped, build, train
 
@@ -26,6 +28,18 @@ def wrap(model, place, backend="mhc", options=None, **settings):
     return DistributedDataParallel(torch.compile(model, backend=backend, options=options), **settings)
 
 
+@contextlib.contextmanager
+def ddp_mode(mode):
+    """Set how Dynamo treats DDP. Torch never takes back that the Python reducer has DDP's own forward traced in the whole process."""
+    inlined = set(trace_rules.LEGACY_MOD_INLINELIST)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=mode):
+            yield
+    finally:
+        trace_rules.LEGACY_MOD_INLINELIST.intersection_update(inlined)
+        trace_rules.get_legacy_mod_inlinelist.cache_clear()
+
+
 def compare(rank, places=("outside", "inside"), inner_backend=None, optimize=True, kind=Decoder, **settings):
     """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner_backend` compiles them."""
     model, start = build(**SIZES), build(**SIZES, kind=kind)
@@ -35,7 +49,7 @@ def compare(rank, places=("outside", "inside"), inner_backend=None, optimize=Tru
         torch._dynamo.reset()
         spy = Spy()
         model = copy.deepcopy(start)
-        with torch._dynamo.config.patch(optimize_ddp=optimize):
+        with ddp_mode(optimize):
             got = train(wrap(model, place, options={"inner_backend": inner_backend or spy}, **settings), model, rank, 2)
         got.assert_close(want)
         pieces.append(len(spy.graphs))
@@ -54,7 +68,7 @@ def late(rank, cases):
     for case in cases:
         torch._dynamo.reset()
         model = Decoder(layers=1)
-        with torch._dynamo.config.patch(optimize_ddp="python_reducer" if case == "python_reducer" else True):
+        with ddp_mode("python_reducer" if case == "python_reducer" else True):
             call = ddp = wrap(model, "outside" if case == "attached in DDP" else case, options=EAGER)
         if case == "attached in DDP":
             mhc_compile.attach(model, tokens())
@@ -137,17 +151,12 @@ def fused(rank, inner_backend):
     return {event.key for event in profile.key_averages()}
 
 
-#: After other tests of this file, in the same processes, torch's `_DDPSink` gets the module in place of a weak reference to it and calls
-#: it. Alone the test passes. The cause is not found.
-UNUSED = pytest.mark.xfail(reason="torch's DDP sink calls the module after other tests", strict=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "cut"),
     [
         ({"static_graph": True, "places": ("inside",)}, True),
-        pytest.param({"find_unused_parameters": True}, True, marks=UNUSED),
+        ({"find_unused_parameters": True}, True),
         ({"gradient_as_bucket_view": True}, True),
         ({"optimize": False}, False),
         ({"optimize": "python_reducer"}, False),
