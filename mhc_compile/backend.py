@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     mhc: Callable[..., Callable[..., Any]]
 
-__all__ = ["mhc"]
-
 
 def _mhc(
     graph_module: fx.GraphModule,

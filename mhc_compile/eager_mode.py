@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["eager"]
-
 #: Compiled versions of one model. Beyond Dynamo's usual 8 it would run without streams.
 _VERSIONS = 1_000_000
 

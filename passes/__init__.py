@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhc_compile.passes.core.pass_base import Hook, Pass, run_passes
-from mhc_compile.passes.planning.chains import Chain, Plan, plan_chains
+from mhc_compile.passes.planning.chains import plan_chains
+from mhc_compile.passes.planning.plan import Chain, Plan
 from mhc_compile.passes.planning.verdict import Reason, Rejection, Site
 from mhc_compile.passes.transforms.checkpoint_regions import InlineRegions
 from mhc_compile.passes.transforms.expand_streams import ExpandStreams, RemoveDeclarations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 __all__ = [

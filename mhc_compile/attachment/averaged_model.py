@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["follow_averages"]
-
 
 def follow_averages() -> None:
     """Complete averaged copies at their next update, where their hyper-connections start."""

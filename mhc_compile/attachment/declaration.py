@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.modules.hyper_connection import HyperConnection
 
-__all__ = ["BEGUN", "DECLARED", "begin_branch", "begun_by", "declare_on", "remove_declarations"]
-
 #: A declaring module's tuple of hyper-connections. They are submodules of the owner, not of it.
 DECLARED = "_mhc_declared"
 #: A module's tuple of (site name, hyper-connection) of split branches that it starts.

@@ -16,8 +16,6 @@ from mhc_compile.modules.hyper_connection import HyperConnection
 if TYPE_CHECKING:
     from mhc_compile.passes import Site
 
-__all__ = ["CONTAINER", "HyperConnections", "connections", "container_of", "find_connection", "unwrap"]
-
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
 #: Attribute of a module made by `mhc_compile.eager` that holds the model itself.

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     Group = dict[str, Any]
     Places = dict[int, list[tuple[Optimizer, Group]]]
 
-__all__ = ["expect", "leave", "settle"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from mhc_compile.errors import AttachError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["parameter_groups"]
-
 #: Their weights may have more than one dimension.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-__all__ = ["attach_like", "attach_site", "check_options", "detach", "put_connection"]
-
 #: Settings in which an existing hyper-connection and the options must agree.
 _FIXED = ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out")
 

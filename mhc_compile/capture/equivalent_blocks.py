@@ -19,8 +19,6 @@ from mhc_compile._torch import OptimizedModule
 if TYPE_CHECKING:
     from mhc_compile.capture.frame import Frame
 
-__all__ = ["EquivalentBlocks", "equivalent_blocks"]
-
 
 @dataclass(frozen=True, eq=False)
 class EquivalentBlocks:

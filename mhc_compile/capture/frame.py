@@ -13,8 +13,6 @@ from mhc_compile import _torch
 if TYPE_CHECKING:
     from types import CodeType
 
-__all__ = ["Frame", "ModuleCall", "read_frame"]
-
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.capture.frame import Frame
 
-__all__ = ["DynamoProvenance"]
-
 #: Dynamo's module names: "L['self'].transformer.h.0", "L['fn']". The path follows the local.
 _LOCAL = re.compile(r"^[LG]\[[^\]]*\]\.?")
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.capture.frame import Frame
 
-__all__ = ["Sharing", "below"]
-
 
 class Sharing:
     """Assigns modules to the graphs of one capture of `model`, in order."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["cast", "fresh", "map_tensors", "tensors"]
-
 
 def tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in nested containers with their paths: `output.logits`, `input.0`."""

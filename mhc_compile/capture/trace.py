@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     Backend = Callable[[GraphModule, list[Any]], Callable[..., Any]]
     GraphCallback = Callable[[GraphModule, list[Any]], "ResultAnnotator"]
 
-__all__ = ["Probe", "ResultAnnotator", "capture"]
-
 log = logging.getLogger(__name__)
 
 #: Compiled versions of one model. Beyond Dynamo's usual 8 it would run without a trace.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["load_state_dict", "plain_name"]
-
 #: The path of a hyper-connection in a state dict, with the name of its parameter.
 _ENTRY = re.compile(rf"((?:.+\.)?{CONTAINER}\..+)\.({'|'.join(NAMES)})")
 #: The number of paths in a message.

@@ -19,8 +19,6 @@ from mhc_compile.modules.readout import ReadOut
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["END", "SavedConnection", "read_connections", "split_entry"]
-
 #: The submodule of a hyper-connection that ends its chain.
 END = "read_out"
 

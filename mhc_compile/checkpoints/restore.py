@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.modules.hyper_connection import HyperConnection
 
-__all__ = ["restore"]
-
 #: The prefix that `torch.compile` adds to the names of parameters.
 _COMPILED = _torch.COMPILED_ATTRIBUTE
 

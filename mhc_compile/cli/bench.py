@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mhc_compile.cli.targets import Target
     from mhc_compile.tools.bench.results import Result, TargetResult
 
-__all__ = ["command"]
-
 _FILE = click.Path(dir_okay=False, path_type=Path)
 #: Sizes of --quick, which shows that everything runs; the figures mean little.
 _QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}

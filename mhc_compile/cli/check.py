@@ -6,8 +6,6 @@ import click
 
 from mhc_compile.cli.shared import ModelCall, model_command
 
-__all__ = ["command"]
-
 
 @model_command("check", runs_model=True)
 @click.option(

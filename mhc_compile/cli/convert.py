@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.interop.convert import Conversion
 
-__all__ = ["command"]
-
 _SHOWN = 9
 
 

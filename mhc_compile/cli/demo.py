@@ -12,8 +12,6 @@ import click
 from mhc_compile.cli.shared import Command
 from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings, check_requirements
 
-__all__ = ["command"]
-
 _OUT = Path("runs/demo")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _COMPILER = click.Choice(["inductor", "aot_eager", "eager"])

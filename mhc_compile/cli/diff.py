@@ -8,8 +8,6 @@ import click
 
 from mhc_compile.cli.shared import ModelCall, model_command
 
-__all__ = ["command"]
-
 _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 
 

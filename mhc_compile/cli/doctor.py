@@ -6,8 +6,6 @@ import click
 
 from mhc_compile.cli.shared import Command, print_json, progress, write
 
-__all__ = ["command"]
-
 
 @click.command("doctor", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

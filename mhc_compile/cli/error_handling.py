@@ -9,8 +9,6 @@ import click
 
 from mhc_compile.errors import MhcError, OptionError, UnknownAddError
 
-__all__ = ["FactoryError", "TargetError", "WeightsError", "debug_option", "one_line", "report"]
-
 _FLAG = "mhc_compile.debug"
 
 

@@ -6,8 +6,6 @@ import click
 
 from mhc_compile.cli.shared import ModelCall, model_command
 
-__all__ = ["command"]
-
 
 @model_command("explain")
 @click.option("--all", "every", is_flag=True, help="List every skipped addition, not one per reason.")

@@ -15,8 +15,6 @@ from mhc_compile.cli.targets import TargetError, parse_settings, parse_value
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 
-__all__ = ["given_options", "option_flags"]
-
 
 def option_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add one flag per option to a command; flags that are not given are None or ()."""

@@ -10,8 +10,6 @@ import click
 
 from mhc_compile.cli.option_flags import given_options, option_flags
 
-__all__ = ["command"]
-
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
 @click.option("-m", "module", is_flag=True, help="SCRIPT is the name of a module, as for python -m.")

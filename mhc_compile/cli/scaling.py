@@ -7,8 +7,6 @@ import click
 from mhc_compile.cli.shared import Command, print_json, progress, write
 from mhc_compile.errors import OptionError
 
-__all__ = ["command"]
-
 
 @click.command("scaling", cls=Command)
 @click.option("--width", type=click.IntRange(1), help="C of a dense decoder of your own; with --layers.")

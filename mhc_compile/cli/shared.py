@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.cli.targets import Target
 
-__all__ = ["Command", "ModelCall", "model_command", "print_json", "progress", "result_console", "write"]
-
 _TARGET_HELP = (
     "TARGET: package.module:factory or path/to/file.py:factory (returns (model, args) or (model, args, kwargs)),"
     " hf:MODEL_TYPE (tiny, random; most transformers architectures), file.pt2 (an exported program), or zoo:FAMILY."

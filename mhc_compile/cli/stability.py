@@ -10,8 +10,6 @@ import click
 from mhc_compile.cli.shared import ModelCall, model_command
 from mhc_compile.errors import MhcError
 
-__all__ = ["command"]
-
 
 @model_command("stability", runs_model=True)
 @click.option(

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mhc_compile.tools.zoo.check import Outcome
     from mhc_compile.tools.zoo.family import Family, Mode
 
-__all__ = ["command"]
-
 
 @click.command("zoo", cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")

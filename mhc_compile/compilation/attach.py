@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.modules.hyper_connection import HyperConnection
 
-__all__ = ["attach"]
-
 
 def attach(
     model: nn.Module, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.modules.hyper_connection import parameter_dtype
 from mhc_compile.passes.analysis.op_info import tensor_value
-from mhc_compile.passes.planning.chains import reject_site
+from mhc_compile.passes.planning.chain_rejections import reject_site
 from mhc_compile.passes.planning.verdict import Reason
 from mhc_compile.passes.transforms.stream_builder import Binding, End
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Plan, Rejection, Site
     from mhc_compile.passes.planning.planner import Planner
-
-__all__ = ["PlannedSite", "SiteParameters", "bind_connection", "bound_names", "planned_sites"]
 
 
 @dataclass(frozen=True, eq=False)

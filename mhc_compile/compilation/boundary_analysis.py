@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Plan, Site
 
-__all__ = ["analyze_boundary", "check_whole"]
-
 
 def analyze_boundary(graph: Graph, provenance: DynamoProvenance, inputs: list[Any]) -> BoundaryInfo:
     """Return the boundary of a graph, from its example inputs and the attached modules."""

@@ -23,13 +23,11 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.graph_breaks.split_branches import Notes
     from mhc_compile.passes import Site
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
 
     #: The sites at the ends of the branches that a module starts.
     Begun = Mapping[nn.Module, Sequence[PlannedSite]]
-
-__all__ = ["DryGraph", "dry_run"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.compilation.session import GraphSession
     from mhc_compile.config.options import ResolvedOptions
 
-__all__ = ["compile_graph", "fuse", "fusion_passes", "module_like", "prepare_kernels", "run_eagerly"]
-
 #: Passes between the rewrite and the inner compiler, by the option `recompute`.
 _FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
 

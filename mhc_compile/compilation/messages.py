@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Rejection
 
-__all__ = ["warn_nothing_rewritten", "warn_split_branch", "warn_unused"]
-
 
 def _warn_or_raise(message: str, error: type[MhcError], options: ResolvedOptions) -> None:
     if options.strict:

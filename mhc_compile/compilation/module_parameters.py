@@ -11,7 +11,7 @@ from mhc_compile.attachment.model_tree import find_connection
 from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes.analysis.op_info import tensor_value
-from mhc_compile.passes.planning.chains import reject_site
+from mhc_compile.passes.planning.chain_rejections import reject_site
 from mhc_compile.passes.planning.verdict import Reason
 
 if TYPE_CHECKING:
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Plan, Rejection, Site
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.transforms.stream_builder import Binding
-
-__all__ = ["ModuleParameters", "PredictedParameters"]
 
 
 class ModuleParameters(SiteParameters):

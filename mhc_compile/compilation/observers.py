@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.compilation.session import GraphSession
 
-__all__ = ["notify", "observe"]
-
 _observers: list[Callable[[GraphSession], None]] = []
 #: Several threads may compile at the same time.
 _lock = threading.Lock()

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import ResolvedOptions
 
-__all__ = ["compile_captured"]
-
 #: Code with a compiled version that has no streams: it had no sites when it was traced.
 _compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Several threads may compile at the same time.

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Plan
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["GraphSession", "analyze_graph"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from typing import Literal
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["MAX_STREAMS", "STREAM_COUNTS", "Convention", "Last", "parse"]
-
 Last = Literal["rows", "columns"]
 
 #: The largest n. Every system that ships mHC uses 4; the mixing cost grows with n².

@@ -12,8 +12,6 @@ from mhc_compile.config.coefficient_spec import MAX_STREAMS, STREAM_COUNTS
 from mhc_compile.config.presets import ReadOut, get_preset
 from mhc_compile.errors import OptionError
 
-__all__ = ["ExistingOptimizers", "Init", "InnerBackend", "Options", "Recompute", "ResolvedOptions"]
-
 Init = Literal["preserve", "random"]
 ExistingOptimizers = Literal["extend", "warn", "ignore"]
 Recompute = Literal["none", "cheap", "block"]

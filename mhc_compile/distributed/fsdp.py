@@ -19,8 +19,6 @@ from mhc_compile.attachment.model_tree import HyperConnections
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["fully_shard"]
-
 
 def fully_shard(module: nn.Module, *, mp_policy: MixedPrecisionPolicy | None = None, **settings: Any) -> nn.Module:
     """Shard as `torch.distributed.fsdp.fully_shard`, without casting hyper-connections.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-__all__ = ["check_site", "check_unwrapped", "warn_of_pipeline"]
-
 _WAY_OUT = (
     "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled"
     " call finds the hyper-connections"

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.core.pass_base import Hook
     from mhc_compile.passes.transforms.stream_builder import Binding
 
-__all__ = ["PREPARE", "PlannedProgram", "lowering", "plan_program", "rewrite_program"]
-
 #: The passes before sites are searched.
 PREPARE: tuple[Pass, ...] = (RecomposeLayerNorms(), *NORMALIZE)
 

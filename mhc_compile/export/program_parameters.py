@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 
-__all__ = ["ProgramParameters", "ProgramProvenance", "root_kind"]
-
 #: The parameters of each kind of hyper-connection.
 _KINDS = (HyperConnection.names, GatedConnection.names)
 

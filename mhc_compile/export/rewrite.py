@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     OptionsLike = Mapping[str, Any] | Options | None
 
-__all__ = ["rewrite"]
-
 
 @overload
 def rewrite(model: fx.GraphModule, *args: Any, options: OptionsLike = None) -> fx.GraphModule: ...

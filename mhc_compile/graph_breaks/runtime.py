@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.graph_breaks.split_branches import Notes
 
-__all__ = ["StreamBoundary"]
-
 
 class StreamBoundary:
     """A compiled graph whose chains come from other graphs or continue in them.

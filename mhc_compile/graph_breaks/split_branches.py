@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
     from mhc_compile.capture.provenance import DynamoProvenance
     from mhc_compile.passes.analysis.provenance import ModuleRef
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead
 
     #: The graph inputs that each term of a sum comes from.
     Terms = tuple[tuple[Node, ...], ...]
-__all__ = ["Beginning", "Notes", "find_tail"]
 
 #: The key of `Node.metadata` under which a history holds notes.
 _NOTES = "mhc_beginnings"

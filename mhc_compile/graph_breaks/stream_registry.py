@@ -22,19 +22,6 @@ from mhc_compile._torch import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "Departed",
-    "OpenBranch",
-    "StreamEntry",
-    "carried_axis",
-    "changed",
-    "find_lost_streams",
-    "find_registered",
-    "history",
-    "register_streams",
-    "registered_streams",
-]
-
 #: Operations to go back in a tensor's history when looking for a tensor with streams.
 _NEAR = 8
 #: Key of the streams in `Node.metadata`.

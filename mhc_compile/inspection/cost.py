@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Site
 
-__all__ = ["Cost", "Work", "end_cost", "site_cost", "site_work"]
-
 
 @dataclass(frozen=True)
 class Cost:

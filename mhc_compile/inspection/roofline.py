@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["MACHINES", "Machine", "Overhead", "Work", "overheads", "plain_flops", "traffic"]
-
 log = logging.getLogger(__name__)
 
 

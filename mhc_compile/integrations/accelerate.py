@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["register_with_accelerate"]
-
 
 def register_with_accelerate() -> None:
     """Let `accelerate` and the `Trainer` accept "mhc", and any other backend that torch knows.

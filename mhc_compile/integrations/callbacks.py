@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import Options
     from mhc_compile.inspection.stream_stats.results import Stability
 
-__all__ = ["StabilityCallback"]
-
 #: Classes whose instances trainers accept as callbacks.
 _BASES = (
     ("transformers", "TrainerCallback"),  # loaded on first access

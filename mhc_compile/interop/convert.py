@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.interop.plan import Plan
 
-__all__ = ["Conversion", "convert"]
-
 #: Metadata key of files in our layout; its value is the preset that they were converted from.
 _MARK = "mhc_preset"
 

@@ -16,8 +16,6 @@ from mhc_compile.config.coefficient_spec import MAX_STREAMS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["READ_OUT", "Entry", "Kind", "Layout", "Part", "Spelling", "shape_of", "solve"]
-
 #: The submodule of a chain's last hyper-connection that holds a learned read-out.
 READ_OUT = "read_out"
 

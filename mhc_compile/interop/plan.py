@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.interop.layout import Kind, Layout
 
-__all__ = ["UNUSED_SCALE", "Change", "Plan", "build_plan", "site_changes"]
-
 #: Value of a_res where H_res = I. Nothing reads it; this is its initial value.
 UNUSED_SCALE = 0.01
 

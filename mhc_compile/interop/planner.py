@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     Shapes = Mapping[str, tuple[int, ...]]
 
-__all__ = ["plan_from_native", "plan_to_native"]
-
 _CONNECTION = re.compile(rf"((?:.+?\.)?){CONTAINER}\.(.+)")
 
 

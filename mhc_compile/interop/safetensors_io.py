@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SUFFIX", "Checkpoint", "Written", "open_checkpoint", "read", "write", "written"]
-
 SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _METADATA = "__metadata__"

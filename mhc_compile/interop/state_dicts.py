@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["export_state_dict", "from_native", "import_state_dict", "to_native"]
-
 
 def to_native(
     state: Mapping[str, Tensor],

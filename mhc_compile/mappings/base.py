@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["ResidualMapping"]
-
 
 class ResidualMapping:
     """A family of matrices H_res. `n` is the number of streams, K_res = `logits(n)`.

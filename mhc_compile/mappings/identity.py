@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["Identity"]
-
 
 class Identity(ResidualMapping):
     """The identity mapping, without logits: phi has 2 n columns. HY-V4 uses it."""

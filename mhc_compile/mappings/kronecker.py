@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["Kronecker"]
-
 LARGEST = 8
 
 

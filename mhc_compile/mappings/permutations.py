@@ -19,8 +19,6 @@ from torch import Tensor
 
 from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["Permutations", "permutations"]
-
 LARGEST = 4
 
 

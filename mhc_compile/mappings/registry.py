@@ -14,8 +14,6 @@ from mhc_compile.mappings.sinkhorn import Sinkhorn
 from mhc_compile.mappings.unconstrained import Unconstrained
 from mhc_compile.mappings.validation import validate_mapping
 
-__all__ = ["MAPPINGS", "columns", "get_mapping", "mapping_of", "register_mapping"]
-
 _OURS = (Sinkhorn(), Identity(), Permutations(), Kronecker(), Unconstrained())
 MAPPINGS: dict[str, ResidualMapping] = {mapping.name: mapping for mapping in _OURS}
 

@@ -32,8 +32,6 @@ from torch import Tensor
 
 from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["Sinkhorn", "sinkhorn", "sinkhorn_backward"]
-
 
 def _tokens_last(matrices: Tensor) -> Tensor:
     """Return [n, n, T], contiguous, so that sums over rows or columns add vectors of T tokens."""

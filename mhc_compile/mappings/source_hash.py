@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["code_of"]
-
 
 def code_of(mapping: ResidualMapping) -> str:
     """Return a hash of the attributes of a mapping and the code of its classes.

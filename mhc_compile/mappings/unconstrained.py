@@ -12,8 +12,6 @@ from torch import Tensor
 
 from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["Unconstrained"]
-
 
 class Unconstrained(ResidualMapping):
     """Any matrix at all: n² logits, row-major. It starts as the identity."""

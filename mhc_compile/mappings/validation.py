@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.mappings.base import ResidualMapping
 
-__all__ = ["validate_mapping"]
-
 
 def validate_mapping(mapping: ResidualMapping) -> tuple[int, ...]:
     """Check every init, and the matrices and gradients of the fewest and of four streams.

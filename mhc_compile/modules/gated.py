@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import ResolvedOptions
 
-__all__ = ["GatedConnection", "create_connection"]
-
 
 class GatedConnection(HyperConnection):
     """A hyper-connection whose read has a weight for every channel.

@@ -19,8 +19,6 @@ from mhc_compile.modules.state_dict import NAMES, SETTINGS, LoadsPartially, expl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HyperConnection", "parameter_dtype"]
-
 #: Logit of the only pre weight when n = 1, where `sum(pre) = 1` is a saturated sigmoid: 1 - 1.1e-7.
 _SATURATED = 16.0
 

@@ -11,8 +11,6 @@ from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.modules.state_dict import LoadsPartially
 
-__all__ = ["ReadOut"]
-
 
 class ReadOut(LoadsPartially):
     """The learned read-out: a sum of the streams with weights that depend on the token.

@@ -23,8 +23,6 @@ from mhc_compile.mappings import MAPPINGS, columns, get_mapping
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["NAMES", "SETTINGS", "LoadsPartially", "explain_misfits", "guess_for", "guess_options"]
-
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
 #: Settings that change the function of these parameters: metadata of a state dict, which torch.save

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Gradients", "Old", "Saved", "Settings", "SiteParameters", "read_backward", "step", "step_backward"]
-
 
 class Old(NamedTuple):
     """The streams of the site that ends, the output of its branch, and its coefficients."""

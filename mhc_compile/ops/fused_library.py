@@ -28,8 +28,6 @@ from mhc_compile.ops.library import LIBRARY, checked, empty, register_autograd, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["is_fused"]
-
 
 def is_fused(mapping: str) -> bool:
     """Return whether the fused operators compute this convention.

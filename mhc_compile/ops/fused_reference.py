@@ -20,8 +20,6 @@ from mhc_compile.ops import reference
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["close", "close_backward", "read", "read_backward", "step", "step_backward"]
-
 
 def _spread(streams: Tensor, n: int) -> Tensor:
     """Expand [..., m, C] to [..., n, C], as a view."""

@@ -22,8 +22,6 @@ from mhc_compile.ops.reference import compute_dtype, inverse_rms, without_autoca
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["gated_read", "gated_read_out", "read_out"]
-
 for _schema in (
     "gated_read(Tensor streams, Tensor phi, Tensor norm, Tensor up, float eps) -> (Tensor h, Tensor post, Tensor res)",
     "gated_read_out(Tensor streams, Tensor phi, Tensor norm, Tensor up, float eps) -> Tensor",

@@ -26,8 +26,6 @@ from mhc_compile.ops import cpu, reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LIBRARY", "checked", "empty", "register_autograd", "shown"]
-
 LIBRARY = torch.library.Library("mhc", "DEF")
 
 _SCHEMAS = (

@@ -35,12 +35,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = [
-    "coefficients", "coefficients_backward", "collapse", "collapse_backward", "collapse_backward_fused",
-    "collapse_fused", "compute_dtype", "dense", "inverse_rms", "update", "update_backward", "update_backward_fused",
-    "update_fused", "without_autocast",
-]  # fmt: skip
-
 
 def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Make every output of `kernel` contiguous, as the fake kernels promise."""

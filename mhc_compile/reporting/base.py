@@ -24,8 +24,6 @@ from mhc_compile.reporting.html import html_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Renderable", "finite", "render"]
-
 
 @singledispatch
 def render(result: object, **settings: Any) -> RenderableType:  # noqa: ARG001 - keywords of the renderers

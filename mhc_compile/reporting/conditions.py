@@ -7,8 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available_cores", "load_average", "machine_conditions", "processor_name"]
-
 
 def machine_conditions(device: str) -> dict[str, Any]:
     """Return what the speed of this process depends on, as plain data.

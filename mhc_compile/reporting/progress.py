@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-__all__ = ["Bars", "Lines", "Silent", "choose_progress"]
-
 
 class Silent(AbstractContextManager["Silent"]):
     """Shows nothing; the interface of the other displays."""

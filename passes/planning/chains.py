@@ -14,7 +14,6 @@ from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.chain_rejections import (
     crossed_shortcuts,
     long_skips,
-    reject_site,
     short_chains,
     side_adds,
 )
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.analysis.aliases import Aliases
     from mhc_compile.passes.analysis.provenance import Provenance
     from mhc_compile.passes.planning.verdict import Rejection, Site
-
-__all__ = ["Chain", "Plan", "plan_chains", "reject_site"]
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mhc_compile.passes.planning.chains import Plan, plan_chains
+from mhc_compile.passes.planning.chains import plan_chains
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 from mhc_compile.passes.planning.match_residuals import Findings, find
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.analysis.provenance import Provenance
+    from mhc_compile.passes.planning.plan import Plan
     from mhc_compile.passes.planning.verdict import Rejection
 
 

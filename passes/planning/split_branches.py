@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
     from mhc_compile.passes.planning.plan import Chain
 
-__all__ = ["BranchHead", "find_heads"]
-
 
 def find_heads(
     graph: Graph, provenance: Provenance, chains: Iterable[Chain], edges: BoundaryInfo, aliases: Aliases

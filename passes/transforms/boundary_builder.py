@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead
     from mhc_compile.passes.planning.verdict import Site
 
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from mhc_compile.passes.lifting.trunk_path import TrunkPath
-    from mhc_compile.passes.planning.chains import Chain, Plan
-    from mhc_compile.passes.planning.split_branches import BranchHead
+    from mhc_compile.passes.planning.plan import BranchHead, Chain, Plan
     from mhc_compile.passes.planning.verdict import Site
     from mhc_compile.passes.transforms.stream_builder import Binding
 

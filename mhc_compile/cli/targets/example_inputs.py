@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["guesses", "needed", "nested_configs"]
-
 _BATCH = 2
 _LENGTH = 16
 #: Ids at the end of a tiny vocabulary are special tokens.

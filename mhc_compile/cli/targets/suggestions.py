@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["near_files", "near_names"]
-
 
 def near_names(name: str, known: Iterable[str], count: int = 3, *, prefix: str = "") -> str:
     """Return "; near names: one, other", each below `prefix`, or ""."""

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SCALES", "Scale", "fit_rotary_sections", "shrink"]
-
 
 @dataclass(frozen=True)
 class Scale:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["load"]
-
 log = logging.getLogger("mhc_compile.cli.targets")
 
 #: Tasks in the order in which they are tried: MODEL_FOR_<task>_MAPPING of transformers.

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["load_factory", "load_program"]
-
 _EXPECTED = "(model, args) or (model, args, kwargs), args a tuple of example inputs"
 
 

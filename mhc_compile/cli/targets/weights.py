@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.cli.targets import Target
 
-__all__ = ["load_weights"]
-
 #: Keys under which trainers save the state dict of the model.
 _KEYS = ("state_dict", "model", "model_state_dict", "module")
 _SHOWN = 3

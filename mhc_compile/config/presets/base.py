@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from mhc_compile.config.coefficient_spec import Convention
 
-__all__ = ["Preset", "ReadOut"]
-
 #: The end of a chain: the mean or the sum of the streams, or a sum with learned weights.
 ReadOut = Literal["mean", "sum", "learned"]
 

@@ -8,8 +8,6 @@ order of the 16 residual columns in a checkpoint (`mhc_compile.interop`).
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 
-__all__ = ["DEEPSEEK_V4"]
-
 DEEPSEEK_V4 = Preset(
     name="deepseek-v4",
     source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4
 
-__all__ = ["DEEPSEEK_V4_1"]
-
 DEEPSEEK_V4_1 = replace(
     DEEPSEEK_V4,
     name="deepseek-v4.1",

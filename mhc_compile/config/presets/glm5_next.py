@@ -4,8 +4,6 @@ from dataclasses import replace
 
 from mhc_compile.config.presets.deepseek_v4 import DEEPSEEK_V4
 
-__all__ = ["GLM5_NEXT"]
-
 GLM5_NEXT = replace(
     DEEPSEEK_V4,
     name="glm5-next",

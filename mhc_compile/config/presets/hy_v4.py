@@ -3,8 +3,6 @@
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 
-__all__ = ["HY_V4"]
-
 HY_V4 = Preset(
     name="hy-v4",
     source="transformers.models.hy_v4 (HYV4HyperConnection, HYV4HyperHead)",

@@ -3,8 +3,6 @@
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 
-__all__ = ["LIGER"]
-
 LIGER = Preset(
     name="liger",
     source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",

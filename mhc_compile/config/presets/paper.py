@@ -2,6 +2,4 @@
 
 from mhc_compile.config.presets.base import Preset
 
-__all__ = ["PAPER"]
-
 PAPER = Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9")

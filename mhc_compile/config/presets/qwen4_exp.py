@@ -11,8 +11,6 @@ No parameters make this the plain residual add, so a model must be trained from 
 from mhc_compile.config.coefficient_spec import Convention
 from mhc_compile.config.presets.base import Preset
 
-__all__ = ["QWEN4_EXP"]
-
 QWEN4_EXP = Preset(
     name="qwen4-exp",
     source="transformers.models.qwen4_exp (Qwen4ExpTextGatedResidual)",

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Pass, Plan
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["align", "diff"]
-
 #: The stages that are no pass, in order.
 _STAGES = ("trace", "capture", "normalize", "plan", "expand", "lower")
 _DEFAULT = ("capture", "expand")

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.diff.picture import Sketch, Trunk
     from mhc_compile.inspection.diff.results import ModelDiff
 
-__all__ = ["mermaid_text", "to_dot", "to_mermaid"]
-
 _Shape = Literal["end", "branch", "add", "lifted", "repeat", "note"]
 
 _DOT_NODES: dict[_Shape, str] = {

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.diff.picture import Picture, Repeat, Trunk
     from mhc_compile.inspection.diff.results import ModelDiff
 
-__all__ = ["to_svg"]
-
 _COLUMN = 400
 _MARGIN = 20
 #: Middle of the trunk and left edge of the branch's box in a column; width of the box.

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.diff.results import NodeView
 
-__all__ = ["NewParameters", "Section", "layers", "new_parameters", "sections"]
-
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 

@@ -20,8 +20,6 @@ from mhc_compile.inspection.diff.text import LOOK
 if TYPE_CHECKING:
     from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff
 
-__all__ = ["render_page"]
-
 #: In loading order; all share one scope.
 _SCRIPTS = ("model.js", "rows.js", "arcs.js", "panels.js", "page.js")
 

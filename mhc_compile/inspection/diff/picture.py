@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff
     from mhc_compile.inspection.explain.results import ChainReport, SiteReport
 
-__all__ = ["Lifted", "Note", "Part", "Picture", "Place", "Repeat", "Sketch", "Trunk", "sketch"]
-
 
 @dataclass(frozen=True)
 class Place:

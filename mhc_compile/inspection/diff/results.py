@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.explain.results import ChainReport, RejectionReport
 
-__all__ = ["SCHEMA", "Change", "GraphDiff", "ModelDiff", "NodeView", "Operation", "Role", "Row", "export"]
-
 #: Changes when a field of `ModelDiff.to_dict` changes its meaning or is removed.
 SCHEMA = "mhc-compile/diff/1"
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.diff.results import GraphDiff, NodeView
 
-__all__ = ["LOOK"]
-
 #: Sign, style and legend of every kind of change.
 LOOK: dict[Change, tuple[str, str, str]] = {
     Change.ADDED: ("+", "green", "added"),

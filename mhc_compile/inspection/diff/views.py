@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Plan
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["view"]
-
 #: Prefix of the nodes that the rewrite writes.
 _OURS = "mhc_"
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     Modules = tuple[str, ...]
 
-__all__ = ["explain", "plan_graphs", "plan_reports", "rejection_report", "site_report"]
-
 
 def explain(
     model: nn.Module | ExportedProgram, *args: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any

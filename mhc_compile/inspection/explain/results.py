@@ -17,18 +17,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.cost import Cost, Work
 
-__all__ = [
-    "AddExplanation",
-    "ChainReport",
-    "Explanation",
-    "GraphReport",
-    "Operation",
-    "RejectionDetail",
-    "RejectionReport",
-    "SiteDetail",
-    "SiteReport",
-]
-
 
 @dataclass(frozen=True)
 class SiteReport:

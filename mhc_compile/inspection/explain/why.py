@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Chain, Plan, Rejection, Site
     from mhc_compile.passes.analysis.provenance import Provenance
 
-__all__ = ["why"]
-
 
 def why(
     model: nn.Module | ExportedProgram,

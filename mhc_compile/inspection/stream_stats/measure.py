@@ -27,8 +27,6 @@ from mhc_compile.inspection.verification.comparison import kept_random_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Meter", "fill_residual_logits", "first_batch", "inputs_of", "on_device", "stability", "undisturbed"]
-
 
 def stability(
     model: nn.Module, *inputs: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.stream_stats.results import ChainStability, Matrix
 
-__all__ = ["draw", "require_matplotlib"]
-
 #: Largest number of sites with a heat map, spread over the chain.
 _MAPS = 5
 #: Largest number of chains; models with more have similar ones in the branches of every block.

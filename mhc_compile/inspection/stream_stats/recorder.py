@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.inspection.stream_stats.results import Matrix
 
-__all__ = ["Recording", "address", "geometry", "has_sites", "recorder"]
-
 #: Entries of streams that are converted to float64 at a time: 32 MB.
 _CHUNK = 1 << 22
 #: The operators with which a site reads the streams.

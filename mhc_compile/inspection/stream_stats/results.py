@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["ChainStability", "Geometry", "Matrix", "SiteStability", "Stability", "Weights", "write_plot"]
-
 #: An n × n matrix, row by row.
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -33,8 +33,6 @@ from mhc_compile.inspection.verification.runners import Run, runner_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["check"]
-
 log = logging.getLogger(__name__)
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}

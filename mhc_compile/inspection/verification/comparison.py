@@ -18,11 +18,6 @@ from mhc_compile.inspection.verification.results import Difference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = [
-    "FLOOR", "TOLERANCES", "RunRecord", "compare", "differences", "kept_random_state", "live_sites", "randomize",
-    "record_run", "set_seed",
-]  # fmt: skip
-
 #: Gradients and buffers count as at least this share of the largest one. Some are zero in exact
 #: arithmetic (the bias of k in attention): rounding noise must not be compared with rounding noise.
 FLOOR = 1e-3

@@ -7,8 +7,6 @@ from typing import Any
 
 from mhc_compile.reporting.base import Renderable, finite
 
-__all__ = ["CheckResult", "Difference", "GroupSummary", "OtherBatch", "Seconds"]
-
 
 @dataclass(frozen=True)
 class Difference:

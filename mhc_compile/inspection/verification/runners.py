@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import ResolvedOptions
 
-__all__ = ["Run", "Runner", "runner_of"]
-
 
 @dataclass
 class Run:

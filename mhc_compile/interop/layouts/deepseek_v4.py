@@ -6,8 +6,6 @@ In published files every block of `mtp` is a chain of its own.
 
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
-__all__ = ["DEEPSEEK_V4", "READ_OUT", "SITE", "TRANSFORMERS"]
-
 SITE = (
     Entry("phi", "nC n(n+2)", (Part("fn", "n(n+2) nC"),), "projection"),
     Entry("bias", "n(n+2)", (Part("base", "n(n+2)"),), "logits"),

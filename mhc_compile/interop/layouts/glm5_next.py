@@ -5,8 +5,6 @@ from dataclasses import replace
 from mhc_compile.interop.layout import Layout, Spelling
 from mhc_compile.interop.layouts.deepseek_v4 import SITE, TRANSFORMERS
 
-__all__ = ["GLM5_NEXT"]
-
 GLM5_NEXT = Layout(
     preset="glm5-next",
     source="transformers.models.glm5_next (Glm5NextTextHyperConnection)",

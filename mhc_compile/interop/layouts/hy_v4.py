@@ -3,8 +3,6 @@
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 from mhc_compile.interop.layouts.deepseek_v4 import READ_OUT, TRANSFORMERS
 
-__all__ = ["HY_V4"]
-
 HY_V4 = Layout(
     preset="hy-v4",
     source="transformers.models.hy_v4 (HYV4HyperConnection, HYV4HyperHead)",

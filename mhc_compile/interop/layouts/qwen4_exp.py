@@ -6,8 +6,6 @@ of their own. The n-gram layers (`ple`), which write to all streams, are no site
 
 from mhc_compile.interop.layout import Entry, Layout, Part, Spelling
 
-__all__ = ["QWEN4_EXP"]
-
 _NORM = Entry("norm", "nC", (Part("hc_norm.weight", "nC"),), "same")
 _DOWN = Part("input_mix_weight_down.weight", "r nC")
 _UP = Entry("up", "r nC", (Part("input_mix_weight_up.weight", "nC r"),), "projection")

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["call", "library", "threads_for"]
-
 log = logging.getLogger(__name__)
 
 #: Below this many tokens a second thread costs more than it gives.

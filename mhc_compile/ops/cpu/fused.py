@@ -25,11 +25,6 @@ from mhc_compile.ops.cpu.build import call, library, threads_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = [
-    "MAPPINGS", "close", "close_backward", "prepare", "read", "read_backward", "step", "step_backward", "takes",
-    "update", "update_backward",
-]  # fmt: skip
-
 log = logging.getLogger(__name__)
 
 _HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")

@@ -15,8 +15,6 @@ from torch import Tensor
 from mhc_compile.mappings import sinkhorn as eager
 from mhc_compile.ops.cpu.build import call, library, threads_for
 
-__all__ = ["available", "sinkhorn", "sinkhorn_backward"]
-
 _LARGEST = 8
 _REALS = {torch.float32: "float", torch.float64: "double"}
 

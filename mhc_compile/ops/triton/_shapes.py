@@ -15,8 +15,6 @@ from .launch import interpreted
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST", "Sizes", "flat"]
-
 #: More streams than this would not fit the registers of a program.
 LARGEST = 8
 #: How the thin products are made. bfloat16 streams are multiplied with coefficients in two bfloat16

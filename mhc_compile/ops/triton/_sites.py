@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["read", "read_backward", "step", "step_backward"]
-
 #: Programs of the pass over the streams: some waves on the largest GPU, small partial sums of dphi.
 _PROGRAMS = 512
 #: Fewer tokens than this are not worth a program of that pass.

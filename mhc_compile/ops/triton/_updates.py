@@ -15,8 +15,6 @@ from .sums import add_up, add_up_mixing
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["close", "close_backward", "update", "update_backward"]
-
 
 def _tiles(sizes: Sizes) -> dict[str, Any]:
     """Return block sizes of about 2048 elements of a stream."""

@@ -11,18 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "load_mixing",
-    "load_numbers",
-    "load_streams",
-    "mixed",
-    "pack_kernel",
-    "pinned",
-    "product",
-    "sigmoid",
-    "split",
-]
-
 
 @triton.jit
 def sigmoid(x):

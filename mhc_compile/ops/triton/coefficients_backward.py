@@ -15,8 +15,6 @@ import triton.language as tl
 
 from .sinkhorn import res_logits, sinkhorn_backward
 
-__all__ = ["coefficients_backward_kernel"]
-
 
 @triton.jit
 def _read_gradient(

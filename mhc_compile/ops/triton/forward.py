@@ -16,8 +16,6 @@ from .blocks import load_mixing, load_numbers, load_streams, mixed, pinned, prod
 from .launch import tuned
 from .sinkhorn import res_logits, sinkhorn
 
-__all__ = ["forward_kernel"]
-
 
 @triton.jit
 def _gather_z(

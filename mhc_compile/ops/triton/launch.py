@@ -10,8 +10,6 @@ import triton
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["interpreted", "launch", "tuned"]
-
 
 def interpreted() -> bool:
     """Return whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on CPU tensors."""

@@ -15,8 +15,6 @@ import triton.language as tl
 
 from .blocks import load_mixing, load_numbers, load_streams, mixed
 
-__all__ = ["close_backward_kernel", "close_kernel", "update_backward_kernel", "update_kernel"]
-
 
 @triton.jit
 def _place(tokens, width, block_tokens: tl.constexpr, block_channels: tl.constexpr):

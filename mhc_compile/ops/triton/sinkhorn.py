@@ -13,8 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["res_logits", "sinkhorn", "sinkhorn_backward"]
-
 
 @triton.jit
 def res_logits(z, bias, gain, n: tl.constexpr, size: tl.constexpr):

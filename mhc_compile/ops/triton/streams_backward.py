@@ -22,8 +22,6 @@ import triton.language as tl
 from .blocks import load_mixing, load_numbers, load_streams, mixed, pinned, product, split
 from .launch import tuned
 
-__all__ = ["streams_backward_kernel"]
-
 
 @triton.jit
 def _phi_rows(phi, channels, width, n: tl.constexpr, columns: tl.constexpr, thin: tl.constexpr):

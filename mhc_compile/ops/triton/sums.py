@@ -12,8 +12,6 @@ from .launch import launch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_up", "add_up_mixing"]
-
 
 @triton.jit
 def sums_kernel(

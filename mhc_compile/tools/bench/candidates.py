@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["CANDIDATES", "LIMIT", "NAMES", "ONLY_WHEN_NAMED", "PLAIN", "Candidate", "UnknownNameError", "choose"]
-
 PLAIN, LIMIT = "plain", "limit"
 #: "mhc" is the backend of this package, with a suffix for another option `recompute`. "operators"
 #: is Inductor with its decompositions, for a site. "blocks" compiles the branches one by one and

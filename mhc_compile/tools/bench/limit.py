@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.sites import Shape
 
-__all__ = ["Limit", "Moved", "flops", "in_step", "moved"]
-
 
 class Moved(NamedTuple):
     """Elements per token that a site must read and write, in one direction."""

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from mhc_compile.tools.bench.sites import Shape
     from mhc_compile.tools.bench.workloads import Times, Workload
 
-__all__ = ["compiled", "measure", "prepare", "run", "time_rows"]
-
 log = logging.getLogger(__name__)
 
 _WARM_UP = 2

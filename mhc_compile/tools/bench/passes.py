@@ -27,8 +27,6 @@ from mhc_compile.passes.transforms.stream_builder import Binding
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Measurement", "measure"]
-
 _WIDTH = 8
 
 

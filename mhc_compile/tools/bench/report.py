@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.results import Benchmark, Counters, Result, Row, TargetResult
 
-__all__ = ["WIDE", "chart", "target_view", "view"]
-
 #: Width in columns from which on times and counts are one table.
 WIDE = 130
 _TITLES = {

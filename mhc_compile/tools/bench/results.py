@@ -29,9 +29,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["PHASES", "Benchmark", "Counters", "Result", "Row", "Spread", "TargetResult", "paired_difference"]
-__all__ += ["paired_ratio", "spread"]
-
 PHASES = ("forward", "backward", "total")
 
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["CONNECTIONS", "Residual", "Shape", "StreamEnds", "cell", "own_cell", "plain_cell", "step_available"]
-
 #: As published: initializer_range of DeepSeek-V4, and the initialization of Liger's module.
 _STD = 0.02
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.workloads import Times, Workload
 
-__all__ = ["FirstRun", "Memory", "Rounds", "first_run", "interleave", "measure_memory"]
-
 _MARK = "mhc-bench: forward done"
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.reporting.progress import Silent
 
-__all__ = ["measure_target"]
-
 
 class _Forward(Workload):
     """A forward pass without gradients."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.bench.sites import Residual, Shape, StreamEnds
 
-__all__ = ["SITES", "Block", "PlainModel", "SiteWorkload", "StepWorkload", "StreamsModel", "Times", "Workload", "batch"]
-
 #: Sites that the benchmark of one site runs in turn, each with its own tensors.
 SITES = 8
 

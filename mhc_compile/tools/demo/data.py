@@ -19,8 +19,6 @@ from mhc_compile.tools.demo.settings import PATCH, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Corpus", "NextByte", "Split", "is_validation", "load_corpus", "make_task", "stable_seed"]
-
 #: Maximum number of bytes that are read. The library of CPython 3.11 without its tests has 12 MB.
 LIMIT = 16_000_000
 #: Folders that do not belong to the library itself.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.demo.train import PairedTraining
 
-__all__ = ["collect", "conditions", "draw", "print_summary", "smooth"]
-
 #: Steps in a smoothed training loss.
 SMOOTHED = 20
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from mhc_compile.reporting.progress import Silent
     from mhc_compile.results import Explanation
 
-__all__ = ["Interrupts", "Session", "load_checkpoint", "save_checkpoint"]
-
 RESULT, PICTURE, CHECKPOINT = "result.json", "loss.png", "checkpoint.pt"
 #: First entry of every checkpoint; changes with its layout.
 FORMAT = "mhc demo checkpoint 2"

@@ -11,8 +11,6 @@ from mhc_compile.errors import MhcError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["HEAD", "MODELS", "PATCH", "STEPS", "Settings", "check_requirements"]
-
 MODELS = ("gpt2", "llama", "vit")
 #: Steps of a run by default, width of an attention head, side of a patch of the vit's images in
 #: bytes.

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mhc_compile.tools.demo.data import NextByte
     from mhc_compile.tools.demo.settings import Settings
 
-__all__ = ["PairedTraining", "Trainer", "build_model", "check_same_weights", "deterministic", "learning_rate"]
-
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 #: Steps over which the learning rate rises, and steps between two validations.
 WARM_UP, EVERY = 100, 50

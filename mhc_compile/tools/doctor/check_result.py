@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-__all__ = ["CheckResult", "Problem", "Report", "run_checks"]
-
 log = logging.getLogger(__name__)
 
 

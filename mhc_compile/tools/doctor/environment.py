@@ -22,8 +22,6 @@ from mhc_compile.tools.doctor.smoke_test import smoke_test
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CHECKS"]
-
 #: The oldest torch that works, and the newest that the use of its internals was tested on.
 _OLDEST, _TESTED = (2, 11), (2, 13)
 #: Optional packages and their users.

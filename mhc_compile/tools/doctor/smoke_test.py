@@ -9,8 +9,6 @@ import time
 
 from mhc_compile.tools.doctor.check_result import Problem
 
-__all__ = ["smoke_test"]
-
 
 def smoke_test(seconds: float = 300) -> str:
     """Check that two residual blocks are rewritten by Inductor, keep their function, and learn."""

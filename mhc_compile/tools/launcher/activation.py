@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-__all__ = ["DefaultBackend", "activate", "report_at_exit"]
-
 _counter: ReportCounter | None = None
 
 

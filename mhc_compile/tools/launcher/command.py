@@ -14,8 +14,6 @@ from mhc_compile.tools.launcher.run_config import VARIABLE, RunConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["interpreter_flags", "launch"]
-
 _SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 

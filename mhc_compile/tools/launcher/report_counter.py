@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.tools.launcher.run_config import RunConfig
 
-__all__ = ["ReportCounter"]
-
 
 @dataclass(frozen=True)
 class Graph:

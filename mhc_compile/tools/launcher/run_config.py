@@ -11,8 +11,6 @@ from typing import Any
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 
-__all__ = ["VARIABLE", "RunConfig", "find_options"]
-
 #: The environment variable. Its value is four lines: `pid`, `prefix`, the message for a script that
 #: never imports torch, and the `RunConfig` as JSON. `site/sitecustomize.py` reads the first three
 #: without the standard library, which files next to the script may hide.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.config.options import Options, ResolvedOptions
-from mhc_compile.inspection.cost import Cost, site_cost
+from mhc_compile.inspection.cost import Cost, Work, site_cost
 from mhc_compile.inspection.explain.explain import explain
-from mhc_compile.inspection.roofline import Overhead, Work, overheads
+from mhc_compile.inspection.roofline import Overhead, overheads
 from mhc_compile.mappings import get_mapping
 from mhc_compile.passes.transforms.recompute import block_length
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import Recompute
     from mhc_compile.tools.scaling.shapes import Shape
-
-__all__ = ["Decoder", "Estimate", "estimate", "kept_bytes", "parameters"]
 
 #: Bytes of an element of trunk and streams (bfloat16), and of a coefficient (float32).
 _BFLOAT16, _FLOAT32 = 2, 4

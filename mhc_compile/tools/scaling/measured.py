@@ -32,8 +32,6 @@ from mhc_compile.tools.scaling.estimate import kept_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["compare", "this_machine"]
-
 #: C and vocabulary.
 _SIZES = ((256, 50257), (768, 50257))
 #: Elements of the buffer that is copied: 256 MiB in float32, more than any cache.

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.scaling.estimate import Estimate
 
-__all__ = ["PAGE", "markdown", "page", "view"]
-
 PAGE, MEASURED = (Path(__file__).parent / name for name in ("SCALING.md", "measured.json"))
 #: Those of `MACHINES` that are sold.
 _REAL = [place for place, machine in enumerate(MACHINES) if " alone" not in machine.name]

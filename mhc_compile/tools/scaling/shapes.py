@@ -7,8 +7,6 @@ from typing import Any
 
 from mhc_compile.errors import OptionError
 
-__all__ = ["SHAPES", "Shape"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:

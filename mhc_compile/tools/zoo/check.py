@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.zoo.family import Expected, Family, Mode
 
-__all__ = ["Outcome", "Status", "check", "deviation"]
-
 log = logging.getLogger(__name__)
 
 #: "deviates": other structure or numbers than expected. "failed": the model could not be traced or

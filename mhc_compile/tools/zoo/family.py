@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.passes import Reason
 
-__all__ = ["MODES", "Case", "Expect", "Expected", "Family", "Mode", "chains", "per_layer"]
-
 Mode: TypeAlias = Literal["train", "eval"]
 MODES: tuple[Mode, ...] = ("train", "eval")
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhc_compile.inspection.verification.results import Difference
     from mhc_compile.tools.zoo.family import Case, Family
 
-__all__ = ["Errors", "preservation"]
-
 
 @dataclass(frozen=True)
 class Errors:

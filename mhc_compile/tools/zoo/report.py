@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.tools.zoo.check import Outcome
 
-__all__ = ["NARROW", "listing", "summary", "table", "to_json"]
-
 #: Below this width reasons are abbreviated and both errors share a column.
 NARROW = 110
 _STYLES = {"ok": "green", "deviates": "red", "failed": "red", "skipped": "yellow"}

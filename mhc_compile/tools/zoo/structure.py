@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Site
     from mhc_compile.tools.zoo.family import Family, Mode
 
-__all__ = ["Structure", "structure"]
-
 
 @dataclass(frozen=True)
 class Structure:

@@ -115,7 +115,7 @@ def test_a_changed_plan_changes_the_report_and_the_rewrite(monkeypatch):
 
 def _reject_last(site):
     from mhc_compile.passes import Reason
-    from mhc_compile.passes.planning.chains import reject_site
+    from mhc_compile.passes.planning.chain_rejections import reject_site
 
     if site.path == f"blocks.{LAYERS - 1}.mhc.mlp":
         return reject_site(site, Reason.NO_OWNER, lambda: "for the test")

@@ -12,20 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = [
-    "NOISY",
-    "SIZES",
-    "SPECIAL",
-    "architecture",
-    "call",
-    "ids",
-    "images",
-    "normal",
-    "sides",
-    "sizes",
-    "to_bfloat16",
-]
-
 _BATCH = 2
 #: Sizes under their usual names. Widths are as small as the architectures allow.
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}

@@ -16,8 +16,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Expected, Family, Mode, per_layer
 
-__all__ = ["FAMILIES"]
-
 _MLPS = Each(FeedForward)
 
 

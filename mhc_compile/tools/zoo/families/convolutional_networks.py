@@ -14,8 +14,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 class ConvNormAct(nn.Sequential):
     """Convolution that keeps the size at stride 1, batch norm, activation."""

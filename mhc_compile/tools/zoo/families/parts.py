@@ -14,12 +14,6 @@ from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 
-__all__ = [
-    "INTO", "OUT", "WIDTH", "Attention", "Block", "Each", "Embedded", "FeedForward", "Framed", "Norm", "Plain",
-    "Residual", "Square", "Stack", "TransformerBlock", "conv2d", "formula", "ids", "linear", "network", "parameter",
-    "spelled", "tokens", "vectors", "wired",
-]  # fmt: skip
-
 #: C of every handwritten family, and the size of its vocabulary.
 WIDTH, VOCABULARY = 16, 31
 

@@ -17,8 +17,6 @@ from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FAMILIES"]
-
 _conv = partial(partial, nn.Conv1d)
 
 

@@ -14,8 +14,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Family, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 def _augmented(block: Any, x: Tensor) -> Tensor:
     """`y += x` on the branch."""

@@ -14,8 +14,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 _BLOCKS, _STACK, _MLPS = Each(Residual), Stack(Residual), Each(FeedForward)
 
 

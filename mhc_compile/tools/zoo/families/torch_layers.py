@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mhc_compile.tools.zoo.families.parts import WIDTH, Each, Norm, network, wired
 from mhc_compile.tools.zoo.family import Case, Family, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 def _encoder(layers: int, *, norm_first: bool = False, masked: bool = False) -> Case:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 24, norm_first=norm_first, batch_first=True)

@@ -15,8 +15,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 class PreNorm(Block, norm=Norm, attn=partial(Attention, causal=True), mlp=FeedForward):
     """`x + dropout(attention(norm(x)))`, `x + dropout(mlp(norm(x)))`."""

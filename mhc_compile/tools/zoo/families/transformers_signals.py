@@ -11,8 +11,6 @@ from typing import Any
 from mhc_compile.tools.zoo.families.architectures import NOISY, SIZES, architecture, normal, sides
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 def _speech(layers: int, **more: Any) -> dict[str, Any]:
     return {**SIZES, "num_hidden_layers": layers, "conv_dim": [8, 8], "conv_kernel": [10, 3], "conv_stride": [5, 2],

@@ -8,8 +8,6 @@ from typing import Any
 from mhc_compile.tools.zoo.families.architectures import SPECIAL, architecture, call, ids, sides, sizes, to_bfloat16
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 _ONE, _PAIR = per_layer(1), per_layer(2, 3)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from mhc_compile.tools.zoo.families.architectures import SIZES, architecture, ids, images, sizes
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
-__all__ = ["FAMILIES"]
-
 _PAIR = per_layer(2, 2)
 
 

@@ -17,8 +17,6 @@ from mhc_compile.tools.zoo.families.parts import (  # isort: skip
 )  # fmt: skip
 from mhc_compile.tools.zoo.family import Case, Expect, Expected, Family, per_layer
 
-__all__ = ["FAMILIES"]
-
 
 class Embeddings(
     Block, tables=Each(partial(nn.Embedding, 31, WIDTH), lambda layers: layers + 2), head=linear(WIDTH, 31)
