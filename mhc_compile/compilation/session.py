@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +76,11 @@ class GraphSession:
         session._check_overrides()
         return session
 
+    @cached_property
+    def parameters(self) -> ModuleParameters:
+        """The parameters of the sites, as inputs of the graph."""
+        return ModuleParameters(self.graph, self.provenance)
+
     @property
     def plan(self) -> Plan:
         """The current plan."""
@@ -90,7 +96,7 @@ class GraphSession:
 
         A site whose module holds parameters of another width is rejected.
         """
-        parameters = ModuleParameters(self.graph, self.provenance)
+        parameters = self.parameters
         planned = parameters.resolve(self.planner, self.options)
         root, frame = self.provenance.root, self.provenance.frame
         ddp = None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
@@ -127,7 +133,7 @@ class GraphSession:
         Raises:
             NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
         """
-        parameters = ModuleParameters(self.graph, self.provenance)
+        parameters = self.parameters
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
         bindings = {item.site: parameters.bind(item) for item in self.sites}
         openings = parameters.openings(self.plan)
@@ -143,7 +149,7 @@ class GraphSession:
     @property
     def is_plain(self) -> bool:
         """Whether the compiled graph has no streams: neither sites nor heads of branches."""
-        return not self.plan.sites and not ModuleParameters(self.graph, self.provenance).openings(self.plan)
+        return not self.plan.sites and not self.parameters.openings(self.plan)
 
     def annotations(self) -> Notes:
         """Return the notes by which a later graph finds the heads of its branches."""

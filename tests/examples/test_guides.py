@@ -19,8 +19,6 @@ from mhc_compile.passes import Reason
 GUIDES = pytest.mark.parametrize("guide", guides(), ids=lambda path: path.relative_to(ROOT).as_posix())
 #: Commands that train or measure: compared in other tests, or figures with conditions.
 LONG = {"run", "demo", "bench", "doctor"}
-#: Guides whose prose is wider than 100 columns still.
-UNWRAPPED = {"examples/stability", "mhc_compile/_torch", "mhc_compile/tools/bench"}
 TOP = ("mhc_compile", "passes", "tests", "examples", ".ci", ".github")
 
 
@@ -30,8 +28,6 @@ def test_readme_is_short():
 
 @GUIDES
 def test_prose_is_wrapped(guide):
-    if guide.parent.relative_to(ROOT).as_posix() in UNWRAPPED:
-        pytest.skip("not wrapped yet")
     in_block = False
     for line in guide.read_text().splitlines():
         in_block ^= line.startswith("```")
