@@ -19,7 +19,7 @@ from mhc_compile.errors import MhcError, OptionError
 from mhc_compile.tools.demo.data import load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, conditions, draw
 from mhc_compile.tools.demo.settings import STEPS, Settings
-from mhc_compile.tools.demo.train import PairedTraining, deterministic
+from mhc_compile.tools.demo.train import EVERY, PairedTraining, deterministic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,44 +34,23 @@ FORMAT = "mhc demo checkpoint 2"
 _KEYS = {"format", "settings", "digest", "target", "conditions", "run"}
 
 
-class Interrupts:
-    """Raise KeyboardInterrupt on SIGINT at once, or at the end of the `shield` that it arrives in.
+@contextmanager
+def shield() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the context: a half-made step must not be saved.
 
-    A half-made step must not be saved. Some callbacks swallow KeyboardInterrupt; the next shield
-    raises it again.
+    Does nothing outside the main thread, where Python delivers no signals.
     """
-
-    def __init__(self) -> None:
-        self.pending = False
-        self._shielded = False
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Handle SIGINT. Does nothing outside the main thread, where Python delivers no signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Defer SIGINT to the end of the context."""
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self.pending:
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002 - the signature of a signal handler
-        self.pending = True
-        if not self._shielded:
-            raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -121,7 +100,6 @@ class Session:
         resume: whether to continue the checkpoint in `out`.
         save_every: seconds between two checkpoints.
         progress: the display on stderr.
-        interrupts: the active handler of SIGINT.
         saved: step of the checkpoint on disk, 0 before there is one.
     """
 
@@ -131,7 +109,6 @@ class Session:
     resume: bool
     save_every: float
     progress: Silent
-    interrupts: Interrupts
     saved: int = 0
 
     def run(self) -> tuple[dict[str, Any], Explanation, list[Path]]:
@@ -216,28 +193,29 @@ class Session:
             progress.count("training", target, done=training.step)
             while training.step < target:
                 self._validate(target)
-                with self.interrupts.shield():
+                with shield():
                     losses = training.advance()
                 progress.advance(f"loss {losses['plain']:.3f} plain, {losses['mhc']:.3f} mhc", done=training.step)
                 if time.monotonic() - self.saved_at > self.save_every:
                     self._save()
             self._validate(target)
         except KeyboardInterrupt:
-            self.interrupts.pending = False
-            if training.step > self.saved:
-                self._save()
-            raise
-        if training.step > self.saved:
             self._save()
+            raise
+        self._save()
 
     def _validate(self, target: int) -> None:
-        if self.training.due:
-            step, losses = self.training.step, self.training.validate()
+        step = self.training.step
+        if step % EVERY == 0 and step not in self.training.validation:
+            losses = self.training.validate()
             text = f"validation loss {losses['plain']:.4f} plain, {losses['mhc']:.4f} mhc"
             self.progress.log(f"step {step} of {target}: {text}")
 
     def _save(self) -> None:
-        with self.interrupts.shield():
+        """Write the checkpoint, unless there is one of this step."""
+        if self.training.step == self.saved:
+            return
+        with shield():
             save_checkpoint(self.checkpoint, {**self.head, "run": self.training.state_dict()})
             self.saved, self.saved_at = self.training.step, time.monotonic()
 

@@ -1,12 +1,11 @@
-"""Settings and requirements of a run, without torch, so that `mhc demo --help` is fast."""
+"""Settings of a run, without torch, so that `mhc demo --help` is fast."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,14 +56,3 @@ class Settings:
         """Return the settings with `given` on top of the defaults of the chosen model."""
         base: dict[str, Any] = {"batch": 16, "context": 64, "lr": 3e-4} if given.get("model") == "vit" else {}
         return cls(**{**base, **given})
-
-
-def check_requirements() -> None:
-    """Check that the libraries of the demo are installed, without importing them.
-
-    Raises:
-        MhcError: one is missing; the message has the command that installs it.
-    """
-    missing = [name for name in ("transformers", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise MhcError(f'the demo needs {", ".join(missing)}: pip install "mhc-compile[demo]"')

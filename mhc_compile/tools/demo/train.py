@@ -39,22 +39,21 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     import transformers
 
     torch.manual_seed(stable_seed("weights", settings.seed))
-    context, width, layers, p = settings.context, settings.width, settings.layers, settings.dropout
+    context, width, p = settings.context, settings.width, settings.dropout
     language: dict[str, Any] = {"vocab_size": classes, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // HEAD}
     if settings.model == "gpt2":
-        gpt2: dict[str, Any] = {"n_positions": context, "n_embd": width, "n_layer": layers, "n_head": width // HEAD}
-        dropout: dict[str, Any] = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**language, **gpt2, **dropout))
+        sizes = {"n_positions": context, "n_embd": width, "n_layer": settings.layers, "n_head": width // HEAD}
+        gpt2 = transformers.GPT2Config(**language, **sizes, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
+        return transformers.GPT2LMHeadModel(gpt2)
+    sizes = {"hidden_size": width, "num_hidden_layers": settings.layers, "num_attention_heads": width // HEAD}
     if settings.model == "llama":
-        llama: dict[str, Any] = {"num_key_value_heads": width // HEAD, "intermediate_size": 8 * width // 3 // 8 * 8}
-        llama |= {"max_position_embeddings": context, "attention_dropout": p}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**language, **sizes, **llama))
-    image: dict[str, Any] = {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
+        sizes |= {"num_key_value_heads": width // HEAD, "intermediate_size": 8 * width // 3 // 8 * 8}
+        llama = transformers.LlamaConfig(**language, **sizes, max_position_embeddings=context, attention_dropout=p)
+        return transformers.LlamaForCausalLM(llama)
+    sizes |= {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
     dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-    config = transformers.ViTConfig(**sizes, **image, **dropout, intermediate_size=4 * width)
-    config.num_labels = classes
-    return transformers.ViTForImageClassification(config)
+    vit = transformers.ViTConfig(**sizes, **dropout, intermediate_size=4 * width, num_labels=classes)
+    return transformers.ViTForImageClassification(vit)
 
 
 @contextmanager
@@ -82,14 +81,6 @@ def learning_rate(step: int, peak: float) -> float:
     run.
     """
     return peak * min((step + 1) / WARM_UP, math.sqrt(WARM_UP / (step + 1)))
-
-
-def check_same_weights(plain: nn.Module, other: nn.Module) -> None:
-    """Raise MhcError unless every parameter and buffer of `plain` is in `other`, bit for bit."""
-    others = other.state_dict()
-    for name, value in plain.state_dict().items():
-        if name not in others or not torch.equal(value, others[name]):
-            raise MhcError(f"the two models start from different weights: {name} differs")
 
 
 class Trainer:
@@ -146,13 +137,10 @@ class Trainer:
 
     @property
     def step_seconds(self) -> float:
-        """Median of the steps that did not compile, without the two after each if possible."""
-        for skipped in (3, 1, 0):
-            cold = {start + i for start, _ in self.starts for i in range(skipped)}
-            settled = [value for step, value in enumerate(self.seconds) if step not in cold]
-            if settled:
-                break
-        return statistics.median(settled)
+        """Median of the steps, if possible without the first three of each process."""
+        cold = {start + i for start, _ in self.starts for i in range(3)}
+        warm = [seconds for step, seconds in enumerate(self.seconds) if step not in cold]
+        return statistics.median(warm or self.seconds)
 
     @property
     def compile_seconds(self) -> list[float]:
@@ -197,7 +185,9 @@ class PairedTraining:
         begin = time.perf_counter()
         mhc_compile.attach(mhc, sample, options=self._options)
         attaching = time.perf_counter() - begin
-        check_same_weights(plain, mhc)
+        weights = mhc.state_dict()
+        if different := [name for name, one in plain.state_dict().items() if not torch.equal(one, weights[name])]:
+            raise MhcError(f"the two models start from different weights: {', '.join(different)}")
         ours = Trainer(mhc, "mhc", self._options, attaching)
         self.trainers = {"plain": Trainer(plain, inner, None, 0.0), "mhc": ours}
 
@@ -214,13 +204,8 @@ class PairedTraining:
         self.step += 1
         return losses
 
-    @property
-    def due(self) -> bool:
-        """Whether a validation is due, every 50 steps: a function of the step alone."""
-        return self.step % EVERY == 0 and self.step not in self.validation
-
     def validate(self) -> dict[str, float]:
-        """Return the validation losses of both at this step, from the history if they are there."""
+        """Return the validation losses of both at this step, measured once."""
         if self.step not in self.validation:
             losses = {name: trainer.evaluate(self.held_out) for name, trainer in self.trainers.items()}
             self.validation[self.step] = losses
