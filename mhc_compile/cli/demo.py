@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mhc_compile.cli.shared import Command
-from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings
+from mhc_compile.tools.demo import MODELS, STEPS, Settings
 
 _OUT = Path("runs/demo")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
