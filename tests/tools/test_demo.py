@@ -24,10 +24,10 @@ from click.testing import CliRunner, Result
 
 from mhc_compile.cli.demo import command
 from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.tools.demo import Settings
 from mhc_compile.tools.demo.data import Corpus, NextByte, is_validation, load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, draw, smooth
 from mhc_compile.tools.demo.session import CHECKPOINT, PICTURE, RESULT, load_checkpoint, save_checkpoint, shield
-from mhc_compile.tools.demo.settings import Settings
 from mhc_compile.tools.demo.train import PairedTraining, Trainer, learning_rate
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhc_compile.errors import MhcError
-from mhc_compile.tools.demo.settings import PATCH, Settings
+from mhc_compile.tools.demo import PATCH, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

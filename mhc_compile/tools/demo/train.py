@@ -14,16 +14,16 @@ import torch.nn.functional as F
 import mhc_compile
 import mhc_compile.results
 from mhc_compile.errors import MhcError
+from mhc_compile.tools.demo import HEAD, PATCH
 from mhc_compile.tools.demo.data import stable_seed
-from mhc_compile.tools.demo.settings import HEAD, PATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
+    from mhc_compile.tools.demo import Settings
     from mhc_compile.tools.demo.data import NextByte
-    from mhc_compile.tools.demo.settings import Settings
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 #: Steps over which the learning rate rises, and steps between two validations.
@@ -41,6 +41,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     torch.manual_seed(stable_seed("weights", settings.seed))
     context, width, p = settings.context, settings.width, settings.dropout
     language: dict[str, Any] = {"vocab_size": classes, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    sizes: dict[str, Any]
     if settings.model == "gpt2":
         sizes = {"n_positions": context, "n_embd": width, "n_layer": settings.layers, "n_head": width // HEAD}
         gpt2 = transformers.GPT2Config(**language, **sizes, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
@@ -51,9 +52,8 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
         llama = transformers.LlamaConfig(**language, **sizes, max_position_embeddings=context, attention_dropout=p)
         return transformers.LlamaForCausalLM(llama)
     sizes |= {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
-    dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-    vit = transformers.ViTConfig(**sizes, **dropout, intermediate_size=4 * width, num_labels=classes)
-    return transformers.ViTForImageClassification(vit)
+    sizes |= {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "num_labels": classes}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, intermediate_size=4 * width))
 
 
 @contextmanager
@@ -77,8 +77,7 @@ def deterministic() -> Iterator[None]:
 def learning_rate(step: int, peak: float) -> float:
     """Return the rate of `step`: a linear rise over 100 steps, then peak · sqrt(100 / step).
 
-    It depends on the step alone: a run that is continued with more steps has the rates of one long
-    run.
+    A run that is continued with more steps has the rates of one long run.
     """
     return peak * min((step + 1) / WARM_UP, math.sqrt(WARM_UP / (step + 1)))
 
@@ -86,25 +85,17 @@ def learning_rate(step: int, peak: float) -> float:
 class Trainer:
     """A model under `torch.compile`, its optimizer, and its measurements.
 
-    Args:
-        model: the model; hyper-connections are attached, so that the optimizer has all parameters.
-        backend: as for `torch.compile`.
-        options: as for `torch.compile`.
-        preparation: seconds of earlier work that belong to the compilation.
-
-    Attributes:
-        losses: training loss of every step before its update, in nats.
-        seconds: duration of every step.
-        starts: `(first step, preparation)` of every process of the run.
+    `model` has its hyper-connections already, so that the optimizer has all parameters;
+    `preparation` is seconds of earlier work that belong to the compilation.
     """
 
     def __init__(self, model: nn.Module, backend: str, options: dict[str, Any] | None, preparation: float) -> None:
         self.model = model
         self.compiled = torch.compile(model, backend=backend, options=options)
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.starts = [(0, preparation)]
+        self.losses: list[float] = []  # of training, of every step before its update, in nats
+        self.seconds: list[float] = []  # duration of every step
+        self.starts = [(0, preparation)]  # first step and preparation of every process of the run
 
     def train(self, inputs: Tensor, targets: Tensor, *, seed: int, lr: float) -> float:
         """Train one step with clipping and AdamW. Return the loss before the update, in nats.
@@ -166,18 +157,12 @@ class PairedTraining:
 
     They differ in the backend alone. The second has its hyper-connections attached before the first
     call, so that a checkpoint can be loaded into them.
-
-    Attributes:
-        step: number of steps trained.
-        trainers: by name, "plain" and "mhc".
-        validation: losses by step (the number of steps trained) and name.
-        explanation: the site report.
     """
 
     def __init__(self, settings: Settings, task: NextByte) -> None:
-        self.settings, self.task, self.step = settings, task, 0
-        self.held_out = task.validation()
-        self.validation: dict[int, dict[str, float]] = {}
+        self.settings, self.task, self.held_out = settings, task, task.validation()
+        self.step = 0  # number of steps trained
+        self.validation: dict[int, dict[str, float]] = {}  # losses by step and name
         inner, sample = settings.inner_backend, task.training(0)[0]
         self._options = None if inner == "inductor" else {"inner_backend": inner}
         plain, mhc = (build_model(settings, task.classes) for _ in range(2))
@@ -192,10 +177,7 @@ class PairedTraining:
         self.trainers = {"plain": Trainer(plain, inner, None, 0.0), "mhc": ours}
 
     def advance(self) -> dict[str, float]:
-        """Train one step of both, in alternating order, and return their losses.
-
-        Batch, dropout and learning rate are functions of the seed and the step alone.
-        """
+        """Train one step of both, a function of seed and step alone, and return their losses."""
         inputs, targets = self.task.training(self.step)
         seed = stable_seed("dropout", self.settings.seed, self.step)
         lr = learning_rate(self.step, self.settings.lr)
@@ -207,8 +189,7 @@ class PairedTraining:
     def validate(self) -> dict[str, float]:
         """Return the validation losses of both at this step, measured once."""
         if self.step not in self.validation:
-            losses = {name: trainer.evaluate(self.held_out) for name, trainer in self.trainers.items()}
-            self.validation[self.step] = losses
+            self.validation[self.step] = {n: trainer.evaluate(self.held_out) for n, trainer in self.trainers.items()}
         return self.validation[self.step]
 
     def measure_streams(self) -> mhc_compile.results.Stability:
