@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Maximum number of bytes that are read. The library of CPython 3.11 without its tests has 12 MB.
-LIMIT = 16_000_000
 #: Folders that do not belong to the library itself.
 SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 #: One file in `HELD_OUT` is for validation. Classes of the image task. Batches of a validation.
@@ -83,11 +81,10 @@ class Corpus:
     digest: str
 
 
-def load_corpus(root: Path | None = None, limit: int = LIMIT) -> Corpus:
+def load_corpus(root: Path | None = None) -> Corpus:
     """Read the `.py` files of the standard library of this Python, or of the folder `root`.
 
-    Files are taken in the order of the hash of their paths up to `limit` bytes, so that a smaller
-    limit is a random sample.
+    CPython 3.11 has 12 MB without its tests.
 
     Raises:
         MhcError: there are too few files to split.
@@ -97,14 +94,7 @@ def load_corpus(root: Path | None = None, limit: int = LIMIT) -> Corpus:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
         paths += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    chosen: dict[str, bytes] = {}
-    size = 0
-    for path in sorted(paths, key=lambda path: _digest(path)[8:]):
-        content = (root / path).read_bytes()
-        if size + len(content) <= limit:
-            chosen[path] = content
-            size += len(content)
-    contents = dict(sorted(chosen.items()))
+    contents = {path: (root / path).read_bytes() for path in sorted(paths)}
     train = {path: content for path, content in contents.items() if not is_validation(path)}
     validation = {path: content for path, content in contents.items() if is_validation(path)}
     if not train or not validation:
