@@ -92,16 +92,6 @@ def _entry_point() -> str:
     return targets[0]
 
 
-def _command() -> str:
-    found, own = shutil.which("mhc"), os.path.join(os.path.dirname(sys.executable), "mhc")
-    if found is None:
-        advice = f"Call {own}, or python -m mhc_compile." if os.path.exists(own) else "Call python -m mhc_compile."
-        raise Problem("not on the PATH", advice, status="warning")
-    if os.path.exists(own) and not os.path.samefile(found, own):
-        raise Problem(f"{found} is of another installation", f"Call {own}.", status="warning")
-    return found
-
-
 def _optional_packages() -> str:
     installed, missing = [], []
     for name, purpose in _OPTIONAL.items():
@@ -193,7 +183,6 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "torch": _torch_version,
     "torch internals": _torch_internals,
     'backend="mhc"': _entry_point,
-    "command mhc": _command,
     "optional packages": _optional_packages,
     "C++ compiler": _compiler,
     "GPU": _gpu,
