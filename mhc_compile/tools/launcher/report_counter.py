@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhc_compile._torch.default_backend import captured_graphs
@@ -102,13 +103,10 @@ class ReportCounter:
 
     def _children(self) -> list[Graph]:
         """Return the graphs of all children, and delete their file."""
-        try:
-            with open(self.config.reports, encoding="utf-8") as file:
-                children = [Graph(**json.loads(line)) for line in file]
-            os.unlink(self.config.reports)
-        except FileNotFoundError:
-            return []
-        return children
+        file = Path(self.config.reports)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [Graph(**json.loads(line)) for line in lines]
 
     def _nothing(self, graphs: int) -> str:
         script = self.config.script
