@@ -72,12 +72,14 @@ def start(out: Path, *args: str) -> subprocess.Popen[str]:
 
 def wait_for_steps(out: Path, process: subprocess.Popen[str], steps: int) -> None:
     """Return when the checkpoint in `out` has that many."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if (out / CHECKPOINT).exists() and load_checkpoint(out / CHECKPOINT)["run"]["step"] >= steps:
             return
         time.sleep(0.05)
-    pytest.fail(f"no checkpoint with {steps} steps; exit {process.poll()}: {process.communicate()[1]}")
+    code = process.poll()
+    process.kill()
+    pytest.fail(f"no checkpoint with {steps} steps; exit {code}: {process.communicate()[1]}")
 
 
 def same_run(one: Path, other: Path) -> None:
