@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from mhc_compile import __version__
-from mhc_compile.cli.error_handling import debug_option, report
+from mhc_compile.cli.error_handling import debug_option, near_names, report
 
 __all__ = ["main"]
 
@@ -49,9 +48,8 @@ class _Lazy(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command in `args`; an unknown one is an error with near names."""
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], _COMMANDS, n=2)
-            hint = f"near names: {', '.join(near)}" if near else f"known commands: {', '.join(sorted(_COMMANDS))}"
-            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
+            hint = near_names(args[0], _COMMANDS, 2) or f"; known commands: {', '.join(sorted(_COMMANDS))}"
+            raise click.UsageError(f"there is no command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mhc_compile.cli.error_handling import TargetError, near_files
 from mhc_compile.cli.shared import Command, print_json, progress, write
 
 if TYPE_CHECKING:
@@ -75,9 +76,6 @@ def command(
         if not (ours and theirs):
             raise click.UsageError(f"--branch {branch!r}: expected OURS=THEIRS, such as attn=self_attn")
         pairs[ours] = theirs
-    from mhc_compile.cli.error_handling import TargetError
-    from mhc_compile.cli.targets.suggestions import near_files
-
     if not checkpoint.exists():
         raise TargetError(f"there is no file or folder {str(checkpoint)!r}{near_files(str(checkpoint))}")
     from mhc_compile.interop.convert import convert

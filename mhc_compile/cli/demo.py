@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mhc_compile.cli.shared import Command
-from mhc_compile.tools.demo.settings import MODELS, STEPS, Settings, check_requirements
+from mhc_compile.tools.demo import MODELS, STEPS, Settings
 
 _OUT = Path("runs/demo")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -67,10 +68,11 @@ def command(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
-    from mhc_compile.errors import OptionError
+    from mhc_compile.errors import MhcError, OptionError
     from mhc_compile.reporting.progress import choose_progress
 
-    check_requirements()
+    if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
+        raise MhcError(f'the demo needs {", ".join(missing)}: pip install "mhc-compile[demo]"')
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in options.items() if ctx.get_parameter_source(name) is not default}
     session = None
@@ -78,12 +80,10 @@ def command(
         with choose_progress(Console(stderr=True), quiet=quiet) as progress:
             progress.phase("loading transformers and the data")
             from mhc_compile.tools.demo.report import print_summary
-            from mhc_compile.tools.demo.session import Interrupts, Session
+            from mhc_compile.tools.demo.session import Session
 
-            interrupts = Interrupts()
-            session = Session(out, given, steps, resume, save_every, progress, interrupts)
-            with interrupts.active():
-                result, explanation, files = session.run()
+            session = Session(out, given, steps, resume, save_every, progress)
+            result, explanation, files = session.run()
     except OptionError as error:
         raise click.UsageError(str(error)) from error
     except KeyboardInterrupt:

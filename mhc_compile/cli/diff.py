@@ -26,13 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
 @click.option("--dot", type=_FILE, metavar="FILE", help="The same drawing for Graphviz.")
 @click.option("--mermaid", type=_FILE, metavar="FILE", help="The same drawing for Markdown.")
 def command(
-    call: ModelCall,
-    *,
-    stage: str | None,
-    side_by_side: bool,
-    every: bool,
-    kernels: bool,
-    **files: Path | None,
+    call: ModelCall, *, stage: str | None, side_by_side: bool, every: bool, kernels: bool, **files: Path | None
 ) -> None:
     """Show what backend="mhc" changes in the graph of TARGET.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mhc_compile.errors import MhcError, OptionError, UnknownAddError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _FLAG = "mhc_compile.debug"
 
@@ -28,6 +33,29 @@ def one_line(error: BaseException, most: int | None = 200) -> str:
     """Return the class and the text of an error, of the text at most so many characters."""
     text = " ".join(str(error).split())[:most]
     return f"{type(error).__name__}{f': {text}' if text else ''}"
+
+
+def near_names(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return "; near names: one, other", or ""."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=count) or [k for k in known if name and name in k][:count]
+    return f"; near names: {', '.join(near)}" if near else ""
+
+
+def near_files(path: str) -> str:
+    """Return similar files in the directory of `path`, or say that it is missing."""
+    directory, name = os.path.split(path)
+    if directory and not os.path.isdir(directory):
+        return f"; there is no directory {directory!r} either"
+    suffix = os.path.splitext(name)[1]
+    files = [entry for entry in sorted(os.listdir(directory or ".")) if entry.endswith(suffix)]
+    return near_names(name, files) or (f"; there are {', '.join(files[:3])}" if files else "")
+
+
+def require_file(path: str, flag: str = "") -> None:
+    """Raise TargetError, which begins with `flag`, unless there is such a file."""
+    if not os.path.isfile(path):
+        raise TargetError(f"{flag}there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
 
 
 def debug_option() -> click.Option:

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from mhc_compile.cli.targets import TargetError, parse_settings, parse_value
+from mhc_compile.cli.error_handling import TargetError
+from mhc_compile.cli.targets import parse_settings, parse_value
 from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 

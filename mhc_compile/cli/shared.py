@@ -19,7 +19,7 @@ from mhc_compile.cli.option_flags import given_options, option_flags
 from mhc_compile.config.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from rich.console import Console, RenderableType
 
@@ -60,39 +60,21 @@ class Command(click.Command):
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of a command made by `model_command`.
+    """One call of a command made by `model_command`."""
 
-    Attributes:
-        target: TARGET as it was written; "" where it is optional and missing.
-        settings: the values of `--set`.
-        full_size: whether `--full-size` was given.
-        weights: the file given with `--weights`, or None.
-        train: whether the model is in training mode.
-        options: the options of the backend that were given, validated.
-        seed: of all random numbers, None for a command that does not run the model.
-        as_json: whether the result is printed as JSON.
-        quiet: whether progress is hidden.
-    """
-
-    target: str
-    settings: tuple[str, ...]
-    full_size: bool
-    weights: str | None
-    train: bool
-    options: dict[str, Any]
-    seed: int | None
-    as_json: bool
-    quiet: bool
+    target: str  # TARGET as it was written; "" where it is optional and missing
+    settings: tuple[str, ...]  # the values of `--set`
+    full_size: bool  # whether `--full-size` was given
+    weights: str | None  # the file given with `--weights`, or None
+    train: bool  # whether the model is in training mode
+    options: dict[str, Any]  # the options of the backend that were given, validated
+    seed: int | None  # of all random numbers, None for a command that does not run the model
+    as_json: bool  # whether the result is printed as JSON
+    quiet: bool  # whether progress is hidden
 
     @functools.cached_property
     def loaded(self) -> Target:
-        """The model and its example inputs, loaded on first use: wrong usage is found before that.
-
-        Raises:
-            TargetError: no such target, or no such file of weights.
-            FactoryError: the code of the target failed.
-            WeightsError: the weights do not fit the model.
-        """
+        """The model and its inputs, loaded on first use: wrong usage is found before that."""
         from mhc_compile.cli.targets import load_target, parse_settings
 
         if self.seed is not None:
@@ -130,13 +112,9 @@ def model_command(
     The command takes TARGET, `--set`, `--full-size`, `--weights`, `--train/--eval`, `--json`,
     `--quiet`, `--debug` and the options of the backend. `function` gets them as a `ModelCall`, and
     the options that its own click decorators declare as keywords. `mhc_compile.cli.main` turns its
-    exceptions into messages and exit codes.
-
-    Args:
-        name: of the command.
-        runs_model: add `--seed`, and refuse a model without memory (`--full-size` alone).
-        optional: TARGET may be missing.
-        json_flag: add `--json`; False for a command that has another one.
+    exceptions into messages and exit codes. `runs_model` adds `--seed`, and refuses a model without
+    memory (`--full-size` alone); with `optional` TARGET may be missing; without `json_flag` there
+    is no `--json`, for a command that has another one.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -199,7 +177,7 @@ def write(result: RenderableType) -> None:
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def print_json(data: Mapping[str, Any]) -> None:
+def print_json(data: Any) -> None:
     """Print `data` as JSON."""
     click.echo(json.dumps(data, indent=2))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mhc_compile.cli.option_flags import given_options, option_flags
-from mhc_compile.cli.shared import Command, result_console, write
+from mhc_compile.cli.shared import Command, print_json, result_console, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +64,7 @@ def command(
     jobs = [(family, one) for family in chosen for one in modes]
     outcomes = _check_all(jobs, quiet=quiet, layers=layers, options=settings, preserve=not structure)
     if as_json:
-        click.echo(json.dumps(to_json(outcomes), indent=2))
+        print_json(to_json(outcomes))
     else:
         console = result_console()
         console.print(table(outcomes, console.width))
@@ -81,7 +80,7 @@ def _list(chosen: Sequence[Family], layers: int, as_json: bool) -> None:
     rows = [(family.name, family.group, family.needs, one) for family, one in zip(chosen, expected, strict=True)]
     if as_json:
         keys = ("family", "group", "needs", "chains")
-        click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        print_json([dict(zip(keys, row, strict=True)) for row in rows])
     else:
         write(listing(rows))
 

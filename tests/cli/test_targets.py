@@ -10,8 +10,8 @@ from helpers.builders import Small, points
 from torch import nn
 
 import mhc_compile
-from mhc_compile.cli.error_handling import WeightsError
-from mhc_compile.cli.targets import FactoryError, TargetError, load_target, parse_settings
+from mhc_compile.cli.error_handling import FactoryError, TargetError, WeightsError
+from mhc_compile.cli.targets import load_target, parse_settings
 from mhc_compile.cli.targets.weights import load_weights
 
 MODELS = """

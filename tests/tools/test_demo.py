@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,11 @@ from click.testing import CliRunner, Result
 
 from mhc_compile.cli.demo import command
 from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.tools.demo import Settings
 from mhc_compile.tools.demo.data import Corpus, NextByte, is_validation, load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, draw, smooth
-from mhc_compile.tools.demo.session import CHECKPOINT, PICTURE, RESULT, Interrupts, load_checkpoint, save_checkpoint
-from mhc_compile.tools.demo.settings import Settings
-from mhc_compile.tools.demo.train import PairedTraining, Trainer, check_same_weights, learning_rate
+from mhc_compile.tools.demo.session import CHECKPOINT, PICTURE, RESULT, load_checkpoint, save_checkpoint, shield
+from mhc_compile.tools.demo.train import PairedTraining, Trainer, learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,24 +59,27 @@ def demo(*args: str | Path, tiny: list[str] | None = None) -> Result:
 
 
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
-    """Start the command in its own process."""
+    """Start the command in its own process, which heeds SIGINT even if this one, in a shell's background, ignores it."""
     return subprocess.Popen(
         [sys.executable, "-m", "mhc_compile", "demo", *TINY, "--out", str(out), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONWARNINGS": "error::UserWarning", "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 def wait_for_steps(out: Path, process: subprocess.Popen[str], steps: int) -> None:
     """Return when the checkpoint in `out` has that many."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if (out / CHECKPOINT).exists() and load_checkpoint(out / CHECKPOINT)["run"]["step"] >= steps:
             return
         time.sleep(0.05)
-    pytest.fail(f"no checkpoint with {steps} steps; exit {process.poll()}: {process.communicate()[1]}")
+    code = process.poll()
+    process.kill()
+    pytest.fail(f"no checkpoint with {steps} steps; exit {code}: {process.communicate()[1]}")
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -148,7 +152,7 @@ def whole(recorded: SimpleNamespace) -> tuple[Path, Result]:
 
 
 def test_split_is_by_file_and_disjoint(data: Corpus) -> None:
-    train, validation = set(data.train.files), set(data.validation.files)
+    train, validation = set(data.train.contents), set(data.validation.contents)
     assert not train & validation
     assert 0.05 < len(validation) / len(train | validation) < 0.15
     assert {is_validation(path) for path in validation} == {True}
@@ -164,17 +168,12 @@ def test_split_depends_on_the_path_alone() -> None:
 
 
 def test_bytes_of_a_split_are_its_files(data: Corpus) -> None:
-    import sysconfig
-
     root = Path(sysconfig.get_paths()["stdlib"])
-    split = data.validation
-    for index in (0, len(split.files) - 1):
-        content = (root / split.files[index]).read_bytes()
-        begin = split.starts[index]
-        assert bytes(split.data[begin : begin + len(content) + 1].tolist()) == content + b"\0"
+    contents = b"".join((root / path).read_bytes() + b"\0" for path in sorted(data.validation.contents))
+    assert bytes(data.validation.data.tolist()) == contents
 
 
-def test_loading_is_deterministic_and_capped(tmp_path: Path) -> None:
+def test_loading_is_deterministic_and_the_digest_of_all_contents(tmp_path: Path) -> None:
     for name in ("a.py", "b.py", "c.py", "d/e.py", "f.py", "g.py", "h.py", "i.py", "j.py", "k.py", "l.py", "m.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n" * 10)
@@ -187,11 +186,7 @@ def test_loading_is_deterministic_and_capped(tmp_path: Path) -> None:
     again = load_corpus(tmp_path)
     assert everything.digest == again.digest
     assert torch.equal(everything.train.data, again.train.data)
-    assert not [path for path in (*everything.train.files, *everything.validation.files) if "no" in path]
-    size = len(everything.train.data) + len(everything.validation.data)
-    fewer = load_corpus(tmp_path, limit=size // 2)
-    assert set(fewer.train.files) < set(everything.train.files)
-    assert len(fewer.train.data) + len(fewer.validation.data) <= size // 2 + 60  # and a zero byte behind each
+    assert not [path for path in (*everything.train.contents, *everything.validation.contents) if "no" in path]
     (tmp_path / "a.py").write_text("changed")
     assert load_corpus(tmp_path).digest != everything.digest
 
@@ -243,10 +238,11 @@ def test_both_models_start_equal_and_only_mhc_has_hyper_connections(recorded: Si
     assert trained == {id(parameter) for parameter in trainer.model.parameters()}
 
 
-def test_different_weights_are_rejected() -> None:
-    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    with pytest.raises(MhcError, match="weight differs"):
-        check_same_weights(one, other)
+def test_different_weights_are_rejected(data: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = iter([0, 1])
+    monkeypatch.setattr("mhc_compile.tools.demo.train.stable_seed", lambda *_: next(seeds))
+    with pytest.raises(MhcError, match=r"start from different weights: transformer\.wte\.weight"):
+        PairedTraining(SETTINGS, make_task(data, SETTINGS))
 
 
 @pytest.mark.slow
@@ -367,7 +363,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
 
 def untrained(monkeypatch: pytest.MonkeyPatch, advance: Callable[[], None]) -> None:
     """Make the demo train something that has taken no step and takes one with `advance`."""
-    model = SimpleNamespace(step=0, due=False, advance=advance)
+    model = SimpleNamespace(step=0, validation={0: {}}, advance=advance)
     monkeypatch.setattr("mhc_compile.tools.demo.session.PairedTraining", lambda *_: model)
 
 
@@ -404,8 +400,8 @@ def test_half_a_step_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [len(content[name]["losses"]) for name in ("plain", "mhc")] == [3, 3]
 
 
-def test_shield_puts_an_interrupt_off() -> None:
-    interrupts = Interrupts()
+def test_shield_defers_an_interrupt() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     reached = []
 
     def strike() -> None:
@@ -413,18 +409,19 @@ def test_shield_puts_an_interrupt_off() -> None:
         time.sleep(0.01)
         reached.append(1)
 
-    def strike_behind_a_shield() -> None:
-        with interrupts.shield():
+    def strike_under_a_shield() -> None:
+        with shield():
             strike()
 
-    with interrupts.active():
+    try:
         with pytest.raises(KeyboardInterrupt):
-            strike_behind_a_shield()
+            strike_under_a_shield()
         assert reached == [1]
-        interrupts.pending = False
         with pytest.raises(KeyboardInterrupt):
             strike()
         assert reached == [1]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resume_without_a_checkpoint(tmp_path: Path) -> None:

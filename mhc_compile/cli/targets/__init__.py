@@ -15,7 +15,7 @@ import ast
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import FactoryError, TargetError
+from mhc_compile.cli.error_handling import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,24 +23,15 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["FactoryError", "Target", "TargetError", "load_target", "parse_settings", "parse_value"]
-
 
 @dataclass(frozen=True)
 class Target:
-    """A model with example inputs: it is called as `model(*args, **kwargs)`.
+    """A model with example inputs: it is called as `model(*args, **kwargs)`."""
 
-    Attributes:
-        name: the target as written.
-        model: a module, or an exported program.
-        args: example inputs.
-        kwargs: example inputs by name.
-    """
-
-    name: str
-    model: nn.Module | ExportedProgram
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    name: str  # the target as written
+    model: nn.Module | ExportedProgram  # a module, or an exported program
+    args: tuple[Any, ...]  # example inputs
+    kwargs: dict[str, Any]  # example inputs by name
 
     def set_mode(self, train: bool) -> None:
         """Set training or eval mode. An exported program keeps the mode that it was exported in."""
@@ -74,13 +65,10 @@ def parse_value(text: str) -> Any:
 
 
 def load_target(target: str, settings: Mapping[str, Any], *, full_size: bool = False, memory: bool = False) -> Target:
-    """Load the model that `target` names, with example inputs.
+    """Load the model that `target` names (see the module's docstring), with example inputs.
 
-    Args:
-        target: see the module's docstring.
-        settings: fields of the config of an `hf:` target, `layers` of a `zoo:` target.
-        full_size: build an `hf:` target from its default config, on the meta device.
-        memory: with `full_size`, build it with weights.
+    `settings` are fields of the config of an `hf:` target, or `layers` of a `zoo:` target;
+    `full_size` builds an `hf:` target from its default config, on the meta device unless `memory`.
 
     Raises:
         TargetError: no such target; the message says what was tried and lists near names.

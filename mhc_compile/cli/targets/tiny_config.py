@@ -15,21 +15,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """How much smaller than the default; None keeps the sizes of a kind.
+    """How much smaller than the default; None keeps the sizes of a kind."""
 
-    Attributes:
-        heads: divides numbers of heads.
-        head: divides sizes of heads. Widths are divided by both.
-        layers: of every stack.
-        vocabulary: tokens of every larger vocabulary.
-        image: divides the sizes of images.
-    """
-
-    heads: int = 1
-    head: int = 1
-    layers: int | None = None
-    vocabulary: int | None = None
-    image: int = 1
+    heads: int = 1  # divides numbers of heads
+    head: int = 1  # divides sizes of heads. Widths are divided by both.
+    layers: int | None = None  # of every stack
+    vocabulary: int | None = None  # tokens of every larger vocabulary
+    image: int = 1  # divides the sizes of images
 
 
 _TOKENS = 512
@@ -81,13 +73,7 @@ _MISSING = {r"^vocab_size$": 64, r"^(pad|mask)_token_id$": 1, r"^prediction_leng
 
 
 def shrink(config: Mapping[str, Any], scale: Scale, pinned: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a smaller config, and of those nested in it.
-
-    Args:
-        config: `to_dict()` of a config.
-        scale: how much smaller.
-        pinned: fields with given values, those of nested configs as dicts.
-    """
+    """Return the fields of a smaller config, and of those nested in it; `pinned` ones as given."""
     keep_layers = scale.layers is None and not any(_is_depth(name, value) for name, value in pinned.items())
     depths = {value for name, value in config.items() if _is_depth(name, value)}
     layers = _layers(config, scale, pinned)

@@ -12,13 +12,15 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import TargetError, one_line
-from mhc_compile.cli.targets.suggestions import near_names
+import torch
+from torch import nn
+
+from mhc_compile.cli.error_handling import TargetError, near_names, one_line
+from mhc_compile.cli.targets.example_inputs import guesses, needed, nested_configs
+from mhc_compile.cli.targets.tiny_config import SCALES, Scale, fit_rotary_sections, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import nn
 
 log = logging.getLogger("mhc_compile.cli.targets")
 
@@ -38,11 +40,7 @@ def load(
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Return a model of `model_type` with example inputs, the same in every call.
 
-    Args:
-        model_type: a key of `transformers.CONFIG_MAPPING`.
-        settings: fields of the config, `hidden_size`, or of a nested one, `text_config.vocab_size`.
-        full_size: build the default config, on the meta device, not the smallest that runs.
-        memory: with `full_size`, build it with weights.
+    `settings` are fields of the config (`hidden_size`) or a nested one (`text_config.vocab_size`).
 
     Raises:
         TargetError: transformers is missing, the architecture or a field is unknown, or no model
@@ -52,11 +50,6 @@ def load(
         import transformers
     except ImportError:
         raise TargetError('hf: targets need transformers: pip install "mhc-compile[demo]"') from None
-    import torch
-
-    from mhc_compile.cli.targets.example_inputs import guesses
-    from mhc_compile.cli.targets.tiny_config import Scale
-
     transformers.logging.set_verbosity_error()
     if model_type not in transformers.CONFIG_MAPPING:
         near = near_names(model_type, transformers.CONFIG_MAPPING, 5) or "; transformers.CONFIG_MAPPING lists them"
@@ -86,8 +79,6 @@ class _NotRunningError(Exception):
 
 def _tiny(kind: Any, default: dict[str, Any], pinned: dict[str, Any]) -> tuple[nn.Module, tuple[()], dict[str, Any]]:
     """Return the model at the smallest scale at which it can be built and runs."""
-    from mhc_compile.cli.targets.tiny_config import SCALES
-
     reasons: list[str] = []
     model: nn.Module | None = None
     nested = [default, *(value for value in default.values() if isinstance(value, dict))]
@@ -132,10 +123,7 @@ def _pinned(config: Any, settings: Mapping[str, Any], model_type: str) -> dict[s
     return pinned
 
 
-def _config(kind: Any, default: dict[str, Any], scale: Any, pinned: dict[str, Any]) -> Any:
-    from mhc_compile.cli.targets.example_inputs import nested_configs
-    from mhc_compile.cli.targets.tiny_config import fit_rotary_sections, shrink
-
+def _config(kind: Any, default: dict[str, Any], scale: Scale, pinned: dict[str, Any]) -> Any:
     config = kind.from_dict(shrink(default, scale, pinned))
     for part in nested_configs(config):
         if hasattr(part, "use_cache"):
@@ -146,8 +134,6 @@ def _config(kind: Any, default: dict[str, Any], scale: Any, pinned: dict[str, An
 
 def _affordable(config: Any) -> nn.Module:
     """Return the model, unless the meta device shows that it is large."""
-    import torch
-
     size = 0
     try:
         with torch.device("meta"):
@@ -184,10 +170,6 @@ def _build(config: Any) -> nn.Module:
 
 def _inputs(model: Any) -> dict[str, Any]:
     """Return inputs with which the model runs, in training mode or else in eval mode."""
-    import torch
-
-    from mhc_compile.cli.targets.example_inputs import guesses
-
     errors: list[Exception] = []
     for training in (True, False):
         for inputs in guesses(model.train(training)):
@@ -203,8 +185,6 @@ def _inputs(model: Any) -> dict[str, Any]:
 
 def _explain(model_type: str, config_class: Any, why: str, model: nn.Module | None) -> str:
     """Return the reason, and a factory to paste that is as complete as it can be."""
-    from mhc_compile.cli.targets.example_inputs import needed
-
     config, home, names = config_class.__name__, config_class.__module__, ["input_ids"]
     module, kind = home.replace("configuration_", "modeling_"), "MODEL"
     if model is not None:

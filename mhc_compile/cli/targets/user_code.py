@@ -12,14 +12,14 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import FactoryError, TargetError, one_line
-from mhc_compile.cli.targets.suggestions import near_files, near_names
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from mhc_compile.cli.error_handling import FactoryError, TargetError, near_files, near_names, one_line, require_file
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-    from torch import nn
-    from torch.export import ExportedProgram
 
 _EXPECTED = "(model, args) or (model, args, kwargs), args a tuple of example inputs"
 
@@ -30,10 +30,7 @@ def load_program(path: str) -> tuple[ExportedProgram, tuple[Any, ...], dict[str,
     Raises:
         TargetError: no such file, no exported program, or one without example inputs.
     """
-    if not os.path.isfile(path):
-        raise TargetError(f"there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
-    import torch
-
+    require_file(path)
     try:
         program = torch.export.load(path)
     except Exception as error:  # torch raises whatever its unpickler or a schema check meets
@@ -58,9 +55,6 @@ def load_factory(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tup
             a model with example inputs.
         FactoryError: the code of the file or of the factory raised.
     """
-    from torch import nn
-    from torch.export import ExportedProgram
-
     target = f"{file}:{name}"
     module = _module(file)
     found = getattr(module, name, None)
@@ -68,17 +62,14 @@ def load_factory(file: str, name: str) -> tuple[nn.Module | ExportedProgram, tup
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         hint = near_names(name, own) or near_names(name, dir(module))
         raise TargetError(f"{file} has no {name!r}{hint}")
-    if isinstance(found, (nn.Module, ExportedProgram)):
-        made: Any = found
-    elif isinstance(found, type) and issubclass(found, nn.Module):
+    if isinstance(found, type) and issubclass(found, nn.Module):
         raise TargetError(f"{target} is a class; expected a function without arguments that returns {_EXPECTED}")
-    elif callable(found):
-        try:
-            made = found()
-        except Exception as error:  # the user's code may raise anything; the error names its line
-            raise _failed(f"{target} raised", error) from error
-    else:
+    if not callable(found) and not isinstance(found, ExportedProgram):
         raise TargetError(f"{target} is {type(found).__name__}; expected a function that returns {_EXPECTED}")
+    try:
+        made: Any = found if isinstance(found, (nn.Module, ExportedProgram)) else found()
+    except Exception as error:  # the user's code may raise anything; the error names its line
+        raise _failed(f"{target} raised", error) from error
     if isinstance(made, ExportedProgram) and made.example_inputs is not None:
         args, kwargs = made.example_inputs
         return made, tuple(args), dict(kwargs)
@@ -113,8 +104,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _file(path: str) -> ModuleType:
-    if not os.path.isfile(path):
-        raise TargetError(f"there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
+    require_file(path)
     spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
     assert spec is not None
     assert spec.loader is not None

@@ -5,17 +5,19 @@ Nothing but tensors is read from it, so a file of unknown origin is safe.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.cli.error_handling import TargetError, WeightsError, one_line
-from mhc_compile.cli.targets.suggestions import near_files
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.checkpoints.load import load_state_dict, plain_name
+from mhc_compile.checkpoints.reader import split_entry
+from mhc_compile.checkpoints.restore import restore
+from mhc_compile.cli.error_handling import WeightsError, one_line, require_file
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from mhc_compile.cli.targets import Target
 
 #: Keys under which trainers save the state dict of the model.
@@ -26,21 +28,13 @@ _SHOWN = 3
 def load_weights(target: Target, path: str) -> None:
     """Load a checkpoint into the model of `target`, and attach the hyper-connections that it has.
 
-    Args:
-        target: the target.
-        path: a `.safetensors` file, or `torch.save` of a state dict or of a dict with one.
+    It is a `.safetensors` file, or `torch.save` of a state dict or of a dict with one.
 
     Raises:
         TargetError: there is no such file.
         WeightsError: the file has more than tensors, the model is an exported program, or names or
             shapes are not those of the model.
     """
-    from torch import nn
-
-    from mhc_compile.checkpoints.load import load_state_dict, plain_name
-    from mhc_compile.checkpoints.reader import split_entry
-    from mhc_compile.checkpoints.restore import restore
-
     if not isinstance(target.model, nn.Module):
         raise WeightsError(
             f"--weights {path}: {target.name} is an exported program, which has its weights in it; leave out --weights"
@@ -53,12 +47,9 @@ def load_weights(target: Target, path: str) -> None:
 
 
 def _read(path: str) -> Mapping[str, Tensor]:
-    if not os.path.isfile(path):
-        raise TargetError(f"--weights: there is no file {path!r} (looked in {os.getcwd()}){near_files(path)}")
+    require_file(path, "--weights: ")
     if path.endswith(".safetensors"):
         return _safetensors(path)
-    import torch
-
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader meets
@@ -98,17 +89,11 @@ def _safetensors(path: str) -> Mapping[str, Tensor]:
 
 def _compare(model: nn.Module, state: Mapping[str, Tensor], path: str, target: str) -> None:
     """Raise WeightsError unless names and shapes are the model's, of tied parameters one name."""
-    from mhc_compile.checkpoints.load import plain_name
-    from mhc_compile.checkpoints.reader import split_entry
-
     wanted = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     loaded = {id(value) for name, value in wanted.items() if name in state}
-    has_connections = any(map(split_entry, state))
-    missing = [
-        name
-        for name, value in wanted.items()
-        if name not in state and id(value) not in loaded and (has_connections or split_entry(name) is None)
-    ]
+    missing = [name for name, value in wanted.items() if name not in state and id(value) not in loaded]
+    if not any(map(split_entry, state)):
+        missing = [name for name in missing if split_entry(name) is None]
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(value.shape)} in the model"
         for name, value in wanted.items()

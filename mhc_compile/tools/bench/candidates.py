@@ -30,37 +30,20 @@ class UnknownNameError(MhcError):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One row.
+    """One row."""
 
-    Attributes:
-        name: value of `--only`.
-        title: a short description.
-        compiler: of the model of the training step.
-        site_compiler: of the single site.
-        connection: key of `sites.CONNECTIONS`; the candidate's residual connection.
-        plain_model: whether the step runs the plain model, as it is or rewritten by the backend.
-        package: the module that must be importable, "" for none.
-        distribution: its name for pip.
-        cuda: whether it needs a CUDA device.
-        dtype: the only dtype of streams that it supports, "" for any.
-        kinds: the benchmarks that it takes part in.
-        mapping: of H_res, for candidates of this package.
-        fused: whether the site is one operator where the device has a kernel for it.
-    """
-
-    name: str
-    title: str
-    compiler: Compiler = "inductor"
-    site_compiler: Compiler = "inductor"
-    connection: str = "operators"
-    plain_model: bool = False
-    package: str = ""
-    distribution: str = ""
-    cuda: bool = False
-    dtype: str = ""
-    kinds: tuple[str, ...] = ("site", "step")
-    mapping: str = "sinkhorn"
-    fused: bool = False
+    name: str  # value of `--only`
+    title: str  # a short description
+    compiler: Compiler = "inductor"  # of the model of the training step
+    site_compiler: Compiler = "inductor"  # of the single site
+    connection: str = "operators"  # key of `sites.CONNECTIONS`; the candidate's residual connection
+    plain_model: bool = False  # whether the step runs the plain model, as it is or rewritten by the backend
+    package: str = ""  # the module that must be importable, "" for none
+    distribution: str = ""  # its name for pip
+    cuda: bool = False  # whether it needs a CUDA device
+    dtype: str = ""  # the only dtype of streams that it supports, "" for any
+    kinds: tuple[str, ...] = ("site", "step")  # the benchmarks that it takes part in
+    mapping: str = "sinkhorn"  # of H_res, for candidates of this package
 
     def missing(self, shape: Shape) -> str | None:
         """Return why it cannot run here, or None."""
@@ -104,7 +87,7 @@ class Candidate:
         if self.name == PLAIN:
             return plain_cell(shape)
         if self.plain_model:
-            return own_cell(shape, self.mapping, fused=self.fused)
+            return own_cell(shape, self.mapping, fused=self.compiler != "mhc-none")
         (site,), ends = self.sites(shape, 1)
         return cell(shape, site, ends)
 
@@ -113,7 +96,7 @@ _EAGER: dict[str, Any] = {"compiler": "eager", "site_compiler": "eager"}
 _BLOCKS: dict[str, Any] = {"compiler": "blocks", "site_compiler": "eager"}
 _OURS = Candidate(
     name="ours", title='torch.compile(backend="mhc")', compiler="mhc", site_compiler="operators",
-    plain_model=True, fused=True,
+    plain_model=True,
 )  # fmt: skip
 _DEEPSEEK = Candidate(
     name="deepseek-v4", title="transformers' DeepSeek-V4, Inductor", connection="deepseek",
@@ -140,7 +123,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name=PLAIN, title="plain residual, Inductor", plain_model=True),
     _OURS,
     replace(_OURS, name="ours-block", title='ours, recompute="block"', compiler="mhc-block", kinds=("step",)),
-    replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none", fused=False),
+    replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none"),
     *_MAPPINGS,
     _DEEPSEEK,
     replace(_DEEPSEEK, name="deepseek-v4-eager", title="transformers' DeepSeek-V4, eager", **_EAGER),

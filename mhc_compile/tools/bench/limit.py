@@ -1,6 +1,6 @@
 """The physical limit of a site: the bytes that must move and the products that must be computed.
 
-README.md derives the counts. Units are elements per token and flops.
+README.md derives the counts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,6 @@ def moved(shape: Shape) -> tuple[Moved, Moved]:
     """
     n, width = shape.streams, shape.width
     return Moved((n + 1) * width, (n + 1) * width), Moved((2 * n + 2) * width, (n + 1) * width)
-
-
-def flops(shape: Shape) -> tuple[int, int]:
-    """Return those of the projection `vec(X') phi`, 2 T nC (n² + 2n), and of its two gradients."""
-    one = 2 * shape.tokens * shape.streams * shape.width * shape.coefficients
-    return one, 2 * one
 
 
 class Limit(Workload):

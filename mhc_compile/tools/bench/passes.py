@@ -12,8 +12,7 @@ import gc
 import sys
 import time
 import tracemalloc
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -63,8 +62,7 @@ class _Layers(nn.Module):
         return x
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Seconds of each stage and their peak memory in bytes, for a graph of `nodes` nodes."""
 
     nodes: int
@@ -73,11 +71,6 @@ class Measurement:
     plan: float
     expand: float
     peak: int
-
-    @property
-    def seconds(self) -> float:
-        """Sum of all stages."""
-        return self.normalize + self.plan + self.expand
 
 
 def measure(nodes: int, *, runs: int = 3, memory: bool = True) -> Measurement:
@@ -121,8 +114,9 @@ def _main(sizes: Iterable[int]) -> None:
     table = Table("nodes", "sites", "normalize", "plan", "expand", "all, s", "MiB", "µs/node")
     for size in sizes:
         m = measure(size)
-        times = (f"{seconds:.3f}" for seconds in (m.normalize, m.plan, m.expand, m.seconds))
-        rest = (f"{m.peak / 2**20:.0f}", f"{m.seconds / m.nodes * 1e6:.0f}")
+        stages, total = (m.normalize, m.plan, m.expand), m.normalize + m.plan + m.expand
+        times = (f"{seconds:.3f}" for seconds in (*stages, total))
+        rest = (f"{m.peak / 2**20:.0f}", f"{total / m.nodes * 1e6:.0f}")
         table.add_row(f"{m.nodes:,}", f"{m.sites:,}", *times, *rest)
     Console().print(table)
 

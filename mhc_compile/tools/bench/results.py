@@ -61,17 +61,11 @@ def paired_difference(values: Sequence[float], base: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Counters:
-    """Counts of graphs that Inductor compiled, forward and backward together.
+    """Counts of graphs that Inductor compiled, forward and backward together."""
 
-    Attributes:
-        kernels: generated kernels. On CPU a kernel is one parallel loop nest.
-        externs: calls of operators that it did not generate.
-        bytes: read and written, by its own count: every buffer once for each kernel that uses it.
-    """
-
-    kernels: float = 0
-    externs: float = 0
-    bytes: float = 0
+    kernels: float = 0  # generated kernels. On CPU a kernel is one parallel loop nest.
+    externs: float = 0  # calls of operators that it did not generate
+    bytes: float = 0  # read and written, by its own count: every buffer once for each kernel that uses it
 
     def per_site(self, plain: Counters, sites: int) -> Counters:
         """Return `(self − plain) / sites`."""
@@ -108,11 +102,6 @@ class Benchmark:
     rounds: int
     rows: tuple[Row, ...]
 
-    @property
-    def failed(self) -> bool:
-        """Whether a candidate raised an exception."""
-        return any(row.status == "failed" for row in self.rows)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -125,7 +114,7 @@ class Result:
     @property
     def failed(self) -> bool:
         """Whether a candidate raised an exception."""
-        return any(benchmark.failed for benchmark in self.benchmarks)
+        return any(row.status == "failed" for benchmark in self.benchmarks for row in benchmark.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -134,34 +123,22 @@ class Result:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """A run of the benchmark of a user's model.
+    """A run of the benchmark of a user's model."""
 
-    Attributes:
-        target: as named on the command line.
-        model: class name.
-        sites: number of rewritten residual adds.
-        train: whether training steps were timed, or else forward passes.
-        benchmark: its rows.
-        torch: version.
-        threads: of torch.
-        load: of the machine, averaged over a minute, before and after.
-        interrupted: whether Ctrl-C ended the rounds early.
-    """
-
-    target: str
-    model: str
-    sites: int
-    train: bool
-    benchmark: Benchmark
-    torch: str
-    threads: int
-    load: tuple[float, float]
-    interrupted: bool
+    target: str  # as named on the command line
+    model: str  # class name
+    sites: int  # number of rewritten residual adds
+    train: bool  # whether training steps were timed, or else forward passes
+    benchmark: Benchmark  # its rows
+    torch: str  # version
+    threads: int  # of torch
+    load: tuple[float, float]  # of the machine, averaged over a minute, before and after
+    interrupted: bool  # whether Ctrl-C ended the rounds early
 
     @property
     def failed(self) -> bool:
         """Whether a candidate raised an exception."""
-        return self.benchmark.failed
+        return any(row.status == "failed" for row in self.benchmark.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON: the fields, and the name of the schema."""

@@ -39,27 +39,16 @@ _STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of the model and of one site. The batch is 1.
+    """Sizes of the model and of one site. The batch is 1."""
 
-    Attributes:
-        width: C, a multiple of 2.
-        layers: transformer blocks of two sites.
-        tokens: T, the sequence length.
-        vocabulary: rows of the tied embedding.
-        streams: n.
-        iterations: of Sinkhorn.
-        device: "cpu" or "cuda".
-        dtype: of trunk, streams and blocks, as torch names it. Coefficients are float32.
-    """
-
-    width: int = 256
-    layers: int = 4
-    tokens: int = 1024
-    vocabulary: int = 50257
-    streams: int = 4
-    iterations: int = 20
-    device: str = "cpu"
-    dtype: str = "float32"
+    width: int = 256  # C, a multiple of 2
+    layers: int = 4  # transformer blocks of two sites
+    tokens: int = 1024  # T, the sequence length
+    vocabulary: int = 50257  # rows of the tied embedding
+    streams: int = 4  # n
+    iterations: int = 20  # of Sinkhorn
+    device: str = "cpu"  # "cpu" or "cuda"
+    dtype: str = "float32"  # of trunk, streams and blocks, as torch names it. Coefficients are float32.
 
     @property
     def sites(self) -> int:
@@ -153,7 +142,7 @@ def plain_cell(shape: Shape) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def step_available(shape: Shape) -> bool:
     """Return whether `mhc::step` has a kernel for the device of `shape`."""
-    return hasattr(torch.ops.mhc, "step") and has_kernel("mhc::step", shape.device)
+    return has_kernel("mhc::step", shape.device)
 
 
 @torch.no_grad()

@@ -126,12 +126,7 @@ class Times:
 
 
 class Workload:
-    """One candidate in one benchmark.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        repeats: equal parts that a run consists of; times and memory are divided by it.
-    """
+    """One candidate in one benchmark. Figures are divided by `repeats`, equal parts of a run."""
 
     def __init__(self, device: str, repeats: int = 1) -> None:
         self.device, self.repeats = device, repeats
@@ -177,11 +172,8 @@ class SiteWorkload(Workload):
     """Sites as in a model: all forwards in order, then all backwards in reverse.
 
     Each site has its own tensors, too many for a cache. Every output receives a gradient, every
-    input and parameter gives one. All sites share their parameters.
-
-    Attributes:
-        gradients: of the inputs and parameters of the latest site. They are not accumulated in
-            `grad`, which would copy those that a site merely passes on.
+    input and parameter gives one: `gradients`, of the latest site. They are not accumulated in
+    `grad`, which would copy those that a site merely passes on. All sites share their parameters.
     """
 
     def __init__(
@@ -209,11 +201,7 @@ class SiteWorkload(Workload):
 
 
 class StepWorkload(Workload):
-    """One training step of `model`: `call(*inputs)` is its loss, gradients, AdamW.
-
-    Attributes:
-        loss: of the last step, in nats.
-    """
+    """One training step of `model`: `call(*inputs)` is its loss (in nats), gradients, AdamW."""
 
     def __init__(
         self,

@@ -6,21 +6,22 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mhc_compile.errors import MhcError
-from mhc_compile.tools.demo.settings import PATCH, Settings
+from mhc_compile.tools.demo import PATCH, Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
-#: Maximum number of bytes that are read. The library of CPython 3.11 without its tests has 12 MB.
-LIMIT = 16_000_000
 #: Folders that do not belong to the library itself.
 SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 #: One file in `HELD_OUT` is for validation. Classes of the image task. Batches of a validation.
@@ -41,19 +42,21 @@ def is_validation(path: str) -> bool:
     return int.from_bytes(_digest(path)[:8], "big") % HELD_OUT == 0
 
 
+def _joined(contents: Iterable[bytes]) -> Tensor:
+    """Concatenate files, with a zero byte after each: uint8 [N]."""
+    return torch.frombuffer(bytearray().join(content + b"\0" for content in contents), dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Split:
-    """The files of one split.
+    """The files of one split: their bytes by path relative to the library, sorted."""
 
-    Attributes:
-        files: paths relative to the library.
-        starts: offset of each file in `data`.
-        data: uint8 [N], the concatenated bytes of the files, with a zero byte after each.
-    """
+    contents: Mapping[str, bytes]
 
-    files: tuple[str, ...]
-    starts: tuple[int, ...]
-    data: Tensor
+    @cached_property
+    def data(self) -> Tensor:
+        """All files, uint8 [N], with a zero byte after each."""
+        return _joined(self.contents.values())
 
     def windows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """Draw `count` pieces of bytes from random offsets: int64 [count, length]."""
@@ -62,11 +65,11 @@ class Split:
 
     def by_package(self) -> dict[str, Tensor]:
         """Return the bytes of every package (top folder of the library), uint8 [N] each."""
-        parts: dict[str, list[Tensor]] = {}
-        for path, start, end in zip(self.files, self.starts, (*self.starts[1:], len(self.data)), strict=True):
+        packages: dict[str, list[bytes]] = defaultdict(list)
+        for path, content in self.contents.items():
             if "/" in path:
-                parts.setdefault(path.split("/")[0], []).append(self.data[start:end])
-        return {name: torch.cat(pieces) for name, pieces in parts.items()}
+                packages[path.split("/")[0]].append(content)
+        return {name: _joined(contents) for name, contents in packages.items()}
 
 
 @dataclass(frozen=True)
@@ -78,49 +81,30 @@ class Corpus:
     digest: str
 
 
-def load_corpus(root: Path | None = None, limit: int = LIMIT) -> Corpus:
+def load_corpus(root: Path | None = None) -> Corpus:
     """Read the `.py` files of the standard library of this Python, or of the folder `root`.
 
-    Files are taken in the order of the hash of their paths up to `limit` bytes, so that a smaller
-    limit is a random sample.
+    CPython 3.11 has 12 MB without its tests.
 
     Raises:
         MhcError: there are too few files to split.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    contents: dict[str, bytes] = {}
-    size = 0
-    for path in sorted(_sources(root), key=lambda path: _digest(path)[8:]):
-        content = (root / path).read_bytes()
-        if size + len(content) <= limit:
-            contents[path] = content
-            size += len(content)
-    train = [path for path in sorted(contents) if not is_validation(path)]
-    validation = [path for path in sorted(contents) if is_validation(path)]
+    paths: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    contents = {path: (root / path).read_bytes() for path in sorted(paths)}
+    train = {path: content for path, content in contents.items() if not is_validation(path)}
+    validation = {path: content for path, content in contents.items() if is_validation(path)}
     if not train or not validation:
         raise MhcError(
             f"found {len(contents)} Python files under {root}; expected the sources of a standard library to train on"
         )
     digest = hashlib.sha256()
-    for path in sorted(contents):
-        digest.update(path.encode() + b"\0" + hashlib.sha256(contents[path]).digest())
-    return Corpus(_join(train, contents), _join(validation, contents), digest.hexdigest())
-
-
-def _sources(root: Path) -> list[str]:
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in SKIPPED]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    return found
-
-
-def _join(paths: list[str], contents: dict[str, bytes]) -> Split:
-    starts, joined = [], bytearray()
-    for path in paths:
-        starts.append(len(joined))
-        joined += contents[path] + b"\0"
-    return Split(tuple(paths), tuple(starts), torch.frombuffer(joined, dtype=torch.uint8))
+    for path, content in contents.items():
+        digest.update(path.encode() + b"\0" + hashlib.sha256(content).digest())
+    return Corpus(Split(train), Split(validation), digest.hexdigest())
 
 
 class NextByte:
@@ -133,8 +117,7 @@ class NextByte:
     classes = 256
 
     def __init__(self, corpus: Corpus, settings: Settings) -> None:
-        self.corpus = corpus
-        self.settings = settings
+        self.corpus, self.settings = corpus, settings
 
     def training(self, step: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of `step`."""
@@ -168,7 +151,7 @@ class Package(NextByte):
         super().__init__(corpus, settings)
         self.side = PATCH * math.isqrt(settings.context)
         self._bytes = {"train": corpus.train.by_package(), "validation": corpus.validation.by_package()}
-        files = Counter(path.split("/")[0] for path in corpus.train.files if "/" in path)
+        files = Counter(path.split("/")[0] for path in corpus.train.contents if "/" in path)
         by_size = sorted(files, key=lambda name: (-files[name], name))
         fits = [n for n in by_size if all(len(split.get(n, ())) >= self.side**2 for split in self._bytes.values())]
         self.packages = tuple(fits[:PACKAGES])

@@ -75,7 +75,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
     }
     first = {name: figures["loss"][0] for name, figures in models.items()}
     splits = {"train": task.corpus.train, "validation": task.corpus.validation}
-    data = {name: {"files": len(split.files), "bytes": len(split.data)} for name, split in splits.items()}
+    data = {name: {"files": len(split.contents), "bytes": len(split.data)} for name, split in splits.items()}
     wait_policy = os.environ.get("OMP_WAIT_POLICY", "default").lower()
     streams = training.measure_streams()
     return {
@@ -100,12 +100,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
 
 def smooth(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
     """Return trailing means over `window` values, over fewer at the beginning."""
-    means = []
-    total = 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
-    return means
+    return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
 
 
 def _conditions_line(result: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import threading
 import time
@@ -16,10 +15,10 @@ import torch
 
 from mhc_compile._torch.benchmarking import caches, warm_up
 from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.tools.demo import STEPS, Settings
 from mhc_compile.tools.demo.data import load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, conditions, draw
-from mhc_compile.tools.demo.settings import STEPS, Settings
-from mhc_compile.tools.demo.train import PairedTraining, deterministic
+from mhc_compile.tools.demo.train import EVERY, PairedTraining, deterministic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,47 +30,25 @@ if TYPE_CHECKING:
 RESULT, PICTURE, CHECKPOINT = "result.json", "loss.png", "checkpoint.pt"
 #: First entry of every checkpoint; changes with its layout.
 FORMAT = "mhc demo checkpoint 2"
-_KEYS = {"format", "settings", "digest", "target", "conditions", "run"}
 
 
-class Interrupts:
-    """Raise KeyboardInterrupt on SIGINT at once, or at the end of the `shield` that it arrives in.
+@contextmanager
+def shield() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the context: a half-made step must not be saved.
 
-    A half-made step must not be saved. Some callbacks swallow KeyboardInterrupt; the next shield
-    raises it again.
+    Does nothing outside the main thread, where Python delivers no signals.
     """
-
-    def __init__(self) -> None:
-        self.pending = False
-        self._shielded = False
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Handle SIGINT. Does nothing outside the main thread, where Python delivers no signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    @contextmanager
-    def shield(self) -> Iterator[None]:
-        """Defer SIGINT to the end of the context."""
-        self._shielded = True
-        try:
-            yield
-        finally:
-            self._shielded = False
-        if self.pending:
-            raise KeyboardInterrupt
-
-    def _handle(self, number: int, frame: Any) -> None:  # noqa: ARG002 - the signature of a signal handler
-        self.pending = True
-        if not self._shielded:
-            raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -100,39 +77,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise MhcError(f"there is no checkpoint {path} to resume. {way_out}")
     try:
         content = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises whatever its unpickler or zip reader meets
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
         size = path.stat().st_size
         raise MhcError(f"the checkpoint {path} ({size} bytes) is damaged: {reason}. {way_out}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= _KEYS:
-        found = content.get("format", "none") if isinstance(content, dict) else type(content).__name__
+    found = content.get("format", "none") if isinstance(content, dict) else type(content).__name__
+    if found != FORMAT:
         raise MhcError(f"{path} is no checkpoint of this demo: its format is {found!r}, expected {FORMAT!r}. {way_out}")
-    return content
+    return content  # type: ignore[no-any-return]
 
 
 @dataclass
 class Session:
-    """A run in a folder, as requested on the command line.
+    """A run in a folder, as requested on the command line."""
 
-    Attributes:
-        out: folder of the checkpoint, `result.json` and `loss.png`.
-        given: the named settings; the rest are the defaults, or those of the resumed checkpoint.
-        steps: the length of the run, None for the default or the checkpoint's.
-        resume: whether to continue the checkpoint in `out`.
-        save_every: seconds between two checkpoints.
-        progress: the display on stderr.
-        interrupts: the active handler of SIGINT.
-        saved: step of the checkpoint on disk, 0 before there is one.
-    """
-
-    out: Path
-    given: Mapping[str, Any]
-    steps: int | None
-    resume: bool
-    save_every: float
-    progress: Silent
-    interrupts: Interrupts
-    saved: int = 0
+    out: Path  # folder of the checkpoint, `result.json` and `loss.png`
+    given: Mapping[str, Any]  # the named settings; the rest are the defaults, or those of the resumed checkpoint
+    steps: int | None  # the length of the run, None for the default or the checkpoint's
+    resume: bool  # whether to continue the checkpoint in `out`
+    save_every: float  # seconds between two checkpoints
+    progress: Silent  # the display on stderr
+    saved: int = 0  # step of the checkpoint on disk, 0 before there is one
 
     def run(self) -> tuple[dict[str, Any], Explanation, list[Path]]:
         """Run all of it. Return the figures of `report.collect`, the site report, and the files.
@@ -216,28 +181,29 @@ class Session:
             progress.count("training", target, done=training.step)
             while training.step < target:
                 self._validate(target)
-                with self.interrupts.shield():
+                with shield():
                     losses = training.advance()
                 progress.advance(f"loss {losses['plain']:.3f} plain, {losses['mhc']:.3f} mhc", done=training.step)
                 if time.monotonic() - self.saved_at > self.save_every:
                     self._save()
             self._validate(target)
         except KeyboardInterrupt:
-            self.interrupts.pending = False
-            if training.step > self.saved:
-                self._save()
-            raise
-        if training.step > self.saved:
             self._save()
+            raise
+        self._save()
 
     def _validate(self, target: int) -> None:
-        if self.training.due:
-            step, losses = self.training.step, self.training.validate()
+        step = self.training.step
+        if step % EVERY == 0 and step not in self.training.validation:
+            losses = self.training.validate()
             text = f"validation loss {losses['plain']:.4f} plain, {losses['mhc']:.4f} mhc"
             self.progress.log(f"step {step} of {target}: {text}")
 
     def _save(self) -> None:
-        with self.interrupts.shield():
+        """Write the checkpoint, unless there is one of this step."""
+        if self.training.step == self.saved:
+            return
+        with shield():
             save_checkpoint(self.checkpoint, {**self.head, "run": self.training.state_dict()})
             self.saved, self.saved_at = self.training.step, time.monotonic()
 

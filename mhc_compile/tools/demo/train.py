@@ -14,16 +14,16 @@ import torch.nn.functional as F
 import mhc_compile
 import mhc_compile.results
 from mhc_compile.errors import MhcError
+from mhc_compile.tools.demo import HEAD, PATCH
 from mhc_compile.tools.demo.data import stable_seed
-from mhc_compile.tools.demo.settings import HEAD, PATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
+    from mhc_compile.tools.demo import Settings
     from mhc_compile.tools.demo.data import NextByte
-    from mhc_compile.tools.demo.settings import Settings
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 #: Steps over which the learning rate rises, and steps between two validations.
@@ -39,22 +39,21 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
     import transformers
 
     torch.manual_seed(stable_seed("weights", settings.seed))
-    context, width, layers, p = settings.context, settings.width, settings.layers, settings.dropout
+    context, width, p = settings.context, settings.width, settings.dropout
     language: dict[str, Any] = {"vocab_size": classes, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // HEAD}
+    sizes: dict[str, Any]
     if settings.model == "gpt2":
-        gpt2: dict[str, Any] = {"n_positions": context, "n_embd": width, "n_layer": layers, "n_head": width // HEAD}
-        dropout: dict[str, Any] = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**language, **gpt2, **dropout))
+        sizes = {"n_positions": context, "n_embd": width, "n_layer": settings.layers, "n_head": width // HEAD}
+        gpt2 = transformers.GPT2Config(**language, **sizes, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p)
+        return transformers.GPT2LMHeadModel(gpt2)
+    sizes = {"hidden_size": width, "num_hidden_layers": settings.layers, "num_attention_heads": width // HEAD}
     if settings.model == "llama":
-        llama: dict[str, Any] = {"num_key_value_heads": width // HEAD, "intermediate_size": 8 * width // 3 // 8 * 8}
-        llama |= {"max_position_embeddings": context, "attention_dropout": p}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**language, **sizes, **llama))
-    image: dict[str, Any] = {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
-    dropout = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
-    config = transformers.ViTConfig(**sizes, **image, **dropout, intermediate_size=4 * width)
-    config.num_labels = classes
-    return transformers.ViTForImageClassification(config)
+        sizes |= {"num_key_value_heads": width // HEAD, "intermediate_size": 8 * width // 3 // 8 * 8}
+        llama = transformers.LlamaConfig(**language, **sizes, max_position_embeddings=context, attention_dropout=p)
+        return transformers.LlamaForCausalLM(llama)
+    sizes |= {"image_size": PATCH * math.isqrt(context), "patch_size": PATCH, "num_channels": 1}
+    sizes |= {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p, "num_labels": classes}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, intermediate_size=4 * width))
 
 
 @contextmanager
@@ -78,42 +77,25 @@ def deterministic() -> Iterator[None]:
 def learning_rate(step: int, peak: float) -> float:
     """Return the rate of `step`: a linear rise over 100 steps, then peak · sqrt(100 / step).
 
-    It depends on the step alone: a run that is continued with more steps has the rates of one long
-    run.
+    A run that is continued with more steps has the rates of one long run.
     """
     return peak * min((step + 1) / WARM_UP, math.sqrt(WARM_UP / (step + 1)))
-
-
-def check_same_weights(plain: nn.Module, other: nn.Module) -> None:
-    """Raise MhcError unless every parameter and buffer of `plain` is in `other`, bit for bit."""
-    others = other.state_dict()
-    for name, value in plain.state_dict().items():
-        if name not in others or not torch.equal(value, others[name]):
-            raise MhcError(f"the two models start from different weights: {name} differs")
 
 
 class Trainer:
     """A model under `torch.compile`, its optimizer, and its measurements.
 
-    Args:
-        model: the model; hyper-connections are attached, so that the optimizer has all parameters.
-        backend: as for `torch.compile`.
-        options: as for `torch.compile`.
-        preparation: seconds of earlier work that belong to the compilation.
-
-    Attributes:
-        losses: training loss of every step before its update, in nats.
-        seconds: duration of every step.
-        starts: `(first step, preparation)` of every process of the run.
+    `model` has its hyper-connections already, so that the optimizer has all parameters;
+    `preparation` is seconds of earlier work that belong to the compilation.
     """
 
     def __init__(self, model: nn.Module, backend: str, options: dict[str, Any] | None, preparation: float) -> None:
         self.model = model
         self.compiled = torch.compile(model, backend=backend, options=options)
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.starts = [(0, preparation)]
+        self.losses: list[float] = []  # of training, of every step before its update, in nats
+        self.seconds: list[float] = []  # duration of every step
+        self.starts = [(0, preparation)]  # first step and preparation of every process of the run
 
     def train(self, inputs: Tensor, targets: Tensor, *, seed: int, lr: float) -> float:
         """Train one step with clipping and AdamW. Return the loss before the update, in nats.
@@ -146,13 +128,10 @@ class Trainer:
 
     @property
     def step_seconds(self) -> float:
-        """Median of the steps that did not compile, without the two after each if possible."""
-        for skipped in (3, 1, 0):
-            cold = {start + i for start, _ in self.starts for i in range(skipped)}
-            settled = [value for step, value in enumerate(self.seconds) if step not in cold]
-            if settled:
-                break
-        return statistics.median(settled)
+        """Median of the steps, if possible without the first three of each process."""
+        cold = {start + i for start, _ in self.starts for i in range(3)}
+        warm = [seconds for step, seconds in enumerate(self.seconds) if step not in cold]
+        return statistics.median(warm or self.seconds)
 
     @property
     def compile_seconds(self) -> list[float]:
@@ -178,18 +157,12 @@ class PairedTraining:
 
     They differ in the backend alone. The second has its hyper-connections attached before the first
     call, so that a checkpoint can be loaded into them.
-
-    Attributes:
-        step: number of steps trained.
-        trainers: by name, "plain" and "mhc".
-        validation: losses by step (the number of steps trained) and name.
-        explanation: the site report.
     """
 
     def __init__(self, settings: Settings, task: NextByte) -> None:
-        self.settings, self.task, self.step = settings, task, 0
-        self.held_out = task.validation()
-        self.validation: dict[int, dict[str, float]] = {}
+        self.settings, self.task, self.held_out = settings, task, task.validation()
+        self.step = 0  # number of steps trained
+        self.validation: dict[int, dict[str, float]] = {}  # losses by step and name
         inner, sample = settings.inner_backend, task.training(0)[0]
         self._options = None if inner == "inductor" else {"inner_backend": inner}
         plain, mhc = (build_model(settings, task.classes) for _ in range(2))
@@ -197,15 +170,14 @@ class PairedTraining:
         begin = time.perf_counter()
         mhc_compile.attach(mhc, sample, options=self._options)
         attaching = time.perf_counter() - begin
-        check_same_weights(plain, mhc)
+        weights = mhc.state_dict()
+        if different := [name for name, one in plain.state_dict().items() if not torch.equal(one, weights[name])]:
+            raise MhcError(f"the two models start from different weights: {', '.join(different)}")
         ours = Trainer(mhc, "mhc", self._options, attaching)
         self.trainers = {"plain": Trainer(plain, inner, None, 0.0), "mhc": ours}
 
     def advance(self) -> dict[str, float]:
-        """Train one step of both, in alternating order, and return their losses.
-
-        Batch, dropout and learning rate are functions of the seed and the step alone.
-        """
+        """Train one step of both, a function of seed and step alone, and return their losses."""
         inputs, targets = self.task.training(self.step)
         seed = stable_seed("dropout", self.settings.seed, self.step)
         lr = learning_rate(self.step, self.settings.lr)
@@ -214,16 +186,10 @@ class PairedTraining:
         self.step += 1
         return losses
 
-    @property
-    def due(self) -> bool:
-        """Whether a validation is due, every 50 steps: a function of the step alone."""
-        return self.step % EVERY == 0 and self.step not in self.validation
-
     def validate(self) -> dict[str, float]:
-        """Return the validation losses of both at this step, from the history if they are there."""
+        """Return the validation losses of both at this step, measured once."""
         if self.step not in self.validation:
-            losses = {name: trainer.evaluate(self.held_out) for name, trainer in self.trainers.items()}
-            self.validation[self.step] = losses
+            self.validation[self.step] = {n: trainer.evaluate(self.held_out) for n, trainer in self.trainers.items()}
         return self.validation[self.step]
 
     def measure_streams(self) -> mhc_compile.results.Stability:

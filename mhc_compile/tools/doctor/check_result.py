@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,8 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from rich.console import RenderableType
-
-log = logging.getLogger(__name__)
 
 
 class Problem(Exception):  # noqa: N818 - the result of a check, not an error of the program
@@ -24,19 +21,13 @@ class Problem(Exception):  # noqa: N818 - the result of a check, not an error of
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        name: subject of the check.
-        status: "warning": it works, but not as well or not in full. "failed": compiling will fail.
-        found: in a few words.
-        advice: remedy, "" for "ok".
-    """
-
-    name: str
+    name: str  # subject of the check
+    #: "warning": it works, but not as well or not in full. "failed": compiling will fail.
     status: Literal["ok", "warning", "failed"]
-    found: str
-    advice: str = ""
+    found: str  # in a few words
+    advice: str = ""  # remedy, "" for "ok"
 
 
 @dataclass(frozen=True)
@@ -79,14 +70,10 @@ def run_checks(checks: Mapping[str, Callable[[], str | None]]) -> Report:
     results = []
     for name, check in checks.items():
         try:
-            found = check()
+            results.append(CheckResult(name, "ok", check() or ""))
         except Problem as problem:
             results.append(CheckResult(name, problem.status, problem.found, problem.advice))
         except Exception as error:  # a check that breaks has failed, and the others go on
-            log.debug("the check of %s broke", name, exc_info=True)
             text = f"{type(error).__name__}: {error}"
             results.append(CheckResult(name, "failed", text, "The check itself broke; please report it."))
-        else:
-            if found is not None:
-                results.append(CheckResult(name, "ok", found))
-    return Report(tuple(results))
+    return Report(tuple(result for result in results if result.found))

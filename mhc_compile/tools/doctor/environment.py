@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: The oldest torch that works, and the newest that the use of its internals was tested on.
-_OLDEST, _TESTED = (2, 11), (2, 13)
+_OLDEST, _TESTED = "2.11", "2.13"
 #: Optional packages and their users.
 _OPTIONAL = {
     "transformers": "hf: targets, mhc demo, Trainer",
@@ -36,9 +36,7 @@ _OPTIONAL = {
 _SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")  # which have a check each
 #: Prefixes of variables that change how models are compiled.
 _PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS", "CXX", "OMP_", "KMP_", "TRITON_")
-_PROGRAM = (
-    "#include <cmath>\n#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? std::floor(0.5) : 1; }\n"
-)
+_PROGRAM = "#include <cmath>\n#include <omp.h>\nint main() { return omp_get_max_threads() ? std::floor(0.5) : 1; }\n"
 #: Free bytes below which the cache gets a warning: Inductor keeps a few MB for every graph.
 _ROOM = 1 << 30
 
@@ -63,12 +61,12 @@ def _variables() -> str:
 def _torch_version() -> str:
     import torch
 
-    found, oldest, tested = torch.__version__, ".".join(map(str, _OLDEST)), ".".join(map(str, _TESTED))
-    number = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
-    if number < _OLDEST:
-        raise Problem(found, f"Install torch {oldest} or newer.")
-    if number > _TESTED:
-        advice = f"Newer than {tested}, the last that was tested. If something fails, install that one."
+    found = torch.__version__
+    number, oldest, tested = ([int(part) for part in one.split(".")[:2]] for one in (found, _OLDEST, _TESTED))
+    if number < oldest:
+        raise Problem(found, f"Install torch {_OLDEST} or newer.")
+    if number > tested:
+        advice = f"Newer than {_TESTED}, the last that was tested. If something fails, install that one."
         raise Problem(found, advice, status="warning")
     return found
 
@@ -77,15 +75,14 @@ def _torch_internals() -> str:
     try:
         importlib.import_module("mhc_compile._torch")
     except (ImportError, AttributeError) as error:
-        tested = ".".join(map(str, _TESTED))
-        advice = f"This torch moved something that is used. Install torch {tested}, or a newer mhc-compile."
+        advice = f"This torch moved something that is used. Install torch {_TESTED}, or a newer mhc-compile."
         raise Problem(str(error), advice) from error
     return "all that are used are there"
 
 
 def _entry_point() -> str:
-    points = importlib.metadata.entry_points(group="torch_dynamo_backends")
-    targets = sorted({point.value for point in points if point.name == "mhc"})
+    points = importlib.metadata.entry_points(group="torch_dynamo_backends", name="mhc")
+    targets = sorted({point.value for point in points})
     if not targets:
         advice = "Install the package (pip install -e . in a checkout), or pass backend=mhc_compile.mhc."
         raise Problem("no entry point of that name is installed", advice)
@@ -93,16 +90,6 @@ def _entry_point() -> str:
         advice = "Uninstall the other package, or pass backend=mhc_compile.mhc."
         raise Problem(f"the name belongs to {', '.join(targets)}", advice)
     return targets[0]
-
-
-def _command() -> str:
-    found, own = shutil.which("mhc"), os.path.join(os.path.dirname(sys.executable), "mhc")
-    if found is None:
-        advice = f"Call {own}, or python -m mhc_compile." if os.path.exists(own) else "Call python -m mhc_compile."
-        raise Problem("not on the PATH", advice, status="warning")
-    if os.path.exists(own) and not os.path.samefile(found, own):
-        raise Problem(f"{found} is of another installation", f"Call {own}.", status="warning")
-    return found
 
 
 def _optional_packages() -> str:
@@ -196,7 +183,6 @@ CHECKS: dict[str, Callable[[], str | None]] = {
     "torch": _torch_version,
     "torch internals": _torch_internals,
     'backend="mhc"': _entry_point,
-    "command mhc": _command,
     "optional packages": _optional_packages,
     "C++ compiler": _compiler,
     "GPU": _gpu,

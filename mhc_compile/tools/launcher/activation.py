@@ -46,10 +46,8 @@ def report_at_exit() -> None:
 class DefaultBackend:
     """The backend of a `torch.compile` that names none.
 
-    The options that the script gives to `torch.compile` are settings for Inductor, as without it.
-
-    Args:
-        options: of the backend mhc. Its settings for Inductor override those of the script.
+    The options that the script gives to `torch.compile` are settings for Inductor, as without it;
+    those in `options`, of the backend mhc, override them.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:

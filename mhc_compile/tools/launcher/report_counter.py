@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhc_compile._torch.default_backend import captured_graphs
@@ -25,23 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graph:
-    """One compiled graph.
+    """One compiled graph."""
 
-    Attributes:
-        pid: the process.
-        model: number of the compiled model in its process.
-        kind: class of the model, or name of the function if there is no module.
-        connections: hyper-connections seen in this graph first.
-        skipped: additions not rewritten, less those counted for this code and model before.
-        form: streams and mapping of the hyper-connections, in words.
-    """
-
-    pid: int
-    model: int
-    kind: str
-    connections: int
-    skipped: int
-    form: str
+    pid: int  # the process
+    model: int  # number of the compiled model in its process
+    kind: str  # class of the model, or name of the function if there is no module
+    connections: int  # hyper-connections seen in this graph first
+    skipped: int  # additions not rewritten, less those counted for this code and model before
 
 
 class ReportCounter:
@@ -82,7 +73,7 @@ class ReportCounter:
         skipped[code] += more
         number = self._models.setdefault(model, len(self.graphs))
         kind = f"{code.co_name}()" if root is None else type(root).__name__
-        graph = Graph(os.getpid(), number, kind, new, more, form)
+        graph = Graph(os.getpid(), number, kind, new, more)
         first = new > 0 and not any(one.kind == kind and one.connections for one in self.graphs)
         self.graphs.append(graph)
         if graph.pid != self.config.pid:
@@ -112,13 +103,10 @@ class ReportCounter:
 
     def _children(self) -> list[Graph]:
         """Return the graphs of all children, and delete their file."""
-        try:
-            with open(self.config.reports, encoding="utf-8") as file:
-                children = [Graph(**json.loads(line)) for line in file]
-            os.unlink(self.config.reports)
-        except FileNotFoundError:
-            return []
-        return children
+        file = Path(self.config.reports)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [Graph(**json.loads(line)) for line in lines]
 
     def _nothing(self, graphs: int) -> str:
         script = self.config.script

@@ -19,23 +19,14 @@ VARIABLE = "MHC_RUN"
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The configuration of a run.
+    """The configuration of a run."""
 
-    Attributes:
-        script: the script as messages name it: "train.py", "-m package.module".
-        options: options of the backend that differ from the defaults, validated.
-        quiet: report nothing.
-        pid: the process that becomes the script; all others are its children.
-        prefix: `sys.prefix` of its Python. Pythons of other environments are not changed.
-        reports: a file that children append to. It exists once one of them has compiled something.
-    """
-
-    script: str
-    options: dict[str, Any]
-    quiet: bool
-    pid: int
-    prefix: str
-    reports: str
+    script: str  # the script as messages name it: "train.py", "-m package.module"
+    options: dict[str, Any]  # options of the backend that differ from the defaults, validated
+    quiet: bool  # report nothing
+    pid: int  # the process that becomes the script; all others are its children
+    prefix: str  # `sys.prefix` of its Python. Pythons of other environments are not changed.
+    reports: str  # a file that children append to. It exists once one of them has compiled something.
 
     @property
     def never_compiled(self) -> str:

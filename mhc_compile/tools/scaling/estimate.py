@@ -119,29 +119,17 @@ def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of hyper-connections for one shape.
+    """The cost of hyper-connections for one shape."""
 
-    Attributes:
-        shape: the sizes.
-        sites: residual adds.
-        parameters: of the plain model.
-        active: those of them that one token uses.
-        cost: of all sites; per token and forward pass, except its parameters.
-        plain: one forward pass of the plain model over one sequence.
-        added: work of the sites beyond their plain adds in such a pass, as lowered now.
-        floor: the same, if every site moved no more bytes than it must.
-        kept: bytes per token that all sites keep beyond the plain model, by option `recompute`.
-    """
-
-    shape: Shape
-    sites: int
-    parameters: int
-    active: int
-    cost: Cost
-    plain: Work
-    added: Work
-    floor: Work
-    kept: Mapping[str, int]
+    shape: Shape  # the sizes
+    sites: int  # residual adds
+    parameters: int  # of the plain model
+    active: int  # those of them that one token uses
+    cost: Cost  # of all sites; per token and forward pass, except its parameters
+    plain: Work  # one forward pass of the plain model over one sequence
+    added: Work  # work of the sites beyond their plain adds in such a pass, as lowered now
+    floor: Work  # the same, if every site moved no more bytes than it must
+    kept: Mapping[str, int]  # bytes per token that all sites keep beyond the plain model, by option `recompute`
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:

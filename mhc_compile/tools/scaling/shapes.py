@@ -10,43 +10,24 @@ from mhc_compile.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A pre-norm decoder with two residual adds a layer and a gated feed-forward branch.
+    """A pre-norm decoder with two residual adds a layer and a gated feed-forward branch."""
 
-    Attributes:
-        name: in tables.
-        layers: blocks.
-        width: C.
-        heads: attention heads.
-        hidden: width of the feed-forward branch; of one expert in a mixture.
-        head: width of a head's values, and without `latent` of its queries and keys.
-        groups: heads of keys and values that the others share; 0 for as many as `heads`.
-        latent: rank of keys and values in multi-head latent attention, 0 for ordinary attention.
-        query_latent: rank of its queries, 0 for none.
-        rotary: channels of its queries and keys that carry the position.
-        active: experts of one token, shared ones included; 1 for a dense model.
-        experts: all experts, shared ones included; 1 for a dense model.
-        dense: first layers without experts; their branch is as wide as `active` experts.
-        vocabulary: rows of the embedding, and of a separate head.
-        tokens: of one sequence; a pass runs one.
-        source: of the sizes.
-    """
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    head: int = 128
-    groups: int = 0
-    latent: int = 0
-    query_latent: int = 0
-    rotary: int = 64
-    active: int = 1
-    experts: int = 1
-    dense: int = 0
-    vocabulary: int = 129280
-    tokens: int = 4096
-    source: str = ""
+    name: str  # in tables
+    layers: int  # blocks
+    width: int  # C
+    heads: int  # attention heads
+    hidden: int  # width of the feed-forward branch; of one expert in a mixture
+    head: int = 128  # width of a head's values, and without `latent` of its queries and keys
+    groups: int = 0  # heads of keys and values that the others share; 0 for as many as `heads`
+    latent: int = 0  # rank of keys and values in multi-head latent attention, 0 for ordinary attention
+    query_latent: int = 0  # rank of its queries, 0 for none
+    rotary: int = 64  # channels of its queries and keys that carry the position
+    active: int = 1  # experts of one token, shared ones included; 1 for a dense model
+    experts: int = 1  # all experts, shared ones included; 1 for a dense model
+    dense: int = 0  # first layers without experts; their branch is as wide as `active` experts
+    vocabulary: int = 129280  # rows of the embedding, and of a separate head
+    tokens: int = 4096  # of one sequence; a pass runs one
+    source: str = ""  # of the sizes
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "hidden", "head", "active", "experts", "vocabulary", "tokens"):
