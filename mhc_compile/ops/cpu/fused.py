@@ -8,7 +8,7 @@ compiler: `mhc_compile.ops.fused_reference`.
 
 from __future__ import annotations
 
-import functools
+import inspect
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import columns
-from mhc_compile.ops import arguments, reference
 from mhc_compile.ops import fused_reference as fused
+from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ _TYPES = {
     (torch.bfloat16, torch.float32): ("mhc::Bfloat16", "float", "float"),
     (torch.float64, torch.float64): ("double", "double", "double"),
 }
+#: Tensors that a kernel takes in the dtype of the streams. The branch has its own; all others are
+#: what is computed.
+_AS_STREAMS = ("streams", "grad", "grad_streams", "grad_h")
 _LARGEST = 8
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
 _BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
@@ -107,160 +110,49 @@ def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> N
         log.debug("building the kernels ahead failed", exc_info=True)
 
 
-class _Call:
-    """One call of a kernel: its library, its sizes, and its tensors in the computed dtype."""
+def _kernel(module: Any, name: str) -> Callable[..., Any]:
+    """Return an operator on CPU: its kernel, or where there is none the composition in `module`.
 
-    def __init__(
-        self, streams: Tensor, branch: Tensor | None, n: int, mapping: str | None = None, iterations: int = 1
-    ) -> None:
-        self.library = _library(streams.dtype, streams.dtype if branch is None else branch.dtype, n, mapping)
-        self.dtype = reference.compute_dtype(streams)
-        self.tokens, self.width, self.given = streams.shape[:-2], streams.shape[-1], streams.shape[-2]
-        self.n, self.iterations = n, iterations
+    A kernel takes the tensors of the composition in the same order, then the results. A backward
+    has the forward's tensors as results.
+    """
+    names = tuple(inspect.signature(getattr(module, name)).parameters)
+    inputs = tuple(inspect.signature(getattr(module, name.removesuffix("_backward"))).parameters)
 
-    @property
-    def runs(self) -> bool:
-        """Whether there is a kernel, and something to compute."""
-        return self.library is not None and self.tokens.numel() * self.width > 0
+    def run(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        streams: Tensor = given["streams"]
+        store, other = streams.dtype, given.get("branch", streams).dtype
+        n = given["post"].shape[-1] if "post" in given else given["n"]
+        built = _library(store, other, n, given.get("mapping"))
+        if built is None or not streams.numel():
+            return reference.dense(getattr(module, name))(*args)
+        compute = reference.compute_dtype(streams)
+        dtypes = {**dict.fromkeys(_AS_STREAMS, store), "branch": other}
+        tensors: dict[str, Any] = {
+            key: None if value is None else value.to(dtypes.get(key, compute)).contiguous()
+            for key, value in given.items()
+            if value is None or isinstance(value, Tensor)
+        }
+        lead, (held, width) = streams.shape[:-2], streams.shape[-2:]
+        likes = [key for key in inputs if key in tensors] if name.endswith("_backward") else []
+        outs = [torch.empty_like(tensors[key]) for key in likes]
+        if not likes:
+            wide = {"update": ((n, width),), "step": ((n, width), (width,))}.get(name, ((width,),))
+            narrow = ((n,), (n,), (n, n), (given["phi"].shape[-1],), (1,)) if "phi" in given else ()
+            shapes = [*((shape, store) for shape in wide), *((shape, compute) for shape in narrow)]
+            outs = [streams.new_empty((*lead, *shape), dtype=dtype) for shape, dtype in shapes]
+        tokens = lead.numel()
+        sizes = (tokens, width, held, given.get("iterations", 1), threads_for(tokens))
+        call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
+        if likes:
+            return tuple(out.to(given[key].dtype) for key, out in zip(likes, outs, strict=True))
+        return tuple(outs) if len(outs) > 1 else outs[0]
 
-    def reals(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.to(self.dtype).contiguous() for tensor in tensors)
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty((*self.tokens, *shape), dtype=dtype or self.dtype)
-
-    def coefficients(self, columns: int) -> tuple[Tensor, ...]:
-        """Return empty `(pre, post, res, z, inverse)`."""
-        return tuple(self.new(*shape) for shape in ((self.n,), (self.n,), (self.n, self.n), (columns,), (1,)))
-
-    def run(self, name: str, tensors: Iterable[Tensor | None], eps: float = 0.0) -> None:
-        tokens = self.tokens.numel()
-        integers = (tokens, self.width, self.given, self.iterations, threads_for(tokens))
-        call(getattr(self.library, f"mhc_{name}"), tensors, integers, eps)
-
-
-def _dense(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous() for tensor in tensors)
-
-
-def _gradients_of(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors if tensor is not None)
-
-
-def _as(tensors: Iterable[Tensor], like: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(other.dtype) for tensor, other in zip(tensors, like, strict=True))
+    return run
 
 
-def _or_composed(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Run the function of the same name in `module` where a kernel cannot run and returns None."""
-
-    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(kernel)
-        def run(*args: Any) -> Any:
-            out = kernel(*args)
-            return reference.dense(getattr(module, kernel.__name__))(*args) if out is None else out
-
-        return run
-
-    return decorate
-
-
-@_or_composed(fused)
-def read(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...] | None:
-    """Run `fused_reference.read`."""
-    kernel = _Call(streams, None, n, mapping, iterations)
-    if not kernel.runs:
-        return None
-    outs = kernel.new(kernel.width, dtype=streams.dtype), *kernel.coefficients(phi.shape[-1])
-    kernel.run("read", (*_dense(streams), *kernel.reals(phi, bias, scale), *outs), eps)
-    return outs
-
-
-@_or_composed(fused)
-def step(*args: Any) -> tuple[Tensor, ...] | None:
-    """Run `fused_reference.step`."""
-    old, site, (mapping, iterations, eps) = arguments.step(*args)
-    kernel = _Call(old.streams, old.branch, old.post.shape[-1], mapping, iterations)
-    if not kernel.runs:
-        return None
-    wide = (kernel.new(*shape, dtype=old.streams.dtype) for shape in ((kernel.n, kernel.width), (kernel.width,)))
-    outs = *wide, *kernel.coefficients(site.phi.shape[-1])
-    kernel.run("step", (*_dense(old.streams, old.branch), *kernel.reals(old.post, old.res, *site), *outs), eps)
-    return outs
-
-
-@_or_composed(reference)
-def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor | None:
-    """Run `reference.update`."""
-    return _mixing("update", (post.shape[-1], streams.shape[-1]), streams, branch, post, res)
-
-
-@_or_composed(fused)
-def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor | None:
-    """Run `fused_reference.close`."""
-    return _mixing("close", (streams.shape[-1],), streams, branch, post, res)
-
-
-def _mixing(
-    name: str, shape: tuple[int, ...], streams: Tensor, branch: Tensor, post: Tensor, res: Tensor
-) -> Tensor | None:
-    kernel = _Call(streams, branch, post.shape[-1])
-    if not kernel.runs:
-        return None
-    out = kernel.new(*shape, dtype=streams.dtype)
-    kernel.run(name, (*_dense(streams, branch), *kernel.reals(post, res), out))
-    return out
-
-
-@_or_composed(fused)
-def read_backward(*args: Any) -> tuple[Tensor, ...] | None:
-    """Run `fused_reference.read_backward`."""
-    grads, streams, site, saved, settings = arguments.read_backward(*args)
-    kernel = _Call(streams, None, saved.pre.shape[-1], settings.mapping, settings.iterations)
-    if not kernel.runs:
-        return None
-    reals = kernel.reals(*site)
-    outs = _gradients_of(streams, *reals)
-    wide = (*_dense(grads.h, dtype=streams.dtype), *kernel.reals(grads.post, grads.res), *_dense(streams))
-    kernel.run("read_backward", (*wide, *reals, *kernel.reals(*saved), *outs))
-    return _as(outs, (streams, *site))
-
-
-@_or_composed(fused)
-def step_backward(*args: Any) -> tuple[Tensor, ...] | None:
-    """Run `fused_reference.step_backward`."""
-    grad_streams, grads, old, site, saved, settings = arguments.step_backward(*args)
-    kernel = _Call(old.streams, old.branch, old.post.shape[-1], settings.mapping, settings.iterations)
-    if not kernel.runs:
-        return None
-    wide = (*_dense(grad_streams, grads.h, dtype=old.streams.dtype), *kernel.reals(grads.post, grads.res))
-    reals = kernel.reals(old.post, old.res, *site)
-    outs = _gradients_of(old.streams, old.branch, *reals)
-    given = (*wide, *_dense(old.streams, old.branch), *reals, *kernel.reals(*saved))
-    kernel.run("step_backward", (*given, *outs))
-    return _as(outs, (*old, *site))
-
-
-@_or_composed(reference)
-def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Any:
-    """Run `reference.update_backward`."""
-    return _mixing_backward("update_backward", grad, streams, branch, post, res)
-
-
-@_or_composed(fused)
-def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Any:
-    """Run `fused_reference.close_backward`."""
-    return _mixing_backward("close_backward", grad, streams, branch, post, res)
-
-
-def _mixing_backward(name: str, grad: Tensor, *args: Tensor) -> tuple[Tensor, ...] | None:
-    old = arguments.Old(*args)
-    kernel = _Call(old.streams, old.branch, old.post.shape[-1])
-    if not kernel.runs:
-        return None
-    reals = kernel.reals(old.post, old.res)
-    outs = _gradients_of(old.streams, old.branch, *reals)
-    kernel.run(name, (*_dense(grad.to(old.streams.dtype), old.streams, old.branch), *reals, *outs))
-    return _as(outs, old)
+read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
+step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
+close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
+update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
