@@ -13,6 +13,7 @@ the backward reads: they have no gradient.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,9 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
-from mhc_compile.mappings import mapping_of
 from mhc_compile.ops import arguments, cpu, reference
 from mhc_compile.ops import fused_reference as fused
-from mhc_compile.ops.library import LIBRARY, checked, empty, register_autograd, shown
+from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,40 +67,20 @@ def _check_read(
         raise ShapeError(
             f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(cpu.MAPPINGS)}"
         )
-    family = mapping_of(mapping)
-    family.check(n)
-    columns = 2 * n + family.logits(n)
-    if streams.dim() < 3 or not streams.is_floating_point() or streams.shape[-2] not in (1, n):
-        raise ShapeError(
-            f"mhc::{name}: streams must be floating point [..., {n} or 1, C] with a token axis, got {shown(streams)}"
-        )
-    wanted = ((n * streams.shape[-1], columns), (columns,), (3,))
-    if tuple(tuple(tensor.shape) for tensor in (phi, bias, scale)) != wanted:
-        raise ShapeError(
-            f"mhc::{name}: {n} streams {shown(streams)} and mapping {mapping!r} need phi [{n * streams.shape[-1]},"
-            f" {columns}], bias [{columns}] and scale [3]; got {shown(phi)}, {shown(bias)} and {shown(scale)}"
-        )
-    if iterations < 1:
-        raise ShapeError(f"mhc::{name}: iterations must be at least 1, got {iterations}")
-
-
-def _check_old(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, name: str = "close") -> None:
-    tokens, n, width = streams.shape[:-2], post.shape[-1], streams.shape[-1]
-    fits = branch.shape == (*tokens, width) and post.shape == (*tokens, n) and res.shape == (*tokens, n, n)
-    if not fits or streams.shape[-2] not in (1, n):
-        raise ShapeError(
-            f"mhc::{name}: streams {shown(streams)} ([..., n or 1, C]) need branch [..., C], post [..., n] and res [..., n, n];"
-            f" got {shown(branch)}, {shown(post)} and {shown(res)}"
-        )
+    check_site(streams, phi, bias, scale, mapping, iterations, eps, n=n, name=name)
 
 
 def _check_step(*args: Any) -> None:
     old, site, settings = arguments.step(*args)
-    _check_old(*old, name="step")
+    check_mixing(*old, name="step")
     _check_read(old.streams, *site, old.post.shape[-1], *settings, name="step")
 
 
-_CHECKS: dict[str, Callable[..., None]] = {"read": _check_read, "step": _check_step, "close": _check_old}
+_CHECKS: dict[str, Callable[..., None]] = {
+    "read": _check_read,
+    "step": _check_step,
+    "close": functools.partial(check_mixing, name="close"),
+}
 _NAMES = [f"{name}{end}" for name in _CHECKS for end in ("", "_backward")]
 
 
