@@ -10,7 +10,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["autograd_inside_operators"]
 
 _KEYS = (
     torch._C.DispatchKey.AutogradFunctionality,

@@ -18,22 +18,11 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-__all__ = [
-    "caches",
-    "has_kernel",
-    "memory_events",
-    "observe_graphs",
-    "propagate_fake_tensors",
-    "silence_inductor",
-    "tree_leaves",
-    "tree_map_only",
-    "warm_up",
-]
 
 
 def has_kernel(operator: str, device: str) -> bool:

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo import graph_break
+from torch._dynamo import graph_break as graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    ShortenTraceback,
-    TensorifyScalarRestartAnalysis,
-    TorchDynamoException,
-)
+from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
@@ -33,31 +30,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.errors import MhcError
 
-__all__ = [
-    "BackendCompilerFailed",
-    "TorchDynamoException",
-    "ends_at_break",
-    "example_size",
-    "forget_compiled",
-    "frame_code",
-    "frame_location",
-    "frame_self",
-    "graph_break",
-    "graph_is_part",
-    "has_compiled",
-    "in_trace",
-    "isolated_compile",
-    "make_room",
-    "module_by_id",
-    "name_input",
-    "numpy_draws_as_in_eager",
-    "raise_through_dynamo",
-    "restart_trace",
-    "root_module",
-    "running_objects",
-    "same_function",
-    "uncompiled",
-]
 
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["flop_counter"]
-
 
 def flop_counter() -> FlopCounterMode:
     """Return a context that counts the FLOPs of what runs in it."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
@@ -14,20 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch.fx import GraphModule, Node
-
-__all__ = [
-    "FakeTensorMode",
-    "checkpoint_context",
-    "copy_node",
-    "is_higher_order",
-    "is_overload",
-    "map_tensors",
-    "new_graph_like",
-    "operator_name",
-    "overload_like",
-    "storage_key",
-    "written_arguments",
-]
 
 
 def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:

@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-__all__ = [
-    "cache_folder",
-    "compile_with_inductor",
-    "cpp_compiler",
-    "inductor_code",
-    "inductor_settings",
-    "inner_backend",
-    "load_cpp",
-    "register_decompositions",
-]
-
 #: Held while Inductor's global tables or methods are patched: two threads may compile.
 _lock = threading.RLock()
 
