@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mhc_compile._torch.distributed import *
     from mhc_compile._torch.dynamo import *
-    from mhc_compile._torch.flops import *
     from mhc_compile._torch.fx import *
     from mhc_compile._torch.inductor import *
     from mhc_compile._torch.logging import *
     from mhc_compile._torch.modules import *
     from mhc_compile._torch.optim import *
 
-_MODULES = ("distributed", "dynamo", "flops", "fx", "inductor", "logging", "modules", "optim")
+_MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modules", "optim")
 
 
 def __getattr__(name: str) -> Any:

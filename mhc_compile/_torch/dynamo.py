@@ -60,12 +60,6 @@ def frame_code() -> CodeType:
     return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
 
 
-def frame_location() -> str:
-    """Return file and line of the frame that is being traced."""
-    code = frame_code()
-    return f"{code.co_filename}:{code.co_firstlineno}"
-
-
 def same_function(one: CodeType, other: CodeType) -> bool:
     """Return whether two frames run one function, from its beginning or after a graph break."""
     return (one.co_filename, _written_name(one)) == (other.co_filename, _written_name(other))
@@ -142,16 +136,13 @@ def _invalidate(entry: Any, reason: str) -> None:
     state.invalidate(entry, DeletedGuardManagerWrapper(reason))
 
 
-def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Compile without counting towards the recompile limit of the model's code (torch 2.13).
-
-    `settings` that this torch does not know are left out.
-    """
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile any number of versions, which do not count for the limit of others (torch 2.13)."""
     # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
     # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
-    wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
+    wanted = {"isolate_recompiles": True, "recompile_limit": 1_000_000}  # beyond its usual 8 Dynamo compiles no more
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 
