@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
-from mhc_compile.ops import arguments, cpu, reference
+from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd
 
@@ -61,7 +61,7 @@ for _schema in _SCHEMAS:
 
 def _check_read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float,
-    name: str = "read",
+    *, name: str = "read",
 ) -> None:  # fmt: skip
     if not is_fused(mapping):
         raise ShapeError(
@@ -70,10 +70,11 @@ def _check_read(
     check_site(streams, phi, bias, scale, mapping, iterations, eps, n=n, name=name)
 
 
-def _check_step(*args: Any) -> None:
-    old, site, settings = arguments.step(*args)
-    check_mixing(*old, name="step")
-    _check_read(old.streams, *site, old.post.shape[-1], *settings, name="step")
+def _check_step(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, *settings: Any
+) -> None:
+    check_mixing(streams, branch, post, res, name="step")
+    _check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="step")
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
@@ -126,11 +127,12 @@ def _fake_read(
     return h, *(empty(streams, *tokens, *shape, dtype=dtype) for shape in shapes)
 
 
-def _fake_step(*args: Any) -> tuple[Tensor, ...]:
-    old, site, settings = arguments.step(*args)
-    n = old.post.shape[-1]
-    after = empty(old.streams, *old.streams.shape[:-2], n, old.streams.shape[-1])
-    return after, *_fake_read(after, *site, n, *settings)
+def _fake_step(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, *settings: Any
+) -> tuple[Tensor, ...]:
+    n = post.shape[-1]
+    after = empty(streams, *streams.shape[:-2], n, streams.shape[-1])
+    return after, *_fake_read(after, phi, bias, scale, n, *settings)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
