@@ -139,7 +139,7 @@ class HyperConnection(LoadsPartially):
         self.bias.zero_()
         if self.init == "random":
             nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
-            self._init_mixing(get_mapping(self.mapping).init_random(n))
+            self.bias[2 * n :] = get_mapping(self.mapping).init_random(n).to(self.bias)
             return
         self.phi.zero_()
         if n == 1:
@@ -150,11 +150,7 @@ class HyperConnection(LoadsPartially):
             self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
         post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
         self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
-        self._init_mixing(get_mapping(self.mapping).init_preserve(n))
-
-    def _init_mixing(self, logits: Tensor) -> None:
-        if logits.numel():
-            self.bias[2 * self.streams :] = logits.to(self.bias)
+        self.bias[2 * n :] = get_mapping(self.mapping).init_preserve(n).to(self.bias)
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].

@@ -118,29 +118,12 @@ LIBRARY.impl("update_backward", on_cuda("update_backward"), "CUDA")
 # --- fake kernels
 
 
-def _fake_read(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    tokens, dtype = streams.shape[:-2], reference.compute_dtype(streams)
-    shapes = ((n,), (n,), (n, n), (phi.shape[-1],), (1,))
-    h = empty(streams, *tokens, streams.shape[-1])
-    return h, *(empty(streams, *tokens, *shape, dtype=dtype) for shape in shapes)
-
-
-def _fake_step(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, *settings: Any
-) -> tuple[Tensor, ...]:
-    n = post.shape[-1]
-    after = empty(streams, *streams.shape[:-2], n, streams.shape[-1])
-    return after, *_fake_read(after, phi, bias, scale, n, *settings)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
-    "read": _fake_read,
+    "read": lambda streams, phi, bias, scale, n, *how: tuple(fused.empty_results("read", streams, n, phi)),
     "read_backward": lambda *args: tuple(map(empty, args[3:7])),
-    "step": _fake_step,
+    "step": lambda *args: tuple(fused.empty_results("step", args[0], args[2].shape[-1], args[4])),
     "step_backward": lambda *args: tuple(map(empty, args[4:11])),
-    "close": lambda streams, *rest: empty(streams, *streams.shape[:-2], streams.shape[-1]),
+    "close": lambda streams, *rest: fused.empty_results("close", streams, 1)[0],
     "close_backward": lambda grad, *old: tuple(map(empty, old)),
 }
 for _name, _fake in _FAKES.items():

@@ -134,16 +134,12 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
             for key, value in given.items()
             if value is None or isinstance(value, Tensor)
         }
-        lead, (held, width) = streams.shape[:-2], streams.shape[-2:]
         likes = [key for key in inputs if key in tensors] if name.endswith("_backward") else []
         outs = [torch.empty_like(tensors[key]) for key in likes]
         if not likes:
-            wide = {"update": ((n, width),), "step": ((n, width), (width,))}.get(name, ((width,),))
-            narrow = ((n,), (n,), (n, n), (given["phi"].shape[-1],), (1,)) if "phi" in given else ()
-            shapes = [*((shape, store) for shape in wide), *((shape, compute) for shape in narrow)]
-            outs = [streams.new_empty((*lead, *shape), dtype=dtype) for shape, dtype in shapes]
-        tokens = lead.numel()
-        sizes = (tokens, width, held, given.get("iterations", 1), threads_for(tokens))
+            outs = fused.empty_results(name, streams, n, given.get("phi"))
+        tokens = streams.shape[:-2].numel()
+        sizes = (tokens, streams.shape[-1], streams.shape[-2], given.get("iterations", 1), threads_for(tokens))
         call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
         if likes:
             return tuple(out.to(given[key].dtype) for key, out in zip(likes, outs, strict=True))

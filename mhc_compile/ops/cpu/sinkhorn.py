@@ -31,29 +31,25 @@ def available(dtype: torch.dtype = torch.float32, streams: int = 4, eps: float =
     return _library(dtype, streams, eps) is not None
 
 
-def _call(direction: str, tensors: tuple[Tensor, ...], iterations: int, eps: float) -> None:
-    logits = tensors[-2]
+def _run(direction: str, logits: Tensor, iterations: int, eps: float, *grads: Tensor) -> Tensor | None:
     n = logits.shape[-1]
+    built = _library(logits.dtype, n, eps) if logits.numel() else None
+    if built is None:
+        return None
+    tensors = [tensor.to(logits.dtype).contiguous() for tensor in (*grads, logits)]
+    out = torch.empty_like(tensors[-1])
     tokens = logits.numel() // (n * n)
-    kernel = getattr(_library(logits.dtype, n, eps), f"mapping_{direction}")
-    call(kernel, tensors, (tokens, iterations, threads_for(tokens)))
+    call(getattr(built, f"mapping_{direction}"), (*tensors, out), (tokens, iterations, threads_for(tokens)))
+    return out
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """Compute `mhc_compile.mappings.sinkhorn.sinkhorn` for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
-        return eager.sinkhorn(logits, iterations, eps).contiguous()
-    dense = logits.contiguous()
-    out = torch.empty_like(dense)
-    _call("forward", (dense, out), iterations, eps)
-    return out
+    out = _run("forward", logits, iterations, eps)
+    return eager.sinkhorn(logits, iterations, eps).contiguous() if out is None else out
 
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
     """Compute `mhc_compile.mappings.sinkhorn.sinkhorn_backward` for CPU tensors [..., n, n]."""
-    if logits.numel() == 0 or not available(logits.dtype, logits.shape[-1], eps):
-        return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous()
-    dense = logits.contiguous()
-    out = torch.empty_like(dense)
-    _call("backward", (grad.to(dense.dtype).contiguous(), dense, out), iterations, eps)
-    return out
+    out = _run("backward", logits, iterations, eps, grad)
+    return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous() if out is None else out

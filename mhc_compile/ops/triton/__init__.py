@@ -47,13 +47,4 @@ def takes(streams: torch.dtype, branch: torch.dtype | None = None, mapping: str 
 
 
 if available():
-    from .operators import (
-        close,
-        close_backward,
-        read,
-        read_backward,
-        step,
-        step_backward,
-        update,
-        update_backward,
-    )
+    from .operators import close, close_backward, read, read_backward, step, step_backward, update, update_backward
