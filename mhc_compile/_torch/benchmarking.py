@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,11 +28,6 @@ def has_kernel(operator: str, device: str) -> bool:
     """Return whether an operator ("mhc::step") runs on a device ("cpu", "cuda")."""
     keys = (device.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key) for key in keys)
-
-
-def silence_inductor() -> None:
-    """Hide Inductor's warnings; errors are still logged."""
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
 
 
 def warm_up() -> None:

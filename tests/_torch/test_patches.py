@@ -60,7 +60,7 @@ def test_decompositions_are_registered_once(monkeypatch):
     cleared = []
     monkeypatch.setattr(inductor, "inductor_decompositions", table := dict(decompositions))
     monkeypatch.setattr(inductor.fast_random_decomps, "cache_clear", lambda: cleared.append(1), raising=False)
-    monkeypatch.setattr("torch._inductor.lowering.make_fallback", lambda op, **_: cleared.append(op))
+    monkeypatch.setattr(inductor, "make_fallback", lambda op, **_: cleared.append(op))
     function = {torch.ops.aten.add_.Tensor: torch.add} if torch.ops.aten.add_.Tensor not in table else {"op": torch.add}
     in_threads(lambda: inductor.register_decompositions(function))
     assert len(cleared) == 2
