@@ -22,22 +22,21 @@ if TYPE_CHECKING:
     from mhc_compile._torch.logging import *
     from mhc_compile._torch.modules import *
     from mhc_compile._torch.optim import *
+else:  # mypy would take a `__getattr__` for any name
+    _MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modules", "optim")
 
-_MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modules", "optim")
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") or name in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
+        except ImportError as error:  # pragma: no cover - depends on the torch that is installed
+            import torch
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__") or name in _MODULES:
+            raise ImportError(
+                f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
+            ) from error
+        for module in modules:
+            if name in vars(module):
+                return globals().setdefault(name, vars(module)[name])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
-    except ImportError as error:  # pragma: no cover - depends on the torch that is installed
-        import torch
-
-        raise ImportError(
-            f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
-        ) from error
-    for module in modules:
-        if name in vars(module):
-            return globals().setdefault(name, vars(module)[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
