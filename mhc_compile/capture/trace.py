@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MhcError
+from mhc_compile.passes.analysis.dependence import closure
 from mhc_compile.passes.analysis.op_info import is_random, written_operands
 
 if TYPE_CHECKING:
@@ -107,19 +108,18 @@ def _stub(graph_module: GraphModule, annotations: ResultAnnotator | None) -> Cal
     placeholders = [node for node in nodes if node.op == "placeholder"]
     outputs: Any = nodes[-1].args[0]
     # Dynamo deletes the example values when it is done with the graph.
-    examples = {
-        node: (node.meta.get("example_value"), _sources(node, placeholders)) for node in nodes[-1].all_input_nodes
-    }
+    examples = {node: node.meta.get("example_value") for node in nodes[-1].all_input_nodes}
+    behind = {node: closure([node], lambda each: each.all_input_nodes).intersection(placeholders) for node in examples}
 
     def run(*inputs: Any) -> Any:
         values = dict(zip(placeholders, inputs, strict=True))
-        known = _integers(nodes, values)
+        known = values | _integers(nodes, values)
 
         def stand_in(node: Node) -> Any:
-            if node in values or node in known:
-                return values[node] if node in values else known[node]
-            example, sources = examples[node]
-            return _connect(_concrete(example), [values[source] for source in sources])
+            if node in known:
+                return known[node]
+            sources = [values[source] for source in placeholders if source in behind[node]]
+            return _connect(_concrete(examples[node]), sources)
 
         results: Any = torch.fx.map_arg(outputs, stand_in)
         if annotations and isinstance(results, (tuple, list)):
@@ -148,18 +148,6 @@ def _connect(value: Any, inputs: list[Any]) -> Any:
     if not isinstance(value, Tensor) or not value.requires_grad or not sources:
         return value
     return _Zeros.apply(value.detach(), *sources)
-
-
-def _sources(node: Node, placeholders: list[Node]) -> list[Node]:
-    """Return the placeholders that `node` is computed from."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return [placeholder for placeholder in placeholders if placeholder in seen]
 
 
 def _integers(nodes: list[Node], inputs: dict[Node, Any]) -> dict[Node, Any]:
