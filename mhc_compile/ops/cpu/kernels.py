@@ -1,9 +1,12 @@
-"""The fused operators on CPU: one C++ kernel each, forward and backward, one pass over the streams.
+"""The operators on CPU: one C++ kernel each, forward and backward.
 
-A tile of 16 tokens stays in the cache while its new streams are mixed, projected and collapsed. Per
-token and site at n = 4 that moves 10 C elements forward and 15 C backward, the least that the
-formula allows. Semantics, shapes, and the compositions that run for other dtypes or without a C++
-compiler: `mhc_compile.ops.fused_reference`.
+A fused operator is one pass over the streams: a tile of 16 tokens stays in the cache while its new
+streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
+forward and 15 C backward, the least that the formula allows. Semantics, shapes, and the
+compositions that run for other dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
+
+The eager form of Sinkhorn is some 90 small operations, each with an OpenMP barrier. Its kernel
+reads the logits once and writes the matrices once, a token in each lane of a vector.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import columns
+from mhc_compile.mappings import sinkhorn as eager
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 _HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
 #: Mappings that have a header of their name in this folder.
 MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
+_REALS = {torch.float32: "float", torch.float64: "double"}
 #: C++ types of streams and branch, and of what is computed.
 _TYPES = {
     (torch.float32, torch.float32): ("float", "float", "float"),
@@ -152,3 +157,30 @@ read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
 step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
 close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
 update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
+
+
+def _sinkhorn(direction: str, logits: Tensor, iterations: int, eps: float, *grads: Tensor) -> Tensor | None:
+    n = logits.shape[-1]
+    if not logits.numel() or logits.dtype not in _REALS or not 1 <= n <= _LARGEST:
+        return None
+    macros = {"COMPUTE": _REALS[logits.dtype], "STREAMS": n, "SINKHORN_EPS": repr(eps), "LAST_COLUMNS": 0}
+    built = library(("lanes.h", "sinkhorn.h", "alone.h"), **macros)
+    if built is None:
+        return None
+    tensors = [tensor.to(logits.dtype).contiguous() for tensor in (*grads, logits)]
+    out = torch.empty_like(tensors[-1])
+    tokens = logits.numel() // (n * n)
+    call(getattr(built, f"mapping_{direction}"), (*tensors, out), (tokens, iterations, threads_for(tokens)))
+    return out
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn` for CPU tensors [..., n, n]."""
+    out = _sinkhorn("forward", logits, iterations, eps)
+    return eager.sinkhorn(logits, iterations, eps).contiguous() if out is None else out
+
+
+def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn_backward` for CPU tensors [..., n, n]."""
+    out = _sinkhorn("backward", logits, iterations, eps, grad)
+    return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous() if out is None else out
