@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run without streams.
-_VERSIONS = 1_000_000
-
 
 def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = None) -> nn.Module:
     """Return the model with its hyper-connections, run without a compiler, for debugging.
@@ -62,7 +59,7 @@ class _Run:
         self.model, self.options = model, options
         self._used: set[int] = set()
         self._traced = self._again = self._warned = False
-        self._call = _torch.isolated_compile(model, self._backend, recompile_limit=_VERSIONS)
+        self._call = _torch.isolated_compile(model, self._backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._traced = False

@@ -1,25 +1,42 @@
 """All private torch names that this package uses; `README.md` lists each with its purpose.
 
 Checked on torch 2.13.0 (CPU). A name that a version of torch lacks fails here, with the version in
-the message, and nowhere else. `__all__` of each module says what it exports.
+the message, and nowhere else. Names that a module takes over from torch are written `X as X`.
+
+The modules load Dynamo. They are imported when one of their names is first used, because `mhc run`
+imports this package into scripts that may compile nothing.
 """
 
-# ruff: noqa: F403 - each module's `__all__` is the list of names
+# ruff: noqa: F403 - all public names of the modules
 
 from __future__ import annotations
 
-import torch
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
+if TYPE_CHECKING:
     from mhc_compile._torch.distributed import *
     from mhc_compile._torch.dynamo import *
-    from mhc_compile._torch.flops import *
     from mhc_compile._torch.fx import *
     from mhc_compile._torch.inductor import *
     from mhc_compile._torch.logging import *
     from mhc_compile._torch.modules import *
     from mhc_compile._torch.optim import *
-except ImportError as error:  # pragma: no cover - depends on the torch that is installed
-    raise ImportError(
-        f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
-    ) from error
+else:  # mypy would take a `__getattr__` for any name
+    _MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modules", "optim")
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") or name in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
+        except ImportError as error:  # pragma: no cover - depends on the torch that is installed
+            import torch
+
+            raise ImportError(
+                f"mhc_compile works with torch 2.11 to 2.13; torch {torch.__version__} lacks what it needs: {error}"
+            ) from error
+        for module in modules:
+            if name in vars(module):
+                return globals().setdefault(name, vars(module)[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

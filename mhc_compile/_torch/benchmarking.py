@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,33 +17,17 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-__all__ = [
-    "caches",
-    "has_kernel",
-    "memory_events",
-    "observe_graphs",
-    "propagate_fake_tensors",
-    "silence_inductor",
-    "tree_leaves",
-    "tree_map_only",
-    "warm_up",
-]
 
 
 def has_kernel(operator: str, device: str) -> bool:
     """Return whether an operator ("mhc::step") runs on a device ("cpu", "cuda")."""
     keys = (device.upper(), "CompositeExplicitAutograd", "CompositeImplicitAutograd")
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key) for key in keys)
-
-
-def silence_inductor() -> None:
-    """Hide Inductor's warnings; errors are still logged."""
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
 
 
 def warm_up() -> None:

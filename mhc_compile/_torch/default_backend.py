@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-__all__ = ["captured_graphs", "install_default_backend", "patch_compile"]
 
 #: The module that holds the default backend (torch 2.13); the first `torch.compile` loads it.
 _REGISTRY = "torch._dynamo.backends.registry"

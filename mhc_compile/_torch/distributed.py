@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 
-__all__ = [
-    "ddp_parameters",
-    "fsdp_hooks",
-    "is_sharded",
-    "pipeline_stage",
-    "placements",
-    "rewrite_before_ddp_splits",
-    "split_as_ddp_would",
-    "whole_graphs",
-]
-
 #: The optimizer of DDP's graphs that waits for the rewritten graph, while this package's backend
 #: works on the whole one.
 _ddp_optimizer: ContextVar[DDPOptimizer | None] = ContextVar("mhc_ddp_optimizer", default=None)

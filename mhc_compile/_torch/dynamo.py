@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo import graph_break
+from torch._dynamo import graph_break as graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    ShortenTraceback,
-    TensorifyScalarRestartAnalysis,
-    TorchDynamoException,
-)
+from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
@@ -33,31 +30,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.errors import MhcError
 
-__all__ = [
-    "BackendCompilerFailed",
-    "TorchDynamoException",
-    "ends_at_break",
-    "example_size",
-    "forget_compiled",
-    "frame_code",
-    "frame_location",
-    "frame_self",
-    "graph_break",
-    "graph_is_part",
-    "has_compiled",
-    "in_trace",
-    "isolated_compile",
-    "make_room",
-    "module_by_id",
-    "name_input",
-    "numpy_draws_as_in_eager",
-    "raise_through_dynamo",
-    "restart_trace",
-    "root_module",
-    "running_objects",
-    "same_function",
-    "uncompiled",
-]
 
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
@@ -86,12 +58,6 @@ def restart_trace() -> None:
 def frame_code() -> CodeType:
     """Return the code object of the frame that is being traced."""
     return _tracer().output.root_tx.f_code  # type: ignore[no-any-return]
-
-
-def frame_location() -> str:
-    """Return file and line of the frame that is being traced."""
-    code = frame_code()
-    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def same_function(one: CodeType, other: CodeType) -> bool:
@@ -170,16 +136,13 @@ def _invalidate(entry: Any, reason: str) -> None:
     state.invalidate(entry, DeletedGuardManagerWrapper(reason))
 
 
-def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Compile without counting towards the recompile limit of the model's code (torch 2.13).
-
-    `settings` that this torch does not know are left out.
-    """
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile any number of versions, which do not count for the limit of others (torch 2.13)."""
     # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
     # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
-    wanted: dict[str, Any] = {"isolate_recompiles": True, **settings}
+    wanted = {"isolate_recompiles": True, "recompile_limit": 1_000_000}  # beyond its usual 8 Dynamo compiles no more
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 

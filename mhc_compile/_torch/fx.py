@@ -1,33 +1,27 @@
-"""FX graphs and operators: copying nodes without loss, and what an operator's schema says."""
+"""FX graphs and operators: copies of nodes without loss, schemas, gradients inside, and FLOPs."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import Graph
-from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.fx import GraphModule, Node
 
-__all__ = [
-    "FakeTensorMode",
-    "checkpoint_context",
-    "copy_node",
-    "is_higher_order",
-    "is_overload",
-    "map_tensors",
-    "new_graph_like",
-    "operator_name",
-    "overload_like",
-    "storage_key",
-    "written_arguments",
-]
+#: Autograd, which is switched off inside operators.
+_AUTOGRAD = (
+    torch._C.DispatchKey.AutogradFunctionality,
+    torch._C.DispatchKey.AutogradOther,
+    torch._C.DispatchKey.AutogradNestedTensor,
+)
 
 
 def new_graph_like(graph: Graph, *, codegen: bool = True) -> Graph:
@@ -109,6 +103,24 @@ def storage_key(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Return `value` with `function` applied to the tensors inside nested containers."""
-    return pytree.tree_map_only(torch.Tensor, function, value)
+@contextlib.contextmanager
+def autograd_inside_operators() -> Iterator[None]:
+    """Record gradients in this context, for `torch.autograd.grad` before its end.
+
+    The tracer of a decomposition does not know the wrappers of `torch.func.vjp`.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return a context that counts the FLOPs of what runs in it."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:  # noqa: ARG001 - the counter's signature
+    return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return]

@@ -10,24 +10,20 @@ from unittest import mock
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch._inductor.decomposition import fast_random_decomps
+from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import make_fallback
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-
-__all__ = [
-    "cache_folder",
-    "compile_with_inductor",
-    "cpp_compiler",
-    "inductor_code",
-    "inductor_settings",
-    "inner_backend",
-    "load_cpp",
-    "register_decompositions",
-]
 
 #: Held while Inductor's global tables or methods are patched: two threads may compile.
 _lock = threading.RLock()
@@ -40,34 +36,25 @@ def inner_backend(name: str) -> Callable[..., Any]:
 
 def inductor_settings() -> list[str]:
     """Return the names of Inductor's settings, as in `torch.compile(options=...)`."""
-    from torch._inductor import list_options
-
     return list_options()
 
 
 def cpp_compiler() -> str:
     """Return the C++ compiler that Inductor calls, or raise Inductor's exception."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     return str(get_cpp_compiler())
 
 
 def cache_folder() -> str:
     """Return the folder of Inductor's caches, or raise OSError where it cannot be created."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     return str(cache_dir())
 
 
 @contextmanager
 def inductor_code() -> Iterator[list[str]]:
     """Collect the Python modules that Inductor writes in this context, with caches disabled."""
-    import torch._inductor.config as config
-    from torch._inductor.graph import GraphLowering
-
     codes: list[str] = []
     patched = mock.patch.object(GraphLowering, "save_output_code", staticmethod(codes.append))
-    with _lock, patched, config.patch(force_disable_caches=True), warnings.catch_warnings():
+    with _lock, patched, inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*force disabled.*")
         yield codes
 
@@ -83,8 +70,6 @@ def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> No
         new = {op: function for op, function in decompositions.items() if op not in inductor_decompositions}
         if not new:
             return
-        from torch._inductor.lowering import make_fallback
-
         inductor_decompositions.update(new)
         fast_random_decomps.cache_clear()
         for op in new:
@@ -104,8 +89,6 @@ def compile_with_inductor(
     `mode` and `settings` are those of `torch.compile`. `tag` becomes part of the key of Inductor's
     caches, which know operators by name only, and not by version.
     """
-    from torch._inductor import list_mode_options
-
     register_decompositions(decompositions)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
     # mypy does not see that it has the methods of a configuration
@@ -117,6 +100,4 @@ def compile_with_inductor(
 
 def load_cpp(source: str) -> Any:
     """Compile C++ as Inductor does, once for all processes, and load it with ctypes."""
-    from torch._inductor.codecache import CppCodeCache
-
     return CppCodeCache.load(source)

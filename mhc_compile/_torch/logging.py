@@ -10,8 +10,6 @@ from torch._logging import trace_structured  # type: ignore[attr-defined]
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["show_compiler_errors_only", "trace_artifact"]
-
 
 def trace_artifact(name: str, text: Callable[[], str], *, encoding: str = "string") -> None:
     """Write an artifact to torch's structured trace. `text` is called only if a trace is written.

@@ -6,29 +6,15 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
+from torch.utils.weak import TensorWeakRef as TensorWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-__all__ = [
-    "COMPILED_ATTRIBUTE",
-    "OptimizedModule",
-    "TensorWeakRef",
-    "WeakTensorKeyDictionary",
-    "buffers_of",
-    "has_compiled_call",
-    "has_hooks",
-    "original_module",
-    "set_buffer",
-    "set_state_metadata",
-    "shallow_copy",
-    "state_metadata",
-    "write_count",
-]
 
 #: The attribute of what `torch.compile(model)` returns that holds `model`; it appears in the names
 #: of its parameters.

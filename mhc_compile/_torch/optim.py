@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["before_averaging", "lbfgs_has_memory", "living_optimizers", "restart_lbfgs"]
 
 log = logging.getLogger(__name__)
 

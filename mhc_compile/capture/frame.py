@@ -29,7 +29,6 @@ class Frame:
     Attributes:
         root: the module whose method is traced; None for functions and rests after graph breaks.
         code: the code object of the frame.
-        location: "file:line" of the code.
         ends_at_break: whether a graph break follows the graph.
         is_part: whether a graph break comes before or after the graph.
         calls: the module calls around the frame, innermost first.
@@ -39,12 +38,16 @@ class Frame:
 
     root: nn.Module | None
     code: CodeType
-    location: str
     ends_at_break: bool
     is_part: bool
     calls: tuple[ModuleCall, ...] = ()
     ddp: DistributedDataParallel | None = None
     pipeline_stage: tuple[int, int] | None = None
+
+    @property
+    def location(self) -> str:
+        """Return "file:line" of the code."""
+        return f"{self.code.co_filename}:{self.code.co_firstlineno}"
 
     def runs_inside_another(self, module: nn.Module, *, compiled_alone: bool = False) -> bool:
         """Return True if a call of a module that contains `module` surrounds the frame.
@@ -68,7 +71,6 @@ def read_frame() -> Frame:
     return Frame(
         root=_torch.root_module(),
         code=_torch.frame_code(),
-        location=_torch.frame_location(),
         ends_at_break=_torch.ends_at_break(),
         is_part=_torch.graph_is_part(),
         calls=tuple(ModuleCall(owner, inside) for owner, inside in running if isinstance(owner, nn.Module)),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MhcError
+from mhc_compile.passes.analysis.dependence import closure
 from mhc_compile.passes.analysis.op_info import is_random, written_operands
 
 if TYPE_CHECKING:
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     GraphCallback = Callable[[GraphModule, list[Any]], "ResultAnnotator"]
 
 log = logging.getLogger(__name__)
-
-#: Compiled versions of one model. Beyond Dynamo's usual 8 it would run without a trace.
-_VERSIONS = 1_000_000
 
 
 class ResultAnnotator(Protocol):
@@ -59,7 +58,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_
         return _stub(graph_module, on_graph(graph_module, inputs))
 
     try:
-        with torch.enable_grad(), Probe(model, backend) as probe:
+        with torch.enable_grad(), contextlib.closing(Probe(model, backend)) as probe:
             probe(*args, **kwargs)
     except MhcError:
         raise
@@ -73,15 +72,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], on_
 
 
 class Probe:
-    """`torch.compile(model, backend=backend)` that keeps other compiled versions of the model.
-
-    A context manager; `close` restores Dynamo's caches.
-    """
+    """`torch.compile(model, backend=backend)` that keeps other compiled versions of the model."""
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
-        self._model = model
-        self._backend = _ClosableBackend(backend)
-        self._call = _torch.isolated_compile(model, self._backend, recompile_limit=_VERSIONS)
+        self._model, self._backend = model, backend
+        self._compiled: list[CodeType] = []
+        self._call = _torch.isolated_compile(model, self._trace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the compiled model. Errors of this package are raised without Dynamo's wrapper."""
@@ -93,36 +89,17 @@ class Probe:
                 raise error.inner_exception from None
             raise
 
-    def close(self) -> None:
-        """Restore Dynamo's caches."""
-        self._backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class _ClosableBackend:
-    """A backend that can release its references: Dynamo keeps it as long as the compiled code."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend: Backend | None = backend
-        self._compiled: list[CodeType] = []
-
-    def __call__(self, graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        assert self.backend is not None
+    def _trace(self, graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         code = _torch.frame_code()
         if not _torch.has_compiled(code):
             self._compiled.append(code)
-        return self.backend(graph_module, inputs)
+        return self._backend(graph_module, inputs)
 
     def close(self) -> None:
-        """Release the backend and all entries of code that only it compiled."""
-        self.backend = None
-        for code in self._compiled:
+        """Restore Dynamo's caches: release all entries of code that was compiled here alone."""
+        for code in self.__dict__.pop("_compiled", ()):
             _torch.forget_compiled(code, all_entries=True)
+        self.__dict__.clear()  # Dynamo keeps a backend as long as the compiled code
 
 
 def _stub(graph_module: GraphModule, annotations: ResultAnnotator | None) -> Callable[..., Any]:
@@ -131,19 +108,18 @@ def _stub(graph_module: GraphModule, annotations: ResultAnnotator | None) -> Cal
     placeholders = [node for node in nodes if node.op == "placeholder"]
     outputs: Any = nodes[-1].args[0]
     # Dynamo deletes the example values when it is done with the graph.
-    examples = {
-        node: (node.meta.get("example_value"), _sources(node, placeholders)) for node in nodes[-1].all_input_nodes
-    }
+    examples = {node: node.meta.get("example_value") for node in nodes[-1].all_input_nodes}
+    behind = {node: closure([node], lambda each: each.all_input_nodes).intersection(placeholders) for node in examples}
 
     def run(*inputs: Any) -> Any:
         values = dict(zip(placeholders, inputs, strict=True))
-        known = _integers(nodes, values)
+        known = values | _integers(nodes, values)
 
         def stand_in(node: Node) -> Any:
-            if node in values or node in known:
-                return values[node] if node in values else known[node]
-            example, sources = examples[node]
-            return _connect(_concrete(example), [values[source] for source in sources])
+            if node in known:
+                return known[node]
+            sources = [values[source] for source in placeholders if source in behind[node]]
+            return _connect(_concrete(examples[node]), sources)
 
         results: Any = torch.fx.map_arg(outputs, stand_in)
         if annotations and isinstance(results, (tuple, list)):
@@ -172,18 +148,6 @@ def _connect(value: Any, inputs: list[Any]) -> Any:
     if not isinstance(value, Tensor) or not value.requires_grad or not sources:
         return value
     return _Zeros.apply(value.detach(), *sources)
-
-
-def _sources(node: Node, placeholders: list[Node]) -> list[Node]:
-    """Return the placeholders that `node` is computed from."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return [placeholder for placeholder in placeholders if placeholder in seen]
 
 
 def _integers(nodes: list[Node], inputs: dict[Node, Any]) -> dict[Node, Any]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mhc_compile import _torch
 from mhc_compile.errors import OptionError
 
 
@@ -52,9 +53,7 @@ class ResidualMapping:
 
         By default autograd differentiates `matrix`, which is computed again.
         """
-        from mhc_compile._torch.autograd import autograd_inside_operators
-
-        with autograd_inside_operators():
+        with _torch.autograd_inside_operators():
             leaf = logits.detach().requires_grad_()
             matrix = self.matrix(leaf, n, iterations)
             if not matrix.requires_grad:  # it does not depend on the logits

@@ -11,13 +11,13 @@ from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile._torch import state_metadata
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
-from mhc_compile.errors import OptionError
+from mhc_compile.errors import OptionError, warn
 from mhc_compile.mappings import get_mapping
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.modules.state_dict import NAMES, SETTINGS, LoadsPartially, explain_misfits
+from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially, guess_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 #: Logit of the only pre weight when n = 1, where `sum(pre) = 1` is a saturated sigmoid: 1 - 1.1e-7.
 _SATURATED = 16.0
@@ -139,7 +139,7 @@ class HyperConnection(LoadsPartially):
         self.bias.zero_()
         if self.init == "random":
             nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
-            self._init_mixing(get_mapping(self.mapping).init_random(n))
+            self.bias[2 * n :] = get_mapping(self.mapping).init_random(n).to(self.bias)
             return
         self.phi.zero_()
         if n == 1:
@@ -150,11 +150,7 @@ class HyperConnection(LoadsPartially):
             self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
         post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
         self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
-        self._init_mixing(get_mapping(self.mapping).init_preserve(n))
-
-    def _init_mixing(self, logits: Tensor) -> None:
-        if logits.numel():
-            self.bias[2 * self.streams :] = logits.to(self.bias)
+        self.bias[2 * n :] = get_mapping(self.mapping).init_preserve(n).to(self.bias)
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].
@@ -179,10 +175,73 @@ class HyperConnection(LoadsPartially):
         if metadata is not None:
             metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
 
-    def _check_loaded(self, *args: Any) -> None:
-        explain_misfits(self, *args)
+    def _check_loaded(
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: Load
+    ) -> None:
+        """Explain the tensors of `state` that do not fit, and warn of non-finite values.
+
+        `metadata` are the saved `SETTINGS`; `errors`, torch's so far, are changed in place.
+        """
+        path = prefix.removesuffix(".")
+        shapes = {name: (tuple(state[prefix + name].shape), tuple(getattr(self, name).shape)) for name in self.names}
+        wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+        if wrong:
+            # Replaces torch's sentence for each tensor by one that says how to mend it.
+            errors[:] = [
+                error for error in errors if not any(f"size mismatch for {prefix}{name}:" in error for name in wrong)
+            ]
+            listed = ", ".join(
+                f"{prefix}{name} {list(has)} instead of {list(wants)}" for name, (has, wants) in wrong.items()
+            )
+            errors.append(
+                f"the state dict has {listed} (width {self.width}, streams {self.streams}, mapping"
+                f" {self.mapping!r}).{load.once(self._way_out(shapes['phi'][0], set(wrong)))}"
+            )
+        for name in self.names:
+            if not _is_finite(state[prefix + name]):
+                warn(
+                    f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged,"
+                    " or the file is damaged"
+                )
+        for name in SETTINGS:
+            has, wants = metadata.get(name, getattr(self, name)), getattr(self, name)
+            if has == wants or wrong or (name == "iterations" and not get_mapping(self.mapping).iterative):
+                continue
+            sentence = (
+                f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another"
+                f" function. Attach and compile with options={{{name!r}: {has!r}}} for the function that was saved"
+            )
+            if name == "mapping":
+                errors.append(f"hyper-connection {path!r} {sentence}.")
+            elif load.once(sentence):
+                warn(f"hyper-connection {path!r} (and perhaps others) {sentence}")
+
+    def _way_out(self, phi: tuple[int, ...], wrong: set[str]) -> str:
+        if "phi" in wrong:
+            guesses = guess_options(phi)
+            guesses.sort(key=lambda guess: guess[1] != self.mapping)
+            for streams, mapping, width in guesses:
+                if width != self.width:
+                    continue
+                pairs = {"streams": (streams, self.streams), "mapping": (mapping, self.mapping)}
+                differing = {name: has for name, (has, mine) in pairs.items() if has != mine}
+                made = ", ".join(f"{name}={value!r}" for name, value in differing.items())
+                return f"The checkpoint was made with {made}: attach and compile with options={differing!r}."
+            likeliest: dict[tuple[int, int], str] = {}  # not every mapping that looks like another one
+            for streams, mapping, width in guesses:
+                likeliest.setdefault((width, streams), mapping)
+            others = [f"width {width} (streams={n}, mapping={mapping!r})" for (width, n), mapping in likeliest.items()]
+            if others:
+                return f"The checkpoint is of a model of {' or '.join(others)}, this one has width {self.width}."
+        return "No choice of options gives these shapes: the checkpoint is damaged, or of something else."
 
     def extra_repr(self) -> str:
         """Return the sizes for `repr`."""
         static = "" if self.token_dependent else ", static"
         return f"width={self.width}, streams={self.streams}, mapping={self.spec}, iterations={self.iterations}{static}"
+
+
+def _is_finite(value: Tensor) -> bool:
+    # The values of fake, distributed and other special tensors are not read.
+    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
+    return not plain or bool(torch.isfinite(value).all())

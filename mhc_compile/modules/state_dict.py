@@ -11,14 +11,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from mhc_compile.config.coefficient_spec import MAX_STREAMS
 from mhc_compile.errors import warn
-from mhc_compile.mappings import MAPPINGS, columns, get_mapping
+from mhc_compile.mappings import MAPPINGS, columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +33,7 @@ _USUAL = 4
 
 
 @dataclass
-class _Load:
+class Load:
     """The record of one call of `load_state_dict`."""
 
     missing: list[str]  # torch's list of missing keys
@@ -43,6 +42,7 @@ class _Load:
     said: set[str] = field(default_factory=set)  # sentences that were said once in this call
 
     def once(self, sentence: str) -> str:
+        """Return " sentence", but "" where this call has said it before."""
         new = sentence not in self.said
         self.said.add(sentence)
         return f" {sentence}" if new else ""
@@ -59,13 +59,13 @@ class _Loads(threading.local):
     """
 
     def __init__(self) -> None:
-        self.latest: deque[_Load] = deque(maxlen=8)
+        self.latest: deque[Load] = deque(maxlen=8)
 
-    def of(self, missing: list[str]) -> _Load:
+    def of(self, missing: list[str]) -> Load:
         for load in self.latest:
             if load.missing is missing:
                 return load
-        self.latest.append(_Load(missing))
+        self.latest.append(Load(missing))
         return self.latest[-1]
 
 
@@ -104,63 +104,9 @@ class LoadsPartially(nn.Module):
         load.kept.extend(keys)
 
     def _check_loaded(
-        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: _Load
+        self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: Load
     ) -> None:
         """Check the tensors for this module; `errors` are changed in place."""
-
-
-class _Connection(Protocol):
-    """The attributes of a hyper-connection that `explain_misfits` reads, besides `SETTINGS`."""
-
-    names: tuple[str, str, str]
-    width: int
-    streams: int
-    mapping: str
-
-
-def explain_misfits(
-    connection: _Connection, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str],
-    load: _Load,
-) -> None:  # fmt: skip
-    """Explain the tensors of `state` that do not fit `connection`, and warn of non-finite values.
-
-    `metadata` are the saved `SETTINGS`; `errors`, torch's so far, are changed in place.
-    """
-    path = prefix.removesuffix(".")
-    shapes = {
-        name: (tuple(state[prefix + name].shape), tuple(getattr(connection, name).shape)) for name in connection.names
-    }
-    wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    if wrong:
-        # Replaces torch's sentence for each tensor by one that says how to mend it.
-        errors[:] = [
-            error for error in errors if not any(f"size mismatch for {prefix}{name}:" in error for name in wrong)
-        ]
-        listed = ", ".join(
-            f"{prefix}{name} {list(has)} instead of {list(wants)}" for name, (has, wants) in wrong.items()
-        )
-        errors.append(
-            f"the state dict has {listed} (width {connection.width}, streams {connection.streams}, mapping"
-            f" {connection.mapping!r}).{load.once(_way_out(connection, shapes['phi'][0], set(wrong)))}"
-        )
-    for name in connection.names:
-        if not _is_finite(state[prefix + name]):
-            warn(
-                f"{prefix}{name} has values in the state dict that are not finite: the run that wrote it had diverged,"
-                " or the file is damaged"
-            )
-    for name in SETTINGS:
-        has, wants = metadata.get(name, getattr(connection, name)), getattr(connection, name)
-        if has == wants or wrong or (name == "iterations" and not get_mapping(connection.mapping).iterative):
-            continue
-        sentence = (
-            f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another"
-            f" function. Attach and compile with options={{{name!r}: {has!r}}} for the function that was saved"
-        )
-        if name == "mapping":
-            errors.append(f"hyper-connection {path!r} {sentence}.")
-        elif load.once(sentence):
-            warn(f"hyper-connection {path!r} (and perhaps others) {sentence}")
 
 
 def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:
@@ -185,29 +131,3 @@ def guess_for(owner: nn.Module | None, shape: tuple[int, ...]) -> list[tuple[int
     """Return the `guess_options` whose width C is a size of a parameter of `owner`."""
     sizes = {size for parameter in owner.parameters() for size in parameter.shape} if owner is not None else set()
     return [guess for guess in guess_options(shape) if not sizes or guess[2] in sizes]
-
-
-def _way_out(connection: _Connection, phi: tuple[int, ...], wrong: set[str]) -> str:
-    if "phi" in wrong:
-        guesses = guess_options(phi)
-        guesses.sort(key=lambda guess: guess[1] != connection.mapping)
-        for streams, mapping, width in guesses:
-            if width != connection.width:
-                continue
-            pairs = {"streams": (streams, connection.streams), "mapping": (mapping, connection.mapping)}
-            differing = {name: has for name, (has, mine) in pairs.items() if has != mine}
-            made = ", ".join(f"{name}={value!r}" for name, value in differing.items())
-            return f"The checkpoint was made with {made}: attach and compile with options={differing!r}."
-        likeliest: dict[tuple[int, int], str] = {}  # not every mapping that looks like another one
-        for streams, mapping, width in guesses:
-            likeliest.setdefault((width, streams), mapping)
-        others = [f"width {width} (streams={n}, mapping={mapping!r})" for (width, n), mapping in likeliest.items()]
-        if others:
-            return f"The checkpoint is of a model of {' or '.join(others)}, this one has width {connection.width}."
-    return "No choice of options gives these shapes: the checkpoint is damaged, or of something else."
-
-
-def _is_finite(value: Tensor) -> bool:
-    # The values of fake, distributed and other special tensors are not read.
-    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta
-    return not plain or bool(torch.isfinite(value).all())

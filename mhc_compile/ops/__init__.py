@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "prepare"]
 
 _mhc = torch.ops.mhc
-_SINGLE: dict[Any, Callable[..., Any]] = {
+#: Products are written as broadcasts: nothing fuses with a batched matrix product.
+_COMPOSED: dict[Any, Callable[..., Any]] = {
     _mhc.coefficients.default: reference.coefficients,
     _mhc.coefficients_backward.default: reference.coefficients_backward,
-}
-#: Products written as broadcasts: nothing fuses with a batched matrix product.
-_BROADCAST: dict[Any, Callable[..., Any]] = {
     _mhc.collapse.default: reference.collapse_fused,
     _mhc.collapse_backward.default: reference.collapse_backward_fused,
     _mhc.update.default: reference.update_fused,
@@ -87,7 +85,7 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     kernel for them.
     """
     with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
-    return {**_SINGLE, **_BROADCAST, **with_kernels}
+    return {**_COMPOSED, **with_kernels}
 
 
 def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,8 +118,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     `mhc::declare` computes nothing and has none.
     """
     return {
-        **_SINGLE,
-        **_BROADCAST,
+        **_COMPOSED,
         **_WITH_KERNELS,
         _mhc.gated_read.default: reads.gated_read,
         _mhc.gated_read_out.default: reads.gated_read_out,

@@ -13,6 +13,7 @@ the backward reads: they have no gradient.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,9 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
-from mhc_compile.mappings import mapping_of
-from mhc_compile.ops import arguments, cpu, reference
+from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
-from mhc_compile.ops.library import LIBRARY, checked, empty, register_autograd, shown
+from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,46 +61,27 @@ for _schema in _SCHEMAS:
 
 def _check_read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float,
-    name: str = "read",
+    *, name: str = "read",
 ) -> None:  # fmt: skip
     if not is_fused(mapping):
         raise ShapeError(
             f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(cpu.MAPPINGS)}"
         )
-    family = mapping_of(mapping)
-    family.check(n)
-    columns = 2 * n + family.logits(n)
-    if streams.dim() < 3 or not streams.is_floating_point() or streams.shape[-2] not in (1, n):
-        raise ShapeError(
-            f"mhc::{name}: streams must be floating point [..., {n} or 1, C] with a token axis, got {shown(streams)}"
-        )
-    wanted = ((n * streams.shape[-1], columns), (columns,), (3,))
-    if tuple(tuple(tensor.shape) for tensor in (phi, bias, scale)) != wanted:
-        raise ShapeError(
-            f"mhc::{name}: {n} streams {shown(streams)} and mapping {mapping!r} need phi [{n * streams.shape[-1]},"
-            f" {columns}], bias [{columns}] and scale [3]; got {shown(phi)}, {shown(bias)} and {shown(scale)}"
-        )
-    if iterations < 1:
-        raise ShapeError(f"mhc::{name}: iterations must be at least 1, got {iterations}")
+    check_site(streams, phi, bias, scale, mapping, iterations, eps, n=n, name=name)
 
 
-def _check_old(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, name: str = "close") -> None:
-    tokens, n, width = streams.shape[:-2], post.shape[-1], streams.shape[-1]
-    fits = branch.shape == (*tokens, width) and post.shape == (*tokens, n) and res.shape == (*tokens, n, n)
-    if not fits or streams.shape[-2] not in (1, n):
-        raise ShapeError(
-            f"mhc::{name}: streams {shown(streams)} ([..., n or 1, C]) need branch [..., C], post [..., n] and res [..., n, n];"
-            f" got {shown(branch)}, {shown(post)} and {shown(res)}"
-        )
+def _check_step(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, *settings: Any
+) -> None:
+    check_mixing(streams, branch, post, res, name="step")
+    _check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="step")
 
 
-def _check_step(*args: Any) -> None:
-    old, site, settings = arguments.step(*args)
-    _check_old(*old, name="step")
-    _check_read(old.streams, *site, old.post.shape[-1], *settings, name="step")
-
-
-_CHECKS: dict[str, Callable[..., None]] = {"read": _check_read, "step": _check_step, "close": _check_old}
+_CHECKS: dict[str, Callable[..., None]] = {
+    "read": _check_read,
+    "step": _check_step,
+    "close": functools.partial(check_mixing, name="close"),
+}
 _NAMES = [f"{name}{end}" for name in _CHECKS for end in ("", "_backward")]
 
 
@@ -137,28 +118,12 @@ LIBRARY.impl("update_backward", on_cuda("update_backward"), "CUDA")
 # --- fake kernels
 
 
-def _fake_read(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
-    tokens, dtype = streams.shape[:-2], reference.compute_dtype(streams)
-    shapes = ((n,), (n,), (n, n), (phi.shape[-1],), (1,))
-    h = empty(streams, *tokens, streams.shape[-1])
-    return h, *(empty(streams, *tokens, *shape, dtype=dtype) for shape in shapes)
-
-
-def _fake_step(*args: Any) -> tuple[Tensor, ...]:
-    old, site, settings = arguments.step(*args)
-    n = old.post.shape[-1]
-    after = empty(old.streams, *old.streams.shape[:-2], n, old.streams.shape[-1])
-    return after, *_fake_read(after, *site, n, *settings)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
-    "read": _fake_read,
+    "read": lambda streams, phi, bias, scale, n, *how: tuple(fused.empty_results("read", streams, n, phi)),
     "read_backward": lambda *args: tuple(map(empty, args[3:7])),
-    "step": _fake_step,
+    "step": lambda *args: tuple(fused.empty_results("step", args[0], args[2].shape[-1], args[4])),
     "step_backward": lambda *args: tuple(map(empty, args[4:11])),
-    "close": lambda streams, *rest: empty(streams, *streams.shape[:-2], streams.shape[-1]),
+    "close": lambda streams, *rest: fused.empty_results("close", streams, 1)[0],
     "close_backward": lambda grad, *old: tuple(map(empty, old)),
 }
 for _name, _fake in _FAKES.items():

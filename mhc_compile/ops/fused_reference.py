@@ -31,6 +31,16 @@ def _gathered(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
 
 
+def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None) -> list[Tensor]:
+    """Return new tensors for the results of `read`, `step`, `update` or `close`, contiguous."""
+    width = streams.shape[-1]
+    wide = {"update": ((n, width),), "step": ((n, width), (width,))}.get(name, ((width,),))
+    narrow = ((n,), (n,), (n, n), (phi.shape[-1],), (1,)) if phi is not None else ()
+    new = [streams.new_empty((*streams.shape[:-2], *shape)) for shape in wide]
+    dtype = reference.compute_dtype(streams)
+    return [*new, *(streams.new_empty((*streams.shape[:-2], *shape), dtype=dtype) for shape in narrow)]
+
+
 def read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

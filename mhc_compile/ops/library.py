@@ -52,35 +52,38 @@ def shown(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _check_coefficients(
-    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
-) -> None:
-    if streams.dim() < 3 or not streams.is_floating_point():
+def check_site(
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float,
+    *, n: int | None = None, name: str = "coefficients",
+) -> None:  # fmt: skip
+    """Check the tensors of a site that begins; with `n`, one stream may stand for n equal ones."""
+    if streams.dim() < 3 or not streams.is_floating_point() or (n and streams.shape[-2] not in (1, n)):
         raise ShapeError(
-            f"mhc::coefficients: streams must be floating point [..., n, C] with a token axis, got {shown(streams)}"
+            f"mhc::{name}: streams must be floating point [..., {f'{n} or 1' if n else 'n'}, C] with a token axis, got {shown(streams)}"
         )
-    n, width = streams.shape[-2:]
+    static = n is None and phi.shape[-1] == 0
+    n, width = n or streams.shape[-2], streams.shape[-1]
     family = mapping_of(mapping)
     family.check(n)
     columns = 2 * n + family.logits(n)
-    static = phi.shape[-1] == 0
-    if tuple(phi.shape) != (n * width, 0 if static else columns):
+    wanted = [n * width, 0 if static else columns], [columns], [0 if static else 3]
+    if any(list(tensor.shape) != shape for tensor, shape in zip((phi, bias, scale), wanted, strict=True)):
         raise ShapeError(
-            f"mhc::coefficients: phi is {shown(phi)}; streams {shown(streams)} and mapping {mapping!r} need [{n * width}, {columns}]"
-        )
-    if tuple(bias.shape) != (columns,) or tuple(scale.shape) != (0 if static else 3,):
-        raise ShapeError(
-            f"mhc::coefficients: bias must be [{columns}] and scale [{0 if static else 3}], got {shown(bias)} and {shown(scale)}"
+            f"mhc::{name}: {n} streams {shown(streams)} and mapping {mapping!r} need phi {wanted[0]}, bias {wanted[1]} and"
+            f" scale {wanted[2]}; got {shown(phi)}, {shown(bias)} and {shown(scale)}"
         )
     if iterations < 1:
-        raise ShapeError(f"mhc::coefficients: iterations must be at least 1, got {iterations}")
+        raise ShapeError(f"mhc::{name}: iterations must be at least 1, got {iterations}")
 
 
-def _check_update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> None:
-    tokens, n, width = streams.shape[:-2], streams.shape[-2], streams.shape[-1]
-    if branch.shape != (*tokens, width) or post.shape != (*tokens, n) or res.shape != (*tokens, n, n):
+def check_mixing(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, name: str = "update") -> None:
+    """Check the tensors of a site that ends; one stream may stand for n, but in `mhc::update`."""
+    tokens, n, width = streams.shape[:-2], post.shape[-1], streams.shape[-1]
+    held, form = ((n,), "") if name == "update" else ((1, n), " ([..., n or 1, C])")
+    fits = branch.shape == (*tokens, width) and post.shape == (*tokens, n) and res.shape == (*tokens, n, n)
+    if not fits or streams.shape[-2] not in held:
         raise ShapeError(
-            f"mhc::update: streams {shown(streams)} need branch [..., C], post [..., n] and res [..., n, n];"
+            f"mhc::{name}: streams {shown(streams)}{form} need branch [..., C], post [..., n] and res [..., n, n];"
             f" got {shown(branch)}, {shown(post)} and {shown(res)}"
         )
 
@@ -91,9 +94,9 @@ def _check_collapse(streams: Tensor, pre: Tensor) -> None:
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
-    "coefficients": _check_coefficients,
+    "coefficients": check_site,
     "collapse": _check_collapse,
-    "update": _check_update,
+    "update": check_mixing,
 }
 
 
@@ -125,7 +128,7 @@ for _name, _kernel in _KERNELS.items():
     LIBRARY.impl(_name, checked(_CHECKS.get(_name), reference.dense(_kernel)), "CompositeExplicitAutograd")
 LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
 LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
-LIBRARY.impl("update", checked(_check_update, cpu.update), "CPU")
+LIBRARY.impl("update", checked(check_mixing, cpu.update), "CPU")
 LIBRARY.impl("update_backward", cpu.update_backward, "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
 

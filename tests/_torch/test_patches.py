@@ -35,6 +35,20 @@ def test_ddp_is_patched_when_the_backend_is_looked_up_and_not_on_import():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_dynamo_is_loaded_at_the_first_use_of_a_name_and_not_on_import():
+    """`mhc run` imports this room into scripts that may compile nothing."""
+    script = (
+        "import sys, torch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "import mhc_compile.tools.launcher.activation\n"
+        "from mhc_compile import _torch\n"
+        "assert before == ('torch._dynamo' in sys.modules)\n"
+        "assert not _torch.in_trace()\n"
+        "assert 'torch._dynamo' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_ddp_is_patched_once(monkeypatch):
     monkeypatch.setattr(DDPOptimizer, "compile_fn", distributed._split)
     in_threads(distributed.rewrite_before_ddp_splits)
@@ -60,7 +74,7 @@ def test_decompositions_are_registered_once(monkeypatch):
     cleared = []
     monkeypatch.setattr(inductor, "inductor_decompositions", table := dict(decompositions))
     monkeypatch.setattr(inductor.fast_random_decomps, "cache_clear", lambda: cleared.append(1), raising=False)
-    monkeypatch.setattr("torch._inductor.lowering.make_fallback", lambda op, **_: cleared.append(op))
+    monkeypatch.setattr(inductor, "make_fallback", lambda op, **_: cleared.append(op))
     function = {torch.ops.aten.add_.Tensor: torch.add} if torch.ops.aten.add_.Tensor not in table else {"op": torch.add}
     in_threads(lambda: inductor.register_decompositions(function))
     assert len(cleared) == 2

@@ -97,8 +97,8 @@ def test_every_mapping_has_a_header():
 
 def test_settings_that_a_mapping_ignores_make_no_new_library(monkeypatch):
     built = []
-    monkeypatch.setattr(cpu.fused, "library", lambda *_, **macros: built.append(macros))
-    monkeypatch.setattr(cpu.fused, "_BUILT", {})
+    monkeypatch.setattr(cpu.kernels, "library", lambda *_, **macros: built.append(macros))
+    monkeypatch.setattr(cpu.kernels, "_BUILT", {})
     for convention in (
         Convention(mapping="kronecker"),
         Convention(mapping="kronecker", sinkhorn_eps=1e-6, last="columns"),
@@ -110,8 +110,8 @@ def test_settings_that_a_mapping_ignores_make_no_new_library(monkeypatch):
 
 def test_what_depends_on_no_mapping_takes_the_library_that_is_there(monkeypatch):
     built = []
-    monkeypatch.setattr(cpu.fused, "library", lambda headers, **macros: built.append(headers[2]) or headers)
-    monkeypatch.setattr(cpu.fused, "_BUILT", {})
+    monkeypatch.setattr(cpu.kernels, "library", lambda headers, **macros: built.append(headers[2]) or headers)
+    monkeypatch.setattr(cpu.kernels, "_BUILT", {})
     cpu.takes(torch.float32, n=4, mapping="kronecker")
     cpu.takes(torch.float32, n=4)
     cpu.takes(torch.float32, n=2)

@@ -143,9 +143,9 @@ def test_empty_batch():
     [
         (
             {"phi": (5, 24)},
-            r"phi is \[5, 24\] float64; streams \[2, 3, 4, 6\] float64 and mapping 'sinkhorn' need \[24, 24\]",
+            r"4 streams \[2, 3, 4, 6\] float64 and mapping 'sinkhorn' need phi \[24, 24\].* got \[5, 24\] float64",
         ),
-        ({"bias": (7,)}, r"bias must be \[24\] and scale \[3\], got \[7\]"),
+        ({"bias": (7,)}, r"bias \[24\] and scale \[3\]; got \[24, 24\] float64, \[7\] float64 and \[3\]"),
         ({"streams": (4, 6)}, r"streams must be floating point \[..., n, C\] with a token axis, got \[4, 6\]"),
     ],
 )

@@ -195,8 +195,8 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
 
 def test_without_a_compiler_the_composition_runs(monkeypatch):
-    monkeypatch.setattr(cpu.fused, "library", lambda *_, **__: None)
-    monkeypatch.setattr(cpu.fused, "_BUILT", {})
+    monkeypatch.setattr(cpu.kernels, "library", lambda *_, **__: None)
+    monkeypatch.setattr(cpu.kernels, "_BUILT", {})
     assert not cpu.takes(torch.float32)
     tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
     after, h, *_ = mhc.step(*tensors, *HOW)
@@ -314,7 +314,7 @@ def test_kernels_are_built_while_the_caller_goes_on(monkeypatch):
     from mhc_compile.ops import prepare
 
     built = []
-    monkeypatch.setattr(cpu.fused, "_library", lambda *what: built.append(what))
+    monkeypatch.setattr(cpu.kernels, "_library", lambda *what: built.append(what))
     cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn").join()
     assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn")]
     assert cpu.prepare(torch.float16, torch.float16, 4, "sinkhorn") is None

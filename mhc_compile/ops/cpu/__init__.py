@@ -1,26 +1,27 @@
 """Kernels for CPU, in C++ that Inductor's compiler builds: the headers of this folder.
 
-`sinkhorn` is the mapping alone; `fused` has the fused operators, which contain it. A library is
-built for a combination of dtypes, number of streams and convention when it is first needed, and
-serves all sites, shapes and iteration counts; Inductor's cache keeps it between processes.
+A library is built for a combination of dtypes, number of streams and convention when it is first
+needed, and serves all sites, shapes and iteration counts; Inductor's cache keeps it between
+processes.
 """
 
-from mhc_compile.ops.cpu.fused import (
+from mhc_compile.ops.cpu.kernels import (
     MAPPINGS,
     close,
     close_backward,
     prepare,
     read,
     read_backward,
+    sinkhorn,
+    sinkhorn_backward,
     step,
     step_backward,
     takes,
     update,
     update_backward,
 )
-from mhc_compile.ops.cpu.sinkhorn import available, sinkhorn, sinkhorn_backward
 
 __all__ = [
-    "MAPPINGS", "available", "close", "close_backward", "prepare", "read", "read_backward", "sinkhorn",
+    "MAPPINGS", "close", "close_backward", "prepare", "read", "read_backward", "sinkhorn",
     "sinkhorn_backward", "step", "step_backward", "takes", "update", "update_backward",
 ]  # fmt: skip

@@ -25,16 +25,20 @@ constexpr int COLUMNS = BYTES == 64 ? 6 : 3;    // and its columns: 24 of 32 reg
 
 inline int64_t chunks(int64_t features) { return (features + CHUNK - 1) / CHUNK; }
 
-// One chunk of phi, [P][K][CHUNK].
+// The threads of a parallel region share the chunks.
 template <int P>
-void pack(const Real* phi, int64_t C, int64_t first, Real* out) {
-    for (int i = 0; i < P; ++i) {
-        for (int64_t c = 0; c < CHUNK; ++c) {
-            Real row[K] = {};
-            if (first + c < C)
-                for (int j = (P == 1 ? 0 : i); j <= (P == 1 ? N - 1 : i); ++j)
-                    for (int k = 0; k < K; ++k) row[k] += phi[(j * C + first + c) * K + k];
-            for (int k = 0; k < K; ++k) out[(i * K + k) * CHUNK + c] = row[k];
+void pack(const Real* phi, int64_t C, Real* out) {
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < C; first += CHUNK) {
+        for (int i = 0; i < P; ++i) {
+            Real* rows = out + (first * P + i * CHUNK) * K;
+            for (int64_t c = 0; c < CHUNK; ++c) {
+                Real row[K] = {};
+                if (first + c < C)
+                    for (int j = (P == 1 ? 0 : i); j <= (P == 1 ? N - 1 : i); ++j)
+                        for (int k = 0; k < K; ++k) row[k] += phi[(j * C + first + c) * K + k];
+                for (int k = 0; k < K; ++k) rows[k * CHUNK + c] = row[k];
+            }
         }
     }
 }

@@ -29,14 +29,18 @@ struct Family {
     void backward(T (&g)[N][N][LANES], int64_t iterations, T* history) {
         first_round();
         for (int64_t k = 1; k < iterations; ++k) round(history + (k - 1) * 2 * N * LANES);
-        for (int64_t k = iterations - 1; k > 0; --k) round_back(g, history + (k - 1) * 2 * N * LANES);
+        for (int64_t k = iterations - 1; k > 0; --k) {
+            const T* sums = history + (k - 1) * 2 * N * LANES;
+            step_back<false>(g, sums + N * LANES);
+            step_back<true>(g, sums);
+        }
         first_round_back(g);
     }
 
   private:
-    static void plus_eps(T (&sum)[LANES]) {
-        if constexpr (EPS != 0) EACH_LANE sum[l] += EPS;
-    }
+    // Entry k of row `line`, or of column `line`.
+    template <bool COLUMN, typename Matrix>
+    static auto& entry(Matrix& x, int line, int k) { return COLUMN ? x[k][line] : x[line][k]; }
 
     // Columns, then rows, on logarithms; with eps no sum can vanish, and they are not needed.
     void first_round() {
@@ -54,58 +58,38 @@ struct Family {
                 for (int i = 0; i < N; ++i) EACH_LANE { columns[i][j][l] *= inverse[l]; m[i][j][l] = columns[i][j][l] + EPS; }
             }
         }
-        if constexpr (EPS != 0) return row_step(rows[0]);
-        for (int i = 0; i < N; ++i) {
-            T top[LANES], sum[LANES] = {}, inverse[LANES];
-            EACH_LANE top[l] = m[i][0][l];
-            for (int j = 1; j < N; ++j) EACH_LANE top[l] = std::max(top[l], m[i][j][l]);
-            for (int j = 0; j < N; ++j) EACH_LANE { m[i][j][l] = exp_negative(m[i][j][l] - top[l]); sum[l] += m[i][j][l]; }
-            EACH_LANE inverse[l] = 1 / sum[l];
-            for (int j = 0; j < N; ++j) EACH_LANE m[i][j][l] *= inverse[l];
-        }
+        if constexpr (EPS != 0) return step<false>(rows[0]);
+        for (int i = 0; i < N; ++i) softmax(m[i]);
     }
 
     // One more round by multiplication. `sums` receives the column sums, then the row sums, [2][N][LANES]; null where nobody asks.
     void round(T* sums) {
-        for (int j = 0; j < N; ++j) {
-            T sum[LANES] = {}, inverse[LANES];
-            for (int i = 0; i < N; ++i) EACH_LANE sum[l] += m[i][j][l];
-            plus_eps(sum);
-            EACH_LANE inverse[l] = 1 / sum[l];
-            for (int i = 0; i < N; ++i) EACH_LANE m[i][j][l] *= inverse[l];
-            if (sums) std::memcpy(sums + j * LANES, sum, sizeof sum);
-        }
-        row_step(sums ? sums + N * LANES : nullptr);
+        step<true>(sums);
+        step<false>(sums ? sums + N * LANES : nullptr);
     }
 
-    void row_step(T* sums) {
-        for (int i = 0; i < N; ++i) {
+    template <bool COLUMN>
+    void step(T* sums) {
+        for (int line = 0; line < N; ++line) {
             T sum[LANES] = {}, inverse[LANES];
-            for (int j = 0; j < N; ++j) EACH_LANE sum[l] += m[i][j][l];
-            plus_eps(sum);
+            for (int k = 0; k < N; ++k) EACH_LANE sum[l] += entry<COLUMN>(m, line, k)[l];
+            if constexpr (EPS != 0) EACH_LANE sum[l] += EPS;
             EACH_LANE inverse[l] = 1 / sum[l];
-            for (int j = 0; j < N; ++j) EACH_LANE m[i][j][l] *= inverse[l];
-            if (sums) std::memcpy(sums + i * LANES, sum, sizeof sum);
+            for (int k = 0; k < N; ++k) EACH_LANE entry<COLUMN>(m, line, k)[l] *= inverse[l];
+            if (sums) std::memcpy(sums + line * LANES, sum, sizeof sum);
         }
     }
 
-    // The adjoint of one round: g = (g' - <g', m'>) / sum, and m = m' sum, rows first, then columns.
-    void round_back(T (&g)[N][N][LANES], const T* sums) {
-        for (int i = 0; i < N; ++i) {
+    // The adjoint of one step: g = (g' - <g', m'>) / sum, and m = m' sum.
+    template <bool COLUMN>
+    void step_back(T (&g)[N][N][LANES], const T* sums) {
+        for (int line = 0; line < N; ++line) {
             T sum[LANES], inverse[LANES], dot[LANES] = {};
-            std::memcpy(sum, sums + (N + i) * LANES, sizeof sum);
-            for (int j = 0; j < N; ++j) EACH_LANE dot[l] += g[i][j][l] * m[i][j][l];
+            std::memcpy(sum, sums + line * LANES, sizeof sum);
+            for (int k = 0; k < N; ++k) EACH_LANE dot[l] += entry<COLUMN>(g, line, k)[l] * entry<COLUMN>(m, line, k)[l];
             EACH_LANE inverse[l] = 1 / sum[l];
-            for (int j = 0; j < N; ++j) EACH_LANE g[i][j][l] = (g[i][j][l] - dot[l]) * inverse[l];
-            for (int j = 0; j < N; ++j) EACH_LANE m[i][j][l] *= sum[l];
-        }
-        for (int j = 0; j < N; ++j) {
-            T sum[LANES], inverse[LANES], dot[LANES] = {};
-            std::memcpy(sum, sums + j * LANES, sizeof sum);
-            for (int i = 0; i < N; ++i) EACH_LANE dot[l] += g[i][j][l] * m[i][j][l];
-            EACH_LANE inverse[l] = 1 / sum[l];
-            for (int i = 0; i < N; ++i) EACH_LANE g[i][j][l] = (g[i][j][l] - dot[l]) * inverse[l];
-            for (int i = 0; i < N; ++i) EACH_LANE m[i][j][l] *= sum[l];
+            for (int k = 0; k < N; ++k) EACH_LANE entry<COLUMN>(g, line, k)[l] = (entry<COLUMN>(g, line, k)[l] - dot[l]) * inverse[l];
+            for (int k = 0; k < N; ++k) EACH_LANE entry<COLUMN>(m, line, k)[l] *= sum[l];
         }
     }
 

@@ -21,6 +21,13 @@ inline Real sigmoid(Real x) {
     return (x < 0 ? e : Real(1)) / (1 + e);
 }
 
+// The next chunk of a token's rows [ROWS, C] while one is worked on: rows of a tile are too many for the machine to follow by itself.
+template <int ROWS, typename T>
+inline void prefetch(const T* rows, int64_t token, int64_t C, int64_t first) {
+    for (int row = 0; row < ROWS; ++row)
+        for (int64_t c = first; c < std::min(first + CHUNK, C); c += 64 / sizeof(T)) __builtin_prefetch(rows + (token * ROWS + row) * C + c);
+}
+
 struct Site {
     const Real *phi, *bias, *scale;  // [N C, K], [K], [3]
     Real eps;
@@ -65,10 +72,7 @@ struct Forward {
         const Scratch packed(READ ? chunks(C) * P * K * CHUNK : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if constexpr (READ) {
-#pragma omp for schedule(static)
-                for (int64_t chunk = 0; chunk < chunks(C); ++chunk) pack<P>(site.phi, C, chunk * CHUNK, packed.at(chunk * P * K * CHUNK));
-            }
+            if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < tiles; ++tile) one<IN, MIX, READ>(tile * TILE, packed.at(0));
         }
@@ -86,7 +90,8 @@ struct Forward {
                 const int64_t token = first + t;
                 if constexpr (MIX) {
                     const Weights<IN> weights(res + token * N * N, post + token * N);
-                    ahead<IN>(token, c0 + CHUNK);
+                    prefetch<IN>(streams, token, C, c0 + CHUNK);
+                    prefetch<1>(branch, token, C, c0 + CHUNK);
                     for (int64_t c = 0; c < CHUNK; c += WIDTH) {
                         const int64_t rest = C - c0 - c;
                         Vec x[IN], mixed[N];
@@ -103,7 +108,7 @@ struct Forward {
                             keep(load(streams + (token * IN + i) * C + c0 + c, C - c0 - c), values[t][i] + c, squares[t]);
                 }
             }
-            if constexpr (READ) project<P>(values, packed + c0 / CHUNK * P * K * CHUNK, products);
+            if constexpr (READ) project<P>(values, packed + c0 * P * K, products);
         }
         if constexpr (READ) {
             coefficients<P>(first, count, squares, products);
@@ -112,13 +117,6 @@ struct Forward {
     }
 
   private:
-    template <int IN>
-    void ahead(int64_t token, int64_t c) const {
-        const int64_t count = std::min<int64_t>(CHUNK, C - c);
-        for (int l = 0; l < IN; ++l) prefetch(streams + (token * IN + l) * C + c, count);
-        prefetch(branch + token * C + c, count);
-    }
-
     static void keep(Vec value, Real* to, Vec& square) {
         store(to, value);
         square += value * value;

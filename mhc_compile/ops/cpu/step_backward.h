@@ -34,10 +34,7 @@ struct Backward {
         const Scratch history(threads * scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if constexpr (READ) {
-#pragma omp for schedule(static)
-                for (int64_t chunk = 0; chunk < chunks(C); ++chunk) pack<P>(site.phi, C, chunk * CHUNK, packed.at(chunk * P * K * CHUNK));
-            }
+            if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
 #pragma omp for schedule(static)
             for (int64_t thread = 0; thread < threads; ++thread) {
                 Real* mine = partial.at(thread * sums);
@@ -81,14 +78,14 @@ struct Backward {
             alignas(64) Real values[TILE][P][CHUNK];  // X'
             if constexpr (READ) {
                 if (count < TILE) std::memset(values, 0, sizeof values);
-                spread<P>(scaled, packed + c0 / CHUNK * P * K * CHUNK, grads);
+                spread<P>(scaled, packed + c0 * P * K, grads);
             }
             for (int64_t t = 0; t < count; ++t) {
                 const int64_t token = first + t;
                 if constexpr (MIX) mixed<IN, READ>(token, c0, radial[t], grads[t], values[t], dots[t]);
                 else read<IN>(token, c0, radial[t], grads[t], values[t]);
             }
-            if constexpr (READ) gather<P>(scaled, values, mine + c0 / CHUNK * P * K * CHUNK);
+            if constexpr (READ) gather<P>(scaled, values, mine + c0 * P * K);
         }
         if constexpr (MIX) {
             for (int64_t t = 0; t < count; ++t) {
@@ -165,18 +162,12 @@ struct Backward {
         }
     }
 
-    template <int IN>
-    void ahead(int64_t token, int64_t c) const {
-        const int64_t count = std::min<int64_t>(CHUNK, C - c);
-        for (int l = 0; l < IN; ++l) prefetch(streams + (token * IN + l) * C + c, count);
-        for (int i = 0; i < N && grad_out; ++i) prefetch(grad_out + (token * N + i) * C + c, count);
-        prefetch(branch + token * C + c, count);
-    }
-
     template <int IN, bool READ>
     void mixed(int64_t token, int64_t c0, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
         const Weights<IN> weights(res + token * N * N, post + token * N);
-        ahead<IN>(token, c0 + CHUNK);
+        prefetch<IN>(streams, token, C, c0 + CHUNK);
+        prefetch<1>(branch, token, C, c0 + CHUNK);
+        if (grad_out) prefetch<N>(grad_out, token, C, c0 + CHUNK);
         Vec sums[N][IN + 1];
         for (int i = 0; i < N; ++i)
             for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];

@@ -101,13 +101,6 @@ inline Real sum(Wide value) {
     }
 }
 
-// The next lines of a row while this one is worked on: rows of a tile are too many for the machine to follow by itself.
-template <typename T>
-inline void prefetch(const T* from, int64_t count) {
-    constexpr int64_t LINE = 64 / sizeof(T);
-    for (int64_t at = 0; at < count; at += LINE) __builtin_prefetch(from + at);
-}
-
 // Scratch memory that starts at a cache line.
 class Scratch {
   public:

@@ -47,5 +47,4 @@ def takes(streams: torch.dtype, branch: torch.dtype | None = None, mapping: str 
 
 
 if available():
-    from ._sites import read, read_backward, step, step_backward
-    from ._updates import close, close_backward, update, update_backward
+    from .operators import close, close_backward, read, read_backward, step, step_backward, update, update_backward

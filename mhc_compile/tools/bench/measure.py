@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile import __version__, ops
-from mhc_compile._torch import compile_with_inductor, isolated_compile
-from mhc_compile._torch.benchmarking import silence_inductor, warm_up
+from mhc_compile._torch import compile_with_inductor, isolated_compile, show_compiler_errors_only
+from mhc_compile._torch.benchmarking import warm_up
 from mhc_compile.reporting.conditions import load_average, machine_conditions
 from mhc_compile.tools.bench.candidates import LIMIT, PLAIN, choose
 from mhc_compile.tools.bench.limit import Limit, in_step, moved
@@ -62,7 +62,7 @@ def run(
     """
     candidates, limit = choose(only)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|hyper_connections|liger_kernel|tile_kernels)\.")
-    silence_inductor()
+    show_compiler_errors_only(inductor=True)
     before = load_average()
     progress.phase("loading the compiler")
     warm_up()

@@ -1,0 +1,186 @@
+"""The operators on CPU: one C++ kernel each, forward and backward.
+
+A fused operator is one pass over the streams: a tile of 16 tokens stays in the cache while its new
+streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
+forward and 15 C backward, the least that the formula allows. Semantics, shapes, and the
+compositions that run for other dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
+
+The eager form of Sinkhorn is some 90 small operations, each with an OpenMP barrier. Its kernel
+reads the logits once and writes the matrices once, a token in each lane of a vector.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.config.coefficient_spec import Convention, parse
+from mhc_compile.mappings import columns
+from mhc_compile.mappings import sinkhorn as eager
+from mhc_compile.ops import fused_reference as fused
+from mhc_compile.ops import reference
+from mhc_compile.ops.cpu.build import call, library, threads_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
+#: Mappings that have a header of their name in this folder.
+MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
+_REALS = {torch.float32: "float", torch.float64: "double"}
+#: C++ types of streams and branch, and of what is computed.
+_TYPES = {
+    (torch.float32, torch.float32): ("float", "float", "float"),
+    (torch.float32, torch.bfloat16): ("float", "mhc::Bfloat16", "float"),
+    (torch.bfloat16, torch.bfloat16): ("mhc::Bfloat16", "mhc::Bfloat16", "float"),
+    (torch.bfloat16, torch.float32): ("mhc::Bfloat16", "float", "float"),
+    (torch.float64, torch.float64): ("double", "double", "double"),
+}
+#: Tensors that a kernel takes in the dtype of the streams. The branch has its own; all others are
+#: what is computed.
+_AS_STREAMS = ("streams", "grad", "grad_streams", "grad_h")
+_LARGEST = 8
+#: A library that was built for dtypes and a number of streams, whatever its mapping.
+_BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
+#: Held while a library is built: the thread of `prepare` and a first call may want the same one.
+_BUILDING = threading.Lock()
+
+
+def _definitions(convention: Convention) -> dict[str, str | int]:
+    """Return the macros that tell one convention's coefficients from another's."""
+    # Settings that other mappings ignore make no new library.
+    sinkhorn = convention if convention.mapping == "sinkhorn" else Convention()
+    return {
+        "PRE_EPS": repr(convention.pre_eps),
+        "POST_RANGE": repr(float(convention.post_range)),
+        "POST_EPS": repr(convention.post_eps),
+        "SINKHORN_EPS": repr(sinkhorn.sinkhorn_eps),
+        "LAST_COLUMNS": int(sinkhorn.last == "columns"),
+    }
+
+
+def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None) -> Any:
+    """Return the library for a convention; with None any that is built, for kernels without one."""
+    types = _TYPES.get((streams, branch))
+    if types is None or not 1 <= n <= _LARGEST:
+        return None
+    if mapping is None:
+        mapping = "sinkhorn"
+        with _BUILDING:
+            if (streams, branch, n) in _BUILT:
+                return _BUILT[streams, branch, n]
+    convention = parse(mapping)
+    if convention.mapping not in MAPPINGS or columns(convention.mapping, n) is None:
+        return None
+    store, other, compute = types
+    headers = tuple(header.format(mapping=convention.mapping) for header in _HEADERS)
+    with _BUILDING:
+        built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **_definitions(convention))
+        if built is not None:
+            _BUILT.setdefault((streams, branch, n), built)
+    return built
+
+
+def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, mapping: str | None = None) -> bool:
+    """Return whether a kernel for these dtypes, n streams and this convention can be built here.
+
+    Without a mapping: a kernel that depends on none.
+    """
+    return _library(streams, branch or streams, n, mapping) is not None
+
+
+def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> threading.Thread | None:
+    """Build the kernels in a thread while the caller traces, which takes longer than the compiler.
+
+    Returns the thread, None where there is nothing to build.
+    """
+    if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST or parse(mapping).mapping not in MAPPINGS:
+        return None
+    thread = threading.Thread(target=_build, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
+    thread.start()
+    return thread
+
+
+def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> None:
+    try:
+        _library(streams, branch, n, mapping)
+    except Exception:  # the call that needs the library builds it again, and raises where a user sees it
+        log.debug("building the kernels ahead failed", exc_info=True)
+
+
+def _kernel(module: Any, name: str) -> Callable[..., Any]:
+    """Return an operator on CPU: its kernel, or where there is none the composition in `module`.
+
+    A kernel takes the tensors of the composition in the same order, then the results. A backward
+    has the forward's tensors as results.
+    """
+    names = tuple(inspect.signature(getattr(module, name)).parameters)
+    inputs = tuple(inspect.signature(getattr(module, name.removesuffix("_backward"))).parameters)
+
+    def run(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        streams: Tensor = given["streams"]
+        store, other = streams.dtype, given.get("branch", streams).dtype
+        n = given["post"].shape[-1] if "post" in given else given["n"]
+        built = _library(store, other, n, given.get("mapping"))
+        if built is None or not streams.numel():
+            return reference.dense(getattr(module, name))(*args)
+        compute = reference.compute_dtype(streams)
+        dtypes = {**dict.fromkeys(_AS_STREAMS, store), "branch": other}
+        tensors: dict[str, Any] = {
+            key: None if value is None else value.to(dtypes.get(key, compute)).contiguous()
+            for key, value in given.items()
+            if value is None or isinstance(value, Tensor)
+        }
+        likes = [key for key in inputs if key in tensors] if name.endswith("_backward") else []
+        outs = [torch.empty_like(tensors[key]) for key in likes]
+        if not likes:
+            outs = fused.empty_results(name, streams, n, given.get("phi"))
+        tokens = streams.shape[:-2].numel()
+        sizes = (tokens, streams.shape[-1], streams.shape[-2], given.get("iterations", 1), threads_for(tokens))
+        call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
+        if likes:
+            return tuple(out.to(given[key].dtype) for key, out in zip(likes, outs, strict=True))
+        return tuple(outs) if len(outs) > 1 else outs[0]
+
+    return run
+
+
+read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
+step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
+close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
+update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
+
+
+def _sinkhorn(direction: str, logits: Tensor, iterations: int, eps: float, *grads: Tensor) -> Tensor | None:
+    n = logits.shape[-1]
+    if not logits.numel() or logits.dtype not in _REALS or not 1 <= n <= _LARGEST:
+        return None
+    macros = {"COMPUTE": _REALS[logits.dtype], "STREAMS": n, "SINKHORN_EPS": repr(eps), "LAST_COLUMNS": 0}
+    built = library(("lanes.h", "sinkhorn.h", "alone.h"), **macros)
+    if built is None:
+        return None
+    tensors = [tensor.to(logits.dtype).contiguous() for tensor in (*grads, logits)]
+    out = torch.empty_like(tensors[-1])
+    tokens = logits.numel() // (n * n)
+    call(getattr(built, f"mapping_{direction}"), (*tensors, out), (tokens, iterations, threads_for(tokens)))
+    return out
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn` for CPU tensors [..., n, n]."""
+    out = _sinkhorn("forward", logits, iterations, eps)
+    return eager.sinkhorn(logits, iterations, eps).contiguous() if out is None else out
+
+
+def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Compute `mhc_compile.mappings.sinkhorn.sinkhorn_backward` for CPU tensors [..., n, n]."""
+    out = _sinkhorn("backward", logits, iterations, eps, grad)
+    return eager.sinkhorn_backward(grad, logits, iterations, eps).contiguous() if out is None else out
