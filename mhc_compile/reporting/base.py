@@ -15,14 +15,21 @@ a result has its renderer wherever its class can be imported, also after unpickl
 
 from __future__ import annotations
 
+import io
 import math
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.reporting.html import html_of
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import RenderableType
+
+_HTML = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
 
 
 @singledispatch
@@ -51,8 +58,25 @@ class Renderable:
         return render(self)
 
     def _repr_html_(self) -> str:
-        """Return the same text as HTML, for a notebook."""
-        return html_of(self)
+        """Return the same text as HTML with inline colours, for a notebook."""
+        console = Console(record=True, file=io.StringIO(), width=110, highlight=False)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format=_HTML)
+
+
+def fact_table(rows: Iterable[tuple[str, str]], style: str = "dim") -> Table:
+    """Return a table of names, in `style`, and texts, without the rows whose text is empty."""
+    columns = Column(style=style, no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, box=None, show_header=False, padding=(0, 1, 0, 0))
+    for name, text in rows:
+        if text:  # as Text: in a string, rich reads the brackets of a shape as a style
+            table.add_row(name, Text(text))
+    return table
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 graph", "2 graphs"."""
+    return f"{number} {noun}{'s'[: number != 1]}"
 
 
 def finite(value: Any) -> Any:
