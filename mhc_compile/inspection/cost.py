@@ -28,21 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of sites per token and forward pass.
+    """Cost of sites per token and forward pass."""
 
-    Attributes:
-        parameters: new parameters (per model, not per token).
-        flops: added floating-point operations.
-        bytes_lowered: bytes moved by the site as it is lowered now, estimated.
-        bytes_floor: bytes that any implementation must move.
-        bytes_plain: bytes that the plain residual add moves.
-    """
-
-    parameters: int = 0
-    flops: int = 0
-    bytes_lowered: int = 0
-    bytes_floor: int = 0
-    bytes_plain: int = 0
+    parameters: int = 0  #: new parameters (per model, not per token)
+    flops: int = 0  #: added floating-point operations
+    bytes_lowered: int = 0  #: bytes moved by the site as it is lowered now, estimated
+    bytes_floor: int = 0  #: bytes that any implementation must move
+    bytes_plain: int = 0  #: bytes that the plain residual add moves
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -55,17 +47,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one forward pass over all tokens.
+    """Work of one forward pass over all tokens."""
 
-    Attributes:
-        flops: floating-point operations of matrix products, convolutions and attention.
-        activations: elements of activations that are read and written; grows with the tokens.
-        weights: elements of weights that are read; the same for any number of tokens.
-    """
-
-    flops: int = 0
-    activations: int = 0
-    weights: int = 0
+    flops: int = 0  #: floating-point operations of matrix products, convolutions and attention
+    activations: int = 0  #: elements of activations that are read and written; grows with the tokens
+    weights: int = 0  #: elements of weights that are read; the same for any number of tokens
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.activations + other.activations, self.weights + other.weights)

@@ -34,23 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak figures of one machine.
+    """Peak figures of one machine."""
 
-    Attributes:
-        name: product name.
-        dtype: of operands, activations and weights.
-        itemsize: bytes of one element.
-        flops: floating-point operations of dense matrix products per second.
-        bandwidth: bytes per second.
-        source: origin of the figures.
-    """
-
-    name: str
-    dtype: str
-    itemsize: int
-    flops: float
-    bandwidth: float
-    source: str
+    name: str  #: product name
+    dtype: str  #: of operands, activations and weights
+    itemsize: int  #: bytes of one element
+    flops: float  #: floating-point operations of dense matrix products per second
+    bandwidth: float  #: bytes per second
+    source: str  #: origin of the figures
 
     def seconds(self, work: Work, *, weights: bool = True) -> float:
         """Return the time of a forward pass, with or without the time to read the weights."""
@@ -71,19 +62,12 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Overhead:
-    """Estimated overhead on one machine, as shares of the plain step: 0.05 is 5 % more time.
-
-    Attributes:
-        machine: the machine.
-        here: with the tokens of the example inputs, which share the reading of the weights.
-        many_tokens: with so many tokens per pass that reading the weights is negligible.
-        floor: like `many_tokens`, if a site were one kernel that moves no more bytes than it must.
-    """
+    """Estimated overhead on one machine, as shares of the plain step: 0.05 is 5 % more time."""
 
     machine: Machine
-    here: float
-    many_tokens: float
-    floor: float
+    here: float  #: with the tokens of the example inputs, which share the reading of the weights
+    many_tokens: float  #: with so many tokens per pass that reading the weights is negligible
+    floor: float  #: like `many_tokens`, if a site were one kernel that moves no more bytes than it must
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON data, without the infinite figures of a limit."""

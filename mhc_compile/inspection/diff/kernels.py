@@ -44,37 +44,22 @@ _LAUNCH = re.compile(
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch.
-
-    Attributes:
-        phase: forward or backward.
-        kind: its origin.
-        name: Inductor's name without its number: "cpp_fused_native_layer_norm",
-            "extern_kernels.addmm", "mhc.step".
-        operations: ATen names of the operations fused in it.
-        nodes: the graph nodes that it computes.
-    """
+    """One launch."""
 
     phase: Phase
     kind: Kind
-    name: str
-    operations: tuple[str, ...]
-    nodes: tuple[str, ...]
+    name: str  #: Inductor's, without its number: "cpp_fused_native_layer_norm", "extern_kernels.addmm", "mhc.step"
+    operations: tuple[str, ...]  #: ATen names of the operations fused in it
+    nodes: tuple[str, ...]  #: the graph nodes that it computes
 
 
 @dataclass(frozen=True)
 class KernelDiff(Renderable):
-    """Launches of one forward pass and its backward pass, if it has one, plain and rewritten.
+    """Launches of one forward pass and its backward pass, if it has one, plain and rewritten."""
 
-    Attributes:
-        model: class name.
-        before: of the plain model, in order.
-        after: of the rewritten one.
-    """
-
-    model: str
-    before: tuple[Kernel, ...]
-    after: tuple[Kernel, ...]
+    model: str  #: class name
+    before: tuple[Kernel, ...]  #: of the plain model, in order
+    after: tuple[Kernel, ...]  #: of the rewritten one
 
     def counts(self, phase: Phase) -> dict[Kind, tuple[int, int]]:
         """Return the number of launches before and after, by kind."""

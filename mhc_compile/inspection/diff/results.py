@@ -25,37 +25,20 @@ Role = Literal["", "site", "skipped", "stream"]
 
 @dataclass(frozen=True)
 class NodeView:
-    """One node of a graph, without tensors or references to the model.
+    """One node of a graph, without tensors or references to the model."""
 
-    Attributes:
-        name: unique in its graph. A parameter has its path below the model, an input the name in
-            the model's signature.
-        op: kind of node.
-        target: the operation: "torch.nn.functional.linear", "aten.add.Tensor", ".view",
-            "mhc.update"; "" for inputs and the output.
-        template: its arguments, with {} for every operand: "{}, {}, alpha=2".
-        reads: names of its operands, in the order of the template.
-        value: dtype and shape, "float32[2, 8, 64]"; several in parentheses; "" without a tensor.
-        module: path of the innermost module call that contains it; "" is the model itself.
-        kind: class of that module.
-        source: `file:line` in the model's code, "" if the tracer did not record it.
-        role: see `Role`.
-        site: path of its hyper-connection, or "".
-        reason: code of the reason why an add is skipped, or "".
-    """
-
-    name: str
+    name: str  #: unique in its graph; of a parameter, its path; of an input, its name in the model's signature
     op: Operation
-    target: str
-    template: str
-    reads: tuple[str, ...]
-    value: str
-    module: str
-    kind: str
-    source: str
+    target: str  #: the operation: "aten.add.Tensor", ".view", "mhc.update"; "" for inputs and the output
+    template: str  #: its arguments, with {} for every operand: "{}, {}, alpha=2"
+    reads: tuple[str, ...]  #: names of its operands, in the order of the template
+    value: str  #: dtype and shape, "float32[2, 8, 64]"; several in parentheses; "" without a tensor
+    module: str  #: path of the innermost module call that contains it; "" is the model itself
+    kind: str  #: class of that module
+    source: str  #: `file:line` in the model's code, "" if the tracer did not record it
     role: Role
-    site: str
-    reason: str
+    site: str  #: path of its hyper-connection, or ""
+    reason: str  #: code of the reason why an add is skipped, or ""
 
     @property
     def arguments(self) -> str:
@@ -113,20 +96,12 @@ class Row:
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """One graph before and after.
+    """One graph before and after."""
 
-    Attributes:
-        modules: paths of the modules that run it; several for equivalent blocks. ("",) is the
-            model itself.
-        rows: its nodes, aligned.
-        chains: the chains of the plan.
-        rejections: the adds that the plan skips.
-    """
-
-    modules: tuple[str, ...]
-    rows: tuple[Row, ...]
-    chains: tuple[ChainReport, ...]
-    rejections: tuple[RejectionReport, ...]
+    modules: tuple[str, ...]  #: paths of the modules that run it; several for equivalent blocks; "" is the model
+    rows: tuple[Row, ...]  #: its nodes, aligned
+    chains: tuple[ChainReport, ...]  #: of the plan
+    rejections: tuple[RejectionReport, ...]  #: the adds that the plan skips
 
     @property
     def changes(self) -> Counter[Change]:

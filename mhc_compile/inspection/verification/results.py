@@ -12,33 +12,26 @@ from mhc_compile.reporting.base import Renderable, finite
 class Difference:
     """One tensor, in the plain model and in the rewritten one.
 
-    Attributes:
-        group: "outputs", "written inputs", "buffers", "gradients", "input gradients", or one of
-            these with the prefix of a further comparison ("live: gradients").
-        name: path of the parameter or buffer, or of the value in the inputs or outputs.
-        shape: its shape.
-        dtype: its dtype, without "torch.".
-        magnitude: largest absolute entry in the plain model.
-        absolute: largest absolute error.
-        relative: `absolute` over `magnitude`, or over the floor of the group if that is larger. inf
-            where one side lacks the value, has another shape or dtype, or is not finite elsewhere.
-        allowed: largest `relative` that is ok.
-        floored: the magnitude is below the floor, so that the tensor may be rounding noise of the
-            group. (Below 1e-5 of the largest entry of the group, or the tolerance if that is less,
-            it is; then the largest entry is its magnitude.)
-        excused: `relative` exceeds the tolerance, and the plain model rounds as much: compared with
-            the model in a wider dtype, the rewritten one errs at most 4 times as much as the plain
-            one, or as the median of the plain one's group.
+    `group` is "outputs", "written inputs", "buffers", "gradients", "input gradients", or one of
+    these with the prefix of a further comparison ("live: gradients"). `relative` is `absolute` over
+    `magnitude`, or over the floor of the group if that is larger; inf where one side lacks the
+    value, has another shape or dtype, or is not finite elsewhere.
+
+    `floored`: the magnitude is below the floor, so that the tensor may be rounding noise of the
+    group. (Below 1e-5 of the largest entry of the group, or the tolerance if that is less, it is;
+    then the largest entry is its magnitude.) `excused`: `relative` exceeds the tolerance, and the
+    plain model rounds as much: compared with the model in a wider dtype, the rewritten one errs at
+    most 4 times as much as the plain one, or as the median of the plain one's group.
     """
 
     group: str
-    name: str
+    name: str  #: path of the parameter or buffer, or of the value in the inputs or outputs
     shape: tuple[int, ...]
-    dtype: str
-    magnitude: float
-    absolute: float
+    dtype: str  #: without "torch."
+    magnitude: float  #: largest absolute entry in the plain model
+    absolute: float  #: largest absolute error
     relative: float
-    allowed: float
+    allowed: float  #: largest `relative` that is ok
     floored: bool = False
     excused: bool = False
 
