@@ -22,7 +22,7 @@ import torch
 from mhc_compile import _torch
 from mhc_compile.capture.tensor_tree import tensors
 from mhc_compile.inspection.cost import Work
-from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name
+from mhc_compile.passes.analysis.op_info import example_value, is_contraction, is_region, is_view, op_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,14 +83,13 @@ def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
         added: work of the sites beyond the plain adds, as they are lowered now.
         floor: the same at the floor of bytes.
     """
-    found = []
-    for machine in MACHINES:
-        shares = []
-        for more, weights in ((added, True), (added, False), (floor, False)):
-            whole = machine.seconds(plain, weights=weights)
-            shares.append(machine.seconds(more, weights=weights) / whole if whole else 0.0)
-        found.append(Overhead(machine, *shares))
-    return tuple(found)
+
+    def share(machine: Machine, more: Work, weights: bool) -> float:
+        whole = machine.seconds(plain, weights=weights)
+        return machine.seconds(more, weights=weights) / whole if whole else 0.0
+
+    columns = ((added, True), (added, False), (floor, False))
+    return tuple(Overhead(machine, *(share(machine, *column) for column in columns)) for machine in MACHINES)
 
 
 def plain_flops(graph_module: GraphModule) -> int | None:
@@ -98,7 +97,7 @@ def plain_flops(graph_module: GraphModule) -> int | None:
 
     None if an operation cannot run on them.
     """
-    inputs = [_example_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = [example_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
     counter = _torch.flop_counter()
     try:
@@ -117,8 +116,10 @@ def traffic(graph: Graph, holds_weights: Callable[[Node], bool]) -> Work:
     a buffer.
     """
     count = _Count(graph, holds_weights)
-    moved = count.moved + sum(_elements(node) for _, node in count.reads) + sum(map(_elements, count.writes))
-    return Work(0, moved, sum(map(_elements, count.weights)))
+    # The results of products are counted already.
+    writes = count.writes - count.inputs - count.products - count.fixed
+    moved = count.moved + sum(_elements(node) for _, node in count.reads) + sum(map(_elements, writes))
+    return Work(0, moved, sum(map(_elements, count.weights & count.inputs)))
 
 
 class _Count:
@@ -154,8 +155,7 @@ class _Count:
             if self.holds_weights(node):
                 self.fixed.add(node)
         elif node.op == "output":
-            for source in sources:
-                self._write(source)
+            self.writes.update(sources)
         elif sources and is_view(node) and not is_contraction(node):
             self.seen[node] = sources[0]
         else:
@@ -168,9 +168,9 @@ class _Count:
     def _product(self, node: Node, operands: dict[Node, Node]) -> None:
         for operand, source in operands.items():
             if source in self.fixed:
-                self._read_weight(source)
+                self.weights.add(source)
             else:
-                self._write(source)
+                self.writes.add(source)
                 # A view may be of a part of its source, or repeat it.
                 self.moved += min(_elements(operand), _elements(source))
         self.moved += _elements(node)
@@ -186,26 +186,13 @@ class _Count:
                 if op_name(node) == "embedding":
                     self.moved += _elements(node)  # the rows that are looked up
                 else:
-                    self._read_weight(source)
+                    self.weights.add(source)
             elif source in self.inputs or source in self.products or self.depth[source] != kernel:
-                self._write(source)
+                self.writes.add(source)
                 self.reads.add((kernel, source))
-
-    def _read_weight(self, source: Node) -> None:
-        if source in self.inputs:
-            self.weights.add(source)
-
-    def _write(self, source: Node) -> None:
-        """Note that a value leaves its kernel. The results of products are counted already."""
-        if source not in self.inputs and source not in self.products and source not in self.fixed:
-            self.writes.add(source)
-
-
-def _example_value(node: Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _elements(node: Node) -> int:
     """Return the number of elements of all floating-point tensors in the value of `node`."""
-    found = tensors(_example_value(node), "")
+    found = tensors(example_value(node), "")
     return sum(_torch.example_size(value.numel()) for _, value in found if value.is_floating_point())

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mhc_compile.inspection.diff.results import NodeView
-from mhc_compile.passes.analysis.op_info import leaf_module
+from mhc_compile.passes.analysis.op_info import example_value, leaf_module
 from mhc_compile.passes.analysis.provenance import source_line
 from mhc_compile.passes.planning.graph_boundary import ARRIVAL, BranchInput
 
@@ -79,7 +79,7 @@ class _Viewer:
             target=_target(node),
             template=template,
             reads=tuple(self.names[operand] for operand in reads),
-            value=_value(node.meta.get("example_value", node.meta.get("val"))),
+            value=_value(example_value(node)),
             module=self._below(stack[-1].path) if stack else self.prefix,
             kind=stack[-1].kind if stack else "",
             source=source_line(node),

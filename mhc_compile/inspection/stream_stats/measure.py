@@ -20,9 +20,9 @@ from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
+from mhc_compile.inspection.random_state import kept_random_state
 from mhc_compile.inspection.stream_stats.recorder import Recording, address, has_sites, recorder
 from mhc_compile.inspection.stream_stats.results import Stability
-from mhc_compile.inspection.verification.comparison import kept_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

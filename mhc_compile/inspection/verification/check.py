@@ -17,15 +17,14 @@ from mhc_compile import _torch
 from mhc_compile.capture.tensor_tree import cast, fresh, map_tensors, tensors
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError, warn
+from mhc_compile.inspection.random_state import kept_random_state, set_seed
 from mhc_compile.inspection.verification.comparison import (
     TOLERANCES,
     RunRecord,
     differences,
-    kept_random_state,
     live_sites,
     randomize,
     record_run,
-    set_seed,
 )
 from mhc_compile.inspection.verification.results import CheckResult, Difference, OtherBatch, Seconds
 from mhc_compile.inspection.verification.runners import Run, runner_of
