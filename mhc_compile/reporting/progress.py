@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
     from rich.progress import TaskID
 
@@ -40,9 +38,7 @@ class Silent(AbstractContextManager["Silent"]):
     def advance(self, text: str = "", *, done: int | None = None) -> None:
         """Report `done` units as done, by default one more; `text` follows the name of the work."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the display."""
 
 
@@ -107,9 +103,7 @@ class Bars(Silent):
         self._progress.update(self._task, description=f"{self._name} {text}".rstrip(), **step)
         self._progress.refresh()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the bar and restore the cursor."""
         self._progress.stop()
 

@@ -169,42 +169,32 @@ function redraw() {
 }
 
 document.addEventListener('keydown', event => {
-  if (!state.model) return undefined;
-  if (event.key === 'Escape') return clear();
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return undefined;
-  const action = keys[event.key];
-  if (!action) return undefined;
+  if (!state.model) return;
+  if (event.key === 'Escape') clear();
+  const typing = event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName);
+  if (typing || !keys[event.key]) return;
   event.preventDefault();
-  return action();
+  keys[event.key]();
 });
 
 document.addEventListener('click', event => {
-  if (!state.model) return undefined;
-  const button = event.target.closest('button');
+  if (!state.model) return;
+  const {model} = state;
+  const pick = (row, side) => row && select(row, side);
   const head = event.target.closest('.head');
+  const cell = event.target.closest('.cell[data-side]');
+  const {site, rejection, name, side, change} = event.target.closest('button')?.dataset || {};
   if (head) {
     head.group.toggle(!head.group.open);
-    return redraw();
-  }
-  if (button && button.dataset.site !== undefined) {
-    const row = state.model.ofSite(button.dataset.site);
-    return row && select(row, 'after');
-  }
-  if (button && button.dataset.rejection !== undefined) {
-    const found = state.model.ofRejection(state.model.graph.rejections[button.dataset.rejection]);
-    return found && select(found.row, found.side);
-  }
-  if (button && button.dataset.name !== undefined) {
-    const row = state.model.row(button.dataset.side, button.dataset.name);
-    return row && select(row, button.dataset.side);
-  }
-  if (button && button.dataset.change !== undefined) {
-    const hidden = $('rows').classList.toggle(`no-${button.dataset.change}`);
-    button.setAttribute('aria-pressed', String(!hidden));
-    return redraw();
-  }
-  const cell = event.target.closest('.cell[data-side]');
-  return cell && select(state.model.rows[cell.parentElement.dataset.place], cell.dataset.side);
+    redraw();
+  } else if (site !== undefined) pick(model.ofSite(site), 'after');
+  else if (rejection !== undefined) pick(...model.ofRejection(model.graph.rejections[rejection]));
+  else if (name !== undefined) pick(model.row(side, name), side);
+  else if (change !== undefined) {
+    const hidden = $('rows').classList.toggle(`no-${change}`);
+    event.target.closest('button').setAttribute('aria-pressed', String(!hidden));
+    redraw();
+  } else if (cell) select(model.rows[cell.parentElement.dataset.place], cell.dataset.side);
 });
 
 $('search').addEventListener('submit', event => { event.preventDefault(); nextHit(1); });
