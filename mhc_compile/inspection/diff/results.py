@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.explain.results import ChainReport, RejectionReport
 
-#: Changes when a field of `ModelDiff.to_dict` changes its meaning or is removed.
-SCHEMA = "mhc-compile/diff/1"
-
 Operation = Literal["input", "parameter", "call", "output"]
 #: "site": an add that becomes a hyper-connection. "skipped": an add that does not. "stream": a node
 #: of the rewrite.
@@ -43,12 +40,10 @@ class NodeView:
     @property
     def arguments(self) -> str:
         """The arguments by name. Parameters of the node's own module lose its path: ".weight"."""
-
-        def short(name: str) -> str:
-            inside = self.module and name.startswith(f"{self.module}.")
-            return name.removeprefix(self.module) if inside else name
-
-        return self.template.format(*map(short, self.reads))
+        own = f"{self.module}." if self.module else "\0"
+        return self.template.format(
+            *(f".{name.removeprefix(own)}" if name.startswith(own) else name for name in self.reads)
+        )
 
     def __str__(self) -> str:
         if self.op == "output":
@@ -104,11 +99,6 @@ class GraphDiff:
     rejections: tuple[RejectionReport, ...]  #: the adds that the plan skips
 
     @property
-    def changes(self) -> Counter[Change]:
-        """Number of rows by kind of change."""
-        return Counter(row.change for row in self.rows)
-
-    @property
     def title(self) -> str:
         """The modules in a few words: "blocks.0 and 3 blocks like it"."""
         first, count = self.modules[0] or "the model itself", len(self.modules) - 1
@@ -117,14 +107,12 @@ class GraphDiff:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; see `ModelDiff.to_dict`."""
         sides: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-        rows = []
-        for row in self.rows:
-            places: dict[str, int | None] = {"before": None, "after": None}
-            for side, node in (("before", row.before), ("after", row.after)):
-                if node is not None:
-                    places[side] = len(sides[side])
-                    sides[side].append({**asdict(node), "text": str(node)})
-            rows.append({"change": row.change.value, **places})
+        rows: list[dict[str, Any]] = [{"change": row.change.value, "before": None, "after": None} for row in self.rows]
+        for row, entry in zip(self.rows, rows, strict=True):
+            for side, nodes in sides.items():
+                if (node := getattr(row, side)) is not None:
+                    entry[side] = len(nodes)
+                    nodes.append({**asdict(node), "text": str(node)})
         chains, rejections = ([asdict(report) for report in reports] for reports in (self.chains, self.rejections))
         return {"modules": list(self.modules), "chains": chains, "rejections": rejections, **sides, "rows": rows}
 
@@ -150,7 +138,7 @@ class ModelDiff(Renderable):
     @property
     def changes(self) -> Counter[Change]:
         """Number of rows by kind of change, in all graphs."""
-        return sum((graph.changes for graph in self.graphs), Counter())
+        return Counter(row.change for graph in self.graphs for row in graph.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON.
@@ -164,7 +152,7 @@ class ModelDiff(Renderable):
         """
         changes = self.changes
         return {
-            "schema": SCHEMA,
+            "schema": "mhc-compile/diff/1",  # changes when a field changes its meaning or is removed
             "model": self.model,
             "options": self.options.to_dict(),
             "stage": {"before": self.before, "after": self.after},

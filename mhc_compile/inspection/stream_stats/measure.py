@@ -21,7 +21,7 @@ from mhc_compile.compilation.session import analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
 from mhc_compile.inspection.random_state import kept_random_state
-from mhc_compile.inspection.stream_stats.recorder import Recording, address, has_sites, recorder
+from mhc_compile.inspection.stream_stats.recorder import Recorder, Recording, address, has_sites
 from mhc_compile.inspection.stream_stats.results import Stability
 
 if TYPE_CHECKING:
@@ -84,10 +84,8 @@ class Meter:
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stability:
         """Measure one call, `model(*args, **kwargs)`; see `stability`."""
-        paths = {
-            address(getattr(connection, connection.names[1])): path
-            for path, connection in connections(self.model).items()
-        }
+        found = connections(self.model)
+        paths = {address(getattr(connection, connection.names[1])): path for path, connection in found.items()}
         self._recording = recording = Recording(paths)
         with undisturbed(self.model):
             self._probe(*args, **kwargs)
@@ -117,24 +115,24 @@ class Meter:
         return mhc(graph_module, inputs, options=self._options)
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002
-        return recorder(graph_module, lambda: self._recording)
+        return Recorder(graph_module, lambda: self._recording).run
 
 
 def _settings(model: nn.Module) -> ResolvedOptions:
     """Return the options that fit the hyper-connections of `model`."""
+
+    def own(connection: Any) -> dict[str, Any]:
+        return {"mapping": connection.mapping, "token_dependent": connection.token_dependent}
+
     found = connections(model)
     first = next(iter(found.values()))
-    own = {
-        escape(".".join(part for part in path.split(".") if part != CONTAINER)): {
-            "mapping": one.mapping,
-            "token_dependent": one.token_dependent,
-        }
+    overrides = {
+        escape(".".join(part for part in path.split(".") if part != CONTAINER)): own(one)
         for path, one in found.items()
-        if (one.mapping, one.token_dependent) != (first.mapping, first.token_dependent)
+        if own(one) != own(first)
     }
-    names = ("preset", "streams", "mapping", "token_dependent", "single_pass", "rank", "init")
-    same = {name: getattr(first, name) for name in names}
-    return Options(**same, read_out=first.end, overrides=own).resolved
+    same = {name: getattr(first, name) for name in ("preset", "streams", "single_pass", "rank", "init")}
+    return Options(**same, **own(first), read_out=first.end, overrides=overrides).resolved
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mhc_compile.inspection.stream_stats.results import Stability
-from mhc_compile.reporting.base import render
+from mhc_compile.reporting.base import counted, render
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -31,15 +31,12 @@ _LEGEND = (
 @render.register(Stability)
 def _stability(result: Stability) -> RenderableType:
     """Render every chain, the legend of the columns, and the remarks."""
-    count = len(result.chains)
-    chains = f"{len(result.sites)} sites in {count} chain{'s'[: count != 1]}"
+    chains = f"{len(result.sites)} sites in {counted(len(result.chains), 'chain')}"
     conditions = f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {chains}"
     parts: list[RenderableType] = [Text.assemble((f"{result.model}: residual mixing over depth", "bold"), conditions)]
     for number, chain in enumerate(result.chains, start=1):
-        parts += [Text(), _chain_line(chain, f"chain {number}: " if count > 1 else ""), _Sites(chain)]
-    parts += [Text(), Text(_LEGEND, style="dim")]
-    if result.remarks:
-        parts.append(Text())
+        parts += [Text(), _chain_line(chain, f"chain {number}: " if len(result.chains) > 1 else ""), _Sites(chain)]
+    parts += [Text(), Text(_LEGEND, style="dim"), *[Text()] * bool(result.remarks)]
     parts += [Text(f"{remark}.", style="yellow") for remark in result.remarks]
     return Group(*parts)
 
@@ -67,10 +64,8 @@ def _chain_line(chain: ChainStability, name: str) -> Text:
 
 
 def _sites(chain: ChainStability, detail: int) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("site", overflow="fold")
-    for name, _ in _columns(chain.sites[0], detail):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = (Column(name, justify="right", no_wrap=True) for name, _ in _columns(chain.sites[0], detail))
+    table = Table(Column("site", overflow="fold"), *columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
     for site in chain.sites:
         table.add_row(site.name, *(cell for _, cell in _columns(site, detail)))
     return table

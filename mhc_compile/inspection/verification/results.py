@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mhc_compile.reporting.base import Renderable, finite
+from mhc_compile.reporting.base import Renderable, counted, finite
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ class CheckResult(Renderable):
                 " their parameters"
             )
         if self.recompiles:
-            graphs = f"{self.recompiles} more graph{'s'[: self.recompiles != 1]}"
-            found.append(f"further calls with the same shapes compiled {graphs}")
+            found.append(f"further calls with the same shapes compiled {counted(self.recompiles, 'more graph')}")
         return tuple(found)
 
     @property
@@ -159,9 +158,11 @@ class CheckResult(Renderable):
         grouped: dict[str, list[Difference]] = {}
         for one in self.tensors:
             grouped.setdefault(one.group, []).append(one)
-        worst = {name: max(all_, key=lambda one: (not one.ok, one.relative)) for name, all_ in grouped.items()}
         return tuple(
-            GroupSummary(name, len(all_), sum(one.ok for one in all_), worst[name]) for name, all_ in grouped.items()
+            GroupSummary(
+                name, len(all_), sum(one.ok for one in all_), max(all_, key=lambda one: (not one.ok, one.relative))
+            )
+            for name, all_ in grouped.items()
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,9 +91,8 @@ def _verdict(result: CheckResult) -> Text:
 
 def _table(title: str | None, *columns: str) -> Table:
     """Return an empty table. Columns that end with > are right-aligned; the last may be folded."""
-    table = Table(
-        title=title, box=None, padding=(0, 1, 0, 0), title_justify="left", title_style="cyan", header_style="dim"
-    )
+    looks: Any = {"title_justify": "left", "title_style": "cyan", "header_style": "dim"}
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), **looks)
     for name in columns:
         wrap: Any = {"overflow": "fold"} if name in {"tensor", "of"} else {"no_wrap": True}
         table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", **wrap)
