@@ -1,16 +1,13 @@
 """Rendering of results: a result class is data, and a module next to it registers how to print it.
 
-    results.py     @dataclass(frozen=True)
-                   class Explanation(Renderable): ...
-
+    results.py     class Explanation(Renderable): ...
     tables.py      @render.register(Explanation)
                    def _explanation(result: Explanation, *, every: bool = False) -> Group: ...
-
     __init__.py    from mhc_compile.inspection.explain import tables  # registers the renderers
 
-`tables` imports `results`, never the reverse. The `__init__` of their package imports `tables`, so
-a result has its renderer wherever its class can be imported, also after unpickling. Another medium
-(a page, a drawing) is another `singledispatch` function, declared in the module of the result.
+`tables` imports `results`, never the reverse: wherever a result's class can be imported, also after
+unpickling, it has its renderer. Another medium (a page, a drawing) is another `singledispatch`
+function, declared in the module of the result.
 """
 
 from __future__ import annotations
@@ -34,14 +31,9 @@ _HTML = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}<
 
 @singledispatch
 def render(result: object, **settings: Any) -> RenderableType:  # noqa: ARG001 - keywords of the renderers
-    """Return the text of a result for a terminal.
+    """Return the text of a result for a terminal; `settings` are keywords of its renderer.
 
-    Args:
-        result: an instance of a class with a registered renderer, or of a subclass of one.
-        **settings: keywords of that renderer, e.g. `every=True`.
-
-    Raises:
-        TypeError: no renderer is registered for the class of `result`.
+    A class without a registered renderer is a TypeError.
     """
     kind = type(result)
     raise TypeError(

@@ -1,12 +1,4 @@
-"""The progress of a long command: a spinner and a bar on a terminal, lines in a log, or nothing.
-
-with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-    progress.phase("compiling")
-    progress.count("training", total=800)
-    for step in range(800):
-        progress.advance(f"loss {loss:.3f}")
-    progress.note("plain: could not be compiled")
-"""
+"""The progress of a long command: a spinner and a bar on a terminal, lines in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Silent(AbstractContextManager["Silent"]):
-    """Shows nothing; the interface of the other displays."""
+    """Shows nothing; the interface of the other displays, to be entered as a context."""
 
     def phase(self, text: str) -> None:
         """Begin work without a known length: loading, compiling."""

@@ -44,8 +44,8 @@ class RunRecord:
     buffers: dict[str, Tensor]
     gradients: dict[str, Tensor]
     input_gradients: dict[str, Tensor]
-    parameters: frozenset[str] = frozenset()
-    written: frozenset[str] = frozenset()
+    parameters: frozenset[str]
+    written: frozenset[str]
 
 
 def record_run(
@@ -163,20 +163,15 @@ def compare(
 
 
 def _distance(got: Tensor | None, want: Tensor) -> float:
-    """Return the largest absolute error.
-
-    It is infinite if the value is missing, has another shape or dtype, or is not finite elsewhere.
-    """
+    """Return the largest absolute error: inf where value, shape, dtype or mask differ."""
     if got is None or got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     got, want = _real(got), _real(want)
     finite = torch.isfinite(want)  # a mask of -inf among the outputs must be the same mask
     if not torch.equal(got[~finite], want[~finite]):
         return float("inf")
-    if not finite.any():
-        return 0.0
-    error = (got[finite].double() - want[finite].double()).abs().max().item()
-    return error if error == error else float("inf")  # NaN: got is not finite where want is
+    errors = (got[finite].double() - want[finite].double()).abs()
+    return errors.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if errors.numel() else 0.0
 
 
 def _rounding(

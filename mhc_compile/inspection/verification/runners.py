@@ -14,6 +14,7 @@ from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
 from mhc_compile.attachment.sites import detach
 from mhc_compile.backend import mhc
+from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.eager_mode import eager
 from mhc_compile.export.rewrite import rewrite
 from mhc_compile.inspection.explain.explain import explain
@@ -31,6 +32,16 @@ class Run:
     call: Callable[..., Any]
     module: nn.Module
     graphs: int = 0
+
+    def __post_init__(self) -> None:
+        self._buffers = {name: fresh(value) for name, value in self.module.named_buffers()}
+
+    def restore(self) -> None:
+        """Restore the values that the buffers had when this run was made, before another call."""
+        with torch.no_grad():
+            for name, value in self.module.named_buffers():
+                if name in self._buffers and value.shape == self._buffers[name].shape:
+                    value.copy_(self._buffers[name])
 
     def connections(self, *, read_outs: bool = False) -> dict[str, tuple[nn.Parameter, ...]]:
         """Return phi (of learned read-outs, weight), bias and scale of each one, by path."""
