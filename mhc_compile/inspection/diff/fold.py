@@ -91,7 +91,9 @@ def _sections(rows: Sequence[Row], depth: int) -> Iterator[Section]:
         if not layer:
             yield Section(_common([row.node.module for row in members]), members)
             continue
-        signature = _signature(layer, members)
+        names = _Names(layer), _Names(layer)
+        shapes = ((row.change, _shape(row.before, names[0]), _shape(row.after, names[1])) for row in members)
+        signature = _pattern(layer), *shapes
         if signature in first:
             yield Section(layer, members, first[signature])
             continue
@@ -147,11 +149,6 @@ class _Names:
         if _pattern(name) != name:
             return "other", _pattern(name)
         return "outside", self.outside.setdefault(name, len(self.outside))
-
-
-def _signature(layer: str, rows: Sequence[Row]) -> Any:
-    before, after = _Names(layer), _Names(layer)
-    return _pattern(layer), tuple((row.change, _shape(row.before, before), _shape(row.after, after)) for row in rows)
 
 
 def _shape(node: NodeView | None, names: _Names) -> Any:

@@ -115,12 +115,11 @@ def _picture(graph: GraphDiff, pieces: bool) -> Picture:
     reasons: dict[str, list[str]] = {}
     for rejection in graph.rejections:
         reasons.setdefault(rejection.reason, []).append(rejection.add)
-    return Picture(graph.title, trunks, tuple(_note(reason, adds) for reason, adds in reasons.items()))
-
-
-def _note(reason: str, adds: list[str]) -> str:
-    names = ", ".join(adds[:2]) + (", …" if len(adds) > 2 else "")
-    return f"skipped: {len(adds)} × {reason} ({names})"
+    notes = (
+        f"skipped: {len(adds)} × {reason} ({', '.join(adds[:2])}{', …' * (len(adds) > 2)})"
+        for reason, adds in reasons.items()
+    )
+    return Picture(graph.title, trunks, tuple(notes))
 
 
 def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> SiteReport | None:

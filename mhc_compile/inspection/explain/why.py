@@ -71,11 +71,15 @@ def why(
     plan_graphs(model, args, kwargs, parsed, on_graph)
     found = [detail for detail in details if _is_called(detail, node)]
     if not found:
-        found = [detail for detail in details if isinstance(detail, SiteDetail) and _has_branch(detail, node)]
+        sites = (detail for detail in details if isinstance(detail, SiteDetail))
+        found = [site for site in sites if node in (site.declaring_module, *(o.node for o in site.branch_operations))]
     if not found:
         raise _unknown(node, details)
-    sites = tuple(detail for detail in found if isinstance(detail, SiteDetail))
-    return AddExplanation(node, sites, tuple(detail for detail in found if isinstance(detail, RejectionDetail)))
+    return AddExplanation(
+        node,
+        tuple(detail for detail in found if isinstance(detail, SiteDetail)),
+        tuple(detail for detail in found if isinstance(detail, RejectionDetail)),
+    )
 
 
 def _is_called(detail: SiteDetail | RejectionDetail, name: str) -> bool:
@@ -86,11 +90,6 @@ def _is_called(detail: SiteDetail | RejectionDetail, name: str) -> bool:
     file, colon, line = name.rpartition(":")
     place = f"/{file.removeprefix('./')}:{line}"
     return bool(colon) and line.isdigit() and any(f"/{add.source}".endswith(place) for add in detail.add_operations)
-
-
-def _has_branch(site: SiteDetail, name: str) -> bool:
-    """Return whether `name` is an operation of the site's branch, or the module that ends it."""
-    return name == site.declaring_module or name in {operation.node for operation in site.branch_operations}
 
 
 def _names(detail: SiteDetail | RejectionDetail) -> list[str]:

@@ -104,8 +104,9 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and note where its result is in a chain."""
-        if n.op == "output":
-            self._leave(n)
+        for operand in n.all_input_nodes if n.op == "output" else ():
+            if operand in self._places and isinstance(value := self.env[operand], Tensor):
+                self._recording().leave(value, self._places[operand][0])
         result = super().run_node(n)
         at = self._follow(n, result)
         if at is not None:
@@ -132,22 +133,14 @@ class Recorder(fx.Interpreter):
             return None
         # A long skip reads older streams too: the chain continues from the newest.
         at, shape = max(known, key=lambda place: place[0].site)
-        return None if _is_read_out(result, shape) else at
-
-    def _leave(self, n: fx.Node) -> None:
-        for operand in n.all_input_nodes:
-            if operand in self._places and isinstance(value := self.env[operand], Tensor):
-                self._recording().leave(value, self._places[operand][0])
+        # From streams [..., n, C] to a value without them, [..., C]: a read-out.
+        is_read_out = isinstance(result, Tensor) and shape is not None and result.shape == shape[:-2] + shape[-1:]
+        return None if is_read_out else at
 
 
 def address(value: Tensor) -> int:
     """Return the address of a tensor's memory, 0 if it has none."""
     return value.untyped_storage().data_ptr()
-
-
-def _is_read_out(result: Any, streams: torch.Size | None) -> bool:
-    """Return whether streams [..., n, C] became a value without streams, [..., C]."""
-    return isinstance(result, Tensor) and streams is not None and result.shape == streams[:-2] + streams[-1:]
 
 
 def has_sites(model: object) -> bool:
