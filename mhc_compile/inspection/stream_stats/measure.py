@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from glob import escape
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +56,8 @@ def stability(
             every site that the call runs.
         OptionError: the options are wrong.
     """
-    meter = Meter(model, options=options)
-    try:
+    with contextlib.closing(Meter(model, options=options)) as meter:
         return meter.measure(*inputs_of(meter.model, inputs, kwargs))
-    finally:
-        meter.close()
 
 
 class Meter:
@@ -164,17 +161,15 @@ def inputs_of(
     if len(args) != 1 or kwargs:
         return args, kwargs
     (batch,) = args
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = signature(model.forward).parameters.values()
+    kinds = [one.kind for one in parameters]
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
         named = {one.name for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
-        given = {key: value for key, value in batch.items() if takes_all or key in named}
+        given = {key: value for key, value in batch.items() if Parameter.VAR_KEYWORD in kinds or key in named}
         return ((), given) if given else (args, kwargs)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-            return tuple(batch), {}
-        places = sum(one.kind in {one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD} for one in parameters)
-        return tuple(batch[:places]), {}
+        places = sum(kind in {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds)
+        return tuple(batch if Parameter.VAR_POSITIONAL in kinds else batch[:places]), {}
     return args, kwargs
 
 

@@ -18,7 +18,7 @@ function openGraph(number) {
 /** Mark the row with its operands and users on both sides. `quiet` does not change the address. */
 function select(row, side, quiet = false) {
   const root = $('rows');
-  for (const marked of root.querySelectorAll('.selected, .operand, .user')) marked.classList.remove('selected', 'operand', 'user');
+  for (const marked of root.querySelectorAll('.operand, .user')) marked.classList.remove('operand', 'user');
   for (const cell of root.querySelectorAll('[aria-selected=true]')) cell.setAttribute('aria-selected', 'false');
   for (const button of $('sites').querySelectorAll('[aria-current]')) button.removeAttribute('aria-current');
   if (row && !row[side]) side = other(side);
@@ -26,14 +26,12 @@ function select(row, side, quiet = false) {
   const related = {before: [], after: []};
   if (row) {
     const shown = state.view.show(row.place);
-    shown.classList.add('selected');
     for (const name of state.model.sides(row)) {
-      document.getElementById(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
+      $(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
       const relate = (names, kind) => {
         for (const place of new Set(names.map(other => state.model.places[name].get(other)))) {
           related[name].push([place, kind]);
-          const cell = state.view.elements[place] && document.getElementById(`cell-${name}-${place}`);
-          if (cell) cell.classList.add(kind);
+          if (state.view.elements[place]) $(`cell-${name}-${place}`)?.classList.add(kind);
         }
       };
       relate(row[name].reads, 'operand');
@@ -41,7 +39,7 @@ function select(row, side, quiet = false) {
     }
     root.setAttribute('aria-activedescendant', `cell-${side}-${row.place}`);
     reveal(shown);
-    const site = (row.after && row.after.site) || (row.before && row.before.site);
+    const site = row.after?.site || row.before?.site;
     markList(site ? `[data-site="${CSS.escape(site)}"]` : '');
     const place = state.model.graph.rejections.indexOf(state.model.rejection(row));
     if (place >= 0) markList(`[data-rejection="${place}"]`);
@@ -124,19 +122,16 @@ function move(step) {
   const rows = [...$('rows').querySelectorAll('.row')].filter(row => row.offsetParent !== null); // the visible ones
   const at = state.selected ? rows.indexOf(state.view.elements[state.selected.row.place]) : step > 0 ? -1 : rows.length;
   const next = rows[Math.max(0, Math.min(rows.length - 1, at + step))];
-  if (next) select(state.model.rows[next.dataset.place], state.selected ? state.selected.side : 'after');
+  if (next) select(state.model.rows[next.dataset.place], state.selected?.side || 'after');
 }
 
 function moveToChange(step) {
   const shown = $('rows').classList;
   const order = state.model.layers.flatMap(layer => layer.rows).map(place => state.model.rows[place]);
-  let at = state.selected ? order.indexOf(state.selected.row) : step > 0 ? -1 : order.length;
-  for (at += step; at >= 0 && at < order.length; at += step) {
-    if (order[at].change !== 'same' && !shown.contains(`no-${order[at].change}`)) {
-      select(order[at], state.selected ? state.selected.side : 'after');
-      return;
-    }
-  }
+  if (step < 0) order.reverse();
+  const rest = order.slice(order.indexOf(state.selected?.row) + 1); // all, if no row is selected
+  const next = rest.find(({change}) => change !== 'same' && !shown.contains(`no-${change}`));
+  if (next) select(next, state.selected?.side || 'after');
 }
 
 function clear() {
@@ -155,7 +150,7 @@ const keys = {
 };
 
 function turn(side) {
-  if (state.selected && state.selected.row[side]) select(state.selected.row, side);
+  if (state.selected?.row[side]) select(state.selected.row, side);
 }
 
 /** After a fold the arcs end elsewhere, and new rows may be hits or operands. */
