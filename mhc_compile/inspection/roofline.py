@@ -78,10 +78,8 @@ class Overhead:
 def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
     """Return the estimated overhead on each of `MACHINES`.
 
-    Args:
-        plain: work of one forward pass of the plain model.
-        added: work of the sites beyond the plain adds, as they are lowered now.
-        floor: the same at the floor of bytes.
+    `plain` is the work of one forward pass of the plain model, `added` that of the sites beyond the
+    plain adds, as they are lowered now, and `floor` the same at the floor of bytes.
     """
 
     def share(machine: Machine, more: Work, weights: bool) -> float:

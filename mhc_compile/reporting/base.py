@@ -6,8 +6,7 @@
     __init__.py    from mhc_compile.inspection.explain import tables  # registers the renderers
 
 `tables` imports `results`, never the reverse: wherever a result's class can be imported, also after
-unpickling, it has its renderer. Another medium (a page, a drawing) is another `singledispatch`
-function, declared in the module of the result.
+unpickling, it has its renderer. `export` is the same for other media.
 """
 
 from __future__ import annotations
@@ -40,6 +39,12 @@ def render(result: object, **settings: Any) -> RenderableType:  # noqa: ARG001 -
         f"no renderer is registered for {kind.__module__}.{kind.__qualname__}; expected a function"
         " decorated with render.register in a module that its package imports"
     )
+
+
+@singledispatch
+def export(result: object, medium: str) -> Any:
+    """Return the text of a file ("html", "svg", "dot", "mermaid"), or a figure ("png")."""
+    raise TypeError(f"no {medium} is registered for {type(result).__name__}")
 
 
 class Renderable:

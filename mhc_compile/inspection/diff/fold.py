@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.inspection.diff.results import Change, Row
@@ -52,22 +52,22 @@ class NewParameters:
 def layers(rows: Sequence[Row]) -> tuple[Section, ...]:
     """Return the rows of the calls layer by layer; unchanged neighbours are one section."""
     found: list[Section] = []
-    for section in _sections([row for row in rows if row.node.op in {"call", "output"}], 0):
-        if found and found[-1].unchanged and section.unchanged:
-            last = found.pop()
-            section = Section(_common([last.path, section.path]), (*last.rows, *section.rows))
-        found.append(section)
+    calls = [row for row in rows if row.node.op in {"call", "output"}]
+    for unchanged, group in groupby(_sections(calls, 0), key=lambda section: section.unchanged):
+        members = list(group)
+        if unchanged:
+            inside = (row for section in members for row in section.rows)
+            members = [Section(_common([section.path for section in members]), tuple(inside))]
+        found += members
     return tuple(found)
 
 
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     """Return the layers; successive ones like the same earlier one are a single section."""
-    found: list[Section] = []
-    for section in layers(rows):
-        if found and section.like and found[-1].like == section.like:
-            last = found.pop()
-            section = Section(last.path, last.rows, last.like, (*last.others, section.path))
-        found.append(section)
+    found = []
+    for _, group in groupby(layers(rows), key=lambda section: section.like or id(section)):
+        first, *others = group
+        found.append(replace(first, others=tuple(other.path for other in others)))
     return tuple(found)
 
 
@@ -125,12 +125,8 @@ def _pattern(path: str) -> str:
 
 def _common(paths: list[str]) -> str:
     """Return the path of the innermost module that contains all."""
-    shared: list[str] = []
-    for column in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, columns))
 
 
 @dataclass

@@ -87,17 +87,9 @@ def kernels(
 ) -> KernelDiff:
     """Compile and run copies of `model`, plain and with `backend="mhc"`, and read Inductor's code.
 
-    Each runs once, forward and backward. Caches of compiled code are bypassed.
-
-    Args:
-        model: any module, or an exported program. It is not changed.
-        *args: example inputs.
-        options: of the backend; `inner_backend` must be "inductor".
-        **kwargs: example inputs by name.
-
-    Raises:
-        OptionError: another `inner_backend`.
-        CaptureError: the model is on the meta device and cannot run.
+    Each runs once, forward and backward; caches of compiled code are bypassed. The arguments are
+    those of `diff`. An `inner_backend` other than "inductor" is an OptionError, a model on the meta
+    device, which cannot run, a CaptureError.
     """
     parsed = Options.parse(options)
     if parsed.inner_backend != "inductor":

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhc_compile.reporting.base import Renderable
+from mhc_compile.reporting.base import Renderable, export
 
 if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
@@ -162,22 +161,16 @@ class ModelDiff(Renderable):
 
     def to_html(self) -> str:
         """Return one self-contained page: both graphs, with search and the list of sites."""
-        return export(self, "html")
+        return str(export(self, "html"))
 
     def to_svg(self) -> str:
         """Return a drawing of the residual trunk before, and of its streams after."""
-        return export(self, "svg")
+        return str(export(self, "svg"))
 
     def to_dot(self) -> str:
         """Return the same drawing for Graphviz."""
-        return export(self, "dot")
+        return str(export(self, "dot"))
 
     def to_mermaid(self) -> str:
         """Return the same drawing for Markdown."""
-        return export(self, "mermaid")
-
-
-@singledispatch
-def export(result: object, medium: str) -> str:
-    """Return a result as the text of a file: "html", "svg", "dot" or "mermaid"."""
-    raise TypeError(f"no {medium} is registered for {type(result).__name__}; expected a ModelDiff")
+        return str(export(self, "mermaid"))

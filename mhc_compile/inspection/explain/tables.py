@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -100,13 +101,11 @@ def _layers(sites: tuple[SiteReport, ...]) -> list[list[list[SiteReport]]]:
 
 
 def _rejections(rejections: tuple[RejectionReport, ...], every: bool) -> Group:
-    ordered = sorted(rejections, key=lambda rejection: rejection.reason)
-    groups = [list(group) for _, group in groupby(ordered, key=lambda rejection: rejection.reason)]
-    if every:
-        groups = [[rejection] for rejection in ordered]
+    reason_of = attrgetter("reason")
+    groups = groupby(sorted(rejections, key=reason_of), key=id if every else reason_of)
     hint = "--why NAME explains one" if every else "--all lists every one, --why NAME explains one"
     lines: list[RenderableType] = [Text.assemble(("Skipped additions", "cyan"), (f"  ({hint})", "dim"))]
-    for first, *others in groups:
+    for _, (first, *others) in groups:
         reason = f"{first.reason} × {1 + len(others)}" if others else first.reason
         places = (first.module, os.path.basename(first.source))
         where = "  ".join(place for place in places if place) or first.add

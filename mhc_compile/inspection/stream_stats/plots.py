@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import MhcError
-from mhc_compile.inspection.stream_stats.results import Stability, write_plot
+from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.reporting.base import export
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mhc_compile.inspection.stream_stats.results import ChainStability, Matrix
 
@@ -28,13 +28,8 @@ def require_matplotlib() -> None:
         raise MhcError('a plot needs matplotlib, which is not installed: pip install "matplotlib>=3.8"')
 
 
-@write_plot.register(Stability)
-def _write_png(result: Stability, path: str | Path) -> None:
-    """Write `draw(result)` to `path`: a PNG whatever its name, 160 dots an inch."""
-    draw(result).savefig(path, format="png")
-
-
-def draw(result: Stability) -> Any:
+@export.register(Stability)
+def draw(result: Stability, medium: str = "png") -> Any:  # noqa: ARG001 - the only one
     """Return a matplotlib figure: heat maps of sites and composites, and two panels over depth.
 
     Raises:

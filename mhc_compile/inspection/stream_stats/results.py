@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.reporting.base import Renderable, finite
+from mhc_compile.reporting.base import Renderable, export, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -203,13 +202,7 @@ class Stability(Renderable):
         Raises:
             MhcError: matplotlib is not installed, or there is no chain to draw.
         """
-        write_plot(self, path)
-
-
-@singledispatch
-def write_plot(result: object, path: str | Path) -> None:
-    """Write the plot of a result to `path`; `plots` registers it."""
-    raise TypeError(f"no plot is registered for {type(result).__name__}, to be written to {path}")
+        export(self, "png").savefig(path, format="png")
 
 
 def _largest(values: Iterable[float]) -> float:
