@@ -31,7 +31,7 @@ from mhc_compile.errors import OptionError
 from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.diff.results import Change, GraphDiff, ModelDiff, Row
-from mhc_compile.inspection.diff.views import view
+from mhc_compile.inspection.diff.views import Viewer
 from mhc_compile.inspection.explain.explain import plan_reports
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
 
@@ -148,7 +148,7 @@ class _Stages:
 
     def put(self, name: str, graph: Graph) -> None:
         """Record `graph` under the name of a stage."""
-        nodes = view(graph, self.provenance, self.plan, self.prefix)
+        nodes = tuple(Viewer(self.provenance, self.plan, self.prefix).graph(graph))
         if "expand-streams" not in (name, *self._graphs):
             nodes = tuple(node for node in nodes if node.op != "parameter" or node.name not in self.foreseen)
         self._graphs[name] = nodes

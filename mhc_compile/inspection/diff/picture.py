@@ -63,35 +63,25 @@ class Picture:
 class Sketch:
     """All graphs of a model that have something to draw."""
 
-    model: str
+    title: str
+    description: str  #: the drawing in words, for screen readers
     streams: int
     pictures: tuple[Picture, ...]
-
-    @property
-    def title(self) -> str:
-        """The title of the drawing."""
-        return f"{self.model}: the residual trunk before and after"
-
-    @property
-    def description(self) -> str:
-        """The drawing in words, for screen readers."""
-        trunks = [trunk for picture in self.pictures for trunk in picture.trunks]
-        if not trunks:
-            return "Nothing is rewritten."
-        sites = sum(part.sites for trunk in trunks for part in trunk.parts)
-        return (
-            f"Before: one line with an addition after each branch. After: {self.streams} parallel streams; at each of"
-            f" {sites} sites in {len(trunks)} chain{'s' * (len(trunks) > 1)} the branch reads their sum weighted by"
-            " pre, and its result returns to them weighted by post, while res mixes the streams."
-        )
 
 
 def sketch(diff: ModelDiff) -> Sketch:
     """Return the content of the drawings of `diff`."""
     pieces = len(diff.graphs) > 1 or any(len(graph.modules) > 1 for graph in diff.graphs)
-    pictures = (_picture(graph, pieces) for graph in diff.graphs)
-    drawn = tuple(picture for picture in pictures if picture.trunks or picture.notes)
-    return Sketch(diff.model, diff.options.streams, drawn)
+    pictures = tuple(one for graph in diff.graphs if (one := _picture(graph, pieces)).trunks or one.notes)
+    trunks = [trunk for picture in pictures for trunk in picture.trunks]
+    sites, streams = sum(part.sites for trunk in trunks for part in trunk.parts), diff.options.streams
+    description = (
+        f"Before: one line with an addition after each branch. After: {streams} parallel streams; at each of"
+        f" {sites} sites in {len(trunks)} chain{'s' * (len(trunks) > 1)} the branch reads their sum weighted by"
+        " pre, and its result returns to them weighted by post, while res mixes the streams."
+    )
+    title = f"{diff.model}: the residual trunk before and after"
+    return Sketch(title, description if trunks else "Nothing is rewritten.", streams, pictures)
 
 
 def _picture(graph: GraphDiff, pieces: bool) -> Picture:

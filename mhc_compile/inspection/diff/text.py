@@ -107,18 +107,18 @@ def _lines(section: Section, every: bool) -> Iterator[Row | tuple[Row, ...]]:
 
 def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield the rows with `pre, post, res = coefficients(...)` in the place of four."""
-    place = 0
-    while place < len(rows):
-        row, place = rows[place], place + 1
-        parts = []
-        whole = (Change.ADDED, "getitem", (row.node.name,))  # of an entry of the new tuple in this row
-        while row.change is Change.ADDED and place < len(rows):
-            part = rows[place]
-            if (part.change, part.node.target, part.node.reads) != whole:
-                break
-            parts.append(part.node.name)
-            place += 1
-        yield Row(row.change, None, replace(row.node, name=", ".join(parts))) if parts else row
+
+    def whole(row: Row) -> str:
+        is_part = row.change is Change.ADDED and row.node.target == "getitem"
+        return row.node.reads[0] if is_part else row.node.name
+
+    for name, group in groupby(rows, key=whole):
+        first, *parts = group
+        if parts and first.change is Change.ADDED and first.node.name == name:
+            names = ", ".join(part.node.name for part in parts)
+            yield Row(first.change, None, replace(first.node, name=names))
+        else:
+            yield from (first, *parts)
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:

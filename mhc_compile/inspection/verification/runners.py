@@ -47,12 +47,12 @@ class Run:
         """Return phi (of learned read-outs, weight), bias and scale of each one, by path."""
         found = dict(self.module.named_parameters())
         first, end = ("weight", ".read_out.weight") if read_outs else ("phi", ".phi")
-        paths = (name.removesuffix(f".{first}") for name in found if name.endswith(end))
+        paths = [
+            name.removesuffix(f".{first}") for name in found if name.endswith(end) and CONTAINER in name.split(".")
+        ]
         names = {path: [f"{path}.{part}" for part in (first, "bias", "scale")] for path in paths}
         return {
-            path: tuple(found[name] for name in parts)
-            for path, parts in names.items()
-            if CONTAINER in path.split(".") and all(name in found for name in parts)
+            path: tuple(found[name] for name in parts) for path, parts in names.items() if found.keys() >= set(parts)
         }
 
 

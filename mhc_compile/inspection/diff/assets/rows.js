@@ -62,13 +62,10 @@ class RowsView {
   /** The modules of a layer, and the rows of the layer itself between them; unchanged ones folded. */
   fill(group, layer) {
     const parts = runs(layer.rows, place => this.child(layer, place));
-    if (!this.changes(layer.rows)) {
-      for (const part of parts) this.part(group, layer, part);
-      return;
-    }
-    for (const [changed, members] of runs(parts, ([, places]) => Boolean(this.changes(places)))) {
+    const quiet = !this.changes(layer.rows);
+    for (const [shown, members] of runs(parts, ([, places]) => quiet || Boolean(this.changes(places)))) {
       const places = members.flatMap(([, inner]) => inner);
-      if (changed || members.length === 1) {
+      if (shown || members.length === 1) {
         for (const part of members) this.part(group, layer, part);
       } else if (places.length <= LONG) {
         group.body.append(...places.map(place => this.row(place)));
