@@ -85,11 +85,9 @@ def why(
 def _is_called(detail: SiteDetail | RejectionDetail, name: str) -> bool:
     """Return whether `name` stands for the addition: its module or line, or itself."""
     module = detail.owner if isinstance(detail, SiteDetail) else detail.module
-    if name and (name in _names(detail) or module.startswith(f"{name}.")):
-        return True
-    file, colon, line = name.rpartition(":")
-    place = f"/{file.removeprefix('./')}:{line}"
-    return bool(colon) and line.isdigit() and any(f"/{add.source}".endswith(place) for add in detail.add_operations)
+    place = f"/{name.removeprefix('./')}"
+    is_line = any(add.source and f"/{add.source}".endswith(place) for add in detail.add_operations)
+    return bool(name) and (is_line or name in _names(detail) or module.startswith(f"{name}."))
 
 
 def _names(detail: SiteDetail | RejectionDetail) -> list[str]:

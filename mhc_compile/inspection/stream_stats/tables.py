@@ -48,9 +48,17 @@ class _Sites:
         self._chain = chain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        tables = [_sites(self._chain, detail) for detail in _DETAILS]
+        tables = [self._table(detail) for detail in _DETAILS]
         room, boundless = options.max_width, options.update_width(10_000)
         yield next((one for one in tables if Measurement.get(console, boundless, one).maximum <= room), tables[-1])
+
+    def _table(self, detail: int) -> Table:
+        rows = [_columns(site, detail) for site in self._chain.sites]
+        columns = (Column(name, justify="right", no_wrap=True) for name, _ in rows[0])
+        table = Table(Column("site", overflow="fold"), *columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for site, row in zip(self._chain.sites, rows, strict=True):
+            table.add_row(site.name, *(cell for _, cell in row))
+        return table
 
 
 def _chain_line(chain: ChainStability, name: str) -> Text:
@@ -61,14 +69,6 @@ def _chain_line(chain: ChainStability, name: str) -> Text:
         (f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", "bold"),
         f"; streams leave with cosine {_cosine(leaving.similarity)}, rank {leaving.effective_rank:.2f}",
     )
-
-
-def _sites(chain: ChainStability, detail: int) -> Table:
-    columns = (Column(name, justify="right", no_wrap=True) for name, _ in _columns(chain.sites[0], detail))
-    table = Table(Column("site", overflow="fold"), *columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for site in chain.sites:
-        table.add_row(site.name, *(cell for _, cell in _columns(site, detail)))
-    return table
 
 
 def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:

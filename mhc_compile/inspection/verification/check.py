@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 #: The dtype that shows the rounding of the plain model.
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-_FURTHER_CALLS = 2
 
 
 def check(
@@ -150,19 +149,15 @@ class _Comparison:
             planned = None
             warn(f"no dry run, so that the number of sites is not known: {error}")
         run = self.runner.rewritten(_preserving(self.options))
-        started = time.perf_counter()
-        got = self._compiled(run)
-        first = time.perf_counter() - started
+        got, first_seconds = _timed(lambda: self._compiled(run))
         if run.graphs > 1:  # both halves of a branch that a graph break splits work from the second call on
             run.restore()
             got = self._compiled(run)
         compared = self._differences(got, want, self.runner.plain, self.inputs)
         graphs = run.graphs
-        for _ in range(_FURTHER_CALLS):
+        for _ in range(2):
             run.restore()
-            started = time.perf_counter()
-            self._compiled(run)
-            compiled_seconds = time.perf_counter() - started
+            _, compiled_seconds = _timed(lambda: self._compiled(run))
         recompiles = run.graphs - graphs
         sites = len(run.connections())
         other_batch, further = self._other_batch(run)
@@ -185,7 +180,7 @@ class _Comparison:
             wider=self.wider,
             tensors=(*compared, *further, *live_tensors),
             warnings=(),
-            seconds=Seconds(plain_seconds, first, compiled_seconds),
+            seconds=Seconds(plain_seconds, first_seconds, compiled_seconds),
         )
 
     def _plain(self) -> tuple[RunRecord, float]:
@@ -205,9 +200,7 @@ class _Comparison:
                 f"{self.runner.name} itself gives NaN in {', '.join(nan[:3])}: there is nothing to compare with."
                 " Choose other example inputs"
             )
-        started = time.perf_counter()
-        self._record(self.runner.plain())
-        return want, time.perf_counter() - started
+        return want, _timed(lambda: self._record(self.runner.plain()))[1]
 
     def _attempt(self, make: Callable[[], Run], inputs: Any, conditions: str) -> RunRecord | None:
         """Return the record of a run that the model's code may not allow, None if it raises."""
@@ -287,6 +280,12 @@ class _Comparison:
         self._compiled(run)
         run.restore()
         return self._compiled(run)
+
+
+def _timed(call: Callable[[], RunRecord]) -> tuple[RunRecord, float]:
+    """Return the record that a call makes, and its time in seconds."""
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
 
 
 def _doubled(inputs: Any) -> tuple[int, Any] | None:
