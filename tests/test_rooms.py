@@ -24,7 +24,7 @@ ROOMS = """
     inspection.verification
     inspection.explain
     inspection.roofline
-    inspection.cost
+    inspection.cost  inspection.random_state
     interop
     checkpoints
     export

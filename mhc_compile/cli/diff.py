@@ -50,7 +50,7 @@ def command(
         call.show(counted)
         return
     from mhc_compile.inspection.diff.compare import diff
-    from mhc_compile.inspection.diff.results import export
+    from mhc_compile.reporting.base import export
 
     with call.progress("tracing"):
         found = diff(loaded.model, *loaded.args, options=call.options, stage=stage, **loaded.kwargs)

@@ -14,7 +14,8 @@ in one pass (10 C at n = 4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from typing import TYPE_CHECKING
 
 from mhc_compile import _torch
@@ -28,47 +29,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of sites per token and forward pass.
+    """Cost of sites per token and forward pass."""
 
-    Attributes:
-        parameters: new parameters (per model, not per token).
-        flops: added floating-point operations.
-        bytes_lowered: bytes moved by the site as it is lowered now, estimated.
-        bytes_floor: bytes that any implementation must move.
-        bytes_plain: bytes that the plain residual add moves.
-    """
-
-    parameters: int = 0
-    flops: int = 0
-    bytes_lowered: int = 0
-    bytes_floor: int = 0
-    bytes_plain: int = 0
+    parameters: int = 0  #: new parameters (per model, not per token)
+    flops: int = 0  #: added floating-point operations
+    bytes_lowered: int = 0  #: bytes moved by the site as it is lowered now, estimated
+    bytes_floor: int = 0  #: bytes that any implementation must move
+    bytes_plain: int = 0  #: bytes that the plain residual add moves
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return Cost(*map(add, astuple(self), astuple(other)))
 
     def times(self, count: int) -> Cost:
         """Return the cost of `count` runs with the same parameters."""
-        values = {name: getattr(self, name) * count for name in self.__dataclass_fields__}
-        return Cost(**{**values, "parameters": self.parameters})
+        return Cost(self.parameters, *(value * count for value in astuple(self)[1:]))
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one forward pass over all tokens.
+    """Work of one forward pass over all tokens."""
 
-    Attributes:
-        flops: floating-point operations of matrix products, convolutions and attention.
-        activations: elements of activations that are read and written; grows with the tokens.
-        weights: elements of weights that are read; the same for any number of tokens.
-    """
-
-    flops: int = 0
-    activations: int = 0
-    weights: int = 0
+    flops: int = 0  #: floating-point operations of matrix products, convolutions and attention
+    activations: int = 0  #: elements of activations that are read and written; grows with the tokens
+    weights: int = 0  #: elements of weights that are read; the same for any number of tokens
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.activations + other.activations, self.weights + other.weights)
+        return Work(*map(add, astuple(self), astuple(other)))
 
 
 def site_cost(width: int, itemsize: int, options: ResolvedOptions) -> Cost:
@@ -93,11 +79,11 @@ def site_work(site: Site, options: ResolvedOptions) -> tuple[Work, Work]:
     assert value is not None
     tokens = _torch.example_size(value.numel()) // site.width
     cost = site_cost(site.width, 1, options)
-    lowered, floor = (
-        Work(cost.flops * tokens, (moved - cost.bytes_plain) * tokens, cost.parameters)
-        for moved in (cost.bytes_lowered, cost.bytes_floor)
-    )
-    return lowered, floor
+
+    def work(moved: int) -> Work:
+        return Work(cost.flops * tokens, (moved - cost.bytes_plain) * tokens, cost.parameters)
+
+    return work(cost.bytes_lowered), work(cost.bytes_floor)
 
 
 def end_cost(width: int, options: ResolvedOptions) -> Cost:

@@ -22,7 +22,7 @@ import torch
 from mhc_compile import _torch
 from mhc_compile.capture.tensor_tree import tensors
 from mhc_compile.inspection.cost import Work
-from mhc_compile.passes.analysis.op_info import is_contraction, is_region, is_view, op_name
+from mhc_compile.passes.analysis.op_info import example_value, is_contraction, is_region, is_view, op_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,23 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak figures of one machine.
+    """Peak figures of one machine."""
 
-    Attributes:
-        name: product name.
-        dtype: of operands, activations and weights.
-        itemsize: bytes of one element.
-        flops: floating-point operations of dense matrix products per second.
-        bandwidth: bytes per second.
-        source: origin of the figures.
-    """
-
-    name: str
-    dtype: str
-    itemsize: int
-    flops: float
-    bandwidth: float
-    source: str
+    name: str  #: product name
+    dtype: str  #: of operands, activations and weights
+    itemsize: int  #: bytes of one element
+    flops: float  #: floating-point operations of dense matrix products per second
+    bandwidth: float  #: bytes per second
+    source: str  #: origin of the figures
 
     def seconds(self, work: Work, *, weights: bool = True) -> float:
         """Return the time of a forward pass, with or without the time to read the weights."""
@@ -71,19 +62,12 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Overhead:
-    """Estimated overhead on one machine, as shares of the plain step: 0.05 is 5 % more time.
-
-    Attributes:
-        machine: the machine.
-        here: with the tokens of the example inputs, which share the reading of the weights.
-        many_tokens: with so many tokens per pass that reading the weights is negligible.
-        floor: like `many_tokens`, if a site were one kernel that moves no more bytes than it must.
-    """
+    """Estimated overhead on one machine, as shares of the plain step: 0.05 is 5 % more time."""
 
     machine: Machine
-    here: float
-    many_tokens: float
-    floor: float
+    here: float  #: with the tokens of the example inputs, which share the reading of the weights
+    many_tokens: float  #: with so many tokens per pass that reading the weights is negligible
+    floor: float  #: like `many_tokens`, if a site were one kernel that moves no more bytes than it must
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON data, without the infinite figures of a limit."""
@@ -94,19 +78,16 @@ class Overhead:
 def overheads(plain: Work, added: Work, floor: Work) -> tuple[Overhead, ...]:
     """Return the estimated overhead on each of `MACHINES`.
 
-    Args:
-        plain: work of one forward pass of the plain model.
-        added: work of the sites beyond the plain adds, as they are lowered now.
-        floor: the same at the floor of bytes.
+    `plain` is the work of one forward pass of the plain model, `added` that of the sites beyond the
+    plain adds, as they are lowered now, and `floor` the same at the floor of bytes.
     """
-    found = []
-    for machine in MACHINES:
-        shares = []
-        for more, weights in ((added, True), (added, False), (floor, False)):
-            whole = machine.seconds(plain, weights=weights)
-            shares.append(machine.seconds(more, weights=weights) / whole if whole else 0.0)
-        found.append(Overhead(machine, *shares))
-    return tuple(found)
+
+    def share(machine: Machine, more: Work, weights: bool) -> float:
+        whole = machine.seconds(plain, weights=weights)
+        return machine.seconds(more, weights=weights) / whole if whole else 0.0
+
+    columns = ((added, True), (added, False), (floor, False))
+    return tuple(Overhead(machine, *(share(machine, *column) for column in columns)) for machine in MACHINES)
 
 
 def plain_flops(graph_module: GraphModule) -> int | None:
@@ -114,7 +95,7 @@ def plain_flops(graph_module: GraphModule) -> int | None:
 
     None if an operation cannot run on them.
     """
-    inputs = [_example_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = [example_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), contextlib.nullcontext())
     counter = _torch.flop_counter()
     try:
@@ -133,8 +114,10 @@ def traffic(graph: Graph, holds_weights: Callable[[Node], bool]) -> Work:
     a buffer.
     """
     count = _Count(graph, holds_weights)
-    moved = count.moved + sum(_elements(node) for _, node in count.reads) + sum(map(_elements, count.writes))
-    return Work(0, moved, sum(map(_elements, count.weights)))
+    # The results of products are counted already.
+    writes = count.writes - count.inputs - count.products - count.fixed
+    moved = count.moved + sum(_elements(node) for _, node in count.reads) + sum(map(_elements, writes))
+    return Work(0, moved, sum(map(_elements, count.weights & count.inputs)))
 
 
 class _Count:
@@ -170,8 +153,7 @@ class _Count:
             if self.holds_weights(node):
                 self.fixed.add(node)
         elif node.op == "output":
-            for source in sources:
-                self._write(source)
+            self.writes.update(sources)
         elif sources and is_view(node) and not is_contraction(node):
             self.seen[node] = sources[0]
         else:
@@ -184,9 +166,9 @@ class _Count:
     def _product(self, node: Node, operands: dict[Node, Node]) -> None:
         for operand, source in operands.items():
             if source in self.fixed:
-                self._read_weight(source)
+                self.weights.add(source)
             else:
-                self._write(source)
+                self.writes.add(source)
                 # A view may be of a part of its source, or repeat it.
                 self.moved += min(_elements(operand), _elements(source))
         self.moved += _elements(node)
@@ -202,26 +184,13 @@ class _Count:
                 if op_name(node) == "embedding":
                     self.moved += _elements(node)  # the rows that are looked up
                 else:
-                    self._read_weight(source)
+                    self.weights.add(source)
             elif source in self.inputs or source in self.products or self.depth[source] != kernel:
-                self._write(source)
+                self.writes.add(source)
                 self.reads.add((kernel, source))
-
-    def _read_weight(self, source: Node) -> None:
-        if source in self.inputs:
-            self.weights.add(source)
-
-    def _write(self, source: Node) -> None:
-        """Note that a value leaves its kernel. The results of products are counted already."""
-        if source not in self.inputs and source not in self.products and source not in self.fixed:
-            self.writes.add(source)
-
-
-def _example_value(node: Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _elements(node: Node) -> int:
     """Return the number of elements of all floating-point tensors in the value of `node`."""
-    found = tensors(_example_value(node), "")
+    found = tensors(example_value(node), "")
     return sum(_torch.example_size(value.numel()) for _, value in found if value.is_floating_point())

@@ -14,11 +14,11 @@ def register_with_accelerate() -> None:
 
     Afterwards `TrainingArguments(torch_compile=True, torch_compile_backend="mhc")`,
     `Accelerator(dynamo_backend="mhc")`, `TorchDynamoPlugin(backend="mhc", options={...})` and the
-    environment variable `ACCELERATE_DYNAMO_BACKEND=mhc` work; without it they are a ValueError.
-    Names that torch does not know still are.
+    environment variable `ACCELERATE_DYNAMO_BACKEND=mhc` work; without it they are a ValueError, as
+    names that torch does not know still are.
 
-    This patches `DynamoBackend`: it sets the hook that enums have for values that they do not list.
-    It is not undone; calling it again changes nothing.
+    This patches `DynamoBackend` for good: it sets the hook that enums have for values that they do
+    not list. Calling it again changes nothing.
 
     Raises:
         ImportError: `accelerate` is not installed.

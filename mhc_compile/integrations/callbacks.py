@@ -94,19 +94,10 @@ class StabilityCallback:
         self._measured = -1
 
     def step(self, model: nn.Module, step: int, batch: Any = None) -> Stability | None:
-        """Measure if a measurement is due; call it after each training step.
+        """Measure if a measurement is due, and return it; call it after each training step.
 
-        Args:
-            model: compiled or not, or wrapped in DDP.
-            step: number of the step; the first is 0 or 1.
-            batch: replaces the callback's batch.
-
-        Returns:
-            The measurement, None if none was due.
-
-        Raises:
-            MhcError: there is no batch.
-            AttachError: the model has no hyper-connections.
+        `model` may be compiled, or wrapped in DDP; the first `step` is 0 or 1; `batch` replaces the
+        callback's. Without any batch this is an MhcError, without hyper-connections an AttachError.
         """
         if not self._due(step):
             return None

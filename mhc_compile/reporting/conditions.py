@@ -9,14 +9,10 @@ from typing import Any
 
 
 def machine_conditions(device: str) -> dict[str, Any]:
-    """Return what the speed of this process depends on, as plain data.
+    """Return what the speed of a process on `device`, "cpu" or "cuda", depends on, as data.
 
-    Args:
-        device: "cpu" or "cuda".
-
-    Returns:
-        `device` (the model of the processor or GPU), `cores`, `threads` (of torch), `torch` and
-        `python` (versions), `wait_policy` (of OpenMP's threads, "unset" without `OMP_WAIT_POLICY`).
+    The model of the processor or GPU, `cores`, `threads` (of torch), the versions of `torch` and
+    `python`, and `wait_policy` (of OpenMP's threads, "unset" without `OMP_WAIT_POLICY`).
     """
     import torch
 

@@ -1,12 +1,4 @@
-"""The progress of a long command: a spinner and a bar on a terminal, lines in a log, or nothing.
-
-with choose_progress(Console(stderr=True), quiet=quiet) as progress:
-    progress.phase("compiling")
-    progress.count("training", total=800)
-    for step in range(800):
-        progress.advance(f"loss {loss:.3f}")
-    progress.note("plain: could not be compiled")
-"""
+"""The progress of a long command: a spinner and a bar on a terminal, lines in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
     from rich.progress import TaskID
 
 
 class Silent(AbstractContextManager["Silent"]):
-    """Shows nothing; the interface of the other displays."""
+    """Shows nothing; the interface of the other displays, to be entered as a context."""
 
     def phase(self, text: str) -> None:
         """Begin work without a known length: loading, compiling."""
@@ -40,9 +30,7 @@ class Silent(AbstractContextManager["Silent"]):
     def advance(self, text: str = "", *, done: int | None = None) -> None:
         """Report `done` units as done, by default one more; `text` follows the name of the work."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the display."""
 
 
@@ -107,9 +95,7 @@ class Bars(Silent):
         self._progress.update(self._task, description=f"{self._name} {text}".rstrip(), **step)
         self._progress.refresh()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Remove the bar and restore the cursor."""
         self._progress.stop()
 

@@ -8,9 +8,8 @@ backend's. Nothing here decides what is rewritten.
 """
 
 from mhc_compile.inspection.diff import drawing, drawing_svg, page, text  # noqa: F401 - registers
-from mhc_compile.inspection.diff.results import ModelDiff, export
-
-__all__: list[str] = []
+from mhc_compile.inspection.diff.results import ModelDiff
+from mhc_compile.reporting.base import export
 
 _MEDIA = {"html": page.render_page, "svg": drawing_svg.to_svg, "dot": drawing.to_dot, "mermaid": drawing.to_mermaid}
 

@@ -31,7 +31,7 @@ from mhc_compile.errors import OptionError
 from mhc_compile.export.exported_program import PREPARE, lowering, plan_program
 from mhc_compile.export.program_parameters import ProgramProvenance, root_kind
 from mhc_compile.inspection.diff.results import Change, GraphDiff, ModelDiff, Row
-from mhc_compile.inspection.diff.views import view
+from mhc_compile.inspection.diff.views import Viewer
 from mhc_compile.inspection.explain.explain import plan_reports
 from mhc_compile.passes import NORMALIZE, expand_plan, run_passes
 
@@ -138,7 +138,6 @@ class _Stages:
     plan: Plan
     foreseen: frozenset[str]
     _graphs: dict[str, tuple[NodeView, ...]] = field(default_factory=dict)
-    _expanded: bool = False
 
     def normalize(self, graph: Graph, passes: tuple[Pass, ...]) -> None:
         """Record the stages from "trace" to "plan"."""
@@ -149,17 +148,16 @@ class _Stages:
 
     def put(self, name: str, graph: Graph) -> None:
         """Record `graph` under the name of a stage."""
-        self._expanded |= name == "expand-streams"
-        nodes = view(graph, self.provenance, self.plan, self.prefix)
-        if not self._expanded:
+        nodes = tuple(Viewer(self.provenance, self.plan, self.prefix).graph(graph))
+        if "expand-streams" not in (name, *self._graphs):
             nodes = tuple(node for node in nodes if node.op != "parameter" or node.name not in self.foreseen)
         self._graphs[name] = nodes
+        if name in _ALIASES:
+            self.alias(_ALIASES[name])
 
     def see(self, step: Pass, before: Graph, after: Graph) -> None:  # noqa: ARG002 - a hook
         """Record the result of `step`."""
         self.put(step.name, after)
-        if step.name in _ALIASES:
-            self.alias(_ALIASES[step.name])
 
     def alias(self, name: str) -> None:
         """Give the latest stage a second name."""
@@ -172,13 +170,14 @@ class _Stages:
 
     def pair(self, before: str, after: str) -> tuple[tuple[NodeView, ...], tuple[NodeView, ...]]:
         """Return two stages. Verdicts appear with the plan, and are new if the diff ends there."""
-        plan = self.names.index("plan")
-        earlier, later = self._graphs[before], self._graphs[after]
-        if self.names.index(after) < plan:
+        earlier, later, order = self._graphs[before], self._graphs[after], self.names.index
+        if order(after) < order("plan"):
             later = _without_verdicts(later)
-        if self.names.index(after) <= plan:
-            return _without_verdicts(earlier), later
-        return (_with_verdicts(earlier, self._graphs["plan"]) if self.names.index(before) < plan else earlier), later
+        if order(after) <= order("plan"):
+            earlier = _without_verdicts(earlier)
+        elif order(before) < order("plan"):
+            earlier = _with_verdicts(earlier, self._graphs["plan"])
+        return earlier, later
 
 
 def _names(first: tuple[Pass, ...], last: tuple[Pass, ...]) -> tuple[str, ...]:

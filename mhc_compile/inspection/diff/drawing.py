@@ -3,45 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from mhc_compile.inspection.diff.picture import Lifted, Place, sketch
+from mhc_compile.inspection.diff.picture import sketch
 
 if TYPE_CHECKING:
     from mhc_compile.inspection.diff.picture import Sketch, Trunk
     from mhc_compile.inspection.diff.results import ModelDiff
 
-_Shape = Literal["end", "branch", "add", "lifted", "repeat", "note"]
-
-_DOT_NODES: dict[_Shape, str] = {
-    "end": 'shape=plain, fontcolor="#59636e"',
-    "branch": 'shape=box, style="rounded,filled", fillcolor="#f6f8fa", color="#8b949e"',
-    "add": 'shape=box, style="rounded,filled", fillcolor="#dff3f6", color="#0a8296", margin="0.08,0.02", height=0.25',
-    "lifted": 'shape=box, style=filled, fillcolor="#f7e9f8", color="#8a2a8c", margin="0.08,0.02", height=0.25',
-    "repeat": 'shape=box, style=dashed, color="#59636e"',
-    "note": 'shape=note, color="#8b949e", fontcolor="#59636e", fontsize=9',
-}
-_MERMAID_BRACKETS: dict[_Shape, tuple[str, str]] = {
-    "end": ("([", "])"),
-    "branch": ("[", "]"),
-    "add": ("((", "))"),
-    "lifted": ("[", "]"),
-    "repeat": ("[[", "]]"),
-    "note": (">", "]"),
+#: By kind of box: attributes of Graphviz, and brackets of Mermaid.
+_SHAPES = {
+    "end": ('shape=plain, fontcolor="#59636e"', "([", "])"),
+    "site": ('shape=box, style="rounded,filled", fillcolor="#f6f8fa", color="#8b949e"', "[", "]"),
+    "add": (
+        'shape=box, style="rounded,filled", fillcolor="#dff3f6", color="#0a8296", margin="0.08,0.02", height=0.25',
+        "((",
+        "))",
+    ),
+    "lifted": (
+        'shape=box, style=filled, fillcolor="#f7e9f8", color="#8a2a8c", margin="0.08,0.02", height=0.25',
+        "[",
+        "]",
+    ),
+    "repeat": ('shape=box, style=dashed, color="#59636e"', "[[", "]]"),
+    "note": ('shape=note, color="#8b949e", fontcolor="#59636e", fontsize=9', ">", "]"),
 }
 #: Characters with a meaning in a quoted text of Mermaid.
 _MERMAID_ESCAPED = frozenset('#&<>"`\\\n\r\u2028\u2029')
 
 
-@dataclass(frozen=True)
-class _Arrow:
+class _Arrow(NamedTuple):
     """An arrow between two boxes, by name. It carries all streams, or is hidden and only orders."""
 
     start: str
     end: str
     label: str = ""
-    streams: bool = False
-    hidden: bool = False
+    kind: Literal["", "streams", "hidden"] = ""
 
 
 @dataclass
@@ -50,10 +47,10 @@ class _Flow:
 
     title: str
     prefix: str
-    boxes: list[tuple[str, _Shape, tuple[str, ...]]] = field(default_factory=list)
+    boxes: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     arrows: list[_Arrow] = field(default_factory=list)
 
-    def box(self, shape: _Shape, *lines: str) -> str:
+    def box(self, shape: str, *lines: str) -> str:
         """Add a box and return its name."""
         name = f"{self.prefix}_{len(self.boxes)}"
         self.boxes.append((name, shape, tuple(filter(None, lines))))
@@ -71,8 +68,8 @@ def _flows(drawn: Sketch) -> list[_Flow]:
             _draw(trunk, after, drawn.streams, after=True)
         if picture.notes:
             last = before.boxes[-1][0] if before.boxes else ""
-            note = before.box("note", *(note.text for note in picture.notes))
-            before.arrows += [_Arrow(last, note, hidden=True)] * bool(last)
+            note = before.box("note", *picture.notes)
+            before.arrows += [_Arrow(last, note, kind="hidden")] * bool(last)
         flows += [before, after]
     return [flow for flow in flows if flow.boxes]
 
@@ -80,17 +77,18 @@ def _flows(drawn: Sketch) -> list[_Flow]:
 def _draw(trunk: Trunk, flow: _Flow, streams: int, *, after: bool) -> None:
     start, end = trunk.ends(streams, after=after)
     pre, res, post, add = ("pre", "res", "post", "hyper-connection") if after else ("", "", "", "add")
+    trunk_kind: Literal["", "streams"] = "streams" if after else ""
     at = flow.box("end", start)
     for part in trunk.parts:
-        if isinstance(part, Place):
-            branch, join = flow.box("branch", *part.lines), flow.box("add", add)
-            flow.arrows += [_Arrow(at, branch, pre), _Arrow(at, join, res, after), _Arrow(branch, join, post)]
+        box = flow.box(part.kind, *part.lines)
+        if part.kind == "site":
+            join = flow.box("add", add)
+            flow.arrows += [_Arrow(at, box, pre), _Arrow(at, join, res, trunk_kind), _Arrow(box, join, post)]
             at = join
         else:
-            box = flow.box("lifted" if isinstance(part, Lifted) else "repeat", part.text)
-            flow.arrows.append(_Arrow(at, box, streams=after))
+            flow.arrows.append(_Arrow(at, box, kind=trunk_kind))
             at = box
-    flow.arrows.append(_Arrow(at, flow.box("end", end), streams=after))
+    flow.arrows.append(_Arrow(at, flow.box("end", end), kind=trunk_kind))
 
 
 def to_dot(diff: ModelDiff) -> str:
@@ -103,11 +101,11 @@ def to_dot(diff: ModelDiff) -> str:
     ]
     for number, flow in enumerate(_flows(drawn)):
         lines += [f"  subgraph cluster_{number} {{", f'    label={_dot_text(flow.title)}; color="#d0d7de";']
-        lines += [f"    {name} [label={_dot_text(*text)}, {_DOT_NODES[shape]}];" for name, shape, text in flow.boxes]
+        lines += [f"    {name} [label={_dot_text(*text)}, {_SHAPES[shape][0]}];" for name, shape, text in flow.boxes]
         lines += [f"    {_dot_arrow(arrow, drawn.streams)};" for arrow in flow.arrows]
         lines.append("  }")
     if not drawn.pictures:
-        lines.append(f"  nothing [label={_dot_text(drawn.description)}, {_DOT_NODES['end']}];")
+        lines.append(f"  nothing [label={_dot_text(drawn.description)}, {_SHAPES['end'][0]}];")
     return "\n".join([*lines, "}", ""])
 
 
@@ -115,9 +113,9 @@ def _dot_arrow(arrow: _Arrow, streams: int) -> str:
     looks = []
     if arrow.label:
         looks.append(f"label={_dot_text(arrow.label)}")
-    if arrow.hidden:
+    if arrow.kind == "hidden":
         looks.append("style=invis")
-    if arrow.streams:  # a list of colours draws parallel lines
+    if arrow.kind == "streams":  # a list of colours draws parallel lines
         looks.append(f'color="{":invis:".join(["#0a8296"] * streams)}"')
     return f"{arrow.start} -> {arrow.end}" + (f" [{', '.join(looks)}]" if looks else "")
 
@@ -135,7 +133,7 @@ def to_mermaid(diff: ModelDiff) -> str:
     for number, flow in enumerate(_flows(drawn)):
         lines.append(f"  subgraph s{number}[{mermaid_text(flow.title)}]")
         for name, shape, text in flow.boxes:
-            opening, closing = _MERMAID_BRACKETS[shape]
+            _, opening, closing = _SHAPES[shape]
             mark = ":::note" if shape in {"note", "repeat"} else ""
             lines.append(f"    {name}{opening}{mermaid_text(*text)}{closing}{mark}")
         lines += [f"    {_mermaid_arrow(arrow, drawn.streams)}" for arrow in flow.arrows]
@@ -147,12 +145,9 @@ def to_mermaid(diff: ModelDiff) -> str:
 
 
 def _mermaid_arrow(arrow: _Arrow, streams: int) -> str:
-    if arrow.hidden:
-        return f"{arrow.start} ~~~ {arrow.end}"
-    if not arrow.streams:
-        return f"{arrow.start} -->{f'|{arrow.label}|' if arrow.label else ''} {arrow.end}"
-    label = f"{arrow.label}, {streams} streams" if arrow.label else f"{streams} streams"
-    return f"{arrow.start} ==>|{label}| {arrow.end}"
+    line = {"": "-->", "streams": "==>", "hidden": "~~~"}[arrow.kind]
+    label = ", ".join(filter(None, (arrow.label, f"{streams} streams" * (arrow.kind == "streams"))))
+    return f"{arrow.start} {line}{f'|{label}|' * bool(label)} {arrow.end}"
 
 
 def mermaid_text(*lines: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
 
-from mhc_compile.inspection.diff.picture import Lifted, Place, sketch
+from mhc_compile.inspection.diff.picture import sketch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhc_compile.inspection.diff.picture import Picture, Repeat, Trunk
+    from mhc_compile.inspection.diff.picture import Part, Picture, Trunk
     from mhc_compile.inspection.diff.results import ModelDiff
 
 _COLUMN = 400
@@ -19,7 +19,7 @@ _MARGIN = 20
 _TRUNK, _BOX, _WIDE = 110, 190, 190
 #: Letters that fit into a box and on a line of notes.
 _LETTERS, _LINE = 24, 105
-_TALL = {"end": 40, "place": 104, "part": 52}
+_TALL = {"end": 40, "site": 104, "lifted": 52, "repeat": 52}
 
 _STYLE = """
   svg { --back: #fff; --ink: #1f2328; --dim: #59636e; --edge: #c3cad2; --box: #f6f8fa; --line: #8b949e; --stream: #0a8296; --mark: #fff; }
@@ -88,7 +88,7 @@ def _picture(picture: Picture, top: int, streams: int) -> tuple[list[str], int]:
         top = bottom
     for note in picture.notes:
         top += 18
-        body.append(_text(_MARGIN, top, note.text, "note", _LINE))
+        body.append(_text(_MARGIN, top, note, "note", _LINE))
     return body, top
 
 
@@ -103,7 +103,7 @@ class _Side:
         self.bottom = 0
 
     def trunk(self, trunk: Trunk, top: int) -> Iterator[str]:
-        heights = [_TALL["place" if isinstance(part, Place) else "part"] for part in trunk.parts]
+        heights = [_TALL[part.kind] for part in trunk.parts]
         end = top + _TALL["end"] + sum(heights)
         kind, count = ("stream", self.streams) if self.after else ("trunk", 1)
         for x in (self.x - self.half + self.pitch * line for line in range(count)):
@@ -112,7 +112,7 @@ class _Side:
         yield from self._pill(top + 4, first)
         at = top + _TALL["end"]
         for part, height in zip(trunk.parts, heights, strict=True):
-            yield from self._place(part, at) if isinstance(part, Place) else self._on(part, at)
+            yield from self._site(part, at) if part.kind == "site" else self._on(part, at)
             at += height
         yield from self._pill(end + 12, last)
         self.bottom = end + _TALL["end"]
@@ -122,16 +122,16 @@ class _Side:
         yield f'<rect class="on" x="{self.x - wide / 2:g}" y="{top}" width="{wide}" height="20" rx="10"/>'
         yield _text(self.x, top + 14, text, "dim", 24)
 
-    def _place(self, place: Place, top: int) -> Iterator[str]:
+    def _site(self, site: Part, top: int) -> Iterator[str]:
         left, middle = self.left + _BOX, self.left + _BOX + _WIDE // 2
         start, end = self.x + self.half, self.x + self.half + 9
-        lines = place.lines
-        yield f'<g class="site"><title>{_escaped(place.path)}</title>'
+        label, *about = site.lines
+        yield f'<g class="site"><title>{_escaped(site.path)}</title>'
         yield f'<path class="way" d="M{start:g} {top + 12} H{middle} V{top + 22}"/>'
         yield f'<path class="head" d="M{middle - 4} {top + 20} h8 l-4 7z"/>'
         yield f'<rect class="box" x="{left}" y="{top + 27}" width="{_WIDE}" height="46" rx="6"/>'
-        yield _text(middle, top + 46, lines[0], "path", _LETTERS)
-        yield _text(middle, top + 63, " · ".join(lines[1:]), "dim", _LETTERS + 3)
+        yield _text(middle, top + 46, label, "path", _LETTERS)
+        yield _text(middle, top + 63, " · ".join(about), "dim", _LETTERS + 3)
         yield f'<path class="way" d="M{middle} {top + 73} V{top + 88} H{end + 7:g}"/>'
         yield f'<path class="head" d="M{end + 8:g} {top + 84} v8 l-8 -4z"/>'
         if self.after:
@@ -146,11 +146,10 @@ class _Side:
             yield f'<path class="way" d="M{self.x - 4} {top + 88} h8 m-4 -4 v8"/>'
         yield "</g>"
 
-    def _on(self, part: Lifted | Repeat, top: int) -> Iterator[str]:
-        text = part.text
-        kind, shape = ("lifted", "on") if isinstance(part, Lifted) else ("repeat", "repeat")
+    def _on(self, part: Part, top: int) -> Iterator[str]:
+        (text,), shape = part.lines, "on" if part.kind == "lifted" else "repeat"
         wide = min(7 * min(len(text), 24) + 18, 2 * _TRUNK - 16)
-        yield f'<g class="{kind}-part"><title>{_escaped(text)}</title>'
+        yield f'<g class="{part.kind}-part"><title>{_escaped(text)}</title>'
         yield f'<rect class="{shape}" x="{self.x - wide / 2:g}" y="{top + 12}" width="{wide}" height="26" rx="4"/>'
         yield _text(self.x, top + 29, text, "dim", 29)
         yield "</g>"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.inspection.diff.results import Change, Row
@@ -52,22 +52,22 @@ class NewParameters:
 def layers(rows: Sequence[Row]) -> tuple[Section, ...]:
     """Return the rows of the calls layer by layer; unchanged neighbours are one section."""
     found: list[Section] = []
-    for section in _sections([row for row in rows if row.node.op in {"call", "output"}], 0):
-        if found and found[-1].unchanged and section.unchanged:
-            last = found.pop()
-            section = Section(_common([last.path, section.path]), (*last.rows, *section.rows))
-        found.append(section)
+    calls = [row for row in rows if row.node.op in {"call", "output"}]
+    for unchanged, group in groupby(_sections(calls, 0), key=lambda section: section.unchanged):
+        members = list(group)
+        if unchanged:
+            inside = (row for section in members for row in section.rows)
+            members = [Section(_common([section.path for section in members]), tuple(inside))]
+        found += members
     return tuple(found)
 
 
 def sections(rows: Sequence[Row]) -> tuple[Section, ...]:
     """Return the layers; successive ones like the same earlier one are a single section."""
-    found: list[Section] = []
-    for section in layers(rows):
-        if found and section.like and found[-1].like == section.like:
-            last = found.pop()
-            section = Section(last.path, last.rows, last.like, (*last.others, section.path))
-        found.append(section)
+    found = []
+    for _, group in groupby(layers(rows), key=lambda section: section.like or id(section)):
+        first, *others = group
+        found.append(replace(first, others=tuple(other.path for other in others)))
     return tuple(found)
 
 
@@ -91,7 +91,9 @@ def _sections(rows: Sequence[Row], depth: int) -> Iterator[Section]:
         if not layer:
             yield Section(_common([row.node.module for row in members]), members)
             continue
-        signature = _signature(layer, members)
+        names = _Names(layer), _Names(layer)
+        shapes = ((row.change, _shape(row.before, names[0]), _shape(row.after, names[1])) for row in members)
+        signature = _pattern(layer), *shapes
         if signature in first:
             yield Section(layer, members, first[signature])
             continue
@@ -123,12 +125,8 @@ def _pattern(path: str) -> str:
 
 def _common(paths: list[str]) -> str:
     """Return the path of the innermost module that contains all."""
-    shared: list[str] = []
-    for column in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, columns))
 
 
 @dataclass
@@ -147,11 +145,6 @@ class _Names:
         if _pattern(name) != name:
             return "other", _pattern(name)
         return "outside", self.outside.setdefault(name, len(self.outside))
-
-
-def _signature(layer: str, rows: Sequence[Row]) -> Any:
-    before, after = _Names(layer), _Names(layer)
-    return _pattern(layer), tuple((row.change, _shape(row.before, before), _shape(row.after, after)) for row in rows)
 
 
 def _shape(node: NodeView | None, names: _Names) -> Any:

@@ -33,7 +33,15 @@ def render_page(diff: ModelDiff) -> str:
     title = html.escape(f"{diff.model}: {diff.before} → {diff.after}")
     parts = {"policy": policy.format(*digests) + "form-action 'none'", "title": title, "style": style, "script": script}
     # Text inside a script element; `json` escapes all but ASCII.
-    data = json.dumps(_data(diff), separators=(",", ":"))
+    content = {
+        **diff.to_dict(),
+        "defaults": Options().resolved.to_dict(),
+        "legend": [
+            {"change": change.value, "sign": sign.strip(), "text": text} for change, (sign, _, text) in LOOK.items()
+        ],
+        "layers": [_layers(graph) for graph in diff.graphs],
+    }
+    data = json.dumps(content, separators=(",", ":"))
     parts["data"] = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     head, *rest = _asset("page.html").split("{{")
     page = [head]
@@ -45,17 +53,6 @@ def render_page(diff: ModelDiff) -> str:
 
 def _asset(name: str) -> str:
     return (files("mhc_compile.inspection.diff") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _data(diff: ModelDiff) -> dict[str, Any]:
-    return {
-        **diff.to_dict(),
-        "defaults": Options().resolved.to_dict(),
-        "legend": [
-            {"change": change.value, "sign": sign.strip(), "text": text} for change, (sign, _, text) in LOOK.items()
-        ],
-        "layers": [_layers(graph) for graph in diff.graphs],
-    }
 
 
 def _layers(graph: GraphDiff) -> list[dict[str, Any]]:

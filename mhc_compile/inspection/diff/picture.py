@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mhc_compile.inspection.diff.fold import layers
 from mhc_compile.inspection.diff.results import Change
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from mhc_compile.inspection.diff.fold import Section
     from mhc_compile.inspection.diff.results import GraphDiff, ModelDiff
@@ -19,49 +19,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A site, with the class of the module that performs its adds.
+class Part:
+    """A box on a trunk.
 
-    `label` is the end of the branch's path, "h.0.attn"; `holds` is the number of sites of other
-    chains inside the branch, which are not drawn.
+    "site": a site with its branch. "lifted": an operation that afterwards runs on all streams.
+    "repeat": layers like an earlier one.
     """
 
-    path: str
-    label: str
-    kind: str
-    adds: int = 1
-    holds: int = 0
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The text of its box."""
-        adds = [f"{self.adds} additions in one"] * (self.adds > 1)
-        holds = [f"holds {self.holds} more sites"] * (self.holds > 0)
-        return self.label, self.kind, *adds, *holds
-
-
-@dataclass(frozen=True)
-class Lifted:
-    """An operation on the trunk, which afterwards runs on all streams: "relu"."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """Layers like an earlier one: their number, its path, and the number of their sites."""
-
-    count: int
-    like: str
-    sites: int
-
-    @property
-    def text(self) -> str:
-        """The text of its box."""
-        return f"× {self.count}: as {self.like}"
-
-
-Part = Place | Lifted | Repeat
+    kind: Literal["site", "lifted", "repeat"]
+    lines: tuple[str, ...]  #: the text of the box
+    sites: int = 0  #: the number of sites that it stands for
+    holds: int = 0  #: the number of sites of other chains inside the branch, which are not drawn
+    path: str = ""  #: of a site
 
 
 @dataclass(frozen=True)
@@ -82,61 +51,37 @@ class Trunk:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Adds that are skipped for one reason: its code, and the names of the adds."""
-
-    reason: str
-    adds: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """In one line: "skipped: 3 × broadcast (add, add_1, …)"."""
-        names = ", ".join(self.adds[:2]) + (", …" if len(self.adds) > 2 else "")
-        return f"skipped: {len(self.adds)} × {self.reason} ({names})"
-
-
-@dataclass(frozen=True)
 class Picture:
-    """One graph."""
+    """One graph; a note for each reason for which additions are skipped."""
 
     title: str
     trunks: tuple[Trunk, ...]
-    notes: tuple[Note, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Sketch:
     """All graphs of a model that have something to draw."""
 
-    model: str
+    title: str
+    description: str  #: the drawing in words, for screen readers
     streams: int
     pictures: tuple[Picture, ...]
-
-    @property
-    def title(self) -> str:
-        """The title of the drawing."""
-        return f"{self.model}: the residual trunk before and after"
-
-    @property
-    def description(self) -> str:
-        """The drawing in words, for screen readers."""
-        trunks = [trunk for picture in self.pictures for trunk in picture.trunks]
-        if not trunks:
-            return "Nothing is rewritten."
-        sites = sum(_sites(trunk.parts) for trunk in trunks)
-        return (
-            f"Before: one line with an addition after each branch. After: {self.streams} parallel streams; at each of"
-            f" {sites} sites in {len(trunks)} chain{'s' * (len(trunks) > 1)} the branch reads their sum weighted by"
-            " pre, and its result returns to them weighted by post, while res mixes the streams."
-        )
 
 
 def sketch(diff: ModelDiff) -> Sketch:
     """Return the content of the drawings of `diff`."""
     pieces = len(diff.graphs) > 1 or any(len(graph.modules) > 1 for graph in diff.graphs)
-    pictures = (_picture(graph, pieces) for graph in diff.graphs)
-    drawn = tuple(picture for picture in pictures if picture.trunks or picture.notes)
-    return Sketch(diff.model, diff.options.streams, drawn)
+    pictures = tuple(one for graph in diff.graphs if (one := _picture(graph, pieces)).trunks or one.notes)
+    trunks = [trunk for picture in pictures for trunk in picture.trunks]
+    sites, streams = sum(part.sites for trunk in trunks for part in trunk.parts), diff.options.streams
+    description = (
+        f"Before: one line with an addition after each branch. After: {streams} parallel streams; at each of"
+        f" {sites} sites in {len(trunks)} chain{'s' * (len(trunks) > 1)} the branch reads their sum weighted by"
+        " pre, and its result returns to them weighted by post, while res mixes the streams."
+    )
+    title = f"{diff.model}: the residual trunk before and after"
+    return Sketch(title, description if trunks else "Nothing is rewritten.", streams, pictures)
 
 
 def _picture(graph: GraphDiff, pieces: bool) -> Picture:
@@ -160,7 +105,11 @@ def _picture(graph: GraphDiff, pieces: bool) -> Picture:
     reasons: dict[str, list[str]] = {}
     for rejection in graph.rejections:
         reasons.setdefault(rejection.reason, []).append(rejection.add)
-    return Picture(graph.title, trunks, tuple(Note(reason, tuple(adds)) for reason, adds in reasons.items()))
+    notes = (
+        f"skipped: {len(adds)} × {reason} ({', '.join(adds[:2])}{', …' * (len(adds) > 2)})"
+        for reason, adds in reasons.items()
+    )
+    return Picture(graph.title, trunks, tuple(notes))
 
 
 def _around(outer: ChainReport, inner: ChainReport, rows: dict[str, int]) -> SiteReport | None:
@@ -190,14 +139,16 @@ def _parts(
         place = rows.get(site.path, last)
         for at, node in lifted:
             if last < at < place:
-                yield path, Lifted(node.target.rpartition(".")[2] or node.target)
-        label = ".".join([*site.owner.split(".")[-2:], site.branch]).lstrip(".")
-        yield site.path, Place(site.path, label, site.owner_kind, site.adds, holds[site.path])
+                yield path, Part("lifted", (node.target.rpartition(".")[2] or node.target,))
+        held = holds[site.path]
+        lines = [".".join([*site.owner.split(".")[-2:], site.branch]).lstrip("."), site.owner_kind]
+        lines += [f"{site.adds} additions in one"] * (site.adds > 1) + [f"holds {held} more sites"] * (held > 0)
+        yield site.path, Part("site", tuple(lines), 1, held, site.path)
         last, path = place, site.path
 
 
 def _folded(parts: Iterator[tuple[str, Part]], homes: dict[str, Section]) -> Iterator[Part]:
-    """Yield the parts; successive layers like the same earlier one are a single `Repeat`."""
+    """Yield the parts; successive layers like the same earlier one are a single part."""
 
     def like(item: tuple[str, Part]) -> str:
         return homes[item[0]].like if item[0] in homes else ""
@@ -206,10 +157,6 @@ def _folded(parts: Iterator[tuple[str, Part]], homes: dict[str, Section]) -> Ite
         members = list(items)
         if earlier:
             count = len({id(homes[path]) for path, _ in members})
-            yield Repeat(count, earlier, _sites(part for _, part in members))
+            yield Part("repeat", (f"× {count}: as {earlier}",), sum(part.sites for _, part in members))
         else:
             yield from (part for _, part in members)
-
-
-def _sites(parts: Iterable[Part]) -> int:
-    return sum(part.sites if isinstance(part, Repeat) else isinstance(part, Place) for part in parts)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import singledispatch
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhc_compile.reporting.base import Renderable
+from mhc_compile.reporting.base import Renderable, export
 
 if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.inspection.explain.results import ChainReport, RejectionReport
-
-#: Changes when a field of `ModelDiff.to_dict` changes its meaning or is removed.
-SCHEMA = "mhc-compile/diff/1"
 
 Operation = Literal["input", "parameter", "call", "output"]
 #: "site": an add that becomes a hyper-connection. "skipped": an add that does not. "stream": a node
@@ -25,47 +21,28 @@ Role = Literal["", "site", "skipped", "stream"]
 
 @dataclass(frozen=True)
 class NodeView:
-    """One node of a graph, without tensors or references to the model.
+    """One node of a graph, without tensors or references to the model."""
 
-    Attributes:
-        name: unique in its graph. A parameter has its path below the model, an input the name in
-            the model's signature.
-        op: kind of node.
-        target: the operation: "torch.nn.functional.linear", "aten.add.Tensor", ".view",
-            "mhc.update"; "" for inputs and the output.
-        template: its arguments, with {} for every operand: "{}, {}, alpha=2".
-        reads: names of its operands, in the order of the template.
-        value: dtype and shape, "float32[2, 8, 64]"; several in parentheses; "" without a tensor.
-        module: path of the innermost module call that contains it; "" is the model itself.
-        kind: class of that module.
-        source: `file:line` in the model's code, "" if the tracer did not record it.
-        role: see `Role`.
-        site: path of its hyper-connection, or "".
-        reason: code of the reason why an add is skipped, or "".
-    """
-
-    name: str
+    name: str  #: unique in its graph; of a parameter, its path; of an input, its name in the model's signature
     op: Operation
-    target: str
-    template: str
-    reads: tuple[str, ...]
-    value: str
-    module: str
-    kind: str
-    source: str
+    target: str  #: the operation: "aten.add.Tensor", ".view", "mhc.update"; "" for inputs and the output
+    template: str  #: its arguments, with {} for every operand: "{}, {}, alpha=2"
+    reads: tuple[str, ...]  #: names of its operands, in the order of the template
+    value: str  #: dtype and shape, "float32[2, 8, 64]"; several in parentheses; "" without a tensor
+    module: str  #: path of the innermost module call that contains it; "" is the model itself
+    kind: str  #: class of that module
+    source: str  #: `file:line` in the model's code, "" if the tracer did not record it
     role: Role
-    site: str
-    reason: str
+    site: str  #: path of its hyper-connection, or ""
+    reason: str  #: code of the reason why an add is skipped, or ""
 
     @property
     def arguments(self) -> str:
         """The arguments by name. Parameters of the node's own module lose its path: ".weight"."""
-
-        def short(name: str) -> str:
-            inside = self.module and name.startswith(f"{self.module}.")
-            return name.removeprefix(self.module) if inside else name
-
-        return self.template.format(*map(short, self.reads))
+        own = f"{self.module}." if self.module else "\0"
+        return self.template.format(
+            *(f".{name.removeprefix(own)}" if name.startswith(own) else name for name in self.reads)
+        )
 
     def __str__(self) -> str:
         if self.op == "output":
@@ -113,25 +90,12 @@ class Row:
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """One graph before and after.
+    """One graph before and after."""
 
-    Attributes:
-        modules: paths of the modules that run it; several for equivalent blocks. ("",) is the
-            model itself.
-        rows: its nodes, aligned.
-        chains: the chains of the plan.
-        rejections: the adds that the plan skips.
-    """
-
-    modules: tuple[str, ...]
-    rows: tuple[Row, ...]
-    chains: tuple[ChainReport, ...]
-    rejections: tuple[RejectionReport, ...]
-
-    @property
-    def changes(self) -> Counter[Change]:
-        """Number of rows by kind of change."""
-        return Counter(row.change for row in self.rows)
+    modules: tuple[str, ...]  #: paths of the modules that run it; several for equivalent blocks; "" is the model
+    rows: tuple[Row, ...]  #: its nodes, aligned
+    chains: tuple[ChainReport, ...]  #: of the plan
+    rejections: tuple[RejectionReport, ...]  #: the adds that the plan skips
 
     @property
     def title(self) -> str:
@@ -142,14 +106,12 @@ class GraphDiff:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; see `ModelDiff.to_dict`."""
         sides: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-        rows = []
-        for row in self.rows:
-            places: dict[str, int | None] = {"before": None, "after": None}
-            for side, node in (("before", row.before), ("after", row.after)):
-                if node is not None:
-                    places[side] = len(sides[side])
-                    sides[side].append({**asdict(node), "text": str(node)})
-            rows.append({"change": row.change.value, **places})
+        rows: list[dict[str, Any]] = [{"change": row.change.value, "before": None, "after": None} for row in self.rows]
+        for row, entry in zip(self.rows, rows, strict=True):
+            for side, nodes in sides.items():
+                if (node := getattr(row, side)) is not None:
+                    entry[side] = len(nodes)
+                    nodes.append({**asdict(node), "text": str(node)})
         chains, rejections = ([asdict(report) for report in reports] for reports in (self.chains, self.rejections))
         return {"modules": list(self.modules), "chains": chains, "rejections": rejections, **sides, "rows": rows}
 
@@ -175,7 +137,7 @@ class ModelDiff(Renderable):
     @property
     def changes(self) -> Counter[Change]:
         """Number of rows by kind of change, in all graphs."""
-        return sum((graph.changes for graph in self.graphs), Counter())
+        return Counter(row.change for graph in self.graphs for row in graph.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON.
@@ -189,7 +151,7 @@ class ModelDiff(Renderable):
         """
         changes = self.changes
         return {
-            "schema": SCHEMA,
+            "schema": "mhc-compile/diff/1",  # changes when a field changes its meaning or is removed
             "model": self.model,
             "options": self.options.to_dict(),
             "stage": {"before": self.before, "after": self.after},
@@ -199,22 +161,16 @@ class ModelDiff(Renderable):
 
     def to_html(self) -> str:
         """Return one self-contained page: both graphs, with search and the list of sites."""
-        return export(self, "html")
+        return str(export(self, "html"))
 
     def to_svg(self) -> str:
         """Return a drawing of the residual trunk before, and of its streams after."""
-        return export(self, "svg")
+        return str(export(self, "svg"))
 
     def to_dot(self) -> str:
         """Return the same drawing for Graphviz."""
-        return export(self, "dot")
+        return str(export(self, "dot"))
 
     def to_mermaid(self) -> str:
         """Return the same drawing for Markdown."""
-        return export(self, "mermaid")
-
-
-@singledispatch
-def export(result: object, medium: str) -> str:
-    """Return a result as the text of a file: "html", "svg", "dot" or "mermaid"."""
-    raise TypeError(f"no {medium} is registered for {type(result).__name__}; expected a ModelDiff")
+        return str(export(self, "mermaid"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mhc_compile.inspection.diff.fold import Section, new_parameters, sections
@@ -37,13 +37,7 @@ LOOK: dict[Change, tuple[str, str, str]] = {
 
 @render.register(ModelDiff)
 def _diff(diff: ModelDiff, *, side_by_side: bool = False, every: bool = False) -> RenderableType:
-    """Render the whole diff.
-
-    Args:
-        diff: the result.
-        side_by_side: two columns instead of one.
-        every: fold neither unchanged rows nor repeated layers.
-    """
+    """Render in one column or `side_by_side`; `every`: fold neither rows nor repeated layers."""
     parts: list[RenderableType] = [_headline(diff)]
     for graph in diff.graphs:
         if len(diff.graphs) > 1:
@@ -88,9 +82,7 @@ def _graph(graph: GraphDiff, side_by_side: bool, every: bool) -> Iterator[Render
 
 
 def _unified(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(width=3, justify="right")
-    grid.add_column(overflow="fold")
+    grid = Table.grid(Column(width=3, justify="right"), Column(overflow="fold"), padding=(0, 1, 0, 0))
     for line in lines:
         if isinstance(line, Row):
             sign, style, _ = LOOK[line.change]
@@ -115,18 +107,18 @@ def _lines(section: Section, every: bool) -> Iterator[Row | tuple[Row, ...]]:
 
 def _unpacked(rows: Sequence[Row]) -> Iterator[Row]:
     """Yield the rows with `pre, post, res = coefficients(...)` in the place of four."""
-    place = 0
-    while place < len(rows):
-        row, place = rows[place], place + 1
-        parts = []
-        whole = (Change.ADDED, "getitem", (row.node.name,))  # of an entry of the new tuple in this row
-        while row.change is Change.ADDED and place < len(rows):
-            part = rows[place]
-            if (part.change, part.node.target, part.node.reads) != whole:
-                break
-            parts.append(part.node.name)
-            place += 1
-        yield Row(row.change, None, replace(row.node, name=", ".join(parts))) if parts else row
+
+    def whole(row: Row) -> str:
+        is_part = row.change is Change.ADDED and row.node.target == "getitem"
+        return row.node.reads[0] if is_part else row.node.name
+
+    for name, group in groupby(rows, key=whole):
+        first, *parts = group
+        if parts and first.change is Change.ADDED and first.node.name == name:
+            names = ", ".join(part.node.name for part in parts)
+            yield Row(first.change, None, replace(first.node, name=names))
+        else:
+            yield from (first, *parts)
 
 
 def _heading(path: str, rows: Sequence[Row]) -> Text:
@@ -169,10 +161,8 @@ def _folded(rows: Sequence[Row]) -> Text:
 
 
 def _columns(lines: Sequence[Row | tuple[Row, ...]]) -> Table:
-    table = Table(box=None, show_header=False, expand=True, padding=(0, 1, 0, 0))
-    table.add_column(ratio=1, overflow="fold")
-    table.add_column(width=1)
-    table.add_column(ratio=1, overflow="fold")
+    sides = Column(ratio=1, overflow="fold"), Column(width=1), Column(ratio=1, overflow="fold")
+    table = Table(*sides, box=None, show_header=False, expand=True, padding=(0, 1, 0, 0))
     for line in lines:
         if isinstance(line, Row):
             sign, style, _ = LOOK[line.change]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mhc_compile.inspection.diff.results import NodeView
-from mhc_compile.passes.analysis.op_info import leaf_module
+from mhc_compile.passes.analysis.op_info import example_value, leaf_module
 from mhc_compile.passes.analysis.provenance import source_line
 from mhc_compile.passes.planning.graph_boundary import ARRIVAL, BranchInput
 
@@ -26,35 +26,30 @@ if TYPE_CHECKING:
 _OURS = "mhc_"
 
 
-def view(graph: Graph, provenance: Provenance, plan: Plan | None = None, prefix: str = "") -> tuple[NodeView, ...]:
-    """Return the nodes of `graph`, in order; it has example values, as every stage leaves it.
+class Viewer:
+    """Makes `NodeView`s of the nodes of a graph with example values, as every stage leaves it.
 
     Provenance and plan may be those of the graph that it was made from. `prefix` is the path of the
     module that the graph belongs to.
     """
-    return tuple(_Viewer(provenance, plan, prefix).graph(graph))
 
-
-class _Viewer:
-    def __init__(self, provenance: Provenance, plan: Plan | None, prefix: str) -> None:
-        self.provenance = provenance
-        self.prefix = prefix
+    def __init__(self, provenance: Provenance, plan: Plan, prefix: str) -> None:
+        self.provenance, self.prefix = provenance, prefix
         self.names: dict[Node, str] = {}
         self.taken: set[str] = set()
         #: The hyper-connection of each node of the rewrite.
         self.sites: dict[Node, str] = {}
         #: By name, which passes keep when they copy a graph.
-        self.verdicts: dict[str, tuple[Role, str, str]] = {}
+        self.verdicts: dict[str, tuple[Role, str, str]] = {
+            rejection.add.name: ("skipped", "", rejection.reason.value) for rejection in plan.rejections
+        }
         #: Hyper-connections of branches that begin in other graphs, by name below their owner.
         self.tails: dict[str, set[str]] = defaultdict(set)
-        if plan is not None:
-            for site in plan.sites:
-                if site.tail:
-                    self.tails[site.name].add(self._below(site.path))
-            for rejection in plan.rejections:
-                self.verdicts[rejection.add.name] = ("skipped", "", rejection.reason.value)
-            for site in plan.sites:
-                self.verdicts.update({add.name: ("site", self._below(site.path), "") for add in site.adds})
+        for site in plan.sites:
+            path = self._below(site.path)
+            self.verdicts.update({add.name: ("site", path, "") for add in site.adds})
+            if site.tail:
+                self.tails[site.name].add(path)
 
     def graph(self, graph: Graph, inside: str = "") -> Iterator[NodeView]:
         """Yield the nodes of `graph`; the body of a region precedes its call, `inside` its name."""
@@ -79,7 +74,7 @@ class _Viewer:
             target=_target(node),
             template=template,
             reads=tuple(self.names[operand] for operand in reads),
-            value=_value(node.meta.get("example_value", node.meta.get("val"))),
+            value=_value(example_value(node)),
             module=self._below(stack[-1].path) if stack else self.prefix,
             kind=stack[-1].kind if stack else "",
             source=source_line(node),

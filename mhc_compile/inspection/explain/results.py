@@ -20,90 +20,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One residual add that becomes a hyper-connection.
+    """One residual add that becomes a hyper-connection."""
 
-    Attributes:
-        path: of its parameters below the model: "transformer.h.0.mhc.attn".
-        owner: path of the module that performs the add; "" is the model itself.
-        owner_kind: class of that module.
-        branch: path of the branch below the owner: "attn".
-        index: position in the chain, from 0. At init the branch prefers stream index mod n.
-        width: C.
-        adds: number of additions in the sum (2 for parallel attention and MLP).
-        source: `file:line` of the add in the model's code, "" if the tracer did not record it.
-    """
-
-    path: str
-    owner: str
-    owner_kind: str
-    branch: str
-    index: int
-    width: int
-    adds: int
-    source: str
+    path: str  #: of its parameters below the model: "transformer.h.0.mhc.attn"
+    owner: str  #: path of the module that performs the add; "" is the model itself
+    owner_kind: str  #: class of that module
+    branch: str  #: path of the branch below the owner: "attn"
+    index: int  #: position in the chain, from 0; at init the branch prefers stream index mod n
+    width: int  #: C
+    adds: int  #: number of additions in the sum (2 for parallel attention and MLP)
+    source: str  #: `file:line` of the add in the model's code, "" if the tracer did not record it
 
 
 @dataclass(frozen=True)
 class ChainReport:
-    """Sites that share one set of streams in one graph.
+    """Sites that share one set of streams in one graph."""
 
-    Attributes:
-        sites: in order.
-        width: C.
-        lifted: names of the trunk operations that run on all streams.
-        arrives: the streams come from another graph, or start as copies of a graph input.
-        departs: the streams may continue in another graph.
-    """
-
-    sites: tuple[SiteReport, ...]
-    width: int
-    lifted: tuple[str, ...]
-    arrives: bool
-    departs: bool
+    sites: tuple[SiteReport, ...]  #: in order
+    width: int  #: C
+    lifted: tuple[str, ...]  #: names of the trunk operations that run on all streams
+    arrives: bool  #: the streams come from another graph, or start as copies of a graph input
+    departs: bool  #: the streams may continue in another graph
 
 
 @dataclass(frozen=True)
 class RejectionReport:
-    """One addition that is skipped.
+    """One addition that is skipped."""
 
-    Attributes:
-        add: name of its node in the graph.
-        module: path of the module that performs it.
-        reason: code of the reason (`mhc_compile.passes.Reason`).
-        message: the finding that led to it.
-        source: `file:line` of the add in the model's code, "" if the tracer did not record it.
-    """
-
-    add: str
-    module: str
-    reason: str
-    message: str
-    source: str
+    add: str  #: name of its node in the graph
+    module: str  #: path of the module that performs it
+    reason: str  #: code of the reason (`mhc_compile.passes.Reason`)
+    message: str  #: the finding that led to it
+    source: str  #: `file:line` of the add in the model's code, "" if the tracer did not record it
 
 
 @dataclass(frozen=True)
 class GraphReport:
     """One graph that Dynamo made of the model. Equal blocks that share a graph have a report each.
 
-    Attributes:
-        module: path of the module whose method, or a part of it, the graph is; "" is the model.
-        nodes: number of nodes.
-        chains: chains that are rewritten.
-        rejections: all other additions of two floating-point tensors.
-        regions: higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not
-            analyzed. Sites under activation checkpointing are among the chains.
-        tokens: tokens in the example inputs, as the chains count them (batch × sequence); 0 without
-            a chain, and if chains have different numbers of them (an encoder and a decoder).
-        flops: of one forward pass of the plain graph with the example inputs, None if unknown.
+    `regions` are higher-order operations (`cond`, `invoke_subgraph`) whose inner graphs are not
+    analyzed; sites under activation checkpointing are among the chains. `tokens` are those of the
+    example inputs, as the chains count them (batch × sequence); 0 without a chain, and if chains
+    have different numbers of them (an encoder and a decoder).
     """
 
-    module: str
-    nodes: int
-    chains: tuple[ChainReport, ...]
-    rejections: tuple[RejectionReport, ...]
+    module: str  #: path of the module whose method, or a part of it, the graph is; "" is the model
+    nodes: int  #: number of nodes
+    chains: tuple[ChainReport, ...]  #: chains that are rewritten
+    rejections: tuple[RejectionReport, ...]  #: all other additions of two floating-point tensors
     regions: tuple[str, ...]
     tokens: int
-    flops: int | None
+    flops: int | None  #: of one forward pass of the plain graph with the example inputs, None if unknown
 
 
 @dataclass(frozen=True)
@@ -194,91 +161,51 @@ class Explanation(Renderable):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the graph.
+    """One operation of the graph."""
 
-    Attributes:
-        node: name of its node.
-        op: name of the operation: "linear", "add".
-        value: shape and dtype of its result, "" if that is no tensor.
-        module: path of the innermost module that performs it; "" is the model itself.
-        contraction: whether it is a matrix product, a convolution, attention or a recurrence.
-        source: `file:line` in the model's code, "" if the tracer did not record it.
-    """
-
-    node: str
-    op: str
-    value: str
-    module: str
-    contraction: bool
-    source: str
+    node: str  #: name of its node
+    op: str  #: name of the operation: "linear", "add"
+    value: str  #: shape and dtype of its result, "" if that is no tensor
+    module: str  #: path of the innermost module that performs it; "" is the model itself
+    contraction: bool  #: whether it is a matrix product, a convolution, attention or a recurrence
+    source: str  #: `file:line` in the model's code, "" if the tracer did not record it
 
 
 @dataclass(frozen=True)
 class SiteDetail(SiteReport):
-    """A `SiteReport` with the operations of the site.
+    """A `SiteReport` with the operations of the site."""
 
-    Attributes:
-        add_operations: the additions of the sum; the last one gives its value.
-        code: the line of the model's code, "" if it cannot be read.
-        trunk: x, the value that the branch reads.
-        trunk_origin: where x comes from.
-        skip: the value that the branch is added to: x, or the result of `shortcut`.
-        shortcut: operations from x to `skip`, which run on all streams.
-        branch_operations: f, in order; empty if the branch begins in another graph.
-        axis: the axis of the sum that holds the features.
-        axis_origin: how that axis was found.
-        declaring_module: path of the module whose pre-hook declares the parameters to the tracer.
-        declaring_reason: why it is that module.
-        parameters: shapes of its parameters, by path.
-        chain: number of its chain in this graph, from 1.
-        chain_length: number of sites in that chain.
-        previous: path of the previous site of the chain, "" for the first.
-        next: path of the next site of the chain, "" for the last.
-        lifted: operations between the previous site and this one, which run on all streams.
-        init_stream: the stream that the branch prefers at init; None with `init="random"`.
-    """
-
-    add_operations: tuple[Operation, ...]
-    code: str
-    trunk: Operation
-    trunk_origin: str
-    skip: Operation
-    shortcut: tuple[Operation, ...]
-    branch_operations: tuple[Operation, ...]
-    axis: int
-    axis_origin: str
-    declaring_module: str
-    declaring_reason: str
-    parameters: dict[str, tuple[int, ...]]
-    chain: int
-    chain_length: int
-    previous: str
-    next: str
-    lifted: tuple[Operation, ...]
-    init_stream: int | None
+    add_operations: tuple[Operation, ...]  #: the additions of the sum; the last one gives its value
+    code: str  #: the line of the model's code, "" if it cannot be read
+    trunk: Operation  #: x, the value that the branch reads
+    trunk_origin: str  #: where x comes from
+    skip: Operation  #: the value that the branch is added to: x, or the result of `shortcut`
+    shortcut: tuple[Operation, ...]  #: operations from x to `skip`, which run on all streams
+    branch_operations: tuple[Operation, ...]  #: f, in order; empty if the branch begins in another graph
+    axis: int  #: the axis of the sum that holds the features
+    axis_origin: str  #: how that axis was found
+    declaring_module: str  #: path of the module whose pre-hook declares the parameters to the tracer
+    declaring_reason: str  #: why it is that module
+    parameters: dict[str, tuple[int, ...]]  #: shapes of its parameters, by path
+    chain: int  #: number of its chain in this graph, from 1
+    chain_length: int  #: number of sites in that chain
+    previous: str  #: path of the previous site of the chain, "" for the first
+    next: str  #: path of the next site of the chain, "" for the last
+    lifted: tuple[Operation, ...]  #: operations since the previous site, which run on all streams
+    init_stream: int | None  #: the stream that the branch prefers at init; None with `init="random"`
 
 
 @dataclass(frozen=True)
 class RejectionDetail(RejectionReport):
-    """A `RejectionReport` with the terms of the sum and the documentation of the reason.
+    """A `RejectionReport` with the terms of the sum and the documentation of the reason."""
 
-    Attributes:
-        add_operations: the additions that the verdict is about.
-        code: the line of the model's code, "" if it cannot be read.
-        terms: the operations whose results are added.
-        meaning: what the reason says about an addition.
-        example: code for which it is given.
-        remedy: how to have such an addition rewritten, or "nothing" and why.
-        nearest: the verdict on the nearest other addition of the same module, "" if there is none.
-    """
-
-    add_operations: tuple[Operation, ...]
-    code: str
-    terms: tuple[Operation, ...]
-    meaning: str
-    example: str
-    remedy: str
-    nearest: str
+    add_operations: tuple[Operation, ...]  #: the additions that the verdict is about
+    code: str  #: the line of the model's code, "" if it cannot be read
+    terms: tuple[Operation, ...]  #: the operations whose results are added
+    meaning: str  #: what the reason says about an addition
+    example: str  #: code for which it is given
+    remedy: str  #: how to have such an addition rewritten, or "nothing" and why
+    nearest: str  #: the verdict on the nearest other addition of the same module, "" if there is none
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
 from mhc_compile.inspection.explain.results import AddExplanation, Explanation, RejectionDetail, SiteDetail
-from mhc_compile.reporting.base import render
+from mhc_compile.reporting.base import counted, fact_table, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,10 +42,10 @@ def _explanation(result: Explanation, *, every: bool = False) -> Group:
 
 
 def _headline(result: Explanation) -> Text:
-    rewritten = f"{result.model}: {_count(len(result.sites), 'residual add')} rewritten"
-    skipped = f", {_count(len(result.rejections), 'addition')} skipped\n"
-    size = f"{_count(len(result.graphs), 'graph')}, {_count(len(result.chains), 'chain')}"
-    warnings = [f"{_count(count, 'region')} not analyzed: {name}" for name, count in result.regions.items()]
+    rewritten = f"{result.model}: {counted(len(result.sites), 'residual add')} rewritten"
+    skipped = f", {counted(len(result.rejections), 'addition')} skipped\n"
+    size = f"{counted(len(result.graphs), 'graph')}, {counted(len(result.chains), 'chain')}"
+    warnings = [f"{counted(count, 'region')} not analyzed: {name}" for name, count in result.regions.items()]
     if not result.sites:
         warnings.append("Nothing would be rewritten.")
     options = (f"{size}; {_options(result.options)}", "dim")
@@ -53,7 +54,7 @@ def _headline(result: Explanation) -> Text:
 
 def _options(options: ResolvedOptions) -> str:
     """Return the kind of the hyper-connections, without the paper's choices."""
-    overrides = f" with {_count(len(options.overrides), 'override')}" if options.overrides else ""
+    overrides = f" with {counted(len(options.overrides), 'override')}" if options.overrides else ""
     parts = [
         f"preset {options.preset}" if options.preset != "paper" else "",
         f"streams {options.streams}",
@@ -69,7 +70,7 @@ def _options(options: ResolvedOptions) -> str:
 
 def _chain(chain: ChainReport, number: int, several: bool) -> Tree:
     """Return a tree of modules, equal layers in one. `several`: the model has several graphs."""
-    about = f": {_count(len(chain.sites), 'site')}, width {chain.width}"
+    about = f": {counted(len(chain.sites), 'site')}, width {chain.width}"
     if chain.lifted:
         about += f", {' and '.join(sorted(set(chain.lifted)))} on all streams"
     if several and chain.arrives:
@@ -100,13 +101,11 @@ def _layers(sites: tuple[SiteReport, ...]) -> list[list[list[SiteReport]]]:
 
 
 def _rejections(rejections: tuple[RejectionReport, ...], every: bool) -> Group:
-    ordered = sorted(rejections, key=lambda rejection: rejection.reason)
-    groups = [list(group) for _, group in groupby(ordered, key=lambda rejection: rejection.reason)]
-    if every:
-        groups = [[rejection] for rejection in ordered]
+    reason_of = attrgetter("reason")
+    groups = groupby(sorted(rejections, key=reason_of), key=id if every else reason_of)
     hint = "--why NAME explains one" if every else "--all lists every one, --why NAME explains one"
     lines: list[RenderableType] = [Text.assemble(("Skipped additions", "cyan"), (f"  ({hint})", "dim"))]
-    for first, *others in groups:
+    for _, (first, *others) in groups:
         reason = f"{first.reason} × {1 + len(others)}" if others else first.reason
         places = (first.module, os.path.basename(first.source))
         where = "  ".join(place for place in places if place) or first.add
@@ -128,14 +127,13 @@ def _cost(result: Explanation) -> Group:
         ("Bytes per token", f"{_si(cost.bytes_lowered)}B moved by the sites per forward pass (estimate)"),
         ("", f"{_si(cost.bytes_floor)}B at least, {_si(cost.bytes_plain)}B by the plain adds"),
     ]
-    return Group(Text("Cost", style="cyan"), _facts(facts))
+    return Group(Text("Cost", style="cyan"), fact_table(facts))
 
 
 def _overheads(result: Explanation) -> Group:
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in ("these inputs", "many tokens", "lower bound"):
-        table.add_column(heading, justify="right", header_style="dim")
+    headings = ("these inputs", "many tokens", "lower bound")
+    columns = (Column(heading, justify="right", header_style="dim") for heading in headings)
+    table = Table(Column(no_wrap=True), *columns, box=None, padding=(0, 1, 0, 0))
     for overhead in result.overheads:
         shares = (overhead.here, overhead.many_tokens, overhead.floor)
         table.add_row(overhead.machine.name, *(f"{share:+.1%}" for share in shares))
@@ -177,7 +175,7 @@ def _site(site: SiteDetail) -> Group:
         ("Lifted", f"{_names(site.lifted)} on all streams, after the previous site" if site.lifted else ""),
         ("Stream", stream if site.init_stream is not None else ""),
     ]
-    parts: list[RenderableType] = [Text.assemble((site.path, "bold green"), ": rewritten"), _facts(facts)]
+    parts: list[RenderableType] = [Text.assemble((site.path, "bold green"), ": rewritten"), fact_table(facts)]
     if site.branch_operations:
         legend = "Branch, in order (* matrix product, convolution, attention or recurrence)"
         parts += [Text(legend, style="cyan"), _operations(site.branch_operations)]
@@ -195,7 +193,7 @@ def _rejection(rejection: RejectionDetail) -> Group:
         ("Nearest", rejection.nearest),
     ]
     title = Text.assemble((rejection.add, "bold yellow"), ": skipped (", (rejection.reason, "yellow"), ")")
-    return Group(title, _facts(facts), Text("Terms of the sum", style="cyan"), _operations(rejection.terms))
+    return Group(title, fact_table(facts), Text("Terms of the sum", style="cyan"), _operations(rejection.terms))
 
 
 def _place(detail: SiteDetail | RejectionDetail) -> list[tuple[str, str]]:
@@ -203,25 +201,11 @@ def _place(detail: SiteDetail | RejectionDetail) -> list[tuple[str, str]]:
     return [("Addition", _names(detail.add_operations)), ("Source", source), ("Code", detail.code)]
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Return a table of names and texts, without the rows whose text is empty."""
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        if text:  # as Text: in a string, rich reads the brackets of a shape as a style
-            table.add_row(name, Text(text))
-    return table
-
-
 def _operations(operations: Iterable[Operation]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(style="green", no_wrap=True)
-    for style in ("", "", "dim"):
-        table.add_column(style=style, overflow="fold")
-    for operation in operations:
-        mark = "*" if operation.contraction else ""
-        table.add_row(mark, operation.op, Text(operation.value), Text(operation.module))
+    columns = (Column(style=style, overflow="fold") for style in ("", "", "dim"))
+    table = Table(Column(style="green", no_wrap=True), *columns, box=None, show_header=False, padding=(0, 1, 0, 0))
+    for o in operations:
+        table.add_row("*" if o.contraction else "", o.op, Text(o.value), Text(o.module))
     return table
 
 
@@ -232,10 +216,6 @@ def _names(operations: Iterable[Operation]) -> str:
 
 def _value(operation: Operation) -> str:
     return f"{operation.node} {operation.value}".strip()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s'[: number != 1]}"
 
 
 def _si(value: float) -> str:

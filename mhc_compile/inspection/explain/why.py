@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import linecache
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import below
@@ -59,67 +61,54 @@ def why(
         CaptureError: the model cannot be traced with these inputs.
     """
     parsed = Options.parse(options)
-    search = _Search(node)
+    details: list[SiteDetail | RejectionDetail] = []
 
     def on_graph(_: GraphModule, graph: Graph, plan: Plan, provenance: Provenance, modules: tuple[str, ...]) -> None:
         for block, module in enumerate(modules):
-            search.add(_DetailBuilder(graph, plan, provenance, parsed, module, block))
+            builder = _DetailBuilder(graph, plan, provenance, parsed, module, block)
+            details.extend((*builder.sites(), *builder.rejections()))
 
     plan_graphs(model, args, kwargs, parsed, on_graph)
-    return search.result()
+    found = [detail for detail in details if _is_called(detail, node)]
+    if not found:
+        sites = (detail for detail in details if isinstance(detail, SiteDetail))
+        found = [site for site in sites if node in (site.declaring_module, *(o.node for o in site.branch_operations))]
+    if not found:
+        raise _unknown(node, details)
+    return AddExplanation(
+        node,
+        tuple(detail for detail in found if isinstance(detail, SiteDetail)),
+        tuple(detail for detail in found if isinstance(detail, RejectionDetail)),
+    )
 
 
-class _Search:
-    """Search for a name among the verdicts on all graphs of a model."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.sites: list[SiteDetail] = []
-        self.rejections: list[RejectionDetail] = []
-        #: Sites whose branch has the name; used if no addition has it.
-        self.of_branches: list[SiteDetail] = []
-        self.known: dict[str, None] = {}
-
-    def add(self, builder: _DetailBuilder) -> None:
-        """Search the verdicts on one graph."""
-        for site, detail in builder.sites():
-            if self._names(detail, detail.owner, detail.path):
-                self.sites.append(detail)
-            elif self.name == detail.declaring_module or self.name in {node.name for node in site.branch}:
-                self.of_branches.append(detail)
-        for rejection in builder.rejections():
-            if self._names(rejection, rejection.module):
-                self.rejections.append(rejection)
-
-    def result(self) -> AddExplanation:
-        """Return the verdicts that were found; none is an UnknownAddError."""
-        if self.sites or self.rejections:
-            return AddExplanation(self.name, tuple(self.sites), tuple(self.rejections))
-        if self.of_branches:
-            return AddExplanation(self.name, tuple(self.of_branches), ())
-        names = [name for name in self.known if name]
-        near = difflib.get_close_matches(self.name, names, n=5, cutoff=0.5) or names[:5]
-        hint = f"near names: {', '.join(near)}" if near else "the model has no addition of floating-point tensors"
-        raise UnknownAddError(
-            f"no addition is called {self.name!r}, and no module or line of that name performs one; {hint}."
-            " Expected the name of an operation, the path of a site or of a module, or file.py:LINE;"
-            " `mhc explain --all` lists them"
-        )
-
-    def _names(self, detail: SiteDetail | RejectionDetail, module: str, *paths: str) -> bool:
-        """Whether the name stands for an addition in `module`; notes the names that would."""
-        nodes = [add.node for add in detail.add_operations]
-        sources = [add.source for add in detail.add_operations if add.source]
-        self.known.update(dict.fromkeys((*paths, *nodes, module, *map(os.path.basename, sources))))
-        name = self.name
-        if name in (*paths, *nodes) or (name and f"{module}.".startswith(f"{name}.")):
-            return True
-        file, colon, line = name.rpartition(":")
-        if not colon or not line.isdigit():
-            return False
-        return any(f"/{source}".endswith(f"/{file.removeprefix('./')}:{line}") for source in sources)
+def _is_called(detail: SiteDetail | RejectionDetail, name: str) -> bool:
+    """Return whether `name` stands for the addition: its module or line, or itself."""
+    module = detail.owner if isinstance(detail, SiteDetail) else detail.module
+    place = f"/{name.removeprefix('./')}"
+    is_line = any(add.source and f"/{add.source}".endswith(place) for add in detail.add_operations)
+    return bool(name) and (is_line or name in _names(detail) or module.startswith(f"{name}."))
 
 
+def _names(detail: SiteDetail | RejectionDetail) -> list[str]:
+    """Return the names of an addition, without those of the modules around its own."""
+    nodes = [add.node for add in detail.add_operations]
+    own = [detail.path, *nodes, detail.owner] if isinstance(detail, SiteDetail) else [*nodes, detail.module]
+    return [name for name in (*own, *(os.path.basename(add.source) for add in detail.add_operations)) if name]
+
+
+def _unknown(name: str, details: list[SiteDetail | RejectionDetail]) -> UnknownAddError:
+    names = list(dict.fromkeys(known for detail in details for known in _names(detail)))
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5) or names[:5]
+    hint = f"near names: {', '.join(near)}" if near else "the model has no addition of floating-point tensors"
+    return UnknownAddError(
+        f"no addition is called {name!r}, and no module or line of that name performs one; {hint}."
+        " Expected the name of an operation, the path of a site or of a module, or file.py:LINE;"
+        " `mhc explain --all` lists them"
+    )
+
+
+@dataclass(frozen=True)
 class _DetailBuilder:
     """Details of the verdicts on one normalized graph, as the module at the path `module` runs it.
 
@@ -127,24 +116,22 @@ class _DetailBuilder:
     of all of them as one chain.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        plan: Plan,
-        provenance: Provenance,
-        options: ResolvedOptions,
-        module: str,
-        block: int,
-    ) -> None:
-        self.plan, self.provenance, self.options = plan, provenance, options
-        self.module, self.block = module, block
-        self.order = {node: position for position, node in enumerate(graph.nodes)}
+    graph: Graph
+    plan: Plan
+    provenance: Provenance
+    options: ResolvedOptions
+    module: str
+    block: int
 
-    def sites(self) -> Iterator[tuple[Site, SiteDetail]]:
+    @cached_property
+    def order(self) -> dict[Node, int]:
+        """The position of every node in the graph."""
+        return {node: position for position, node in enumerate(self.graph.nodes)}
+
+    def sites(self) -> Iterator[SiteDetail]:
         """Yield all sites, chain by chain."""
         for number, chain in enumerate(self.plan.chains, start=1):
-            for index, site in enumerate(chain.sites):
-                yield site, self._site(chain, number, index)
+            yield from (self._site(chain, number, index) for index in range(len(chain.sites)))
 
     def rejections(self) -> Iterator[RejectionDetail]:
         """Yield all rejections, in graph order."""

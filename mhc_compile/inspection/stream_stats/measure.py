@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from glob import escape
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +20,9 @@ from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import analyze_graph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
-from mhc_compile.inspection.stream_stats.recorder import Recording, address, has_sites, recorder
+from mhc_compile.inspection.random_state import kept_random_state
+from mhc_compile.inspection.stream_stats.recorder import Recorder, Recording, address, has_sites
 from mhc_compile.inspection.stream_stats.results import Stability
-from mhc_compile.inspection.verification.comparison import kept_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,11 +56,8 @@ def stability(
             every site that the call runs.
         OptionError: the options are wrong.
     """
-    meter = Meter(model, options=options)
-    try:
+    with contextlib.closing(Meter(model, options=options)) as meter:
         return meter.measure(*inputs_of(meter.model, inputs, kwargs))
-    finally:
-        meter.close()
 
 
 class Meter:
@@ -84,10 +81,8 @@ class Meter:
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stability:
         """Measure one call, `model(*args, **kwargs)`; see `stability`."""
-        paths = {
-            address(getattr(connection, connection.names[1])): path
-            for path, connection in connections(self.model).items()
-        }
+        found = connections(self.model)
+        paths = {address(getattr(connection, connection.names[1])): path for path, connection in found.items()}
         self._recording = recording = Recording(paths)
         with undisturbed(self.model):
             self._probe(*args, **kwargs)
@@ -117,24 +112,24 @@ class Meter:
         return mhc(graph_module, inputs, options=self._options)
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002
-        return recorder(graph_module, lambda: self._recording)
+        return Recorder(graph_module, lambda: self._recording).run
 
 
 def _settings(model: nn.Module) -> ResolvedOptions:
     """Return the options that fit the hyper-connections of `model`."""
+
+    def own(connection: Any) -> dict[str, Any]:
+        return {"mapping": connection.mapping, "token_dependent": connection.token_dependent}
+
     found = connections(model)
     first = next(iter(found.values()))
-    own = {
-        escape(".".join(part for part in path.split(".") if part != CONTAINER)): {
-            "mapping": one.mapping,
-            "token_dependent": one.token_dependent,
-        }
+    overrides = {
+        escape(".".join(part for part in path.split(".") if part != CONTAINER)): own(one)
         for path, one in found.items()
-        if (one.mapping, one.token_dependent) != (first.mapping, first.token_dependent)
+        if own(one) != own(first)
     }
-    names = ("preset", "streams", "mapping", "token_dependent", "single_pass", "rank", "init")
-    same = {name: getattr(first, name) for name in names}
-    return Options(**same, read_out=first.end, overrides=own).resolved
+    same = {name: getattr(first, name) for name in ("preset", "streams", "single_pass", "rank", "init")}
+    return Options(**same, **own(first), read_out=first.end, overrides=overrides).resolved
 
 
 @torch.no_grad()
@@ -166,17 +161,15 @@ def inputs_of(
     if len(args) != 1 or kwargs:
         return args, kwargs
     (batch,) = args
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = signature(model.forward).parameters.values()
+    kinds = [one.kind for one in parameters]
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
         named = {one.name for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
-        given = {key: value for key, value in batch.items() if takes_all or key in named}
+        given = {key: value for key, value in batch.items() if Parameter.VAR_KEYWORD in kinds or key in named}
         return ((), given) if given else (args, kwargs)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-            return tuple(batch), {}
-        places = sum(one.kind in {one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD} for one in parameters)
-        return tuple(batch[:places]), {}
+        places = sum(kind in {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD} for kind in kinds)
+        return tuple(batch if Parameter.VAR_POSITIONAL in kinds else batch[:places]), {}
     return args, kwargs
 
 

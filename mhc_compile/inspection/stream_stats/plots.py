@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import MhcError
-from mhc_compile.inspection.stream_stats.results import Stability, write_plot
+from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.reporting.base import export
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mhc_compile.inspection.stream_stats.results import ChainStability, Matrix
 
@@ -28,13 +28,8 @@ def require_matplotlib() -> None:
         raise MhcError('a plot needs matplotlib, which is not installed: pip install "matplotlib>=3.8"')
 
 
-@write_plot.register(Stability)
-def _write_png(result: Stability, path: str | Path) -> None:
-    """Write `draw(result)` to `path`: a PNG whatever its name, 160 dots an inch."""
-    draw(result).savefig(path, format="png")
-
-
-def draw(result: Stability) -> Any:
+@export.register(Stability)
+def draw(result: Stability, medium: str = "png") -> Any:  # noqa: ARG001 - the only one
     """Return a matplotlib figure: heat maps of sites and composites, and two panels over depth.
 
     Raises:
@@ -47,13 +42,12 @@ def draw(result: Stability) -> Any:
     from matplotlib.figure import Figure
 
     chains = result.chains[:_CHAINS]
-    count, left = len(chains), len(result.chains) - len(chains)
-    figure = Figure(figsize=(10, 8.4 * count), dpi=160, layout="constrained")
+    figure = Figure(figsize=(10, 8.4 * len(chains)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(count, 1, squeeze=False)[:, 0]
-    for number, (part, chain) in enumerate(zip(parts, chains, strict=True)):
-        name = f", chain {number + 1}" + (f" of {len(result.chains)}" if left else "") if count > 1 else ""
-        _chain(part, chain, f"{result.model}{name}")
+    parts = figure.subfigures(len(chains), 1, squeeze=False)[:, 0]
+    total = f" of {len(result.chains)}" if len(result.chains) > _CHAINS else ""
+    for number, (part, chain) in enumerate(zip(parts, chains, strict=True), start=1):
+        _chain(part, chain, result.model + (f", chain {number}{total}" if len(chains) > 1 else ""))
     return figure
 
 
@@ -63,27 +57,27 @@ def _chain(figure: Any, chain: ChainStability, title: str) -> None:
     maps, curves = figure.subfigures(2, 1, height_ratios=[1.45, 1])
     chosen = _spread(len(chain.sites), _MAPS)
     axes = maps.subplots(2, len(chosen), squeeze=False)
-    matrices = [[site.mean for site in chain.sites], [site.composite for site in chain.sites]]
-    tops = [_largest(every, chosen) for every in matrices]
-    signed = any(value < 0 for row in matrices for index in chosen for line in row[index] for value in line)
-    for row, (kind, every) in enumerate(zip(("site", "composite"), matrices, strict=True)):
-        for column, index in enumerate(chosen):
-            name = chain.sites[index].name
-            if kind == "composite":
-                name = ("$H_1$", "$H_{2} H_1$")[index] if index < 2 else f"$H_{{{index + 1}}} \\cdots H_1$"
-            image = _heat(axes[row][column], every[index], tops[row], signed=signed)
-            axes[row][column].set_title(_short(name), fontsize=8.5)
-        bar = maps.colorbar(image, ax=list(axes[row]), fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
-        axes[row][0].set_ylabel("H, one site" if kind == "site" else "composite", fontsize=9.5)
+    names = [_short(chain.sites[index].name) for index in chosen]
+    products = [("$H_1$", "$H_{2} H_1$")[i] if i < 2 else f"$H_{{{i + 1}}} \\cdots H_1$" for i in chosen]
+    means, composites = [chain.sites[i].mean for i in chosen], [chain.sites[i].composite for i in chosen]
+    signed = any(value < 0 for matrix in (*means, *composites) for row in matrix for value in row)
+    columns = (("H, one site", means, names), ("composite", composites, products))
+    for row, (label, matrices, titles) in zip(axes, columns, strict=True):
+        finite = (abs(value) for matrix in matrices for line in matrix for value in line if math.isfinite(value))
+        top = max([1.0, *finite])
+        for axis, matrix, title in zip(row, matrices, titles, strict=True):
+            image = _heat(axis, matrix, top, signed=signed)
+            axis.set_title(title, fontsize=8.5)
+        maps.colorbar(image, ax=list(row), fraction=0.02, pad=0.01).ax.tick_params(labelsize=7)
+        row[0].set_ylabel(label, fontsize=9.5)
     _curves(curves, chain)
 
 
 def _curves(figure: Any, chain: ChainStability) -> None:
     gains, streams = figure.subplots(1, 2)
-    depth = range(1, len(chain.sites) + 1)
+    ranks = streams.twinx()
     above: Any = {"frameon": False, "fontsize": 8, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2}
-    marker = {"marker": "o", "markersize": 3} if len(chain.sites) <= 40 else {}
+    marker: Any = {"marker": "o", "markersize": 3} if len(chain.sites) <= 40 else {}
     lines = (
         ("forward, start to site", [site.composite_forward for site in chain.sites], _SIGNAL, "-", 2.4),
         ("backward, end to site", [site.remainder_backward for site in chain.sites], _GRADIENT, "--", 1.6),
@@ -92,34 +86,28 @@ def _curves(figure: Any, chain: ChainStability) -> None:
     )
     for label, values, colour, style, thickness in lines:
         marks = marker if style != ":" else {}
+        depth = range(1, len(values) + 1)
         gains.plot(depth, values, style, color=colour, label=label, linewidth=thickness, **marks)
     gains.axhline(1.0, color="0.6", linewidth=0.8)
-    gains.set_yscale("log")
+    gains.set(yscale="log", xlabel="site l", ylabel="Amax gain (log scale)")
     _scale(gains, [value for _, values, *_ in lines for value in values])
-    gains.set_xlabel("site l")
-    gains.set_ylabel("Amax gain (log scale)")
     gains.legend(**above)
-    geometry = chain.geometry
-    places = range(1, len(geometry) + 1)
-    similarity = streams.plot(
-        places, [one.similarity for one in geometry], color="tab:green", label="mean cosine", linewidth=1.4, **marker
+    cosines, sizes = zip(*((one.similarity, one.effective_rank) for one in chain.geometry), strict=True)
+    places, marker["linewidth"] = range(1, len(cosines) + 1), 1.4
+    similarity = streams.plot(places, cosines, color="tab:green", label="mean cosine", **marker)
+    lowest = min([0.0, *filter(math.isfinite, cosines)]) - 0.05
+    streams.set(
+        ylim=(lowest, 1.05), ylabel="mean cosine of two streams", xlabel="streams entering site l (last: leaving)"
     )
-    streams.set_ylim(min([0.0, *(one.similarity for one in geometry if math.isfinite(one.similarity))]) - 0.05, 1.05)
-    streams.set_xlabel("streams entering site l (last: leaving)")
-    streams.set_ylabel("mean cosine of two streams")
-    other = streams.twinx()
-    rank_style: Any = {"color": "tab:purple", "linestyle": "--", "linewidth": 1.4, **marker}
-    rank = other.plot(places, [one.effective_rank for one in geometry], label="effective rank", **rank_style)
-    other.set_ylim(0.9, chain.streams + 0.1)
-    other.set_ylabel(f"effective rank (of {chain.streams})")
+    rank = ranks.plot(places, sizes, color="tab:purple", linestyle="--", label="effective rank", **marker)
+    ranks.set(ylim=(0.9, chain.streams + 0.1), ylabel=f"effective rank (of {chain.streams})")
     streams.legend(handles=[*similarity, *rank], **above)
     for axis in (gains, streams):
         axis.xaxis.get_major_locator().set_params(integer=True)
+    gains.spines["right"].set_visible(False)
+    for axis in (gains, streams, ranks):
         axis.tick_params(labelsize=8)
         axis.spines["top"].set_visible(False)
-    gains.spines["right"].set_visible(False)
-    other.spines["top"].set_visible(False)
-    other.tick_params(labelsize=8)
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
@@ -154,22 +142,14 @@ def _heat(axis: Any, matrix: Matrix, top: float, *, signed: bool) -> Any:
     for j in range(n):
         total = _number(sum(row[j] for row in matrix))
         axis.text(j, n - 0.4, total, ha="center", va="top", fontsize=size, color=_GRADIENT)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     return image
-
-
-def _largest(matrices: Sequence[Matrix], chosen: Sequence[int]) -> float:
-    """Return the largest finite magnitude, at least 1."""
-    every = (abs(value) for index in chosen for row in matrices[index] for value in row)
-    return max([1.0, *filter(math.isfinite, every)])
 
 
 def _spread(count: int, wanted: int) -> list[int]:
     """Return at most `wanted` of `count` indices, from the first to the last."""
-    if count <= wanted:
-        return list(range(count))
-    return [round(number * (count - 1) / (wanted - 1)) for number in range(wanted)]
+    shown = min(count, wanted)
+    return [round(number * (count - 1) / max(shown - 1, 1)) for number in range(shown)]
 
 
 def _short(name: str) -> str:

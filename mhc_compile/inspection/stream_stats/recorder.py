@@ -36,14 +36,6 @@ class _At(NamedTuple):
     site: int
 
 
-class _Pending(NamedTuple):
-    """An open branch: its path, its pre, and its res, kept so that its memory is not reused."""
-
-    path: str
-    pre: Weights | None
-    res: Tensor
-
-
 class Recording:
     """The sites of one call of a model.
 
@@ -56,13 +48,14 @@ class Recording:
         self.chains: list[_Chain] = []
         self.seen: set[str] = set()
         self.dtype = ""
-        self._pending: dict[int, _Pending] = {}
+        #: Open branches by the address of res, which is kept so that its memory is not reused.
+        self._pending: dict[int, tuple[str, Weights | None, Tensor]] = {}
         self._leaving: list[tuple[weakref.ref[Tensor], _At]] = []
 
     def begin(self, parameter: Tensor, name: str, pre: Tensor | None, res: Tensor) -> None:
         """Record coefficients. The graph calls the parameter `name`; a gated read has no pre."""
         path = self.paths.get(address(parameter), name)
-        self._pending[address(res)] = _Pending(path, _weights(pre) if pre is not None else None, res)
+        self._pending[address(res)] = path, _weights(pre) if pre is not None else None, res
 
     def site(self, at: _At | None, streams: Tensor, post: Tensor, res: Tensor, after: Tensor) -> _At:
         """Record an update of streams and return the place of the new ones."""
@@ -73,8 +66,9 @@ class Recording:
             return at
         if not at.chain.sites:
             self.chains.append(at.chain)
-        at.chain.add(begun.path, begun.pre, post, res, streams, after)
-        self.seen.add(begun.path)
+        path, pre, _ = begun
+        at.chain.add(path, pre, post, res, streams, after)
+        self.seen.add(path)
         self.dtype = self.dtype or str(streams.dtype).removeprefix("torch.")
         return _At(at.chain, at.site + 1)
 
@@ -94,7 +88,7 @@ class Recording:
         return None
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
     """Runs a rewritten graph and passes its sites to the current `recording()`."""
 
     def __init__(self, graph_module: fx.GraphModule, recording: Callable[[], Recording]) -> None:
@@ -104,12 +98,15 @@ class _Recorder(fx.Interpreter):
         self._places: dict[fx.Node, tuple[_At, torch.Size | None]] = {}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph, in which no chain has begun."""
         self._places = {}
         return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            self._leave(n)
+        """Run a node and note where its result is in a chain."""
+        for operand in n.all_input_nodes if n.op == "output" else ():
+            if operand in self._places and isinstance(value := self.env[operand], Tensor):
+                self._recording().leave(value, self._places[operand][0])
         result = super().run_node(n)
         at = self._follow(n, result)
         if at is not None:
@@ -126,39 +123,24 @@ class _Recorder(fx.Interpreter):
             pre = result[0] if n.target is torch.ops.mhc.coefficients.default else None
             recording.begin(parameter, str(n.args[2]), pre, result[2])
             return None
-        if n.target is torch.ops.mhc.collapse.default:
-            return None
         if n.target is torch.ops.mhc.update.default:
             (streams, _, post, res), _ = self.fetch_args_kwargs_from_env(n)
             source: Any = n.args[0]
             at = self._places[source][0] if source in self._places else None
             return recording.site(at, streams, post, res, result)
         known = [self._places[operand] for operand in n.all_input_nodes if operand in self._places]
-        if not known:
+        if not known or n.target is torch.ops.mhc.collapse.default:
             return None
         # A long skip reads older streams too: the chain continues from the newest.
         at, shape = max(known, key=lambda place: place[0].site)
-        return None if _is_read_out(result, shape) else at
-
-    def _leave(self, n: fx.Node) -> None:
-        for operand in n.all_input_nodes:
-            if operand in self._places and isinstance(value := self.env[operand], Tensor):
-                self._recording().leave(value, self._places[operand][0])
-
-
-def recorder(graph_module: fx.GraphModule, recording: Callable[[], Recording]) -> Callable[..., Any]:
-    """Return the graph as a function that passes its sites to the current `recording()`."""
-    return _Recorder(graph_module, recording).run
+        # From streams [..., n, C] to a value without them, [..., C]: a read-out.
+        is_read_out = isinstance(result, Tensor) and shape is not None and result.shape == shape[:-2] + shape[-1:]
+        return None if is_read_out else at
 
 
 def address(value: Tensor) -> int:
     """Return the address of a tensor's memory, 0 if it has none."""
     return value.untyped_storage().data_ptr()
-
-
-def _is_read_out(result: Any, streams: torch.Size | None) -> bool:
-    """Return whether streams [..., n, C] became a value without streams, [..., C]."""
-    return isinstance(result, Tensor) and streams is not None and result.shape == streams[:-2] + streams[-1:]
 
 
 def has_sites(model: object) -> bool:
@@ -184,15 +166,14 @@ class _Chain:
     def add(self, path: str, pre: Weights | None, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
         """Add a site: post [..., n], res [..., n, n], streams [..., n, C] before and after it."""
         self.width = streams.shape[-1]
-        n = res.shape[-1]
-        kept = res.detach().reshape(-1, n, n).cpu()
+        kept = res.detach().reshape(-1, *res.shape[-2:]).cpu()
         matrices = kept.double()
         # Token axes may be reshaped between sites, but keep their order and number.
         product = matrices if self._product is None else matrices @ self._fit(self._product, len(matrices))
         self._product = product
         self._matrices.append(kept)
         mean = matrices.mean(0)
-        alone, composite = _amax(matrices), _amax(product)
+        (forward, backward), (composite_forward, composite_backward) = _amax(matrices), _amax(product)
         left = self._left  # the geometry of streams that left the last site is known
         self.sites.append(
             SiteStability(
@@ -202,10 +183,10 @@ class _Chain:
                 spread=(matrices - mean).abs().amax().item(),
                 composite=_rows(product.mean(0)),
                 remainder=(),
-                forward=alone[0],
-                backward=alone[1],
-                composite_forward=composite[0],
-                composite_backward=composite[1],
+                forward=forward,
+                backward=backward,
+                composite_forward=composite_forward,
+                composite_backward=composite_backward,
                 remainder_forward=0.0,
                 remainder_backward=0.0,
                 row_error=(matrices.sum(-1) - 1).abs().amax().item(),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.reporting.base import Renderable, finite
+from mhc_compile.reporting.base import Renderable, export, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,17 +33,14 @@ class Weights:
 class Geometry:
     """How far the n streams of a token differ, over all tokens.
 
-    Attributes:
-        similarity: mean cosine of two different streams: 1 for copies.
-        effective_rank: exp of the entropy of the normalised singular values of the n × C matrix: 1
-            for copies, at most n.
-        distance: root mean square of the streams' deviation from their mean, relative to that of
-            the mean: 0 for copies.
+    `effective_rank` is exp of the entropy of the normalised singular values of the n × C matrix,
+    `distance` the root mean square of the streams' deviation from their mean, relative to that of
+    the mean.
     """
 
-    similarity: float
-    effective_rank: float
-    distance: float
+    similarity: float  #: mean cosine of two different streams: 1 for copies
+    effective_rank: float  #: 1 for copies, at most n
+    distance: float  #: 0 for copies
 
 
 @dataclass(frozen=True)
@@ -59,48 +55,26 @@ class SiteStability:
     its figures show the remainder over l). A signal from the start of the chain passes through the
     composite, a gradient from its end through the remainder: `composite_forward` and
     `remainder_backward` are their gains. A doubly stochastic composite has both at 1.
-
-    Attributes:
-        path: of the hyper-connection, as in `mhc_compile.connections`.
-        tokens: number of tokens.
-        mean: average H.
-        spread: largest deviation of an entry of any token's H from `mean`: 0 if H is the same for
-            all tokens.
-        composite: average composite.
-        remainder: average remainder.
-        forward: of H alone.
-        backward: of H alone.
-        composite_forward: of the composite.
-        composite_backward: of the composite.
-        remainder_forward: of the remainder.
-        remainder_backward: of the remainder.
-        row_error: largest |row sum − 1| of any token's H.
-        column_error: largest |column sum − 1| of any token's H.
-        lowest: smallest entry of any token's H; below 0, H is not doubly stochastic.
-        pre: weights with which the branch reads the streams; in a single pass, the next one. None
-            if every channel has its own.
-        post: weights with which the branch is written into the streams.
-        entering: geometry of the streams before the site.
     """
 
-    path: str
-    tokens: int
-    mean: Matrix
-    spread: float
-    composite: Matrix
-    remainder: Matrix
-    forward: float
+    path: str  #: of the hyper-connection, as in `mhc_compile.connections`
+    tokens: int  #: number of tokens
+    mean: Matrix  #: average H
+    spread: float  #: largest deviation of an entry of any token's H from `mean`: 0 if all tokens have the same H
+    composite: Matrix  #: average composite
+    remainder: Matrix  #: average remainder
+    forward: float  #: of H alone, as `backward`
     backward: float
     composite_forward: float
     composite_backward: float
     remainder_forward: float
     remainder_backward: float
-    row_error: float
-    column_error: float
-    lowest: float
-    pre: Weights | None
-    post: Weights
-    entering: Geometry
+    row_error: float  #: largest |row sum − 1| of any token's H
+    column_error: float  #: largest |column sum − 1| of any token's H
+    lowest: float  #: smallest entry of any token's H; below 0, H is not doubly stochastic
+    pre: Weights | None  #: to read the branch's input; in a single pass, the next one's; None if per channel
+    post: Weights  #: to write the branch into the streams
+    entering: Geometry  #: of the streams before the site
 
     @property
     def name(self) -> str:
@@ -110,22 +84,13 @@ class SiteStability:
 
 @dataclass(frozen=True)
 class ChainStability:
-    """The sites of one chain, in the order of the signal.
+    """The sites of one chain, in the order of the signal."""
 
-    Attributes:
-        streams: n.
-        width: C.
-        sites: at least one.
-        leaving: geometry of the streams after the last site.
-        merged: the number of tokens changes along the chain (pooling, a class token); products
-            across such a place are of averages.
-    """
-
-    streams: int
-    width: int
-    sites: tuple[SiteStability, ...]
-    leaving: Geometry
-    merged: bool
+    streams: int  #: n
+    width: int  #: C
+    sites: tuple[SiteStability, ...]  #: at least one
+    leaving: Geometry  #: of the streams after the last site
+    merged: bool  #: the number of tokens changes on the way (pooling, a class token): products across are of averages
 
     @property
     def amax_forward(self) -> float:
@@ -237,13 +202,7 @@ class Stability(Renderable):
         Raises:
             MhcError: matplotlib is not installed, or there is no chain to draw.
         """
-        write_plot(self, path)
-
-
-@singledispatch
-def write_plot(result: object, path: str | Path) -> None:
-    """Write the plot of a result to `path`; `plots` registers it."""
-    raise TypeError(f"no plot is registered for {type(result).__name__}, to be written to {path}")
+        export(self, "png").savefig(path, format="png")
 
 
 def _largest(values: Iterable[float]) -> float:

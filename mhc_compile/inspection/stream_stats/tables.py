@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mhc_compile.inspection.stream_stats.results import Stability
-from mhc_compile.reporting.base import render
+from mhc_compile.reporting.base import counted, render
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -31,15 +31,12 @@ _LEGEND = (
 @render.register(Stability)
 def _stability(result: Stability) -> RenderableType:
     """Render every chain, the legend of the columns, and the remarks."""
-    count = len(result.chains)
-    chains = f"{len(result.sites)} sites in {count} chain{'s'[: count != 1]}"
+    chains = f"{len(result.sites)} sites in {counted(len(result.chains), 'chain')}"
     conditions = f", {result.mode}, {result.dtype or 'nothing ran on streams'}, {chains}"
     parts: list[RenderableType] = [Text.assemble((f"{result.model}: residual mixing over depth", "bold"), conditions)]
     for number, chain in enumerate(result.chains, start=1):
-        parts += [Text(), _chain_line(chain, f"chain {number}: " if count > 1 else ""), _Sites(chain)]
-    parts += [Text(), Text(_LEGEND, style="dim")]
-    if result.remarks:
-        parts.append(Text())
+        parts += [Text(), _chain_line(chain, f"chain {number}: " if len(result.chains) > 1 else ""), _Sites(chain)]
+    parts += [Text(), Text(_LEGEND, style="dim"), *[Text()] * bool(result.remarks)]
     parts += [Text(f"{remark}.", style="yellow") for remark in result.remarks]
     return Group(*parts)
 
@@ -51,9 +48,17 @@ class _Sites:
         self._chain = chain
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        tables = [_sites(self._chain, detail) for detail in _DETAILS]
+        tables = [self._table(detail) for detail in _DETAILS]
         room, boundless = options.max_width, options.update_width(10_000)
         yield next((one for one in tables if Measurement.get(console, boundless, one).maximum <= room), tables[-1])
+
+    def _table(self, detail: int) -> Table:
+        rows = [_columns(site, detail) for site in self._chain.sites]
+        columns = (Column(name, justify="right", no_wrap=True) for name, _ in rows[0])
+        table = Table(Column("site", overflow="fold"), *columns, box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for site, row in zip(self._chain.sites, rows, strict=True):
+            table.add_row(site.name, *(cell for _, cell in row))
+        return table
 
 
 def _chain_line(chain: ChainStability, name: str) -> Text:
@@ -64,16 +69,6 @@ def _chain_line(chain: ChainStability, name: str) -> Text:
         (f"{_gain(chain.amax_forward)} forward, {_gain(chain.amax_backward)} backward", "bold"),
         f"; streams leave with cosine {_cosine(leaving.similarity)}, rank {leaving.effective_rank:.2f}",
     )
-
-
-def _sites(chain: ChainStability, detail: int) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("site", overflow="fold")
-    for name, _ in _columns(chain.sites[0], detail):
-        table.add_column(name, justify="right", no_wrap=True)
-    for site in chain.sites:
-        table.add_row(site.name, *(cell for _, cell in _columns(site, detail)))
-    return table
 
 
 def _columns(site: SiteStability, detail: int) -> list[tuple[str, str]]:

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mhc_compile import _torch
-from mhc_compile.capture.tensor_tree import cast, fresh, map_tensors, tensors
+from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError, warn
+from mhc_compile.inspection.random_state import kept_random_state, set_seed
 from mhc_compile.inspection.verification.comparison import (
     TOLERANCES,
     RunRecord,
     differences,
-    kept_random_state,
     live_sites,
     randomize,
     record_run,
-    set_seed,
 )
 from mhc_compile.inspection.verification.results import CheckResult, Difference, OtherBatch, Seconds
 from mhc_compile.inspection.verification.runners import Run, runner_of
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 #: The dtype that shows the rounding of the plain model.
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-_FURTHER_CALLS = 2
 
 
 def check(
@@ -151,24 +149,19 @@ class _Comparison:
             planned = None
             warn(f"no dry run, so that the number of sites is not known: {error}")
         run = self.runner.rewritten(_preserving(self.options))
-        restore = _saved_buffers(run.module)
-        started = time.perf_counter()
-        got = self._compiled(run)
-        first = time.perf_counter() - started
+        got, first_seconds = _timed(lambda: self._compiled(run))
         if run.graphs > 1:  # both halves of a branch that a graph break splits work from the second call on
-            restore()
+            run.restore()
             got = self._compiled(run)
         compared = self._differences(got, want, self.runner.plain, self.inputs)
         graphs = run.graphs
-        for _ in range(_FURTHER_CALLS):
-            restore()
-            started = time.perf_counter()
-            self._compiled(run)
-            compiled_seconds = time.perf_counter() - started
+        for _ in range(2):
+            run.restore()
+            _, compiled_seconds = _timed(lambda: self._compiled(run))
         recompiles = run.graphs - graphs
         sites = len(run.connections())
-        other_batch, further = self._other_batch(run, restore)
-        live, live_tensors = self._live(run, restore) if sites else (set(), [])
+        other_batch, further = self._other_batch(run)
+        live, live_tensors = self._live(run) if sites else (set(), [])
         inner = self.options.inner_backend
         return CheckResult(
             model=self.runner.name,
@@ -187,31 +180,35 @@ class _Comparison:
             wider=self.wider,
             tensors=(*compared, *further, *live_tensors),
             warnings=(),
-            seconds=Seconds(plain_seconds, first, compiled_seconds),
+            seconds=Seconds(plain_seconds, first_seconds, compiled_seconds),
         )
 
     def _plain(self) -> tuple[RunRecord, float]:
         """Return the record of the plain model, and the time of a second run."""
         try:
-            want = self._record(self.runner.plain())
-        except Exception:  # any model code; one that writes into its inputs cannot differentiate them
-            log.debug("%s does not run with inputs that require gradients", self.runner.name, exc_info=True)
-            self.differentiable = False
-            try:
+            want = self._attempt(self.runner.plain, self.inputs, "inputs that require gradients")
+            if want is None:  # a model that writes into its inputs cannot differentiate them
+                self.differentiable = False
                 want = self._record(self.runner.plain())
-            except Exception as error:
-                shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors(self.inputs, "input"))
-                inputs = f"the example inputs ({shown or 'none'})"
-                raise CaptureError(f"{self.runner.name} itself does not run with {inputs}: {_line(error)}") from error
+        except Exception as error:  # any model code
+            shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors(self.inputs, "input"))
+            inputs = f"the example inputs ({shown or 'none'})"
+            raise CaptureError(f"{self.runner.name} itself does not run with {inputs}: {_line(error)}") from error
         nan = [name for name, value in (want.outputs | want.gradients).items() if value.isnan().any()]
         if nan:
             raise CaptureError(
                 f"{self.runner.name} itself gives NaN in {', '.join(nan[:3])}: there is nothing to compare with."
                 " Choose other example inputs"
             )
-        started = time.perf_counter()
-        self._record(self.runner.plain())
-        return want, time.perf_counter() - started
+        return want, _timed(lambda: self._record(self.runner.plain()))[1]
+
+    def _attempt(self, make: Callable[[], Run], inputs: Any, conditions: str) -> RunRecord | None:
+        """Return the record of a run that the model's code may not allow, None if it raises."""
+        try:
+            return self._record(make(), inputs)
+        except Exception:  # any model code
+            log.debug("%s does not run with %s", self.runner.name, conditions, exc_info=True)
+            return None
 
     def _record(self, run: Run, inputs: Any = None) -> RunRecord:
         args, kwargs = self.inputs if inputs is None else inputs
@@ -233,52 +230,46 @@ class _Comparison:
         wider = _WIDER.get(self.runner.dtype)
         if self.strict or wider is None or all(one.ok for one in found):
             return found
-        try:
-            exact = self._record(make(wider), cast(inputs, wider))
-        except Exception:  # any model code; a dtype may be written into the model
-            log.debug("%s does not run in %s", self.runner.name, wider, exc_info=True)
+        exact = self._attempt(lambda: make(wider), cast(inputs, wider), f"dtype {wider}")
+        if exact is None:  # a dtype may be written into the model
             return found
         self.wider = str(wider).removeprefix("torch.")
         return list(differences(got, want, self.tolerance, exact=exact, dtype=self.runner.dtype, prefix=prefix))
 
-    def _other_batch(self, run: Run, restore: Callable[[], None]) -> tuple[OtherBatch | None, list[Difference]]:
+    def _other_batch(self, run: Run) -> tuple[OtherBatch | None, list[Difference]]:
         doubled = _doubled(self.inputs)
         if doubled is None:
             return None, []
         size, inputs = doubled
-        try:
-            want = self._record(self.runner.plain(), inputs)
-        except Exception:  # any model code; the model may fix the batch size
-            log.debug("%s does not run with a batch of %d", self.runner.name, size, exc_info=True)
+        want = self._attempt(self.runner.plain, inputs, f"a batch of {size}")
+        if want is None:  # the model may fix the batch size
             return None, []
         before = run.graphs
-        restore()
+        run.restore()
         got = self._compiled(run, inputs)
         found = self._differences(got, want, self.runner.plain, inputs, f"batch {size}: ")
         return OtherBatch(size, run.graphs - before), found
 
-    def _live(self, run: Run, restore: Callable[[], None]) -> tuple[set[str], list[Difference]]:
+    def _live(self, run: Run) -> tuple[set[str], list[Difference]]:
         """Return the sites that take part, and the comparison with another compiler."""
         if self.runner.attached:
             run = self.runner.rewritten(self.options, own=True)
-            restore = _saved_buffers(run.module)
             self._compiled(run)
         else:
             randomize([*run.connections().values(), *run.connections(read_outs=True).values()], self.seed)
-        restore()
+        run.restore()
         other = self.runner.other(run, self.options)
         got, want = self._settled(run), self._settled(other)
 
         def wide(dtype: torch.dtype) -> Run:
-            restore()
+            run.restore()
             copied = self.runner.other(run, self.options, dtype)
-            restore_copied = _saved_buffers(copied.module)
             self._record(copied, cast(self.inputs, dtype))
-            restore_copied()
+            copied.restore()
             return copied
 
         def outputs() -> dict[str, Tensor]:
-            restore()
+            run.restore()
             return self._compiled(run).outputs
 
         compared = self._differences(got, want, wide, self.inputs, "live: ")
@@ -286,23 +277,15 @@ class _Comparison:
 
     def _settled(self, run: Run) -> RunRecord:
         """Return the record of the second call, in which both halves of split branches work."""
-        restore = _saved_buffers(run.module)
         self._compiled(run)
-        restore()
+        run.restore()
         return self._compiled(run)
 
 
-def _saved_buffers(module: nn.Module) -> Callable[[], None]:
-    """Return a function that restores the present values of the buffers, before another call."""
-    saved = {name: fresh(value) for name, value in module.named_buffers()}
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, value in module.named_buffers():
-                if name in saved and value.shape == saved[name].shape:
-                    value.copy_(saved[name])
-
-    return restore
+def _timed(call: Callable[[], RunRecord]) -> tuple[RunRecord, float]:
+    """Return the record that a call makes, and its time in seconds."""
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
 
 
 def _doubled(inputs: Any) -> tuple[int, Any] | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import statistics
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.capture.tensor_tree import fresh, map_tensors, tensors
+from mhc_compile.inspection.random_state import set_seed
 from mhc_compile.inspection.verification.results import Difference
 
 if TYPE_CHECKING:
@@ -46,8 +44,8 @@ class RunRecord:
     buffers: dict[str, Tensor]
     gradients: dict[str, Tensor]
     input_gradients: dict[str, Tensor]
-    parameters: frozenset[str] = frozenset()
-    written: frozenset[str] = frozenset()
+    parameters: frozenset[str]
+    written: frozenset[str]
 
 
 def record_run(
@@ -88,32 +86,9 @@ def record_run(
     )
 
 
-@contextlib.contextmanager
-def kept_random_state(devices: Iterable[int] | None = None) -> Iterator[None]:
-    """Restore the random state of torch (on CUDA `devices`, by default all), Python and NumPy."""
-    numpy: Any = sys.modules.get("numpy")
-    python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(arrays)
-
-
-def set_seed(seed: int) -> None:
-    """Seed torch, Python and NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
-
-
 def _weigh(value: Tensor) -> Tensor:
     """Return the sum of the entries with random weights, so that errors do not cancel."""
-    flat = torch.view_as_real(value).flatten() if value.is_complex() else value.flatten()
+    flat = _real(value).flatten()
     generator = torch.Generator().manual_seed(flat.numel())
     weights = torch.randn(flat.numel(), generator=generator, dtype=torch.float64) / max(flat.numel(), 1) ** 0.5
     weighed: Tensor = (flat * weights.to(flat)).sum()
@@ -188,35 +163,27 @@ def compare(
 
 
 def _distance(got: Tensor | None, want: Tensor) -> float:
-    """Return the largest absolute error.
-
-    It is infinite if the value is missing, has another shape or dtype, or is not finite elsewhere.
-    """
+    """Return the largest absolute error: inf where value, shape, dtype or mask differ."""
     if got is None or got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
-    if want.is_complex():
-        got, want = torch.view_as_real(got), torch.view_as_real(want)
+    got, want = _real(got), _real(want)
     finite = torch.isfinite(want)  # a mask of -inf among the outputs must be the same mask
     if not torch.equal(got[~finite], want[~finite]):
         return float("inf")
-    if not finite.any():
-        return 0.0
-    error = (got[finite].double() - want[finite].double()).abs().max().item()
-    return error if error == error else float("inf")  # NaN: got is not finite where want is
+    errors = (got[finite].double() - want[finite].double()).abs()
+    return errors.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if errors.numel() else 0.0
 
 
 def _rounding(
     want: Mapping[str, Tensor], exact: Mapping[str, Tensor], scales: Mapping[str, float], foreign: float
 ) -> dict[str, float]:
     """Return the relative errors of the plain tensors, where the wider dtype computes the same."""
-    found = {}
-    for name, value in want.items():
-        wider = exact.get(name)
-        if wider is not None and value.shape == wider.shape and value.is_floating_point():
-            error = _distance(value.to(wider.dtype), wider) / scales[name]
-            if error <= foreign:
-                found[name] = error
-    return found
+    errors = {
+        name: _distance(value.to(exact[name].dtype), exact[name]) / scales[name]
+        for name, value in want.items()
+        if name in exact and value.is_floating_point()  # another shape is infinitely far
+    }
+    return {name: error for name, error in errors.items() if error <= foreign}
 
 
 def _scale(value: Tensor, floor: float) -> float:
@@ -224,11 +191,13 @@ def _scale(value: Tensor, floor: float) -> float:
 
 
 def _magnitude(value: Tensor) -> float:
-    if not value.numel():
-        return 0.0
-    value = torch.view_as_real(value) if value.is_complex() else value
+    value = _real(value)
     finite = value[torch.isfinite(value)]
     return float(finite.double().abs().max().item()) if finite.numel() else 0.0
+
+
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def randomize(connections: Iterable[tuple[nn.Parameter, ...]], seed: int) -> None:
@@ -268,8 +237,8 @@ def live_sites(
             old = bias.clone()
             bias.add_(torch.linspace(-1.0, 1.0, bias.numel()).to(bias))
         after = outputs()
-        if any(not torch.equal(value, after[name]) for name, value in before.items()):
-            live.add(path)
         with torch.no_grad():
             bias.copy_(old)
+        if any(not torch.equal(value, after[name]) for name, value in before.items()):
+            live.add(path)
     return live

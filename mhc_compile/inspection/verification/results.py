@@ -5,40 +5,33 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mhc_compile.reporting.base import Renderable, finite
+from mhc_compile.reporting.base import Renderable, counted, finite
 
 
 @dataclass(frozen=True)
 class Difference:
     """One tensor, in the plain model and in the rewritten one.
 
-    Attributes:
-        group: "outputs", "written inputs", "buffers", "gradients", "input gradients", or one of
-            these with the prefix of a further comparison ("live: gradients").
-        name: path of the parameter or buffer, or of the value in the inputs or outputs.
-        shape: its shape.
-        dtype: its dtype, without "torch.".
-        magnitude: largest absolute entry in the plain model.
-        absolute: largest absolute error.
-        relative: `absolute` over `magnitude`, or over the floor of the group if that is larger. inf
-            where one side lacks the value, has another shape or dtype, or is not finite elsewhere.
-        allowed: largest `relative` that is ok.
-        floored: the magnitude is below the floor, so that the tensor may be rounding noise of the
-            group. (Below 1e-5 of the largest entry of the group, or the tolerance if that is less,
-            it is; then the largest entry is its magnitude.)
-        excused: `relative` exceeds the tolerance, and the plain model rounds as much: compared with
-            the model in a wider dtype, the rewritten one errs at most 4 times as much as the plain
-            one, or as the median of the plain one's group.
+    `group` is "outputs", "written inputs", "buffers", "gradients", "input gradients", or one of
+    these with the prefix of a further comparison ("live: gradients"). `relative` is `absolute` over
+    `magnitude`, or over the floor of the group if that is larger; inf where one side lacks the
+    value, has another shape or dtype, or is not finite elsewhere.
+
+    `floored`: the magnitude is below the floor, so that the tensor may be rounding noise of the
+    group. (Below 1e-5 of the largest entry of the group, or the tolerance if that is less, it is;
+    then the largest entry is its magnitude.) `excused`: `relative` exceeds the tolerance, and the
+    plain model rounds as much: compared with the model in a wider dtype, the rewritten one errs at
+    most 4 times as much as the plain one, or as the median of the plain one's group.
     """
 
     group: str
-    name: str
+    name: str  #: path of the parameter or buffer, or of the value in the inputs or outputs
     shape: tuple[int, ...]
-    dtype: str
-    magnitude: float
-    absolute: float
+    dtype: str  #: without "torch."
+    magnitude: float  #: largest absolute entry in the plain model
+    absolute: float  #: largest absolute error
     relative: float
-    allowed: float
+    allowed: float  #: largest `relative` that is ok
     floored: bool = False
     excused: bool = False
 
@@ -156,8 +149,7 @@ class CheckResult(Renderable):
                 " their parameters"
             )
         if self.recompiles:
-            graphs = f"{self.recompiles} more graph{'s'[: self.recompiles != 1]}"
-            found.append(f"further calls with the same shapes compiled {graphs}")
+            found.append(f"further calls with the same shapes compiled {counted(self.recompiles, 'more graph')}")
         return tuple(found)
 
     @property
@@ -166,9 +158,11 @@ class CheckResult(Renderable):
         grouped: dict[str, list[Difference]] = {}
         for one in self.tensors:
             grouped.setdefault(one.group, []).append(one)
-        worst = {name: max(all_, key=lambda one: (not one.ok, one.relative)) for name, all_ in grouped.items()}
         return tuple(
-            GroupSummary(name, len(all_), sum(one.ok for one in all_), worst[name]) for name, all_ in grouped.items()
+            GroupSummary(
+                name, len(all_), sum(one.ok for one in all_), max(all_, key=lambda one: (not one.ok, one.relative))
+            )
+            for name, all_ in grouped.items()
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
 from mhc_compile.attachment.sites import detach
 from mhc_compile.backend import mhc
+from mhc_compile.capture.tensor_tree import fresh
 from mhc_compile.eager_mode import eager
 from mhc_compile.export.rewrite import rewrite
 from mhc_compile.inspection.explain.explain import explain
@@ -32,16 +33,26 @@ class Run:
     module: nn.Module
     graphs: int = 0
 
+    def __post_init__(self) -> None:
+        self._buffers = {name: fresh(value) for name, value in self.module.named_buffers()}
+
+    def restore(self) -> None:
+        """Restore the values that the buffers had when this run was made, before another call."""
+        with torch.no_grad():
+            for name, value in self.module.named_buffers():
+                if name in self._buffers and value.shape == self._buffers[name].shape:
+                    value.copy_(self._buffers[name])
+
     def connections(self, *, read_outs: bool = False) -> dict[str, tuple[nn.Parameter, ...]]:
         """Return phi (of learned read-outs, weight), bias and scale of each one, by path."""
         found = dict(self.module.named_parameters())
         first, end = ("weight", ".read_out.weight") if read_outs else ("phi", ".phi")
-        paths = (name.removesuffix(f".{first}") for name in found if name.endswith(end))
+        paths = [
+            name.removesuffix(f".{first}") for name in found if name.endswith(end) and CONTAINER in name.split(".")
+        ]
         names = {path: [f"{path}.{part}" for part in (first, "bias", "scale")] for path in paths}
         return {
-            path: tuple(found[name] for name in parts)
-            for path, parts in names.items()
-            if CONTAINER in path.split(".") and all(name in found for name in parts)
+            path: tuple(found[name] for name in parts) for path, parts in names.items() if found.keys() >= set(parts)
         }
 
 

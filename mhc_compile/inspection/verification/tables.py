@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mhc_compile.inspection.verification.results import CheckResult
-from mhc_compile.reporting.base import render
+from mhc_compile.reporting.base import fact_table, render
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,37 +62,31 @@ def _chosen(result: CheckResult, every: bool) -> list[Difference]:
 
 
 def _facts(result: CheckResult) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("sites", f"{result.sites} of {result.planned} planned, {result.live} live")
-    batch = result.other_batch
+    batch, seconds = result.other_batch, result.seconds
     more = f", {batch.recompiles} more with a batch of {batch.size}" if batch is not None else ""
-    table.add_row("graphs", f"{result.graphs}, {result.recompiles} more in further calls{more}")
-    plain, first, compiled = result.seconds.plain, result.seconds.first, result.seconds.compiled
-    table.add_row("seconds", f"plain {plain:.3f}, first {first:.1f} with compilation, then {compiled:.3f}")
-    notes = []
-    if any(one.floored for one in result.tensors):
-        notes.append("noise: far below the largest of its kind, and compared with that")
-    if any(one.excused for one in result.tensors):
-        notes.append(f"rounding: at most 4 times as far from {result.wider} as the plain model")
-    if result.own:
-        notes.append("live: with the hyper-connections that the model had")
-    if notes:
-        table.add_row("notes", "; ".join(notes))
-    return table
+    first = f"first {seconds.first:.1f} with compilation"
+    notes = {
+        "noise: far below the largest of its kind, and compared with that": any(one.floored for one in result.tensors),
+        f"rounding: at most 4 times as far from {result.wider} as the plain model": any(
+            one.excused for one in result.tensors
+        ),
+        "live: with the hyper-connections that the model had": result.own,
+    }
+    rows = [
+        ("sites", f"{result.sites} of {result.planned} planned, {result.live} live"),
+        ("graphs", f"{result.graphs}, {result.recompiles} more in further calls{more}"),
+        ("seconds", f"plain {seconds.plain:.3f}, {first}, then {seconds.compiled:.3f}"),
+        ("notes", "; ".join(note for note, holds in notes.items() if holds)),
+    ]
+    return fact_table(rows, style="bold")
 
 
 def _verdict(result: CheckResult) -> Text:
     if result.ok:
         same = f"ok: {len(result.tensors)} tensors are the same to {result.tolerance:.0e}, {result.live} sites are live"
         return Text(same, style="green")
-    text = Text()
-    for finding in result.findings:
-        text.append("not ok: ", style="bold red")
-        text.append(f"{finding}\n", style="red")
-    text.rstrip()
-    return text
+    lines = (Text.assemble(("not ok: ", "bold red"), (finding, "red")) for finding in result.findings)
+    return Text("\n").join(lines)
 
 
 def _table(title: str | None, *columns: str) -> Table:

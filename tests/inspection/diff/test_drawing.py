@@ -13,7 +13,7 @@ from helpers.diff_fixtures import COMMENT, IMAGE, SCRIPT, activated, alone, deco
 
 from mhc_compile.inspection.diff.drawing import mermaid_text, to_dot, to_mermaid
 from mhc_compile.inspection.diff.drawing_svg import to_svg
-from mhc_compile.inspection.diff.picture import Lifted, Place, Repeat, sketch
+from mhc_compile.inspection.diff.picture import Part, sketch
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = [decoder, activated, nested, pieces, hostile, alone, unchanged]
@@ -26,24 +26,20 @@ def parts(diff):
 
 def test_layers_that_are_alike_are_drawn_once():
     first, second, rest = parts(decoder(24))
-    assert [first.label, second.label] == ["blocks.0.attn", "blocks.0.mlp"]
-    assert rest == Repeat(23, "blocks.0", 46)
+    assert [first.lines[0], second.lines[0]] == ["blocks.0.attn", "blocks.0.mlp"]
+    assert rest == Part("repeat", ("× 23: as blocks.0",), 46)
 
 
 @each
 def test_every_site_is_drawn_or_counted(made):
-    found = parts(made())
-    counted = sum(
-        1 + part.holds if isinstance(part, Place) else part.sites for part in found if not isinstance(part, Lifted)
-    )
+    counted = sum(part.sites + part.holds for part in parts(made()))
     assert counted == sum(len(chain.sites) for graph in made().graphs for chain in graph.chains)
 
 
 def test_an_operation_on_the_trunk_is_drawn_where_it_is():
     before, relu, after = parts(activated())
-    assert isinstance(before, Place)
-    assert isinstance(after, Place)
-    assert relu == Lifted("relu")
+    assert [before.kind, after.kind] == ["site", "site"]
+    assert relu == Part("lifted", ("relu",))
 
 
 def test_a_chain_inside_a_branch_is_counted_in_its_box():
@@ -53,7 +49,7 @@ def test_a_chain_inside_a_branch_is_counted_in_its_box():
 def test_what_is_left_alone_is_noted():
     [picture] = sketch(alone()).pictures
     assert picture.trunks == ()
-    assert [note.text for note in picture.notes] == ["skipped: 2 × chain-too-short (x, add_1)"]
+    assert picture.notes == ("skipped: 2 × chain-too-short (x, add_1)",)
 
 
 # SVG
@@ -79,7 +75,7 @@ def test_the_svg_has_a_box_for_each_site_on_either_side_and_a_line_for_each_stre
     kinds = Counter(element.get("class") for element in root.iter())
     drawn = sketch(made())
     trunks = [trunk for picture in drawn.pictures for trunk in picture.trunks]
-    assert kinds["site"] == kinds["box"] == 2 * sum(isinstance(part, Place) for trunk in trunks for part in trunk.parts)
+    assert kinds["site"] == kinds["box"] == 2 * sum(part.kind == "site" for trunk in trunks for part in trunk.parts)
     assert kinds["add"] == kinds["update"] == kinds["site"] // 2
     assert kinds["trunk"] == len(trunks)
     assert kinds["stream"] == len(trunks) * drawn.streams
@@ -136,8 +132,8 @@ def test_graphviz_reads_it(made):
     assert kinds["cluster"] == sum(1 + bool(picture.trunks) for picture in sketch(made()).pictures)
     texts = "".join(text for element in root.iter(f"{SVG}text") for text in element.itertext())
     for part in parts(made()):
-        if isinstance(part, Place):
-            assert texts.replace("\xa0", " ").count(part.label) >= 2
+        if part.kind == "site":
+            assert texts.replace("\xa0", " ").count(part.lines[0]) >= 2
 
 
 def test_graphviz_draws_a_line_for_each_stream():
@@ -183,7 +179,7 @@ def test_mermaid_s_arrows_join_boxes_that_exist(made):
     assert len(boxes) == len(set(boxes))
     ends = re.findall(r"^    (\w+) (?:-->|==>|~~~)(?:\|.*?\|)? (\w+)$", text, re.MULTILINE)
     assert {name for pair in ends for name in pair} <= set(boxes)
-    branches = sum(isinstance(part, Place) for part in parts(made()))
+    branches = sum(part.kind == "site" for part in parts(made()))
     assert text.count('(("hyper-connection"))') == text.count('(("add"))') == branches
     assert text.count("|pre|") == text.count("|post|") == branches
 

@@ -105,7 +105,7 @@ def test_a_site_selects_its_row_on_both_sides_and_its_operands(page):
     assert (left, right) == ("before", "after")
     assert before.startswith(f"{add} = ")
     assert after.startswith(f"{update} = ")
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     assert page.js("decodeURIComponent(location.hash)") == f"#g0:after:{update}"
     details = page.one("#details").text
     for text in ("mhc.update", FIRST, "Block", "builders.py:", "float32[2, 5, 4, 8]", "read by"):
@@ -132,7 +132,7 @@ def test_a_link_opens_at_its_node_and_unfolds_it(page):
     )
     page.open(decoder(), f"#g0:before:{hidden.name}")
     assert [text.partition(" = ")[0] for _, text in page.selected] == [hidden.name] * 2
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     assert page.rows > before
 
 
@@ -164,7 +164,7 @@ def test_search_finds_a_site_counts_and_steps(page):
     path = decoder().graphs[0]
     expected = sum(any(FIRST in f"{node.site} {node}" for node in (row.before, row.after) if node) for row in path.rows)
     assert page.one("#hits").text == f"1 of {expected}"
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     first = page.selected
     page.press(Keys.ENTER)
     assert page.one("#hits").text == f"2 of {expected}"
@@ -268,7 +268,7 @@ def test_it_fits_and_is_legible(page, width, height, scheme):
     )
     page.open(decoder(), f"#g0:after:{name(decoder(), 'replaced', FIRST)}")
     assert page.js("document.documentElement.scrollWidth") == width
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     assert json.loads(page.js(_CONTRASTS)) == {}
 
 
@@ -317,9 +317,9 @@ def test_a_large_graph(page, record_property, capsys):
     page.press("e")
     assert page.rows == len(large.graphs[0].rows)
     times = [page.browser.execute_async_script(PRESS, key) for key in "nnnnnjjjjjppk"]
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     page.one('[data-site="blocks.20.mhc.mlp"]').click()
-    assert page.seen(".row.selected")
+    assert page.seen(".row:has([aria-selected=true])")
     page.press("/", "blocks.11.attn")
     assert page.one("#hits").text.startswith("1 of ")
     record_property("rows", page.rows)

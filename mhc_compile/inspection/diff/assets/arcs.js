@@ -1,16 +1,17 @@
 // Lines in the gutters from the selected node to its operands and users.
 
+function svgElement(tag, attributes) {
+  const made = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
 class Arcs {
   constructor(view) {
     this.view = view;
-    this.drawings = {};
-    for (const side of SIDES) {
-      const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-      svg.setAttribute('class', `arcs ${side}`);
-      svg.setAttribute('aria-hidden', 'true');
-      view.root.append(svg);
-      this.drawings[side] = svg;
-    }
+    const drawing = side => [side, svgElement('svg', {class: `arcs ${side}`, 'aria-hidden': 'true'})];
+    this.drawings = Object.fromEntries(SIDES.map(drawing));
+    view.root.append(...Object.values(this.drawings));
   }
 
   /** The distance of an element from the top of the drawing. */
@@ -34,11 +35,9 @@ class Arcs {
         if (stand === own) continue;
         const to = this.middle(stand);
         const bulge = right - Math.min(24, 6 + Math.sqrt(Math.abs(to - from)));
-        const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
-        path.setAttribute('class', kind);
         const turn = to > from ? 6 : -6;
-        path.setAttribute('d', `M${right} ${from} Q${bulge} ${from} ${bulge} ${from + turn} V${to - turn} Q${bulge} ${to} ${right} ${to}`);
-        svg.append(path);
+        const d = `M${right} ${from} Q${bulge} ${from} ${bulge} ${from + turn} V${to - turn} Q${bulge} ${to} ${right} ${to}`;
+        svg.append(svgElement('path', {class: kind, d}));
       }
     }
   }

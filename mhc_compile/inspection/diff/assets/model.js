@@ -88,9 +88,10 @@ class Model {
     return own.find(row => row.change === 'replaced') || own.find(row => this.isSite(row)) || own[0];
   }
 
-  ofRejection(rejection) {
-    const side = SIDES.find(name => this.row(name, rejection.add));
-    return side && {row: this.row(side, rejection.add), side};
+  /** The row of a skipped add, and its side. */
+  ofRejection({add}) {
+    const side = SIDES.find(name => this.row(name, add));
+    return [side && this.row(side, add), side];
   }
 
   /** The rejection of a row's add, if it is skipped. */

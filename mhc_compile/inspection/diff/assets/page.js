@@ -18,7 +18,7 @@ function openGraph(number) {
 /** Mark the row with its operands and users on both sides. `quiet` does not change the address. */
 function select(row, side, quiet = false) {
   const root = $('rows');
-  for (const marked of root.querySelectorAll('.selected, .operand, .user')) marked.classList.remove('selected', 'operand', 'user');
+  for (const marked of root.querySelectorAll('.operand, .user')) marked.classList.remove('operand', 'user');
   for (const cell of root.querySelectorAll('[aria-selected=true]')) cell.setAttribute('aria-selected', 'false');
   for (const button of $('sites').querySelectorAll('[aria-current]')) button.removeAttribute('aria-current');
   if (row && !row[side]) side = other(side);
@@ -26,14 +26,12 @@ function select(row, side, quiet = false) {
   const related = {before: [], after: []};
   if (row) {
     const shown = state.view.show(row.place);
-    shown.classList.add('selected');
     for (const name of state.model.sides(row)) {
-      document.getElementById(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
+      $(`cell-${name}-${row.place}`).setAttribute('aria-selected', 'true');
       const relate = (names, kind) => {
         for (const place of new Set(names.map(other => state.model.places[name].get(other)))) {
           related[name].push([place, kind]);
-          const cell = state.view.elements[place] && document.getElementById(`cell-${name}-${place}`);
-          if (cell) cell.classList.add(kind);
+          if (state.view.elements[place]) $(`cell-${name}-${place}`)?.classList.add(kind);
         }
       };
       relate(row[name].reads, 'operand');
@@ -41,7 +39,7 @@ function select(row, side, quiet = false) {
     }
     root.setAttribute('aria-activedescendant', `cell-${side}-${row.place}`);
     reveal(shown);
-    const site = (row.after && row.after.site) || (row.before && row.before.site);
+    const site = row.after?.site || row.before?.site;
     markList(site ? `[data-site="${CSS.escape(site)}"]` : '');
     const place = state.model.graph.rejections.indexOf(state.model.rejection(row));
     if (place >= 0) markList(`[data-rejection="${place}"]`);
@@ -124,19 +122,16 @@ function move(step) {
   const rows = [...$('rows').querySelectorAll('.row')].filter(row => row.offsetParent !== null); // the visible ones
   const at = state.selected ? rows.indexOf(state.view.elements[state.selected.row.place]) : step > 0 ? -1 : rows.length;
   const next = rows[Math.max(0, Math.min(rows.length - 1, at + step))];
-  if (next) select(state.model.rows[next.dataset.place], state.selected ? state.selected.side : 'after');
+  if (next) select(state.model.rows[next.dataset.place], state.selected?.side || 'after');
 }
 
 function moveToChange(step) {
   const shown = $('rows').classList;
   const order = state.model.layers.flatMap(layer => layer.rows).map(place => state.model.rows[place]);
-  let at = state.selected ? order.indexOf(state.selected.row) : step > 0 ? -1 : order.length;
-  for (at += step; at >= 0 && at < order.length; at += step) {
-    if (order[at].change !== 'same' && !shown.contains(`no-${order[at].change}`)) {
-      select(order[at], state.selected ? state.selected.side : 'after');
-      return;
-    }
-  }
+  if (step < 0) order.reverse();
+  const rest = order.slice(order.indexOf(state.selected?.row) + 1); // all, if no row is selected
+  const next = rest.find(({change}) => change !== 'same' && !shown.contains(`no-${change}`));
+  if (next) select(next, state.selected?.side || 'after');
 }
 
 function clear() {
@@ -155,7 +150,7 @@ const keys = {
 };
 
 function turn(side) {
-  if (state.selected && state.selected.row[side]) select(state.selected.row, side);
+  if (state.selected?.row[side]) select(state.selected.row, side);
 }
 
 /** After a fold the arcs end elsewhere, and new rows may be hits or operands. */
@@ -169,42 +164,32 @@ function redraw() {
 }
 
 document.addEventListener('keydown', event => {
-  if (!state.model) return undefined;
-  if (event.key === 'Escape') return clear();
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName)) return undefined;
-  const action = keys[event.key];
-  if (!action) return undefined;
+  if (!state.model) return;
+  if (event.key === 'Escape') clear();
+  const typing = event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(event.target.tagName);
+  if (typing || !keys[event.key]) return;
   event.preventDefault();
-  return action();
+  keys[event.key]();
 });
 
 document.addEventListener('click', event => {
-  if (!state.model) return undefined;
-  const button = event.target.closest('button');
+  if (!state.model) return;
+  const {model} = state;
+  const pick = (row, side) => row && select(row, side);
   const head = event.target.closest('.head');
+  const cell = event.target.closest('.cell[data-side]');
+  const {site, rejection, name, side, change} = event.target.closest('button')?.dataset || {};
   if (head) {
     head.group.toggle(!head.group.open);
-    return redraw();
-  }
-  if (button && button.dataset.site !== undefined) {
-    const row = state.model.ofSite(button.dataset.site);
-    return row && select(row, 'after');
-  }
-  if (button && button.dataset.rejection !== undefined) {
-    const found = state.model.ofRejection(state.model.graph.rejections[button.dataset.rejection]);
-    return found && select(found.row, found.side);
-  }
-  if (button && button.dataset.name !== undefined) {
-    const row = state.model.row(button.dataset.side, button.dataset.name);
-    return row && select(row, button.dataset.side);
-  }
-  if (button && button.dataset.change !== undefined) {
-    const hidden = $('rows').classList.toggle(`no-${button.dataset.change}`);
-    button.setAttribute('aria-pressed', String(!hidden));
-    return redraw();
-  }
-  const cell = event.target.closest('.cell[data-side]');
-  return cell && select(state.model.rows[cell.parentElement.dataset.place], cell.dataset.side);
+    redraw();
+  } else if (site !== undefined) pick(model.ofSite(site), 'after');
+  else if (rejection !== undefined) pick(...model.ofRejection(model.graph.rejections[rejection]));
+  else if (name !== undefined) pick(model.row(side, name), side);
+  else if (change !== undefined) {
+    const hidden = $('rows').classList.toggle(`no-${change}`);
+    event.target.closest('button').setAttribute('aria-pressed', String(!hidden));
+    redraw();
+  } else if (cell) select(model.rows[cell.parentElement.dataset.place], cell.dataset.side);
 });
 
 $('search').addEventListener('submit', event => { event.preventDefault(); nextHit(1); });

@@ -67,7 +67,7 @@ function fillDetails(panel, model, row, side) {
     add(alike ? 'both' : name, element('span', 'code', [text, element('i', '', value && ` : ${value}`)]));
   }
   add('module', chosen.module && `${chosen.module}  ${chosen.kind}`);
-  add('site', chosen.site || (row.before && row.before.site) || '');
+  add('site', chosen.site || row.before?.site);
   const rejection = model.rejection(row);
   add('skipped', rejection && `${rejection.reason}: ${rejection.message}`);
   add('source', chosen.source.split('/site-packages/').pop());

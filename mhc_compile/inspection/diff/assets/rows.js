@@ -2,11 +2,11 @@
 
 const LONG = 3; // longer runs of unchanged rows are folded
 
-/** Rows below a heading. `build` fills it when it is first opened. */
+/** Rows below a heading. */
 class Group {
-  /** `label`: the elements of its name; `note`: a remark. */
-  constructor(view, parent, depth, members, label, note) {
-    Object.assign(this, {view, parent, depth, members, built: false, build: () => {}});
+  /** `label`: the elements of its name; `note`: a remark; `build(group)` fills it when it is first opened. */
+  constructor(view, parent, depth, members, label, note, build) {
+    Object.assign(this, {view, parent, depth, members, build, built: false});
     this.button = element('button', '', label, {'aria-expanded': 'false', type: 'button'});
     this.head = element('div', 'head', [
       view.gutter('before', members), element('div', 'label', this.button, {role: 'gridcell'}),
@@ -18,6 +18,7 @@ class Group {
     this.box = element('div', `group depth${depth}`, [this.head, this.body], {role: 'rowgroup'});
     for (const place of members) view.owners[place] = this;
     view.groups.push(this);
+    (parent ? parent.body : view.root).append(this.box);
   }
 
   get open() {
@@ -27,7 +28,7 @@ class Group {
   toggle(open) {
     if (open && !this.built) {
       this.built = true;
-      this.build();
+      this.build(this);
     }
     this.body.hidden = !open;
     this.button.setAttribute('aria-expanded', String(open));
@@ -54,22 +55,17 @@ class RowsView {
     if (layer.kind) label.push(element('i', '', layer.kind));
     if (layer.like) label.push(element('span', 'note', `as ${layer.like}`));
     const note = changed ? `${changed} of ${rows.length} changed` : `${rows.length} unchanged`;
-    const group = new Group(this, null, 1, layer.rows, label, note);
-    group.build = () => this.fill(group, layer);
-    this.root.append(group.box);
+    const group = new Group(this, null, 1, layer.rows, label, note, own => this.fill(own, layer));
     if (this.isOpen(group, layer)) group.toggle(true);
   }
 
   /** The modules of a layer, and the rows of the layer itself between them; unchanged ones folded. */
   fill(group, layer) {
     const parts = runs(layer.rows, place => this.child(layer, place));
-    if (!this.changes(layer.rows)) {
-      for (const part of parts) this.part(group, layer, part);
-      return;
-    }
-    for (const [changed, members] of runs(parts, ([, places]) => Boolean(this.changes(places)))) {
+    const quiet = !this.changes(layer.rows);
+    for (const [shown, members] of runs(parts, ([, places]) => quiet || Boolean(this.changes(places)))) {
       const places = members.flatMap(([, inner]) => inner);
-      if (changed || members.length === 1) {
+      if (shown || members.length === 1) {
         for (const part of members) this.part(group, layer, part);
       } else if (places.length <= LONG) {
         group.body.append(...places.map(place => this.row(place)));
@@ -101,9 +97,8 @@ class RowsView {
     const label = [element('span', 'path', `.${name}`)];
     if (own) label.push(element('i', '', own.kind));
     if (!changed) label.push(element('span', 'note', `⋯ ${rows.length} unchanged`));
-    const inner = new Group(this, group, 2, places, label, changed ? '' : operations(rows));
-    inner.build = () => this.stretch(inner, places, Boolean(changed));
-    group.body.append(inner.box);
+    const note = changed ? '' : operations(rows);
+    const inner = new Group(this, group, 2, places, label, note, own => this.stretch(own, places, Boolean(changed)));
     if (changed || this.everything) inner.toggle(true);
   }
 
@@ -119,9 +114,8 @@ class RowsView {
   fold(group, places, names, build) {
     const also = names.length ? `, also in ${names.join(', ')}` : '';
     const label = element('span', 'note', `⋯ ${places.length} unchanged${also}`);
-    const fold = new Group(this, group, 3, places, label, operations(places.map(place => this.model.rows[place])));
-    fold.build = () => build(fold);
-    group.body.append(fold.box);
+    const note = operations(places.map(place => this.model.rows[place]));
+    const fold = new Group(this, group, 3, places, label, note, build);
     if (this.everything) fold.toggle(true);
   }
 
