@@ -74,7 +74,7 @@ class Spelling:
 class Layout:
     """How one system stores the parameters of its preset.
 
-    To add one, write a file in `layouts/` and list it there, or call `layouts.register_layout`.
+    To add one, write it in `layouts.py` and list it there, or call `layouts.register_layout`.
 
     Attributes:
         preset: name of the preset.
