@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
+from mhc_compile.checkpoints.reader import split_entry
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.state_dict import NAMES, guess_for
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-#: The path of a hyper-connection in a state dict, with the name of its parameter.
-_ENTRY = re.compile(rf"((?:.+\.)?{CONTAINER}\..+)\.({'|'.join(NAMES)})")
 #: The number of paths in a message.
 _SHOWN = 3
 
@@ -90,13 +88,13 @@ def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _saved(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of phi of every hyper-connection in `state`, by path."""
-    entries: dict[str, dict[str, tuple[int, ...]]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, value in state.items():
-        match = _ENTRY.fullmatch(name)
-        if match:
-            entries.setdefault(match[1], {})[match[2]] = tuple(getattr(value, "shape", ()))
+        path, part = split_entry(name) or ("", "")
+        entries.setdefault(path, {})[part] = value
     # A user's module called `mhc` does not have all three.
-    return {path: shapes["phi"] for path, shapes in entries.items() if shapes.keys() == set(NAMES)}
+    complete = {path: parts["phi"] for path, parts in entries.items() if parts.keys() >= set(NAMES)}
+    return {path: tuple(getattr(phi, "shape", ())) for path, phi in complete.items()}
 
 
 def _options(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> str:

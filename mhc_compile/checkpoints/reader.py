@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 #: The submodule of a hyper-connection that ends its chain.
-END = "read_out"
+READ_OUT = "read_out"
 
 _PARTS = frozenset((*HyperConnection.names, *GatedConnection.names))
-_END_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
+_READ_OUT_PARTS = frozenset(name for names in ReadOut.NAMES.values() for name in names)
 #: The files of `save_pretrained` and the Trainer, in the order in which transformers tries them.
 _FILES = tuple(f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 
@@ -65,8 +65,8 @@ def split_entry(name: str) -> tuple[str, str] | None:
     path, _, part = name.rpartition(".")
     if not _is_inside(path):
         return None
-    if path.endswith(f".{END}") and part in _END_PARTS:
-        return path.removesuffix(f".{END}"), f"{END}.{part}"
+    if path.endswith(f".{READ_OUT}") and part in _READ_OUT_PARTS:
+        return path.removesuffix(f".{READ_OUT}"), f"{READ_OUT}.{part}"
     return (path, part) if part in _PARTS else None
 
 

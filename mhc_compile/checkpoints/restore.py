@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile import _torch
 from mhc_compile.attachment.declaration import declare_on
 from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections, connections, unwrap
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.sites import put_connection
-from mhc_compile.checkpoints.reader import END, SavedConnection, read_connections
+from mhc_compile.checkpoints.load import plain_name
+from mhc_compile.checkpoints.reader import READ_OUT, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhc_compile.modules.hyper_connection import HyperConnection
-
-#: The prefix that `torch.compile` adds to the names of parameters.
-_COMPILED = _torch.COMPILED_ATTRIBUTE
 
 
 def restore(
@@ -94,7 +91,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
         place, values = saved.path, saved.values
-        path = [part for part in place.split(".") if part != _COMPILED]
+        path = plain_name(place).split(".")
         cut = path.index(CONTAINER)
         self.values, self.root, self.path = values, model, ".".join(path[:cut])
         self.owner = _module(model, path[:cut], place)
@@ -104,7 +101,7 @@ class _Plan:
             options = replace(options, mapping=saved.mapping)
         self.options = _infer_options(place, self.owner, values, options.at(".".join(path)), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
-        self.last = any(name.startswith(END) for name in values)
+        self.last = any(name.startswith(READ_OUT) for name in values)
         like = create_connection(self.width, self.options, last=self.last, device="meta")
         missing = [name for name in bound_names(like) if name not in values]
         if missing:
@@ -183,7 +180,7 @@ def _infer_options(
     if "phi" not in values:
         raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
     phi = values["phi"]
-    if any(name.startswith(END) for name in values):
+    if any(name.startswith(READ_OUT) for name in values):
         options = replace(options, read_out="learned")
     if "up" in values and phi.dim() == values["up"].dim() == 2:
         rank = values["up"].shape[0]

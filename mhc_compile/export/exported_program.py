@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from mhc_compile.compilation.bindings import PlannedSite
     from mhc_compile.config.options import ResolvedOptions
-    from mhc_compile.passes.core.pass_base import Hook
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 #: The passes before sites are searched.
@@ -76,7 +75,7 @@ class PlannedProgram:
         return {planned.site: self.parameters.bind(planned) for planned in self.sites}
 
 
-def plan_program(program: ExportedProgram, options: ResolvedOptions, hook: Hook | None = None) -> PlannedProgram:
+def plan_program(program: ExportedProgram, options: ResolvedOptions) -> PlannedProgram:
     """Plan the graph of a program. Raise CaptureError for a joint graph of forward and backward."""
     signature = program.graph_signature
     if signature.backward_signature is not None:
@@ -84,7 +83,7 @@ def plan_program(program: ExportedProgram, options: ResolvedOptions, hook: Hook 
             "rewrite takes an ExportedProgram of a forward pass; this one also computes gradients. Rewrite the program"
             " first, then make the joint graph"
         )
-    graph = run_passes(program.graph, PREPARE, hook)
+    graph = run_passes(program.graph, PREPARE)
     planner = Planner(graph, ProgramProvenance(graph, signature.input_specs), options.min_chain_length)
     parameters = ProgramParameters(graph, program)
     sites = parameters.resolve(planner, options)

@@ -1,6 +1,6 @@
 """Exchange checkpoints with the systems that ship hyper-connections.
 
-layout, layouts/   names and shapes of one system's parameters, as data
+layout, layouts    names and shapes of one system's parameters, as data
 plan               what becomes of every entry, and the tensor operations
 planner            from names and shapes to a plan, in either direction
 state_dicts        state dicts and models

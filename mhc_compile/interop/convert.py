@@ -25,23 +25,14 @@ _MARK = "mhc_preset"
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion.
-
-    Attributes:
-        source: path of the checkpoint.
-        out: path of the result.
-        plan: the entries of the result and their sources.
-        files: the safetensors files written, with their sizes in bytes.
-        copied: other files of the folder, which were copied.
-        left: subfolders, which were left out.
-    """
+    """The result of a conversion."""
 
     source: Path
     out: Path
     plan: Plan
-    files: dict[str, int]
-    copied: tuple[str, ...]
-    left: tuple[str, ...]
+    files: dict[str, int]  # the safetensors files written, with their sizes in bytes
+    copied: tuple[str, ...]  # other files of the folder
+    left: tuple[str, ...]  # subfolders, which were left out
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

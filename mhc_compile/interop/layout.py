@@ -16,9 +16,6 @@ from mhc_compile.config.coefficient_spec import MAX_STREAMS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-#: The submodule of a chain's last hyper-connection that holds a learned read-out.
-READ_OUT = "read_out"
-
 #: Decides how a parameter is converted: matrices are transposed, residual logits may be, the number
 #: of scales may differ, and "same" is copied.
 Kind = Literal["projection", "logits", "scales", "same"]
@@ -74,7 +71,7 @@ class Spelling:
 class Layout:
     """How one system stores the parameters of its preset.
 
-    To add one, write a file in `layouts/` and list it there, or call `layouts.register_layout`.
+    To add one, write it in `layouts.py` and list it there, or call `layouts.register_layout`.
 
     Attributes:
         preset: name of the preset.

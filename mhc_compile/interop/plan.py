@@ -33,27 +33,16 @@ UNUSED_SCALE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """The conversion of one parameter of a hyper-connection.
+    """The conversion of one parameter of a hyper-connection; `kind` decides its operations."""
 
-    Attributes:
-        sources: the entries that it is made from.
-        target: its name in the result.
-        kind: decides which operations apply.
-        before: shapes of the sources.
-        after: its shape in the result.
-        streams: n; 0 if the shape does not determine it.
-        part: of a projection, the range of columns that it is made from; None for all.
-        across: the axis of the result on which residual logits (i, j) become (j, i), or None.
-    """
-
-    sources: tuple[str, ...]
-    target: str
+    sources: tuple[str, ...]  # the entries that it is made from
+    target: str  # its name in the result
     kind: Kind
-    before: tuple[tuple[int, ...], ...]
+    before: tuple[tuple[int, ...], ...]  # shapes of the sources
     after: tuple[int, ...]
-    streams: int
-    part: tuple[int, int] | None = None
-    across: int | None = None
+    streams: int  # n; 0 if the shape does not determine it
+    part: tuple[int, int] | None = None  # of a projection, the range of columns; None for all
+    across: int | None = None  # the axis of the result on which logits (i, j) become (j, i)
 
     def apply(self, values: Sequence[Tensor]) -> Tensor:
         """Return the converted parameter, in the same dtype, from the values of `sources`."""
@@ -87,21 +76,13 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion of a whole checkpoint.
+    """A conversion of a whole checkpoint."""
 
-    Attributes:
-        preset: the system on the native side.
-        spelling: the names on the native side.
-        native: whether the result is the native side.
-        entries: every entry of the result, in order, with the names of its sources.
-        changes: the entries that do not stay as they are, by name in the result.
-    """
-
-    preset: str
-    spelling: str
-    native: bool
-    entries: Mapping[str, tuple[str, ...]]
-    changes: Mapping[str, Change]
+    preset: str  # the system on the native side
+    spelling: str  # the names on the native side
+    native: bool  # whether the result is the native side
+    entries: Mapping[str, tuple[str, ...]]  # all of the result, in order, with their sources
+    changes: Mapping[str, Change]  # those that do not stay as they are, by name in the result
 
     def apply(self, state: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """Return the converted state dict; entries that are not converted are the same tensors."""
@@ -129,11 +110,7 @@ class Plan:
 def build_plan(
     names: Mapping[str, str], changes: Sequence[Change], *, preset: str, spelling: str, native: bool
 ) -> Plan:
-    """Return the plan of `changes` in the order of `names`, {entry: name if not converted}.
-
-    Raises:
-        CheckpointError: two entries would get the same name, or the numbers of streams differ.
-    """
+    """Return the plan of `changes` in the order of `names`, {entry: name if not converted}."""
     sized = [change for change in changes if change.streams]
     for change in sized:
         if change.streams != sized[0].streams:
@@ -172,9 +149,6 @@ def site_changes(
 
     `members` are names in the state dict by parameter, `where` is the name of the site for errors,
     `target` the template of the names in the result.
-
-    Raises:
-        CheckpointError: parameters are missing, or have shapes that no number of streams gives.
     """
     moves: list[tuple[Kind, tuple[Part, ...], tuple[Part, ...]]] = []
     for entry in layout.read_out if read_out else layout.site:

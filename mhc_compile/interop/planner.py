@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.attachment.model_tree import CONTAINER
 from mhc_compile.checkpoints.load import plain_name
+from mhc_compile.checkpoints.reader import READ_OUT
 from mhc_compile.errors import CheckpointError, OptionError
-from mhc_compile.interop.layout import READ_OUT
 from mhc_compile.interop.layouts import LAYOUTS, get_layout
 from mhc_compile.interop.plan import Change, Plan, build_plan, site_changes
 

@@ -67,11 +67,7 @@ class Written:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return the tensors of a file by name, in the order of their bytes, and its metadata.
-
-    Raises:
-        CheckpointError: it is no safetensors file, or is truncated.
-    """
+    """Return the tensors of a file by name, in the order of their bytes, and its metadata."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -100,11 +96,7 @@ def read(stored: Stored) -> Tensor:
 
 
 def written(dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Written:
-    """Return a tensor that `make` computes when its turn comes.
-
-    Raises:
-        CheckpointError: `dtype` is none that parameters of hyper-connections have.
-    """
+    """Return a tensor that `make` computes when its turn comes."""
     if dtype not in _DTYPES:
         raise CheckpointError(
             f"a parameter of a hyper-connection is of dtype {dtype}; expected one of {', '.join(_DTYPES)}"
@@ -120,11 +112,7 @@ def written(dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> W
 
 
 def write(path: Path, tensors: Sequence[tuple[str, Written]], metadata: Mapping[str, str]) -> int:
-    """Write `tensors` to a file, in this order, and return its size in bytes.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write `tensors` to a file, in this order, and return its size in bytes."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors:

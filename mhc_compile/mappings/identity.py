@@ -29,7 +29,3 @@ class Identity(ResidualMapping):
     def backward(self, grad: Tensor, logits: Tensor, n: int, iterations: int) -> Tensor:  # noqa: ARG002
         """Return an empty gradient, [..., 0]."""
         return logits.new_zeros(logits.shape)
-
-    def flops(self, n: int, iterations: int) -> int:  # noqa: ARG002
-        """Return 0."""
-        return 0

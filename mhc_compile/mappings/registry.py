@@ -48,11 +48,7 @@ def mapping_of(spec: str) -> ResidualMapping:
 def columns(name: str, n: int) -> int | None:
     """Return K, the columns of phi for n streams; None if the mapping does not support n."""
     mapping = get_mapping(name)
-    try:
-        mapping.check(n)
-    except OptionError:
-        return None
-    return 2 * n + mapping.logits(n)
+    return 2 * n + mapping.logits(n) if n in STREAM_COUNTS[name] else None
 
 
 def register_mapping(mapping: ResidualMapping) -> None:

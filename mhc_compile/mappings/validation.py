@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,11 @@ def validate_mapping(mapping: ResidualMapping) -> tuple[int, ...]:
     Raises:
         OptionError: something does not fit; says what.
     """
-    sizes = [n for n in range(1, MAX_STREAMS + 1) if _has(mapping, n)]
+    sizes = []
+    for n in range(1, MAX_STREAMS + 1):
+        with contextlib.suppress(OptionError):
+            mapping.check(n)
+            sizes.append(n)
     if not sizes:
         raise OptionError(f"mapping {mapping.name!r}: check(n) rejects every number of streams from 1 to {MAX_STREAMS}")
     for n in sizes:
@@ -33,14 +38,6 @@ def validate_mapping(mapping: ResidualMapping) -> tuple[int, ...]:
         _try_matrix(mapping, n)
         _try_backward(mapping, n)
     return tuple(sizes)
-
-
-def _has(mapping: ResidualMapping, n: int) -> bool:
-    try:
-        mapping.check(n)
-    except OptionError:
-        return False
-    return True
 
 
 def _try_starts(mapping: ResidualMapping, n: int) -> None:

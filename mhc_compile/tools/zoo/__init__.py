@@ -24,24 +24,13 @@ from mhc_compile.errors import MhcError
 if TYPE_CHECKING:
     from mhc_compile.tools.zoo.family import Family
 
-__all__ = ["GROUPS", "UnknownFamilyError", "get", "list_families"]
+__all__ = ["UnknownFamilyError", "get", "list_families"]
 
-#: From each module of `families` to its themes.
-_MODULES = {
-    "transformer_blocks": ("transformer_blocks", "attention_variants"),
-    "convolutional_networks": ("convolutional_blocks", "dense_prediction"),
-    "sequences": ("sequences",),
-    "topology": ("topology",),
-    "spelling": ("spelling",),
-    "boundaries": ("boundaries",),
-    "torch_layers": ("torch_layers",),
-    "traps": ("traps", "traps_on_trunk"),
-    "transformers_text": ("language", "mixture", "state_space", "encoders", "encoder_decoder"),
-    "transformers_vision": ("vision", "convolutional", "multimodal"),
-    "transformers_signals": ("audio_and_series",),
-}
-#: The themes, in the order of reports.
-GROUPS = tuple(group for groups in _MODULES.values() for group in groups)
+#: The modules of `families`, in the order of reports.
+_MODULES = (
+    "transformer_blocks convolutional_networks sequences topology spelling boundaries torch_layers traps"
+    " transformers_text transformers_vision transformers_signals".split()
+)
 
 
 class UnknownFamilyError(MhcError):
@@ -51,25 +40,25 @@ class UnknownFamilyError(MhcError):
 @cache
 def _by_name() -> dict[str, Family]:
     found: dict[str, Family] = {}
-    for module, groups in _MODULES.items():
-        themes = importlib.import_module(f"{__name__}.families.{module}").FAMILIES
-        assert tuple(themes) == groups, f"{module} defines the themes {', '.join(themes)}"
-        for group in groups:
-            for family in themes[group]:
+    for module in _MODULES:
+        for group, families in importlib.import_module(f"{__name__}.families.{module}").FAMILIES.items():
+            for family in families:
                 assert family.name not in found, f"two families are called {family.name!r}"
                 found[family.name] = dataclasses.replace(family, group=group)
     return found
 
 
 def list_families(group: str | None = None) -> tuple[Family, ...]:
-    """Return all families, or those of one theme.
+    """Return all families, or those of one theme, in the order of reports.
 
     Raises:
         UnknownFamilyError: there is no such theme.
     """
-    if group is not None and group not in GROUPS:
-        raise UnknownFamilyError(f"the zoo has no group {group!r}; expected one of {', '.join(GROUPS)}")
-    return tuple(family for family in _by_name().values() if group is None or family.group == group)
+    families = _by_name().values()
+    groups = dict.fromkeys(family.group for family in families)
+    if group is not None and group not in groups:
+        raise UnknownFamilyError(f"the zoo has no group {group!r}; expected one of {', '.join(groups)}")
+    return tuple(family for family in families if group in {None, family.group})
 
 
 def get(name: str) -> Family:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
+from mhc_compile.capture.tensor_tree import cast
 from mhc_compile.config.options import Options
+from mhc_compile.errors import MhcWarning
+from mhc_compile.inspection.explain.explain import explain
+from mhc_compile.inspection.verification.comparison import differences, record_run
+from mhc_compile.passes import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhc_compile.tools.zoo.family import Expected, Family, Mode
+    from mhc_compile.inspection.verification.results import Difference
+    from mhc_compile.tools.zoo.family import Case, Expected, Family, Mode
 
 log = logging.getLogger(__name__)
 
@@ -25,40 +35,22 @@ Status = Literal["ok", "deviates", "failed", "skipped"]
 
 @dataclass
 class Outcome:
-    """The result of checking one family in one mode.
-
-    Attributes:
-        name: of the family.
-        mode: "train" or "eval".
-        layers: the depth of the model.
-        expected_sites: number of sites that should be rewritten with these options.
-        expected_chains: the lengths of their chains, longest first.
-        graphs: number of graphs that Dynamo captured.
-        sites: number of sites that are rewritten.
-        chains: the lengths of their chains, longest first.
-        rejected: number of skipped additions, by reason.
-        error_forward: largest relative deviation of an output, a buffer or an input that the model
-            writes; None if not measured.
-        error_gradients: largest relative deviation of a gradient; None if not measured.
-        seconds: duration of the whole check.
-        status: see `Status`.
-        message: "" or one line that says what is wrong.
-    """
+    """The result of checking one family in one mode; lengths of chains are longest first."""
 
     name: str
     mode: Mode
     layers: int
-    expected_sites: int = 0
-    expected_chains: tuple[int, ...] = ()
-    graphs: int = 0
-    sites: int = 0
+    expected_sites: int = 0  # that should be rewritten with these options
+    expected_chains: tuple[int, ...] = ()  # the lengths of their chains
+    graphs: int = 0  # that Dynamo captured
+    sites: int = 0  # that are rewritten
     chains: tuple[int, ...] = ()
-    rejected: Counter[str] = field(default_factory=Counter)
-    error_forward: float | None = None
-    error_gradients: float | None = None
-    seconds: float = 0.0
+    rejected: Counter[str] = field(default_factory=Counter)  # skipped additions by reason
+    error_forward: float | None = None  # largest relative one of an output, buffer or written input
+    error_gradients: float | None = None  # largest relative one of a gradient; None: not measured
+    seconds: float = 0.0  # of the whole check
     status: Status = "ok"
-    message: str = ""
+    message: str = ""  # one line that says what is wrong
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -81,20 +73,9 @@ def check(
 ) -> Outcome:
     """Analyze the family's graphs and, with `preserve`, run it plain and compiled.
 
-    Errors of the model are recorded in the outcome and not raised.
-
-    Args:
-        family: see `zoo.get`.
-        layers: the depth.
-        mode: in which mode the model is traced and run.
-        options: of the backend; `inner_backend` is "eager" by default.
-        preserve: compare outputs and gradients as well.
-
-    Raises:
-        OptionError: the options are wrong.
+    `options` are those of the backend, with `inner_backend` "eager" by default; wrong ones are an
+    OptionError. Errors of the model are recorded in the outcome and not raised.
     """
-    import torch
-
     given = dict(options or {})
     expected, min_chain_length = family.expected(layers, mode), Options.parse(given).min_chain_length
     chains = expected.rewritten(min_chain_length)
@@ -120,14 +101,8 @@ def check(
 def deviation(chains: tuple[int, ...], rejected: Counter[str], expected: Expected, min_chain_length: int = 2) -> str:
     """Return one line that says how a structure differs from the expected one, or "".
 
-    Args:
-        chains: the lengths that were found, longest first.
-        rejected: number of skipped additions, by reason.
-        expected: the structure of the source.
-        min_chain_length: chains shorter than this are skipped.
+    `chains` are the lengths that were found, longest first, `rejected` the numbers by reason.
     """
-    from mhc_compile.passes import Reason
-
     want = expected.rewritten(min_chain_length)
     if chains != want:
         hint = f" ({expected.note})" if expected.note else ""
@@ -146,8 +121,6 @@ def deviation(chains: tuple[int, ...], rejected: Counter[str], expected: Expecte
 def _compare_structure(
     family: Family, outcome: Outcome, options: Mapping[str, Any], expected: Expected, min_chain_length: int
 ) -> None:
-    from mhc_compile.inspection.explain.explain import explain
-
     model, args, kwargs = family.build(outcome.layers)
     explanation = explain(model.train(outcome.mode == "train"), *args, options=options, **kwargs)
     outcome.graphs, outcome.sites = len(explanation.graphs), len(explanation.sites)
@@ -157,17 +130,40 @@ def _compare_structure(
 
 
 def _compare_numbers(family: Family, outcome: Outcome, options: Mapping[str, Any]) -> None:
-    import torch
-
-    from mhc_compile.tools.zoo.preservation import preservation
-
     torch.compiler.reset()
     model, args, kwargs = family.build(outcome.layers)
-    errors = preservation(family, (model.train(outcome.mode == "train"), args, kwargs), options)
-    outcome.error_forward, outcome.error_gradients = errors.forward, errors.gradients
-    for name, error in ((errors.worst_output, errors.forward), (errors.worst_gradient, errors.gradients)):
-        if not error <= family.tolerance:
-            outcome.complain(f"{name} deviates by {error:.1e}, allowed {family.tolerance:.0e}")
+    worst = preservation(family, (model.train(outcome.mode == "train"), args, kwargs), options)
+    outcome.error_forward, outcome.error_gradients = (one.relative for one in worst)
+    for one in worst:
+        if not one.relative <= family.tolerance:
+            name = f"buffer {one.name}" if one.group == "buffers" else one.name
+            outcome.complain(f"{name} deviates by {one.relative:.1e}, allowed {family.tolerance:.0e}")
+
+
+def preservation(family: Family, case: Case, options: Mapping[str, Any]) -> tuple[Difference, Difference]:
+    """Compare a forward and backward pass of the plain and the compiled model, seeded alike.
+
+    `case` is in the mode to compare in; its model stays compiled. Return the worst deviation of an
+    output, buffer or written input, and that of a gradient. Raise what the model raises, and
+    ValueError if a value of the plain model is NaN.
+    """
+    model, args, kwargs = case
+    if family.double:
+        model, args, kwargs = model.double(), cast(args, torch.float64), cast(kwargs, torch.float64)
+    twin = copy.deepcopy(model)
+    want = record_run(twin, twin, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+    values = want.outputs | want.inputs | want.gradients | want.input_gradients
+    undefined = [name for name, value in values.items() if value.isnan().any()]
+    if undefined:
+        raise ValueError(f"the plain model gives NaN in {', '.join(undefined[:3])}: there is nothing to compare with")
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager", **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MhcWarning)  # the count of sites says that nothing was rewritten
+        got = record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+    found = sorted(differences(got, want, 0.0), key=lambda one: one.relative)
+    *_, forward = (one for one in found if "gradients" not in one.group)
+    *_, gradient = (one for one in found if "gradients" in one.group)
+    return forward, gradient
 
 
 def _join(lengths: tuple[int, ...]) -> str:

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
+if TYPE_CHECKING:
     from mhc_compile.passes import Reason
 
 Mode: TypeAlias = Literal["train", "eval"]
-MODES: tuple[Mode, ...] = ("train", "eval")
 
 #: A model and how it is called: `model(*args, **kwargs)`.
-Case: TypeAlias = tuple["nn.Module", tuple[Any, ...], dict[str, Any]]
+Case: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,6 @@ class Expected:
             through operations that are cheap to apply to every stream: views, casts, dropout,
             scales, norms, activations, slices, pads, pooling. Includes runs of one, which
             `min_chain_length` excludes by default.
-        projected: adds whose skip passes through a convolution or a matrix product. They end a
-            chain and are not rewritten.
         reasons: for traps, the reasons that skipped additions may be rejected with. None if any.
         note: context for a reader of a deviation.
         pieces: lengths of the parts that the graphs of a split model hold of chains that run
@@ -36,15 +34,9 @@ class Expected:
     """
 
     chains: tuple[int, ...] = ()
-    projected: int = 0
     reasons: frozenset[Reason] | None = None
     note: str = ""
     pieces: tuple[int, ...] = ()
-
-    @property
-    def sites(self) -> int:
-        """Number of residual adds with an identity skip, in chains of any length."""
-        return sum(self.chains) + sum(self.pieces)
 
     def rewritten(self, min_chain_length: int) -> tuple[int, ...]:
         """Return the lengths of the chains that are long enough to be rewritten, longest first."""
@@ -63,46 +55,34 @@ Expect: TypeAlias = Callable[[int, Mode], Expected]
 class Family:
     """A kind of model, at any depth.
 
-    Attributes:
-        name: as `mhc zoo NAME` takes it.
-        make: maps the number of layers to a randomly initialised model with inputs. Downloads
-            nothing.
-        expected: maps the number of layers and the mode to the structure.
-        needs: the package that defines the model.
-        tolerance: largest relative error of an output or gradient.
-        double: compare in float64.
-        because: why one of `tolerance`, `double`, `differentiable_inputs` is not the default.
-        differentiable_inputs: compare gradients of floating-point inputs too. Off where the model
-            writes into its inputs.
-        group: the theme, a key of `FAMILIES` in its module; filled in by `zoo.families`.
+    `make` maps the number of layers to a randomly initialised model with inputs, and downloads
+    nothing; `expected` maps the number of layers and the mode to the structure.
     """
 
     name: str
     make: Callable[[int], Case]
     expected: Expect
-    needs: Literal["torch", "transformers"] = "torch"
-    tolerance: float = 1e-5
-    double: bool = False
-    because: str = ""
-    differentiable_inputs: bool = True
-    group: str = ""
+    needs: Literal["torch", "transformers"] = "torch"  # the package that defines the model
+    tolerance: float = 1e-5  # largest relative error of an output or gradient
+    double: bool = False  # compare in float64
+    because: str = ""  # why `tolerance`, `double` or `differentiable_inputs` is not the default
+    differentiable_inputs: bool = True  # compare their gradients too; off if the model writes to them
+    group: str = ""  # the theme, a key of `FAMILIES` in its module; filled in by `zoo.get`
 
     def build(self, layers: int) -> Case:
         """Return the model with its inputs: always the same numbers. Keeps the global RNG state."""
-        import torch
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, args, kwargs = self.make(layers)
         return model, args, kwargs
 
 
-def chains(formula: Callable[[int], tuple[int, ...]], *, projected: int = 0, note: str = "") -> Expect:
+def chains(formula: Callable[[int], tuple[int, ...]], *, note: str = "") -> Expect:
     """Return chains that do not depend on the mode: `chains(lambda n: (n, n - 1))`."""
-    return lambda layers, _mode: Expected(formula(layers), projected, note=note)
+    return lambda layers, _mode: Expected(formula(layers), note=note)
 
 
-def per_layer(*sites: int, reasons: tuple[Reason, ...] | None = None, projected: int = 0) -> Expect:
+def per_layer(*sites: int, reasons: tuple[Reason, ...] | None = None) -> Expect:
     """Return one chain for each number in `sites`, of so many sites a layer."""
     allowed = None if reasons is None else frozenset(reasons)
-    return lambda layers, _mode: Expected(tuple(k * layers for k in sites), projected, allowed)
+    return lambda layers, _mode: Expected(tuple(k * layers for k in sites), allowed)

@@ -32,14 +32,15 @@ def table(outcomes: Sequence[Outcome], width: int) -> Table:
         view.add_column(title, justify="right", no_wrap=True)
     view.add_column("s", justify="right", no_wrap=True)
     for outcome in outcomes:
+        right = outcome.sites == outcome.expected_sites
         errors = (outcome.error_forward, outcome.error_gradients)
         known = [error for error in errors if error is not None]
-        shown = [_error(max(known) if known else None)] if narrow else [_error(error) for error in errors]
+        shown = [_error(max(known, default=None))] if narrow else [_error(error) for error in errors]
         view.add_row(
             Text(outcome.name, style=_STYLES[outcome.status]),
             outcome.mode,
             str(outcome.graphs),
-            _sites(outcome),
+            Text(f"{outcome.sites}/{outcome.expected_sites}", style="" if right else "bold red"),
             _lengths(outcome.chains),
             _remarks(outcome),
             *shown,
@@ -79,11 +80,6 @@ def listing(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     for row in rows:
         view.add_row(*map(Text, row))
     return view
-
-
-def _sites(outcome: Outcome) -> Text:
-    right = outcome.sites == outcome.expected_sites
-    return Text(f"{outcome.sites}/{outcome.expected_sites}", style="" if right else "bold red")
 
 
 def _lengths(lengths: tuple[int, ...]) -> str:

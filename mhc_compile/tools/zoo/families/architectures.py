@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mhc_compile.tools.zoo.family import Case, Expect, Family, per_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
-
-_BATCH = 2
 #: Sizes under their usual names. Widths are as small as the architectures allow.
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 #: A vocabulary and its special tokens.
@@ -31,11 +29,9 @@ def sides(**settings: Any) -> dict[str, Any]:
     return {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in settings.items()}
 
 
-def ids(length: int = 6) -> Tensor:
+def ids(length: int = 6) -> torch.Tensor:
     """Return token ids [2, length], none of them special."""
-    import torch
-
-    return torch.randint(3, 40, (_BATCH, length))
+    return torch.randint(3, 40, (2, length))
 
 
 def call(length: int = 6) -> dict[str, Any]:
@@ -43,29 +39,20 @@ def call(length: int = 6) -> dict[str, Any]:
     return {"input_ids": ids(length), "use_cache": False}
 
 
+def attended(**more: Any) -> dict[str, Any]:
+    """Return token ids with an attention mask of ones."""
+    given = ids()
+    return {"input_ids": given, "attention_mask": torch.ones_like(given), **more}
+
+
 def images(side: int = 16) -> dict[str, Any]:
     """Return images [2, 3, side, side]."""
-    import torch
-
-    return {"pixel_values": torch.randn(_BATCH, 3, side, side)}
+    return {"pixel_values": torch.randn(2, 3, side, side)}
 
 
 def normal(**shapes: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
     """Return a function that draws inputs of these names and shapes."""
-
-    def make() -> dict[str, Any]:
-        import torch
-
-        return {name: torch.randn(*shape) for name, shape in shapes.items()}
-
-    return make
-
-
-def to_bfloat16(model: Any) -> Any:
-    """Return the model with bfloat16 weights."""
-    import torch
-
-    return model.to(torch.bfloat16)
+    return lambda: {name: torch.randn(*shape) for name, shape in shapes.items()}
 
 
 def architecture(
@@ -73,18 +60,10 @@ def architecture(
     inputs: Callable[[], dict[str, Any]] = call, prepare: Callable[[Any], Any] | None = None, double: bool = True,
     because: str = "", **more: Any,
 ) -> Family:  # fmt: skip
-    """Return a family of transformers models.
+    """Return the family of the transformers class `model`; `more` are fields of `Family`.
 
-    Args:
-        name: of the family.
-        model: name of the model class in transformers.
-        settings: maps the depth to the arguments of the config.
-        expected: the structure; by default one chain of two sites a layer.
-        inputs: draws the arguments of the call.
-        prepare: changes the model before it is used.
-        double: compare in float64.
-        because: as for `Family`; `NOISY` by default if `double` is set.
-        more: other fields of `Family`.
+    `settings` maps the depth to the arguments of the config, `inputs` draws those of the call,
+    `prepare` changes the model before it is used. By default a layer has two sites of one chain.
     """
 
     def make(layers: int) -> Case:

@@ -158,9 +158,9 @@ class Staged(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
-def _staged(name: str, block: type[nn.Module], *, projected: int = 1, because: str = "") -> Family:
+def _staged(name: str, block: type[nn.Module], *, because: str = "") -> Family:
     """Return a family whose second stage has a chain that is shorter by its first block."""
-    expected = chains(lambda n: (n, n - 1), projected=projected)
+    expected = chains(lambda n: (n, n - 1))
     return Family(name, network(partial(Staged, block), _IMAGES), expected, double=bool(because), because=because)
 
 
@@ -191,9 +191,9 @@ def _unet(net: Any, x: Tensor) -> Tensor:
 class DenseBlock(nn.Module):
     """`x + 0.2 f(x)`, where each convolution of f reads the concatenation of all earlier values."""
 
-    def __init__(self, width: int = 8, grow: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(width + i * grow, grow if i < 2 else width, 3, 1, 1) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(8 + i * 4, 4 if i < 2 else 8, 3, 1, 1) for i in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [x]
@@ -267,8 +267,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         _staged("regnet", Bottleneck),
         _staged("preact-resnet", PreActivation),
         _staged("padded-resnet", Padded),
-        _staged("mobilenet", Inverted, projected=0, because=_BOTTLENECK),
-        _staged("efficientnet", EfficientBlock, projected=0, because=_BOTTLENECK),
+        _staged("mobilenet", Inverted, because=_BOTTLENECK),
+        _staged("efficientnet", EfficientBlock, because=_BOTTLENECK),
         Family("convnext-stages", network(partial(Staged, ConvNeXt), _IMAGES), per_layer(1, 1)),
     ),
     "dense_prediction": (

@@ -72,23 +72,20 @@ def formula(name: str, forward: Callable[..., Any], *, doc: str = "", **parts: P
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself, or to `memory`. `x: [B, T, C]`."""
+    """Attention in two heads of a sequence to itself, or to `memory`. `x: [B, T, C]`."""
 
-    def __init__(self, width: int = WIDTH, heads: int = 2, *, causal: bool = False) -> None:
+    def __init__(self, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.causal = causal
         # No bias for k: its gradient is zero in exact arithmetic, and rounding noise otherwise.
-        self.q, self.k, self.v = (nn.Linear(width, width, bias=bias) for bias in (True, False, True))
-        self.out = nn.Linear(width, width)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=bias) for bias in (True, False, True))
+        self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         source = x if memory is None else memory
-        q, k, v = (self._split(y) for y in (self.q(x), self.k(source), self.v(source)))
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (self.q(x), self.k(source), self.v(source)))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Sequential):

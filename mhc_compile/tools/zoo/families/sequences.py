@@ -127,7 +127,7 @@ _EDGES = ((0, 1, 2, 3, 4, 5, 0), (1, 2, 3, 4, 5, 0, 3))
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "sequences": (
         Family("wavenet", network(WaveNet, (2, 1, 12)), _ONE),
-        Family("tcn", network(_tcn, (2, 3, 12)), per_layer(1, projected=1)),
+        Family("tcn", network(_tcn, (2, 3, 12)), _ONE),
         spelled("gated-merge", lambda block, x: block.cell(block.mlp(x).flatten(0, 1), x.flatten(0, 1)).view_as(x),
                 doc="A GRU cell merges the branch into the trunk: there is no add.", expected=per_layer(),
                 mlp=FeedForward, cell=partial(nn.GRUCell, WIDTH, WIDTH)),

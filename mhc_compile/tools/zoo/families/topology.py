@@ -9,31 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
-    INTO, OUT, WIDTH, Attention, Block, Each, Embedded, FeedForward, Framed, Norm, Residual, Square, Stack, ids,
+    INTO, OUT, WIDTH, Block, Each, Embedded, FeedForward, Framed, Residual, Square, Stack, TransformerBlock, ids,
     linear, network, spelled, wired,
 )  # fmt: skip
-from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
+from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 _BLOCKS, _STACK, _MLPS = Each(Residual), Stack(Residual), Each(FeedForward)
 
 
-class Shared(nn.Module):
+class Shared(TransformerBlock):
     """ALBERT, universal transformer: one layer of two sites, run as often as there are layers."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.layers, self.norm, self.attn, self.mlp = layers, Norm(), Attention(), FeedForward()
+        self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.layers):
-            x = x + self.attn(self.norm(x))
-            x = x + self.mlp(x)
+            x = super().forward(x)
         return x
-
-
-def _siamese(net: Any, a: Tensor, b: Tensor) -> Tensor:
-    """One encoder, called on two inputs; the sum of its results is no residual add."""
-    return net.encoder(net.into(a)) + net.encoder(net.into(b))
 
 
 class Twice(nn.Module):
@@ -47,31 +41,22 @@ class Twice(nn.Module):
         return self.encoder(self.back(self.encoder(x)))
 
 
-class HiddenStates(Block, into=INTO, blocks=_BLOCKS, out=OUT):
-    """Returns the trunk before every block and after the last, and the result."""
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        states = [self.into(x)]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        return {"logits": self.out(states[-1]), "hidden": tuple(states)}
+def _hidden_states(net: Any, x: Tensor) -> dict[str, Any]:
+    """Return the trunk before every block and after the last, and the result."""
+    states = [net.into(x)]
+    for block in net.blocks:
+        states.append(block(states[-1]))
+    return {"logits": net.out(states[-1]), "hidden": tuple(states)}
 
 
-class AuxiliaryHeads(HiddenStates):
-    """Early exits: a head reads the trunk after every block."""
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        x = self.into(x)
-        early = []
-        for block in self.blocks:
-            x = block(x)
-            early.append(self.out(x.mean(1)))
-        return {"logits": self.out(x), "early": early}
-
-
-def _nested(block: Any, x: Tensor) -> Tensor:
-    """`x + f(g(x))`, where g runs two residual blocks."""
-    return x + block.out(block.inner(x))
+def _early_exits(net: Any, x: Tensor) -> dict[str, Any]:
+    """Read the trunk by a head after every block (early exits)."""
+    x = net.into(x)
+    early = []
+    for block in net.blocks:
+        x = block(x)
+        early.append(net.out(x.mean(1)))
+    return {"logits": net.out(x), "early": early}
 
 
 class Wide(Residual, mlp=partial(FeedForward, 24)):
@@ -134,36 +119,26 @@ class Hooked(Block, into=INTO, blocks=_STACK):
         return self.blocks(self.into(x))
 
 
-def _shared(layers: int) -> Case:
-    return Embedded([Shared(layers)]), (ids(),), {}
-
-
 _ONE, _PAIR = per_layer(1), per_layer(1, 1)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "topology": (
-        Family("shared-layer", _shared, per_layer(2)),
-        wired("siamese", _siamese, (2, 5, 8), (2, 5, 8), expected=_PAIR, into=INTO, encoder=_STACK),
+        Family("shared-layer", lambda layers: (Embedded([Shared(layers)]), (ids(),), {}), per_layer(2)),
+        wired("siamese", lambda net, a, b: net.encoder(net.into(a)) + net.encoder(net.into(b)), (2, 5, 8), (2, 5, 8),
+              doc="One encoder, called on two inputs; the sum of its results is no residual add.",
+              expected=_PAIR, into=INTO, encoder=_STACK),
         Family("called-twice", network(Twice), _PAIR),
-        Family("hidden-states", network(HiddenStates), _ONE),
-        Family("auxiliary-heads", network(AuxiliaryHeads), _ONE),
-        spelled(
-            "nested", _nested, expected=chains(lambda n: (n, *(2,) * n)), inner=lambda: Stack(Residual)(2), out=Square
-        ),
+        wired("hidden-states", _hidden_states, into=INTO, blocks=_BLOCKS, out=OUT),
+        wired("auxiliary-heads", _early_exits, into=INTO, blocks=_BLOCKS, out=OUT),
+        spelled("nested", lambda block, x: x + block.out(block.inner(x)),
+                doc="`x + f(g(x))`, where g runs two residual blocks.",
+                expected=chains(lambda n: (n, *(2,) * n)), inner=lambda: Stack(Residual)(2), out=Square),
         Family("two-widths", network(TwoWidths), _PAIR),
         wired("bare-trunk", _bare, (2, 5, WIDTH), mlps=_MLPS),
-        wired(
-            "global-skip",
-            _global_skip,
-            expected=chains(lambda n: (n, 1)),
-            into=INTO,
-            blocks=_STACK,
-            last=Square,
-            out=OUT,
-        ),
+        wired("global-skip", _global_skip, expected=chains(lambda n: (n, 1)), into=INTO, blocks=_STACK, last=Square,
+              out=OUT),
         wired("reversible", _reversible, expected=_PAIR, into=INTO, out=linear(2 * WIDTH, 4), f=_MLPS, g=_MLPS),
-        wired(
-            "partial-channels", _partial_channels, into=linear(8, 2 * WIDTH), out=linear(2 * WIDTH, 4), blocks=_STACK
-        ),
+        wired("partial-channels", _partial_channels, into=linear(8, 2 * WIDTH), out=linear(2 * WIDTH, 4),
+              blocks=_STACK),
         Family("hooked", network(Hooked), _ONE),
     ),
-}
+}  # fmt: skip

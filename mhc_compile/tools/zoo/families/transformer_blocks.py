@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
     INTO, OUT, WIDTH, Attention, Block, Each, FeedForward, Framed, Norm, Plain, TransformerBlock, linear,
-    parameter, tokens, spelled, vectors, wired,
+    network, parameter, tokens, spelled, vectors, wired,
 )  # fmt: skip
-from mhc_compile.tools.zoo.family import Case, Family, chains, per_layer
+from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 
 class PreNorm(Block, norm=Norm, attn=partial(Attention, causal=True), mlp=FeedForward):
@@ -159,12 +159,12 @@ def _spatial_gate(block: Any, x: Tensor) -> Tensor:
 class WindowBlock(TransformerBlock):
     """Swin: the branch rolls tokens and cuts them into windows; the skip stays [B, H·W, C]."""
 
-    def __init__(self, shift: int, side: int = 4, window: int = 2) -> None:
+    def __init__(self, shift: int) -> None:
         super().__init__()
-        self.shift, self.side, self.window = shift, side, window
+        self.shift = shift
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, side, w = len(x), self.side, self.window
+        batch, side, w = len(x), 4, 2
         grid = torch.roll(self.norm(x).view(batch, side, side, WIDTH), (-self.shift, -self.shift), (1, 2))
         cut = grid.view(batch, side // w, w, side // w, w, WIDTH).transpose(2, 3).reshape(-1, w * w, WIDTH)
         back = self.attn(cut).view(batch, side // w, side // w, w, w, WIDTH).transpose(2, 3)
@@ -173,8 +173,8 @@ class WindowBlock(TransformerBlock):
         return x + self.mlp(x)
 
 
-def _windows(layers: int) -> Case:
-    return Framed([WindowBlock(layer % 2) for layer in range(layers)]), (torch.randn(2, 16, 8),), {}
+def _windows(layers: int) -> nn.Module:
+    return Framed([WindowBlock(layer % 2) for layer in range(layers)])
 
 
 _ONE, _TWO = per_layer(1), per_layer(2)
@@ -220,7 +220,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
                 mlp=FeedForward),
         spelled("gmlp", _spatial_gate, norm=Norm, up=linear(WIDTH, 4 * WIDTH), down=linear(2 * WIDTH, WIDTH),
                 inner=partial(nn.LayerNorm, 2 * WIDTH), mix=partial(nn.Conv1d, 5, 5, 1)),
-        Family("swin-windows", _windows, _TWO),
+        Family("swin-windows", network(_windows, (2, 16, 8)), _TWO),
         _mlp("global-context", lambda block, x: x + block.mlp(x.mean(1, keepdim=True)),
              doc="`x + f(mean of x)`: the branch is [B, 1, C] and every token receives the same."),
     ),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from mhc_compile.tools.zoo.families.architectures import NOISY, SIZES, architecture, normal, sides
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
@@ -29,8 +31,6 @@ def _forecast(layers: int, **more: Any) -> dict[str, Any]:
 
 
 def _forecast_inputs() -> dict[str, Any]:
-    import torch
-
     drawn = normal(
         past_values=(2, 10), past_time_features=(2, 10, 1), future_values=(2, 4), future_time_features=(2, 4, 1)
     )
@@ -38,8 +38,6 @@ def _forecast_inputs() -> dict[str, Any]:
 
 
 def _timesfm_inputs() -> dict[str, Any]:
-    import torch
-
     zeros = {name: torch.zeros(2, size, dtype=torch.long) for name, size in (("past_values_padding", 16), ("freq", 1))}
     return {"past_values": torch.randn(2, 16), **zeros}
 
@@ -77,6 +75,6 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         architecture("timesfm", "TimesFmModel",
                      lambda n: {**SIZES, "intermediate_size": 16, "num_hidden_layers": n, "patch_length": 8, "head_dim": 8,
                                 "context_length": 16, "horizon_length": 4, "freq_size": 3},
-                     per_layer(2, projected=1), inputs=_timesfm_inputs, double=False),
+                     inputs=_timesfm_inputs, double=False),
     ),
 }  # fmt: skip

@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mhc_compile.tools.zoo.families.architectures import SPECIAL, architecture, call, ids, sides, sizes, to_bfloat16
+import torch
+from torch import nn
+
+from mhc_compile.tools.zoo.families.architectures import SPECIAL, architecture, attended, call, ids, sides, sizes
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 _ONE, _PAIR = per_layer(1), per_layer(2, 3)
@@ -29,15 +32,8 @@ _grouped = partial(sizes, num_key_value_heads=2)
 _llama = partial(_grouped, head_dim=8)
 
 
-def _attended(**more: Any) -> dict[str, Any]:
-    import torch
-
-    given = ids()
-    return {"input_ids": given, "attention_mask": torch.ones_like(given), **more}
-
-
 def _padded() -> dict[str, Any]:
-    given = _attended(use_cache=False)
+    given = attended(use_cache=False)
     given["attention_mask"][:, 5] = 0
     return given
 
@@ -69,7 +65,7 @@ _LANGUAGE = (
     architecture("llama", "LlamaForCausalLM", _llama),
     architecture("llama-padded", "LlamaForCausalLM", lambda n: _llama(n, attn_implementation="eager"), inputs=_padded),
     architecture("llama-cache", "LlamaForCausalLM", _llama, inputs=lambda: {"input_ids": ids(), "use_cache": True}),
-    architecture("llama-bfloat16", "LlamaForCausalLM", _llama, prepare=to_bfloat16, double=False, tolerance=5e-2,
+    architecture("llama-bfloat16", "LlamaForCausalLM", _llama, prepare=nn.Module.bfloat16, double=False, tolerance=5e-2,
                  because="computes in bfloat16"),
     architecture("llama-checkpointed", "LlamaForCausalLM", _llama, prepare=_checkpointed),
     architecture("mistral", "MistralForCausalLM", lambda n: _llama(n, sliding_window=8)),
@@ -154,7 +150,8 @@ _state_space = partial(architecture, inputs=lambda: call(4))
 _STATE_SPACE = (
     _state_space("mamba", "MambaForCausalLM", _mamba, _ONE),
     _state_space("mamba-bfloat16", "MambaForCausalLM", lambda n: _mamba(n, residual_in_fp32=True), _ONE,
-                 prepare=to_bfloat16, double=False, tolerance=5e-2, because="computes in bfloat16, on a float32 trunk"),
+                 prepare=nn.Module.bfloat16, double=False, tolerance=5e-2,
+                 because="computes in bfloat16, on a float32 trunk"),
     _state_space("mamba2", "Mamba2ForCausalLM",
                  lambda n: _mamba(n, num_heads=4, head_dim=8, n_groups=2, chunk_size=8), _ONE),
     _state_space("falcon-mamba", "FalconMambaForCausalLM", _mamba, _ONE),
@@ -183,16 +180,14 @@ _STATE_SPACE = (
 
 # Encoders: most are post-norm, with a layer norm on the trunk after every add
 def _labelled() -> dict[str, Any]:
-    import torch
-
-    return _attended(labels=torch.tensor([0, 1]))
+    return attended(labels=torch.tensor([0, 1]))
 
 
 _CONVOLVED = chains(
     lambda n: (2 * n,),
     note="after the first layer a convolution of the embeddings is added, which does not depend on its sum",
 )
-_encoder = partial(architecture, inputs=_attended)
+_encoder = partial(architecture, inputs=attended)
 _ENCODERS = (
     _encoder("bert", "BertForMaskedLM", sizes),
     _encoder("bert-loss", "BertForSequenceClassification", sizes, inputs=_labelled),
@@ -239,8 +234,6 @@ def _translated() -> dict[str, Any]:
 
 
 def _transcribed() -> dict[str, Any]:
-    import torch
-
     return {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": ids(5), "use_cache": False}
 
 

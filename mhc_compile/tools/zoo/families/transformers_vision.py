@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mhc_compile.tools.zoo.families.architectures import SIZES, architecture, ids, images, sizes
+import torch
+
+from mhc_compile.tools.zoo.families.architectures import SIZES, architecture, attended, images, sizes
 from mhc_compile.tools.zoo.family import Family, chains, per_layer
 
 _PAIR = per_layer(2, 2)
@@ -28,7 +30,7 @@ def _swin(layers: int, **more: Any) -> dict[str, Any]:
 
 
 #: Each of three transitions projects the skip of its first add; its second add begins a chain.
-_STAGED = chains(lambda n: (2 * n, 2 * n - 1, 2 * n - 1, 2 * n - 1), projected=3)
+_STAGED = chains(lambda n: (2 * n, 2 * n - 1, 2 * n - 1, 2 * n - 1))
 _REFINED = chains(
     lambda n: (2 * (n + 2), 1, 2, 2, 2),
     note="the neck: at each level a residual unit on the level above and one on the encoder's, joined by a sum",
@@ -86,8 +88,8 @@ def _upernet(layers: int) -> dict[str, Any]:
             "num_labels": 5}  # fmt: skip
 
 
-_SHORTER = chains(lambda n: (n - 1, n - 1), projected=2)
-_BASIC = chains(lambda n: (n, n - 1, n - 1), projected=2)
+_SHORTER = chains(lambda n: (n - 1, n - 1))
+_BASIC = chains(lambda n: (n, n - 1, n - 1))
 _FIXED = "the depth belongs to the architecture"
 _MOBILENET = chains(lambda _: (1, 2, 3, 2, 2), note=_FIXED)
 _MOBILEVIT = chains(
@@ -133,22 +135,13 @@ def _llava(layers: int) -> dict[str, Any]:
     return {"vision_config": vision, "text_config": text, "image_token_id": 39, "vision_feature_layer": -1}
 
 
-def _both() -> dict[str, Any]:
-    import torch
-
-    given = ids()
-    return {"input_ids": given, "attention_mask": torch.ones_like(given), **images()}
-
-
 def _interleaved() -> dict[str, Any]:
-    import torch
-
     given = torch.cat([torch.full((2, 4), 39), torch.randint(3, 38, (2, 4))], dim=1)
     return {"input_ids": given, "use_cache": False, **images()}
 
 
 _POOLED = chains(lambda n: (2 * n, 2 * n, 1), note="the head pools by attention and adds an MLP")
-_tower = partial(architecture, inputs=_both)
+_tower = partial(architecture, inputs=lambda: {**attended(), **images()})
 _MULTIMODAL = (
     _tower("clip", "CLIPModel", lambda n: _towers(n, projection_dim=8), _PAIR),
     _tower("siglip", "SiglipModel", lambda n: _towers(n, projection_size=16), _POOLED),

@@ -13,9 +13,9 @@ from mhc_compile.passes import Reason
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
     INTO, WIDTH, Block, Each, FeedForward, Norm, Plain, Square, Stack, conv2d, ids, linear, network, parameter, spelled,
-    vectors, wired,
+    wired,
 )  # fmt: skip
-from mhc_compile.tools.zoo.family import Case, Expect, Expected, Family, per_layer
+from mhc_compile.tools.zoo.family import Expect, Expected, Family, per_layer
 
 
 class Embeddings(
@@ -30,18 +30,16 @@ class Embeddings(
         return self.head(x)
 
 
-class Rotary(Block, q=Square, k=Square, v=Square):
+def _rotated(y: Tensor, angle: Tensor) -> Tensor:
+    first, second = y.chunk(2, dim=-1)
+    return y * angle.cos() + torch.cat((-second, first), dim=-1) * angle.sin()
+
+
+def _rotary(block: Any, x: Tensor) -> Tensor:
     """`q cos + rotate(q) sin`, for q and for k."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        angle = torch.arange(x.shape[1])[:, None] * torch.ones(WIDTH)
-        q, k = (self._rotate(y, angle) for y in (self.q(x), self.k(x)))
-        return (q @ k.transpose(1, 2)).softmax(-1) @ self.v(x)
-
-    @staticmethod
-    def _rotate(y: Tensor, angle: Tensor) -> Tensor:
-        first, second = y.chunk(2, dim=-1)
-        return y * angle.cos() + torch.cat((-second, first), dim=-1) * angle.sin()
+    angle = torch.arange(x.shape[1])[:, None] * torch.ones(WIDTH)
+    q, k = (_rotated(y, angle) for y in (block.q(x), block.k(x)))
+    return (q @ k.transpose(1, 2)).softmax(-1) @ block.v(x)
 
 
 def _experts(block: Any, x: Tensor) -> Tensor:
@@ -72,10 +70,6 @@ def _losses(block: Any, x: Tensor) -> Tensor:
     x = block.f(x)
     block.seen = (x**2).mean() + block.g(x).abs().mean()
     return x * block.seen
-
-
-def _embeddings(layers: int) -> Case:
-    return Embeddings(layers), (ids(),), {}
 
 
 def _lerp(block: Any, x: Tensor) -> Tensor:
@@ -197,13 +191,13 @@ class Pyramid(nn.Module):
 
 
 class ManyStreams(nn.Module):
-    """Hyper-connections by hand: `mix · H + post ⊗ f(pre · H)` on n streams. Nothing to replace."""
+    """Hyper-connections by hand: `mix · H + post ⊗ f(pre · H)` on 3 streams. Nothing to replace."""
 
-    def __init__(self, n: int = 3, *, dynamic: bool = False) -> None:
+    def __init__(self, *, dynamic: bool = False) -> None:
         super().__init__()
-        self.f, self.mix = FeedForward(), nn.Parameter(torch.eye(n))
-        self.to_mix = nn.Linear(WIDTH, n) if dynamic else None
-        self.pre, self.post = nn.Parameter(torch.full((n,), 1 / n)), nn.Parameter(torch.ones(n))
+        self.f, self.mix = FeedForward(), nn.Parameter(torch.eye(3))
+        self.to_mix = nn.Linear(WIDTH, 3) if dynamic else None
+        self.pre, self.post = nn.Parameter(torch.full((3,), 1 / 3)), nn.Parameter(torch.ones(3))
 
     def forward(self, streams: Tensor) -> Tensor:
         y = self.f(torch.einsum("n,btnc->btc", self.pre, streams))
@@ -213,15 +207,9 @@ class ManyStreams(nn.Module):
         return torch.einsum("mn,btnc->btmc", self.mix, streams) + self.post[:, None] * y[:, :, None]
 
 
-class HyperConnected(nn.Module):
-    """A network of `ManyStreams`, mixed by learned or by computed matrices."""
-
-    def __init__(self, layers: int, *, dynamic: bool = False) -> None:
-        super().__init__()
-        self.into, self.blocks = INTO(), Stack(partial(ManyStreams, dynamic=dynamic))(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.into(x)[:, :, None].expand(-1, -1, 3, -1)).mean(2)
+def _hyper_connected(net: Any, x: Tensor) -> Tensor:
+    """Run `ManyStreams` blocks, mixed by learned or by computed matrices."""
+    return net.blocks(net.into(x)[:, :, None].expand(-1, -1, 3, -1)).mean(2)
 
 
 def _two_ages(net: Any, x: Tensor) -> Tensor:
@@ -261,9 +249,9 @@ _INDEPENDENT = _allowed(Reason.INDEPENDENT)
 _two = partial(spelled, f=Square, g=Square)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "traps": (
-        Family("trap-embeddings", _embeddings, _INDEPENDENT),
+        Family("trap-embeddings", lambda layers: (Embeddings(layers), (ids(),), {}), _INDEPENDENT),
         spelled("trap-cubic-gelu", _cubic, expected=_allowed(Reason.NO_CONTRACTION), up=Square),
-        Family("trap-rotary", vectors(Rotary), _INDEPENDENT),
+        spelled("trap-rotary", _rotary, expected=_INDEPENDENT, q=Square, k=Square, v=Square),
         spelled("trap-relative-bias", _relative_bias, expected=_INDEPENDENT, q=Square, k=Square, v=Square,
                 bias=linear(WIDTH, 5)),
         _two("trap-two-branches", lambda block, x: block.f(x) + block.g(x),
@@ -315,8 +303,10 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         wired("trap-summed-states", _summed_states, expected=_one(Reason.LONG_SKIP, Reason.INDEPENDENT), into=INTO,
               blocks=Each(FeedForward)),
         Family("trap-pyramid", network(Pyramid, (2, 3, 8, 8)), per_layer(1, 1, 1, reasons=(Reason.PROJECTED_SKIP,))),
-        Family("trap-many-streams", network(HyperConnected), _allowed(Reason.PROJECTED_SKIP)),
-        Family("trap-mixed-streams", network(partial(HyperConnected, dynamic=True)), _allowed(Reason.MULTI_STREAM, Reason.BROADCAST)),
+        wired("trap-many-streams", _hyper_connected, expected=_allowed(Reason.PROJECTED_SKIP), into=INTO,
+              blocks=Stack(ManyStreams)),
+        wired("trap-mixed-streams", _hyper_connected, expected=_allowed(Reason.MULTI_STREAM, Reason.BROADCAST),
+              into=INTO, blocks=Stack(partial(ManyStreams, dynamic=True))),
         Family("trap-first-mixed", network(FirstMixed), _one(Reason.LONG_SKIP, Reason.INDEPENDENT)),
         wired("trap-two-ages", _two_ages, expected=lambda n, _: Expected((n + 1,), reasons=frozenset({Reason.LONG_SKIP})),
               into=INTO, blocks=Each(FeedForward, lambda layers: layers + 1)),

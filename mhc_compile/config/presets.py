@@ -1,0 +1,140 @@
+"""Presets: how the hyper-connections of each system that ships them differ. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from mhc_compile.config.coefficient_spec import Convention
+from mhc_compile.errors import OptionError
+
+#: The end of a chain: the mean or the sum of the streams, or a sum with learned weights.
+ReadOut = Literal["mean", "sum", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The convention of one system that ships hyper-connections.
+
+    `register_preset(Preset(...))` adds one.
+
+    Attributes:
+        name: what `options={"preset": ...}` takes.
+        source: where the equations are to be found.
+        convention: how coefficients are computed.
+        iterations: of Sinkhorn.
+        eps: added to the mean square under the root mean square.
+        read_out: what ends a chain.
+        single_pass: the weights `pre` of a site collapse the streams for the next site; the first
+            site reads the trunk itself.
+        preserves: whether the plain model is among the functions that it can start as.
+    """
+
+    name: str
+    source: str
+    convention: Convention = field(default_factory=Convention)
+    iterations: int = 20
+    eps: float = 1e-6
+    read_out: ReadOut = "mean"
+    single_pass: bool = False
+    preserves: bool = True
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the options for which this preset gives the defaults."""
+        return {
+            "mapping": self.convention.mapping,
+            "iterations": self.iterations,
+            "eps": self.eps,
+            "read_out": self.read_out,
+            "single_pass": self.single_pass,
+            "rank": self.convention.rank,
+        }
+
+
+# The paper's equations, an epsilon in Sinkhorn and in pre, a learned read-out. The module computes
+# `comb` with a row softmax and columns last, and applies it transposed, `combᵀ X`: H_res = combᵀ
+# has its rows normalised last, as the paper's. What is left of the transpose is the order of the 16
+# residual columns in a checkpoint (`mhc_compile.interop`).
+_DEEPSEEK_V4 = Preset(
+    name="deepseek-v4",
+    source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",
+    convention=Convention(pre_eps=1e-6, sinkhorn_eps=1e-6),
+    read_out="learned",
+)
+_PRESETS = (
+    Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9"),
+    _DEEPSEEK_V4,
+    # In a single pass over the streams: the weights `pre` that a site computes collapse the streams
+    # for the next site: what they are computed from need not be read a second time. The first site
+    # reads the trunk itself, and the weights of the last one end the chain.
+    replace(
+        _DEEPSEEK_V4,
+        name="deepseek-v4.1",
+        source="DeepSeek-V4.1, single pass; no module of transformers 5.23 has it",
+        read_out="mean",
+        single_pass=True,
+    ),
+    replace(
+        _DEEPSEEK_V4,
+        name="glm5-next",
+        source="transformers.models.glm5_next (Glm5NextTextHyperConnection, Glm5NextTextHyperHead)",
+        eps=1e-5,
+        read_out="mean",
+    ),
+    # Streams are not mixed (H_res = I).
+    Preset(
+        name="hy-v4",
+        source="transformers.models.hy_v4 (HYV4HyperConnection, HYV4HyperHead)",
+        convention=Convention(mapping="identity", pre_eps=1e-6, post_eps=1e-6),
+        eps=1e-5,
+        read_out="learned",
+    ),
+    # DeepSeek-V4's Sinkhorn without the transpose: columns are exact.
+    Preset(
+        name="liger",
+        source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",
+        convention=Convention(sinkhorn_eps=1e-6, last="columns"),
+    ),
+    # Streams are not mixed (H_res = I); a branch reads with one weight per channel.
+    #
+    #     x̂    = rmsnorm(X) per stream, times a learned weight
+    #     gate = σ(silu(x̂ W_down / n) W_up)         [n, C], through a low rank
+    #     h    = mean_j gate_j ∘ x̂_j                 the branch's input, which is normalised already
+    #     post = 2 σ(x̂ W_inject / n)
+    #
+    # No parameters make this the plain residual add, so a model must be trained from scratch.
+    Preset(
+        name="qwen4-exp",
+        source="transformers.models.qwen4_exp (Qwen4ExpTextGatedResidual)",
+        convention=Convention(mapping="identity", rank=320),
+        read_out="learned",
+        preserves=False,
+    ),
+)
+#: By name.
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
+
+
+def get_preset(name: str) -> Preset:
+    """Return the preset called `name`.
+
+    Raises:
+        OptionError: there is none; the message gives the nearest name.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"preset {name!r} is unknown; {hint}known presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def register_preset(preset: Preset) -> Preset:
+    """Register a preset for `options={"preset": ...}` and `--preset`, and return it.
+
+    Raises:
+        OptionError: another preset has that name.
+    """
+    if PRESETS.setdefault(preset.name, preset) != preset:
+        raise OptionError(f"preset {preset.name!r} exists already and is another one; choose another name")
+    return preset
