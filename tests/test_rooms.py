@@ -1,4 +1,6 @@
-"""The rooms of the package: what may import what, how many modules stand in the root, how long the product is."""
+"""The rooms of the package: what may import what, how many modules stand in the root, how long the
+product is.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: The diagram of mhc_compile/README.md as a table, from top to bottom: a room imports from the rooms below it, and from nothing above it.
-#: Imports inside functions and for types alone count as well.
+#: The diagram of mhc_compile/README.md as a table, from top to bottom: a room imports from the
+#: rooms below it, and from nothing above it. Imports inside functions and for types alone count as
+#: well.
 ROOMS = """
     __main__
     cli
@@ -50,7 +53,8 @@ ROOMS = """
     errors
 """
 LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in line.split()}
-#: The package's façade loads its public names lazily from the rooms; programs that use the package as users do import it.
+#: The package's façade loads its public names lazily from the rooms; programs that use the package
+#: as users do import it.
 FACADE = "mhc_compile"
 
 
@@ -121,7 +125,10 @@ def test_modules_import_each_other_in_no_circle(graph):
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules each of which reaches the others. Packages are left out: importing a module runs its package first anyway."""
+    """Groups of modules each of which reaches the others.
+
+    Packages are left out: importing a module runs its package first anyway.
+    """
     reach: dict[str, set[str]] = {}
     for start in graph:
         seen, todo = set(), [start]
@@ -138,7 +145,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [sorted(group) for group in groups]
 
 
-def test_the_checks_find_what_they_look_for():
+def test_the_checks_can_fail():
     known = {"mhc_compile.a", "mhc_compile.b", "mhc_compile.c"}
     assert imports("def f():\n    from mhc_compile.b import x", "mhc_compile.a", "mhc_compile", known) == {
         "mhc_compile.b"
@@ -153,10 +160,10 @@ def test_the_root_has_few_modules():
 
 
 def test_the_line_budget():
-    """The product may only get shorter than this until it is below 32,000 lines. Lower the number when it does."""
+    """A feature that needs room makes it: by a simpler way to what is there."""
     lines = 0
     for folder in ("mhc_compile", "passes"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".h", ".js", ".css", ".html"} and "mhc_compile/passes" not in path.as_posix():
                 lines += len(path.read_text().splitlines())
-    assert lines <= 34_100
+    assert lines <= 32_000

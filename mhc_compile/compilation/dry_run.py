@@ -37,7 +37,6 @@ class DryGraph:
     Attributes:
         modules: paths of the modules that run it: the traced one and equivalent blocks; ("",) is
             the model itself.
-        captured: the graph as Dynamo captured it.
         session: the normalised graph and its plan.
         bindings: parameters of every site, as graph inputs; stand-ins where none exist yet.
         openings: name and parameters of every branch that starts here and ends in another graph.
@@ -45,7 +44,6 @@ class DryGraph:
     """
 
     modules: tuple[str, ...]
-    captured: torch.fx.GraphModule
     session: GraphSession
     bindings: dict[Site, Binding]
     openings: dict[BranchHead, tuple[str, Binding]]
@@ -84,7 +82,7 @@ def dry_run(
         modules = tuple(sharing.modules(session.provenance.root, session.provenance.frame))
         if modules:
             foreseen = frozenset(parameters.added)
-            on_graph(DryGraph(modules, graph_module, session, bindings, openings, foreseen))
+            on_graph(DryGraph(modules, session, bindings, openings, foreseen))
         return annotations
 
     capture(model, args, kwargs, look)

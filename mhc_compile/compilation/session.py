@@ -202,6 +202,3 @@ class GraphSession:
                     f"option 'overrides': {pattern!r} fits no site of this graph, whose {len(paths)} sites are"
                     f" called like {near!r}"
                 )
-
-
-analyze_graph = GraphSession.analyze

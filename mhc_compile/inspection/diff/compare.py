@@ -115,9 +115,9 @@ def _stages(dry: DryGraph, options: ResolvedOptions) -> _Stages:
     study, module = dry.session, dry.modules[0]
     foreseen = frozenset(below(module, path) for path in dry.foreseen)
     stages = _Stages(study.provenance, module, study.plan, foreseen)
-    stages.normalize(dry.captured.graph, NORMALIZE)
+    stages.normalize(dry.session.captured.graph, NORMALIZE)
     expanded = expand_plan(study.graph, study.plan, dry.bindings, stages.see, openings=dry.openings)
-    whole = module_like(dry.captured, expanded)
+    whole = module_like(dry.session.captured, expanded)
     passes = fusion_passes(options)
     for count, step in enumerate(passes, start=1):
         stages.put(step.name, fuse(whole, passes[:count]).graph)

@@ -109,7 +109,7 @@ def plan_graphs(
 
     def on_dry_graph(dry: DryGraph) -> None:
         session = dry.session
-        on_graph(dry.captured, session.graph, session.plan, session.provenance, dry.modules)
+        on_graph(session.captured, session.graph, session.plan, session.provenance, dry.modules)
 
     dry_run(target, args, kwargs, options, on_dry_graph)
     return target

@@ -17,7 +17,7 @@ from mhc_compile.attachment.model_tree import CONTAINER, connections, find_conne
 from mhc_compile.backend import mhc
 from mhc_compile.capture.tensor_tree import map_tensors
 from mhc_compile.capture.trace import Probe
-from mhc_compile.compilation.session import analyze_graph
+from mhc_compile.compilation.session import GraphSession
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
 from mhc_compile.inspection.random_state import kept_random_state
@@ -100,7 +100,7 @@ class Meter:
         self._probe.close()
 
     def _rewrite(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found = analyze_graph(graph_module, inputs, self._options)
+        found = GraphSession.analyze(graph_module, inputs, self._options)
         for site in found.plan.sites:  # one without parameters would be attached to the model
             owner = found.provenance.module(site.owner)
             if owner is not None and find_connection(owner, site) is None:
