@@ -20,7 +20,9 @@ EAGER = {"inner_backend": "eager"}
 
 
 def scatter(model: nn.Module) -> nn.Module:
-    """Hyper-connections far from their start, so that streams differ and the model is not the plain one."""
+    """Hyper-connections far from their start, so that streams differ and the model is not the plain
+    one.
+    """
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
@@ -61,7 +63,7 @@ def told(*calls) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, mhc_compile.MhcWarning)]
 
 
-def test_an_eager_run_is_told_once_for_each_model():
+def test_eager_run_warns_once_per_model():
     (one, plain), (two, _) = attached(), attached()
     said = told(*[lambda model=model: model(tokens()) for model in (one, one, two, one, two)])
     assert len(said) == 2
@@ -80,7 +82,7 @@ def test_a_part_that_runs_alone_speaks_for_itself_and_a_wrapper_for_all():
     assert [s.split()[0] for s in told(lambda: model.blocks[0](torch.randn(1, 3, 8)))] == ["Block"]
 
 
-def test_compiled_calls_and_recomputation_are_not_told():
+def test_compiled_calls_and_recomputation_do_not_warn():
     class Checkpointed(Decoder):
         def forward(self, tokens):
             x = self.embed(tokens)
@@ -217,7 +219,7 @@ def test_print_in_a_branch(capsys):
         assert len(capsys.readouterr().out.split("branch ")) == 2
 
 
-def test_a_chain_goes_on_behind_a_print():
+def test_chain_continues_after_a_print():
     model, _ = attached(LAYERS)
     want = mhc_compile.eager(model)(tokens())
     model.blocks[1].__class__ = Breaking
@@ -232,7 +234,7 @@ class Opaque(Block):
         return super().forward(x)
 
 
-def test_hyper_connections_without_a_part_are_told():
+def test_unused_hyper_connections_warn():
     model, _ = attached(LAYERS)
     model.blocks[1].__class__ = Opaque
     debug = mhc_compile.eager(model)
@@ -294,7 +296,9 @@ def test_generate(name, inner_backend):
 
 @pytest.mark.slow
 def test_generate_compiled_in_place():
-    """Greedy tokens of the compiled model are those of the model in eager, and not the plain model's."""
+    """Greedy tokens of the compiled model are those of the model in eager, and not the plain
+    model's.
+    """
     case = build("llama")
     model = restless(case.model)
     options = {"max_new_tokens": 2, "do_sample": False, "use_cache": True, "pad_token_id": 30, "eos_token_id": None}
@@ -308,7 +312,7 @@ def test_generate_compiled_in_place():
     assert torch.equal(model.generate(ids, **options), want)
 
 
-def test_generate_of_an_optimized_module_runs_the_model_and_is_told():
+def test_generate_of_an_optimized_module_runs_the_plain_model_and_warns():
     case = build("gpt2", layers=1)
     compiled = torch.compile(case.model, backend="mhc", options=EAGER)
     mhc_compile.attach(compiled, **case.inputs)

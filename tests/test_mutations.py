@@ -50,7 +50,8 @@ def caught_by(test: str):
     return add
 
 
-# --- lifting ---------------------------------------------------------------------------------------------------------------------------
+# --- lifting
+# --------------------------------------------------------------------------------------------------
 
 
 def rotate(patch, rule, axis=-2):
@@ -120,7 +121,8 @@ def batch_norm_of_each_stream(patch):
     patch.setattr(compound_rules.BatchNorm, "emit", emit)
 
 
-# --- planning --------------------------------------------------------------------------------------------------------------------------
+# --- planning
+# --------------------------------------------------------------------------------------------------
 
 
 @caught_by(f"{STRUCTURE}[hidden states]")
@@ -163,7 +165,8 @@ def nothing_runs_under_vmap(patch):
     patch.setattr(compound_rules.Vmapped, "axis", lambda self, step: None)
 
 
-# --- rewriting -------------------------------------------------------------------------------------------------------------------------
+# --- rewriting
+# --------------------------------------------------------------------------------------------------
 
 
 @caught_by(f"{STRUCTURE}[nested, after a smaller site]")
@@ -198,7 +201,7 @@ def declarations_stay(patch):
     patch.setattr(RemoveDeclarations, "apply", lambda self, graph: graph)
 
 
-@caught_by("test_functionalize.py::test_writes_that_somebody_could_tell_keep_their_spelling")
+@caught_by("test_functionalize.py::test_observable_writes_keep_their_spelling")
 def views_of_written_tensors_are_forgotten(patch):
     patch.setattr(functionalize, "_private", lambda *_: True)
 
@@ -223,7 +226,8 @@ def nothing_is_recomputed(patch):
     patch.setattr(RecomputeSteps, "apply", lambda self, graph: graph)
 
 
-# --- mathematics -----------------------------------------------------------------------------------------------------------------------
+# --- mathematics
+# --------------------------------------------------------------------------------------------------
 
 
 def change_coefficients(patch, change):
@@ -289,7 +293,8 @@ def the_gradient_of_the_scales_is_rotated(patch):
     change_backward(patch, lambda streams, phi, bias, scale: (streams, phi, bias, scale.roll(1)))
 
 
-# --- the harness -----------------------------------------------------------------------------------------------------------------------
+# --- the harness
+# --------------------------------------------------------------------------------------------------
 
 
 class Patch(pytest.MonkeyPatch):
@@ -319,7 +324,10 @@ class Reports:
 
 
 def run(tests) -> dict[str, type[BaseException] | None]:
-    """Run tests, given as `file.py::name`, in this process. Files are found by name in any folder."""
+    """Run tests, given as `file.py::name`, in this process.
+
+    Files are found by name in any folder.
+    """
     files = {path.name: path for path in TESTS.rglob("test_*.py")}
     named = [f"{files[test.partition('::')[0]]}::{test.partition('::')[2]}" for test in tests]
     without = ("terminal", "cacheprovider", "xdist", "faulthandler", "logging", "hypothesispytest")

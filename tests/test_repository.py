@@ -49,7 +49,8 @@ def test_passes_import_no_room_above_them():
 
 #: Private names of torch outside `_torch/`, each with its reason. Entries may only be removed.
 PRIVATE_NAMES = {
-    # The only way for a module to act on the loading and saving of its own state, hooks aside, which pickling would have to restore.
+    # The only way for a module to act on the loading and saving of its own state, hooks aside,
+    # which pickling would have to restore.
     ("mhc_compile/modules/state_dict.py", "_load_from_state_dict"),
     ("mhc_compile/modules/hyper_connection.py", "_save_to_state_dict"),
 }

@@ -1,4 +1,6 @@
-"""The option `--seconds`, by which continuous integration runs a part of the slow tests every day."""
+"""The option `--seconds`, by which continuous integration runs a part of the slow tests every
+day.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Models come and go: nothing of ours keeps one, many of a class do not disturb each other, and detached ones are plain."""
+"""Models come and go: nothing of ours keeps one, many of a class do not disturb each other, and
+detached ones are plain.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def graph_modules():
 
 
 def live_and_die(inner_backend, before=lambda model: None):
-    """Everything that a model meets in its life; what is left afterwards are weak references to it and to its parts."""
+    """Everything that a model meets in its life; what is left afterwards are weak references to it
+    and to its parts.
+    """
     model = Small()
     before(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -72,7 +76,9 @@ def test_a_model_that_never_met_an_optimizer_is_forgotten():
 @pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_graphs_do_not_pile_up(inner_backend):
-    """Without a reset torch keeps the graphs of a class; of many models no more than of one, and after a reset none."""
+    """Without a reset torch keeps the graphs of a class; of many models no more than of one, and
+    after a reset none.
+    """
     torch._dynamo.reset()
     before = graph_modules()
     counts = []
@@ -165,7 +171,9 @@ def test_reset_in_between():
 
 
 def fingerprint(model):
-    """All that a plain model has: the attributes of every module, its hooks included, and its entries."""
+    """All that a plain model has: the attributes of every module, its hooks included, and its
+    entries.
+    """
     return {
         name: {
             key: sorted(map(str, value)) if isinstance(value, dict) else type(value)
@@ -177,7 +185,7 @@ def fingerprint(model):
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["attached", "trained"])
-def test_detach_leaves_what_a_model_that_never_had_any_is(ran):
+def test_detach_leaves_a_model_like_one_never_attached(ran):
     model = Small()
     plain = twin(model)
     torch.compile(plain, backend="eager")(points())  # Dynamo leaves marks on what it traces
@@ -218,7 +226,7 @@ def test_a_version_compiled_before_detach_starts_afresh(inner_backend):
     assert all(connection.phi.grad is not None for connection in new.values())
 
 
-def test_a_version_compiled_before_uses_what_was_attached_anew():
+def test_earlier_compiled_version_uses_newly_attached_parameters():
     model = Small()
     compiled = compile_(model)
     compiled(points())

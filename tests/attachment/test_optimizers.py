@@ -92,7 +92,9 @@ def give_gradients(model, seed: int) -> None:
 
 @pytest.mark.slow
 def test_every_optimizer_built_before_trains_as_one_built_after():
-    """It has stepped on the plain model already, so it has state, and what makes its state when it is built is given some for the new parameters."""
+    """It has stepped on the plain model already, so it has state, and what makes its state when it
+    is built is given some for the new parameters.
+    """
     model = Decoder(layers=1)
     optimizers = {name: make(model.parameters()) for name, make in OPTIMIZERS.items()}
     for optimizer in optimizers.values():
@@ -156,7 +158,9 @@ def test_clipping_over_the_groups_sees_the_first_gradients():
 
 @pytest.mark.parametrize(("name", "unscale"), [("sgd", False), ("adamw-fused", True)])
 def test_a_gradient_scaler_unscales_the_first_gradients(name, unscale):
-    """`scaler.step` divides the gradients in the groups before the optimizer steps: who joined during the step would be 1024 times too large."""
+    """`scaler.step` divides the gradients in the groups before the optimizer steps: who joined
+    during the step would be 1024 times too large.
+    """
     models = {}
     for scale in (None, 1024.0):
         torch.manual_seed(1)
@@ -381,7 +385,9 @@ def test_a_part_that_no_optimizer_trains_yet():
 
 
 def test_matrices_join_matrices_and_vectors_join_vectors():
-    """As weight decay is usually set up; an optimizer built after attaching by the same rule has the same groups in the same order."""
+    """As weight decay is usually set up; an optimizer built after attaching by the same rule has
+    the same groups in the same order.
+    """
 
     def split(model):
         parameters = list(model.parameters())
@@ -404,7 +410,7 @@ def test_matrices_join_matrices_and_vectors_join_vectors():
     assert names(model, optimizer)[1].count("blocks.0.mhc.mlp.scale") == 1
 
 
-def test_an_optimizer_built_afterwards_is_left_alone():
+def test_optimizer_built_after_attach_is_unchanged():
     model = Decoder(layers=1)
     compiled = compile_eagerly(model)
     compiled(tokens())
@@ -566,7 +572,9 @@ def test_gradients_zeroed_in_place_and_steps_before_the_first_call():
 
 
 class Wrapper:
-    """As libraries wrap optimizers: no Optimizer, steps through another method, shares the groups."""
+    """As libraries wrap optimizers: no Optimizer, steps through another method, shares the
+    groups.
+    """
 
     def __init__(self, optimizer):
         self.inner = optimizer
@@ -577,7 +585,9 @@ class Wrapper:
 
 
 class Subclass(torch.optim.Optimizer):
-    """As accelerate wraps optimizers: an Optimizer that never was initialised, whose groups are a property."""
+    """As accelerate wraps optimizers: an Optimizer that never was initialised, whose groups are a
+    property.
+    """
 
     def __init__(self, optimizer):
         self.inner = optimizer
@@ -668,8 +678,10 @@ def test_detaching_takes_the_parameters_out_again():
     assert trained(model, optimizer) == {1}
 
 
-def test_a_model_that_nobody_trains_is_looked_up_once(monkeypatch):
-    """A teacher beside a student: the optimizer of the student must not search the process before every step."""
+def test_model_without_optimizer_is_looked_up_once(monkeypatch):
+    """A teacher beside a student: the optimizer of the student must not search the process before
+    every step.
+    """
     teacher, student = Decoder(layers=1), nn.Linear(2, 2)
     mhc_compile.attach(teacher, tokens())
     searches = []

@@ -43,7 +43,9 @@ def test_matrices_are_decayed_and_nothing_else(model):
 
 
 def test_weight_decay_leaves_the_start_of_static_coefficients_alone(model):
-    """Without any gradient to speak of, AdamW with strong decay moves phi and not the biases that make H_res the identity."""
+    """Without any gradient to speak of, AdamW with strong decay moves phi and not the biases that
+    make H_res the identity.
+    """
     start = twin(model)
     nn.init.ones_(model.blocks[0].mhc.attn.phi)
     optimizer = torch.optim.AdamW(mhc_compile.parameter_groups(model, weight_decay=1.0), lr=0.5)

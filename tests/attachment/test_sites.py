@@ -18,7 +18,7 @@ import mhc_compile.errors
 EAGER = {"inner_backend": "eager"}
 
 
-def test_attach_gives_what_the_first_call_gives():
+def test_attach_creates_the_parameters_of_the_first_call():
     ahead, later = Decoder(), Decoder()
     later.load_state_dict(ahead.state_dict())
     attached = mhc_compile.attach(ahead, tokens())

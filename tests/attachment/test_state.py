@@ -1,4 +1,6 @@
-"""What carries the state of a model carries that of its hyper-connections: state dicts, files, copies, averages, other devices and dtypes."""
+"""What carries the state of a model carries that of its hyper-connections: state dicts, files,
+copies, averages, other devices and dtypes.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ WAYS = [
 
 @pytest.fixture(scope="module")
 def ran():
-    """A model that ran before its parameters changed, what it computes since, and one that did not run."""
+    """A model that ran before its parameters changed, what it computes since, and one that did not
+    run.
+    """
     torch._dynamo.reset()
     model, other = Small(), attached()
     compiled = compile_(model)
@@ -155,7 +159,10 @@ def test_before_the_first_call_the_state_is_the_plain_one():
 
 
 def test_distributed_checkpoint_of_model_and_optimizer(tmp_path):
-    """The optimizer was built before the first call; the one that resumes, after attaching. The losses go on as if nothing had happened."""
+    """The optimizer was built before the first call; the one that resumes, after attaching.
+
+    The losses go on as if nothing had happened.
+    """
     model = Small()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     compiled = compile_(model)
@@ -338,7 +345,9 @@ def test_to_the_meta_device_and_back_with_a_checkpoint():
 
 
 def test_built_on_the_meta_device_and_reset_everywhere():
-    """`to_empty` leaves garbage; what has `reset_parameters` is the whole model, hyper-connections included."""
+    """`to_empty` leaves garbage; what has `reset_parameters` is the whole model, hyper-connections
+    included.
+    """
     with torch.device("meta"):
         model = Small()
     mhc_compile.attach(model, points().to("meta"))

@@ -1,4 +1,6 @@
-"""Checkpoints that are not of the very model: the plain one's, a compiled one's, one with other options, a damaged one."""
+"""Checkpoints that are not of the very model: the plain one's, a compiled one's, one with other
+options, a damaged one.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def test_a_plain_checkpoint_into_a_model_with_hyper_connections(load):
 
 
 @BOTH
-def test_what_hyper_connections_learned_outlives_a_plain_checkpoint(load):
+def test_learned_hyper_connections_survive_loading_a_plain_checkpoint(load):
     plain, model = Decoder(), trained(attached())
     before = {name: value.clone() for name, value in model.state_dict().items() if ".mhc." in name}
     with pytest.warns(mhc_compile.MhcWarning, match="keep the values they have"):
@@ -130,7 +132,7 @@ def test_a_checkpoint_that_lacks_one_tensor_is_an_error(load):
         load(attached(), state)
 
 
-def test_without_strict_the_missing_keys_are_told_where_some_are_there():
+def test_partly_missing_keys_are_reported_without_strict():
     model, state = attached(), attached().state_dict()
     partial = {name: value for name, value in state.items() if not name.startswith("blocks.1.mhc")}
     missing = set(state) - set(partial)
@@ -155,7 +157,9 @@ def test_torch_shows_every_module_of_a_call_the_same_list_of_missing_keys():
 
 
 def test_a_load_inside_a_load_does_not_disturb_it():
-    """What was found before the inner call counts after it: a checkpoint that lacks the last site is an error."""
+    """What was found before the inner call counts after it: a checkpoint that lacks the last site
+    is an error.
+    """
     model, other = attached(), attached()
     state = {name: value for name, value in attached().state_dict().items() if not name.startswith("blocks.1.mhc")}
 
@@ -217,7 +221,7 @@ def test_into_a_plain_model(options, hint):
     assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
 
 
-def test_a_module_of_the_model_s_own_that_is_called_mhc_is_none_of_ours():
+def test_module_named_mhc_of_the_model_is_no_hyper_connection():
     plain = Decoder()
     plain.mhc = torch.nn.Sequential(torch.nn.Linear(2, 2))
     other = copy.deepcopy(plain)
@@ -315,7 +319,9 @@ def test_values_that_are_not_finite_are_named(value, load):
 
 @BOTH
 def test_the_same_shapes_and_another_function(load, tmp_path):
-    """The number of iterations is in no shape. torch.save keeps it as metadata of the state dict."""
+    """The number of iterations is in no shape. torch.save keeps it as metadata of the state
+    dict.
+    """
     torch.save(attached(iterations=5).state_dict(), tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     with pytest.warns(
@@ -326,7 +332,7 @@ def test_the_same_shapes_and_another_function(load, tmp_path):
     load(attached(iterations=5), state)
 
 
-def test_metadata_is_found_behind_the_names_of_compiled_models():
+def test_metadata_is_found_under_the_names_of_compiled_models():
     state = torch.compile(attached(iterations=5), backend="mhc").state_dict()
     with pytest.warns(mhc_compile.MhcWarning, match="saved with iterations=5"):
         mhc_compile.load_state_dict(attached(), state)

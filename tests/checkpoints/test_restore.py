@@ -19,7 +19,9 @@ EAGER = {"inner_backend": "eager"}
 
 
 def saved(layers: int = LAYERS, **options) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the plain model, and the state of the same with hyper-connections that have left their start."""
+    """Return the plain model, and the state of the same with hyper-connections that have left their
+    start.
+    """
     plain, model = _saved(layers, **options)
     return twin(plain), twin(model).state_dict()
 
@@ -79,7 +81,9 @@ def test_the_restored_model_computes_and_trains_what_the_saved_one_did():
 
 
 def test_no_second_trace_is_needed():
-    """The names in the checkpoint give the modules that declare: the first compiled call finds everything in its place."""
+    """The names in the checkpoint give the modules that declare: the first compiled call finds
+    everything in its place.
+    """
     plain, state = saved()
     mhc_compile.restore(plain, state)
     hooks = {path: len(module._forward_pre_hooks) for path, module in plain.named_modules()}

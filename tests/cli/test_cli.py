@@ -49,7 +49,9 @@ def mhc(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
 
 
 def inside(monkeypatch, folder, *arguments):
-    """The exit code of the entry point, run in this process: there are many wrong targets, and torch takes seconds to import."""
+    """The exit code of the entry point, run in this process: there are many wrong targets, and
+    torch takes seconds to import.
+    """
     from mhc_compile.cli import main
 
     monkeypatch.chdir(folder)

@@ -1,4 +1,6 @@
-"""Output of `mhc explain` in a narrow and a wide terminal, as reviewed; `--regenerate` writes the snapshots."""
+"""Output of `mhc explain` in a narrow and a wide terminal, as reviewed; `--regenerate` writes the
+snapshots.
+"""
 
 from __future__ import annotations
 

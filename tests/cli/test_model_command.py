@@ -79,7 +79,7 @@ def test_wrong_usage_is_found_before_the_target_is_loaded():
     assert "option 'streams' is 99" in done.stderr
 
 
-def test_an_optional_target_and_a_json_option_of_the_command_s_own():
+def test_command_with_optional_target_and_own_json_option():
     @model_command("bench", optional=True, json_flag=False)
     @click.option("--json", "json_file")
     def bench(call: ModelCall, *, json_file: str | None) -> None:

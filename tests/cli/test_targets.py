@@ -44,7 +44,8 @@ def listed():
 program = torch.export.export(Net(4, 4), (torch.randn(2, 4),))
 """
 
-#: A decoder, an encoder and decoder, vision with windows, audio, experts, a state space, and a nested config.
+#: A decoder, an encoder and decoder, vision with windows, audio, experts, a state space, and a
+#: nested config.
 ARCHITECTURES = {
     "gpt2": {"input_ids"},
     "llama": {"input_ids"},
@@ -176,7 +177,7 @@ def test_settings_hold_whatever_is_scaled_and_in_nested_configs():
         ("some.py:thing", {"layers": 2}, "--set is for hf: and zoo: targets"),
     ],
 )
-def test_a_wrong_setting_is_told_with_near_names(name, settings, words):
+def test_wrong_setting_is_reported_with_near_names(name, settings, words):
     with pytest.raises(TargetError, match=words):
         load_target(name, settings)
 
@@ -255,7 +256,7 @@ class Script:
         (Script(), r"Python objects that are no tensors \(\w+.system\), which could run code"),
     ],
 )
-def test_weights_that_do_not_fit_are_told_and_a_script_is_not_run(tmp_path, monkeypatch, content, words):
+def test_weights_that_do_not_fit_are_reported_and_the_script_does_not_run(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "weights.pt")
     with pytest.raises(WeightsError, match=words):

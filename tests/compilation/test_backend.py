@@ -1,4 +1,6 @@
-"""`torch.compile(model, backend="mhc")`: attaching, retracing, recompiling, training, and what it says when it cannot."""
+"""`torch.compile(model, backend="mhc")`: attaching, retracing, recompiling, training, and what it
+says when it cannot.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def test_the_backend_is_found_by_name():
     assert "mhc" in torch.compiler.list_backends()
 
 
-def test_the_first_call_attaches_and_the_parameters_are_the_block_s_own():
+def test_first_call_attaches_parameters_to_the_block():
     model = Decoder()
     names = set(dict(model.named_parameters()))
     torch.compile(model, backend="mhc", options=EAGER)(tokens())
@@ -133,7 +135,8 @@ def test_training_separates_the_streams_moves_every_parameter_and_lowers_the_los
     n = 4
     for position, (name, change) in enumerate(moved.items()):
         assert change.max() > 1e-4, name
-        # At the first site the streams are copies for ever, so its H_res has no effect; everywhere else its logits have moved.
+        # At the first site the streams are copies for ever, so its H_res has no effect; everywhere
+        # else its logits have moved.
         if position >= 3 and name.endswith("bias"):
             assert (change[2 * n :] > 0).all(), name
         if position >= 3 and name.endswith("phi"):
@@ -193,7 +196,9 @@ def test_one_graph_for_two_models_uses_each_one_s_parameters():
 
 
 def test_the_model_itself_in_eval_after_training_is_not_silently_plain():
-    """nn.TransformerEncoder takes a fused path in eval without gradients; with hyper-connections it must not."""
+    """nn.TransformerEncoder takes a fused path in eval without gradients; with hyper-connections it
+    must not.
+    """
     case = build("encoder", layers=1)
     options = {"inner_backend": (inner_backend := Counting())}
     compiled = torch.compile(case.model, backend="mhc", options=options)

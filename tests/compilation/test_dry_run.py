@@ -1,4 +1,6 @@
-"""The dry run foresees what the backend does: the same graph, the same rejections, and a model that stays as it is."""
+"""The dry run foresees what the backend does: the same graph, the same rejections, and a model that
+stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def compiled(model, args, kwargs, **options):
 
 
 def insides(model):
-    """Hooks and attributes of every module, without the mark that torch leaves on what it has traced."""
+    """Hooks and attributes of every module, without the mark that torch leaves on what it has
+    traced.
+    """
     return [
         (len(m._forward_pre_hooks), len(m._forward_hooks), sorted(set(vars(m)) - {"_is_torch_compile"}))
         for m in model.modules()

@@ -1,4 +1,6 @@
-"""What goes wrong around a model leaves it usable: no memory, a compiler that fails, threads that compile and train at once."""
+"""What goes wrong around a model leaves it usable: no memory, a compiler that fails, threads that
+compile and train at once.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,10 @@ def test_no_memory_while_running():
 
 @pytest.mark.slow
 def test_an_attachment_that_stops_half_way_is_continued():
-    """The second hyper-connection finds no memory. The limit is the process's own: torch itself rejects the allocation."""
+    """The second hyper-connection finds no memory.
+
+    The limit is the process's own: torch itself rejects the allocation.
+    """
     script = textwrap.dedent("""
         import resource, torch, mhc_compile, warnings
         from torch import nn
@@ -137,7 +142,8 @@ class Other(Small):
 
 def train(model, inner_backend, losses, barrier):
     try:
-        # Not Adam: while another thread compiles, torch.compiler.is_compiling() is true here too, and Adam then computes in another order.
+        # Not Adam: while another thread compiles, torch.compiler.is_compiling() is true here too,
+        # and Adam then computes in another order.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         compiled = compile_(model, inner_backend)
         barrier.wait(60)
@@ -163,7 +169,9 @@ def train(model, inner_backend, losses, barrier):
 )
 @pytest.mark.slow
 def test_threads_compile_and_train_at_once(kinds, inner_backend):
-    """Each as if it were alone; the optimizers exist before the first call, so that parameters join them while another thread attaches."""
+    """Each as if it were alone; the optimizers exist before the first call, so that parameters join
+    them while another thread attaches.
+    """
     models = [kind() for kind in kinds]
     want = []
     for model in map(twin, models):
@@ -191,7 +199,10 @@ def test_threads_compile_and_train_at_once(kinds, inner_backend):
 
 
 def test_a_model_that_is_attached_during_another_one_s_step_is_not_forgotten():
-    """A step looks through what waits for an optimizer. What is attached by another thread in the midst of that waits for the next step."""
+    """A step looks through what waits for an optimizer.
+
+    What is attached by another thread in the midst of that waits for the next step.
+    """
     late = Small()
     late_optimizer = torch.optim.SGD(late.parameters(), lr=0.1)
 

@@ -1,4 +1,7 @@
-"""Autocast, narrow models and gradient scaling. The reference is the same model in float64, which is held against an oracle elsewhere."""
+"""Autocast, narrow models and gradient scaling.
+
+The reference is the same model in float64, which is held against an oracle elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ BFLOAT = 5e-2
 
 
 def randomise(model):
-    """Hyper-connections that have long left their start: every coefficient depends on its token, logits have a deviation of about one."""
+    """Hyper-connections that have long left their start: every coefficient depends on its token,
+    logits have a deviation of about one.
+    """
     for connection in mhc_compile.connections(model).values():
         nn.init.normal_(connection.phi, std=(connection.streams * connection.width) ** -0.5)
         nn.init.normal_(connection.bias)
@@ -37,7 +42,10 @@ def compile_with(model, inner_backend):
 
 
 def values(call, model, x, autocast=False):
-    """Output, and the gradient of everything by name. The backward runs outside of autocast, as it should."""
+    """Output, and the gradient of everything by name.
+
+    The backward runs outside of autocast, as it should.
+    """
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = call(x)
@@ -60,7 +68,10 @@ def assert_near(got, want, tolerance):
 
 
 class Careful(nn.Module):
-    """A branch that computes in float32 whatever is round it. What is left to autocast is the residual stream."""
+    """A branch that computes in float32 whatever is round it.
+
+    What is left to autocast is the residual stream.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,9 +94,11 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("inner_backend", ["eager", "aot_eager"])
 def test_autocast_touches_no_coefficient_and_no_stream(inner_backend):
-    """With branches that keep out of autocast, all that is left is exact to float32: coefficients, read-outs and updates.
+    """With branches that keep out of autocast, all that is left is exact to float32: coefficients,
+    read-outs and updates.
 
-    AOTAutograd runs the backward of the whole graph, branches included, under the autocast of the forward.
+    AOTAutograd runs the backward of the whole graph, branches included, under the autocast of the
+    forward.
     """
     x = torch.randn(3, 5, WIDTH)
     model = attached(nn.Sequential(*(Residual() for _ in range(3))), x)
@@ -120,7 +133,9 @@ def test_a_decoder_under_autocast(inner_backend):
     ],
 )
 def test_a_bfloat16_decoder(inner_backend, attach_first):
-    """`to` casts hyper-connections that are there already, as any module; those of a bfloat16 model start in float32. Both are computed alike."""
+    """`to` casts hyper-connections that are there already, as any module; those of a bfloat16 model
+    start in float32. Both are computed alike.
+    """
     model = Decoder(WIDTH, layers=1)
     if attach_first:
         attached(model, tokens())
@@ -150,7 +165,9 @@ def operands(streams_dtype, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("streams_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_coefficients_are_those_of_float64(streams_dtype, dtype, autocast):
-    """The operators themselves, apart and fused: narrow streams and parameters are exact inputs, and nothing is rounded on the way."""
+    """The operators themselves, apart and fused: narrow streams and parameters are exact inputs,
+    and nothing is rounded on the way.
+    """
     streams, *site = operands(streams_dtype, dtype)
     wide = [p.double() for p in site]
     want = reference.coefficients(streams.double(), *wide, *HOW)[:3]
@@ -166,7 +183,9 @@ def test_coefficients_are_those_of_float64(streams_dtype, dtype, autocast):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("streams_dtype", [torch.bfloat16, torch.float32])
 def test_gradients_under_autocast_are_those_of_float64(streams_dtype, fused):
-    """As AOTAutograd runs them, inside the autocast of the forward; against autograd through the equations."""
+    """As AOTAutograd runs them, inside the autocast of the forward; against autograd through the
+    equations.
+    """
     streams, *site = operands(streams_dtype, torch.float32)
     weights = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
 

@@ -1,4 +1,6 @@
-"""Graphs and models of real size: the passes stay linear, and a model of 27 billion parameters is rewritten without its weights."""
+"""Graphs and models of real size: the passes stay linear, and a model of 27 billion parameters is
+rewritten without its weights.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ def test_memory_of_the_passes_is_linear():
 
 @pytest.mark.slow
 def test_a_27_billion_parameter_decoder_is_attached_and_rewritten_on_the_meta_device():
-    """In a process of its own, so that its peak memory can be read. The time is reported, and not asserted."""
+    """In a process of its own, so that its peak memory can be read.
+
+    The time is reported, and not asserted.
+    """
     script = """
         import json, resource, time, torch, transformers, mhc_compile
 

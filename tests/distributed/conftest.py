@@ -8,7 +8,9 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def _rooms(tmp_path_factory):
-    """The running processes, if any; started when a test first asks for them, and again after a test that failed in them."""
+    """The running processes, if any; started when a test first asks for them, and again after a
+    test that failed in them.
+    """
     running: list[Ranks] = []
     yield running, tmp_path_factory
     for ranks in running:

@@ -1,4 +1,6 @@
-"""Two processes of a process group that stay and do one task after another: starting one costs as much as many tasks."""
+"""Two processes of a process group that stay and do one task after another: starting one costs as
+much as many tasks.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class Ranks:
         return bool(self._processes)
 
     def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
-        """`task(rank, *args)` in every process: what each returned. `task` must be a function of a module that can be imported.
+        """`task(rank, *args)` in every process: what each returned. `task` must be a function of a
+        module that can be imported.
 
         Raises:
             RankError: a task failed, or took too long. The processes are gone then.

@@ -1,4 +1,6 @@
-"""DistributedDataParallel: two processes with half of the batch each train as one does with all of it."""
+"""DistributedDataParallel: two processes with half of the batch each train as one does with all of
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import mhc_compile
 import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
-#: Three megabytes of parameters: Dynamo cuts the graph into several pieces at DDP's smallest buckets.
+#: Three megabytes of parameters: Dynamo cuts the graph into several pieces at DDP's smallest
+#: buckets.
 SIZES = {"width": 128, "layers": 4}
 
 
@@ -30,7 +33,11 @@ def wrap(model, place, backend="mhc", options=None, **settings):
 
 @contextlib.contextmanager
 def ddp_mode(mode):
-    """Set how Dynamo treats DDP. Torch never takes back that the Python reducer has DDP's own forward traced in the whole process."""
+    """Set how Dynamo treats DDP.
+
+    Torch never takes back that the Python reducer has DDP's own forward traced in the whole
+    process.
+    """
     inlined = set(trace_rules.LEGACY_MOD_INLINELIST)
     try:
         with torch._dynamo.config.patch(optimize_ddp=mode):
@@ -41,7 +48,9 @@ def ddp_mode(mode):
 
 
 def compare(rank, places=("outside", "inside"), inner_backend=None, optimize=True, kind=Decoder, **settings):
-    """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no `inner_backend` compiles them."""
+    """Trains alone and in DDP, and returns into how many pieces each of `places` was cut, if no
+    `inner_backend` compiles them.
+    """
     model, start = build(**SIZES), build(**SIZES, kind=kind)
     want = train(torch.compile(model, backend="mhc", options={"inner_backend": inner_backend or "eager"}), model)
     pieces = []
@@ -63,7 +72,9 @@ def test_training(ranks):
 
 
 def late(rank, cases):
-    """Return errors of models that were wrapped before they were attached, and check what is left of the models."""
+    """Return errors of models that were wrapped before they were attached, and check what is left
+    of the models.
+    """
     said = []
     for case in cases:
         torch._dynamo.reset()

@@ -1,4 +1,6 @@
-"""FSDP2: two processes that each hold half of the parameters and see half of the batch train as one process does with all of both."""
+"""FSDP2: two processes that each hold half of the parameters and see half of the batch train as one
+process does with all of both.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ import mhc_compile
 import mhc_compile.errors
 from mhc_compile.distributed import fully_shard
 
-#: Ways to compile: every block in place, every block as a module of its own, the sharded model as a whole.
+#: Ways to compile: every block in place, every block as a module of its own, the sharded model as a
+#: whole.
 WAYS = ("method", "module", "whole")
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 #: Casts nothing, and yet hyper-connections get groups of their own.
@@ -43,7 +46,9 @@ def shard(model, way, options, policy=None, apply=fully_shard):
 
 
 def alone(inner_backend, kind=Decoder):
-    """One process and one graph: streams that did not cross from block to block would give other numbers."""
+    """One process and one graph: streams that did not cross from block to block would give other
+    numbers.
+    """
     model = build(kind=kind)
     return train(torch.compile(model, backend="mhc", fullgraph=True, options={"inner_backend": inner_backend}), model)
 
@@ -68,7 +73,9 @@ def test_training(ranks):
 
 
 def dtypes(rank, way, apply):
-    """dtypes with which parameters enter the compiled graphs: of hyper-connections, and of everything else."""
+    """dtypes with which parameters enter the compiled graphs: of hyper-connections, and of
+    everything else.
+    """
     spy = Spy()
     model = build()
     call = shard(model, way, {"inner_backend": spy}, BF16, apply)
@@ -92,7 +99,9 @@ def test_coefficients_stay_in_float32(ranks):
 
 
 def late(rank):
-    """Errors of models that were sharded before they were attached, and what is left of the models."""
+    """Errors of models that were sharded before they were attached, and what is left of the
+    models.
+    """
     said = []
     for way in (*WAYS, "attach"):
         torch._dynamo.reset()
@@ -136,7 +145,9 @@ def test_activation_checkpointing(ranks, way, kind):
 
 
 def uncompiled(rank):
-    """Dynamo does not trace `checkpoint` round a module with FSDP's hooks: its blocks run in eager mode, and that is said."""
+    """Dynamo does not trace `checkpoint` round a module with FSDP's hooks: its blocks run in eager
+    mode, and that is said.
+    """
     call = shard(build(kind=Recomputing), "whole", {"inner_backend": "eager"})
     with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
         call(tokens())

@@ -1,4 +1,6 @@
-"""Tensor, sequence and pipeline parallelism: what works has the right numbers, and what does not says so."""
+"""Tensor, sequence and pipeline parallelism: what works has the right numbers, and what does not
+says so.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,8 @@ def pipeline(rank):
 
     whole = build(layers=4)
     halves = Stage(whole, True), Stage(whole, False)
-    # Compiled one after the other in one process, without a pipeline: the same model, as the streams begin anew with each graph.
+    # Compiled one after the other in one process, without a pipeline: the same model, as the
+    # streams begin anew with each graph.
     want = tokens(4)
     for half in halves:
         torch._dynamo.reset()

@@ -1,4 +1,6 @@
-"""A model with hyper-connections far from their start, ten steps of training, and what came of them."""
+"""A model with hyper-connections far from their start, ten steps of training, and what came of
+them.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class Spy:
 
 
 def shake(model: nn.Module) -> None:
-    """Random hyper-connections: streams that differ from each other, and coefficients that depend on them."""
+    """Random hyper-connections: streams that differ from each other, and coefficients that depend
+    on them.
+    """
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
@@ -79,7 +83,9 @@ def batches(part: int = 0, parts: int = 1) -> Iterable[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Trained:
-    """Losses of every step, over the whole batch, and the parameters at the end by their names in the plain model."""
+    """Losses of every step, over the whole batch, and the parameters at the end by their names in
+    the plain model.
+    """
 
     losses: list[float]
     parameters: dict[str, Tensor]

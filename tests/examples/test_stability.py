@@ -100,7 +100,7 @@ def made_run(
     }  # fmt: skip
 
 
-def test_the_report_says_what_the_figures_carry_and_no_more(tmp_path: Path) -> None:
+def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) -> None:
     """Made-up runs: HC is better in every seed, identity is a coin toss, mHC diverged once."""
     plan = Plan(variants=("plain", "HC", "mHC", "identity"), rates=("calm",), seeds=3, steps=80)
     finals = {"plain": (2.0, 2.1, 2.2), "HC": (1.8, 1.91, 1.99), "identity": (2.1, 2.0, 2.2), "mHC": (2.0, 2.1, 2.2)}

@@ -1,4 +1,6 @@
-"""Exported programs: everything that the program says about itself is kept, and the result is plain ATen on streams."""
+"""Exported programs: everything that the program says about itself is kept, and the result is plain
+ATen on streams.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ NEW = [f"{path}.{part}" for path in PATHS for part in ("phi", "bias", "scale")]
 
 
 class Residual(nn.Module):
-    """A ResNet's block: ReLU after the add, in place or not, and perhaps another norm on the trunk."""
+    """A ResNet's block: ReLU after the add, in place or not, and perhaps another norm on the
+    trunk.
+    """
 
     def __init__(self, width: int, inplace: bool = False, trunk_norm: bool = False) -> None:
         super().__init__()
@@ -73,7 +77,9 @@ def programs(model: nn.Module, *args: Tensor, **kwargs) -> list[ExportedProgram]
 
 @functools.cache
 def exported(index: int, dtype: torch.dtype) -> ExportedProgram:
-    """Return the training program (0) or the core ATen program (1) of one decoder, which tests must not change."""
+    """Return the training program (0) or the core ATen program (1) of one decoder, which tests must
+    not change.
+    """
     torch.manual_seed(0)
     program = export(Decoder().to(dtype), (tokens(),))
     return program.run_decompositions() if index else program
@@ -115,7 +121,8 @@ def assert_preserved(plain: ExportedProgram, rewritten: ExportedProgram, toleran
         assert relative(also[name], gradient, floor) < tolerance, name
 
 
-# --- the signature ---------------------------------------------------------------------------------------------------------------------
+# --- the signature
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
@@ -236,7 +243,8 @@ def test_unflatten_puts_the_modules_back():
     assert isinstance(module.get_submodule("blocks.0.mhc.attn"), nn.Module)
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------------------------------
+# --- the numbers
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
@@ -250,7 +258,9 @@ def test_default_start_preserves_output_and_gradients(dtype, tolerance, index):
 
 
 def test_forward_and_every_gradient_are_those_of_the_mhc_graph():
-    """Random hyper-connections, float64: unrolled ATen under autograd against the operators with their hand-derived backwards."""
+    """Random hyper-connections, float64: unrolled ATen under autograd against the operators with
+    their hand-derived backwards.
+    """
     model, ids = Decoder().double(), tokens()
     result = mhc_compile.rewrite(export(twin(model), (ids,)), options={"iterations": 7})
     randomise(result)
@@ -314,7 +324,8 @@ def test_options(options):
     assert_preserved(program, result, 1e-5, tokens())
 
 
-# --- plain ATen ------------------------------------------------------------------------------------------------------------------------
+# --- plain ATen
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
@@ -396,7 +407,9 @@ def test_aot_inductor_packages_it(tmp_path):
     "lower", [mhc_compile.rewrite, lambda program: program.run_decompositions(ops.decompositions())]
 )
 def test_a_program_with_our_operators_becomes_plain_aten(lower):
-    """The way to plain ATen for a graph module: export it, and rewrite (or decompose) the program."""
+    """The way to plain ATen for a graph module: export it, and rewrite (or decompose) the
+    program.
+    """
     model, x = Stack(*(Residual1d() for _ in range(2))), torch.randn(2, 5, 8)
     module = mhc_compile.rewrite(torch.fx.symbolic_trace(model), x)
     with torch.no_grad():
@@ -425,7 +438,8 @@ def test_the_module_of_a_program_is_a_graph_module():
     assert torch.allclose(module(x), model(x), atol=1e-5)
 
 
-# --- what is found ---------------------------------------------------------------------------------------------------------------------
+# --- what is found
+# --------------------------------------------------------------------------------------------------
 
 
 def t5():
@@ -546,7 +560,8 @@ def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
         mhc_compile.rewrite(program, options={"min_chain_length": 5})
 
 
-# --- the edges -------------------------------------------------------------------------------------------------------------------------
+# --- the edges
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, id="training", marks=pytest.mark.slow), pytest.param(1, id="core")])
@@ -559,7 +574,7 @@ def test_a_rewritten_program_comes_back_unchanged(index):
     assert again.state_dict == result.state_dict
 
 
-def test_nothing_to_rewrite_is_said_and_the_copy_is_unchanged():
+def test_program_without_sites_warns_and_is_copied_unchanged():
     program = export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),))
     with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten: the model has no addition"):
         result = mhc_compile.rewrite(program)
@@ -569,7 +584,7 @@ def test_nothing_to_rewrite_is_said_and_the_copy_is_unchanged():
         mhc_compile.rewrite(program, options={"strict": True})
 
 
-def test_chains_shorter_than_min_chain_length_are_left_alone():
+def test_chains_shorter_than_min_chain_length_are_rejected():
     program = exported(0, torch.float32)
     with pytest.warns(mhc_compile.MhcWarning, match="4 × chain-too-short"):
         result = mhc_compile.rewrite(program, options={"min_chain_length": 5})

@@ -1,4 +1,6 @@
-"""Streams across graph boundaries: a model in pieces computes what it computes in one graph, at random parameters."""
+"""Streams across graph boundaries: a model in pieces computes what it computes in one graph, at
+random parameters.
+"""
 
 from __future__ import annotations
 
@@ -262,7 +264,9 @@ def test_a_graph_break_inside_a_branch(block, where):
 
 
 def test_a_graph_break_inside_a_branch_without_attach():
-    """The first call finds the two halves, by the history of what it computes; from the second on they work together."""
+    """The first call finds the two halves, by the history of what it computes; from the second on
+    they work together.
+    """
     model, x, expected = prepared()
     parameters = copy.deepcopy(model.state_dict())
     mhc_compile.detach(model)
@@ -276,7 +280,9 @@ def test_a_graph_break_inside_a_branch_without_attach():
 
 @pytest.mark.parametrize("where", [*(pytest.param(w, marks=pytest.mark.slow) for w in (0, 1, 3)), 2, 4])
 def test_sites_have_the_same_names_and_numbers_wherever_the_break_is(where):
-    """before the norm, before the first layer, between the two, behind the second, behind the add"""
+    """before the norm, before the first layer, between the two, behind the second, behind the
+    add
+    """
 
     class Stopping(nn.Module):
         broken = True
@@ -332,8 +338,10 @@ def test_a_branch_without_weights_is_no_branch_in_two_halves_either():
     assert reason == "independent"
 
 
-def test_a_branch_that_python_begins_is_rejected_and_said():
-    """Nothing of ours can give Python another value to read than the tensor that it has in its hands."""
+def test_branch_begun_by_python_is_rejected_with_a_warning():
+    """Nothing of ours can give Python another value to read than the tensor that it has in its
+    hands.
+    """
     model, x = attached(PostNorm)
     mhc_compile.detach(model)
     compiled = torch.compile(cut(model, attention=False), backend="mhc", options=EAGER)
@@ -377,7 +385,9 @@ def test_modules_that_torch_compile_wrapped():
 
 
 def test_one_graph_serves_all_blocks(monkeypatch):
-    """With hyper-connections from `attach`, and where the first call attaches them: no block is compiled anew."""
+    """With hyper-connections from `attach`, and where the first call attaches them: no block is
+    compiled anew.
+    """
     graphs = []
 
     def inner_backend(graph_module, example_inputs):
@@ -419,8 +429,10 @@ def test_activation_checkpointing_round_compiled_blocks(wrapped):
     assert_same(run(model, called, x), expected)
 
 
-def test_a_reentrant_checkpoint_falls_back_and_says_so():
-    """Its first forward does not record and its second has other tensors: streams cannot go through. Both must see the same values."""
+def test_reentrant_checkpoint_falls_back_with_a_warning():
+    """Its first forward does not record and its second has other tensors: streams cannot go
+    through. Both must see the same values.
+    """
     model, x = attached()
     per_block(model)
 
@@ -492,7 +504,9 @@ def test_a_value_that_is_only_read_is_no_loss():
 
 
 def test_wrappers_that_pass_tensors_through_keep_the_streams():
-    """Module hooks on the backward give a block other tensors than the caller has: the same memory, behind an operation that changes nothing."""
+    """Module hooks on the backward give a block other tensors than the caller has: the same memory,
+    behind an operation that changes nothing.
+    """
 
     class Wrapper(nn.Module):
         def __init__(self, block):
@@ -520,7 +534,7 @@ def test_wrappers_that_pass_tensors_through_keep_the_streams():
     assert all(seen)
 
 
-def test_the_gradient_of_a_hidden_state_is_what_arrives_at_the_trunk():
+def test_gradient_of_a_hidden_state_arrives_at_the_trunk():
     """At the default start it is the gradient in the plain model."""
     gradients = []
     for compiled in (False, True):

@@ -1,4 +1,6 @@
-"""Small models that several test files use, and the comparison of a compiled model with the plain one."""
+"""Small models that several test files use, and the comparison of a compiled model with the plain
+one.
+"""
 
 from __future__ import annotations
 
@@ -206,8 +208,9 @@ def distance(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
 def assert_same(got: Run, want: Run, tolerance: float) -> None:
     """Logits, loss and every original gradient agree.
 
-    Some gradients are zero in exact arithmetic (the bias of k in attention) and are rounding noise here; so that noise is not compared with noise,
-    a gradient's magnitude counts as at least 1e-3 of the largest in the model.
+    Some gradients are zero in exact arithmetic (the bias of k in attention) and are rounding noise
+    here; so that noise is not compared with noise, a gradient's magnitude counts as at least 1e-3
+    of the largest in the model.
     """
     assert relative(got.logits, want.logits) < tolerance
     assert relative(got.loss, want.loss) < tolerance

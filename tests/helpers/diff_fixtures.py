@@ -1,4 +1,6 @@
-"""Diffs that several test files draw: of real models, and one by hand whose names try to be markup."""
+"""Diffs that several test files draw: of real models, and one by hand whose names try to be
+markup.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def decoder(layers: int = 2) -> ModelDiff:
 
 
 class Nested(nn.Module):
-    """Two sites whose branches have residual adds of their own: the first is a chain of two, the second has none."""
+    """Two sites whose branches have residual adds of their own: the first is a chain of two, the
+    second has none.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -76,7 +80,10 @@ def node(name: str, target: str = "", *reads: str, **fields: str) -> NodeView:
 
 @cache
 def hostile() -> ModelDiff:
-    """Two sites in modules whose paths, classes, files and reasons are markup. A module's name may be anything without dots."""
+    """Two sites in modules whose paths, classes, files and reasons are markup.
+
+    A module's name may be anything without dots.
+    """
     paths = (f"{SCRIPT}", f"{IMAGE}")
     first, second = (f"{path}.mhc.f" for path in paths)
     places = [

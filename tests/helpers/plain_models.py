@@ -1,7 +1,9 @@
-"""The models that ship with hyper-connections, and the same models with ordinary residual adds in their place.
+"""The models that ship with hyper-connections, and the same models with ordinary residual adds in
+their place.
 
-A plain model is the shipping file of transformers, run as a module of its own after the few replacements below. So it has every other line, name
-and parameter of the shipping one. A replacement that does not fit the installed file any more is an error.
+A plain model is the shipping file of transformers, run as a module of its own after the few
+replacements below. So it has every other line, name and parameter of the shipping one. A
+replacement that does not fit the installed file any more is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ _INJECTED = """injection = hidden_states.unsqueeze(-2) * injection_weights.unsqu
 
 @dataclass(frozen=True)
 class Shipping:
-    """One model of transformers: its file, its classes, a tiny config, what makes it plain, and what makes it the shipping one again."""
+    """One model of transformers: its file, its classes, a tiny config, what makes it plain, and
+    what makes it the shipping one again.
+    """
 
     name: str
     folder: str
@@ -231,7 +235,10 @@ def _shipped(shipping: Shipping) -> types.ModuleType:
 
 @functools.cache
 def _module(shipping_name: str, plain: bool, wide: bool) -> types.ModuleType:
-    """The shipping file with its replacements, as a module beside it. `wide`: with float64 where it goes to float32."""
+    """The shipping file with its replacements, as a module beside it.
+
+    `wide`: with float64 where it goes to float32.
+    """
     shipping = SHIPPING[shipping_name]
     native = importlib.import_module(f"{shipping.path}.modeling_{shipping.folder}")
     if not plain and not wide:
@@ -275,7 +282,9 @@ def _build(name: str, *, plain: bool, wide: bool) -> nn.Module:
 
 
 def native_model(name: str, *, wide: bool = False) -> nn.Module:
-    """The shipping model, tiny, with random parameters far from every start; `wide` in float64 throughout."""
+    """The shipping model, tiny, with random parameters far from every start; `wide` in float64
+    throughout.
+    """
     return _build(name, plain=False, wide=wide)
 
 
@@ -286,7 +295,9 @@ def plain_model(name: str, *, wide: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def scatter(model: nn.Module) -> None:
-    """Random values for everything that starts as zero or one, so that nothing is right by accident."""
+    """Random values for everything that starts as zero or one, so that nothing is right by
+    accident.
+    """
     for name, parameter in model.named_parameters():
         if "hc" in name or parameter.dim() < 2:
             parameter.add_(0.3 * torch.randn_like(parameter))

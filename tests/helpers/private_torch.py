@@ -7,7 +7,8 @@ import re
 from functools import cache
 from typing import NamedTuple
 
-#: Private attributes that torch sets on objects of its own and of others, and private keys of dictionaries that it fills.
+#: Private attributes that torch sets on objects of its own and of others, and private keys of
+#: dictionaries that it fills.
 SET_BY_TORCH = frozenset(
     "_backward_hooks _buffers _cdata _checkpoint_context_fn _codegen _compiled_call_impl _ddp_ignored _dynamo_source"
     " _get_fsdp_state _is_fsdp_managed_module _metadata _module_parameters _modules _numel_cache _orig_mod _overloadname"
@@ -25,7 +26,9 @@ class Use(NamedTuple):
 
 @cache
 def attributes_of_torch() -> frozenset[str]:
-    """Private attributes of objects that code of this kind handles: modules, tensors, graphs, nodes, operators, optimizers."""
+    """Private attributes of objects that code of this kind handles: modules, tensors, graphs,
+    nodes, operators, optimizers.
+    """
     import torch
     from torch import fx, nn
     from torch._dynamo.eval_frame import OptimizedModule
@@ -55,9 +58,10 @@ def is_private(name: str) -> bool:
 def private_names(source: str) -> list[Use]:
     """Every use of a private name of torch in `source`, in order of lines.
 
-    These are imports from private modules; private attributes of names that were imported from torch; attributes (`x._modules`)
-    and overridden methods whose names are private ones of torch; and strings that name them, for `getattr`,
-    `importlib.import_module`, `sys.modules`, `__dict__`. `self._modules` counts in subclasses of torch's classes.
+    These are imports from private modules; private attributes of names that were imported from
+    torch; attributes (`x._modules`) and overridden methods whose names are private ones of torch;
+    and strings that name them, for `getattr`, `importlib.import_module`, `sys.modules`, `__dict__`.
+    `self._modules` counts in subclasses of torch's classes.
     """
     tree = ast.parse(source)
     known, bound, found = attributes_of_torch(), _bound(tree), []
@@ -97,7 +101,9 @@ def private_names(source: str) -> list[Use]:
 
 
 def _bound(tree: ast.AST) -> dict[str, str]:
-    """The names that a source binds to torch, its modules and what it imports from them, with their dotted paths."""
+    """The names that a source binds to torch, its modules and what it imports from them, with their
+    dotted paths.
+    """
     bound: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -114,7 +120,9 @@ def _bound(tree: ast.AST) -> dict[str, str]:
 
 
 def _path(node: ast.expr, bound: dict[str, str]) -> str | None:
-    """The dotted path of an attribute of something that was imported from torch, None for other expressions."""
+    """The dotted path of an attribute of something that was imported from torch, None for other
+    expressions.
+    """
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)

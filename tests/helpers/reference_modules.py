@@ -1,6 +1,8 @@
-"""Sites of the systems that ship hyper-connections, as functions of streams and a branch, with their own modules and parameters.
+"""Sites of the systems that ship hyper-connections, as functions of streams and a branch, with
+their own modules and parameters.
 
-`Native.ours` are the same parameters in our layout, written out here once more, independently of `mhc_compile.interop`.
+`Native.ours` are the same parameters in our layout, written out here once more, independently of
+`mhc_compile.interop`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ Branch = Callable[[Tensor], Tensor]
 
 @dataclass
 class Native:
-    """A site: `run(streams, branch)` gives the new streams; `end(streams)` the read-out. `ours` and `ours_end` are made of the same leaves."""
+    """A site: `run(streams, branch)` gives the new streams; `end(streams)` the read-out. `ours` and
+    `ours_end` are made of the same leaves.
+    """
 
     preset: str
     parameters: dict[str, Tensor]
@@ -125,7 +129,9 @@ def qwen4_exp() -> Native:
 
 
 def liger() -> Native:
-    """Liger-Kernel 0.8.5 has Triton kernels alone; this is what they compute (`_mhc_split_sinkhorn_fwd_kernel`, `_mhc_post_res_fwd_kernel`)."""
+    """Liger-Kernel 0.8.5 has Triton kernels alone; this is what they compute
+    (`_mhc_split_sinkhorn_fwd_kernel`, `_mhc_post_res_fwd_kernel`).
+    """
     phi = nn.Parameter(0.7 * torch.randn(N * WIDTH, 2 * N + N * N))
     b, alpha = nn.Parameter(0.7 * torch.randn(2 * N + N * N)), nn.Parameter(torch.randn(3))
     eps = 1e-6

@@ -2,9 +2,9 @@
 
 Lifting an operation of the trunk means applying it to each stream; a site is computed from the
 paper's equations (arXiv 2512.24880 v2, equations 5 to 9). The oracle reads only the plan of the
-product (which nodes are on a trunk, where sites are) and the roles of operations. It uses no `mhc::`
-operator and none of the code that lifts or writes operations. Compare at random parameters: at the
-function-preserving start all streams are equal, and most faults of lifting are invisible.
+product (which nodes are on a trunk, where sites are) and the roles of operations. It uses no
+`mhc::` operator and none of the code that lifts or writes operations. Compare at random parameters:
+at the function-preserving start all streams are equal, and most faults of lifting are invisible.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """The arguments of one `ExpandStreams`: the normalised graph, its plan, the parameters of each site."""
+    """The arguments of one `ExpandStreams`: the normalised graph, its plan, the parameters of each
+    site.
+    """
 
     graph: fx.Graph
     plan: Plan
@@ -68,13 +70,16 @@ class StreamInterpreter(fx.Interpreter):
         batch norm  in training the statistics are those of the tokens of all streams together. The
                     running variance is corrected for N tokens, not n N, so that equal streams
                     move it as the plain model does
-        site        X'_i = Σ_j res_ij X_j + post_i f(Σ_j pre_j X_j), coefficients from the streams of
+        site        X'_i = Σ_j res_ij X_j + post_i f(Σ_j pre_j X_j), coefficients from the streams
+        of
                     the trunk; post and res from those of the shortcut where it has other tokens
-        readers     the branch of a site reads the collapsed streams, everything else the mean of the
+        readers     the branch of a site reads the collapsed streams, everything else the mean of
+        the
                     streams. An operation inside a stretch of trunk operations that is read from
                     outside is computed from such means, unless it draws random numbers or keeps
                     statistics: then its readers get the mean of its streams
-        edges       streams [..., n, C] that arrive from other graphs are the last inputs, those that
+        edges       streams [..., n, C] that arrive from other graphs are the last inputs, those
+        that
                     leave are the last results
 
     Args:
@@ -92,8 +97,8 @@ class StreamInterpreter(fx.Interpreter):
         self.lifted: dict[fx.Node, list[tuple[Chain, dict[fx.Node, int]]]] = {}
         self.merged: set[fx.Node] = set()
         self.trunk_ends: set[fx.Node] = set()
-        # Outer chains first. Where two sites claim one reader of a trunk value, the chain that comes
-        # first has it.
+        # Outer chains first. Where two sites claim one reader of a trunk value, the chain that
+        # comes first has it.
         self.chains = sorted(expansion.plan.chains, key=lambda chain: (chain.start, -len(chain.sites[0].branch)))
         for chain in self.chains:
             for departure in chain.departures:
@@ -152,12 +157,16 @@ class StreamInterpreter(fx.Interpreter):
         return getattr(self, node.op)(node.target, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value))
 
     def _read(self, operand: fx.Node, reader: fx.Node) -> Any:
-        """Return the value of `operand` that `reader` gets: the innermost site's collapsed streams."""
+        """Return the value of `operand` that `reader` gets: the innermost site's collapsed
+        streams.
+        """
         site = self._around(operand, reader)
         return self.env[operand] if site is None else self._open(site)[0]
 
     def _around(self, operand: fx.Node, reader: fx.Node, until: Chain | None = None) -> Site | None:
-        """Return the innermost site on `operand` with `reader` in its branch, of chains before `until`."""
+        """Return the innermost site on `operand` with `reader` in its branch, of chains before
+        `until`.
+        """
         found = None
         for site in self.sites_on.get(operand, ()):
             if self.chain_of[site] is until:
@@ -183,7 +192,9 @@ class StreamInterpreter(fx.Interpreter):
         return self.trunk.get((chain, node))
 
     def _open(self, site: Site) -> tuple[Tensor, Streams, list[Streams]]:
-        """Return `(h, post, res)` of a site: the input of its branch, and the weights of its update."""
+        """Return `(h, post, res)` of a site: the input of its branch, and the weights of its
+        update.
+        """
         if site not in self.opened:
             streams = self._streams(self.chain_of[site], site.trunk)
             pre, post, res = self._coefficients(site, streams, site.shortcut.axes[site.trunk])
@@ -196,7 +207,8 @@ class StreamInterpreter(fx.Interpreter):
         _, post, res = self._open(site)
         shortcut, trunk = self._streams(chain, site.skip), self._streams(chain, site.trunk)
         if _tokens(shortcut[0], site.axis) != _tokens(trunk[0], site.shortcut.axes[site.trunk]):
-            # A pooled or sliced shortcut has tokens of its own, whose weights are computed from them.
+            # A pooled or sliced shortcut has tokens of its own, whose weights are computed from
+            # them.
             _, post, res = self._coefficients(site, shortcut, site.axis)
         readers = {term: next(add for add in site.adds if term in add.all_input_nodes) for term in site.branch_outputs}
         branch = sum(self._read(term, reader) for term, reader in readers.items())
@@ -209,7 +221,9 @@ class StreamInterpreter(fx.Interpreter):
         return new
 
     def _coefficients(self, site: Site, streams: Streams, axis: int) -> tuple[Streams, Streams, list[Streams]]:
-        """Return pre [n], post [n] and res [n][n], each with the layout of the trunk and one feature."""
+        """Return pre [n], post [n] and res [n][n], each with the layout of the trunk and one
+        feature.
+        """
         binding, n = self.bindings[site], len(streams)
         assert (binding.spec, binding.gated, binding.single_pass, binding.end.kind) == (
             "sinkhorn",

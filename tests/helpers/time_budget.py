@@ -1,4 +1,6 @@
-"""`pytest --seconds N`: run what the time allows, from another file every day, and say what is left out."""
+"""`pytest --seconds N`: run what the time allows, from another file every day, and say what is left
+out.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def add_options(parser: pytest.Parser) -> None:
 def first_file(files: int, turn: int) -> int:
     """Return the index of the file that turn number `turn` starts with.
 
-    The step has no divisor in common with `files`, so `files` turns start with every file once. It is
-    about 0.38 of `files`, so that a few turns in a row start far apart.
+    The step has no divisor in common with `files`, so `files` turns start with every file once. It
+    is about 0.38 of `files`, so that a few turns in a row start far apart.
     """
     step = max(1, round(0.382 * files))
     while math.gcd(step, files) > 1:
@@ -43,7 +45,10 @@ def rotate(items: Sequence[Any], turn: int) -> list[Any]:
 
 
 class TimeBudget:
-    """The plugin that skips, counts and reports. It reads and completes the options of `add_options`."""
+    """The plugin that skips, counts and reports.
+
+    It reads and completes the options of `add_options`.
+    """
 
     def __init__(self, options: Any) -> None:
         options.turn = int(time.time() // DAY) if options.turn is None else options.turn

@@ -46,7 +46,7 @@ def test_a_norm_is_in_the_kernel_of_the_add_before_it():
     assert normed.weights - plain.weights == 2 * 2 * C
 
 
-def test_what_sites_add_by_hand():
+def test_bytes_and_flops_of_a_site_by_hand():
     explanation = explained(Block(), Block(), streams=N, mapping="sinkhorn", iterations=20)
     k = 2 * N + N * N
     flops = 2 * N * C * k + 6 * N * C + 2 * N * N * C + 4 * N * N * 20

@@ -29,7 +29,9 @@ def _forget():
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate(monkeypatch):
-    """accelerate keeps its settings for the process, as a Trainer does for it; and DynamoBackend knows its own members alone at the start."""
+    """accelerate keeps its settings for the process, as a Trainer does for it; and DynamoBackend
+    knows its own members alone at the start.
+    """
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     _forget()
@@ -135,7 +137,9 @@ def test_backends_by_name():
 
 @pytest.mark.slow
 def test_accumulation_in_bfloat16(tmp_path):
-    """Streams take part under autocast, coefficients stay in float32, and a resumed run goes on where the first one was."""
+    """Streams take part under autocast, coefficients stay in float32, and a resumed run goes on
+    where the first one was.
+    """
 
     def make(**ahead) -> Loop:
         for state in (AcceleratorState, GradientState, PartialState):

@@ -1,4 +1,6 @@
-"""`mhc_compile.integrations.StabilityCallback`: the training goes on as if nothing had been measured, in every kind of loop."""
+"""`mhc_compile.integrations.StabilityCallback`: the training goes on as if nothing had been
+measured, in every kind of loop.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def test_it_is_traced_once_and_only_until_it_is_closed():
 
 
 @pytest.mark.slow
-def test_there_is_no_limit_to_what_a_loop_measures_with():
+def test_number_of_measurements_of_a_loop_has_no_limit():
     class Restless(Small):
         """Traced anew for every value of an attribute."""
 
@@ -112,7 +114,7 @@ def test_there_is_no_limit_to_what_a_loop_measures_with():
         assert result.remarks[0].startswith("All streams are copies")
 
 
-def test_a_copy_measures_too_and_traces_anew():
+def test_copied_callback_measures_and_traces_again():
     model = Small()
     mhc_compile.attach(model, points())
     callback = mhc_compile.integrations.StabilityCallback(every=2, batch=points())
@@ -137,7 +139,7 @@ def test_the_model_inside_ddp_is_measured():
     assert _inner(torch.compile(Wrapped(torch.compile(model)))) is model
 
 
-def test_what_is_wrong_is_said():
+def test_wrong_arguments_raise_with_a_message():
     with pytest.raises(mhc_compile.errors.OptionError, match="every is 0"):
         mhc_compile.integrations.StabilityCallback(every=0)
     with pytest.raises(mhc_compile.MhcError, match="has no batch"):
@@ -146,7 +148,8 @@ def test_what_is_wrong_is_said():
         mhc_compile.integrations.StabilityCallback(batch=points()).step(Small(), 0)
 
 
-# --- transformers ----------------------------------------------------------------------------------------------------------------------
+# --- transformers
+# --------------------------------------------------------------------------------------------------
 
 
 def trainer(tmp_path, callbacks, data=None):
@@ -205,7 +208,8 @@ def test_a_batch_is_taken_out_of_a_loader_that_stays_where_it_is():
         first_batch(DataLoader(Stream()), 2)
 
 
-# --- Lightning -------------------------------------------------------------------------------------------------------------------------
+# --- Lightning
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

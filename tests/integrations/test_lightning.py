@@ -42,7 +42,9 @@ class Learner(lightning.LightningModule):
 
 
 class Resuming(Learner):
-    """What a module adds so that its checkpoints can be resumed whether or not it has hyper-connections already."""
+    """What a module adds so that its checkpoints can be resumed whether or not it has
+    hyper-connections already.
+    """
 
     def on_load_checkpoint(self, checkpoint):
         mhc_compile.restore(self, checkpoint["state_dict"])

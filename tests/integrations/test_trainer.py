@@ -67,7 +67,9 @@ def assert_equal(one, two) -> None:
 
 
 def test_trains_saves_and_resumes(tmp_path, caplog):
-    """The first run attaches at its first step, as an unmodified script does; the second puts back what the first saved."""
+    """The first run attaches at its first step, as an unmodified script does; the second puts back
+    what the first saved.
+    """
     first = model()
     first.compile(backend="mhc", options=EAGER)
     whole = trainer(first, tmp_path / "whole")
@@ -88,7 +90,8 @@ def test_trains_saves_and_resumes(tmp_path, caplog):
     assert len(losses(whole)) == 4
     assert_equal(first, second)
 
-    # Without them the Trainer gives up, and the model that was loaded is not the one that was saved.
+    # Without them the Trainer gives up, and the model that was loaded is not the one that was
+    # saved.
     third = model()
     third.compile(backend="mhc", options=EAGER)
     with pytest.raises(ValueError, match="parameter group that doesn't match the size"):
@@ -143,7 +146,8 @@ def test_the_backend_by_name_in_training_arguments(name, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert_equal(resumed.model, whole.model)
-    # After training the Trainer evaluates the model that it was given, in eager, whatever the backend.
+    # After training the Trainer evaluates the model that it was given, in eager, whatever the
+    # backend.
     with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
         resumed.evaluate()
     saved = set(_saved(tmp_path / "half" / "checkpoint-4"))

@@ -1,4 +1,6 @@
-"""The trunks of the models that ship with hyper-connections, plain: captured whole, every residual add found, values and gradients kept."""
+"""The trunks of the models that ship with hyper-connections, plain: captured whole, every residual
+add found, values and gradients kept.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`mhc convert`: files and folders of safetensors, in both directions, and what is left on disk when it fails."""
+"""`mhc convert`: files and folders of safetensors, in both directions, and what is left on disk
+when it fails.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def test_a_spelling_and_other_branches(mhc, tmp_path):
 
 
 def test_only_one_tensor_is_read_at_a_time(native, tmp_path, monkeypatch):
-    # Tensors that stay are never made into tensors at all, and those that change are gone before the next one.
+    # Tensors that stay are never made into tensors at all, and those that change are gone before
+    # the next one.
     alive, most = [], []
     read = safetensors_io.read
 
@@ -191,7 +194,7 @@ def test_after_a_failure_nothing_is_there(mhc, sharded, tmp_path, monkeypatch):
         (("--to", "glm5-next"), 1, "in a native layout already"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_paragraph(mhc, native, tmp_path, arguments, code, words):
+def test_wrong_input_is_one_paragraph(mhc, native, tmp_path, arguments, code, words):
     got, _, err = mhc(native, tmp_path / "ours.safetensors", *arguments)
     assert (got, words in err) == (code, True), err
     assert not (tmp_path / "ours.safetensors").exists()
@@ -227,7 +230,7 @@ def test_damaged_files_are_rejected(mhc, native, tmp_path, spoil, words):
     assert not (tmp_path / "ours.safetensors").exists()
 
 
-def test_parameters_in_a_dtype_without_numbers_behind_the_point_are_rejected(mhc, native, tmp_path):
+def test_parameters_of_integer_dtype_are_rejected(mhc, native, tmp_path):
     state = {name: v.to(torch.int8) if "_hc." in name else v for name, v in load_file(native).items()}
     save_file(state, native)
     code, _, err = mhc(native, tmp_path / "ours.safetensors", "--from", "glm5-next")

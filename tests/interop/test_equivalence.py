@@ -1,4 +1,6 @@
-"""The plain model with a preset's hyper-connections and the shipping model's parameters is the shipping model."""
+"""The plain model with a preset's hyper-connections and the shipping model's parameters is the
+shipping model.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,8 @@ def test_files_that_transformers_saved_come_back_the_same(name, tmp_path):
 def test_the_plain_class_loads_converted_files_of_the_shipping_one(tmp_path):
     native, model = native_model("deepseek-v4"), plain_model("deepseek-v4")
     native.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
-    # In saved files branches are `attn` and `ffn`; transformers calls them otherwise when it loads them.
+    # In saved files branches are `attn` and `ffn`; transformers calls them otherwise when it loads
+    # them.
     names = {"self_attn": "attn", "mlp": "ffn"}
     convert(tmp_path / "saved", tmp_path / "ours", "deepseek-v4", native=False, branches=names)
     loaded = type(model).from_pretrained(tmp_path / "ours", attn_implementation="eager")

@@ -1,4 +1,6 @@
-"""State dicts from native layouts into ours and back: names, shapes, order of residual logits, and what is rejected."""
+"""State dicts from native layouts into ours and back: names, shapes, order of residual logits, and
+what is rejected.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,7 @@ LONG = changed(native_state("glm5-next", n=3), "attn_hc.fn", turned)
         (TWO, "qwen4-exp", r"may belong to any of the branches self_attn, linear_attn of 'model\.layers\.3'"),
     ],
 )  # fmt: skip
-def test_what_is_no_native_checkpoint_of_the_preset_is_rejected(state, preset, words):
+def test_checkpoint_of_another_preset_is_rejected(state, preset, words):
     with pytest.raises(CheckpointError, match=words):
         interop.from_native(state, preset)
 
@@ -149,7 +151,7 @@ OURS = {preset: interop.from_native(native_state(preset), preset) for preset in 
         (OURS["hy-v4"] | {"model.layers.0.ffn_hc.fn": torch.ones(1)}, "hy-v4", r"would both become 'model\.layers\.0\.ffn_hc\.fn'"),
     ],
 )  # fmt: skip
-def test_what_has_no_counterpart_in_the_native_layout_is_rejected(state, preset, words):
+def test_parameters_without_native_counterpart_are_rejected(state, preset, words):
     with pytest.raises(CheckpointError, match=words):
         interop.to_native(state, preset)
 
@@ -244,7 +246,7 @@ def test_another_mapping_of_the_same_size_is_rejected():
         interop.to_native(model.state_dict(), "glm5-next", branches=BRANCHES)
 
 
-def test_a_layout_of_one_s_own():
+def test_registered_layout_is_used():
     layout = Layout(
         preset="paper",
         source="here",

@@ -1,4 +1,6 @@
-"""Residual mappings: what they promise about their matrices, their gradients, and a model that starts with them."""
+"""Residual mappings: what they promise about their matrices, their gradients, and a model that
+starts with them.
+"""
 
 from __future__ import annotations
 
@@ -235,7 +237,7 @@ def test_models_of_the_zoo_are_preserved(family, name):
         ({"mapping": "kroneker"}, r"'kroneker'; did you mean 'kronecker'\?"),
     ],
 )
-def test_what_there_is_not_is_rejected(options, words):
+def test_unknown_mapping_is_rejected(options, words):
     with pytest.raises(OptionError, match=words):
         Options.parse(options)
 

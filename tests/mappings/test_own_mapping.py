@@ -176,7 +176,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "words"), REFUSED)
-def test_what_does_not_fit_together_is_rejected_in_words(make, words):
+def test_inconsistent_mapping_is_rejected_with_a_message(make, words):
     register_mapping(Circulant())
     before = dict(mappings.MAPPINGS)
     with pytest.raises(OptionError, match=words):

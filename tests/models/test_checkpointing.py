@@ -1,4 +1,6 @@
-"""Activation checkpointing: the same sites, the same numbers, and the memory that it is there to save."""
+"""Activation checkpointing: the same sites, the same numbers, and the memory that it is there to
+save.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Checkpointed(Decoder):
-    """A decoder that runs its blocks as `how` says; `how(call, blocks, x)` calls `call(f, *operands)` where a region is wanted."""
+    """A decoder that runs its blocks as `how` says; `how(call, blocks, x)` calls `call(f,
+    *operands)` where a region is wanted.
+    """
 
     def __init__(
         self, how: Callable[..., Any], *, layers: int = LAYERS, reentrant: bool = False, **settings: Any
@@ -222,8 +226,8 @@ def test_one_chain_runs_through_all_blocks():
     assert [site.path for site in explanation.sites][:2] == ["blocks.0.mhc.attn", "blocks.0.mhc.mlp"]
 
 
-#: "eager" computes regions again as autograd meets them, "aot_eager" in a graph that a partitioner cuts. (AOTAutograd drops what nobody reads,
-#: random numbers included, in the plain model as well.)
+#: "eager" computes regions again as autograd meets them, "aot_eager" in a graph that a partitioner
+#: cuts. (AOTAutograd drops what nobody reads, random numbers included, in the plain model as well.)
 QUICK = {
     (dropout, "aot_eager"),
     (a_site_across_two_regions, "aot_eager"),
@@ -357,7 +361,8 @@ def test_regions_of_other_operations_are_named_in_the_report():
     assert_same(got, step(torch.compile(model, backend="aot_eager"), model, tokens()), 1e-6)
 
 
-# --- what is kept for the backward -----------------------------------------------------------------------------------------------------
+# --- what is kept for the backward
+# --------------------------------------------------------------------------------------------------
 
 
 def recorded(partition: Any) -> tuple[list[fx.Graph], Callable[..., Any]]:
@@ -375,7 +380,9 @@ def recorded(partition: Any) -> tuple[list[fx.Graph], Callable[..., Any]]:
 
 
 def kept(graph: fx.Graph) -> list[tuple[int, ...]]:
-    """Shapes of what the forward keeps for the backward beside parameters and inputs of the model."""
+    """Shapes of what the forward keeps for the backward beside parameters and inputs of the
+    model.
+    """
     values = [
         n.meta.get("val")
         for n in graph.nodes
@@ -396,7 +403,8 @@ def test_only_the_streams_between_blocks_are_kept_and_the_rest_is_computed_again
         step(torch.compile(m, backend="mhc", options={"inner_backend": backend}), m, tokens(batch, length))
         (found[m],) = graphs
     shapes = Counter(kept(found[model]))
-    # Between two blocks one set of streams, in front of the first the embedding, and behind the last a few values of the head.
+    # Between two blocks one set of streams, in front of the first the embedding, and behind the
+    # last a few values of the head.
     assert shapes[batch, length, n, WIDTH] == LAYERS - 1
     outside = shapes - Counter({(batch, length, n, WIDTH): LAYERS - 1, (batch, length, WIDTH): 1})
     assert sum(outside.values()) <= 6
@@ -404,7 +412,8 @@ def test_only_the_streams_between_blocks_are_kept_and_the_rest_is_computed_again
     counts = Counter(node.target for node in found[model].nodes)
     assert counts[torch.ops.mhc.coefficients.default] == 2 * LAYERS
     assert counts[torch.ops.mhc.collapse.default] == 2 * LAYERS
-    # One update in every block, and the last of all: the final norm reads it, and the output of a region is computed again as the rest of it is.
+    # One update in every block, and the last of all: the final norm reads it, and the output of a
+    # region is computed again as the rest of it is.
     assert counts[torch.ops.mhc.update.default] == LAYERS + 1
     assert counts[torch.ops.aten.addmm.default] >= 3 * LAYERS
     without = Counter(node.target for node in found[off].nodes)
@@ -412,7 +421,8 @@ def test_only_the_streams_between_blocks_are_kept_and_the_rest_is_computed_again
     assert sum(map(math.prod, kept(found[off]))) > 4 * sum(map(math.prod, kept(found[model])))
 
 
-# --- transformers ----------------------------------------------------------------------------------------------------------------------
+# --- transformers
+# --------------------------------------------------------------------------------------------------
 
 
 def checkpointing(case: Case, **settings: Any) -> None:

@@ -72,8 +72,9 @@ def test_default_start_preserves_bfloat16(name):
     assert got.logits.dtype == torch.bfloat16
     assert distance(got.logits, want.logits) < 2e-2
     assert distance(got.loss, want.loss) < 2e-2
-    # A ReLU whose input rounds to the other side of zero changes gradients by more than rounding (OPT): where bfloat16 alone moves the plain
-    # model's gradient by more than 1 %, twice that is allowed.
+    # A ReLU whose input rounds to the other side of zero changes gradients by more than rounding
+    # (OPT): where bfloat16 alone moves the plain model's gradient by more than 1 %, twice that is
+    # allowed.
     floor = 1e-3 * max(gradient.double().norm().item() for gradient in want.gradients.values())
     for parameter, gradient in want.gradients.items():
         own = distance(gradient, exact.gradients[parameter], floor)

@@ -1,4 +1,6 @@
-"""The rewritten model against an mHC transformer written by hand, in float64, from the equations, with none of the package's code."""
+"""The rewritten model against an mHC transformer written by hand, in float64, from the equations,
+with none of the package's code.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import mhc_compile
 
 
 def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, iterations: int, eps: float) -> Tensor:
-    """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns, rows); X' = H_res X + H_postᵀ f(H_pre X)."""
+    """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns,
+    rows); X' = H_res X + H_postᵀ f(H_pre X).
+    """
 
     def site(X: Tensor, name: str, f) -> Tensor:
         phi, bias, scale = (parameters[f"{name}.{part}"] for part in ("phi", "bias", "scale"))
@@ -95,6 +99,8 @@ def randomise(model: Decoder) -> None:
 
 
 def leaves(plain: Decoder, model: Decoder) -> dict[str, Tensor]:
-    """The parameters that the hand-written model computes with: the plain model's own, and copies of the hyper-connections'."""
+    """The parameters that the hand-written model computes with: the plain model's own, and copies
+    of the hyper-connections'.
+    """
     own = dict(plain.named_parameters())
     return {name: own.get(name, p.detach().clone().requires_grad_()) for name, p in model.named_parameters()}

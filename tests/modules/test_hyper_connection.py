@@ -41,7 +41,9 @@ def test_the_lean_rotates_with_the_index():
 
 
 def test_default_start_is_alive():
-    """phi = 0 with scale > 0 receives a gradient; H_res receives one as soon as the streams differ."""
+    """phi = 0 with scale > 0 receives a gradient; H_res receives one as soon as the streams
+    differ.
+    """
     connection = HyperConnection(WIDTH, Options())
     connection(torch.randn(2, 3, 4, WIDTH), torch.tanh).square().sum().backward()
     for name, parameter in connection.named_parameters():

@@ -37,10 +37,11 @@ def test_kernel_equals_the_eager_form(n, dtype, tolerance):
             assert torch.allclose(got.double(), want, rtol=0, atol=tolerance), (tokens, iterations, std)
 
 
-def test_the_kernel_is_what_runs():
+def test_kernel_runs():
     """The C++ compiler is a requirement of Inductor on CPU and of these tests.
 
-    Rounding tells the two apart: if the operator ran the eager form here, the first comparison would fail.
+    Rounding tells the two apart: if the operator ran the eager form here, the first comparison
+    would fail.
     """
     logits = torch.randn(4096, 4, 4)
     assert torch.equal(torch.ops.mhc.sinkhorn(logits, 20), cpu.sinkhorn(logits, 20))
@@ -69,7 +70,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_without_a_compiler_the_eager_form_runs_and_says_so(monkeypatch, caplog):
+def test_without_a_compiler_the_eager_form_runs_with_a_warning(monkeypatch, caplog):
     from mhc_compile import _torch
 
     def broken(source):

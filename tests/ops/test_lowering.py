@@ -1,4 +1,6 @@
-"""What Inductor makes of a chain: the operators that are called, counted in the code that it generates."""
+"""What Inductor makes of a chain: the operators that are called, counted in the code that it
+generates.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ import mhc_compile
 
 
 class Deep(nn.Module):
-    """Blocks between two other layers: with the chain's ends at the graph's edges, streams would be expected to go on elsewhere."""
+    """Blocks between two other layers: with the chain's ends at the graph's edges, streams would be
+    expected to go on elsewhere.
+    """
 
     def __init__(self, depth: int, width: int = 16) -> None:
         super().__init__()
@@ -34,7 +38,9 @@ DEPTH = 3
 
 @functools.cache
 def calls(dtype: torch.dtype = torch.float32, **options: int) -> tuple[Counter[str], str]:
-    """Return how often the generated code calls each operator, and the code of forward and backward."""
+    """Return how often the generated code calls each operator, and the code of forward and
+    backward.
+    """
     torch.manual_seed(0)
     model, x = Deep(DEPTH).to(dtype), torch.randn(2, 8, 16, dtype=dtype)
     mhc_compile.attach(model, x, options=options)

@@ -1,4 +1,7 @@
-"""The C++ of every mapping and convention, alone, against the eager form. In the fused operators: `test_steps`."""
+"""The C++ of every mapping and convention, alone, against the eager form.
+
+In the fused operators: `test_steps`.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def test_settings_that_a_mapping_ignores_make_no_new_library(monkeypatch):
     assert built[0] == built[1] != built[2]
 
 
-def test_what_depends_on_no_mapping_takes_the_library_that_is_there(monkeypatch):
+def test_operators_without_mapping_use_any_built_library(monkeypatch):
     built = []
     monkeypatch.setattr(cpu.kernels, "library", lambda headers, **macros: built.append(headers[2]) or headers)
     monkeypatch.setattr(cpu.kernels, "_BUILT", {})

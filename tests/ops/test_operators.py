@@ -167,7 +167,9 @@ def test_integer_streams_and_wrong_mixing_are_named():
 
 
 def test_update_takes_coefficients_that_are_narrower_than_the_streams():
-    """A trunk that is cast between the projection and the sum: float32 coefficients, float64 streams."""
+    """A trunk that is cast between the projection and the sum: float32 coefficients, float64
+    streams.
+    """
     torch.manual_seed(0)
     streams = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     branch = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,6 @@
-"""Sinkhorn: the values, and the hand-derived gradient against autograd through the unrolled loop."""
+"""Sinkhorn: the values, and the hand-derived gradient against autograd through the unrolled
+loop.
+"""
 
 from __future__ import annotations
 

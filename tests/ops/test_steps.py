@@ -1,4 +1,6 @@
-"""The fused operators: the composition against autograd of the reference operators, the C++ kernels against the composition."""
+"""The fused operators: the composition against autograd of the reference operators, the C++ kernels
+against the composition.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def columns(n, mapping):
 
 
 def values(n=4, width=6, tokens=(2, 3), dtype=torch.float64, mapping="sinkhorn", copies=False, branch=None):
-    """`(streams, branch, post, res, phi, bias, scale)`; one stream for n equal ones with `copies`."""
+    """`(streams, branch, post, res, phi, bias, scale)`; one stream for n equal ones with
+    `copies`.
+    """
     real, k = torch.promote_types(dtype, torch.float32), columns(n, mapping)
     return (
         torch.randn(*tokens, 1 if copies else n, width, dtype=dtype),
@@ -56,7 +60,8 @@ def close(one, other, tolerance):
     )
 
 
-# Every number of streams and every combination of dtypes is a library of its own, which takes seconds to build.
+# Every number of streams and every combination of dtypes is a library of its own, which takes
+# seconds to build.
 SIZES = [
     (4, "sinkhorn"),
     (4, "identity"),
@@ -140,7 +145,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize(("streams", "branch", "mapping"), TYPES)
 def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
-    """Tokens and features that are multiples of nothing, tails of tiles and of vectors, strides, gradients that nobody has."""
+    """Tokens and features that are multiples of nothing, tails of tiles and of vectors, strides,
+    gradients that nobody has.
+    """
     assert cpu.takes(streams, branch, 4, mapping)
     how = (mapping, 20, 1e-6)
     tolerance = TOLERANCES[streams]
@@ -177,7 +184,7 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                         assert close(one, other, max(tolerance, TOLERANCES[one.dtype]))
 
 
-def test_the_kernels_are_what_runs(monkeypatch):
+def test_kernels_run(monkeypatch):
     """Rounding would not tell: the composition must not be called at all."""
 
     def composition(*_):

@@ -1,4 +1,7 @@
-"""The Triton kernels against double precision autograd. Without a GPU they run in Triton's interpreter, on CPU tensors."""
+"""The Triton kernels against double precision autograd.
+
+Without a GPU they run in Triton's interpreter, on CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # Read when Triton is imported. Where another test has been faster, this file has to be run alone or with the variable set.
+    # Read when Triton is imported. Where another test has been faster, this file has to be run
+    # alone or with the variable set.
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,7 +28,8 @@ from mhc_compile.errors import OptionError, ShapeError  # noqa: E402
 from mhc_compile.ops import triton as kernels  # noqa: E402
 
 EPS = 1e-6
-# dtype of the streams, of the branch, and the largest error relative to the largest number of a result
+# dtype of the streams, of the branch, and the largest error relative to the largest number of a
+# result
 PRECISIONS = [
     pytest.param(torch.float32, torch.float32, 2e-5, id="float32"),
     pytest.param(torch.bfloat16, torch.bfloat16, 2e-2, id="bfloat16"),
@@ -76,7 +81,9 @@ def read(streams, phi, bias, scale, n, mapping, iterations):
 
 
 class Case:
-    """Inputs of one site in the kernels' dtypes, and the same numbers in double precision with gradients."""
+    """Inputs of one site in the kernels' dtypes, and the same numbers in double precision with
+    gradients.
+    """
 
     def __init__(self, n, equal, lead, width, mapping="sinkhorn", dtype=torch.float32, branch_dtype=None):
         self.n, self.mapping = n, mapping
@@ -146,7 +153,8 @@ def check_site(case, iterations, tolerance, absent=()):
     X, *site = case.exact(case.streams, *case.site)
     want = read(X, *site, case.n, *tail)
     close_to(got, want, tolerance)
-    # Coefficients of narrow streams are as exact as their streams allow: a phi cut down to bfloat16 fails here.
+    # Coefficients of narrow streams are as exact as their streams allow: a phi cut down to bfloat16
+    # fails here.
     close_to(got[1:], want[1:], min(tolerance, 1e-3))
     assert got[0].dtype == case.streams.dtype
     assert {t.dtype for t in got[1:]} == {torch.float32}
@@ -208,7 +216,9 @@ def test_strides_do_not_matter():
 
 
 def test_wild_logits_stay_finite():
-    """Sinkhorn of logits of size 100: the first round is done on logarithms, the gradient does not overflow."""
+    """Sinkhorn of logits of size 100: the first round is done on logarithms, the gradient does not
+    overflow.
+    """
     case = Case(4, False, (16,), 16)
     phi, bias, _ = case.site
     case.site = (phi, 100 * bias, torch.full((3,), 40.0, device=DEVICE))
@@ -230,7 +240,7 @@ def test_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_rejections_say_what_was_found():
+def test_rejected_inputs_restate_shape_and_dtype():
     case = Case(4, False, (3,), 8)
     with pytest.raises(ShapeError, match=r"streams \[3, 4, 8\] float64.*expected float32"):
         kernels.update(case.streams.double(), *case.mix[1:])
@@ -240,6 +250,6 @@ def test_rejections_say_what_was_found():
         kernels.read(case.streams, *case.site, 4, "magic", 20, EPS)
 
 
-def test_the_interpreter_is_what_runs_without_a_gpu():
+def test_interpreter_runs_without_a_gpu():
     assert kernels.available()
     assert triton.knobs.runtime.interpret == (DEVICE == "cpu")

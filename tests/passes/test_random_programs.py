@@ -1,4 +1,6 @@
-"""Random residual programs: whatever the passes do to them, the function is preserved, the graph is valid, and every addition has one verdict."""
+"""Random residual programs: whatever the passes do to them, the function is preserved, the graph is
+valid, and every addition has one verdict.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ programs = st.tuples(st.lists(step, min_size=2, max_size=12), st.lists(st.intege
 
 
 def forward_of(program) -> Callable[[Model, Tensor], tuple[Tensor, ...]]:
-    """Each step reads values by their age (0 is the newest); some values are returned beside the last."""
+    """Each step reads values by their age (0 is the newest); some values are returned beside the
+    last.
+    """
     steps, extra = program
 
     def forward(m: Model, x: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +120,10 @@ def outcome(module, model: Model, x: Tensor, parameters=None) -> tuple[list[Tens
 
 
 def plain(program) -> tuple[Model, fx.GraphModule, Tensor, tuple[list[Tensor], list[Tensor]]]:
-    """The model, its graph, an input, and what the plain model makes of it. Programs that PyTorch itself rejects are passed over."""
+    """The model, its graph, an input, and what the plain model makes of it.
+
+    Programs that PyTorch itself rejects are passed over.
+    """
     torch.manual_seed(0)
     model = Model(forward_of(program)).double()
     x = torch.randn(2, 4, C, dtype=torch.float64)
@@ -208,7 +215,9 @@ common = {
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(4))
 def test_thousands_of_random_programs(start):
-    """Every program once: preserved, valid, unchanged by a second run, one verdict for every addition."""
+    """Every program once: preserved, valid, unchanged by a second run, one verdict for every
+    addition.
+    """
     fired = []
 
     @seed(start)

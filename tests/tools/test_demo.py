@@ -59,7 +59,9 @@ def demo(*args: str | Path, tiny: list[str] | None = None) -> Result:
 
 
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
-    """Start the command in its own process, which heeds SIGINT even if this one, in a shell's background, ignores it."""
+    """Start the command in its own process, which heeds SIGINT even if this one, in a shell's
+    background, ignores it.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "mhc_compile", "demo", *TINY, "--out", str(out), *args],
         stdout=subprocess.PIPE,

@@ -89,7 +89,7 @@ def sent(done: subprocess.CompletedProcess[str]) -> dict:
 # What the script sees
 
 
-def test_a_script_sees_what_it_sees_below_python(folder):
+def test_script_sees_the_same_process_state_as_under_python(folder):
     Path("look.py").write_text(LOOK)
     arguments = ["look.py", "--streams", "7", "-m", "--", "-h", ""]
     plain, ours = execute(*PYTHON, *arguments, given="typed"), execute(*MHC, "--quiet", *arguments, given="typed")
@@ -98,7 +98,7 @@ def test_a_script_sees_what_it_sees_below_python(folder):
     assert ours.stderr == plain.stderr == ""
 
 
-def test_a_module_sees_what_it_sees_below_python(folder):
+def test_module_sees_the_same_process_state_as_under_python(folder):
     Path("package").mkdir()
     Path("package/__init__.py").touch()
     Path("package/helper.py").write_text("print('helper', __name__)\n")
@@ -134,7 +134,7 @@ def test_flags_of_python_end_where_its_program_begins(command, flags):
     assert interpreter_flags(command.split()) == flags.split()
 
 
-def test_files_beside_the_script_hide_the_standard_library_as_they_do_below_python(folder):
+def test_files_next_to_the_script_shadow_the_standard_library_as_under_python(folder):
     Path("own").mkdir()
     for name in ("json", "dataclasses", "ast", "inspect"):
         Path(f"own/{name}.py").write_text(f"print('mine: {name}')\n")
@@ -279,7 +279,7 @@ raise KeyboardInterrupt
 """
 
 
-def test_every_compile_without_a_backend_has_ours(folder):
+def test_every_compile_without_a_backend_uses_mhc(folder):
     done = run(FORMS, "--streams", "2")
     assert done.returncode == -signal.SIGINT, done.stderr
     data = json.loads(done.stdout)
@@ -417,7 +417,7 @@ def test_spawned_children_have_the_backend_and_the_script_counts_them(folder):
     ]
 
 
-def test_pythons_of_other_environments_are_left_alone(folder):
+def test_interpreters_of_other_environments_are_unchanged(folder):
     script = """
 import os, sys
 pid, prefix, *rest = os.environ["MHC_RUN"].split("\\n")

@@ -1,4 +1,6 @@
-"""`mhc scaling`: the sizes against published figures, the estimate against a whole model and against counts by hand."""
+"""`mhc scaling`: the sizes against published figures, the estimate against a whole model and
+against counts by hand.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def test_kept_bytes_counted_by_hand() -> None:
     cheap = kept_bytes(8, 2, Options().resolved, 10, "cheap")
     assert cheap == 10 * (4 * 8 * 2 + 8 * 2 + 24 * 4)
     assert block_length(10, 4) == 3
-    # Four of ten sites keep streams and coefficients, ten a branch's output; six do not keep what their branch reads.
+    # Four of ten sites keep streams and coefficients, ten a branch's output; six do not keep what
+    # their branch reads.
     assert kept_bytes(8, 2, Options().resolved, 10, "block") == 4 * (4 * 8 * 2 + 24 * 4) + 10 * 8 * 2 - 6 * 8 * 2
 
 

@@ -1,4 +1,6 @@
-"""Presets in a compiled model: what the passes write against the same sites put together by hand, in float64."""
+"""Presets in a compiled model: what the passes write against the same sites put together by hand,
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ def test_forward_and_gradients_equal_the_sites_by_hand(case, inner_backend):
     assert (got - want).abs().max() < 1e-11
     found = torch.autograd.grad((got * weight).sum(), list(parameters.values()), allow_unused=True)
     for name, mine, theirs in zip(parameters, found, expected, strict=True):
-        # In a single pass the last site's weights end the chain, so none is unused; empty parameters have empty gradients.
+        # In a single pass the last site's weights end the chain, so none is unused; empty
+        # parameters have empty gradients.
         mine, theirs = (torch.zeros(1) if value is None else value for value in (mine, theirs))
         if mine.numel():
             assert (mine - theirs).abs().max() < 1e-10 * max(1.0, theirs.abs().max().item()), name
@@ -106,7 +109,9 @@ def test_forward_and_gradients_equal_the_sites_by_hand(case, inner_backend):
     ],
 )
 def test_the_start_is_the_plain_model(case):
-    """To rounding; with an epsilon in Sinkhorn the rows sum to 1 - eps, so that a site loses a millionth of its streams."""
+    """To rounding; with an epsilon in Sinkhorn the rows sum to 1 - eps, so that a site loses a
+    millionth of its streams.
+    """
     plain = Decoder(width=WIDTH).double()
     model, ids = twin(plain), tokens()
     want, got = plain(ids), torch.compile(model, backend="mhc", options={**CASES[case], "inner_backend": "eager"})(ids)
@@ -206,13 +211,13 @@ def test_a_state_dict_goes_round(tmp_path):
         ({"overrides": ["layers"]}, "expected a dict such as"),
     ],
 )
-def test_wrong_options_say_what_is_wrong(options, message):
+def test_wrong_options_raise_with_a_message(options, message):
     with pytest.raises(OptionError) as error:
         mhc_compile.Options.parse(options)
     assert message in str(error.value)
 
 
-def test_what_is_given_goes_before_the_preset():
+def test_given_options_override_the_preset():
     assert mhc_compile.Options.parse({"preset": "glm5-next"}).eps == 1e-5
     assert mhc_compile.Options.parse({"preset": "glm5-next", "eps": 1e-6}).eps == 1e-6
     assert (
@@ -223,7 +228,9 @@ def test_what_is_given_goes_before_the_preset():
 
 @pytest.mark.parametrize("case", [pytest.param("deepseek-v4", marks=pytest.mark.slow), "qwen4-exp", "static"])
 def test_restored_from_a_file(case, tmp_path):
-    """What the names and shapes in a file tell need not be said: the learned read-out, the rank, static coefficients."""
+    """What the names and shapes in a file tell need not be said: the learned read-out, the rank,
+    static coefficients.
+    """
     from safetensors.torch import save_file
 
     model, ids = randomised(CASES[case])
@@ -237,7 +244,7 @@ def test_restored_from_a_file(case, tmp_path):
     assert (got - by_hand(model, ids)).abs().max() < 1e-11
 
 
-def test_a_pattern_that_fits_no_site_is_not_dropped_in_silence():
+def test_pattern_that_matches_no_site_warns():
     model, ids = Decoder(width=WIDTH), tokens()
     options = {"inner_backend": "eager", "overrides": {"layers.*.mlp": {"token_dependent": False}}}
     with pytest.warns(mhc_compile.MhcWarning, match=r"'layers\.\*\.mlp' fits no site .* 'blocks\.\d\.mlp'"):
@@ -282,7 +289,9 @@ def test_explain_counts_the_parameters_that_are_attached(case):
 
 
 def test_a_reader_of_a_value_that_runs_on_streams_gets_their_sum_too():
-    """The norm between two adds is lifted over the streams, and what it gives is returned as well."""
+    """The norm between two adds is lifted over the streams, and what it gives is returned as
+    well.
+    """
 
     class Normed(torch.nn.Module):
         def __init__(self):
@@ -307,7 +316,9 @@ def test_a_reader_of_a_value_that_runs_on_streams_gets_their_sum_too():
 
 
 def test_a_model_that_returns_its_trunk_is_whole():
-    """Its chain leaves the graph as a result; that alone is no reason to believe that it goes on elsewhere."""
+    """Its chain leaves the graph as a result; that alone is no reason to believe that it goes on
+    elsewhere.
+    """
 
     class Trunk(Decoder):
         def forward(self, ids):

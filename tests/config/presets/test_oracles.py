@@ -1,4 +1,6 @@
-"""Every preset against the module that ships it, with that module's own parameters: outputs and all gradients."""
+"""Every preset against the module that ships it, with that module's own parameters: outputs and all
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def test_equal_in_float64(name, in_double):
 
 @pytest.mark.parametrize("name", NATIVES)
 def test_as_near_in_bfloat16_as_the_module_that_ships_it(name, monkeypatch):
-    """Streams in bfloat16, parameters in what the module can take: our error against float64 is at most that of the module, but for chance."""
+    """Streams in bfloat16, parameters in what the module can take: our error against float64 is at
+    most that of the module, but for chance.
+    """
     native, streams = made(name, torch.bfloat16 if name == "qwen4-exp" else torch.float32)
     rounded = streams.to(torch.bfloat16)
     weights = {shape: torch.randn(shape, dtype=torch.float64) for *_, shape in pairs(native, streams)}
@@ -124,7 +128,7 @@ def test_as_near_in_bfloat16_as_the_module_that_ships_it(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NATIVES)
-def test_the_module_of_ours_is_what_the_operators_compute(name):
+def test_hyper_connection_module_computes_what_the_operators_compute(name):
     native, streams = made(name, torch.float64)
     connection = create_connection(WIDTH, settings(native), dtype=torch.float64, last=True)
     for parameter, value in zip((getattr(connection, n) for n in connection.names), native.ours(), strict=True):

@@ -1,4 +1,6 @@
-"""A browser for the tests of the page: Debian's chromium, driven by its own driver. Nothing is downloaded."""
+"""A browser for the tests of the page: Debian's chromium, driven by its own driver. Nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_every_residual_add_is_replaced_and_nothing_else_is_removed():
     assert added["getitem"] == 18
 
 
-def test_the_graph_behind_the_diff_is_the_one_that_the_inner_compiler_gets():
+def test_diff_shows_the_graph_that_the_inner_compiler_gets():
     model = decoder()
     diff = mhc_compile.diff(model, tokens(), options={"inner_backend": "eager"}, stage="capture..lower")
     (graph,) = rewritten(copy.deepcopy(model), tokens())
@@ -149,7 +149,7 @@ def test_stages():
     assert set(same.changes) == {Change.SAME}
 
 
-def test_what_a_pass_does_is_seen():
+def test_changes_of_each_pass_are_shown():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()

@@ -46,7 +46,7 @@ def test_a_chain_inside_a_branch_is_counted_in_its_box():
     assert [(part.path, part.holds) for part in parts(nested())] == [("1.mhc.deep", 2), ("1.mhc.flat", 0)]
 
 
-def test_what_is_left_alone_is_noted():
+def test_rejected_additions_are_noted():
     [picture] = sketch(alone()).pictures
     assert picture.trunks == ()
     assert picture.notes == ("skipped: 2 × chain-too-short (x, add_1)",)
@@ -81,7 +81,7 @@ def test_the_svg_has_a_box_for_each_site_on_either_side_and_a_line_for_each_stre
     assert kinds["stream"] == len(trunks) * drawn.streams
 
 
-def test_the_svg_says_what_it_holds():
+def test_svg_has_a_title_and_a_description():
     texts = [element.text for element in ElementTree.fromstring(to_svg(nested())).iter(f"{SVG}text")]
     assert "Nested · holds 2 more sites" in texts
     assert {"copies: 1 → 4", "mean: 4 → 1", "pre", "res", "post", "before", "after"} <= set(texts)
@@ -184,6 +184,6 @@ def test_mermaid_s_arrows_join_boxes_that_exist(made):
     assert text.count("|pre|") == text.count("|post|") == branches
 
 
-def test_mermaid_escapes_what_it_would_read():
+def test_mermaid_escapes_its_own_syntax():
     assert mermaid_text('a"b<c>&#`\\\u2028') == '"a#34;b#60;c#62;#38;#35;#96;#92;#8232;"'
     assert IMAGE not in to_mermaid(hostile())

@@ -32,7 +32,7 @@ def benchmark_compiled_module():
 """
 
 
-def test_launches_in_order_with_what_they_hold():
+def test_launches_are_in_order_with_their_operations():
     assert list(read_kernels(CODE)) == [
         Kernel("backward", "fused", "cpp_fused_add_native_layer_norm", ("add", "native_layer_norm"), ()),
         Kernel("backward", "library", "extern_kernels.addmm", ("aten.view", "aten.addmm"), ("x", "linear")),
@@ -51,7 +51,7 @@ def test_counts():
     assert diff.to_dict()["counts"]["backward"]["mhc"] == [0, 1]
 
 
-def test_what_cannot_be_compiled_is_rejected():
+def test_model_that_does_not_compile_is_rejected():
     from mhc_compile.inspection.diff.kernels import kernels
 
     with pytest.raises(

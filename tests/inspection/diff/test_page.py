@@ -27,7 +27,7 @@ def test_the_data_is_that_of_the_json_report():
     assert {entry["change"] for entry in found["legend"]} == {change.value for change in Change}
 
 
-def test_every_row_is_in_one_group_and_layers_know_what_they_are_like():
+def test_every_row_is_in_one_group_and_equal_layers_refer_to_each_other():
     layers = data(render_page(decoder()))["layers"][0]
     places = sorted(place for layer in layers for place in layer["rows"])
     assert places == list(range(len(decoder().graphs[0].rows)))
@@ -52,7 +52,7 @@ def test_names_cannot_become_markup():
     assert found["graphs"][0]["rejections"][0]["add"] == COMMENT
 
 
-def test_nothing_but_the_page_s_own_script_and_style_may_run_or_load():
+def test_page_loads_only_its_inline_script_and_style():
     page = render_page(decoder())
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     for kind, tag in (("script", r"<script>(.*?)</script>"), ("style", r"<style>(.*?)</style>")):

@@ -216,7 +216,7 @@ def test_a_kind_of_change_can_be_hidden(page):
     assert page.one("#legend [data-change=rewired]").get_attribute("aria-pressed") == "false"
 
 
-def test_an_addition_that_is_left_alone_tells_why(page):
+def test_rejected_addition_shows_its_reason(page):
     page.open(hostile())
     page.all("#sites .rejection")[0].click()
     assert page.selected
@@ -272,7 +272,8 @@ def test_it_fits_and_is_legible(page, width, height, scheme):
     assert json.loads(page.js(_CONTRASTS)) == {}
 
 
-#: Texts whose contrast with what lies behind them is below the 4.5 of WCAG AA, by selector. All colours here are opaque or fully transparent.
+#: Texts whose contrast with what lies behind them is below the 4.5 of WCAG AA, by selector. All
+#: colours here are opaque or fully transparent.
 _CONTRASTS = r"""(() => {
   const rgb = text => text.match(/[\d.]+/g).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4))

@@ -139,7 +139,9 @@ def test_a_graph_break_gives_two_graphs():
 
 
 def test_integers_between_graphs_are_computed():
-    """A model that breaks its graph to count tokens takes the same path as when it runs; a zero would not."""
+    """A model that breaks its graph to count tokens takes the same path as when it runs; a zero
+    would not.
+    """
 
     class Net(torch.nn.Module):
         def __init__(self):

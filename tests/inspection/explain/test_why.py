@@ -71,7 +71,9 @@ def test_every_way_to_name_one_add():
 
 
 class Scaled(nn.Module):
-    """The branch splits the feature axis before its product, so only its result shows where the features are."""
+    """The branch splits the feature axis before its product, so only its result shows where the
+    features are.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +179,9 @@ def test_the_model_is_not_changed():
 
 
 def test_an_unpickled_result_has_its_renderer(tmp_path):
-    """Importing the result's class registers the renderer; nothing else of the package is needed."""
+    """Importing the result's class registers the renderer; nothing else of the package is
+    needed.
+    """
     found = explain_add("blocks.1.mhc.attn")
     (tmp_path / "found.pickle").write_bytes(pickle.dumps(found))
     script = "import pickle, rich; rich.print(pickle.load(open('found.pickle', 'rb')))"

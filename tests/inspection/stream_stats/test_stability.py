@@ -1,4 +1,6 @@
-"""`mhc_compile.stability`: every figure against a computation of its own, and the model as it was."""
+"""`mhc_compile.stability`: every figure against a computation of its own, and the model as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def trained(model, *inputs, std=1.0, phi=0.3, **kwargs):
     return model
 
 
-# --- the figures -----------------------------------------------------------------------------------------------------------------------
+# --- the figures
+# --------------------------------------------------------------------------------------------------
 
 
 class Deep(nn.Module):
@@ -59,7 +62,9 @@ def framed(depth, width=4):
 
 
 def by_hand(model, inputs, iterations=20):
-    """The streams [tokens, n, C] before every site and behind the last, and pre, post and H_res of every site, in plain float64."""
+    """The streams [tokens, n, C] before every site and behind the last, and pre, post and H_res of
+    every site, in plain float64.
+    """
     weights = dict(model.named_parameters())
     streams = F.linear(inputs, weights["0.weight"], weights["0.bias"]).flatten(0, 1).unsqueeze(-2).expand(-1, 4, -1)
     entering, coefficients = [], []
@@ -147,7 +152,7 @@ def test_every_figure_is_that_of_a_computation_by_hand():
     assert chain.amax_backward == max(site.remainder_backward for site in chain.sites) > 1.0
 
 
-def test_over_64_sites_sinkhorn_bounds_what_unconstrained_mixing_multiplies():
+def test_over_64_sites_sinkhorn_is_bounded_where_unconstrained_mixing_grows():
     model = Deep(64)
     points = torch.randn(3, 5, 4)
     mhc_compile.attach(model, points)
@@ -245,7 +250,8 @@ def test_half_precision_is_measured_in_double():
         assert one.entering.similarity == pytest.approx(other.entering.similarity, abs=0.05)
 
 
-# --- chains ----------------------------------------------------------------------------------------------------------------------------
+# --- chains
+# --------------------------------------------------------------------------------------------------
 
 
 class TwoBranches(nn.Module):
@@ -349,7 +355,7 @@ def test_a_read_out_with_as_many_tokens_as_streams_ends_the_chain():
     assert [len(chain.sites) for chain in mhc_compile.stability(model, points).chains] == [2, 2]
 
 
-def test_tokens_that_are_cut_off_along_a_chain_are_said():
+def test_tokens_cut_off_along_a_chain_are_reported():
     class Cut(nn.Module):
         def __init__(self):
             super().__init__()
@@ -390,7 +396,8 @@ def test_the_fused_encoder_layer_is_measured_in_eval_mode():
     assert result.mode == "eval"
 
 
-# --- the model as it was ---------------------------------------------------------------------------------------------------------------
+# --- the model as it was
+# --------------------------------------------------------------------------------------------------
 
 
 class Moody(nn.Module):
@@ -462,7 +469,8 @@ def test_a_model_compiled_in_place_is_looked_at_and_not_run_as_it_was_compiled(c
     assert len(mhc_compile.stability(model, points()).sites) == 2
 
 
-# --- what it is called with ------------------------------------------------------------------------------------------------------------
+# --- what it is called with
+# --------------------------------------------------------------------------------------------------
 
 
 def test_batches_as_loaders_give_them():
@@ -495,7 +503,8 @@ def test_a_plain_model_is_rejected():
         mhc_compile.stability(Decoder(), tokens())
 
 
-# --- what it looks like ----------------------------------------------------------------------------------------------------------------
+# --- what it looks like
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_start_is_explained():
@@ -568,7 +577,7 @@ def test_the_table_has_a_row_for_each_site_and_fits(width, measured):
     assert result.sites[0].name in result._repr_html_()
 
 
-def test_what_is_not_finite_is_shown_and_no_nan_goes_into_json(measured, tmp_path):
+def test_non_finite_figures_are_shown_and_json_has_no_nan(measured, tmp_path):
     points = torch.randn(3, 4)
     model = trained(Deep(3), points)
     with torch.no_grad():
@@ -610,7 +619,8 @@ def test_without_matplotlib_the_way_out_is_named(monkeypatch, tmp_path, measured
         measured.plot(tmp_path / "stability.png")
 
 
-# --- other conventions -----------------------------------------------------------------------------------------------------------------
+# --- other conventions
+# --------------------------------------------------------------------------------------------------
 
 
 QUICK = (
@@ -633,7 +643,7 @@ MORE = (
     [*QUICK, *(pytest.param(options, marks=pytest.mark.slow) for options in MORE)],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_other_conventions_are_measured_without_being_told_of(options):
+def test_convention_of_the_model_is_read_from_its_connections(options):
     model, inputs = framed(3), torch.randn(2, 4, 4)
     found = mhc_compile.attach(model, inputs, options=options)
     with torch.no_grad():

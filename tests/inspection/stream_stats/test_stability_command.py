@@ -29,7 +29,7 @@ def stability(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(command, list(arguments), obj={})
 
 
-def test_a_fresh_start_is_told_as_such(stability):
+def test_report_names_a_fresh_start(stability):
     done = stability("measured_models.py:small")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("Small: residual mixing over depth, train, float32, 2 sites in 1 chain")
@@ -39,7 +39,7 @@ def test_a_fresh_start_is_told_as_such(stability):
 
 
 @pytest.mark.slow
-def test_random_logits_show_what_the_mapping_does_with_them(stability, tmp_path):
+def test_random_logits_show_the_effect_of_the_mapping(stability, tmp_path):
     arguments = ("measured_models.py:small", "--json", "--eval", "--random-logits", "2")
     done = stability(*arguments, "--png", "a.png", "--seed", "3")
     assert done.exit_code == 0, done.output
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_measured_as_it_is(stability, tmp_path):
     assert got["remarks"] == []
 
 
-def test_what_cannot_be_measured(stability, tmp_path):
+def test_unmeasurable_input_raises(stability, tmp_path):
     with pytest.warns(match="nothing was rewritten"):
         assert stability("measured_models.py:nothing").exit_code == 1
     done = stability("measured_models.py:small", "--mapping", "identity", "--random-logits", "1")

@@ -253,6 +253,6 @@ def test_through_inductor_with_dropout(start):
         ),
     ],
 )
-def test_what_cannot_be_checked_is_an_error_that_names_the_way_out(call, kind, words):
+def test_unsupported_input_raises_with_the_way_out(call, kind, words):
     with pytest.raises(kind, match=words):
         call()

@@ -27,7 +27,7 @@ def check(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(command, [*arguments, "--inner-backend", "eager"], obj={})
 
 
-def test_what_is_the_same_is_exit_code_0_and_ends_with_the_verdict(check):
+def test_equal_model_ends_with_the_verdict_and_exit_code_0(check):
     done = check("checked_models.py:small")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("Small: plain and rewritten, train, float32, eager, seed 0")
@@ -45,7 +45,7 @@ def test_all_lists_every_tensor(check):
         assert name in done.stdout
 
 
-def test_what_deviates_is_exit_code_1_and_is_named(check):
+def test_deviating_tensor_is_named_with_exit_code_1(check):
     done = check("checked_models.py:small", "--tolerance", "1e-30")
     assert done.exit_code == 1
     assert "not ok: gradients: " in done.stdout

@@ -194,7 +194,9 @@ def test_two_trunks_are_two_chains():
 
 
 def test_the_plan_is_linear():
-    """Steps of `find` and `plan` grow with the graph and not with its square, though a bias made at the start is added in every layer."""
+    """Steps of `find` and `plan` grow with the graph and not with its square, though a bias made at
+    the start is added in every layer.
+    """
     from mhc_compile.passes.analysis import aliases, dependence
 
     def steps(depth: int) -> int:

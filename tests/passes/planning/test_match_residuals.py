@@ -146,7 +146,9 @@ def test_integer_and_number_additions_are_no_candidates():
 
 
 def test_a_site_inside_a_sum_that_is_none_is_found():
-    """`(x + f(x)) + memory`: the sum as a whole depends on the memory, which does not depend on x."""
+    """`(x + f(x)) + memory`: the sum as a whole depends on the memory, which does not depend
+    on x.
+    """
     memory = torch.randn(2, 4, C)
     plan = planned(lambda m, x: (x + m.f(x)) + m.vector.expand(2, 4, C), memory)
     assert [str(site.skip) for site in plan.sites] == ["x"]

@@ -1,4 +1,7 @@
-"""Every reason has a program that gets it. The table in the documentation of `Reason` is held against the same programs."""
+"""Every reason has a program that gets it.
+
+The table in the documentation of `Reason` is held against the same programs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Regions of activation checkpointing: opened and closed again, whatever is written into them in between."""
+"""Regions of activation checkpointing: opened and closed again, whatever is written into them in
+between.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ mhc = torch.ops.mhc
 class Regions(nn.Module):
     """`forward` is what a test makes it; `self.region(f, *operands)` is a checkpointed call.
 
-    It stands between two other layers, as in a model: a chain that begins and ends with the graph would expect streams from other graphs.
+    It stands between two other layers, as in a model: a chain that begins and ends with the graph
+    would expect streams from other graphs.
     """
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
@@ -166,7 +169,9 @@ def test_a_hidden_state_is_computed_outside_where_the_streams_leave_anyway():
 
 
 def test_coefficients_go_where_the_branch_begins():
-    """The add lies in a region, and its branch begins in front of it: the coefficients cannot lie in the region."""
+    """The add lies in a region, and its branch begins in front of it: the coefficients cannot lie
+    in the region.
+    """
 
     def forward(m, x):
         h = m.f(m.norm(x))
@@ -275,7 +280,9 @@ def test_graphs_of_other_operations_go_into_the_body_with_them():
 
 
 def test_autocast_keeps_its_place():
-    """Nothing that rounds moves across the boundary of an autocast: the model and the rewritten graph switch at the same operations."""
+    """Nothing that rounds moves across the boundary of an autocast: the model and the rewritten
+    graph switch at the same operations.
+    """
 
     def forward(m, x):
         x = m.norm(x)
@@ -326,11 +333,14 @@ def test_a_trunk_computed_without_gradients_does_not_cut_the_gradients_of_the_co
             assert connection.phi.grad.abs().max() > 0, name
 
 
-# --- random programs -------------------------------------------------------------------------------------------------------------------
+# --- random programs
+# --------------------------------------------------------------------------------------------------
 
 
 def with_regions(traced: fx.GraphModule, switches: list[tuple[int, str]]) -> fx.GraphModule:
-    """The same program with regions, one in another at most, opened and closed at the given operations."""
+    """The same program with regions, one in another at most, opened and closed at the given
+    operations.
+    """
     body_graph = fx.Graph()
     body_graph.output(())
     host = fx.Graph()
@@ -360,7 +370,9 @@ switches = st.lists(st.tuples(st.integers(0, 16), st.sampled_from(["open", "open
 
 
 def check(program, switches) -> tuple[int, int]:
-    """Regions change neither what is found nor what is computed; returns the numbers of regions and of sites."""
+    """Regions change neither what is found nor what is computed; returns the numbers of regions and
+    of sites.
+    """
     model, traced, x, (want, want_gradients) = plain(program)
     source = with_regions(traced, switches)
     options = {"min_chain_length": 1}
@@ -378,7 +390,8 @@ def check(program, switches) -> tuple[int, int]:
             assert distance(a, b) <= tolerance(program)
 
     assert_close(outcome(opened, model, x), (want, want_gradients))
-    # Checkpointing computes a region twice, which no program with in-place operations survives: there only the opened graph is run.
+    # Checkpointing computes a region twice, which no program with in-place operations survives:
+    # there only the opened graph is run.
     if not any(written_operands(node) for node in traced.graph.nodes):
         assert text(again) == text(once)
         got = run_eagerly(got)  # torch's own way of running a region draws other dropout masks the second time

@@ -1,4 +1,6 @@
-"""The rewrite: operations are there, the numbers hold, other readers get the mean, a second run changes nothing."""
+"""The rewrite: operations are there, the numbers hold, other readers get the mean, a second run
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_parallel_branches_are_one_site():
 
 
 def by_hand(module, x, site, branch, axis=-1):
-    """One site on streams [..., n, C] of a trunk whose features lie on `axis`, from the module's own parameters."""
+    """One site on streams [..., n, C] of a trunk whose features lie on `axis`, from the module's
+    own parameters.
+    """
 
     def last(y):
         return branch(y.movedim(-1, axis)).movedim(axis, -1)
@@ -137,7 +141,8 @@ def test_lifted_operations_keep_the_numbers_of_unequal_streams(between, on_strea
     assert torch.allclose(module(x), want, atol=1e-5)
 
 
-#: Trunk operations between two sites of a trunk [2, 4, C] with features last, by the rule that lifts them.
+#: Trunk operations between two sites of a trunk [2, 4, C] with features last, by the rule that
+#: lifts them.
 LAST = {
     "as written: relu": lambda m, y: torch.relu(y),
     "as written: layer norm": lambda m, y: m.norm_f(y),
@@ -184,7 +189,8 @@ def long_skip_of_batch_norm(m, x):
     return z + m.conv(z)
 
 
-#: Programs, by what is special about their readers, skips or branches, with the number of their sites.
+#: Programs, by what is special about their readers, skips or branches, with the number of their
+#: sites.
 STRUCTURES = {
     "hidden states": (3, lambda m, x: (y := x + m.f(x), y * m.vector, (z := y + m.g(y)) + m.f(z))),
     "an inner value is read elsewhere": (2, lambda m, x: (z := torch.tanh(h := 0.5 * (x + m.f(x))), h, z + m.g(z))),
@@ -208,7 +214,10 @@ STRUCTURES = {
 
 
 def outcome(call, module, x) -> list[torch.Tensor]:
-    """Outputs, buffers, and the gradients of the input and of all parameters. Buffers are put back."""
+    """Outputs, buffers, and the gradients of the input and of all parameters.
+
+    Buffers are put back.
+    """
     torch.manual_seed(1)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     leaves = [x.clone().requires_grad_(), *module.parameters()]
@@ -223,7 +232,10 @@ def outcome(call, module, x) -> list[torch.Tensor]:
 
 
 def assert_like_the_definition(forward, sites=2, tolerance=1e-10):
-    """The rewritten graph and its definition agree at random parameters. Every axis has a size of its own: n = 3."""
+    """The rewritten graph and its definition agree at random parameters.
+
+    Every axis has a size of its own: n = 3.
+    """
     torch.manual_seed(0)
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
     options = {
@@ -347,7 +359,7 @@ def test_shared_modules_share_parameters():
     assert (module(x) - model(x)).abs().max() < 1e-6
 
 
-def test_rewrite_says_what_is_wrong():
+def test_rewrite_raises_with_a_message():
     with pytest.raises(
         mhc_compile.errors.CaptureError, match=r"takes a torch\.fx\.GraphModule or .*ExportedProgram, got Linear"
     ):
@@ -376,7 +388,9 @@ def test_flatten_of_inner_token_axes_keeps_the_outer_ones():
 
 
 def test_two_skips_of_different_age():
-    """x, p = f(x) + x + p, x: the newer trunk value is a term of a sum whose skip is the older one."""
+    """x, p = f(x) + x + p, x: the newer trunk value is a term of a sum whose skip is the
+    older one.
+    """
 
     def forward(m, x):
         p = x
@@ -389,7 +403,7 @@ def test_two_skips_of_different_age():
     assert (module(x) - model(x)).abs().max() / model(x).abs().max() < 1e-6
 
 
-def test_an_inner_chain_starts_from_what_the_outer_branch_reads():
+def test_inner_chain_starts_from_the_input_of_the_outer_branch():
     def forward(m, x):
         y = x + m.f(x)
         y = y + m.g(y)
@@ -423,12 +437,13 @@ def test_a_long_skip_adds_streams_to_streams():
     module, model, x = rewritten(forward)
     assert operations(module)["update"] == 4
     assert (module(x) - model(x)).abs().max() < 2e-6
-    # The sum before the last site: both terms are streams [2, 4, n, C], none is a mean that is spread again.
+    # The sum before the last site: both terms are streams [2, 4, n, C], none is a mean that is
+    # spread again.
     added = [node for node in module.graph.nodes if node.target is torch.add]
     assert [[tuple(tensor_value(term).shape) for term in node.args] for node in added] == [[(2, 4, 4, C), (2, 4, 4, C)]]
 
 
-def test_a_trunk_that_is_written_before_anybody_reads_it_is_spread_after_the_write():
+def test_trunk_written_before_its_first_reader_expands_after_the_write():
     def forward(m, x):
         trunk = x * 1.0
         trunk[:, 0].zero_()

@@ -15,7 +15,9 @@ from mhc_compile.passes.transforms.functionalize import FunctionalizeWrites
 
 
 def inplace(module: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo writes `x += y` as operator.iadd; symbolic_trace writes operator.add, so the tests say what Dynamo would."""
+    """Dynamo writes `x += y` as operator.iadd; symbolic_trace writes operator.add, so the tests say
+    what Dynamo would.
+    """
     for node in module.graph.nodes:
         if node.target is operator.add:
             node.target = operator.iadd
@@ -58,7 +60,7 @@ def same(one: fx.GraphModule, other: fx.GraphModule) -> None:
         lambda m, x: ((y := m.f(x).bfloat16()), y.add_(x), y.float())[2],  # the write rounds to the dtype of the tensor
     ],
 )
-def test_writes_that_nobody_can_tell_become_ordinary_operations(forward):
+def test_unobservable_writes_become_ordinary_operations(forward):
     module = trace(forward)
     assert writes(module.graph) > 0
     after = functionalized(module)
@@ -85,7 +87,7 @@ def test_iadd_becomes_add():
         lambda m, x: (x.relu_(), x * 2)[1],  # the caller's tensor, no addition
     ],
 )
-def test_writes_that_somebody_could_tell_keep_their_spelling(forward):
+def test_observable_writes_keep_their_spelling(forward):
     module = trace(forward)
     after = functionalized(module)
     assert writes(after.graph) == writes(module.graph) == 1
@@ -133,7 +135,7 @@ def test_an_inplace_activation_module_becomes_its_function():
     same(after, module)
 
 
-def test_the_input_graph_is_left_alone_and_a_second_run_changes_nothing():
+def test_input_graph_is_unchanged_and_a_second_run_changes_nothing():
     module = trace(lambda m, x: ((y := m.f(x)), y.add_(x), x.add_(m.g(y)))[2])
     before = str(module.graph)
     after = functionalized(module)

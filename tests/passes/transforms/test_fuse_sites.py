@@ -79,7 +79,7 @@ def test_copies_are_never_written():
             assert tensor_value(node.args[0]).shape == (2, 4, 4, C)  # they differ, after the first site
 
 
-def test_hidden_states_are_read_out_beside_the_step():
+def test_hidden_states_are_read_out_next_to_the_step():
     def forward(m, x):
         first = x + m.f(x)
         return first, first + m.g(first)
@@ -89,7 +89,7 @@ def test_hidden_states_are_read_out_beside_the_step():
     assert_equal(module, after, x)
 
 
-def test_a_norm_behind_the_add_keeps_the_update():
+def test_norm_after_the_add_keeps_the_update():
     def forward(m, x):
         for branch in (m.f, m.g, m.f):
             x = m.norm(x + branch(x))
@@ -113,7 +113,7 @@ def test_other_mappings_have_kernels_too(mapping):
     assert_equal(module, after, x)
 
 
-def test_another_mapping_is_left_alone(monkeypatch):
+def test_other_mapping_is_unchanged(monkeypatch):
     monkeypatch.setattr("mhc_compile.ops.is_fused", lambda mapping: False)
     module, after, x = fused(sites("f", "g"))
     assert operations(after) == {"coefficients": 2, "collapse": 2, "update": 1, "close": 1, "expand": 1}

@@ -1,4 +1,6 @@
-"""Lowering: operators of ours and spellings of Python become ATen, the numbers and the strides hold, a second run changes nothing."""
+"""Lowering: operators of ours and spellings of Python become ATen, the numbers and the strides
+hold, a second run changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_iterations_are_unrolled():
 
 
 def test_results_have_the_strides_that_the_operator_promises():
-    """Sinkhorn works with the tokens last, and gives the matrices back contiguous: a view after it may count on that."""
+    """Sinkhorn works with the tokens last, and gives the matrices back contiguous: a view after it
+    may count on that.
+    """
     module = trace(lambda m, x: torch.ops.mhc.sinkhorn(x[..., :4], 3))
     after = lowered(module)
     name = next(n.name for n in module.graph.nodes if op_name(n) == "sinkhorn")
@@ -151,7 +155,7 @@ def test_spelling_goes_down_to_the_operations_of_a_table():
     assert torch.allclose(after(x), module(x))
 
 
-def test_what_replaces_a_node_has_its_name():
+def test_replacement_keeps_the_name_of_its_node():
     module = trace(lambda m, x: torch.sigmoid(torch.add(x, x) * m.vector))
     names = [n.name for n in module.graph.nodes]
     assert [n.name for n in CanonicalizeAten().apply(module.graph).nodes] == names

@@ -60,7 +60,7 @@ def test_addcmul_becomes_a_product_and_an_addition(value):
     assert torch.allclose(after(x), module(x), atol=1e-6)
 
 
-def test_numbers_and_the_input_graph_are_left_alone():
+def test_additions_of_numbers_and_the_input_graph_are_unchanged():
     module = trace(lambda m, x: m.f(x) + 1e-5)
     before = str(module.graph)
     after = NormalizeAdds().apply(module.graph)

@@ -20,7 +20,8 @@ STEP = torch.ops.mhc.step.default
 
 def test_block_length_is_the_papers():
     assert [block_length(sites, 4) for sites in (1, 2, 8, 24, 60)] == [1, 1, 2, 4, 6]
-    # What it minimises, for 60 sites: the streams kept, and those of one block while it is computed again.
+    # What it minimises, for 60 sites: the streams kept, and those of one block while it is computed
+    # again.
     cost = {length: 4 * 60 / length + (4 + 2) * length for length in range(1, 61)}
     assert min(cost, key=cost.__getitem__) in (block_length(60, 4), block_length(60, 4) + 1)
     assert math.isclose(math.sqrt(4 * 60 / 6), 6.32, abs_tol=0.01)
@@ -50,7 +51,7 @@ def test_all_but_the_first_step_of_a_block_are_marked():
     assert not any("recompute" in node.meta for node in module.graph.nodes)
 
 
-def test_short_chains_and_plain_graphs_are_left_alone():
+def test_short_chains_and_plain_graphs_are_unchanged():
     for module in (chain(2), fx.symbolic_trace(Model(lambda m, x: x + m.f(x)))):
         assert RecomputeSteps().apply(module.graph) is module.graph
 
@@ -96,7 +97,8 @@ def test_blocks_keep_fewer_streams_and_the_same_gradients(inner_backend):
         kept[recompute] = sum(sizes.values())
         gradients[recompute] = [p.grad for p in one.parameters()]
     streams = 4 * width * tokens * 8  # bytes of one set of streams
-    # Chains of 12 sites have blocks of 3: of the 11 steps the 1st, 4th, 7th and 10th keep their streams.
+    # Chains of 12 sites have blocks of 3: of the 11 steps the 1st, 4th, 7th and 10th keep their
+    # streams.
     assert kept["cheap"] - kept["block"] >= 7 * streams
     assert kept["cheap"] <= 1.01 * kept["none"]
     for other in ("none", "block"):

@@ -1,4 +1,6 @@
-"""Candidates compute what they say: n streams, the right projections, the same blocks, a training step."""
+"""Candidates compute what they say: n streams, the right projections, the same blocks, a training
+step.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_all_n_streams_are_read_and_written(name):
 
 
 def test_deepseek_mixes_as_its_decoder_layer_does():
-    """combᵀ X; rows of comb do not sum to 1 after few iterations, columns do, so that the two differ."""
+    """combᵀ X; rows of comb do not sum to 1 after few iterations, columns do, so that the two
+    differ.
+    """
     (site,), _ = BY_NAME["deepseek-v4"].sites(SHAPE, 1)
     torch.nn.init.normal_(site.connection.fn)
     streams = torch.randn(1, 6, 4, 16)
@@ -166,7 +170,9 @@ def test_other_mappings_reach_the_site_and_the_backend(monkeypatch):
 
 
 def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
-    """With `mhc::step` where it is registered; else with the equation of it, in the order of its schema."""
+    """With `mhc::step` where it is registered; else with the equation of it, in the order of its
+    schema.
+    """
     if not hasattr(torch.ops.mhc, "step"):
 
         def step(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps):

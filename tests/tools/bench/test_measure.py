@@ -83,7 +83,9 @@ def test_an_external_operator_is_one_call_and_its_results_are_counted():
 
 
 class Squares(Workload):
-    """Keeps two tensors of 64 KiB until the backward, one of them in autograd, and makes a third."""
+    """Keeps two tensors of 64 KiB until the backward, one of them in autograd, and makes a
+    third.
+    """
 
     def __init__(self) -> None:
         super().__init__("cpu", repeats=2)

@@ -23,7 +23,9 @@ DEFAULT = frozenset(
 
 @dataclass(frozen=True)
 class Structure:
-    """The site tree that `explain` finds, as data and as text without node names, source lines or timings."""
+    """The site tree that `explain` finds, as data and as text without node names, source lines or
+    timings.
+    """
 
     graphs: int
     chains: tuple[tuple[str, ...], ...]  # for every site its path, width, axis, number of adds

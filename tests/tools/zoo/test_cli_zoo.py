@@ -84,7 +84,7 @@ def test_a_wrong_name_is_an_error_with_near_names(arguments, words):
     assert done.stdout == ""
 
 
-def test_a_wrong_option_is_told_before_the_first_model_is_built():
+def test_wrong_option_is_reported_before_a_model_is_built():
     done = CliRunner().invoke(_group, ["zoo", "resnet", "--streams", "9"])
     assert done.exit_code == 2
     assert "option 'streams' is 9; expected an integer from 1 to 8" in done.stderr
