@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mhc_compile.passes.analysis.dependence import closure
 from mhc_compile.passes.analysis.op_info import (
     is_attention,
     is_contraction,
@@ -25,7 +26,7 @@ from mhc_compile.passes.analysis.op_info import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from torch import Tensor
     from torch.fx import Node
@@ -60,7 +61,7 @@ def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
         if operand is None:
             continue
         axes = origin[operand]
-        said = _reads_along(node, operand, len(axes))
+        said = _reads_along(node, operand, len(axes), origin)
         if said is not None:
             return axes[said]
         order = permutation(node, len(axes))
@@ -75,7 +76,7 @@ def entry_axis(skip: Node, branch: Sequence[Node]) -> int | None:
     return None
 
 
-def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
+def _reads_along(node: Node, operand: Node, rank: int, trunk: Container[Node]) -> int | None:
     name, module = op_name(node), leaf_module(node)
     if name in _LAYER_NORMS or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         shape: Any = getattr(module, "normalized_shape", None) or argument(node, 1, "normalized_shape")
@@ -86,11 +87,20 @@ def _reads_along(node: Node, operand: Node, rank: int) -> int | None:
         place = int(name in _ADDED_FIRST)
         first = node.args[place] if len(node.args) > place else None
         return rank - 1 if first is operand or is_attention(node) or is_recurrence(node) else None
-    if name in _REDUCTIONS:
+    if name in _REDUCTIONS and _rescales(node, trunk):
         dims = argument(node, 1, "dim")
         single = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
         return single % rank if isinstance(single, int) else None
     return None
+
+
+def _rescales(reduction: Node, trunk: Container[Node]) -> bool:
+    """Return whether the result meets the values that it was computed from, as that of a norm does.
+
+    A pooling over tokens does not: `f(x.mean(1))` says nothing about the features.
+    """
+    readers = closure(reduction.users, lambda node: () if is_contraction(node) else node.users)
+    return any(operand in trunk for reader in readers for operand in reader.all_input_nodes)
 
 
 def exit_axis(contraction: Node, term: Node, ordered: Iterable[Node]) -> int | None:

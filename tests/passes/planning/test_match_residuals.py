@@ -111,6 +111,11 @@ def test_other_adds_are_rejected_with_the_right_reason(forward, reason):
         (lambda m, x: x + m.conv(m.norm(x)), -1),  # token mixing: the norm says what the features are
         (lambda m, x: x + m.f(x).transpose(-1, -2).reshape(2, 4, C), -1),
         (lambda m, x: x + m.f(x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()), -1),  # RMSNorm by hand
+        (
+            lambda m, x: x + m.conv((d := x - x.mean(-1, keepdim=True)) * (d.square().mean(-1, keepdim=True)).rsqrt()),
+            -1,
+        ),
+        (lambda m, x: x + m.f(x.mean(1, keepdim=True)), -1),  # pooled over tokens, no norm
         (lambda m, x: (t := x.transpose(1, 2)) + m.f(t.transpose(1, 2)).transpose(1, 2), 1),
     ],
 )
