@@ -55,11 +55,11 @@ class Beginning:
 
 @dataclass(frozen=True, eq=False)
 class _Note:
-    """A value computed from `tensor` (weak), the last product with weights by `anchor`."""
+    """A value computed from `tensor` (weak), the last product with weights by `last_module`."""
 
     tensor: Any
     beginning: Beginning
-    anchor: weakref.ref[nn.Module] | None
+    last_module: weakref.ref[nn.Module] | None
 
 
 class Notes:
@@ -85,8 +85,8 @@ class Notes:
             position = positions[str(head.value.target)] if number is None else None
             reached: dict[int, weakref.ref[nn.Module] | None] = {}
             for index, ref in head.results.items():
-                anchor = provenance.module(ref) if ref is not None else None
-                reached[index] = weakref.ref(anchor) if anchor is not None else None
+                last_module = provenance.module(ref) if ref is not None else None
+                reached[index] = weakref.ref(last_module) if last_module is not None else None
             self._entries.append((position, number, reached, beginning))
 
     def __bool__(self) -> bool:
@@ -97,12 +97,12 @@ class Notes:
         for position, number, reached, beginning in self._entries:
             value = inputs[position] if position is not None else results[number]  # type: ignore[index]
             reference = _torch.TensorWeakRef(value)
-            for index, anchor in reached.items():
+            for index, last_module in reached.items():
                 result = results[index]
                 if isinstance(result, Tensor) and result.grad_fn is not None:
                     metadata: Any = result.grad_fn.metadata
                     metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(
-                        _Note(reference, beginning, anchor)
+                        _Note(reference, beginning, last_module)
                     )
 
 
@@ -178,9 +178,11 @@ class _Path:
         path = next((paths[id(weight)] for weight in self._weights if id(weight) in paths), None)
         if path is not None:
             return _callable_path(owner, path)
-        anchors = [module for note in self.notes if note.anchor is not None and (module := note.anchor()) is not None]
+        modules = [
+            module for note in self.notes if note.last_module is not None and (module := note.last_module()) is not None
+        ]
         inside = {id(module): path for path, module in owner.named_modules()}
-        return next((_callable_path(owner, f"{inside[id(m)]}.") for m in anchors if id(m) in inside), None)
+        return next((_callable_path(owner, f"{inside[id(m)]}.") for m in modules if id(m) in inside), None)
 
 
 def _owner(provenance: DynamoProvenance, add: Node) -> tuple[ModuleRef | None, nn.Module | None]:
