@@ -53,29 +53,32 @@ def test_outputs_and_gradients_are_those_of_the_plain_model(family, layers, mode
         graphs = Graphs(expansions)
         options = {**OPTIONS, "inner_backend": graphs}
         worst = preservation(family, (model, args, kwargs), options)
-    expected = family.expected(layers, mode)
-    assert graphs.sites == sum(expected.rewritten(OPTIONS["min_chain_length"]))
-    assert max(one.relative for one in worst) <= family.tolerance, worst
-    if not graphs.cut:
-        assert_like_the_definition(family, (model, args, kwargs), options, graphs)
+        expected = family.expected(layers, mode)
+        assert graphs.sites == sum(expected.rewritten(OPTIONS["min_chain_length"]))
+        assert max(one.relative for one in worst) <= family.tolerance, worst
+        if not graphs.cut:
+            assert_like_the_definition(family, (model, args, kwargs), options, graphs)
 
 
 def assert_like_the_definition(family, case, options, graphs):
     model, args, kwargs = case
     if family.double:
         args, kwargs = cast(args, torch.float64), cast(kwargs, torch.float64)
-    compiled, before = torch.compile(model, backend="mhc", options=options), graphs.compiled
+    compiled = torch.compile(model, backend="mhc", options=options)
     for connection in mhc_compile.connections(model).values():
         for parameter in connection.parameters():
             nn.init.normal_(parameter, std=0.5)
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    # Some models set attributes in their first call, and are compiled again in the second.
+    record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
+    buffers, before = [buffer.clone() for buffer in model.buffers()], graphs.compiled
     seen = []
     for graphs.by_definition in (False, True):
         seen.append(record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs))
         for buffer, old in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(old)
     assert graphs.compiled == before
-    tolerance = 1e-9 if family.double else max(1e-3, family.tolerance)
+    # Some models (mamba) compute a part in float32, whatever their dtype.
+    tolerance = family.tolerance if family.double else max(1e-3, family.tolerance)
     wrong = [one for one in differences(*seen, tolerance) if not one.ok]
     assert not wrong, wrong
 
