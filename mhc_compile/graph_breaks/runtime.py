@@ -122,7 +122,7 @@ class StreamBoundary:
         found = find_registered(value)
         if found is None:
             origin = find_lost_streams(value)
-            why = "the tensor was made anew on the way" if origin is not None else None
+            why = "the tensor was made again on the way" if origin is not None else None
         else:
             origin = found[1].left
             why = _unfit(value, *found, arrival)

@@ -1,4 +1,4 @@
-"""Models come and go: nothing of ours keeps one, many of a class do not disturb each other, and
+"""Models come and go: the package keeps none, many of a class do not disturb each other, and
 detached ones are plain.
 """
 

@@ -85,7 +85,7 @@ def test_train_eval_and_shapes_reuse_the_parameters_and_recompile_as_the_plain_m
 
     plain = graphs("eager")
     ours = graphs("mhc", EAGER)
-    # The first graph of ours is traced twice: once to find the sites, once to see their parameters.
+    # The first graph of this backend is traced twice: for the sites, and with their parameters.
     assert [count - ours[0] for count in ours] == [count - plain[0] for count in plain]
     assert ours[1] == ours[2] == ours[3]  # dynamic from the second shape on
 

@@ -114,7 +114,7 @@ def pipeline(rank):
     whole = build(layers=4)
     halves = Stage(whole, True), Stage(whole, False)
     # Compiled one after the other in one process, without a pipeline: the same model, as the
-    # streams begin anew with each graph.
+    # streams begin again with each graph.
     want = tokens(4)
     for half in halves:
         torch._dynamo.reset()

@@ -339,7 +339,7 @@ def test_a_branch_without_weights_is_no_branch_in_two_halves_either():
 
 
 def test_branch_begun_by_python_is_rejected_with_a_warning():
-    """Nothing of ours can give Python another value to read than the tensor that it has in its
+    """Nothing can give Python another value to read than the tensor that it has in its
     hands.
     """
     model, x = attached(PostNorm)
@@ -386,7 +386,7 @@ def test_modules_that_torch_compile_wrapped():
 
 def test_one_graph_serves_all_blocks(monkeypatch):
     """With hyper-connections from `attach`, and where the first call attaches them: no block is
-    compiled anew.
+    compiled again.
     """
     graphs = []
 
@@ -457,7 +457,7 @@ def test_reentrant_checkpoint_falls_back_with_a_warning():
 
 
 CHANGES = {
-    "made anew": lambda x: x.clone(),
+    "made again": lambda x: x.clone(),
     "written to in place": lambda x: x.mul_(1.0),
 }
 

@@ -97,7 +97,7 @@ def test_it_is_traced_once_and_only_until_it_is_closed():
 @pytest.mark.slow
 def test_number_of_measurements_of_a_loop_has_no_limit():
     class Restless(Small):
-        """Traced anew for every value of an attribute."""
+        """Traced again for every value of an attribute."""
 
         word = ""
 

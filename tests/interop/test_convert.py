@@ -45,7 +45,7 @@ def native(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A folder of Qwen4-Exp in three files; what becomes one tensor of ours is in two of them."""
+    """A folder of Qwen4-Exp in three files; one tensor of the result comes from two of them."""
     state = native_state("qwen4-exp", layers=2)
     folder = tmp_path / "native"
     folder.mkdir()

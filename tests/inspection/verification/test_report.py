@@ -80,7 +80,7 @@ def test_the_report_is_the_reviewed_one(name, width, request):
     if request.config.getoption("regenerate"):
         file.write_text(text)
     assert max(map(len, text.splitlines())) <= width
-    assert text == file.read_text(), "if this is meant, write it anew with pytest --regenerate"
+    assert text == file.read_text(), "if this is meant, write it again with pytest --regenerate"
 
 
 def test_json_has_every_tensor_and_no_numbers_that_json_does_not_know():

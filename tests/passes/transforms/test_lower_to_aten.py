@@ -1,4 +1,4 @@
-"""Lowering: operators of ours and spellings of Python become ATen, the numbers and the strides
+"""Lowering: `mhc::` operators and spellings of Python become ATen, the numbers and the strides
 hold, a second run changes nothing.
 """
 
