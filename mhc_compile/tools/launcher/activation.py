@@ -43,7 +43,7 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
     observe(_counter.count)
     options = dict(parsed.options)
     if parsed.plan_output is not None:
-        _recorder = PlanRecorder(parsed.plan_output)
+        _recorder = PlanRecorder(parsed.plan_output, _counter.why_nothing)
         observe(_recorder.observe)
         options["inner_backend"] = _recorder.run
     default = DefaultBackend(options)
@@ -61,8 +61,8 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
 
 def report_at_exit() -> None:
     """Report what was rewritten in all; called at the end of the process."""
-    if _recorder is not None and _counter is not None:
-        _recorder.report_nothing(_counter.why_nothing())
+    if _recorder is not None:
+        _recorder.finish()
     elif _counter is not None:
         _counter.report_total()
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class PlanRecorder:
     """Collects the models that a script compiles, and writes their plan to `file`."""
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, file: str, why_nothing: Callable[[], str]) -> None:
+        self.file, self._why_nothing = file, why_nothing
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         program.before_backward(self.finish)
         register_optimizer_step_pre_hook(lambda *_: self.finish())
@@ -57,11 +57,11 @@ class PlanRecorder:
 
         return call
 
-    def finish(self) -> None:
-        """Write the plan and end the process; go on if no model was compiled yet."""
+    def finish(self) -> NoReturn:
+        """Write the plan, if there is one, and end the process."""
         plans = self._plans()
         if not plans:
-            return
+            self._end(f"mhc plan: no plan was written: {self._why_nothing()}", 1)
         from mhc_compile.attachment.plan import merge
 
         if os.environ.get("RANK", "0") == "0":
@@ -70,12 +70,6 @@ class PlanRecorder:
             models = ", ".join(f"{model.kind} ({len(model.connections)} hyper-connections)" for model in plan.models)
             self._end(f"mhc plan: {self.file}: {models}", 0)
         self._end("", 0)
-
-    def report_nothing(self, reason: str) -> None:
-        """Say at the end of the script that there is no plan."""
-        if not self._plans():
-            self._end(f"mhc plan: no plan was written: {reason}", 1)
-        self.finish()
 
     def _plans(self) -> list[ModelPlan]:
         """Return the plans of all models, each of the smallest module that can be called."""
