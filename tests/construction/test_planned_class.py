@@ -12,6 +12,8 @@ from helpers.builders import LAYERS, Decoder, tokens
 from torch import nn
 
 import mhc_compile
+from mhc_compile import Options
+from mhc_compile.construction.in_place import compile_in_place
 from mhc_compile.errors import AttachError, PlanError
 
 EAGER = {"inner_backend": "eager"}
@@ -100,6 +102,15 @@ def test_a_part_that_a_method_calls_runs_on_streams(monkeypatch):
     torch.testing.assert_close(model.encode(tokens()), want)
     other = mhc_compile.eager(model.right, options=EAGER)(tokens())
     torch.testing.assert_close(model(tokens()), want + other)
+
+
+def test_a_model_of_a_class_of_torch_runs_on_streams():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+    model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 8)
+    mhc_compile.attach(model, plan=mhc_compile.plan(model, x))
+    compile_in_place(stirred(model), Options.parse(EAGER))
+    torch.testing.assert_close(model(x), mhc_compile.eager(model, options=EAGER)(x))
 
 
 def test_checkpoints_load_strictly_and_exactly(planned):
