@@ -67,8 +67,10 @@ class GraphSession:
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
         planner = Planner(graph, provenance, options.min_chain_length, boundary)
-        if options.read_out != "mean" or options.single_pass:
+        ends_alone = options.read_out != "mean" or options.single_pass
+        if ends_alone:
             check_whole(planner.plan, boundary, options, provenance)
+        if ends_alone or provenance.frame.is_whole_model:
             # With the whole chain here, a graph result ends a chain as any other reader does.
             boundary = BoundaryInfo(tail=boundary.tail, attached=boundary.attached)
             planner = Planner(graph, provenance, options.min_chain_length, boundary)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.builders import LAYERS, Decoder, tokens
+from helpers.builders import LAYERS, Block, Decoder, tokens
 from torch import nn
 
 import mhc_compile
@@ -102,6 +102,18 @@ def test_a_part_that_a_method_calls_runs_on_streams(monkeypatch):
     torch.testing.assert_close(model.encode(tokens()), want)
     other = mhc_compile.eager(model.right, options=EAGER)(tokens())
     torch.testing.assert_close(model(tokens()), want + other)
+
+
+def test_streams_do_not_leave_a_planned_model():
+    """A discriminator sees its input, and not how a generator computed it."""
+    x = torch.randn(2, 5, 8)
+    first, second = nn.Sequential(Block(8), Block(8)), nn.Sequential(Block(8), Block(8))
+    for model in (first, second):
+        mhc_compile.attach(model, x)
+        compile_in_place(stirred(model), Options.parse(EAGER))
+    made = first(x)
+    torch.testing.assert_close(made, mhc_compile.eager(first, options=EAGER)(x))
+    torch.testing.assert_close(second(made), second(made.detach().clone()))
 
 
 def test_a_model_of_a_class_of_torch_runs_on_streams():
