@@ -48,9 +48,10 @@ def restore(
     Args:
         model: the plain model, or the result of `torch.compile` for it. Hyper-connections that it
             already has get the values of the checkpoint.
-        checkpoint: a state dict, a directory written by `save_pretrained` or the Trainer, or a file
-            (safetensors, or torch.save of a state dict or of a dict with a "state_dict", as
-            Lightning writes it). Names may contain `_orig_mod.`.
+        checkpoint: a state dict, also one inside other dicts ("state_dict", "model", ...), a file
+            with it (safetensors or torch.save), or a directory written by `save_pretrained`, the
+            Trainer, peft or `torch.distributed.checkpoint`. Names may contain `_orig_mod.`, and
+            begin with a prefix that the model does not have (`module.`, `model.`).
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
             `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
             mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
@@ -65,6 +66,7 @@ def restore(
         AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one
             in the checkpoint, or shapes contradict the options or each other.
         FileNotFoundError: there is no such file, or no checkpoint in the directory.
+        CheckpointError: the file has objects that `torch.load` does not read safely.
     """
     parsed = Options.parse(options)
     fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
@@ -77,7 +79,8 @@ def restore(
         )
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    plans = [_Plan(target, connection, parsed, fixed) for connection in saved]
+    skipped = _prefix(target, [plain_name(connection.path).split(".") for connection in saved])
+    plans = [_Plan(target, connection, skipped, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
     plans.sort(key=lambda plan: order[id(plan.declaring_module or plan.owner)])  # files sort h.10 before h.2
     for index, plan in enumerate(plans):
@@ -89,9 +92,11 @@ def restore(
 class _Plan:
     """One hyper-connection to restore: its owner on the model, its options and its values."""
 
-    def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
+    def __init__(
+        self, model: nn.Module, saved: SavedConnection, skipped: int, options: ResolvedOptions, fixed: set[str]
+    ) -> None:
         place, values = saved.path, saved.values
-        path = plain_name(place).split(".")
+        path = plain_name(place).split(".")[skipped:]
         cut = path.index(CONTAINER)
         self.values, self.root, self.path = values, model, ".".join(path[:cut])
         self.owner = _module(model, path[:cut], place)
@@ -157,6 +162,22 @@ def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:
         return owner.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
+    """Return how many leading parts, the same in all paths, must go so that the owners exist.
+
+    Wrappers add them (`module` of DDP, an attribute of a Lightning module, `base_model.model` of
+    peft). It is 0 if no number will do.
+    """
+    known = {plain_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    cuts = [path.index(CONTAINER) for path in paths]
+    for number in range(min(cuts) + 1):
+        owners = {".".join(path[number:cut]) for path, cut in zip(paths, cuts, strict=True)}
+        branches = {".".join(path[number:cut] + path[cut + 1 :]) for path, cut in zip(paths, cuts, strict=True)}
+        if owners <= known and (number == 0 or branches & known):
+            return number if len({tuple(path[:number]) for path in paths}) == 1 else 0
+    return 0
 
 
 def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:

@@ -55,6 +55,17 @@ def load_with_torch(model, state, **kwargs):
 BOTH = pytest.mark.parametrize("load", [load_with_torch, mhc_compile.load_state_dict], ids=["torch", "ours"])
 
 
+def test_names_with_and_without_the_prefix_of_ddp():
+    source = trained(attached())
+    state = source.state_dict()
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    plain, inside = attached(), torch.nn.ModuleDict({"module": attached()})
+    mhc_compile.load_state_dict(plain, wrapped)
+    mhc_compile.load_state_dict(inside, state)
+    assert same(plain, source)
+    assert same(inside["module"], source)
+
+
 # The plain model's
 
 
