@@ -139,15 +139,17 @@ def _states(content: object, place: str) -> Iterator[tuple[str, Mapping[str, Any
 
 def _distributed(path: str) -> Mapping[str, Any]:
     """Read hyper-connections from a directory of `torch.distributed.checkpoint`."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = FileSystemReader(path).read_metadata()
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
-        if split_entry(name) and isinstance(entry, dcp.TensorStorageMetadata)
+        if split_entry(name) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    load(state, checkpoint_id=path, no_dist=True)
     nested: dict[str, Any] = {}
     for name, value in state.items():
         *above, last = (metadata.planner_data or {}).get(name, (name,))
