@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.config.options import Options
 from mhc_compile.config.presets import Preset, register_preset
 from mhc_compile.errors import MhcError, MhcWarning
-from mhc_compile.integrations.pretrained import watch
+from mhc_compile.integrations.saving import watch
 
 if TYPE_CHECKING:
     from mhc_compile.attachment.model_tree import connections

@@ -113,6 +113,17 @@ def test_a_plain_distributed_checkpoint(tmp_path):
     assert torch.equal(model.head.weight, plain.head.weight)
 
 
+def test_a_distributed_load_that_leaves_hyper_connections_out_says_so(tmp_path):
+    model, plain = trained(attached()), Decoder()
+    dcp.save({"app": {"model": model.state_dict(), "step": 3}}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"has hyper-connections \(app\.model\.blocks\.0\.mhc\..*restore"):
+        dcp.load({"app": {"model": plain.state_dict()}}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"app": {"step": 0}}, checkpoint_id=tmp_path, no_dist=True)  # no model is loaded
+    mhc_compile.restore(plain, tmp_path)
+    dcp.load({"app": {"model": plain.state_dict()}}, checkpoint_id=tmp_path, no_dist=True)
+    assert same(plain, model)
+
+
 def test_a_block_of_the_plain_model():
     plain, model = Decoder(), attached()
     with pytest.warns(mhc_compile.MhcWarning, match="hyper-connection 'mhc.attn'"):

@@ -1,8 +1,8 @@
-"""Hyper-connections in what peft and transformers save and load.
+"""Hyper-connections in what peft, transformers and `torch.distributed.checkpoint` save and load.
 
 peft keeps the parameters of an adapter alone: hyper-connections would be trained and not saved.
-`from_pretrained` of transformers leaves out what a new model does not have, and logs a line. Both
-are changed as soon as they are imported, before or after this package.
+`from_pretrained` of transformers and distributed loads leave out what a new model does not have.
+They are changed once they are imported, before or after this package.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 import sys
 import warnings
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import MhcWarning, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _OURS = "_mhc_registered"
 
@@ -120,7 +123,28 @@ def _own(entries: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if split_entry(name)}
 
 
-_REGISTER = {"peft": register_with_peft, "transformers.modeling_utils": register_with_transformers}
+def _register_with_torch() -> None:
+    from mhc_compile._torch.checkpoint import observe_distributed_loads
+
+    observe_distributed_loads(_compare)
+
+
+def _compare(asked: Collection[str], saved: Collection[str]) -> None:
+    """Warn if a distributed load of a module asks for all but its hyper-connections."""
+    lost = [name for name in _own(dict.fromkeys(saved)) if name not in asked]
+    if any(name.startswith(lost[0].rpartition("mhc.")[0]) for name in asked if lost):
+        warn(
+            f"the distributed checkpoint has hyper-connections ({lost[0]}, ...) and the model that is loaded has not: they"
+            " are left out. Attach them before: mhc_compile.restore(model, directory)",
+            repeat=True,
+        )
+
+
+_REGISTER = {
+    "peft": register_with_peft,
+    "transformers.modeling_utils": register_with_transformers,
+    "torch.distributed.checkpoint.default_planner": _register_with_torch,
+}
 
 
 class AfterImport:
