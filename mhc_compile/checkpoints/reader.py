@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -98,15 +99,15 @@ def _read(path: str) -> Mapping[str, Any]:
         return dict(_entries(path))
     if os.path.basename(path) == ".metadata":
         return _distributed(os.path.dirname(path))
-    try:
-        with torch.serialization.safe_globals(_ARGUMENTS):
+    with torch.serialization.safe_globals(_ARGUMENTS):
+        try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path!r} holds objects that torch.load does not read safely: {str(error).splitlines()[0]} If you trust the"
-            f" file: mhc_compile.restore(model, torch.load({path!r}, weights_only=False)). Else list the classes in"
-            " torch.serialization.add_safe_globals"
-        ) from error
+        except pickle.UnpicklingError as error:
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
+            raise CheckpointError(
+                f"{path!r} holds more than tensors and plain values ({', '.join(unsafe) or 'old format'}), which torch.load"
+                f" reads only if you trust the file: mhc_compile.restore(model, torch.load({path!r}, weights_only=False))"
+            ) from error
     return _state_in(content)
 
 
