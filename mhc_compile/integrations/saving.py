@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.errors import MhcWarning, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 _OURS = "_mhc_registered"
 
@@ -86,8 +86,8 @@ def register_with_peft() -> None:
 def register_with_transformers() -> None:
     """Let `from_pretrained` warn where it leaves out the hyper-connections of a checkpoint.
 
-    This replaces `PreTrainedModel.from_pretrained` for good. Where both packages are imported, in
-    any order, it has been called. Calling it again changes nothing.
+    This replaces `from_pretrained` and `load_adapter` of `PreTrainedModel` for good. Where both
+    packages are imported, in any order, it has been called. Calling it again changes nothing.
 
     Raises:
         ImportError: transformers is not installed.
@@ -97,23 +97,35 @@ def register_with_transformers() -> None:
     if hasattr(load, _OURS):
         return
 
+    adapt = kind.load_adapter
+
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs.pop("output_loading_info", False)
         model, info = load(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        lost = sorted(_own(dict.fromkeys(info["unexpected_keys"])))
-        if lost:
-            path = pretrained_model_name_or_path
-            shown = repr(os.fspath(path)) if path is not None and os.path.isdir(path) else "directory"
-            warn(
-                f"{path or 'the state dict'} has hyper-connections ({lost[0]}, ...) and {type(model).__name__} was built"
-                f" without them: this model is the plain one. Attach them: mhc_compile.restore(model, {shown})",
-                repeat=True,
-            )
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then the keys are those of `load_adapter`
+            _warn_of(info["unexpected_keys"], model, pretrained_model_name_or_path)
         return (model, info) if asked else model
 
+    @functools.wraps(adapt)
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        info = adapt(self, peft_model_id, *args, **kwargs)
+        _warn_of(getattr(info, "unexpected_keys", ()), self, peft_model_id)
+        return info
+
     setattr(from_pretrained, _OURS, True)
-    kind.from_pretrained = classmethod(from_pretrained)
+    kind.from_pretrained, kind.load_adapter = classmethod(from_pretrained), load_adapter
+
+
+def _warn_of(unexpected: Iterable[str], model: Any, path: Any) -> None:
+    lost = sorted(_own(dict.fromkeys(unexpected)))
+    if lost:
+        shown = repr(os.fspath(path)) if path is not None and os.path.isdir(path) else "directory"
+        warn(
+            f"{path or 'the state dict'} has hyper-connections ({lost[0]}, ...) and {type(model).__name__} was built"
+            f" without them: this model is the plain one. Attach them: mhc_compile.restore(model, {shown})",
+            repeat=True,
+        )
 
 
 def _own(entries: dict[str, Any]) -> dict[str, Any]:

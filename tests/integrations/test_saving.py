@@ -55,7 +55,7 @@ def trained():
     return plain, stirred(model)
 
 
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("safe", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_has_the_hyper_connections_of_its_model(trained, tmp_path, safe):
     plain, model = trained
     model.save_pretrained(tmp_path, safe_serialization=safe)
@@ -77,6 +77,7 @@ def test_restore_reads_an_adapter_for_the_model_without_one(trained, tmp_path):
     assert_equal(plain, model.get_base_model())
 
 
+@pytest.mark.slow
 def test_merging_keeps_them(trained):
     _, model = trained
     want = torch.compile(model, backend="mhc", options=EAGER)(tokens())
@@ -140,10 +141,30 @@ def test_from_pretrained_says_what_it_leaves_out(tmp_path):
     assert isinstance(transformers.GPT2Model.from_pretrained(tmp_path / "plain"), transformers.GPT2Model)
 
 
+@pytest.mark.slow
+def test_an_adapter_that_transformers_loads_without_them_says_so(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    case = build("gpt2", 1)
+    case.model.save_pretrained(tmp_path / "plain")
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "plain")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    mhc_compile.attach(model, **case.inputs)
+    stirred(model).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(mhc_compile.MhcWarning, match=r"restore\(model, '.*adapter'\)") as caught:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert sum(issubclass(one.category, mhc_compile.MhcWarning) for one in caught) == 1
+    mhc_compile.restore(loaded, tmp_path / "adapter")
+    assert_equal(loaded, model.get_base_model())
+
+
 # Packages that are imported before or after this one
 
 PACKAGE = """
 class PreTrainedModel:
+    def load_adapter(self, path=None):
+        pass
+
     @classmethod
     def from_pretrained(cls, path, output_loading_info=False):
         return (cls(), {"unexpected_keys": ["h.0.mhc.attn.phi"]}) if output_loading_info else cls()
