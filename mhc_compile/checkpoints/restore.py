@@ -18,6 +18,7 @@ from mhc_compile.attachment.model_tree import (
     HyperConnections,
     connections,
     find_module,
+    plain_name,
     split_path,
     unwrap,
 )
@@ -53,9 +54,10 @@ def restore(
     Args:
         model: the plain model, or the result of `torch.compile` for it. Hyper-connections that it
             already has get the values of the checkpoint.
-        checkpoint: a state dict, a directory written by `save_pretrained` or the Trainer, or a file
-            (safetensors, or torch.save of a state dict or of a dict with a "state_dict", as
-            Lightning writes it). Names may contain `_orig_mod.`.
+        checkpoint: a state dict, also one inside other dicts ("state_dict", "model", ...), a file
+            with it (safetensors or torch.save), or a directory written by `save_pretrained`, the
+            Trainer, peft or `torch.distributed.checkpoint`. Names may contain `_orig_mod.`, and
+            begin with a prefix that the model does not have (`module.`, `model.`).
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
             `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
             mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
@@ -70,6 +72,7 @@ def restore(
         AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one
             in the checkpoint, or shapes contradict the options or each other.
         FileNotFoundError: there is no such file, or no checkpoint in the directory.
+        CheckpointError: the file has objects that `torch.load` does not read safely.
     """
     parsed = Options.parse(options)
     fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
@@ -82,7 +85,8 @@ def restore(
         )
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    found = [_Restored(target, connection, parsed, fixed) for connection in saved]
+    skipped = _prefix(target, [plain_name(connection.path).split(".") for connection in saved])
+    found = [_Restored(target, connection, skipped, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
     found.sort(key=lambda one: order[id(one.declaring_module or one.owner)])  # files sort h.10 before h.2
     for index, one in enumerate(found):
@@ -94,10 +98,13 @@ def restore(
 class _Restored:
     """One hyper-connection to restore: its place in the model, its options and its values."""
 
-    def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
+    def __init__(
+        self, model: nn.Module, saved: SavedConnection, skipped: int, options: ResolvedOptions, fixed: set[str]
+    ) -> None:
         place, values = saved.path, saved.values
-        path, self.name = split_path(place)
-        self.model, self.place, self.values = model, place, values
+        self.path = ".".join(plain_name(place).split(".")[skipped:])
+        path, self.name = split_path(self.path)
+        self.model, self.values = model, values
         self.owner = find_module(model, path, place)
         self.declaring_module = _declaring_module(self.owner, self.name)
         if "mapping" not in fixed and saved.mapping in MAPPINGS:
@@ -135,9 +142,9 @@ class _Restored:
         if connection is None:
             phi = self.values["phi"]
             # The module that the branch is named after; the first compiled call corrects it.
-            declared_by = () if self.declaring_module is None else (_join(split_path(self.place)),)
+            declared_by = () if self.declaring_module is None else (_join(split_path(self.path)),)
             dtype = str(phi.dtype).removeprefix("torch.")
-            entry = PlannedConnection(self.place, self.width, index, declared_by, last=self.last, dtype=dtype)
+            entry = PlannedConnection(self.path, self.width, index, declared_by, last=self.last, dtype=dtype)
             connection = give(self.model, entry, self.options, device=phi.device)
         elif self.last:
             connection.end_chain()
@@ -156,6 +163,22 @@ def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:
 
 def _join(parts: tuple[str, str]) -> str:
     return ".".join(filter(None, parts))
+
+
+def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
+    """Return how many leading parts, the same in all paths, must go so that the owners exist.
+
+    Wrappers add them (`module` of DDP, an attribute of a Lightning module, `base_model.model` of
+    peft). It is 0 if no number will do.
+    """
+    known = {plain_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    cuts = [path.index(CONTAINER) for path in paths]
+    for number in range(min(cuts) + 1):
+        owners = {".".join(path[number:cut]) for path, cut in zip(paths, cuts, strict=True)}
+        branches = {".".join(path[number:cut] + path[cut + 1 :]) for path, cut in zip(paths, cuts, strict=True)}
+        if owners <= known and (number == 0 or branches & known):
+            return number if len({tuple(path[:number]) for path in paths}) == 1 else 0
+    return 0
 
 
 def _infer_options(
