@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile import _torch
-from mhc_compile.attachment.model_tree import CONTAINER
+from mhc_compile.attachment.model_tree import CONTAINER, plain_name
 from mhc_compile.errors import CheckpointError, warn
 from mhc_compile.modules.gated import GatedConnection
 from mhc_compile.modules.hyper_connection import HyperConnection
@@ -52,7 +52,7 @@ class SavedConnection:
 
     path: str  # as the checkpoint spells it, with `_orig_mod` where a module was compiled
     values: dict[str, Tensor] = field(default_factory=dict)  # those of a read-out as "read_out.weight"
-    mapping: str | None = None  # None if the checkpoint does not say
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as far as the checkpoint says
 
 
 def read_connections(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> list[SavedConnection]:
@@ -65,13 +65,14 @@ def read_connections(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> 
         CheckpointError: the file has objects that `torch.load` does not read safely.
     """
     entries = _read(os.fspath(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else _state_in(checkpoint)
-    metadata: Mapping[str, Any] = _torch.state_metadata(entries) or {}
+    # Scripts rename the entries of a compiled model, and its metadata keep the old names.
+    metadata = {plain_name(path): notes for path, notes in (_torch.state_metadata(entries) or {}).items()}
     found: dict[str, SavedConnection] = {}
     for name, value in entries.items():
         entry = split_entry(name)
         if entry is not None and isinstance(value, Tensor):
             path, part = entry
-            saved = found.setdefault(path, SavedConnection(path, mapping=metadata.get(path, {}).get("mapping")))
+            saved = found.setdefault(path, SavedConnection(path, settings=metadata.get(plain_name(path), {})))
             saved.values[part] = value
     return list(found.values())
 

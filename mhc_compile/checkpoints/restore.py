@@ -27,10 +27,11 @@ from mhc_compile.attachment.plan import PlannedConnection, give
 from mhc_compile.checkpoints.reader import READ_OUT, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
+from mhc_compile.config.presets import PRESETS
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.state_dict import guess_for, guess_options
+from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,8 +62,8 @@ def restore(
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
             `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
             mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
-            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, which
-            safetensors files do not keep.
+            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, and say
+            preset, iterations and eps as well, which safetensors files do not keep.
 
     Returns:
         All hyper-connections of the model by path.
@@ -83,6 +84,8 @@ def restore(
             f"{source} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
             " Load it as it is; hyper-connections attach at the first compiled call or with mhc_compile.attach(model, ...)"
         )
+    if any(name.startswith(READ_OUT) for connection in saved for name in connection.values):
+        parsed = replace(parsed, read_out="learned")  # at the last site of each chain, for all of them
     target = unwrap(model)
     # Everything is checked before anything is attached.
     skipped = _prefix(target, [plain_name(connection.path).split(".") for connection in saved])
@@ -107,8 +110,7 @@ class _Restored:
         self.model, self.values = model, values
         self.owner = find_module(model, path, place)
         self.declaring_module = _declaring_module(self.owner, self.name)
-        if "mapping" not in fixed and saved.mapping in MAPPINGS:
-            options = replace(options, mapping=saved.mapping)
+        options = _saved_options(saved.settings, options, fixed)
         self.options = _infer_options(place, self.owner, values, options.at(f"{path}.{self.name}".lstrip(".")), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
         self.last = any(name.startswith(READ_OUT) for name in values)
@@ -181,6 +183,20 @@ def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
     return 0
 
 
+def _saved_options(settings: Mapping[str, Any], options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
+    """Return the options with the settings that were saved, unless they are fixed or unknown here."""
+    known = {name: settings[name] for name in SETTINGS if name in settings and name not in fixed}
+    if known.get("mapping") not in MAPPINGS:
+        known.pop("mapping", None)
+    if known.get("preset") not in PRESETS:
+        known.pop("preset", None)
+    else:
+        preset = PRESETS[known["preset"]]
+        known["single_pass"] = options.single_pass if "single_pass" in fixed else preset.single_pass
+        known["init"] = options.init if preset.preserves else "random"
+    return replace(options, **known)
+
+
 def _infer_options(
     place: str, owner: nn.Module, values: Mapping[str, Tensor], options: ResolvedOptions, fixed: set[str]
 ) -> ResolvedOptions:
@@ -188,8 +204,6 @@ def _infer_options(
     if "phi" not in values:
         raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
     phi = values["phi"]
-    if any(name.startswith(READ_OUT) for name in values):
-        options = replace(options, read_out="learned")
     if "up" in values and phi.dim() == values["up"].dim() == 2:
         rank = values["up"].shape[0]
         return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", init="random")

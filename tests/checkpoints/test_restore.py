@@ -69,6 +69,18 @@ def test_state_dict(options):
     plain.load_state_dict(state)
 
 
+def test_a_state_dict_says_how_it_was_computed():
+    """The settings of a compiled model, whose entries a script has renamed."""
+    model = Decoder()
+    plain = twin(model)
+    mhc_compile.attach(model, tokens(), options={"preset": "deepseek-v4", "iterations": 3})
+    state = torch.compile(model, backend="mhc").state_dict()
+    for name in list(state):
+        state[name.removeprefix("_orig_mod.")] = state.pop(name)
+    found = mhc_compile.restore(plain, state)
+    assert {(c.preset, c.iterations, c.end) for c in found.values()} == {("deepseek-v4", 3, "learned")}
+
+
 def test_the_restored_model_computes_and_trains_what_the_saved_one_did():
     plain, state = saved()
     other = twin(plain)
