@@ -62,8 +62,8 @@ def restore(
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
             `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
             mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
-            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, and say
-            preset, iterations and eps as well, which safetensors files do not keep.
+            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, and
+            give preset, iterations and eps as well, which safetensors files do not keep.
 
     Returns:
         All hyper-connections of the model by path.
@@ -184,7 +184,7 @@ def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
 
 
 def _saved_options(settings: Mapping[str, Any], options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
-    """Return the options with the settings that were saved, unless they are fixed or unknown here."""
+    """Return the options with saved settings, except those that are fixed, or unknown here."""
     known = {name: settings[name] for name in SETTINGS if name in settings and name not in fixed}
     if known.get("mapping") not in MAPPINGS:
         known.pop("mapping", None)
