@@ -1,0 +1,171 @@
+"""Find lists and copies of a model's parameters that were made before its hyper-connections.
+
+Programs make `params = list(model.parameters())` once and clip, zero or average by it. New
+parameters are not in it, and no hook of torch sees its use. Variables on the Python stack and
+attributes of their objects are searched, once for each model.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import os
+import sys
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mhc_compile.attachment.model_tree import connections, unwrap
+from mhc_compile.attachment.optimizer_places import plain_parameters
+from mhc_compile.errors import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_INSIDE = tuple(os.path.dirname(str(sys.modules[name].__file__)) + os.sep for name in ("torch", "mhc_compile"))
+
+_GRADIENTS = frozenset({"grad", "clip_grad_norm_", "clip_grad_value_", "clip_grad_norm", "clip_grads_with_norm_"})
+
+
+def warn_of_lists(root: nn.Module) -> None:
+    """Warn of a list of the parameters of `root` that lacks those of hyper-connections.
+
+    A variable counts if it is read after this call. A list of some parameters counts if the code
+    that reads it handles gradients; others are made for optimizers.
+    """
+    plain = {id(parameter): parameter.requires_grad for parameter in plain_parameters(root)}
+    new = {id(parameter) for parameter in root.parameters()} - plain.keys()
+    trained = {identity for identity, trains in plain.items() if trains}
+    for label, value, name, frame in _values():
+        if not _is_list_of_tensors(value):
+            continue
+        held = {id(one) for one in value}
+        if len(held & plain.keys()) < 2 or held & new or (frame is not None and not _reads_later(frame, name)):
+            continue
+        if trained <= held or (frame is not None and not _GRADIENTS.isdisjoint(frame.f_code.co_names)):
+            warn(
+                f"`{label}` is a list of {len(held & plain.keys())} parameters of {type(root).__name__}, made before it"
+                " got hyper-connections: gradient clipping, zeroing or averaging by it leaves them out. Make the list"
+                " after mhc_compile.attach(model, ...), or use model.parameters() in its place"
+            )
+            return
+
+
+def warn_of_copies(root: nn.Module) -> None:
+    """Warn of a copy of `root` or of its parameters that lacks the hyper-connections.
+
+    Copies are attributes of objects that are no modules of the model, or frozen models.
+    """
+    named = {name: p.shape for name, p in root.named_parameters() if id(p) in set(map(id, plain_parameters(root)))}
+    if len(named) < 2:
+        return
+    for label, value, _, frame in _values():
+        if isinstance(value, nn.Module):
+            found = _is_twin(value, root, named) and (
+                frame is None or not any(p.requires_grad for p in value.parameters())
+            )
+        elif isinstance(value, dict):
+            tensors = {key: getattr(one, "shape", None) for key, one in value.items()}
+            found = frame is None and named.items() <= tensors.items() and tensors.keys() <= _names(root, named)
+        else:
+            found = frame is None and _is_list_of_tensors(value) and [one.shape for one in value] == [*named.values()]
+            found = found and not {id(one) for one in value} & {id(p) for p in root.parameters()}
+        if found:
+            warn(
+                f"`{label}` has a copy of the parameters of {type(root).__name__} without its hyper-connections. If it"
+                " averages the model, by position it mixes parameters up, by name it leaves the hyper-connections"
+                " out. Make it after mhc_compile.attach(model, ...)"
+            )
+            return
+
+
+def _names(root: nn.Module, named: dict[str, Any]) -> set[str]:
+    return {*named, *(name for name, _ in root.named_buffers())}
+
+
+def _is_twin(value: nn.Module, root: nn.Module, named: dict[str, Any]) -> bool:
+    twin, model = unwrap(value), unwrap(root)
+    if type(twin) is not type(model) or twin is model or connections(twin):
+        return False
+    return {name: p.shape for name, p in twin.named_parameters()} == named
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    if not isinstance(value, list | tuple | set) or len(value) < 2 or not isinstance(next(iter(value)), torch.Tensor):
+        return False
+    return all(isinstance(one, torch.Tensor) for one in value)
+
+
+def _values() -> Iterator[tuple[str, Any, str, FrameType | None]]:
+    """Yield (label, value, name, frame) of the user's variables; frame None for attributes."""
+    frame: FrameType | None = sys._getframe(1)
+    seen: set[int] = set()
+    while frame is not None:
+        if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE):
+            for name, value in [*_locals(frame).items(), *frame.f_globals.items()]:
+                yield name, value, name, frame
+                if id(value) not in seen and _may_hold(value):
+                    seen.add(id(value))
+                    for attribute, part in _attributes(value):
+                        yield f"{name}.{attribute}", part, attribute, None
+        frame = frame.f_back
+
+
+def _locals(frame: FrameType) -> dict[str, Any]:
+    """Return the local variables. Before Python 3.13 a frame keeps its copy, and the model in it."""
+    kept = frame.f_locals
+    found = dict(kept)
+    # Three references: of the frame, of this function, and of the call. More if locals() is in use.
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and type(kept) is dict and sys.getrefcount(kept) <= 3:
+        kept.clear()
+    return found
+
+
+def _may_hold(value: Any) -> bool:
+    inside = type(value).__module__.partition(".")[0] in {"torch", "mhc_compile", "builtins"}
+    return not inside and not isinstance(value, type | ModuleType | FunctionType)
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    found = getattr(value, "__dict__", None)
+    attributes = list(found.items()) if isinstance(found, dict) else []
+    if isinstance(value, nn.Module):
+        attributes += value.named_children()
+    # The state of an optimizer may have the parameters' shapes.
+    return [(name, part) for name, part in attributes if not isinstance(value, Optimizer) or name != "state"]
+
+
+def _reads_later(frame: FrameType, name: str) -> bool:
+    """Whether code after the current line of `frame`, or a function next to it, reads `name`."""
+    code, now = frame.f_code, frame.f_lasti
+    if name in code.co_cellvars:
+        return True
+    uses: list[tuple[int, bool]] = []
+    loops: list[tuple[int, int]] = []
+    for instruction in dis.get_instructions(code):
+        value, offset = instruction.argval, instruction.offset
+        if value == name or (isinstance(value, tuple) and name in value):
+            uses.append((offset, instruction.opname.startswith("LOAD_")))
+        jumps = instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs
+        if jumps and isinstance(value, int) and value <= now <= offset:
+            loops.append((value, offset))
+    ahead, position = [], now
+    for start, end in sorted(loops, reverse=True):  # innermost first: to its end, and once more from its start
+        ahead += [(position, end), (start, now)]
+        position = max(position, end)
+    order = (read for start, end in [*ahead, (position, sys.maxsize)] for offset, read in uses if start < offset <= end)
+    first = next(order, False)  # it may be assigned again before it is read
+    functions = [one for one in frame.f_globals.values() if isinstance(one, FunctionType)]
+    return first or (
+        name in frame.f_globals and any(name in part.co_names for one in functions for part in _codes(one.__code__))
+    )
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
