@@ -116,9 +116,12 @@ def _add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
 def steps_in_backward(optimizer: Optimizer) -> bool:
     """Return whether hooks on the gradients of its parameters make the optimizer's steps.
 
-    All parameters have such hooks, and one refers to the optimizer or is its only parameter's.
+    All parameters have such hooks, and one refers to the optimizer or is its only parameter's; or
+    torch's own `_apply_optimizer_in_backward` made it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(optimizer is one for p in parameters[:1] for one in getattr(p, "_in_backward_optimizers", ())):
+        return True
     hooks = [hook for p in parameters[:1] for hook in (p._post_accumulate_grad_hooks or {}).values()]
     if not hooks or not all(parameter._post_accumulate_grad_hooks for parameter in parameters):
         return False

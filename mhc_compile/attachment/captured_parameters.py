@@ -11,6 +11,7 @@ import dis
 import inspect
 import os
 import sys
+from collections import OrderedDict
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from mhc_compile.attachment.optimizer_places import plain_parameters
 from mhc_compile.errors import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 _INSIDE = tuple(os.path.dirname(str(sys.modules[name].__file__)) + os.sep for name in ("torch", "mhc_compile"))
 
@@ -54,26 +55,25 @@ def warn_of_lists(root: nn.Module) -> None:
             return
 
 
-def warn_of_copies(root: nn.Module) -> None:
+def warn_of_copies(root: nn.Module, trained: Container[int]) -> None:
     """Warn of a copy of `root` or of its parameters that lacks the hyper-connections.
 
-    Copies are attributes of objects that are no modules of the model, or frozen models.
+    Copies are attributes of objects, or frozen models that are still equal to this one. Their
+    parameters are not among those of optimizers, `trained`, by `id`.
     """
-    named = {name: p.shape for name, p in root.named_parameters() if id(p) in set(map(id, plain_parameters(root)))}
-    if len(named) < 2:
-        return
+    plain = {id(parameter) for parameter in plain_parameters(root)}
+    named = {name: p.shape for name, p in root.named_parameters() if id(p) in plain}
     for label, value, _, frame in _values():
-        if isinstance(value, nn.Module):
-            found = _is_twin(value, root, named) and (
-                frame is None or not any(p.requires_grad for p in value.parameters())
-            )
-        elif isinstance(value, dict):
-            tensors = {key: getattr(one, "shape", None) for key, one in value.items()}
-            found = frame is None and named.items() <= tensors.items() and tensors.keys() <= _names(root, named)
+        if issubclass(type(value), nn.Module):
+            found = _is_twin(value, root, named) and (frame is None or _is_frozen_copy(value, root))
+            found = found and not any(id(parameter) in trained for parameter in value.parameters())
+        elif type(value) in (dict, OrderedDict):
+            shapes = {name: getattr(one, "shape", None) for name, one in value.items()}
+            found = frame is None and named.items() <= shapes.items() and not shapes.keys() & _new(root)
         else:
             found = frame is None and _is_list_of_tensors(value) and [one.shape for one in value] == [*named.values()]
-            found = found and not {id(one) for one in value} & {id(p) for p in root.parameters()}
-        if found:
+            found = found and plain.isdisjoint(map(id, value))
+        if found and len(named) > 1:
             warn(
                 f"`{label}` has a copy of the parameters of {type(root).__name__} without its hyper-connections. If it"
                 " averages the model, by position it mixes parameters up, by name it leaves the hyper-connections"
@@ -82,19 +82,26 @@ def warn_of_copies(root: nn.Module) -> None:
             return
 
 
-def _names(root: nn.Module, named: dict[str, Any]) -> set[str]:
-    return {*named, *(name for name, _ in root.named_buffers())}
+def _new(root: nn.Module) -> set[str]:
+    return {f"{path}.{name}" for path, part in connections(root).items() for name, _ in part.named_parameters()}
 
 
-def _is_twin(value: nn.Module, root: nn.Module, named: dict[str, Any]) -> bool:
+def _is_twin(value: nn.Module, root: nn.Module, named: dict[str, torch.Size]) -> bool:
     twin, model = unwrap(value), unwrap(root)
     if type(twin) is not type(model) or twin is model or connections(twin):
         return False
     return {name: p.shape for name, p in twin.named_parameters()} == named
 
 
+def _is_frozen_copy(value: nn.Module, root: nn.Module) -> bool:
+    if any(parameter.requires_grad for parameter in value.parameters()):
+        return False
+    pairs = zip(value.parameters(), plain_parameters(root), strict=True)
+    return all(one.device == other.device and torch.equal(one, other) for one, other in pairs)
+
+
 def _is_list_of_tensors(value: Any) -> bool:
-    if not isinstance(value, list | tuple | set) or len(value) < 2 or not isinstance(next(iter(value)), torch.Tensor):
+    if type(value) not in (list, tuple, set) or len(value) < 2 or not isinstance(next(iter(value)), torch.Tensor):
         return False
     return all(isinstance(one, torch.Tensor) for one in value)
 
@@ -107,7 +114,7 @@ def _values() -> Iterator[tuple[str, Any, str, FrameType | None]]:
         if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE):
             for name, value in [*_locals(frame).items(), *frame.f_globals.items()]:
                 yield name, value, name, frame
-                if id(value) not in seen and _may_hold(value):
+                if id(value) not in seen:
                     seen.add(id(value))
                     for attribute, part in _attributes(value):
                         yield f"{name}.{attribute}", part, attribute, None
@@ -115,7 +122,7 @@ def _values() -> Iterator[tuple[str, Any, str, FrameType | None]]:
 
 
 def _locals(frame: FrameType) -> dict[str, Any]:
-    """Return the local variables. Before Python 3.13 a frame keeps its copy, and the model in it."""
+    """Return the local variables. Before Python 3.13 the frame keeps the dict and the model."""
     kept = frame.f_locals
     found = dict(kept)
     # Three references: of the frame, of this function, and of the call. More if locals() is in use.
@@ -124,18 +131,20 @@ def _locals(frame: FrameType) -> dict[str, Any]:
     return found
 
 
-def _may_hold(value: Any) -> bool:
-    inside = type(value).__module__.partition(".")[0] in {"torch", "mhc_compile", "builtins"}
-    return not inside and not isinstance(value, type | ModuleType | FunctionType)
-
-
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    found = getattr(value, "__dict__", None)
-    attributes = list(found.items()) if isinstance(found, dict) else []
-    if isinstance(value, nn.Module):
-        attributes += value.named_children()
+    """Return the attributes of an object of a user's class, without running its code."""
+    kind = type(value)
+    inside = str(kind.__module__).partition(".")[0] in {"torch", "mhc_compile", "builtins"}
+    if inside or issubclass(kind, type | ModuleType | FunctionType):
+        return []
+    try:
+        found = dict(object.__getattribute__(value, "__dict__"))
+    except AttributeError:
+        return []
+    if issubclass(kind, nn.Module) and "training" in found:
+        found.update(value.named_children())
     # The state of an optimizer may have the parameters' shapes.
-    return [(name, part) for name, part in attributes if not isinstance(value, Optimizer) or name != "state"]
+    return [(name, part) for name, part in found.items() if not issubclass(kind, Optimizer) or name != "state"]
 
 
 def _reads_later(frame: FrameType, name: str) -> bool:

@@ -123,13 +123,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
     if _seen.get(optimizer) == now:
         return
     _seen[optimizer] = now
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    living = _living(optimizer)
+    mine = places_of([optimizer])
     for root in list(_uncopied):
-        if any(id(parameter) in trained for parameter in root.parameters()):
+        if any(id(parameter) in mine for parameter in root.parameters()):
             _uncopied.discard(root)
-            warn_of_copies(root)
-    if _waiting:
-        _settle(_living(optimizer), stepping=optimizer)
+            warn_of_copies(root, places_of(living))
+    _settle(living, stepping=optimizer)
 
 
 def _living(optimizer: Optimizer) -> list[Optimizer]:
@@ -140,20 +140,14 @@ def _living(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - the signature of a step hook
-    """Join or report parameters that got gradients and are in no optimizer after a full step."""
+    """Join or report parameters that got gradients and are in no optimizer after a step."""
     if torch.compiler.is_compiling() or not _waiting:
         return
     count = _steps[optimizer] = _steps.get(optimizer, 0) + 1
     if count & (count - 1) or not _lacking({}):  # at step 1, 2, 4, 8, ...
         return
     living = _living(optimizer)
-    places = places_of(living)
-    lacking = _lacking(places)
-    if count == 1:  # others may be about to step
-        models = {id(p) for connection in lacking for p in plain_parameters(_waiting[connection].root() or connection)}
-        others = {id(o) for identity in models & places.keys() for o, *_ in places[identity] if o not in _steps}
-        if others:
-            return
+    lacking = _lacking(places_of(living))
     if any(_waiting[connection].policy == "extend" for connection in lacking):
         _settle(living, stepping=optimizer, last_resort=True)
         lacking = _lacking(places_of(living))
@@ -177,7 +171,7 @@ def _is_trained(parameter: nn.Parameter) -> bool:
 
 
 def _report(lacking: dict[HyperConnection, list[nn.Parameter]], found: str) -> None:
-    """Warn of parameters that are not trained, once; if one of them has `strict`, raise AttachError.
+    """Warn of parameters that are not trained, once; if `strict`, raise AttachError.
 
     `found` says what was found, of {count} parameters of {sites} hyper-connections.
     """
