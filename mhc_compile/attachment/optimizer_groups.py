@@ -97,7 +97,7 @@ class Arrivals:
         return ""
 
 
-def leave(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer] | None = None) -> None:
+def leave(parameters: Iterable[torch.Tensor], optimizers: Iterable[Optimizer] | None = None) -> None:
     """Remove parameters and their state from `optimizers`, by default from every optimizer."""
     gone = {id(parameter) for parameter in parameters}
     for optimizer in _torch.living_optimizers() if optimizers is None else optimizers:

@@ -55,6 +55,7 @@ def test_a_list_that_clips_or_zeroes(use):
         train(model, **{use: [p for p in model.parameters() if p.requires_grad]})
 
 
+@pytest.mark.slow
 def test_a_list_of_some_parameters_that_clips():
     model = Decoder(layers=1)
     with pytest.warns(mhc_compile.MhcWarning, match=rf"`clip` {LIST} 12 parameters of Decoder"):
@@ -92,6 +93,7 @@ def test_lists_that_are_not_read_again():
     assert len(first) == 12  # read again, but of some parameters and for nothing that matters
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("silent")
 def test_lists_of_an_optimizer_and_of_attached_models():
     model = Decoder(layers=1)
@@ -159,7 +161,7 @@ class TwinInside(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "held"),
     [
-        (ByList, "shadow"),
+        pytest.param(ByList, "shadow", marks=pytest.mark.slow),
         (ByName, "shadow"),
         (ByTwin, "module"),
         pytest.param(TwinInside, "module", marks=pytest.mark.slow),
@@ -175,8 +177,9 @@ def test_averages_made_before(kind, held):
         train(model, average=average)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("kind", [ByList, pytest.param(ByName, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [ByList, ByName])
 def test_averages_made_after(kind):
     model = Decoder(layers=1)
     mhc_compile.attach(model, tokens())
@@ -188,6 +191,7 @@ def test_averages_made_after(kind):
     assert all((got[name] - want[name]).abs().max() < 0.1 for name in want)
 
 
+@pytest.mark.slow
 def test_a_frozen_copy():
     model = Decoder(layers=1)
     target = copy.deepcopy(model).requires_grad_(False)

@@ -199,6 +199,7 @@ class Elementwise(torch.optim.Optimizer):
                 p.add_(p.grad.sign(), alpha=-self.param_groups[0]["lr"])
 
 
+@pytest.mark.slow
 def test_vectors_stay_out_of_an_optimizer_of_matrices_by_any_name():
     def build(model):
         matrices = block_matrices(model)
@@ -226,6 +227,7 @@ def test_phi_stays_out_of_groups_of_one_shape():
     assert groups_of(optimizer, model) == {"phi": {0}, "bias": {1}, "scale": {1}}
 
 
+@pytest.mark.slow
 def test_state_of_construction_is_given_to_new_parameters():
     def build(model):
         matrices = block_matrices(model)
@@ -271,7 +273,7 @@ def head_alone(model):
     return [torch.optim.SGD(model.head.parameters(), lr=0.1)]
 
 
-@pytest.mark.parametrize(("build", "count"), [(only_matrices, 8), (head_alone, 12)])
+@pytest.mark.parametrize(("build", "count"), [(only_matrices, 8), pytest.param(head_alone, 12, marks=pytest.mark.slow)])
 def test_parameters_that_no_optimizer_trains_are_named(build, count):
     model = Bare(gain=False)
     optimizers = build(model)
@@ -287,6 +289,7 @@ def test_parameters_that_no_optimizer_trains_are_named(build, count):
     assert len(hyper(model)) == 12
 
 
+@pytest.mark.slow
 def test_strict_refuses_parameters_that_no_optimizer_trains():
     model = Bare(gain=False)
     optimizer = Whitened(model.parameters())
@@ -321,6 +324,7 @@ def test_parameters_that_a_selection_left_out_join_at_the_first_step():
     assert not any(torch.equal(p, before[name]) for name, p in hyper(model).items())
 
 
+@pytest.mark.slow
 def test_parameters_that_a_selection_left_out_are_warned_of():
     model, optimizers, compiled = attached(existing_optimizers="warn")
     with pytest.warns(
@@ -336,6 +340,7 @@ def test_parameters_that_a_selection_left_out_are_warned_of():
     assert how_often(model, *optimizers) == {0, 1}
 
 
+@pytest.mark.slow
 def test_frozen_hyper_connections_join_nothing_until_they_are_trained():
     model = Decoder(layers=1)
     mhc_compile.attach(model, tokens())
@@ -357,7 +362,8 @@ def head_first(model):
     return torch.optim.AdamW(model.head.parameters(), lr=1e-2)
 
 
-@pytest.mark.parametrize("named", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
 def test_a_group_that_is_added_later_takes_its_parameters_over(named):
     """The plain script: train the head, then unfreeze the rest. The oracle puts the parameters
     where they go by hand.
@@ -392,10 +398,19 @@ def test_a_group_that_is_added_later_takes_its_parameters_over(named):
     assert_equal(early, late)
 
 
+def test_a_group_takes_parameters_over():
+    model = Decoder(layers=1)
+    optimizer = head_first(model)
+    mhc_compile.attach(model, tokens())
+    assert groups_of(optimizer, model) == {"phi": {0}, "bias": {0}, "scale": {0}}
+    optimizer.add_param_group({"params": (p for name, p in model.named_parameters() if "head" not in name)})
+    assert groups_of(optimizer, model) == {"phi": {1}, "bias": {1}, "scale": {1}}
+
+
 def test_an_optimizer_built_later_takes_its_parameters_over():
     model = Decoder(layers=1)
     first = head_first(model)
-    step(compile_eagerly(model), first)
+    mhc_compile.attach(model, tokens())
     assert how_often(model, first) == {1}
     model.requires_grad_(True)
     second = torch.optim.SGD([p for name, p in model.named_parameters() if not name.startswith("head")], lr=0.1)
@@ -448,21 +463,27 @@ def torch_s_own(model):
     return [o for p in model.parameters() for o in p._in_backward_optimizers]
 
 
-@pytest.mark.parametrize("build", [one_each, pytest.param(one_a_block, marks=pytest.mark.slow), torch_s_own])
+SLOW = [pytest.param(build, marks=pytest.mark.slow) for build in (one_a_block, torch_s_own)]
+
+
+@pytest.mark.parametrize("build", [one_each, *SLOW])
 def test_optimizers_that_step_in_the_backward_take_nothing_and_are_named(build):
     model = Decoder(layers=2)
     optimizers = build(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = model.blocks[0].attn.qkv.weight.detach().clone()
     compiled = compile_eagerly(model)
     with pytest.warns(mhc_compile.MhcWarning, match=r"12 parameters .* step within the backward .*: blocks\.0") as said:
         loss_of(compiled).backward()
     assert len(said) == 1
     loss_of(compiled).backward()
     assert how_often(model, *optimizers) == {0}
-    assert not torch.equal(model.blocks[0].attn.qkv.weight, before["blocks.0.attn.qkv.weight"])
-    torch._dynamo.reset()
-    model = Decoder(layers=2)
-    optimizers = build(model)
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, before)
+
+
+@pytest.mark.slow
+def test_strict_refuses_optimizers_that_step_in_the_backward():
+    model = Decoder(layers=1)
+    one_each(model)
     with pytest.raises(AttachError, match="step within the backward"):
         compile_eagerly(model, strict=True)(tokens())
 
@@ -478,6 +499,7 @@ def test_hooks_that_do_not_step_are_no_optimizer_in_the_backward():
     assert norms
 
 
+@pytest.mark.slow
 def test_two_models_in_one_function():
     def build():
         torch.manual_seed(0)
@@ -540,8 +562,9 @@ def divided(model, **settings):
     return [ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.02, **settings)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("buckets", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("buckets", [True, False])
 def test_zero_divides_again(buckets):
     model, (optimizer,) = assert_trains_alike(
         lambda model: divided(model, parameters_as_bucket_view=buckets), plain=Decoder(layers=1)
@@ -559,6 +582,7 @@ def test_zero_that_has_stepped_refuses():
         compile_eagerly(model)(tokens())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_no_optimizer_is_tried_where_it_may_wait_for_other_processes():
     model = Bare(gain=False)
