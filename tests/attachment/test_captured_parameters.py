@@ -202,9 +202,12 @@ def test_a_frozen_copy():
 
 @pytest.mark.usefixtures("silent")
 def test_other_models_of_the_class():
-    model, teacher, trained = Decoder(layers=1), Decoder(layers=1).requires_grad_(False), Decoder(layers=1)
+    model, teacher = Decoder(layers=1), Decoder(layers=1).requires_grad_(False)
+    other = ByTwin(model)  # trained as well, later
+    optimizer = torch.optim.SGD(other.module.parameters(), lr=0.1)
     averaged = AveragedModel(model)
-    train(model, average=averaged.update_parameters)
+    train(model, average=lambda model: averaged.update_parameters(model))
     assert len(mhc_compile.connections(averaged.module)) == 2
     assert not mhc_compile.connections(teacher)
-    assert not mhc_compile.connections(trained)
+    assert not mhc_compile.connections(other.module)
+    assert len(optimizer.param_groups[0]["params"]) == 17
