@@ -151,6 +151,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: 
     if any(_waiting[connection].policy == "extend" for connection in lacking):
         _settle(living, stepping=optimizer, last_resort=True)
         lacking = _lacking(places_of(living))
+    mine = places_of([optimizer])
+    roots = {connection: _waiting[connection].root() for connection in lacking}
+    trained = {root for root in roots.values() if root is not None and any(id(p) in mine for p in root.parameters())}
+    lacking = {connection: missing for connection, missing in lacking.items() if roots[connection] in trained}
     _report(lacking, "{count} parameters of hyper-connections got gradients and are in no optimizer")
 
 
@@ -179,7 +183,8 @@ def _report(lacking: dict[HyperConnection, list[nn.Parameter]], found: str) -> N
     names: dict[int, str] = {}
     for root in {_waiting[connection].root() for connection in lacking}:
         names.update({id(p): path for path, p in root.named_parameters()} if root is not None else {})
-    shown = [names.get(id(p), "?") for c, missing in lacking.items() if strict or c not in _warned for p in missing]
+    parameters = (p for c, missing in lacking.items() if strict or c not in _warned for p in missing)
+    shown = [names[id(p)] for p in parameters if id(p) in names]  # others were detached
     _warned.update(lacking)
     if shown:
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""

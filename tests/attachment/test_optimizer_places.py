@@ -340,6 +340,14 @@ def test_parameters_that_a_selection_left_out_are_warned_of():
     assert how_often(model, *optimizers) == {0, 1}
 
 
+def test_other_models_that_got_gradients_are_not_warned_of():
+    other, model = Decoder(layers=1), Decoder(layers=1)
+    loss_of(compile_eagerly(other)).backward()  # trained without any optimizer
+    step(compile_eagerly(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    mhc_compile.detach(model)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 @pytest.mark.slow
 def test_frozen_hyper_connections_join_nothing_until_they_are_trained():
     model = Decoder(layers=1)
