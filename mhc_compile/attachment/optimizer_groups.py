@@ -7,6 +7,7 @@ import logging
 import weakref
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     import torch
-    from torch import nn
 
     from mhc_compile.attachment.optimizer_places import Group, Place
 
@@ -78,8 +78,9 @@ class Arrivals:
                     optimizer.state[parameter] = state
             if isinstance(optimizer, Adagrad):
                 # It creates its state when it is built; some versions of torch rely on that.
-                fresh = Adagrad(list(newcomers), **{name: group[name] for name in optimizer.defaults})
-                optimizer.state.update(fresh.state)
+                same = [nn.Parameter(parameter.detach()) for parameter in newcomers]
+                fresh = Adagrad(same, **{name: group[name] for name in optimizer.defaults})
+                optimizer.state.update(zip(newcomers, fresh.state.values(), strict=True))
             _torch.partition(optimizer)
             for parameter, place in newcomers.items():
                 _joined[parameter] = weakref.ref(place.guide)
