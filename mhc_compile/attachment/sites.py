@@ -16,7 +16,8 @@ from mhc_compile.attachment.model_tree import (
     find_connection,
     unwrap,
 )
-from mhc_compile.attachment.optimizers import expect, leave
+from mhc_compile.attachment.optimizer_groups import leave
+from mhc_compile.attachment.optimizers import expect
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import create_connection
 
@@ -59,7 +60,7 @@ def attach_site(
         put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
     check_options(connection, site, options)
     if last and connection.end_chain():
-        expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
+        expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path, strict=options.strict)
         changed = True
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
@@ -100,7 +101,7 @@ def put_connection(
     container = container_of(owner)
     container.put(name, connection)
     container.train(owner.training)
-    expect(connection, owner, options.existing_optimizers, root=root, path=path)
+    expect(connection, owner, options.existing_optimizers, root=root, path=path, strict=options.strict)
 
 
 def check_options(connection: HyperConnection, site: Site, options: ResolvedOptions) -> None:

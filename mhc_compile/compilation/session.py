@@ -111,8 +111,9 @@ class GraphSession:
             site, index = item.site, blocks.number * lengths[item.site] + item.index
             owner, declaring_module = parameters.modules(site)
             check_site(site, owner, find_connection(owner, site), ddp)
+            model = self.provenance.model_around(site.add, owner)
             changed |= attach_site(
-                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=root
+                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=model
             )
         for number, block in blocks.others.items():
             assert root is not None
