@@ -124,6 +124,7 @@ def test_a_script_is_planned_without_training_or_writing(folder):
     assert [entry.path for entry in plan.connections] == [f"blocks.{i}.mhc.down" for i in range(3)]
 
 
+@pytest.mark.slow
 def test_with_a_plan_a_program_trains_resumes_and_samples(folder):
     whole = run("--plan", "net.json", "train.py", "6")
     assert Path("net.json").exists()  # it was missing, and made first
