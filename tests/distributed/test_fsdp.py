@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor
-from training import Recomputing, Spy, Wrapped, build, train
+from training import Recomputing, Spy, Wrapped, build, train, whole
 
 import mhc_compile
 import mhc_compile.errors
@@ -125,6 +125,47 @@ def test_attaching_too_late(ranks):
     for said in ranks.run(late):
         assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
         assert all("FSDP" in message for message in said)
+
+
+def from_meta(rank, apply, init):
+    """The whole hyper-connections of a model that was sharded on the meta device, and how far its
+    function is from the plain model's. Every rank draws other random numbers.
+    """
+    with torch.device("meta"):
+        model = Decoder(16, 3)
+    mhc_compile.attach(model, tokens().to("meta"), options={"init": init})
+    shard(model, "whole", None, APART, apply)
+    torch.manual_seed(100 + rank)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm | torch.nn.Embedding):
+            with torch.no_grad():
+                for parameter in module.parameters(recurse=False):
+                    parameter.fill_(0.01)
+    out = torch.compile(model, backend="mhc", options={"inner_backend": "eager", "init": init})(tokens())
+    plain = Decoder(16, 3)
+    for parameter in plain.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    own = {n: whole(p) for n, p in model.named_parameters() if ".mhc." in n}
+    return own, (out - plain(tokens())).abs().max().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", [fully_shard, torch_fully_shard])
+@pytest.mark.parametrize("init", ["preserve", "random"])
+def test_sharded_on_the_meta_device(ranks, apply, init):
+    (first, error), (second, _) = ranks.run(from_meta, apply, init)
+    want = Decoder(16, 3)
+    mhc_compile.attach(want, tokens(), options={"init": init})
+    own = {n: p for n, p in want.named_parameters() if ".mhc." in n}
+    assert own.keys() == first.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        if name.endswith("phi") and init == "random":
+            assert value.std().item() == pytest.approx(own[name].std().item(), rel=0.1), name
+        else:
+            assert torch.equal(value, own[name]), name
+    assert init == "random" or error < 1e-6
 
 
 @pytest.mark.slow
