@@ -112,10 +112,10 @@ def test_every_private_name_and_patch_is_in_the_table():
     names = {use.name for file in room.glob("*.py") for use in private_names(file.read_text())}
     assert not sorted(name for name in names if not re.search(rf"{re.escape(name)}\b", table))
     patching = "rewrite_before_ddp_splits register_decompositions inductor_code observe_graphs make_room restart_trace uncompiled"
-    for function in (*patching.split(), "before_averaging", "living_optimizers", "patch_compile"):
+    for function in (*patching.split(), "before_backward", "before_averaging", "living_optimizers", "patch_compile"):
         assert re.search(rf"^\| `\w+\.{function}`", table, re.MULTILINE), function
     listed = re.findall(r"^\| `(\w+)\.(\w+)` \|", table.partition("## Patches")[2], re.MULTILINE)
-    assert len(listed) == 10
+    assert len(listed) == 11
     assert all(f"def {function}(" in (room / f"{module}.py").read_text() for module, function in listed)
 
 

@@ -31,6 +31,7 @@ from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_wh
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
 from mhc_compile.distributed.guards import check_site, warn_of_pipeline
+from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.split_branches import Notes
 from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
@@ -99,16 +100,18 @@ class GraphSession:
         parameters = self.parameters
         planned = parameters.resolve(self.planner, self.options)
         root, frame = self.provenance.root, self.provenance.frame
-        ddp = None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
-        blocks = EquivalentBlocks(0, {})
-        if root is not None and any(parameters.existing(item) is None for item in planned):
+        blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
+        if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)
+        owners = [parameters.modules(item.site)[0] for item in planned]
+        wrappers = [frame.ddp] if frame.ddp is not None else wrappers_of(owners, existing)
+        known = parts(wrappers)
         lengths = {site: len(chain.sites) for chain in self.plan.chains for site in chain.sites}
         changed = False
         for item in planned:
             site, index = item.site, blocks.number * lengths[item.site] + item.index
             owner, declaring_module = parameters.modules(site)
-            check_site(site, owner, find_connection(owner, site), ddp)
+            check_site(site, owner, find_connection(owner, site), wrappers)
             changed |= attach_site(
                 owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=root
             )
@@ -117,6 +120,8 @@ class GraphSession:
             for item in planned:
                 index = number * lengths[item.site] + item.index
                 attach_like(block, root, item.site, item.options, index=index, dtype=item.dtype)
+        for ddp in wrappers:
+            follow(ddp, known)
         if changed:
             settle()
             follow_averages()

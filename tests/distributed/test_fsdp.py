@@ -124,6 +124,7 @@ def late(rank):
 def test_attaching_too_late(ranks):
     for said in ranks.run(late):
         assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
+        assert all("mhc run --plan" in message for message in said)
         assert all("FSDP" in message for message in said)
 
 
@@ -228,3 +229,47 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(ranks, tmp_path):
     other.load_state_dict(whole)
     results = [torch.compile(m, backend="mhc", options={"inner_backend": "eager"})(tokens()) for m in (model, other)]
     assert torch.equal(*results)
+
+
+def checkpoint_of(model, optimizer):
+    import torch.distributed.checkpoint.state_dict as states
+
+    state, optimizer_state = states.get_state_dict(model, optimizer)
+    return {"model": state, "optimizer": optimizer_state}
+
+
+def half(rank, folder, parts, policy, saved):
+    """Train half of the steps with FSDP2, or alone, and save; or load, and train the other half."""
+    import torch.distributed.checkpoint as checkpoint
+    import torch.distributed.checkpoint.state_dict as states
+
+    options = {"inner_backend": "eager"}
+    model = Decoder(16, 3) if saved else build()
+    if saved:
+        mhc_compile.attach(model, tokens())
+    call = (
+        shard(model, "method", options, policy) if parts > 1 else torch.compile(model, backend="mhc", options=options)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if saved:
+        state = checkpoint_of(model, optimizer)
+        checkpoint.load(state, checkpoint_id=folder, no_dist=parts == 1)
+        states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    trained = train(call, model, rank, parts, optimizer=optimizer, steps=range(5, 10) if saved else range(5))
+    if not saved:
+        checkpoint.save(checkpoint_of(model, optimizer), checkpoint_id=folder, no_dist=parts == 1)
+    return trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [None, APART])
+def test_resumed_with_another_number_of_processes(ranks, tmp_path, policy):
+    model = build()
+    call = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
+    want = train(call, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    want.losses[:5] = []
+    ranks.run(half, tmp_path / "two", 2, policy, False)
+    half(0, tmp_path / "two", 1, policy, True).assert_close(want)
+    half(0, tmp_path / "one", 1, policy, False)
+    for got in ranks.run(half, tmp_path / "one", 2, policy, True):
+        got.assert_close(want)

@@ -4,7 +4,9 @@ them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,8 @@ import mhc_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from torch.nn.parallel import DistributedDataParallel
 
 STEPS, BATCH = 10, 4
 
@@ -99,16 +103,36 @@ class Trained:
         assert errors[worst] < tolerance, (worst, errors[worst])
 
 
-def train(call: Callable[..., Any], model: nn.Module, part: int = 0, parts: int = 1) -> Trained:
-    """Ten steps of `call` on one share of every batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def train(
+    call: Callable[..., Any],
+    model: nn.Module,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: range = range(STEPS),
+    ddp: DistributedDataParallel | None = None,
+    micro: int = 1,
+    shake_after: int | None = None,
+) -> Trained:
+    """Ten steps of `call`, or `steps` of them, on one share of every batch.
+
+    The share is cut in `micro` pieces whose gradients are added up, without DDP's reduction for all
+    but the last. Hyper-connections are shaken after the step `shake_after`.
+    """
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for inputs, targets in batches(part, parts):
+    for step, (inputs, targets) in zip(steps, islice(batches(part, parts), steps.start, steps.stop), strict=True):
         optimizer.zero_grad()
-        loss = F.cross_entropy(call(inputs).flatten(0, 1).float(), targets.flatten())
-        loss.backward()
+        total = torch.zeros(())
+        for number, (some, wanted) in enumerate(zip(inputs.chunk(micro), targets.chunk(micro), strict=True)):
+            with ddp.no_sync() if ddp is not None and number < micro - 1 else nullcontext():
+                loss = F.cross_entropy(call(some).flatten(0, 1).float(), wanted.flatten()) / micro
+                loss.backward()
+            total += loss.detach() / parts
         optimizer.step()
-        total = loss.detach() / parts
+        if step == shake_after:
+            shake(model)
         if parts > 1:
             dist.all_reduce(total)
         losses.append(total.item())
