@@ -79,28 +79,36 @@ def whole_graphs() -> AbstractContextManager[None]:
 
 
 def late_parameters(ddp: DistributedDataParallel) -> dict[str, nn.Parameter]:
-    """Return the parameters, by name, that the module of `ddp` has got since it was wrapped."""
+    """Return the parameters, by name, of the module of `ddp` that its reducer does not know."""
     known = {id(parameter) for parameter in ddp._module_parameters}
-    return {
+    late = {
         name: parameter
         for name, parameter in ddp.module.named_parameters()
         if id(parameter) not in known and name not in ddp.parameters_to_ignore
     }
+    # The reducer of a copied or unpickled one has them all.
+    return {} if _is_reduced(ddp, [*ddp._module_parameters, *late.values()]) else late
+
+
+def _is_reduced(ddp: DistributedDataParallel, parameters: list[nn.Parameter]) -> bool:
+    """Return whether the reducer was built for those of `parameters` that are trained."""
+    trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}.values()
+    built = ddp._get_ddp_logging_data()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return (built["num_parameter_tensors"], built["total_parameter_size_bytes"]) == (len(trained), size)
 
 
 def obstacle_to_late_parameters(ddp: DistributedDataParallel) -> str | None:
     """Return why `reduce_late_parameters` would be wrong, None if it would be right."""
-    built = ddp._get_ddp_logging_data()
-    trained = [parameter for parameter in ddp._module_parameters if parameter.requires_grad]
+    built, parameters = ddp._get_ddp_logging_data(), ddp._module_parameters
     obstacles = {
         "torch._dynamo.config.optimize_ddp='python_reducer'": ddp._use_python_reducer,
         "its setting mixed_precision": ddp.mixed_precision is not None,
         "its setting delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
-        "an optimizer that runs in the backward": any(hasattr(p, "_in_backward_optimizers") for p in trained),
+        "an optimizer that runs in the backward": any(hasattr(p, "_in_backward_optimizers") for p in parameters),
         "a built-in communication hook": bool(built.get("comm_hook")) and not ddp._comm_hooks,
         "the context of uneven inputs, join()": ddp._join_config.enable,
-        "parameters that were frozen or unfrozen since it wrapped the model": built["num_parameter_tensors"]
-        != len({id(parameter) for parameter in trained}),
+        "parameters that were frozen or unfrozen since it wrapped the model": not _is_reduced(ddp, parameters),
     }
     return next((obstacle for obstacle, present in obstacles.items() if present), None)
 

@@ -30,7 +30,7 @@ from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
-from mhc_compile.distributed.guards import check_site, warn_of_pipeline
+from mhc_compile.distributed.guards import check_frame, check_site, warn_of_pipeline
 from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.split_branches import Notes
@@ -97,9 +97,9 @@ class GraphSession:
 
         A site whose module holds parameters of another width is rejected.
         """
-        parameters = self.parameters
+        root, frame, parameters = self.provenance.root, self.provenance.frame, self.parameters
+        check_frame(frame)
         planned = parameters.resolve(self.planner, self.options)
-        root, frame = self.provenance.root, self.provenance.frame
         blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
         if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)

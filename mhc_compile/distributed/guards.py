@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile import _torch
+from mhc_compile.attachment.model_tree import unwrap
 from mhc_compile.distributed.late_parameters import explain, has_late
 from mhc_compile.errors import AttachError, warn
 from mhc_compile.passes.analysis.op_info import tensor_value
@@ -30,6 +32,17 @@ _WAY_OUT = (
     "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; for an"
     " unmodified script, `mhc run --plan mhc.json` (made by `mhc plan`) does so"
 )
+
+
+def check_frame(frame: Frame) -> None:
+    """Raise AttachError if the frame runs inside FSDP1, which computes with flat parameters."""
+    owner = next((call.module for call in frame.calls if isinstance(call.module, FullyShardedDataParallel)), None)
+    if owner is not None:
+        raise AttachError(
+            f"{type(unwrap(owner.module)).__name__} is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters"
+            " hide what belongs to a branch. Shard it with torch.distributed.fsdp.fully_shard (FSDP2), after"
+            " mhc_compile.attach(model, inputs), or compile it with another backend"
+        )
 
 
 def check_site(

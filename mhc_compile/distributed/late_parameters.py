@@ -83,6 +83,8 @@ def follow(ddp: DistributedDataParallel, before: set[nn.Module]) -> None:
 
 
 def _adopt(ddp: DistributedDataParallel) -> None:
+    if not _torch.late_parameters(ddp):
+        return
     obstacle = _torch.obstacle_to_late_parameters(ddp)
     if obstacle is not None:
         raise AttachError(explain(obstacle))

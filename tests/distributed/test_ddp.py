@@ -168,6 +168,21 @@ def test_activation_checkpointing(ranks, kind, inner_backend):
         assert inner_backend or min(pieces) >= 3
 
 
+def accumulate(rank, place):
+    """Two halves of every batch, of which the last is reduced."""
+    model, same = build(), build()
+    want = train(torch.compile(model, backend="mhc", options=EAGER), model)
+    call = wrap(same, place, options=EAGER)
+    ddp = call if isinstance(call, DistributedDataParallel) else call._orig_mod
+    train(call, same, rank, 2, wrapper=ddp, micro=2).assert_close(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_gradient_accumulation(ranks, place):
+    ranks.run(accumulate, place)
+
+
 def save(rank, folder):
     """Train half of the steps in DDP and save model and optimizer, as rank 0 does."""
     model = build()

@@ -4,12 +4,15 @@ process does with all of both.
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 from helpers.builders import Decoder, tokens
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor
 from training import Recomputing, Spy, Wrapped, build, train, whole
@@ -169,6 +172,26 @@ def test_sharded_on_the_meta_device(ranks, apply, init):
     assert init == "random" or error < 1e-6
 
 
+def first_version(rank):
+    """Errors of models in FSDP1, attached before and not, and compiled inside and outside."""
+    said = []
+    for model, inside in itertools.product((build(), Decoder()), (True, False)):
+        torch._dynamo.reset()
+        compiled = functools.partial(torch.compile, backend="mhc", options={"inner_backend": "eager"})
+        wrapped = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+        call = wrapped(compiled(model)) if inside else compiled(wrapped(model))
+        with pytest.raises(mhc_compile.errors.AttachError) as caught:
+            call(tokens())
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.slow
+def test_fsdp1_is_rejected(ranks):
+    for said in ranks.run(first_version):
+        assert all("fully_shard (FSDP2), after mhc_compile.attach" in message for message in said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("inner_backend", [None, "aot_eager"])
@@ -229,6 +252,22 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(ranks, tmp_path):
     other.load_state_dict(whole)
     results = [torch.compile(m, backend="mhc", options={"inner_backend": "eager"})(tokens()) for m in (model, other)]
     assert torch.equal(*results)
+
+
+def accumulate(rank, way, policy, apply):
+    """Two halves of every batch, of which the last is reduced."""
+    want = alone("eager")
+    model = build()
+    call = shard(model, way, {"inner_backend": "eager"}, policy, apply)
+    train(call, model, rank, 2, wrapper=model, micro=2).assert_close(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "policy", "apply"), [("method", APART, fully_shard), ("whole", None, torch_fully_shard)]
+)
+def test_gradient_accumulation(ranks, way, policy, apply):
+    ranks.run(accumulate, way, policy, apply)
 
 
 def checkpoint_of(model, optimizer):

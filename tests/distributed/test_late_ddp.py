@@ -6,7 +6,9 @@ with all of it, from hyper-connections far from their start.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
+import io
 
 import pytest
 import torch
@@ -68,7 +70,7 @@ def compare(rank, places=("outside", "inside"), *, micro=1, optimize=True, befor
                 ddp.register_comm_hook(seen, record_and_reduce)
             elif before is not None:
                 before(rank, call, ddp)
-            got = train(call, model, rank, 2, optimizer=optimizer, ddp=ddp, **shaken)
+            got = train(call, model, rank, 2, optimizer=optimizer, wrapper=ddp, **shaken)
         got.assert_close(want)
         assert model.rank == 0
         assert before != "hook" or seen == {id(p) for p in model.parameters()}
@@ -185,6 +187,29 @@ def differing(rank):
 @pytest.mark.parametrize("task", [differing, absent])
 def test_ranks_that_do_not_attach_the_same(ranks, task):
     ranks.run(task)
+
+
+def copied(rank):
+    """Copies that were made between attaching and training learn of the parameters, too."""
+    _, _, ddp, _ = script(rank, "outside")
+    with torch.no_grad():
+        torch.compile(ddp, backend="mhc", options=EAGER)(tokens())
+    file = io.BytesIO()
+    torch.save(ddp, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(ddp), torch.load(file, weights_only=False), ddp):
+        torch._dynamo.reset()
+        torch.compile(twin, backend="mhc", options=EAGER)((tokens() + rank) % 11).sum().backward()
+        gradient = twin.module.blocks[0].mhc.mlp.bias.grad
+        mean = gradient.clone()
+        dist.all_reduce(mean)
+        assert gradient.any()
+        assert torch.allclose(mean / 2, gradient)
+
+
+@pytest.mark.slow
+def test_copies(ranks):
+    ranks.run(copied)
 
 
 def refused(rank):

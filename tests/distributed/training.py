@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from helpers.builders import Decoder, tokens
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from torch.nn.parallel import DistributedDataParallel
 
 STEPS, BATCH = 10, 4
 
@@ -111,14 +111,15 @@ def train(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     steps: range = range(STEPS),
-    ddp: DistributedDataParallel | None = None,
+    wrapper: nn.Module | None = None,
     micro: int = 1,
     shake_after: int | None = None,
 ) -> Trained:
     """Ten steps of `call`, or `steps` of them, on one share of every batch.
 
-    The share is cut in `micro` pieces whose gradients are added up, without DDP's reduction for all
-    but the last. Hyper-connections are shaken after the step `shake_after`.
+    The share is cut in `micro` pieces whose gradients are added up. For all but the last `wrapper`,
+    DDP or a model under FSDP2, reduces nothing. Hyper-connections are shaken after the step
+    `shake_after`.
     """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
@@ -126,7 +127,10 @@ def train(
         optimizer.zero_grad()
         total = torch.zeros(())
         for number, (some, wanted) in enumerate(zip(inputs.chunk(micro), targets.chunk(micro), strict=True)):
-            with ddp.no_sync() if ddp is not None and number < micro - 1 else nullcontext():
+            waits = number < micro - 1
+            if isinstance(wrapper, FSDPModule):
+                wrapper.set_requires_gradient_sync(not waits)
+            with wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) and waits else nullcontext():
                 loss = F.cross_entropy(call(some).flatten(0, 1).float(), wanted.flatten()) / micro
                 loss.backward()
             total += loss.detach() / parts

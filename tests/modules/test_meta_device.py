@@ -13,6 +13,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import HyperConnection, Options
+from mhc_compile.errors import ShapeError
 from mhc_compile.modules.gated import create_connection
 
 WIDTH = 10
@@ -63,6 +64,11 @@ def test_to_a_device_and_a_copy():
     connection = build("default", device="meta")
     assert_equal(copy.deepcopy(connection).to("cpu"), build("default"))
     assert_equal(connection.double().to_empty(device="cpu"), build("default", dtype=torch.float64))
+
+
+def test_without_values_there_is_no_result():
+    with pytest.raises(ShapeError, match=r"streams on cpu need phi, bias and scale there; got meta"):
+        build("default", device="meta")(torch.randn(3, 4, WIDTH), torch.tanh)
 
 
 def test_values_that_were_loaded_stay():
