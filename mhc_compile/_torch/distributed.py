@@ -126,7 +126,7 @@ def reduce_late_parameters(ddp: DistributedDataParallel) -> None:
     ddp._has_rebuilt_buckets = False
     for hook, state in ddp._comm_hooks:
         ddp.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()
@@ -144,7 +144,7 @@ def before_backward(ddp: DistributedDataParallel, action: Callable[[DistributedD
     ddp.__dict__["_post_forward"] = functools.partial(_end_forward, ddp, action)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _end_forward(ddp: DistributedDataParallel, action: Callable[[DistributedDataParallel], None], output: Any) -> Any:
     if torch.is_grad_enabled():
         action(ddp)

@@ -88,12 +88,12 @@ class StartsOffMeta(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartsOffMeta:
         before = [name for name, parameter in self.named_parameters(recurse=False) if parameter.is_meta]
         try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse)
         except NotImplementedError:
             if not before:
                 raise
             self.leave_meta("cpu")
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse)
             return self
         self.write_start([name for name in before if not self.get_parameter(name).is_meta])
         return self

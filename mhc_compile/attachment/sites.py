@@ -51,16 +51,15 @@ def attach_site(
     """
     connection = find_connection(owner, site)
     changed = connection is None
-    example = site.add.meta["example_value"]
-    devices = [parameter.device for parameter in owner.parameters()] or [example.device]
+    devices = [parameter.device for parameter in owner.parameters()]
     if connection is None:
-        device = devices[0]
+        device = next(iter(devices), site.add.meta["example_value"].device)
         connection = create_connection(site.width, options, index=index, last=last, device=device, dtype=dtype)
         put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
     elif any(parameter.is_meta for parameter in connection.parameters()):
-        device = next((device for device in devices if device.type != "meta"), None)
-        if device is not None:  # a checkpoint of the plain model has materialized the owner alone
-            connection.leave_meta(device)
+        real = [device for device in devices if device.type != "meta"]
+        if real:  # a checkpoint of the plain model has materialized the owner alone
+            connection.leave_meta(real[0])
             expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
             changed = True
     check_options(connection, site, options)

@@ -115,7 +115,7 @@ class LoadsPartially(StartsOffMeta):
 
                 value = value.to(parameter.device, parameter.dtype)
                 source = 0 if self.random_start else None  # rank 0 draws; what is equal needs no message
-                value = distribute_tensor(value, parameter.device_mesh, shards, src_data_rank=source)
+                value = distribute_tensor(value, parameter.device_mesh, shards, src_data_rank=source)  # type: ignore[attr-defined]
             parameter.copy_(value)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -107,7 +107,8 @@ def validate_on_all(rank, call, ddp):
 
 def train_inside(rank, call, ddp):
     """The first call, with gradients, is not DDP's; the compiled code is used again in DDP."""
-    (ddp.module if call is ddp else call._orig_mod.module)(tokens()).sum().backward()
+    inner = ddp.module if call is ddp else torch.compile(ddp.module, backend="mhc", options=EAGER)
+    inner(tokens(2, 6)[:, :-1]).sum().backward()  # with the strides of a batch
     call.zero_grad()
 
 
@@ -130,13 +131,14 @@ def attach_inside(rank, call, ddp):
         {"before": validate_on_one_rank, "kind": Broken},
         {"before": validate_on_all, "bucket_cap_mb": 0.001, "optimize": False},
         {"before": train_inside},
+        {"before": train_inside, "optimize": False},
         {"before": attach_inside},
         {"kind": Broken},
         {"kind": Recomputing},
         {"inner": "aot_eager"},
         {"inner": "inductor"},
     ],
-    ids=str,
+    ids=lambda settings: " ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in settings.items()),
 )
 def test_settings_and_first_calls(ranks, settings):
     ranks.run(run, settings)
