@@ -113,9 +113,10 @@ def _agree(ddp: DistributedDataParallel) -> None:
         return
     store, me, group = _torch.default_store(), dist.get_rank(), "-".join(map(str, ranks))
     keys = {rank: f"mhc_compile/attached/{group}/{_rounds[group]}/{rank}" for rank in ranks}
-    _rounds[group] += 1
-    mine = json.dumps({name: list(parameter.shape) for name, parameter in _torch.late_parameters(ddp).items()})
-    store.set(keys[me], mine)
+    mine = {name: list(parameter.shape) for name, parameter in _torch.late_parameters(ddp).items()}
+    digest = f"mhc_compile/parameters/{zlib.crc32(json.dumps(mine).encode())}"
+    store.set(digest, json.dumps(mine))
+    store.set(keys[me], digest)
     for limit in (SOON, LATEST):
         try:
             store.wait(list(keys.values()), limit)
@@ -127,12 +128,17 @@ def _agree(ddp: DistributedDataParallel) -> None:
                 f" {missing} to do so: every rank must run the compiled model in training"
             )
             if limit is LATEST:
+                store.delete_key(keys[me])
                 raise AttachError(message) from error
             warn(message)
-    for rank, key in keys.items():
-        theirs = store.get(key).decode()
-        if theirs != mine:
+    _rounds[group] += 1
+    for rank, value in zip(ranks, store.multi_get(list(keys.values())), strict=True):
+        if value.decode() != digest:
+            theirs = json.loads(store.get(value.decode()))
+            differing = (name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+            name = next(differing, "their order")
             raise AttachError(
-                f"rank {me} attached hyper-connections with the parameters {mine}, rank {rank} {theirs}; expected the"
-                " same on every rank, which takes the same model, options and graph breaks"
+                f"rank {me} attached {len(mine)} parameters of hyper-connections, rank {rank} {len(theirs)}; the first"
+                f" that differs is {name!r}, {mine.get(name)} and {theirs.get(name)}. Expected the same on every rank,"
+                " from the same model, options and graph breaks"
             )

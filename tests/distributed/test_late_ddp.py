@@ -181,7 +181,10 @@ def absent(rank):
 
 def differing(rank):
     _, call, _, _ = script(rank, "inside", {**EAGER, "streams": 2 + rank})
-    with pytest.raises(mhc_compile.errors.AttachError, match="expected the same on every rank"):
+    with pytest.raises(
+        mhc_compile.errors.AttachError,
+        match=r"blocks.0.mhc.attn.phi', \[.*\] and \[.*\]. Expected the same on every rank",
+    ):
         call(tokens())
 
 
