@@ -54,10 +54,17 @@ def attach_site(
     """
     connection = find_connection(owner, site)
     changed = connection is None
+    devices = [parameter.device for parameter in owner.parameters()]
     if connection is None:
-        device = next((parameter.device for parameter in owner.parameters()), site.add.meta["example_value"].device)
+        device = next(iter(devices), site.add.meta["example_value"].device)
         connection = create_connection(site.width, options, index=index, last=last, device=device, dtype=dtype)
         put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
+    elif any(parameter.is_meta for parameter in connection.parameters()):
+        real = [device for device in devices if device.type != "meta"]
+        if real:  # a checkpoint of the plain model has materialized the owner alone
+            connection.leave_meta(real[0])
+            expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
+            changed = True
     check_options(connection, site, options)
     if last and connection.end_chain():
         expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path, strict=options.strict)

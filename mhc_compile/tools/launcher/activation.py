@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile import _torch
 from mhc_compile._torch import program
 from mhc_compile._torch.default_backend import install_default_backend
-from mhc_compile.compilation.observers import default_options, observe
+from mhc_compile.compilation.observers import observe
+from mhc_compile.compilation.run_settings import default_options
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import MhcError, OptionError, warn
 from mhc_compile.integrations.accelerate import accept_backends

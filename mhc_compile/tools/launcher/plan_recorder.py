@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhc_compile._torch import program
+from mhc_compile.compilation import run_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,8 @@ class PlanRecorder:
     def __init__(self, file: str, why_nothing: Callable[[], str]) -> None:
         self.file, self._why_nothing = file, why_nothing
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        program.before_backward(self.finish)
+        run_settings.planning = True
+        program.on_backward(self.finish)
         register_optimizer_step_pre_hook(lambda *_: self.finish())
 
     def observe(self, session: GraphSession) -> None:
