@@ -162,6 +162,14 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, without the one that `fully_shard` puts in its place."""
+    kind = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and fsdp.FSDPModule in kind.__bases__
+    return kind.__bases__[1] if sharded else kind
+
+
 def placements(value: Any) -> tuple[Any, ...] | None:
     """Return the placements of a DTensor over ranks; None for any other value."""
     module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only once it is loaded

@@ -243,6 +243,53 @@ def test_options_that_contradict_a_plan_are_wrong_usage(folder):
     assert "was made with streams=2, and streams=8 is given" in " ".join(done.stderr.split())
 
 
+#: FSDP2 on the meta device, in the order of torchtitan: shard, materialise, initialise.
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from model import Net
+
+dist.init_process_group("gloo")
+with torch.device("meta"):
+    model = Net()
+for block in model.blocks:
+    fully_shard(block)
+fully_shard(model)
+model.to_empty(device="cpu")
+for number, part in enumerate(model.modules()):
+    if hasattr(part, "reset_parameters") and type(part).__module__.startswith("torch.nn"):
+        torch.manual_seed(number)
+        part.reset_parameters()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+compiled = torch.compile(model)
+for step in range(3):
+    loss = compiled(torch.ones(2, 8)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert loss.isfinite()
+start = [float(part.scale.full_tensor()[0]) for name, part in model.named_modules() if name.endswith("mhc.down")]
+if dist.get_rank() == 0:
+    print(loss.item(), [value != 0.01 and abs(value - 0.01) < 0.1 for value in start])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_is_sharded_on_the_meta_device(folder):
+    Path("sharded.py").write_text(SHARDED)
+    workers = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "sharded.py")
+    mhc("plan", "-o", "net.json", *workers)
+    assert [model.kind for model in mhc_compile.Plan.load("net.json").models] == ["Net"]
+    done = run("--plan", "net.json", *workers)
+    assert done.stdout.endswith("[True, True, True]\n"), done.stdout
+    assert reports(done)[-1] == "trained: 9 parameters in SGD group 0"
+    late = run(*workers, code=1)
+    assert "FSDP sharded the FSDPBlock before its hyper-connections were attached" in late.stderr
+    assert "mhc run --plan mhc.json" in late.stderr
+
+
 @pytest.mark.slow
 def test_a_target_is_planned_like_a_script(folder):
     Path("factory.py").write_text(

@@ -63,7 +63,7 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
 def report_at_exit() -> None:
     """Report what was rewritten in all; called at the end of the process."""
     if _recorder is not None:
-        _recorder.finish()
+        _recorder.end()
     elif _counter is not None:
         _counter.report_total()
 

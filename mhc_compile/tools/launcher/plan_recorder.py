@@ -32,6 +32,7 @@ class PlanRecorder:
 
     def __init__(self, file: str, why_nothing: Callable[[], str]) -> None:
         self.file, self._why_nothing = file, why_nothing
+        self._before = self._written()
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         run_settings.planning = True
         program.on_backward(self.finish)
@@ -72,6 +73,14 @@ class PlanRecorder:
             models = ", ".join(f"{model.kind} ({len(model.connections)} hyper-connections)" for model in plan.models)
             self._end(f"mhc plan: {self.file}: {models}", 0)
         self._end("", 0)
+
+    def end(self) -> None:
+        """Write the plan at the end of the script, unless a child has done so."""
+        if self._written() == self._before:
+            self.finish()
+
+    def _written(self) -> int:
+        return os.stat(self.file).st_mtime_ns if os.path.exists(self.file) else 0
 
     def _plans(self) -> list[ModelPlan]:
         """Return the plans of all models, each of the smallest module that can be called."""
