@@ -26,7 +26,7 @@ else:  # mypy would take a `__getattr__` for any name
     _MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modules", "optim")
 
     def __getattr__(name: str) -> Any:
-        if name.startswith("__") or name in _MODULES:
+        if name.startswith("__") or name in (*_MODULES, "program"):  # `program` is imported without Dynamo
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
             modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES]
