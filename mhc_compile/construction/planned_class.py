@@ -8,7 +8,6 @@ when that of its base class returns, and its structure may differ.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.attachment.model_tree import connections
@@ -88,7 +87,7 @@ def give_at_construction(
             if reason is None:
                 model.apply(self, options)
                 settle()
-                compile_in_place(self, replace(options, **model.options))
+                compile_in_place(self, model.compiled_with(options))
                 given(self)
                 return
             reasons.append(reason)

@@ -141,9 +141,13 @@ def test_a_model_on_the_meta_device(planned):
 
 def test_the_options_of_the_plan_hold_for_the_compiled_call(monkeypatch):
     monkeypatch.setattr(Planned, "__init__", Planned.__init__)
-    plan = mhc_compile.plan(Planned(), tokens(), options={"streams": 2})
-    model = mhc_compile.planned(plan, options=EAGER)(Planned)()
-    assert {connection.streams for connection in mhc_compile.connections(model).values()} == {2}
+    options = {"streams": 2, "overrides": {"blocks.1.*": {"mapping": "identity"}}}
+    plan = mhc_compile.plan(Planned(), tokens(), options=options)
+    model = mhc_compile.planned(mhc_compile.Plan.loads(plan.dumps()), options=EAGER)(Planned)()
+    found = mhc_compile.connections(model).values()
+    assert [(connection.streams, connection.mapping) for connection in found] == [
+        (2, "sinkhorn"), (2, "sinkhorn"), (2, "identity"), (2, "identity"),
+    ]  # fmt: skip
     model(tokens())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile._torch import program
@@ -72,7 +71,7 @@ def restore_before_loading(options: Mapping[str, Any], given: Callable[[nn.Modul
             warn(f"a checkpoint with hyper-connections is loaded, and they do not fit: {error}")
             return
         root = planned_root(model)
-        compile_in_place(root, replace(Options.parse(options), **ModelPlan.of(root).options))
+        compile_in_place(root, ModelPlan.of(root).compiled_with(Options.parse(options)))
         given(root)
 
     program.before_loading(restore_missing)

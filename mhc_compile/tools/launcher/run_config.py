@@ -71,19 +71,28 @@ def read_plan(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         models = json.loads(file.read_text(encoding="utf-8"))["models"]
-        planned = dict(models[0]["options"])
+        entries = [
+            (entry["path"], model["options"], entry.get("options", {}))
+            for model in models
+            for entry in model["connections"]
+        ]
+        planned = {**entries[0][1], "overrides": {path.replace(".mhc.", "."): own for path, _, own in entries if own}}
     except (UnicodeDecodeError, ValueError, LookupError, TypeError):
         raise OptionError(
             f"{str(file)!r} is no plan. `mhc plan -o FILE train.py` makes one. A checkpoint needs no --plan:"
             " hyper-connections come with the load_state_dict of the script"
         ) from None
-    for name, wants in planned.items():
-        if given.get(name, wants) != wants:
-            raise OptionError(
-                f"{str(file)!r} was made with {name}={wants!r}, and {name}={given[name]!r} is given. Make the plan again"
-                " with these options, or leave them out"
-            )
-    return {**planned, **given}
+    options = {**planned, **given}
+    resolved = Options.parse(options)
+    for path, shared, own in entries:
+        for name, wants in {**shared, **own}.items():
+            has = getattr(resolved.at(path), name)
+            if has != wants:
+                raise OptionError(
+                    f"{str(file)!r} was made with {name}={wants!r} for {path}, and {name}={has!r} is given. Make the plan"
+                    " again with these options, or leave them out"
+                )
+    return options
 
 
 def find_options(*starts: Path) -> dict[str, Any]:
