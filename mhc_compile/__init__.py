@@ -17,11 +17,13 @@ from mhc_compile.errors import MhcError, MhcWarning
 if TYPE_CHECKING:
     from mhc_compile.attachment.model_tree import connections
     from mhc_compile.attachment.parameter_groups import parameter_groups
+    from mhc_compile.attachment.plan import Plan
     from mhc_compile.attachment.sites import detach
     from mhc_compile.backend import mhc
     from mhc_compile.checkpoints.load import load_state_dict
     from mhc_compile.checkpoints.restore import restore
-    from mhc_compile.compilation.attach import attach
+    from mhc_compile.compilation.attach import attach, plan
+    from mhc_compile.construction.planned_class import planned
     from mhc_compile.eager_mode import eager
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 #: The public names that need torch, each with its module.
 _HOMES = {
     "HyperConnection": "modules.hyper_connection",
+    "Plan": "attachment.plan",
     "ResidualMapping": "mappings",
     "attach": "compilation.attach",
     "check": "inspection.verification.check",
@@ -48,6 +51,8 @@ _HOMES = {
     "load_state_dict": "checkpoints.load",
     "mhc": "backend",
     "parameter_groups": "attachment.parameter_groups",
+    "plan": "compilation.attach",
+    "planned": "construction.planned_class",
     "register_mapping": "mappings",
     "restore": "checkpoints.restore",
     "rewrite": "export.rewrite",
@@ -60,6 +65,7 @@ __all__ = [
     "MhcError",
     "MhcWarning",
     "Options",
+    "Plan",
     "Preset",
     "ResidualMapping",
     "attach",
@@ -72,6 +78,8 @@ __all__ = [
     "load_state_dict",
     "mhc",
     "parameter_groups",
+    "plan",
+    "planned",
     "register_mapping",
     "register_preset",
     "restore",

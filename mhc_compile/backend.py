@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
+from mhc_compile.compilation.observers import default_options
 from mhc_compile.compilation.pipeline import compile_captured
 from mhc_compile.config.options import Options
 from mhc_compile.errors import MhcError
@@ -49,6 +50,8 @@ def _mhc(
                 "the mhc backend was called outside torch.compile; for a graph module of your own use"
                 " mhc_compile.rewrite(graph_module, ...)"
             )
+        if default_options and not isinstance(options, Options):
+            options = {**default_options, **(options or {})}
         return compile_captured(graph_module, inputs, Options.parse(options), mode)
     except MhcError as error:
         _torch.raise_through_dynamo(error)

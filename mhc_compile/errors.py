@@ -14,6 +14,7 @@ __all__ = [
     "MhcWarning",
     "NothingRewrittenError",
     "OptionError",
+    "PlanError",
     "ShapeError",
     "StreamsLostError",
     "UnknownAddError",
@@ -43,6 +44,10 @@ class CaptureError(MhcError, RuntimeError):
 
 class CheckpointError(MhcError, ValueError):
     """A checkpoint is of another system, or has entries without a counterpart there."""
+
+
+class PlanError(MhcError, ValueError):
+    """A file is no plan, or a plan contradicts the options."""
 
 
 class UnknownAddError(MhcError, LookupError):

@@ -31,7 +31,7 @@ ROOMS = """
     interop
     checkpoints
     export
-    eager_mode
+    eager_mode  construction
     backend
     compilation
     graph_breaks

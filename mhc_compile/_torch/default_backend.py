@@ -18,13 +18,20 @@ _PLAIN = "_mhc_plain_compile"
 
 
 def install_default_backend(
-    torch: ModuleType, backend: Callable[..., Any], after: Callable[[str, Callable[[ModuleType], None]], Any]
+    torch: ModuleType,
+    backend: Callable[..., Any],
+    after: Callable[[str, Callable[[ModuleType], None]], Any],
+    *,
+    replace_inductor: bool = False,
 ) -> None:
     """Make `backend` the default of `torch.compile`; a second call replaces it.
 
-    `after(name, then)` calls `then(module)` once the module `name` has been imported.
+    `after(name, then)` calls `then(module)` once the module `name` has been imported. With
+    `replace_inductor` the backend also takes the place of a named "inductor".
     """
-    if not hasattr(torch.compiler, "set_default_backend"):
+    if replace_inductor:
+        patch_compile(torch, backend, replaced=(None, "inductor"))
+    elif not hasattr(torch.compiler, "set_default_backend"):
         patch_compile(torch, backend)
     elif _REGISTRY in sys.modules:
         torch.compiler.set_default_backend(backend)
@@ -32,17 +39,17 @@ def install_default_backend(
         after(_REGISTRY, lambda _: torch.compiler.set_default_backend(backend))
 
 
-def patch_compile(torch: ModuleType, backend: Callable[..., Any]) -> None:
+def patch_compile(torch: ModuleType, backend: Callable[..., Any], replaced: tuple[str | None, ...] = (None,)) -> None:
     """Replace `torch.compile` by one with this default; a second call replaces the backend.
 
-    For a torch without `set_default_backend`. `nn.Module.compile` looks `torch.compile` up at each
-    call.
+    It takes the place of the backends in `replaced`; None is a missing one. `nn.Module.compile`
+    looks `torch.compile` up at each call.
     """
     plain = getattr(torch.compile, _PLAIN, torch.compile)
 
     @functools.wraps(plain)
     def compile(model: Any = None, **settings: Any) -> Any:  # noqa: A001 - torch's name
-        if settings.get("backend") is None:
+        if settings.get("backend") in replaced:
             settings["backend"] = backend
         return plain(model, **settings)
 

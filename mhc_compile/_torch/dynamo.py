@@ -146,6 +146,14 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) 
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 
+def set_compiled_call(module: nn.Module, backend: Callable[..., Any] | None) -> None:
+    """Compile calls of `module` as `module.compile()` would, or undo that for None."""
+    if backend is None:
+        module._compiled_call_impl = None
+    else:
+        module.__dict__["_compiled_call_impl"] = isolated_compile(module._call_impl, backend)
+
+
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Let compiled modules inside `model` run eagerly in this context.

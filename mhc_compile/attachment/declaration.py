@@ -56,6 +56,29 @@ def begin_branch(modules: Sequence[nn.Module], connection: HyperConnection, name
     return (bool(modules) and declare_on(modules[0], connection)) or changed
 
 
+def start_branch(module: nn.Module, connection: HyperConnection, name: str) -> None:
+    """Record that `module` starts the branch of site `name` elsewhere, as `begin_branch` does."""
+    module.__dict__[BEGUN] = (*module.__dict__.get(BEGUN, ()), (name, connection))
+
+
+def declaring_paths(model: nn.Module) -> dict[HyperConnection, list[str]]:
+    """Return, by hyper-connection, the paths of the modules that declare it."""
+    found: dict[HyperConnection, list[str]] = {}
+    for path, module in model.named_modules():
+        for connection in module.__dict__.get(DECLARED, ()):
+            found.setdefault(connection, []).append(path)
+    return found
+
+
+def starting_paths(model: nn.Module) -> dict[HyperConnection, list[str]]:
+    """Return, by hyper-connection, the paths of the modules that start its split branch."""
+    found: dict[HyperConnection, list[str]] = {}
+    for path, module in model.named_modules():
+        for _, connection in module.__dict__.get(BEGUN, ()):
+            found.setdefault(connection, []).append(path)
+    return found
+
+
 def begun_by(modules: Sequence[nn.Module | None]) -> tuple[str, HyperConnection] | None:
     """Return name and hyper-connection of the one site whose branch all `modules` start."""
     sites = [module.__dict__.get(BEGUN, ()) if module is not None else () for module in modules]

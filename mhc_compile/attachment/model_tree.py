@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Name of the submodule that holds a module's hyper-connections.
 CONTAINER = "mhc"
+#: Attribute of a module that is compiled in place.
+IN_PLACE = "_mhc_in_place"
 #: Attribute of a module made by `mhc_compile.eager` that holds the model itself.
 BEHIND = "_mhc_behind"
 
@@ -82,3 +84,38 @@ def unwrap(model: nn.Module) -> nn.Module:
 def connections(model: nn.Module) -> dict[str, HyperConnection]:
     """Return the hyper-connections of `model` by path: {"transformer.h.0.mhc.attn": ...}."""
     return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, HyperConnection)}
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter or module without the `_orig_mod` of `torch.compile`."""
+    return ".".join(part for part in name.split(".") if part != _torch.COMPILED_ATTRIBUTE)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Split the path of a hyper-connection: ("h.0", "attn") of "h.0.mhc.attn"."""
+    parts = plain_name(path).split(".")
+    cut = parts.index(CONTAINER)
+    return ".".join(parts[:cut]), ".".join(parts[cut + 1 :])
+
+
+def find_module(model: nn.Module, path: str, place: str) -> nn.Module:
+    """Return the module at `path`, through compiled modules on the way.
+
+    Raises:
+        AttachError: there is none; `place` is the hyper-connection that needs it.
+    """
+    module = unwrap(model)
+    for step in path.split(".") if path else ():
+        try:
+            module = unwrap(module.get_submodule(step))
+        except AttributeError:
+            raise AttachError(
+                f"{place}: a hyper-connection belongs there, but {type(unwrap(model)).__name__} has no module {path!r}."
+                " Build the model that was saved"
+            ) from None
+    return module
+
+
+def can_be_called(module: nn.Module) -> bool:
+    """Return whether a module has a forward, as a `ModuleList` has not."""
+    return type(module).forward is not nn.Module.forward

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mhc_compile import _torch
 from mhc_compile.attachment.declaration import begin_branch, declare_on, remove_declarations
 from mhc_compile.attachment.model_tree import (
     CONTAINER,
+    IN_PLACE,
     HyperConnections,
     connections,
     container_of,
@@ -123,6 +125,8 @@ def detach(model: nn.Module) -> int:
     for module in list(target.modules()):
         if isinstance(getattr(module, CONTAINER, None), HyperConnections):
             delattr(module, CONTAINER)
+        if module.__dict__.pop(IN_PLACE, None) is not None:
+            _torch.set_compiled_call(module, None)
         remove_declarations(module)
     if gone:
         leave(parameter for connection in gone.values() for parameter in connection.parameters())

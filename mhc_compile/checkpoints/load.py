@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
-from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
+from mhc_compile.attachment.model_tree import CONTAINER, connections, plain_name, unwrap
 from mhc_compile.checkpoints.reader import split_entry
 from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError
@@ -56,11 +56,6 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
     if strict:
         _compare(target, renamed)
     return target.load_state_dict(renamed, strict=strict, assign=assign)
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a parameter or module without the `_orig_mod` of `torch.compile`."""
-    return ".".join(part for part in name.split(".") if part != _torch.COMPILED_ATTRIBUTE)
 
 
 def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.attachment.declaration import declare_on
-from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections, connections, unwrap
+from mhc_compile.attachment.model_tree import (
+    CONTAINER,
+    HyperConnections,
+    connections,
+    find_module,
+    split_path,
+    unwrap,
+)
 from mhc_compile.attachment.optimizers import settle
-from mhc_compile.attachment.sites import put_connection
-from mhc_compile.checkpoints.load import plain_name
+from mhc_compile.attachment.plan import PlannedConnection, give
 from mhc_compile.checkpoints.reader import READ_OUT, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
@@ -77,29 +82,27 @@ def restore(
         )
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    plans = [_Plan(target, connection, parsed, fixed) for connection in saved]
+    found = [_Restored(target, connection, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
-    plans.sort(key=lambda plan: order[id(plan.declaring_module or plan.owner)])  # files sort h.10 before h.2
-    for index, plan in enumerate(plans):
-        plan.carry_out(index)
+    found.sort(key=lambda one: order[id(one.declaring_module or one.owner)])  # files sort h.10 before h.2
+    for index, one in enumerate(found):
+        one.carry_out(index)
     settle()
     return connections(target)
 
 
-class _Plan:
-    """One hyper-connection to restore: its owner on the model, its options and its values."""
+class _Restored:
+    """One hyper-connection to restore: its place in the model, its options and its values."""
 
     def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
         place, values = saved.path, saved.values
-        path = plain_name(place).split(".")
-        cut = path.index(CONTAINER)
-        self.values, self.root, self.path = values, model, ".".join(path[:cut])
-        self.owner = _module(model, path[:cut], place)
-        self.name = ".".join(path[cut + 1 :])
+        path, self.name = split_path(place)
+        self.model, self.place, self.values = model, place, values
+        self.owner = find_module(model, path, place)
         self.declaring_module = _declaring_module(self.owner, self.name)
         if "mapping" not in fixed and saved.mapping in MAPPINGS:
             options = replace(options, mapping=saved.mapping)
-        self.options = _infer_options(place, self.owner, values, options.at(".".join(path)), fixed)
+        self.options = _infer_options(place, self.owner, values, options.at(f"{path}.{self.name}".lstrip(".")), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
         self.last = any(name.startswith(READ_OUT) for name in values)
         like = create_connection(self.width, self.options, last=self.last, device="meta")
@@ -116,7 +119,7 @@ class _Plan:
         container = getattr(self.owner, CONTAINER, None)
         if container is not None and not isinstance(container, HyperConnections):
             raise AttachError(
-                f"{place}: module {self.path or type(self.owner).__name__!r} already has an attribute {CONTAINER!r}"
+                f"{place}: module {path or type(self.owner).__name__!r} already has an attribute {CONTAINER!r}"
                 f" ({type(container).__name__}); hyper-connections need that name. Rename the attribute"
             )
         self.existing = container.get(self.name) if container is not None else None
@@ -130,19 +133,12 @@ class _Plan:
         """Attach it unless it exists, and write its values. `index`: its position in the model."""
         connection = self.existing
         if connection is None:
-            neighbour = next(self.owner.parameters(), None)
             phi = self.values["phi"]
-            connection = create_connection(
-                self.width,
-                self.options,
-                index=index,
-                last=self.last,
-                device=phi.device if neighbour is None else neighbour.device,
-                dtype=phi.dtype,
-            )
-            put_connection(self.owner, self.name, connection, self.options, root=self.root, path=self.path)
-            if self.declaring_module is not None:
-                declare_on(self.declaring_module, connection)
+            # The module that the branch is named after; the first compiled call corrects it.
+            declared_by = () if self.declaring_module is None else (_join(split_path(self.place)),)
+            dtype = str(phi.dtype).removeprefix("torch.")
+            entry = PlannedConnection(self.place, self.width, index, declared_by, last=self.last, dtype=dtype)
+            connection = give(self.model, entry, self.options, device=phi.device)
         elif self.last:
             connection.end_chain()
         with torch.no_grad():
@@ -152,25 +148,14 @@ class _Plan:
 
 
 def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:
-    """Return the module that the branch is named after; the first compiled call corrects it."""
     try:
         return owner.get_submodule(name)
     except AttributeError:
         return None
 
 
-def _module(model: nn.Module, path: list[str], place: str) -> nn.Module:
-    """Return the module at `path`, through compiled modules on the way."""
-    module = model
-    for step in path:
-        try:
-            module = unwrap(module.get_submodule(step))
-        except AttributeError:
-            raise AttachError(
-                f"{place}: the checkpoint has a hyper-connection there, but {type(model).__name__} has no module"
-                f" {'.'.join(path)!r}. Build the model that was saved"
-            ) from None
-    return module
+def _join(parts: tuple[str, str]) -> str:
+    return ".".join(filter(None, parts))
 
 
 def _infer_options(

@@ -23,6 +23,7 @@ _COMMANDS = {
     "diff": "Show what changes in the graph of a model: text, page, drawing, kernels.",
     "doctor": "Check this machine: versions, compiler, caches, entry point, a tiny compile.",
     "explain": "Show which residual adds of a model are rewritten, and why the others are skipped.",
+    "plan": "Write where the hyper-connections of a model or of a script's models belong, for mhc run --plan.",
     "run": 'Run an unmodified script: its torch.compile(model) becomes torch.compile(model, backend="mhc").',
     "scaling": "Estimate what hyper-connections cost at 3B to 671B, and at a size of your own.",
     "stability": "Measure what the residual mixing does over depth: gains, products of H_res, streams.",

@@ -23,10 +23,16 @@ def register_with_accelerate() -> None:
     Raises:
         ImportError: `accelerate` is not installed.
     """
-    from accelerate.utils import DynamoBackend
+    from accelerate.utils import dataclasses
 
-    if getattr(DynamoBackend._missing_, "__func__", None) is not _find_backend:
-        DynamoBackend._missing_ = classmethod(_find_backend)
+    accept_backends(dataclasses)
+
+
+def accept_backends(dataclasses: Any) -> None:
+    """Do it for the module `accelerate.utils.dataclasses`, where the list of backends is."""
+    backends = dataclasses.DynamoBackend
+    if getattr(backends._missing_, "__func__", None) is not _find_backend:
+        backends._missing_ = classmethod(_find_backend)
 
 
 def _find_backend(kind: Any, value: object) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from mhc_compile.attachment.model_tree import CONTAINER
-from mhc_compile.checkpoints.load import plain_name
+from mhc_compile.attachment.model_tree import CONTAINER, plain_name
 from mhc_compile.checkpoints.reader import READ_OUT
 from mhc_compile.errors import CheckpointError, OptionError
 from mhc_compile.interop.layouts import LAYOUTS, get_layout

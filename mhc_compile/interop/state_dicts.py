@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
-from mhc_compile.attachment.model_tree import CONTAINER, connections, unwrap
-from mhc_compile.checkpoints.load import load_state_dict, plain_name
+from mhc_compile.attachment.model_tree import CONTAINER, connections, plain_name, unwrap
+from mhc_compile.checkpoints.load import load_state_dict
 from mhc_compile.config.presets import get_preset
 from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout

@@ -367,7 +367,7 @@ def test_the_patch_of_torch_compile_is_installed_once(monkeypatch):
 def test_scripts_without_a_model_for_us_hear_why(folder):
     assert run("print('hello')").stderr == (
         "mhc run: nothing was rewritten: train.py ran no model that torch.compile made."
-        " Write model = torch.compile(model), without a backend, in front of the training loop\n"
+        " Write model = torch.compile(model), without a backend, in front of the training loop, or add --compile\n"
     )
     assert run("print('hello')", "--quiet").stderr == ""
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.checkpoints.load import load_state_dict, plain_name
+from mhc_compile.attachment.model_tree import plain_name
+from mhc_compile.checkpoints.load import load_state_dict
 from mhc_compile.checkpoints.reader import split_entry
 from mhc_compile.checkpoints.restore import restore
 from mhc_compile.cli.error_handling import WeightsError, one_line, require_file

@@ -7,12 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
+from mhc_compile._torch import program
 from mhc_compile._torch.default_backend import install_default_backend
-from mhc_compile.compilation.observers import observe
+from mhc_compile.compilation.observers import default_options, observe
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import MhcError, OptionError, warn
+from mhc_compile.integrations.accelerate import accept_backends
+from mhc_compile.tools.launcher.models import compile_every_model, follow_plan, restore_before_loading
+from mhc_compile.tools.launcher.plan_recorder import PlanRecorder
 from mhc_compile.tools.launcher.report_counter import ReportCounter
 from mhc_compile.tools.launcher.run_config import RunConfig
+from mhc_compile.tools.launcher.training import TrainingReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 _counter: ReportCounter | None = None
+_recorder: PlanRecorder | None = None
 
 
 def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[ModuleType], None]], Any]) -> None:
@@ -29,17 +35,35 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
     `config` is the value of the environment variable; `after(name, then)` calls `then(module)` once
     the module `name` has been imported.
     """
-    global _counter
-    if _counter is None:
-        parsed = RunConfig.load(config)
-        _counter = ReportCounter(parsed)
-        observe(_counter.count)
-        install_default_backend(torch, DefaultBackend(parsed.options), after)
+    global _counter, _recorder
+    if _counter is not None:
+        return
+    parsed = RunConfig.load(config)
+    _counter = ReportCounter(parsed)
+    observe(_counter.count)
+    options = dict(parsed.options)
+    if parsed.plan_output is not None:
+        _recorder = PlanRecorder(parsed.plan_output)
+        observe(_recorder.observe)
+        options["inner_backend"] = _recorder.run
+    default = DefaultBackend(options)
+    default_options.update(options)
+    install_default_backend(torch, default, after, replace_inductor=parsed.replace_inductor)
+    if parsed.compile:
+        compile_every_model(default)
+    if parsed.plan is not None:
+        follow_plan(parsed.plan, Options.parse(options), _counter.add_model)
+    restore_before_loading(options, _counter.add_model)
+    training = TrainingReport(_counter.models, _counter.add_training)
+    after("safetensors.torch", lambda module: program.after_saving_safetensors(module, training.after_saving))
+    after("accelerate.utils.dataclasses", accept_backends)
 
 
 def report_at_exit() -> None:
     """Report what was rewritten in all; called at the end of the process."""
-    if _counter is not None:
+    if _recorder is not None and _counter is not None:
+        _recorder.report_nothing(_counter.why_nothing())
+    elif _counter is not None:
         _counter.report_total()
 
 

@@ -18,12 +18,12 @@ _SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 
 
 def launch(
-    script: str, arguments: Sequence[str], *, module: bool, options: Mapping[str, Any], quiet: bool = False
+    script: str, arguments: Sequence[str], *, module: bool, options: Mapping[str, Any], quiet: bool = False, **more: Any
 ) -> NoReturn:
     """Run `python script arguments`, or `python -m script arguments`, with mhc as default backend.
 
-    It never returns. The Python is this one, with the flags that it was started with
-    (`python -u -W error -m mhc_compile run …`).
+    `more` are further fields of `RunConfig`. It never returns. The Python is this one, with the
+    flags that it was started with (`python -u -W error -m mhc_compile run …`).
 
     Raises:
         MhcError: this Python ignores the environment, which carries the backend to the script.
@@ -38,6 +38,7 @@ def launch(
         script=f"-m {script}" if module else script,
         options=dict(options),
         quiet=quiet,
+        **more,
         pid=os.getpid(),
         prefix=sys.prefix,
         reports=os.path.join(tempfile.gettempdir(), f"mhc-run-{os.getpid()}-{secrets.token_hex(8)}"),

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhc_compile._torch.default_backend import captured_graphs
+from mhc_compile.tools.launcher.training import Training
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import CodeType
+    from typing import Any
 
     from torch import nn
 
@@ -48,7 +51,31 @@ class ReportCounter:
         self.graphs: list[Graph] = []
         self._connections: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
         self._models: weakref.WeakKeyDictionary[nn.Module | CodeType, int] = weakref.WeakKeyDictionary()
+        self._given: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._training: dict[int, Training] = {}  # by process
         self._skipped: weakref.WeakKeyDictionary[nn.Module | CodeType, Counter[CodeType]] = weakref.WeakKeyDictionary()
+
+    def add_model(self, model: nn.Module) -> None:
+        """Count a model that has hyper-connections before it is compiled."""
+        self._given.add(model)
+
+    def models(self) -> list[nn.Module]:
+        """Return the models with hyper-connections, without those inside others."""
+        from torch import nn
+
+        found = {*self._given, *(model for model in self._models if isinstance(model, nn.Module))}
+        inner = {part for model in found for part in model.modules() if part is not model}
+        return [model for model in found if model not in inner]
+
+    def add_training(self, training: Training) -> None:
+        """Keep the latest summary of this process, for the report or for the parent."""
+        self._training[os.getpid()] = training
+        if os.getpid() != self.config.pid:
+            self._append({"pid": os.getpid(), "training": asdict(training)})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with open(self.config.reports, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")  # one write: lines of several children stay whole
 
     def count(self, study: GraphSession) -> None:
         """Count one graph, while Dynamo traces it: sites are bound and nothing is rewritten yet."""
@@ -77,8 +104,7 @@ class ReportCounter:
         first = new > 0 and not any(one.kind == kind and one.connections for one in self.graphs)
         self.graphs.append(graph)
         if graph.pid != self.config.pid:
-            with open(self.config.reports, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(graph)) + "\n")  # one write: lines of several children stay whole
+            self._append(asdict(graph))
         if first:
             self._print(f"{kind}: {_number(new, 'hyper-connection')}, {_number(more, 'addition')} skipped ({form})")
 
@@ -87,10 +113,16 @@ class ReportCounter:
         if os.getpid() != self.config.pid:
             return
         graphs = [*self.graphs, *self._children()]
+        if (
+            self.config.plan is not None
+            and not self._given
+            and not any(pid != self.config.pid for pid in self._training)
+        ):
+            self._print(f"{self.config.plan} was used by no model: none of its classes was constructed")
         rewritten = {(graph.pid, graph.model): graph.kind for graph in graphs if graph.connections}
         if not rewritten:
             if not hasattr(sys, "last_type"):  # an exception ended the script, and must be the last to be read
-                self._print(self._nothing(len(graphs)))
+                self._print(f"nothing was rewritten: {self.why_nothing(len(graphs))}")
         elif len([graph for graph in graphs if graph.connections or graph.skipped]) > 1:
             kinds = Counter(rewritten.values()).items()
             models = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds)
@@ -100,31 +132,43 @@ class ReportCounter:
             # Additions of models without hyper-connections do not count.
             skipped = sum(graph.skipped for graph in graphs if (graph.pid, graph.model) in rewritten)
             self._print(f"in all {found} ({models}){where}, {_number(skipped, 'addition')} skipped")
+        for training in list(self._training.values())[:1]:  # the processes of a group do the same
+            if training.sentence():
+                self._print(training.sentence())
 
     def _children(self) -> list[Graph]:
         """Return the graphs of all children, and delete their file."""
         file = Path(self.config.reports)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         file.unlink(missing_ok=True)
-        return [Graph(**json.loads(line)) for line in lines]
+        entries = [json.loads(line) for line in lines]
+        self._training.update({e["pid"]: Training(**e["training"]) for e in entries if "training" in e})
+        return [Graph(**entry) for entry in entries if "training" not in entry]
 
-    def _nothing(self, graphs: int) -> str:
+    def why_nothing(self, graphs: int | None = None) -> str:
+        """Return why no model was rewritten."""
         script = self.config.script
+        graphs = len(self.graphs) if graphs is None else graphs
         if graphs:
             return (
-                f"nothing was rewritten: {script} compiled {_number(graphs, 'graph')} with mhc, and none has"
+                f"{script} compiled {_number(graphs, 'graph')} with mhc, and none has"
                 " residual adds that can be rewritten. `mhc explain` shows each addition with its reason"
             )
         if captured_graphs():
             return (
-                f"nothing was rewritten: {script} names a backend in every torch.compile(...) that it runs, and mhc run"
-                " does not replace it. Leave backend= out, or write backend='mhc'"
+                f"{script} names a backend in every torch.compile(...) that it runs, and mhc run does not replace it. Leave"
+                " backend= out, write backend='mhc', or add --replace-inductor"
             )
-        return self.config.never_compiled
+        return self.config.never_compiled.partition(": ")[2].partition(": ")[2]
 
     def _print(self, message: str) -> None:
         """Write a line to stderr, in one process of a torchrun group."""
-        if self.config.quiet or os.environ.get("RANK", "0") != "0" or sys.__stderr__ is None:
+        if (
+            self.config.quiet
+            or self.config.plan_output is not None
+            or os.environ.get("RANK", "0") != "0"
+            or sys.__stderr__ is None
+        ):
             return
         with contextlib.suppress(OSError, ValueError):  # the script closed it, or its reader has gone
             sys.__stderr__.write(f"mhc run: {message.removeprefix('mhc run: ')}\n")

@@ -24,6 +24,10 @@ class RunConfig:
     script: str  # the script as messages name it: "train.py", "-m package.module"
     options: dict[str, Any]  # options of the backend that differ from the defaults, validated
     quiet: bool  # report nothing
+    plan: str | None = None  # the plan that models are constructed with
+    plan_output: str | None = None  # where `mhc plan` writes a plan
+    compile: bool = False  # compile models of a script that compiles none
+    replace_inductor: bool = False  # take the place of a named backend "inductor"
     pid: int  # the process that becomes the script; all others are its children
     prefix: str  # `sys.prefix` of its Python. Pythons of other environments are not changed.
     reports: str  # a file that children append to. It exists once one of them has compiled something.
@@ -31,9 +35,11 @@ class RunConfig:
     @property
     def never_compiled(self) -> str:
         """The message for a script that compiles nothing."""
+        if self.plan_output is not None:
+            return f"mhc plan: no plan was written: {self.script} ran no model that torch.compile made. Add --compile"
         return (
             f"mhc run: nothing was rewritten: {self.script} ran no model that torch.compile made."
-            " Write model = torch.compile(model), without a backend, in front of the training loop"
+            " Write model = torch.compile(model), without a backend, in front of the training loop, or add --compile"
         )
 
     def dump(self) -> str:
@@ -57,11 +63,35 @@ class RunConfig:
         return cls(**json.loads(value.rpartition("\n")[2]))
 
 
+def read_plan(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given` with the options of the plan in `file`. Imports no torch.
+
+    Raises:
+        OptionError: the file is no plan, or the options contradict it.
+    """
+    try:
+        models = json.loads(file.read_text(encoding="utf-8"))["models"]
+        planned = dict(models[0]["options"])
+    except (UnicodeDecodeError, ValueError, LookupError, TypeError):
+        raise OptionError(
+            f"{str(file)!r} is no plan. `mhc plan -o FILE train.py` makes one. A checkpoint needs no --plan:"
+            " hyper-connections come with the load_state_dict of the script"
+        ) from None
+    for name, wants in planned.items():
+        if given.get(name, wants) != wants:
+            raise OptionError(
+                f"{str(file)!r} was made with {name}={wants!r}, and {name}={given[name]!r} is given. Make the plan again"
+                " with these options, or leave them out"
+            )
+    return {**planned, **given}
+
+
 def find_options(*starts: Path) -> dict[str, Any]:
     """Return the options in the first `pyproject.toml` with a table `[tool.mhc]`, or {}.
 
     The directories of `starts` are searched upwards, in this order. Names may be written with
-    dashes. Tables below `[tool.mhc.inductor]` are dotted names: `triton.cudagraphs = true`.
+    dashes. "plan" is the path of a plan, in the file relative to its folder. Tables below
+    `[tool.mhc.inductor]` are dotted names: `triton.cudagraphs = true`.
 
     Raises:
         OptionError: a file on the way is no TOML, or the table has a wrong option; the message
@@ -86,12 +116,15 @@ def _read(file: Path) -> dict[str, Any] | None:
     if not isinstance(table, Mapping):
         raise OptionError(f"{file}: tool.mhc is {table!r}; expected a table such as [tool.mhc] with streams = 4")
     options = {name.replace("-", "_"): value for name, value in table.items()}
+    plan = options.pop("plan", None)
     if isinstance(options.get("inductor"), Mapping):
         options["inductor"] = dict(_dotted(options["inductor"]))
     try:
         Options.parse(options)
     except OptionError as error:
         raise OptionError(f"{file}, [tool.mhc]: {error}") from None
+    if plan is not None:
+        options["plan"] = str(file.parent / str(plan))
     return options
 
 

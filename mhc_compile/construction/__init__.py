@@ -1,0 +1,1 @@
+"""Hyper-connections from construction on: planned classes, and models compiled in place."""

@@ -1,0 +1,107 @@
+"""What a program below `mhc run` trained and saved: the second half of the last report."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mhc_compile._torch import program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+#: The number of names in a message.
+_SHOWN = 3
+
+
+@dataclass
+class Training:
+    """A summary that can be sent from a child to its parent."""
+
+    groups: dict[str, int] = field(default_factory=dict)  # parameters by "AdamW group 0"
+    untrained: list[str] = field(default_factory=list)  # trainable parameters in no optimizer
+    saved: dict[str, int] = field(default_factory=dict)  # hyper-connections by file
+    connections: int = 0  # of all models
+
+    def sentence(self) -> str:
+        """Return "trained: ...; saved: ..."; "" if nothing was trained or saved."""
+        parts = []
+        if self.groups:
+            parts.append(
+                "trained: " + ", ".join(f"{count} parameters in {group}" for group, count in self.groups.items())
+            )
+        if self.untrained:
+            shown = ", ".join(self.untrained[:_SHOWN]) + (", ..." if len(self.untrained) > _SHOWN else "")
+            parts.append(f"WARNING: {len(self.untrained)} parameters in no optimizer ({shown})")
+        if self.saved:
+            last, count = list(self.saved.items())[-1]
+            more = f" and {len(self.saved) - 1} other files" if len(self.saved) > 1 else ""
+            whole = "all" if count == self.connections else f"WARNING: only {count} of {self.connections}"
+            parts.append(f"saved: {whole} hyper-connections in {last}{more}")
+        return "; ".join(parts)
+
+
+class TrainingReport:
+    """Follows optimizer steps and saved files. `models()` are the models that are compiled."""
+
+    def __init__(self, models: Callable[[], Iterable[nn.Module]], changed: Callable[[Training], None]) -> None:
+        self.training = Training()
+        self._models, self._changed = models, changed
+        self._places: dict[int, list[str]] = {}  # by the id of a parameter
+        self._sizes: dict[int, int] = {}  # number of parameters by the id of an optimizer
+        register_optimizer_step_post_hook(self._after_step)
+        program.after_saving(self.after_saving)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if torch.compiler.is_compiling() or self._sizes.get(id(optimizer)) == size:
+            return
+        self._sizes[id(optimizer)] = size
+        for number, group in enumerate(optimizer.param_groups):
+            name = f"{type(optimizer).__name__} group {number}"
+            for parameter in group["params"]:
+                self._places[id(parameter)] = [*self._places.get(id(parameter), []), name]
+        self._update()
+
+    def _update(self) -> None:
+        from mhc_compile.attachment.model_tree import connections
+
+        groups: Counter[str] = Counter()
+        untrained, found = [], 0
+        for model in self._models():
+            for path, connection in connections(model).items():
+                found += 1
+                for name, parameter in connection.named_parameters():
+                    if not parameter.requires_grad:
+                        continue
+                    places = list(dict.fromkeys(self._places.get(id(parameter), [])))
+                    groups.update(places)
+                    if not places:
+                        untrained.append(f"{path}.{name}")
+        self.training.groups, self.training.untrained = dict(groups), untrained
+        self.training.connections = max(found, self.training.connections)
+        self._changed(self.training)
+
+    def after_saving(self, content: Any, file: Any) -> None:
+        """Count the hyper-connections in a saved object."""
+        found = _count(content)
+        if found and self.training.connections:
+            name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else "a stream"
+            self.training.saved[str(name)] = found
+            self._changed(self.training)
+
+
+def _count(content: Any, depth: int = 3) -> int:
+    """Return the number of hyper-connections in a state dict, or in the largest one inside."""
+    if not isinstance(content, Mapping) or depth == 0:
+        return 0
+    own = len({str(name) for name in content if str(name).endswith(".phi") and ".mhc." in f".{name}"})
+    return max([own, *(_count(value, depth - 1) for value in content.values())], default=0)
