@@ -84,7 +84,8 @@ class Program:
         done = self._run("-m", "mhc_compile", "plan", *self.flags, "-o", "mhc.json", *command)
         assert done.returncode == 0, done.stderr
         self.planned = ["--plan", "mhc.json"]
-        return len(json.loads((self.folder / "mhc.json").read_text())["sites"])
+        plan = json.loads((self.folder / "mhc.json").read_text())
+        return sum(len(model["connections"]) for model in plan["models"])
 
     def run(self, *command: str, mhc: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `python COMMAND`, or `mhc run COMMAND`; a non-zero exit fails the test."""
@@ -192,15 +193,19 @@ def assert_each_in_one(state: Mapping[str, torch.Tensor], *optimizers: Mapping[s
     assert Counter(tuple(value.shape) for value in averages) == Counter(tuple(value.shape) for value in state.values())
 
 
-def stir(state: Mapping[str, torch.Tensor], seed: int = 1) -> None:
-    """Move the hyper-connections of a state dict so far that streams and plain adds differ."""
+def stir(state: Mapping[str, torch.Tensor], weights: float = 0.0, seed: int = 1) -> None:
+    """Move the hyper-connections of a state dict so far that streams and plain adds differ.
+
+    `weights` is the standard deviation of what is added to all other matrices, for programs that
+    show nothing but the likeliest tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for name, value in connections(state).items():
-        with torch.no_grad():
-            if name.endswith(".scale"):
-                value.fill_(0.5)
-            else:
-                value.add_(torch.randn(value.shape, generator=generator) * 0.7)
+    ours = connections(state).keys()
+    for name, value in state.items():
+        if name.endswith(".scale") and name in ours:
+            value.fill_(0.5)
+        elif name in ours or (weights and value.is_floating_point() and value.dim() > 1):
+            value.add_(torch.randn(value.shape, generator=generator) * (0.7 if name in ours else weights))
 
 
 @dataclass

@@ -88,7 +88,7 @@ def losses(output: str) -> list[float]:
 
 
 def test_litgpt(program, regenerate):
-    program.plan(*PRETRAIN, "--out_dir", "planned")
+    assert program.plan(*PRETRAIN, "--out_dir", "planned") == 4
     whole = program.run(*PRETRAIN, "--out_dir", "whole")
     early = "whole/step-00000002/lit_model.pth"
     resumed = program.run(*PRETRAIN, "--out_dir", "resumed", "--resume", early)
@@ -101,7 +101,7 @@ def test_litgpt(program, regenerate):
     assert_moved(start["model"], saved["model"])
     assert_each_in_one(stripped(saved["model"]), saved["optimizer"])
 
-    stir(saved["model"])
+    stir(saved["model"], weights=0.5)
     torch.save(saved, program.folder / "resumed" / "final" / "lit_model.pth")
     program.run(*CONVERT, "resumed/final", "converted")
     assert sites(load(program.folder / "converted" / "lit_model.pth")) == 4

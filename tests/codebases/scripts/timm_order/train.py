@@ -68,7 +68,7 @@ def main():
 
     task = ClassificationTask(model=model, criterion=LabelSmoothingCrossEntropy(), device=device, verbose=False)
     model = task.get_trainable_module()
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), layer_decay=args.layer_decay)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
     start_epoch = 0
     if args.resume:
         start_epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer)
