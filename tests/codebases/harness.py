@@ -186,7 +186,7 @@ def assert_each_in_one(state: Mapping[str, torch.Tensor], *optimizers: Mapping[s
     held = [index for optimizer in optimizers for group in optimizer["param_groups"] for index in group["params"]]
     assert len(held) == len(state), f"{len(held)} parameters in optimizers, {len(state)} in the model"
     averages: Iterable[torch.Tensor] = (
-        next(value for value in entry.values() if isinstance(value, torch.Tensor) and value.dim())
+        next(value for name, value in entry.items() if isinstance(value, torch.Tensor) and name != "step")
         for optimizer in optimizers
         for entry in optimizer["state"].values()
     )
