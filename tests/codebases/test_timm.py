@@ -77,9 +77,7 @@ def test_timm(program, kind, regenerate):
     train += ["--layer-decay", "0.9", "--clip-grad", "0.1", "--clip-mode", "agc"] if kind == "vit" else []
     assert program.plan(*train, "--experiment", "planned") == count
     whole = program.run(*train, "--experiment", "whole")
-    resumed = program.run(
-        *train, "--experiment", "resumed", "--resume", "output/whole/checkpoint-1.pth.tar"
-    )
+    resumed = program.run(*train, "--experiment", "resumed", "--resume", "output/whole/checkpoint-1.pth.tar")
     assert losses(resumed.stdout) == pytest.approx(losses(whole.stdout)[-len(losses(resumed.stdout)) :], abs=1e-5)
     early, uninterrupted, saved = (
         load(program.folder / "output" / file)
