@@ -114,7 +114,7 @@ class Program:
         assert process.returncode == -signal.SIGKILL, "".join(lines)
 
     def reference(self, code: str) -> list[Any]:
-        """Run Python code that calls `reference.both`; return what the plain and the mHC model give."""
+        """Return what the model gives on streams, by Python code that calls `reference.both`."""
         done = self._run("-c", f"import torch\nfrom reference import both\n{code}")
         assert done.returncode == 0, done.stderr
         plain, streams = json.loads(done.stdout.splitlines()[-1])

@@ -36,7 +36,7 @@ MAIN = (
     "-m open_clip_train.main --model local-dir:model --dataset-type csv --batch-size 4 --workers 0 --device cpu"
     " --precision fp32"
 )
-#: Adam with its usual epsilon turns the rounding of a shuffled batch into steps of whole learning rates.
+#: With its usual epsilon Adam turns the rounding of a shuffled batch into whole steps.
 ADAM = "--lr 1e-2 --eps 1e-2"
 TRAIN = "--train-data pairs.csv --warmup 1 --lr-scheduler const --aug-cfg scale=(1.0,1.0) ratio=(1.0,1.0)"
 

@@ -1,4 +1,4 @@
-"""transformers: the Trainer, in the order of run_clm.py; `save_pretrained` and `from_pretrained`."""
+"""transformers: the Trainer in the order of run_clm.py, and `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import re
 
 import pytest
-import torch
 from codebases.harness import (
     SCRIPTS,
     Program,

@@ -1,4 +1,4 @@
-"""A pre-norm transformer that the scripts share: attention and MLP branches with bias-free matrices."""
+"""A pre-norm transformer that the scripts share, without biases."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,7 @@
-"""Train with Lightning: a module that compiles in its constructor, a checkpoint at every epoch."""
+"""Train with Lightning: a module that compiles in its constructor, a checkpoint at every epoch.
+
+All batches are the same: a run that resumes from the end of an epoch does its last batch again.
+"""
 
 import argparse
 
@@ -52,4 +55,4 @@ if args.evaluate:
     loader = torch.utils.data.DataLoader(Stack(1000), batch_size=None)
     trainer.validate(Module(), loader, ckpt_path=args.resume, verbose=False)
 else:
-    trainer.fit(Module(), torch.utils.data.DataLoader(Stack(0, 1, 2), batch_size=None), ckpt_path=args.resume)
+    trainer.fit(Module(), torch.utils.data.DataLoader(Stack(0, 0, 0), batch_size=None), ckpt_path=args.resume)

@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
             p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
     def _muon(self, group):
-        """Update all matrices of one shape at once; the first of them holds the state of the group."""
+        """Update all matrices of one shape at once; the first holds the state of the group."""
         params = group["params"]
         state = self.state[params[0]]
         if not state:

@@ -1,6 +1,6 @@
 """Train a language model in the order of transformers' example run_clm.py.
 
-Arguments, last checkpoint, data, configuration or checkpoint, model, Trainer; train, save, evaluate.
+Arguments, configuration or checkpoint, model, data, Trainer; train, save, evaluate, generate.
 """
 
 from dataclasses import dataclass
