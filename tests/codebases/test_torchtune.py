@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -94,9 +95,10 @@ def test_torchtune(tmp_path, regenerate):
     resume = ["resume_from_checkpoint=True", "checkpointer.checkpoint_dir=whole"]
     uninterrupted = load(tmp_path / "whole" / last)
     before = losses(tmp_path / "whole" / "log.txt")
-    program.run(*RUN, "output_dir=whole", *resume, f"checkpointer.checkpoint_files=[{early}]")
-    assert losses(tmp_path / "whole" / "log.txt") == pytest.approx([*before, *before[2:]], abs=1e-5)
-    saved = load(tmp_path / "whole" / last)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    program.run(*RUN, "output_dir=resumed", *resume, f"checkpointer.checkpoint_files=[{early}]")
+    assert losses(tmp_path / "resumed" / "log.txt") == pytest.approx([*before, *before[2:]], abs=1e-5)
+    saved = load(tmp_path / "resumed" / last)
     assert sites(saved) == 4
     assert_equal(uninterrupted, saved)
     assert_moved(load(tmp_path / "whole" / early), saved)
