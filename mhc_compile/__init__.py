@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.config.options import Options
 from mhc_compile.config.presets import Preset, register_preset
 from mhc_compile.errors import MhcError, MhcWarning
+from mhc_compile.integrations.saving import watch
 
 if TYPE_CHECKING:
     from mhc_compile.attachment.model_tree import connections
@@ -87,6 +88,9 @@ __all__ = [
     "stability",
     "why",
 ]
+
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

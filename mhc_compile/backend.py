@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
-from mhc_compile.compilation.observers import default_options
 from mhc_compile.compilation.pipeline import compile_captured
+from mhc_compile.compilation.run_settings import default_options
 from mhc_compile.config.options import Options
 from mhc_compile.errors import MhcError
 

@@ -166,4 +166,4 @@ def test_the_line_budget():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".h", ".js", ".css", ".html"} and "mhc_compile/passes" not in path.as_posix():
                 lines += len(path.read_text().splitlines())
-    assert lines <= 32_000
+    assert lines <= 35_500

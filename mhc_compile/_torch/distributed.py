@@ -78,15 +78,96 @@ def whole_graphs() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
 
 
-def ddp_parameters(ddp: DistributedDataParallel) -> set[int]:
-    """Return the `id` of every parameter that `ddp` found in its module when it was built."""
-    ignored = (parameter for parameter in ddp.parameters() if getattr(parameter, "_ddp_ignored", False))
-    return {id(parameter) for parameter in (*ddp._module_parameters, *ignored)}
+def late_parameters(ddp: DistributedDataParallel) -> dict[str, nn.Parameter]:
+    """Return the parameters, by name, of the module of `ddp` that its reducer does not know."""
+    known = {id(parameter) for parameter in ddp._module_parameters}
+    late = {
+        name: parameter
+        for name, parameter in ddp.module.named_parameters()
+        if id(parameter) not in known and name not in ddp.parameters_to_ignore
+    }
+    # The reducer of a copied or unpickled one has them all.
+    return {} if _is_reduced(ddp, [*ddp._module_parameters, *late.values()]) else late
+
+
+def _is_reduced(ddp: DistributedDataParallel, parameters: list[nn.Parameter]) -> bool:
+    """Return whether the reducer was built for those of `parameters` that are trained."""
+    trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}.values()
+    built = ddp._get_ddp_logging_data()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return (built["num_parameter_tensors"], built["total_parameter_size_bytes"]) == (len(trained), size)
+
+
+def obstacle_to_late_parameters(ddp: DistributedDataParallel) -> str | None:
+    """Return why `reduce_late_parameters` would be wrong, None if it would be right."""
+    built, parameters = ddp._get_ddp_logging_data(), ddp._module_parameters
+    obstacles = {
+        "torch._dynamo.config.optimize_ddp='python_reducer'": ddp._use_python_reducer,
+        "its setting mixed_precision": ddp.mixed_precision is not None,
+        "its setting delay_all_reduce_named_params": bool(ddp._delay_all_reduce_params),
+        "an optimizer that runs in the backward": any(hasattr(p, "_in_backward_optimizers") for p in parameters),
+        "a built-in communication hook": bool(built.get("comm_hook")) and not ddp._comm_hooks,
+        "the context of uneven inputs, join()": ddp._join_config.enable,
+        "parameters that were frozen or unfrozen since it wrapped the model": not _is_reduced(ddp, parameters),
+    }
+    return next((obstacle for obstacle, present in obstacles.items() if present), None)
+
+
+def reduce_late_parameters(ddp: DistributedDataParallel) -> None:
+    """Build the reducer of `ddp` again, as unpickling does, with all parameters of the module.
+
+    Call it after the forward of the module and before that of `ddp` ends.
+    """
+    ddp._remove_autograd_hooks()
+    ddp._module_parameters += late_parameters(ddp).values()
+    parameters, sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    for hook, state in ddp._comm_hooks:
+        ddp.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
+    if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()  # type: ignore[union-attr]
+    if ddp.require_backward_grad_sync:
+        ddp.reducer.prepare_for_forward()  # as the forward did with the reducer before
+
+
+def before_backward(ddp: DistributedDataParallel, action: Callable[[DistributedDataParallel], None]) -> None:
+    """Patch `ddp` to call `action(ddp)` once, when its next forward with gradients ends.
+
+    The reducer is made ready for the backward afterwards. All ranks come to this point together;
+    a forward without gradients, such as the validation of rank 0, does not.
+    """
+    ddp.__dict__["_post_forward"] = functools.partial(_end_forward, ddp, action)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _end_forward(ddp: DistributedDataParallel, action: Callable[[DistributedDataParallel], None], output: Any) -> Any:
+    if torch.is_grad_enabled():
+        action(ddp)
+        del ddp.__dict__["_post_forward"]
+    return type(ddp)._post_forward(ddp, output)
+
+
+def default_store() -> Any:
+    """Return the key-value store by which the ranks of the default process group met."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether FSDP manages the parameters of this module."""
     return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, without the one that `fully_shard` puts in its place."""
+    kind = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and fsdp.FSDPModule in kind.__bases__
+    return kind.__bases__[1] if sharded else kind
 
 
 def placements(value: Any) -> tuple[Any, ...] | None:

@@ -150,8 +150,14 @@ def set_compiled_call(module: nn.Module, backend: Callable[..., Any] | None) -> 
     """Compile calls of `module` as `module.compile()` would, or undo that for None."""
     if backend is None:
         module._compiled_call_impl = None
-    else:
-        module.__dict__["_compiled_call_impl"] = isolated_compile(module._call_impl, backend)
+        return
+    call = module._call_impl
+    if type(module).forward.__module__.startswith("torch.nn."):
+        # Dynamo starts no trace in files of torch.nn, but follows calls into them.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)
+
+    module.__dict__["_compiled_call_impl"] = isolated_compile(call, backend)
 
 
 @contextlib.contextmanager

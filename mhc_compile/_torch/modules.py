@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule as OptimizedModule
 from torch.utils.weak import TensorWeakRef as TensorWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
@@ -68,3 +69,31 @@ def write_count(tensor: Tensor) -> int | None:
 def has_hooks(tensor: Tensor) -> bool:
     """Return whether hooks wait for the gradient of a tensor."""
     return bool(tensor._backward_hooks)
+
+
+class StartsOffMeta(nn.Module):
+    """Base class of modules whose parameters get their start whenever they leave the meta device.
+
+    `to_empty` gives them memory; `to(device)`, which has nothing to copy from the meta device, too.
+    """
+
+    def write_start(self, names: Iterable[str]) -> None:
+        """Write the start of the parameters of these names."""
+        raise NotImplementedError
+
+    def leave_meta(self, device: torch.device | str) -> None:
+        """Move the parameters that are on the meta device, and write their start."""
+        self._apply(lambda value: torch.empty_like(value, device=device) if value.is_meta else value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StartsOffMeta:
+        before = [name for name, parameter in self.named_parameters(recurse=False) if parameter.is_meta]
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:
+            if not before:
+                raise
+            self.leave_meta("cpu")
+            super()._apply(fn, recurse)
+            return self
+        self.write_start([name for name in before if not self.get_parameter(name).is_meta])
+        return self

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
+import sys
 import threading
 import time
+import types
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from torch import nn
 
 
@@ -28,6 +32,8 @@ _living: weakref.WeakSet[Optimizer] | None = None
 _patch_step: Callable[[Optimizer], None] = Optimizer._patch_step_function
 _update: Callable[..., Any] = AveragedModel.update_parameters
 _before_update: list[Callable[[AveragedModel, nn.Module], None]] = []
+_add_group: Callable[[Optimizer, dict[str, Any]], None] = Optimizer.add_param_group
+_before_group: list[Callable[[Optimizer, list[torch.Tensor]], None]] = []
 
 
 def living_optimizers() -> list[Optimizer]:
@@ -83,3 +89,86 @@ def restart_lbfgs(optimizer: torch.optim.LBFGS) -> None:
     if lbfgs_has_memory(optimizer):
         optimizer.state.clear()
     optimizer._numel_cache = None
+
+
+def before_adding_group(hook: Callable[[Optimizer, list[torch.Tensor]], None]) -> None:
+    """Patch `Optimizer` to call `hook(optimizer, parameters)` before each new group, once."""
+    with _lock:
+        if hook not in _before_group:
+            _before_group.append(hook)
+        if Optimizer.add_param_group is not _add_param_group:
+            Optimizer.add_param_group = _add_param_group  # type: ignore[method-assign]
+
+
+@functools.wraps(_add_group)
+def _add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
+    given = param_group.get("params") if isinstance(param_group, dict) else None
+    if isinstance(given, Iterator):  # read once, here
+        given = param_group["params"] = list(given)
+    if isinstance(given, Iterable):  # one tensor as well: its rows are in no group
+        pairs = (one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in given)
+        parameters = [given] if isinstance(given, torch.Tensor) else [p for p in pairs if isinstance(p, torch.Tensor)]
+        for hook in _before_group:
+            hook(self, parameters)
+    _add_group(self, param_group)
+
+
+def steps_in_backward(optimizer: Optimizer) -> bool:
+    """Return whether hooks on the gradients of its parameters make the optimizer's steps.
+
+    All parameters have such hooks, and one refers to the optimizer or is its only parameter's; or
+    torch's own `_apply_optimizer_in_backward` made it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(optimizer is one for p in parameters[:1] for one in getattr(p, "_in_backward_optimizers", ())):
+        return True
+    hooks = [hook for p in parameters[:1] for hook in (p._post_accumulate_grad_hooks or {}).values()]
+    if not hooks or not all(parameter._post_accumulate_grad_hooks for parameter in parameters):
+        return False
+    return len(parameters) == 1 or any(_refers(hook, optimizer) for hook in hooks)
+
+
+def _refers(hook: Any, optimizer: Optimizer) -> bool:
+    """Return whether a function's variables are the optimizer or a container that holds it."""
+    function = getattr(hook, "func", getattr(hook, "__func__", hook))
+    values = [*getattr(hook, "args", ()), *vars(getattr(hook, "__self__", object)).values()]
+    if isinstance(function, types.FunctionType):
+        known = inspect.getclosurevars(function)
+        values += [*known.nonlocals.values(), *known.globals.values(), *(function.__defaults__ or ())]
+    held = [one for value in values for one in _held(value)]
+    return any(one is optimizer for one in (*values, *held))
+
+
+def _held(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else []
+
+
+def local_optimizer(optimizer: Optimizer) -> Optimizer | None:
+    """Return the optimizer of this process's share in a `ZeroRedundancyOptimizer`, else None."""
+    return getattr(optimizer, "optim", None) if _divides(optimizer) else None
+
+
+def can_grow(optimizer: Optimizer) -> bool:
+    """Return whether parameters can join: not after a step of a `ZeroRedundancyOptimizer`."""
+    if not _divides(optimizer):
+        return True
+    return not optimizer._overlap_with_ddp and not optimizer.optim.state  # type: ignore[attr-defined]
+
+
+def partition(optimizer: Optimizer) -> None:
+    """Divide the parameters of a `ZeroRedundancyOptimizer` among processes again.
+
+    It waits for no other process: each divides the same list in the same way.
+    """
+    if _divides(optimizer):
+        zero: Any = optimizer
+        zero._clear_cache()
+        zero._all_params = [parameter for group in zero.param_groups for parameter in group["params"]]
+        zero._is_trainable_mask = zero._get_is_trainable_mask()
+        zero._init_local_optimizer()
+        zero._build_param_buckets()
+
+
+def _divides(optimizer: Optimizer) -> bool:
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")  # not imported for this
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)

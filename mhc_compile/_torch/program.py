@@ -107,7 +107,7 @@ def _followed(save: Callable[..., Any], then: Callable[[Any, Any], None]) -> Cal
     return follow
 
 
-def before_backward(then: Callable[[], None]) -> None:
+def on_backward(then: Callable[[], None]) -> None:
     """Patch `torch.autograd.backward` and `grad` to call `then()` before."""
     for name in ("backward", "grad"):
         setattr(torch.autograd, name, _after(then, getattr(torch.autograd, name)))

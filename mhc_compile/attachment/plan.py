@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile import _torch
 from mhc_compile.attachment.declaration import declare_on, declaring_paths, start_branch, starting_paths
 from mhc_compile.attachment.model_tree import (
     HyperConnections,
@@ -113,7 +114,7 @@ class ModelPlan:
             for path, connection in found.items()
         )
         structure = structure_of(model, {entry.owner for entry in entries})
-        return cls(type(unwrap(model)).__qualname__, common, entries, structure)
+        return cls(_torch.plain_class(unwrap(model)).__qualname__, common, entries, structure)
 
     def misfit(self, model: nn.Module) -> str | None:
         """Return how the structure of `model` differs as a sentence; None if the plan fits."""

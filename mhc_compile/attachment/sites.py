@@ -16,7 +16,8 @@ from mhc_compile.attachment.model_tree import (
     find_connection,
     unwrap,
 )
-from mhc_compile.attachment.optimizers import expect, leave
+from mhc_compile.attachment.optimizer_groups import leave
+from mhc_compile.attachment.optimizers import expect
 from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import create_connection
 
@@ -53,13 +54,20 @@ def attach_site(
     """
     connection = find_connection(owner, site)
     changed = connection is None
+    devices = [parameter.device for parameter in owner.parameters()]
     if connection is None:
-        device = next((parameter.device for parameter in owner.parameters()), site.add.meta["example_value"].device)
+        device = next(iter(devices), site.add.meta["example_value"].device)
         connection = create_connection(site.width, options, index=index, last=last, device=device, dtype=dtype)
         put_connection(owner, site.name, connection, options, root=root, path=site.owner.path)
+    elif any(parameter.is_meta for parameter in connection.parameters()):
+        real = [device for device in devices if device.type != "meta"]
+        if real:  # a checkpoint of the plain model has materialized the owner alone
+            connection.leave_meta(real[0])
+            expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
+            changed = True
     check_options(connection, site, options)
     if last and connection.end_chain():
-        expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path)
+        expect(connection, owner, options.existing_optimizers, root=root, path=site.owner.path, strict=options.strict)
         changed = True
     if site.tail:
         modules = [module for head in site.heads for module in head.alive()]
@@ -100,7 +108,7 @@ def put_connection(
     container = container_of(owner)
     container.put(name, connection)
     container.train(owner.training)
-    expect(connection, owner, options.existing_optimizers, root=root, path=path)
+    expect(connection, owner, options.existing_optimizers, root=root, path=path, strict=options.strict)
 
 
 def check_options(connection: HyperConnection, site: Site, options: ResolvedOptions) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import HyperConnections, unwrap
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def structure_of(module: nn.Module, owners: Collection[str], path: str = "", *, 
     """Describe `module`; `owners` are the paths of the modules whose parameters' shapes count."""
     module = unwrap(module)
     inside = inside or path in owners
-    text = type(module).__qualname__
+    text = _torch.plain_class(module).__qualname__
     if inside:
         own = module.named_parameters(recurse=False)
         text = " ".join([text, *(f"{name}{list(parameter.shape)}" for name, parameter in own)])

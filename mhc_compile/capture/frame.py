@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile import _torch
+from mhc_compile.attachment.model_tree import IN_PLACE
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -48,6 +49,12 @@ class Frame:
     def location(self) -> str:
         """Return "file:line" of the code."""
         return f"{self.code.co_filename}:{self.code.co_firstlineno}"
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether the frame is a call of a planned model, whose streams do not leave it."""
+        in_place = self.root.__dict__.get(IN_PLACE) if self.root is not None else None
+        return in_place is not None and in_place.whole and not self.is_part
 
     def runs_inside_another(self, module: nn.Module, *, compiled_alone: bool = False) -> bool:
         """Return True if a call of a module that contains `module` surrounds the frame.

@@ -83,6 +83,14 @@ class DynamoProvenance(Provenance):
             return self.root
         return _torch.module_by_id(identity)
 
+    def model_around(self, node: Node, owner: nn.Module) -> nn.Module | None:
+        """Return the outermost module around `node` that contains `owner`: the root, if it does.
+
+        A function may call several models.
+        """
+        around = (self.module(ref) for ref in self.stack(node))
+        return next((model for model in around if model is not None and owner in model.modules()), None)
+
     def target_of(self, parameter: nn.Parameter) -> str | None:
         """Return the target of the graph input that is this parameter object."""
         return self._targets.get(id(parameter))

@@ -13,20 +13,22 @@ from mhc_compile.errors import AttachError
 from mhc_compile.modules.state_dict import NAMES, guess_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
 #: The number of paths in a message.
 _SHOWN = 3
+#: What DDP puts before all names.
+_WRAPPER = "module."
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, assign: bool = False) -> Any:
     """Load a checkpoint of the plain model or of the one with hyper-connections, compiled or not.
 
     This is `model.load_state_dict(state, strict, assign)` with two additions: names may contain the
-    `_orig_mod.` of `torch.compile` on either side, and the error says what to do if the checkpoint
-    has hyper-connections and the model has none, or others.
+    `_orig_mod.` of `torch.compile` and begin with the `module.` of DDP on either side, and the
+    error says what to do if the checkpoint has hyper-connections and the model has none, or others.
 
     A checkpoint of the plain model leaves the hyper-connections unchanged, with a warning, as it
     does in `model.load_state_dict`.
@@ -47,15 +49,24 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
     """
     target = unwrap(model)
     actual = {plain_name(name): name for name in target.state_dict()}
-    renamed = OrderedDict((actual.get(plain_name(name), plain_name(name)), value) for name, value in state.items())
+    translate = _without_wrapper([plain_name(name) for name in state], list(actual))
+    renamed = OrderedDict((actual.get(new := translate(plain_name(name)), new), value) for name, value in state.items())
     metadata = _torch.state_metadata(state)
     if metadata is not None:
         paths = {plain_name(path): path for path, _ in target.named_modules()}
-        notes = {paths.get(plain_name(path), plain_name(path)): dict(entry) for path, entry in metadata.items()}
+        notes = {paths.get(new := translate(plain_name(path)), new): dict(entry) for path, entry in metadata.items()}
         _torch.set_state_metadata(renamed, notes)
     if strict:
         _compare(target, renamed)
     return target.load_state_dict(renamed, strict=strict, assign=assign)
+
+
+def _without_wrapper(given: list[str], wanted: list[str]) -> Callable[[str], str]:
+    """Return the translation of the names in `given` that adds or drops what DDP puts first."""
+    inside, outside = (bool(names) and all(name.startswith(_WRAPPER) for name in names) for names in (wanted, given))
+    if outside and not inside:
+        return lambda name: name.removeprefix(_WRAPPER)
+    return (lambda name: f"{_WRAPPER}{name}") if inside and not outside else lambda name: name
 
 
 def _compare(model: nn.Module, state: Mapping[str, Any]) -> None:

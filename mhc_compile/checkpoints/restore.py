@@ -18,6 +18,7 @@ from mhc_compile.attachment.model_tree import (
     HyperConnections,
     connections,
     find_module,
+    plain_name,
     split_path,
     unwrap,
 )
@@ -26,10 +27,11 @@ from mhc_compile.attachment.plan import PlannedConnection, give
 from mhc_compile.checkpoints.reader import READ_OUT, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
 from mhc_compile.config.options import Options, ResolvedOptions
+from mhc_compile.config.presets import PRESETS
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.state_dict import guess_for, guess_options
+from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,14 +55,15 @@ def restore(
     Args:
         model: the plain model, or the result of `torch.compile` for it. Hyper-connections that it
             already has get the values of the checkpoint.
-        checkpoint: a state dict, a directory written by `save_pretrained` or the Trainer, or a file
-            (safetensors, or torch.save of a state dict or of a dict with a "state_dict", as
-            Lightning writes it). Names may contain `_orig_mod.`.
+        checkpoint: a state dict, also one inside other dicts ("state_dict", "model", ...), a file
+            with it (safetensors or torch.save), or a directory written by `save_pretrained`, the
+            Trainer, peft or `torch.distributed.checkpoint`. Names may contain `_orig_mod.`, and
+            begin with a prefix that the model does not have (`module.`, `model.`).
         options: as for `torch.compile(model, backend="mhc", options=options)`. `streams` and
             `mapping` are inferred from the checkpoint if not given. Shapes do not determine every
             mapping ("unconstrained" looks like "sinkhorn", four streams under "identity" look like
-            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, which
-            safetensors files do not keep.
+            two under "sinkhorn"; the likelier one is taken); the metadata of a state dict do, and
+            give preset, iterations and eps as well, which safetensors files do not keep.
 
     Returns:
         All hyper-connections of the model by path.
@@ -70,6 +73,7 @@ def restore(
         AttachError: the checkpoint has no hyper-connections, the model lacks a module that has one
             in the checkpoint, or shapes contradict the options or each other.
         FileNotFoundError: there is no such file, or no checkpoint in the directory.
+        CheckpointError: the file has objects that `torch.load` does not read safely.
     """
     parsed = Options.parse(options)
     fixed = set(Options.names()) if isinstance(options, Options) else set(options or ())
@@ -80,9 +84,12 @@ def restore(
             f"{source} has no hyper-connections: no name in it is like 'blocks.0.{CONTAINER}.attn.phi'."
             " Load it as it is; hyper-connections attach at the first compiled call or with mhc_compile.attach(model, ...)"
         )
+    if any(name.startswith(READ_OUT) for connection in saved for name in connection.values):
+        parsed = replace(parsed, read_out="learned")  # at the last site of each chain, for all of them
     target = unwrap(model)
     # Everything is checked before anything is attached.
-    found = [_Restored(target, connection, parsed, fixed) for connection in saved]
+    skipped = _prefix(target, [plain_name(connection.path).split(".") for connection in saved])
+    found = [_Restored(target, connection, skipped, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
     found.sort(key=lambda one: order[id(one.declaring_module or one.owner)])  # files sort h.10 before h.2
     for index, one in enumerate(found):
@@ -94,14 +101,16 @@ def restore(
 class _Restored:
     """One hyper-connection to restore: its place in the model, its options and its values."""
 
-    def __init__(self, model: nn.Module, saved: SavedConnection, options: ResolvedOptions, fixed: set[str]) -> None:
+    def __init__(
+        self, model: nn.Module, saved: SavedConnection, skipped: int, options: ResolvedOptions, fixed: set[str]
+    ) -> None:
         place, values = saved.path, saved.values
-        path, self.name = split_path(place)
-        self.model, self.place, self.values = model, place, values
+        self.path = ".".join(plain_name(place).split(".")[skipped:])
+        path, self.name = split_path(self.path)
+        self.model, self.values = model, values
         self.owner = find_module(model, path, place)
         self.declaring_module = _declaring_module(self.owner, self.name)
-        if "mapping" not in fixed and saved.mapping in MAPPINGS:
-            options = replace(options, mapping=saved.mapping)
+        options = _saved_options(saved.settings, options, fixed)
         self.options = _infer_options(place, self.owner, values, options.at(f"{path}.{self.name}".lstrip(".")), fixed)
         self.width = values["phi"].shape[0] // self.options.streams
         self.last = any(name.startswith(READ_OUT) for name in values)
@@ -135,9 +144,9 @@ class _Restored:
         if connection is None:
             phi = self.values["phi"]
             # The module that the branch is named after; the first compiled call corrects it.
-            declared_by = () if self.declaring_module is None else (_join(split_path(self.place)),)
+            declared_by = () if self.declaring_module is None else (_join(split_path(self.path)),)
             dtype = str(phi.dtype).removeprefix("torch.")
-            entry = PlannedConnection(self.place, self.width, index, declared_by, last=self.last, dtype=dtype)
+            entry = PlannedConnection(self.path, self.width, index, declared_by, last=self.last, dtype=dtype)
             connection = give(self.model, entry, self.options, device=phi.device)
         elif self.last:
             connection.end_chain()
@@ -158,6 +167,36 @@ def _join(parts: tuple[str, str]) -> str:
     return ".".join(filter(None, parts))
 
 
+def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
+    """Return how many leading parts, the same in all paths, must go so that the owners exist.
+
+    Wrappers add them (`module` of DDP, an attribute of a Lightning module, `base_model.model` of
+    peft). It is 0 if no number will do.
+    """
+    known = {plain_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    cuts = [path.index(CONTAINER) for path in paths]
+    for number in range(min(cuts) + 1):
+        owners = {".".join(path[number:cut]) for path, cut in zip(paths, cuts, strict=True)}
+        branches = {".".join(path[number:cut] + path[cut + 1 :]) for path, cut in zip(paths, cuts, strict=True)}
+        if owners <= known and (number == 0 or branches & known):
+            return number if len({tuple(path[:number]) for path in paths}) == 1 else 0
+    return 0
+
+
+def _saved_options(settings: Mapping[str, Any], options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
+    """Return the options with saved settings, except those that are fixed, or unknown here."""
+    known = {name: settings[name] for name in SETTINGS if name in settings and name not in fixed}
+    if known.get("mapping") not in MAPPINGS:
+        known.pop("mapping", None)
+    if known.get("preset") not in PRESETS:
+        known.pop("preset", None)
+    else:
+        preset = PRESETS[known["preset"]]
+        known["single_pass"] = options.single_pass if "single_pass" in fixed else preset.single_pass
+        known["init"] = options.init if preset.preserves else "random"
+    return replace(options, **known)
+
+
 def _infer_options(
     place: str, owner: nn.Module, values: Mapping[str, Tensor], options: ResolvedOptions, fixed: set[str]
 ) -> ResolvedOptions:
@@ -165,8 +204,6 @@ def _infer_options(
     if "phi" not in values:
         raise AttachError(f"{place}: the checkpoint lacks its phi; it is incomplete")
     phi = values["phi"]
-    if any(name.startswith(READ_OUT) for name in values):
-        options = replace(options, read_out="learned")
     if "up" in values and phi.dim() == values["up"].dim() == 2:
         rank = values["up"].shape[0]
         return replace(options, rank=rank, streams=phi.shape[1] - rank, mapping="identity", init="random")

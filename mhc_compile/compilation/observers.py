@@ -1,7 +1,4 @@
-"""Callbacks for each compiled graph, and default options. Empty except under `mhc run`.
-
-Does not import torch.
-"""
+"""Callbacks for each compiled graph. Empty except under `mhc run`; does not import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from mhc_compile.compilation.session import GraphSession
 
-#: Options of every `torch.compile(..., backend="mhc")` that does not give them itself.
-default_options: dict[str, Any] = {}
 _observers: list[Callable[[GraphSession], None]] = []
 #: Several threads may compile at the same time.
 _lock = threading.Lock()

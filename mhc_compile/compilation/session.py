@@ -26,11 +26,13 @@ from mhc_compile.attachment.sites import attach_like, attach_site
 from mhc_compile.capture.equivalent_blocks import EquivalentBlocks, equivalent_blocks
 from mhc_compile.capture.frame import read_frame
 from mhc_compile.capture.provenance import DynamoProvenance
+from mhc_compile.compilation import run_settings
 from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
-from mhc_compile.distributed.guards import check_site, warn_of_pipeline
+from mhc_compile.distributed.guards import check_frame, check_site, warn_of_pipeline
+from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.split_branches import Notes
 from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
@@ -67,8 +69,10 @@ class GraphSession:
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
         planner = Planner(graph, provenance, options.min_chain_length, boundary)
-        if options.read_out != "mean" or options.single_pass:
+        ends_alone = options.read_out != "mean" or options.single_pass
+        if ends_alone:
             check_whole(planner.plan, boundary, options, provenance)
+        if ends_alone or provenance.frame.is_whole_model:
             # With the whole chain here, a graph result ends a chain as any other reader does.
             boundary = BoundaryInfo(tail=boundary.tail, attached=boundary.attached)
             planner = Planner(graph, provenance, options.min_chain_length, boundary)
@@ -96,27 +100,34 @@ class GraphSession:
 
         A site whose module holds parameters of another width is rejected.
         """
-        parameters = self.parameters
+        root, frame, parameters = self.provenance.root, self.provenance.frame, self.parameters
+        if not run_settings.planning:
+            check_frame(frame)
         planned = parameters.resolve(self.planner, self.options)
-        root, frame = self.provenance.root, self.provenance.frame
-        ddp = None if frame.ddp is None else _torch.ddp_parameters(frame.ddp)
-        blocks = EquivalentBlocks(0, {})
-        if root is not None and any(parameters.existing(item) is None for item in planned):
+        blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
+        if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)
+        owners = [parameters.modules(item.site)[0] for item in planned]
+        wrappers = [frame.ddp] if frame.ddp is not None else wrappers_of(owners, existing)
+        known = parts(wrappers)
         lengths = {site: len(chain.sites) for chain in self.plan.chains for site in chain.sites}
         changed = False
         for item in planned:
             site, index = item.site, blocks.number * lengths[item.site] + item.index
             owner, declaring_module = parameters.modules(site)
-            check_site(site, owner, find_connection(owner, site), ddp)
+            if not run_settings.planning:
+                check_site(site, owner, find_connection(owner, site), wrappers)
+            model = self.provenance.model_around(site.add, owner)
             changed |= attach_site(
-                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=root
+                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=model
             )
         for number, block in blocks.others.items():
             assert root is not None
             for item in planned:
                 index = number * lengths[item.site] + item.index
                 attach_like(block, root, item.site, item.options, index=index, dtype=item.dtype)
+        for ddp in wrappers if not run_settings.planning else ():
+            follow(ddp, known)
         if changed:
             settle()
             follow_averages()

@@ -29,24 +29,27 @@ def compile_in_place(model: nn.Module, options: ResolvedOptions) -> None:
     owners = {module for module in model.modules() if isinstance(getattr(module, "mhc", None), HyperConnections)}
     for module in model.modules():
         if can_be_called(module) and module not in owners and any(connections(module)):
-            module.__dict__[IN_PLACE] = InPlace(module, options)
+            module.__dict__[IN_PLACE] = InPlace(module, options, whole=module is model)
 
 
 class InPlace:
-    """An attribute of a module that is compiled in place; copying it compiles the copy."""
+    """An attribute of a module that is compiled in place; copying it compiles the copy.
 
-    def __init__(self, module: nn.Module, options: ResolvedOptions) -> None:
-        self.module, self.options = module, options
+    `whole` says that no chain goes on outside the module: the next model begins with copies.
+    """
+
+    def __init__(self, module: nn.Module, options: ResolvedOptions, *, whole: bool) -> None:
+        self.module, self.options, self.whole = module, options, whole
         _torch.set_compiled_call(module, _Backend(options))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace | None:
         copy = memo.get(id(self.module))  # it exists already, and its attributes follow
-        return InPlace(copy, self.options) if copy is not None else None
+        return InPlace(copy, self.options, whole=self.whole) if copy is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A function as inner backend may not be picklable, and changes no results.
         inner = "inductor" if callable(self.options.inner_backend) else self.options.inner_backend
-        return {"module": self.module, "options": replace(self.options, inner_backend=inner)}
+        return {"module": self.module, "options": replace(self.options, inner_backend=inner), "whole": self.whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         InPlace.__init__(self, **state)

@@ -1,21 +1,27 @@
 """Checks for distributed training that would miss hyper-connections.
 
 DDP and FSDP collect parameters when they wrap a model. Parameters attached later would follow each
-rank's own gradients, and the ranks would silently diverge. So would those of a trunk sharded along
-its tokens (sequence parallel), where each rank has the gradient of its own tokens.
+rank's own gradients, and the ranks would silently diverge; DDP can learn of them in most cases
+(`late_parameters`). So would those of a trunk sharded along its tokens (sequence parallel), where
+each rank has the gradient of its own tokens.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile import _torch
+from mhc_compile.attachment.model_tree import unwrap
+from mhc_compile.distributed.late_parameters import explain, has_late
 from mhc_compile.errors import AttachError, warn
 from mhc_compile.passes.analysis.op_info import tensor_value
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from mhc_compile.capture.frame import Frame
@@ -23,19 +29,32 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Site
 
 _WAY_OUT = (
-    "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; the compiled"
-    " call finds the hyper-connections"
+    "Call mhc_compile.attach(model, inputs) first, in the same way on every rank, and wrap the model then; for an"
+    " unmodified script, `mhc run --plan mhc.json` (made by `mhc plan`) does so"
 )
 
 
-def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None, ddp: set[int] | None) -> None:
+def check_frame(frame: Frame) -> None:
+    """Raise AttachError if the frame runs inside FSDP1, which computes with flat parameters."""
+    owner = next((call.module for call in frame.calls if isinstance(call.module, FullyShardedDataParallel)), None)
+    if owner is not None:
+        raise AttachError(
+            f"{type(unwrap(owner.module)).__name__} is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters"
+            " hide what belongs to a branch. Shard it with torch.distributed.fsdp.fully_shard (FSDP2), after"
+            " mhc_compile.attach(model, inputs), or compile it with another backend"
+        )
+
+
+def check_site(
+    site: Site, owner: nn.Module, connection: HyperConnection | None, wrappers: Iterable[DistributedDataParallel]
+) -> None:
     """Check that distributed wrappers handle the parameters of a site, before any are created.
 
-    `ddp` has the `id`s of the parameters that DDP around the frame handles; None without DDP.
+    `wrappers` are around the owner.
 
     Raises:
-        AttachError: DDP or FSDP wrapped the model before the hyper-connection existed, or the trunk
-            is sharded over ranks.
+        AttachError: DDP or FSDP wrapped the model before the hyper-connection existed and cannot
+            learn of it, or the trunk is sharded over ranks.
     """
     placements = _share(site)
     if placements is not None:
@@ -45,13 +64,11 @@ def check_site(site: Site, owner: nn.Module, connection: HyperConnection | None,
             " tokens. Leave sequence parallelism off (tensor parallelism that ends every branch in RowwiseParallel()"
             " works), or compile this model with another backend"
         )
-    if ddp is not None:
-        if connection is None or any(id(parameter) not in ddp for parameter in connection.parameters()):
-            raise AttachError(
-                f"{site}: DistributedDataParallel wrapped the model before its hyper-connections were attached, and"
-                f" would not average their gradients. {_WAY_OUT}"
-            )
-    elif connection is None and _torch.is_sharded(owner):
+    for ddp in wrappers:
+        obstacle = _torch.obstacle_to_late_parameters(ddp)
+        if obstacle is not None and (connection is None or has_late([connection], ddp)):
+            raise AttachError(f"{site}: {explain(obstacle)}. {_WAY_OUT}")
+    if connection is None and _torch.is_sharded(owner):
         raise AttachError(
             f"{site}: FSDP sharded the {type(owner).__name__} before its hyper-connections were attached, and would"
             f" neither shard them nor reduce their gradients. {_WAY_OUT}"

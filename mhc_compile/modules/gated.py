@@ -40,12 +40,12 @@ class GatedConnection(HyperConnection):
         self.norm = nn.Parameter(torch.empty(features, **empty))
         self.up = nn.Parameter(torch.empty(self.rank, features, **empty))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Write the init: projections of unit variance, and a norm without weights."""
-        nn.init.normal_(self.phi, std=(self.streams * self.width) ** -0.5)
-        nn.init.normal_(self.up, std=self.rank**-0.5)
-        self.norm.zero_()
+    def start(self) -> dict[str, Tensor]:
+        """Return the start: projections of unit variance, and a norm without weights."""
+        phi, norm, up = (torch.zeros(getattr(self, name).shape, dtype=self.phi.dtype) for name in self.names)
+        phi.normal_(std=(self.streams * self.width) ** -0.5)
+        up.normal_(std=self.rank**-0.5)
+        return {"phi": phi, "norm": norm, "up": up}
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(h [..., C], post [..., n], res [..., n, n])`: the branch input, not `pre`.

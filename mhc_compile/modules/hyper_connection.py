@@ -124,9 +124,8 @@ class HyperConnection(LoadsPartially):
         self.read_out = ReadOut(self.width, self.streams, **settings, **like)  # type: ignore[arg-type]
         return True
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Write the init of the options.
+    def start(self) -> dict[str, Tensor]:
+        """Return the start of every parameter, whole and on the CPU, as the options say.
 
         "preserve": phi = 0, scale > 0, pre sums to 1 and leans to one stream, post = 1, H_res near
         the identity. With equal streams this is the plain residual add, in value and in every
@@ -135,22 +134,23 @@ class HyperConnection(LoadsPartially):
         = 1 and uniform mixing (under "unconstrained" the identity).
         """
         n, convention = self.streams, parse(self.spec)
-        self.scale.fill_(self._init_gain)
-        self.bias.zero_()
+        phi = torch.zeros(self.phi.shape, dtype=self.phi.dtype)
+        bias = torch.zeros(self.bias.shape, dtype=torch.float64)
+        scale = torch.full(self.scale.shape, self._init_gain, dtype=torch.float64)
         if self.init == "random":
-            nn.init.normal_(self.phi, std=(n * self.width) ** -0.5)
-            self.bias[2 * n :] = get_mapping(self.mapping).init_random(n).to(self.bias)
-            return
-        self.phi.zero_()
-        if n == 1:
-            self.bias[0] = _SATURATED
+            phi.normal_(std=(n * self.width) ** -0.5)
+            bias[2 * n :] = get_mapping(self.mapping).init_random(n)
         else:
-            weights = torch.full((n,), (1.0 - self._init_stream_weight) / (n - 1), dtype=torch.float64)
-            weights[self.index % n] = self._init_stream_weight
-            self.bias[:n] = torch.logit(weights - convention.pre_eps).to(self.bias)
-        post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
-        self.bias[n : 2 * n] = torch.logit(post).to(self.bias)
-        self.bias[2 * n :] = get_mapping(self.mapping).init_preserve(n).to(self.bias)
+            if n == 1:
+                bias[0] = _SATURATED
+            else:
+                weights = torch.full((n,), (1.0 - self._init_stream_weight) / (n - 1), dtype=torch.float64)
+                weights[self.index % n] = self._init_stream_weight
+                bias[:n] = torch.logit(weights - convention.pre_eps)
+            post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
+            bias[n : 2 * n] = torch.logit(post)
+            bias[2 * n :] = get_mapping(self.mapping).init_preserve(n)
+        return {"phi": phi, "bias": bias, "scale": scale}
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].

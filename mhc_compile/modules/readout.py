@@ -68,24 +68,21 @@ class ReadOut(LoadsPartially):
             self.scale = nn.Parameter(torch.empty(1, **empty))
         self.reset_parameters()
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Write the init: the mean of the streams, or random projections of unit variance."""
+    def start(self) -> dict[str, Tensor]:
+        """Return the start: the mean of the streams, or random projections of unit variance."""
         features = self.streams * self.width
+        weight = torch.zeros(self.weight.shape, dtype=self.weight.dtype)
+        if self.random_start:
+            weight.normal_(std=features**-0.5)
         if self.rank:
-            nn.init.normal_(self.weight, std=features**-0.5)
-            nn.init.normal_(self.up, std=self.rank**-0.5)
-            self.norm.zero_()
-            return
-        self.scale.fill_(self._init_gain)
-        if self.init == "random":
-            nn.init.normal_(self.weight, std=features**-0.5)
-            self.bias.zero_()
-            return
-        self.weight.zero_()
-        # For n = 1 it would be the logit of 1.
-        share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.spec).pre_eps
-        self.bias.copy_(torch.logit(torch.full((self.streams,), share, dtype=torch.float64)))
+            up = torch.empty(self.up.shape, dtype=self.up.dtype).normal_(std=self.rank**-0.5)
+            return {"weight": weight, "norm": torch.zeros(features), "up": up}
+        bias = torch.zeros(self.streams, dtype=torch.float64)
+        if self.init != "random":
+            # For n = 1 it would be the logit of 1.
+            share = min(1.0 / self.streams, 1.0 - 1e-7) - parse(self.spec).pre_eps
+            bias = torch.logit(torch.full((self.streams,), share, dtype=torch.float64))
+        return {"weight": weight, "bias": bias, "scale": torch.full((1,), self._init_gain)}
 
     def forward(self, streams: Tensor) -> Tensor:
         """Return [..., C] of streams [..., n, C], in their dtype.

@@ -13,14 +13,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from mhc_compile._torch import StartsOffMeta, placements
 from mhc_compile.config.coefficient_spec import MAX_STREAMS
 from mhc_compile.errors import warn
 from mhc_compile.mappings import MAPPINGS, columns
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 #: The parameters of a hyper-connection.
 NAMES = ("phi", "bias", "scale")
@@ -72,11 +74,63 @@ class _Loads(threading.local):
 _loads = _Loads()
 
 
-class LoadsPartially(nn.Module):
-    """Base class whose parameters stay as they are if a state dict has no hyper-connections."""
+class LoadsPartially(StartsOffMeta):
+    """Base class whose parameters stay as they are if a state dict has no hyper-connections.
+
+    Parameters on the meta device get their start when they leave it. A shard of a distributed
+    parameter gets its share of the start.
+    """
 
     #: The parameters, in the order in which they are declared to a tracer.
     names: tuple[str, str, str]
+    init: str
+    rank: int
+
+    @property
+    def random_start(self) -> bool:
+        """Whether the start has random numbers."""
+        return self.init == "random" or self.rank > 0
+
+    def start(self) -> dict[str, Tensor]:
+        """Return the start of every parameter, whole and on the CPU."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Write the start of the options."""
+        self.write_start(self.names)
+
+    @torch.no_grad()
+    def write_start(self, names: Iterable[str]) -> None:
+        """Write the start of the parameters of these names, except of those on the meta device."""
+        todo = {name: self.get_parameter(name) for name in names}
+        todo = {name: parameter for name, parameter in todo.items() if not parameter.is_meta}
+        if not todo:
+            return
+        with torch.device("cpu"):  # also inside `with torch.device("meta")`
+            values = self.start()
+        for name, parameter in todo.items():
+            value, shards = values[name], placements(parameter)
+            if shards is not None:
+                from torch.distributed.tensor import distribute_tensor
+
+                value = value.to(parameter.device, parameter.dtype)
+                source = 0 if self.random_start else None  # rank 0 draws; what is equal needs no message
+                value = distribute_tensor(value, parameter.device_mesh, shards, src_data_rank=source)  # type: ignore[attr-defined]
+            parameter.copy_(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; write the start where transformers has put in empty parameters.
+
+        It sets `_is_hf_initialized` on parameters that it loaded, and on a module after the model's
+        own init, which knows no hyper-connections, of the module.
+        """
+        if isinstance(value, nn.Parameter) and not value.is_meta and not hasattr(value, "_is_hf_initialized"):
+            before = getattr(self, name, None)
+            if isinstance(before, nn.Parameter) and before.is_meta:
+                self.__dict__.setdefault("_unwritten", set()).add(name)
+        elif name == "_is_hf_initialized" and value:
+            self.write_start(self.__dict__.pop("_unwritten", ()))
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -84,6 +138,7 @@ class LoadsPartially(nn.Module):
     ) -> None:  # fmt: skip
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.__dict__.pop("_unwritten", None)  # what assign=True put in has its values
         load = _loads.of(missing_keys)
         keys = [prefix + name for name in self.names]
         if not all(key in missing_keys for key in keys):

@@ -72,6 +72,11 @@ def check_site(
             f"mhc::{name}: {n} streams {shown(streams)} and mapping {mapping!r} need phi {wanted[0]}, bias {wanted[1]} and"
             f" scale {wanted[2]}; got {shown(phi)}, {shown(bias)} and {shown(scale)}"
         )
+    if any(tensor.device != streams.device for tensor in (phi, bias, scale)):
+        raise ShapeError(
+            f"mhc::{name}: streams on {streams.device} need phi, bias and scale there; got {phi.device}, {bias.device} and"
+            f" {scale.device}. What is on the meta device has no values: load a checkpoint, or call to_empty(device=...)"
+        )
     if iterations < 1:
         raise ShapeError(f"mhc::{name}: iterations must be at least 1, got {iterations}")
 

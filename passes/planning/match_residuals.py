@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from mhc_compile.passes.analysis.dependence import closure, contracts
 from mhc_compile.passes.analysis.feature_axis import entry_axis, exit_axis
 from mhc_compile.passes.analysis.op_info import INPLACE_ADDS, is_update, known_tensor, op_name, tensor_value
+from mhc_compile.passes.analysis.positions import shifted
 from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance, common_owner
 from mhc_compile.passes.analysis.sum_terms import describe, flatten, operands, same_shape, same_size
 from mhc_compile.passes.lifting.trunk_op import Obstacle
@@ -195,6 +196,9 @@ class _Finder(SumSplitter):
         if isinstance(shortcut, str):
             return self.reject(add, Reason.PROJECTED_SKIP, lambda: shortcut)
         axis = shortcut.axes[split.trunk]
+        shift = self._token_shift(add, split, shortcut, branch)
+        if shift is not None:
+            return shift
         trunk = known_tensor(split.trunk)
         width = _fixed(trunk.shape[axis])
         if width is None:
@@ -223,6 +227,37 @@ class _Finder(SumSplitter):
             name=name,
             declaring_module=declaring_module,
         )
+
+    def _token_shift(self, add: Node, split: Split, shortcut: TrunkPath, branch: tuple[Node, ...]) -> Rejection | None:
+        """Return the rejection of a sum whose branch only gates other tokens than the skip's.
+
+        They come from the trunk, or into the graph: a decoder keeps the last token in a cache.
+        """
+        between = sorted({*shortcut.nodes, *branch}, key=self.order.__getitem__)
+        term = shifted(split.trunk, between, split.skip, split.others, shortcut.axes[split.trunk])
+        if term is not None:
+            moved = "'{}' holds other tokens of '{}' than '{}' does, and nothing projects them"
+            return self.reject(add, Reason.TOKEN_SHIFT, lambda: moved.format(term, split.trunk, split.skip))
+        features = shortcut.axes[split.skip] - known_tensor(split.skip).dim()
+        for term in split.others:
+            value = self._gated(split.trunk, term, features)
+            if value is not None:
+                alone = f"'{value}' does not depend on '{split.trunk}'; only its gate does"
+                return self.reject(add, Reason.INDEPENDENT, lambda alone=alone: alone)  # type: ignore[misc]
+        return None
+
+    def _gated(self, trunk: Node, term: Node, features: int) -> Node | None:
+        """Return the activation that `term` scales, if `trunk` gives the scale of a token alone."""
+        if op_name(term) != "mul" or len(factors := term.all_input_nodes) != 2:
+            return None
+        for gate, value in (factors, reversed(factors)):
+            number, vector = tensor_value(gate), tensor_value(value)
+            if number is None or vector is None or value in self.weights or min(number.dim(), vector.dim()) < -features:
+                continue
+            narrow = same_size(number.shape[features], 1) and not same_size(vector.shape[features], 1)
+            if narrow and self.dependence.value(trunk, gate) and not self.dependence.at_all(trunk, value):
+                return value
+        return None
 
     def _shortcut(self, split: Split, branch: tuple[Node, ...], last: Node) -> TrunkPath | str | None:
         """Return the path to the skip, None without a feature axis, or what cannot be lifted."""

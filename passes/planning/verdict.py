@@ -83,6 +83,15 @@ class Reason(Enum):
         "tanh-GELU, GRN, the state of a linear recurrence",
         "nothing: no residual add",
     )
+    TOKEN_SHIFT = (
+        "token-shift",
+        (
+            "The terms are the same value at different places of a token axis (slices, pads, rolls), and contractions are in "
+            "their gates alone: tokens are mixed with their neighbours, and nothing maps their features."
+        ),
+        "nanochat's smear, `x[:, 1:] + gate(x) * x[:, :-1]`",
+        "nothing: no residual add",
+    )
     PROJECTED_SKIP = (
         "projected-skip",
         (

@@ -95,3 +95,20 @@ def test_a_hook_runs_once_before_each_average(monkeypatch):
         averaged.update_parameters(model)
     assert seen == [0, 1]
     assert AveragedModel.update_parameters is optim._update_parameters
+
+
+def test_optimizers_are_patched_once(monkeypatch):
+    monkeypatch.setattr(torch.optim.Optimizer, "add_param_group", optim._add_group)
+    monkeypatch.setattr(optim, "_before_group", [])
+    added = []
+
+    def hook(optimizer, parameters):
+        added.append(parameters)
+
+    in_threads(lambda: optim.before_adding_group(hook))
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    other = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": (p for p in [other])})
+    assert [[id(p) for p in parameters] for parameters in added] == [[id(weight)], [id(other)]]
+    assert optimizer.param_groups[1]["params"] == [other]

@@ -364,7 +364,8 @@ def test_an_optimizer_of_matrices_alone_is_not_given_vectors_that_it_rejects():
     model = Decoder(layers=1)
     optimizer = torch.optim.Muon([p for p in matrices(model) if p is not model.embed.weight], lr=0.1)
     compiled = compile_eagerly(model)
-    step(compiled, optimizer)
+    with pytest.warns(mhc_compile.MhcWarning, match="4 parameters of hyper-connections .* are in no optimizer"):
+        step(compiled, optimizer)
     assert {p.dim() for p in listed(optimizer)} == {2}
     rest = torch.optim.SGD([p for p in vectors(model) if not any(p is q for q in hyper(model).values())], lr=0.1)
     step(compiled, rest)  # built since, of a list without them
@@ -375,7 +376,8 @@ def test_a_part_that_no_optimizer_trains_yet():
     model = Decoder(layers=1)
     head = torch.optim.SGD(model.head.parameters(), lr=0.1)
     compiled = compile_eagerly(model)
-    step(compiled, head)
+    with pytest.warns(mhc_compile.MhcWarning, match="6 parameters of hyper-connections .* are in no optimizer"):
+        step(compiled, head)
     assert trained(model, head) == {0}  # the blocks are not trained, and nor is what belongs to them
     head.add_param_group(
         {"params": [p for p in model.blocks.parameters() if not any(p is q for q in hyper(model).values())]}

@@ -55,6 +55,17 @@ def load_with_torch(model, state, **kwargs):
 BOTH = pytest.mark.parametrize("load", [load_with_torch, mhc_compile.load_state_dict], ids=["torch", "ours"])
 
 
+def test_names_with_and_without_the_prefix_of_ddp():
+    source = trained(attached())
+    state = source.state_dict()
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
+    plain, inside = attached(), torch.nn.ModuleDict({"module": attached()})
+    mhc_compile.load_state_dict(plain, wrapped)
+    mhc_compile.load_state_dict(inside, state)
+    assert same(plain, source)
+    assert same(inside["module"], source)
+
+
 # The plain model's
 
 
@@ -100,6 +111,17 @@ def test_a_plain_distributed_checkpoint(tmp_path):
         torch.equal(value, plain.state_dict().get(name, fresh[name])) for name, value in model.state_dict().items()
     )
     assert torch.equal(model.head.weight, plain.head.weight)
+
+
+def test_a_distributed_load_that_leaves_hyper_connections_out_says_so(tmp_path):
+    model, plain = trained(attached()), Decoder()
+    dcp.save({"app": {"model": model.state_dict(), "step": 3}}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"has hyper-connections \(app\.model\.blocks\.0\.mhc\..*restore"):
+        dcp.load({"app": {"model": plain.state_dict()}}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"app": {"step": 0}}, checkpoint_id=tmp_path, no_dist=True)  # no model is loaded
+    mhc_compile.restore(plain, tmp_path)
+    dcp.load({"app": {"model": plain.state_dict()}}, checkpoint_id=tmp_path, no_dist=True)
+    assert same(plain, model)
 
 
 def test_a_block_of_the_plain_model():

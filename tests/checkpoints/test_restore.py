@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
+import pathlib
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers.builders import LAYERS, Decoder, tokens, twin
 from safetensors.torch import save_file
 from torch import nn
@@ -63,6 +67,18 @@ def test_state_dict(options):
     for name in ours(state):
         assert torch.equal(plain.state_dict()[name], state[name]), name
     plain.load_state_dict(state)
+
+
+def test_a_state_dict_says_how_it_was_computed():
+    """The settings of a compiled model, whose entries a script has renamed."""
+    model = Decoder()
+    plain = twin(model)
+    mhc_compile.attach(model, tokens(), options={"preset": "deepseek-v4", "iterations": 3})
+    state = torch.compile(model, backend="mhc").state_dict()
+    for name in list(state):
+        state[name.removeprefix("_orig_mod.")] = state.pop(name)
+    found = mhc_compile.restore(plain, state)
+    assert {(c.preset, c.iterations, c.end) for c in found.values()} == {("deepseek-v4", 3, "learned")}
 
 
 def test_the_restored_model_computes_and_trains_what_the_saved_one_did():
@@ -121,6 +137,83 @@ def test_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no checkpoint: none of model"):
         mhc_compile.restore(plain, tmp_path / "empty")
+
+
+def restored(model, source, state) -> bool:
+    """Return whether `restore` gives the model the hyper-connections of `state`."""
+    mhc_compile.restore(model, source)
+    return all(torch.equal(model.state_dict()[name], state[name]) for name in ours(state)) and bool(ours(state))
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def test_a_state_dict_is_found_at_any_depth(tmp_path):
+    plain, state = saved()
+    arguments = argparse.Namespace(model="vit", output=pathlib.Path("runs"))
+    others = {"epoch": 3, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}}
+    for content in (
+        {"model": state, **others},
+        {"model_state_dict": state, "args": arguments},
+        {"state": {"network": state}, "config": {"n_layer": 2}},
+        {"state_dict": prefixed("module.", state)},
+        {"module": prefixed("_orig_mod.", state)},
+        prefixed("module._orig_mod.", state),
+        prefixed("learner.net.", state),
+    ):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        assert restored(twin(plain), tmp_path / "checkpoint.pt", state), list(content)
+    assert restored(twin(plain), {"model": state, **others}, state)
+
+
+def test_the_trained_model_is_taken_and_not_its_average(tmp_path):
+    plain, state = saved()
+    average = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save({"state_dict_ema": average, "state_dict": state}, tmp_path / "both.pt")
+    with pytest.warns(mhc_compile.MhcWarning, match="'state_dict', 'state_dict_ema'; those in 'state_dict' are taken"):
+        assert restored(twin(plain), tmp_path / "both.pt", state)
+
+
+class Config:
+    """A class of the user's, which torch.load does not construct from a file."""
+
+
+def test_objects_are_not_read_unsafely(tmp_path):
+    plain, state = saved()
+    torch.save({"model": state, "config": Config()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        mhc_compile.errors.CheckpointError, match=r"plain values \(.*test_restore\.Config\), .*weights_only=False"
+    ):
+        mhc_compile.restore(plain, tmp_path / "checkpoint.pt")
+    assert not mhc_compile.connections(plain)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert restored(plain, content, state)
+
+
+def test_a_prefix_goes_only_where_it_leads_to_the_branches():
+    plain, state = saved()
+    mixed = {("other." if "attn" in name else "") + name: value for name, value in state.items()}
+    for wrong in (mixed, prefixed("x.", {name.removeprefix("blocks."): value for name, value in state.items()})):
+        with pytest.raises(mhc_compile.errors.AttachError, match="has no module"):
+            mhc_compile.restore(plain, wrong)
+        assert not mhc_compile.connections(plain)
+
+
+@pytest.mark.parametrize("content", ["model", "app.model", "model and ema", ""])
+def test_distributed_checkpoints(tmp_path, content):
+    plain, state = saved()
+    average = {name: torch.zeros_like(value) for name, value in state.items()}
+    contents = {
+        "model": {"model": state, "optimizer": {"state": {"blocks.0.mhc.attn.phi": {"exp_avg": torch.ones(3)}}}},
+        "app.model": {"app": {"model": state, "step": 3}},
+        "model and ema": {"ema": average, "model": state},
+        "": state,
+    }
+    dcp.save(contents[content], checkpoint_id=tmp_path, no_dist=True)
+    context = pytest.warns(mhc_compile.MhcWarning, match="those in 'model' are") if "ema" in content else nullcontext()
+    with context:
+        assert restored(plain, tmp_path, state)
 
 
 @pytest.mark.slow

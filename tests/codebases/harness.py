@@ -35,9 +35,13 @@ PYTHON = os.environ.get("MHC_CODEBASES_PYTHON") or next(
 )
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a program: this checkout, one thread, no network."""
-    path = [str(ROOT), str(HERE / "stand_in"), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
+def environment(apart: str = "") -> dict[str, str]:
+    """Return the environment of a program: this checkout, one thread, no network.
+
+    `apart` is a folder of the environment for packages that exclude those of the others.
+    """
+    path = [str(ROOT), str(HERE / "stand_in"), str(SCRIPTS), str(Path(PYTHON).parents[1] / apart) if apart else ""]
+    path.append(os.environ.get("PYTHONPATH", ""))
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -45,21 +49,21 @@ def environment(**more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
-        **more,
     }
 
 
 @cache
-def version(package: str) -> str | None:
+def version(package: str, apart: str = "") -> str | None:
     """Return the version of a package in the programs' environment, None if it is not there."""
     code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-    done = subprocess.run([PYTHON, "-c", code, package], capture_output=True, text=True, check=False)
+    command, env = [PYTHON, "-c", code, package], environment(apart)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def needs(*packages: str) -> pytest.MarkDecorator:
+def needs(*packages: str, apart: str = "") -> pytest.MarkDecorator:
     """Skip without these packages in the programs' environment."""
-    missing = [package for package in packages if version(package) is None]
+    missing = [package for package in packages if version(package, apart) is None]
     return pytest.mark.skipif(
         bool(missing),
         reason=f"no {', '.join(missing)} in the environment of the code bases, {PYTHON}; .ci/run shows how it is made",
@@ -72,10 +76,12 @@ class Program:
     Args:
         folder: the current directory of every command.
         flags: of `mhc run`.
+        apart: see `environment`.
     """
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, apart: str = "") -> None:
         self.folder = folder
+        self.environment = environment(apart)
         self.flags = ["--inner-backend", "aot_eager", *flags]
         self.planned: list[str] = []
 
@@ -87,10 +93,10 @@ class Program:
         plan = json.loads((self.folder / "mhc.json").read_text())
         return sum(len(model["connections"]) for model in plan["models"])
 
-    def run(self, *command: str, mhc: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, mhc: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `python COMMAND`, or `mhc run COMMAND`; a non-zero exit fails the test."""
         prefix = ["-m", "mhc_compile", "run", *self.planned, *self.flags] if mhc else []
-        done = self._run(*prefix, *command, **env)
+        done = self._run(*prefix, *command)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
         return done
 
@@ -100,7 +106,7 @@ class Program:
         with subprocess.Popen(
             [PYTHON, *prefix, *command],
             cwd=self.folder,
-            env=environment(),
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -121,11 +127,11 @@ class Program:
         assert plain != streams, "the plain model gives the same, so nothing is tested"
         return streams
 
-    def _run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [PYTHON, *command],
             cwd=self.folder,
-            env=environment(**env),
+            env=self.environment,
             capture_output=True,
             text=True,
             check=False,

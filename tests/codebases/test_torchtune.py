@@ -21,7 +21,7 @@ from codebases.harness import (
     version,
 )
 
-pytestmark = [pytest.mark.slow, needs("torchtune", "torchao")]
+pytestmark = [pytest.mark.slow, needs("torchtune", "torchao", apart="torchtune")]
 
 MODEL = {"vocab_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 32}
 CONFIG = {
@@ -84,7 +84,7 @@ def losses(file) -> list[float]:
 
 
 def test_torchtune(tmp_path, regenerate):
-    program = Program(tmp_path, "--replace-inductor")
+    program = Program(tmp_path, "--replace-inductor", apart="torchtune")
     (tmp_path / "base").mkdir()
     (tmp_path / "config.yaml").write_text(json.dumps(CONFIG))
     (tmp_path / "base.py").write_text(MAKE + BASE)
@@ -116,7 +116,7 @@ def test_torchtune(tmp_path, regenerate):
     done = program.run("evaluate.py")
     assert float(re.search(r"loss ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, abs=1e-5)
     Row(
-        f"torchtune {version('torchtune')}",
+        f"torchtune {version('torchtune', 'torchtune')}",
         "`mhc run --replace-inductor -m torchtune._cli.tune run full_finetune_single_device`, `resume_from_checkpoint`",
         trains="yes, 4 sites, layers compiled one by one",
         in_optimizer="yes",

@@ -71,44 +71,22 @@ def test_training(ranks):
         assert inside >= 3
 
 
-def late(rank, cases):
-    """Return errors of models that were wrapped before they were attached, and check what is left
-    of the models.
-    """
-    said = []
-    for case in cases:
-        torch._dynamo.reset()
-        model = Decoder(layers=1)
-        with ddp_mode("python_reducer" if case == "python_reducer" else True):
-            call = ddp = wrap(model, "outside" if case == "attached in DDP" else case, options=EAGER)
-        if case == "attached in DDP":
-            mhc_compile.attach(model, tokens())
-        if case == "attach":
-            ddp, call = DistributedDataParallel(model), lambda x, ddp=ddp: mhc_compile.attach(ddp, x)
-        with pytest.raises(mhc_compile.errors.AttachError) as caught:
-            call(tokens())
-        said.append(str(caught.value))
-        if case == "attached in DDP":
-            mhc_compile.detach(model)
-        assert not mhc_compile.connections(model)
-        DistributedDataParallel(model)(tokens()).sum().backward()
-        assert model.blocks[0].norm1.weight.grad.any()
-        # The same model, in the right order.
-        mhc_compile.attach(model, tokens())
-        wrap(model, "inside", options=EAGER)(tokens()).sum().backward()
-        assert model.blocks[0].mhc.mlp.phi.grad.any()
-    return said
+def late(rank):
+    """The error of `attach` with a model in DDP, and check what is left of the model."""
+    model = Decoder(layers=1)
+    with pytest.raises(mhc_compile.errors.AttachError) as caught:
+        mhc_compile.attach(DistributedDataParallel(model), tokens())
+    assert not mhc_compile.connections(model)
+    mhc_compile.attach(model, tokens())
+    wrap(model, "inside", options=EAGER)(tokens()).sum().backward()
+    assert model.blocks[0].mhc.mlp.phi.grad.any()
+    return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [("outside", "attached in DDP", "attach"), pytest.param(("inside", "python_reducer"), marks=pytest.mark.slow)],
-)
-def test_attaching_too_late(ranks, cases):
-    for said in ranks.run(late, cases):
-        assert len(said) == len(cases)
-        assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
-        assert all("DistributedDataParallel" in message for message in said)
+def test_attaching_too_late(ranks):
+    for message in ranks.run(late):
+        assert "mhc_compile.attach(model, inputs) first" in message
+        assert "DistributedDataParallel" in message
 
 
 def explained(rank):
@@ -188,3 +166,60 @@ def compare_with(rank, settings):
 def test_activation_checkpointing(ranks, kind, inner_backend):
     for pieces in ranks.run(compare, ("outside", "inside"), inner_backend, True, kind):
         assert inner_backend or min(pieces) >= 3
+
+
+def accumulate(rank, place):
+    """Two halves of every batch, of which the last is reduced."""
+    model, same = build(), build()
+    want = train(torch.compile(model, backend="mhc", options=EAGER), model)
+    call = wrap(same, place, options=EAGER)
+    ddp = call if isinstance(call, DistributedDataParallel) else call._orig_mod
+    train(call, same, rank, 2, wrapper=ddp, micro=2).assert_close(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_gradient_accumulation(ranks, place):
+    ranks.run(accumulate, place)
+
+
+def save(rank, folder):
+    """Train half of the steps in DDP and save model and optimizer, as rank 0 does."""
+    model = build()
+    call = wrap(model, "inside", options=EAGER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(call, model, rank, 2, optimizer=optimizer, steps=range(5))
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "saved.pt")
+
+
+def resume(rank, folder, parts):
+    """Train the other half from a checkpoint."""
+    model = Decoder(16, 3)
+    mhc_compile.attach(model, tokens())
+    state = torch.load(folder / "saved.pt")
+    model.load_state_dict(state["model"])
+    compiled = torch.compile(model, backend="mhc", options=EAGER)
+    call = DistributedDataParallel(compiled) if parts > 1 else compiled
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(state["optimizer"])
+    return train(call, model, rank, parts, optimizer=optimizer, steps=range(5, 10))
+
+
+def alone(steps):
+    model = build()
+    call = torch.compile(model, backend="mhc", options=EAGER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, train(call, model, optimizer=optimizer, steps=steps)
+
+
+@pytest.mark.slow
+def test_resumed_with_another_number_of_processes(ranks, tmp_path):
+    _, _, want = alone(range(10))
+    want.losses[:5] = []
+    ranks.run(save, tmp_path)
+    resume(0, tmp_path, 1).assert_close(want)
+    model, optimizer, _ = alone(range(5))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    for got in ranks.run(resume, tmp_path, 2):
+        got.assert_close(want)

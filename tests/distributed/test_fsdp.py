@@ -4,15 +4,18 @@ process does with all of both.
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 from helpers.builders import Decoder, tokens
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor
-from training import Recomputing, Spy, Wrapped, build, train
+from training import Recomputing, Spy, Wrapped, build, train, whole
 
 import mhc_compile
 import mhc_compile.errors
@@ -124,7 +127,69 @@ def late(rank):
 def test_attaching_too_late(ranks):
     for said in ranks.run(late):
         assert all("mhc_compile.attach(model, inputs) first" in message for message in said)
+        assert all("mhc run --plan" in message for message in said)
         assert all("FSDP" in message for message in said)
+
+
+def from_meta(rank, apply, init):
+    """The whole hyper-connections of a model that was sharded on the meta device, and how far its
+    function is from the plain model's. Every rank draws other random numbers.
+    """
+    with torch.device("meta"):
+        model = Decoder(16, 3)
+    mhc_compile.attach(model, tokens().to("meta"), options={"init": init})
+    shard(model, "whole", None, APART, apply)
+    torch.manual_seed(100 + rank)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm | torch.nn.Embedding):
+            with torch.no_grad():
+                for parameter in module.parameters(recurse=False):
+                    parameter.fill_(0.01)
+    out = torch.compile(model, backend="mhc", options={"inner_backend": "eager", "init": init})(tokens())
+    plain = Decoder(16, 3)
+    for parameter in plain.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    own = {n: whole(p) for n, p in model.named_parameters() if ".mhc." in n}
+    return own, (out - plain(tokens())).abs().max().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", [fully_shard, torch_fully_shard])
+@pytest.mark.parametrize("init", ["preserve", "random"])
+def test_sharded_on_the_meta_device(ranks, apply, init):
+    (first, error), (second, _) = ranks.run(from_meta, apply, init)
+    want = Decoder(16, 3)
+    mhc_compile.attach(want, tokens(), options={"init": init})
+    own = {n: p for n, p in want.named_parameters() if ".mhc." in n}
+    assert own.keys() == first.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        if name.endswith("phi") and init == "random":
+            assert value.std().item() == pytest.approx(own[name].std().item(), rel=0.1), name
+        else:
+            assert torch.equal(value, own[name]), name
+    assert init == "random" or error < 1e-6
+
+
+def first_version(rank):
+    """Errors of models in FSDP1, attached before and not, and compiled inside and outside."""
+    said = []
+    for model, inside in itertools.product((build(), Decoder()), (True, False)):
+        torch._dynamo.reset()
+        compiled = functools.partial(torch.compile, backend="mhc", options={"inner_backend": "eager"})
+        wrapped = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+        call = wrapped(compiled(model)) if inside else compiled(wrapped(model))
+        with pytest.raises(mhc_compile.errors.AttachError) as caught:
+            call(tokens())
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.slow
+def test_fsdp1_is_rejected(ranks):
+    for said in ranks.run(first_version):
+        assert all("fully_shard (FSDP2), after mhc_compile.attach" in message for message in said)
 
 
 @pytest.mark.slow
@@ -187,3 +252,63 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(ranks, tmp_path):
     other.load_state_dict(whole)
     results = [torch.compile(m, backend="mhc", options={"inner_backend": "eager"})(tokens()) for m in (model, other)]
     assert torch.equal(*results)
+
+
+def accumulate(rank, way, policy, apply):
+    """Two halves of every batch, of which the last is reduced."""
+    want = alone("eager")
+    model = build()
+    call = shard(model, way, {"inner_backend": "eager"}, policy, apply)
+    train(call, model, rank, 2, wrapper=model, micro=2).assert_close(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "policy", "apply"), [("method", APART, fully_shard), ("whole", None, torch_fully_shard)]
+)
+def test_gradient_accumulation(ranks, way, policy, apply):
+    ranks.run(accumulate, way, policy, apply)
+
+
+def checkpoint_of(model, optimizer):
+    import torch.distributed.checkpoint.state_dict as states
+
+    state, optimizer_state = states.get_state_dict(model, optimizer)
+    return {"model": state, "optimizer": optimizer_state}
+
+
+def half(rank, folder, parts, policy, saved):
+    """Train half of the steps with FSDP2, or alone, and save; or load, and train the other half."""
+    import torch.distributed.checkpoint as checkpoint
+    import torch.distributed.checkpoint.state_dict as states
+
+    options = {"inner_backend": "eager"}
+    model = Decoder(16, 3) if saved else build()
+    if saved:
+        mhc_compile.attach(model, tokens())
+    call = (
+        shard(model, "method", options, policy) if parts > 1 else torch.compile(model, backend="mhc", options=options)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if saved:
+        state = checkpoint_of(model, optimizer)
+        checkpoint.load(state, checkpoint_id=folder, no_dist=parts == 1)
+        states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    trained = train(call, model, rank, parts, optimizer=optimizer, steps=range(5, 10) if saved else range(5))
+    if not saved:
+        checkpoint.save(checkpoint_of(model, optimizer), checkpoint_id=folder, no_dist=parts == 1)
+    return trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [None, APART])
+def test_resumed_with_another_number_of_processes(ranks, tmp_path, policy):
+    model = build()
+    call = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
+    want = train(call, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    want.losses[:5] = []
+    ranks.run(half, tmp_path / "two", 2, policy, False)
+    half(0, tmp_path / "two", 1, policy, True).assert_close(want)
+    half(0, tmp_path / "one", 1, policy, False)
+    for got in ranks.run(half, tmp_path / "one", 2, policy, True):
+        got.assert_close(want)

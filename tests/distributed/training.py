@@ -4,7 +4,9 @@ them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from helpers.builders import Decoder, tokens
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile
@@ -99,16 +103,40 @@ class Trained:
         assert errors[worst] < tolerance, (worst, errors[worst])
 
 
-def train(call: Callable[..., Any], model: nn.Module, part: int = 0, parts: int = 1) -> Trained:
-    """Ten steps of `call` on one share of every batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def train(
+    call: Callable[..., Any],
+    model: nn.Module,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    steps: range = range(STEPS),
+    wrapper: nn.Module | None = None,
+    micro: int = 1,
+    shake_after: int | None = None,
+) -> Trained:
+    """Ten steps of `call`, or `steps` of them, on one share of every batch.
+
+    The share is cut in `micro` pieces whose gradients are added up. For all but the last `wrapper`,
+    DDP or a model under FSDP2, reduces nothing. Hyper-connections are shaken after the step
+    `shake_after`.
+    """
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for inputs, targets in batches(part, parts):
+    for step, (inputs, targets) in zip(steps, islice(batches(part, parts), steps.start, steps.stop), strict=True):
         optimizer.zero_grad()
-        loss = F.cross_entropy(call(inputs).flatten(0, 1).float(), targets.flatten())
-        loss.backward()
+        total = torch.zeros(())
+        for number, (some, wanted) in enumerate(zip(inputs.chunk(micro), targets.chunk(micro), strict=True)):
+            waits = number < micro - 1
+            if isinstance(wrapper, FSDPModule):
+                wrapper.set_requires_gradient_sync(not waits)
+            with wrapper.no_sync() if isinstance(wrapper, DistributedDataParallel) and waits else nullcontext():
+                loss = F.cross_entropy(call(some).flatten(0, 1).float(), wanted.flatten()) / micro
+                loss.backward()
+            total += loss.detach() / parts
         optimizer.step()
-        total = loss.detach() / parts
+        if step == shake_after:
+            shake(model)
         if parts > 1:
             dist.all_reduce(total)
         losses.append(total.item())

@@ -82,7 +82,7 @@ def test_commands_and_flags_exist(guide):
         command = importlib.import_module(f"mhc_compile.cli.{name}").command
         known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         for argument in arguments:
-            if argument == "|" or (name == "run" and (argument.endswith(".py") or argument == "-m")):
+            if argument == "|" or (name in {"run", "plan"} and (argument.endswith(".py") or argument == "-m")):
                 break
             if argument.startswith("--"):
                 assert argument in known | {"--help"}, f"{guide}: mhc {name} {argument}"

@@ -27,6 +27,7 @@ class Model(nn.Module):
         self.g = nn.Linear(C, C)
         self.norm = nn.LayerNorm(C)
         self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.before = nn.ZeroPad2d((0, 0, 1, -1))
         self.batch_norm = nn.BatchNorm1d(4)
         self.weight = nn.Parameter(torch.randn(C, C))
         self.vector = nn.Parameter(torch.randn(C))

@@ -6,29 +6,36 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.builders import LAYERS, Decoder, tokens, twin
 from torch import Tensor
 
 import mhc_compile
+from mhc_compile.tools.zoo.families.nanochat import Nanochat
+
+PARTS = ("phi", "bias", "scale")
 
 
-def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, iterations: int, eps: float) -> Tensor:
+def site_by_hand(X: Tensor, parameters: list[Tensor], f, n: int, iterations: int, eps: float) -> Tensor:
     """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns,
     rows); X' = H_res X + H_postᵀ f(H_pre X).
     """
+    phi, bias, scale = parameters
+    v = X.reshape(*X.shape[:-2], -1)
+    z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
+    pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))
+    post = 2 / (1 + torch.exp(-(scale[1] * z[..., n : 2 * n] + bias[n : 2 * n])))
+    M = torch.exp(scale[2] * z[..., 2 * n :] + bias[2 * n :]).reshape(*z.shape[:-1], n, n)
+    for _ in range(iterations):
+        M = M / M.sum(-2, keepdim=True)
+        M = M / M.sum(-1, keepdim=True)
+    h = torch.einsum("...n,...nc->...c", pre, X)
+    return torch.einsum("...ij,...jc->...ic", M, X) + torch.einsum("...i,...c->...ic", post, f(h))
 
+
+def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, iterations: int, eps: float) -> Tensor:
     def site(X: Tensor, name: str, f) -> Tensor:
-        phi, bias, scale = (parameters[f"{name}.{part}"] for part in ("phi", "bias", "scale"))
-        v = X.reshape(*X.shape[:-2], -1)
-        z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
-        pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))
-        post = 2 / (1 + torch.exp(-(scale[1] * z[..., n : 2 * n] + bias[n : 2 * n])))
-        M = torch.exp(scale[2] * z[..., 2 * n :] + bias[2 * n :]).reshape(*z.shape[:-1], n, n)
-        for _ in range(iterations):
-            M = M / M.sum(-2, keepdim=True)
-            M = M / M.sum(-1, keepdim=True)
-        h = torch.einsum("...n,...nc->...c", pre, X)
-        return torch.einsum("...ij,...jc->...ic", M, X) + torch.einsum("...i,...c->...ic", post, f(h))
+        return site_by_hand(X, [parameters[f"{name}.{part}"] for part in PARTS], f, n, iterations, eps)
 
     x = model.embed(ids)
     X = torch.stack([x] * n, dim=-2)
@@ -84,6 +91,41 @@ def test_the_oracle_can_fail():
     got = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(ids)
     assert (got - by_hand(plain, ids, named, n, 20, 1e-6)).abs().max() < 1e-9
     assert (got - by_hand(plain, ids, transposed, n, 20, 1e-6)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_nanochat_with_its_sums_that_are_no_sites_equals_the_equations(decoding):
+    torch.manual_seed(0)
+    layers, n = 3, 4
+    plain = Nanochat(layers).double().eval()
+    model = twin(plain)
+    ids = torch.randint(0, 31, (2, 1 if decoding else 5))
+    before = (torch.randn(2, 1, 16, dtype=torch.float64),) if decoding else ()
+    mhc_compile.attach(model, ids, *before, options={"inner_backend": "eager"})
+    randomise(model)
+    connections = mhc_compile.connections(model)
+    assert set(connections) == {f"mhc.{kind}.{layer}" for layer in range(layers) for kind in ("attn", "mlps")}
+
+    def norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (16,))
+
+    def site(X: Tensor, name: str, f) -> Tensor:
+        return site_by_hand(X, [getattr(connections[name], part) for part in PARTS], f, n, 20, 1e-6)
+
+    with torch.no_grad():
+        x = norm(plain.embed(ids))
+        gate = plain.smear * torch.sigmoid(plain.gate(x[..., :4]))
+        x = x + gate * (before[0] if decoding else F.pad(x, (0, 0, 1, -1)))
+        X, middle = torch.stack([x] * n, dim=-2), x
+        for layer in range(layers):
+            extra = plain.values[layer](ids)
+            X = plain.kept[layer] * X + plain.first[layer] * x[..., None, :]
+            X = site(X, f"mhc.attn.{layer}", lambda h, layer=layer, extra=extra: plain.attn[layer](norm(h), extra))
+            X = site(X, f"mhc.mlps.{layer}", lambda h, layer=layer: plain.mlps[layer](norm(h)))
+            middle = X.mean(-2) if layer == layers // 2 else middle
+        want = plain.head(norm(X.mean(-2) - plain.back * middle))
+        got = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(ids, *before)
+    assert (got - want).abs().max() < 1e-9
 
 
 def pair(layers: int = LAYERS) -> tuple[Decoder, Decoder, Tensor]:

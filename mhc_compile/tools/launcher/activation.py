@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile import _torch
 from mhc_compile._torch import program
 from mhc_compile._torch.default_backend import install_default_backend
-from mhc_compile.compilation.observers import default_options, observe
+from mhc_compile.compilation.observers import observe
+from mhc_compile.compilation.run_settings import default_options
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import MhcError, OptionError, warn
 from mhc_compile.integrations.accelerate import accept_backends
@@ -43,7 +44,7 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
     observe(_counter.count)
     options = dict(parsed.options)
     if parsed.plan_output is not None:
-        _recorder = PlanRecorder(parsed.plan_output)
+        _recorder = PlanRecorder(parsed.plan_output, _counter.why_nothing)
         observe(_recorder.observe)
         options["inner_backend"] = _recorder.run
     default = DefaultBackend(options)
@@ -61,8 +62,8 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
 
 def report_at_exit() -> None:
     """Report what was rewritten in all; called at the end of the process."""
-    if _recorder is not None and _counter is not None:
-        _recorder.report_nothing(_counter.why_nothing())
+    if _recorder is not None:
+        _recorder.end()
     elif _counter is not None:
         _counter.report_total()
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mhc_compile._torch import program
+from mhc_compile.compilation import run_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 class PlanRecorder:
     """Collects the models that a script compiles, and writes their plan to `file`."""
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, file: str, why_nothing: Callable[[], str]) -> None:
+        self.file, self._why_nothing = file, why_nothing
+        self._before = self._written()
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        program.before_backward(self.finish)
+        run_settings.planning = True
+        program.on_backward(self.finish)
         register_optimizer_step_pre_hook(lambda *_: self.finish())
 
     def observe(self, session: GraphSession) -> None:
@@ -57,11 +60,11 @@ class PlanRecorder:
 
         return call
 
-    def finish(self) -> None:
-        """Write the plan and end the process; go on if no model was compiled yet."""
+    def finish(self) -> NoReturn:
+        """Write the plan, if there is one, and end the process."""
         plans = self._plans()
         if not plans:
-            return
+            self._end(f"mhc plan: no plan was written: {self._why_nothing()}", 1)
         from mhc_compile.attachment.plan import merge
 
         if os.environ.get("RANK", "0") == "0":
@@ -71,11 +74,13 @@ class PlanRecorder:
             self._end(f"mhc plan: {self.file}: {models}", 0)
         self._end("", 0)
 
-    def report_nothing(self, reason: str) -> None:
-        """Say at the end of the script that there is no plan."""
-        if not self._plans():
-            self._end(f"mhc plan: no plan was written: {reason}", 1)
-        self.finish()
+    def end(self) -> None:
+        """Write the plan at the end of the script, unless a child has done so."""
+        if self._written() == self._before:
+            self.finish()
+
+    def _written(self) -> int:
+        return os.stat(self.file).st_mtime_ns if os.path.exists(self.file) else 0
 
     def _plans(self) -> list[ModelPlan]:
         """Return the plans of all models, each of the smallest module that can be called."""

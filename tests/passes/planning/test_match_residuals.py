@@ -13,6 +13,7 @@ from mhc_compile.passes.analysis.op_info import op_name
 from mhc_compile.passes.analysis.provenance import Provenance
 
 R = Reason
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,80 @@ def test_an_add_round_streams_of_an_earlier_run_is_rejected():
     assert not plan.sites
 
 
+def gate(m, x):
+    return torch.sigmoid(m.g(x))
+
+
+def before(x):
+    return F.pad(x, (0, 0, 1, -1))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x[:, 1:] + gate(m, x[:, 1:]) * x[:, :-1],
+        lambda m, x: gate(m, x[:, 1:])[..., :1] * x[:, :-1] + x[:, 1:],
+        lambda m, x: x[..., 1:, :] + gate(m, x)[..., 1:, :] * x[..., -4:3, :],
+        lambda m, x: x + gate(m, x) * before(x),
+        lambda m, x: x + gate(m, x) * (before(x) - x),  # RWKV-6
+        lambda m, x: x + F.dropout(gate(m, x) * m.before(x), 0.1),
+        lambda m, x: x + gate(m, x) * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1),
+        lambda m, x: x + gate(m, x) * torch.cat([x.new_empty(0), x[:, -1:], x[:, :3]], -2),
+        lambda m, x: x + gate(m, x) * torch.roll(x, 1, 1),
+        lambda m, x: x + gate(m, x) * x.roll(shifts=(0, 2), dims=(0, -2)),
+        lambda m, x: x + gate(m, x) * before(m.norm(x)),
+        lambda m, x: x + gate(m, x) * F.pad(x.transpose(1, 2), (1, -1)).transpose(1, 2),
+        lambda m, x: x.narrow(1, 1, 3) + gate(m, x).narrow(1, 1, 3) * x.narrow(1, 0, 3),
+        lambda m, x: x[:, 1:] + gate(m, x[:, 1:]) * x.split([3, 1], 1)[0],
+        lambda m, x: aten.slice.Tensor(x, 1, 1) + gate(m, x[:, 1:]) * aten.slice.Tensor(x, 1, 0, -1),
+        lambda m, x: x + gate(m, x) * aten.constant_pad_nd.default(x, [0, 0, 1, -1]),
+    ],
+)
+def test_gated_tokens_from_another_place_are_no_branch(forward):
+    plan = planned(forward)
+    assert not plan.sites
+    assert R.TOKEN_SHIFT in [rejection.reason for rejection in plan.rejections]
+    assert all(rejection.message for rejection in plan.rejections)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x + gate(m, x) * x,
+        lambda m, x: x[:, 1:] + gate(m, x[:, 1:]) * x[:, 1:],
+        lambda m, x: x + m.f(before(x)),
+        lambda m, x: x + m.f(before(x) - x) * gate(m, x),
+        lambda m, x: x + gate(m, x) * before(m.f(x)),
+        lambda m, x: x + torch.cat([m.f(x[:, :1]), x[:, 1:]], dim=1),  # class attention
+        lambda m, x: x + gate(m, x) * F.pad(before(x), (0, 0, -1, 1)),
+        lambda m, x: x + gate(m, x) * x.roll(1, -1),  # features, not tokens
+        lambda m, x: x + gate(m, x)[..., :1] * m.vector.expand(2, 4, C),
+        lambda m, x: x + m.conv(x.roll(1, 2)),  # shifted windows
+    ],
+)
+def test_tokens_at_their_own_place_or_projected_are_a_branch(forward):
+    plan = planned(forward)
+    assert len(plan.sites) == 1, plan.rejections
+
+
+def test_a_token_shift_leaves_the_branch_in_the_same_sum():
+    plan = planned(lambda m, x: x + m.f(m.norm(x)) + gate(m, x) * before(x))
+    assert [str(site.add) for site in plan.sites] == ["add"]
+    assert [str(rejection.add) for rejection in plan.rejections] == ["add_1"]
+
+
+def test_a_gate_on_what_does_not_come_from_the_trunk_is_no_branch():
+    """A decoder adds the last token, which it has kept: `x + gate(x) * cached`."""
+
+    def forward(m, x):
+        cached, x = x.chunk(2, dim=1)
+        return x + gate(m, m.norm(x))[..., :1] * torch.relu(cached)
+
+    plan = planned(forward)
+    assert not plan.sites
+    assert "only its gate does" in plan.rejections[0].message
+
+
 def test_complex_tensors_are_rejected():
     plan = planned(lambda m, x: torch.complex(x, x) + torch.complex(m.f(x), x))
     assert [rejection.reason for rejection in plan.rejections] == [R.DTYPE]
@@ -202,9 +277,6 @@ def test_names_come_from_module_paths():
     assert plan.sites[0].path == "mhc.f"
     plan = planned(lambda m, x: x + F.linear(m.norm(x), m.weight))
     assert plan.sites[0].path == "mhc.weight"
-
-
-aten = torch.ops.aten
 
 
 @pytest.mark.parametrize(

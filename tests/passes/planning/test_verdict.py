@@ -38,6 +38,7 @@ PROGRAMS = {
     R.INDEPENDENT: lambda m, x: m.f(x) + m.g(x),
     R.NOT_DIFFERENTIABLE: lambda m, x: x + m.f(x).detach(),
     R.NO_CONTRACTION: lambda m, x: x + 0.044715 * x**3,
+    R.TOKEN_SHIFT: lambda m, x: x[:, 1:] + torch.sigmoid(m.f(x[:, 1:])) * x[:, :-1],
     R.PROJECTED_SKIP: lambda m, x: m.conv(x) + m.f(torch.relu(m.g(x))),
     R.MULTI_STREAM: lambda m, x: (torch.softmax(m.conv(x)[..., :4], -1) @ x) + m.f(m.g(x)),
     R.SIDE_ADD: lambda m, x: x + m.f(x + m.g(x)),

@@ -64,8 +64,8 @@ def test_formulas_grow_with_the_depth():
 
 def test_deviations_from_the_defaults_have_a_reason():
     families = zoo.list_families()
-    assert len(families) >= 241
-    assert sum(family.needs == "torch" for family in families) >= 123
+    assert len(families) >= 244
+    assert sum(family.needs == "torch" for family in families) >= 126
     for family in families:
         assert bool(family.because) == (family.double or family.tolerance != 1e-5 or not family.differentiable_inputs)
 

@@ -22,6 +22,7 @@ def test_the_reasons_of_the_traps_are_many():
     assert named >= {
         Reason.BROADCAST, Reason.DTYPE, Reason.INDEPENDENT, Reason.LONG_SKIP, Reason.MULTI_STREAM, Reason.NOT_DIFFERENTIABLE,
         Reason.NO_CONTRACTION, Reason.NO_FEATURE_AXIS, Reason.PROJECTED_SKIP, Reason.SAME_VALUE, Reason.SIDE_ADD,
+        Reason.TOKEN_SHIFT,
     }  # fmt: skip
 
 
@@ -34,6 +35,19 @@ def test_the_trap_catches_a_finder_without_the_rule(monkeypatch, switch, family)
         monkeypatch.setattr(module, switch, lambda *_: True, raising=False)
     outcome = check(zoo.get(family), preserve=False)
     assert outcome.status == "deviates", outcome
+
+
+@pytest.mark.parametrize(
+    ("rule", "family"),
+    [
+        (("shifted", lambda *_: None), "trap-gated-shift"),
+        pytest.param(("shifted", lambda *_: None), "trap-nanochat", marks=pytest.mark.slow),
+        pytest.param(("_Finder._gated", lambda *_: None), "trap-nanochat-decoding", marks=pytest.mark.slow),
+    ],
+)
+def test_the_trap_of_a_token_shift_catches_a_finder_without_the_rule(monkeypatch, rule, family):
+    monkeypatch.setattr(f"{finding.__name__}.{rule[0]}", rule[1])
+    assert check(zoo.get(family), preserve=False).status == "deviates"
 
 
 def test_a_side_add_is_no_site_however_short_a_chain_may_be(traced):

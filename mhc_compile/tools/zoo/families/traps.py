@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_compile.passes import Reason
+from mhc_compile.tools.zoo.families.nanochat import Nanochat
 
 from mhc_compile.tools.zoo.families.parts import (  # isort: skip
     INTO, WIDTH, Block, Each, FeedForward, Norm, Plain, Square, Stack, conv2d, ids, linear, network, parameter, spelled,
@@ -149,6 +150,12 @@ def _value_residual(net: Any, x: Tensor) -> Tensor:
     return x
 
 
+def _gated_shift(block: Any, x: Tensor) -> Tensor:
+    """RWKV-6: the share of the token before is computed from both, by a gate for each feature."""
+    before = F.pad(x, (0, 0, 1, -1)) - x
+    return x + block.f(x + before * torch.tanh(block.gate(x + 0.5 * before)))
+
+
 def _constant_shift(block: Any, x: Tensor) -> Tensor:
     """`x + 0.01 ones_like(x)` between two adds: depends on the shape of x only."""
     x = x + 0.01 * torch.ones_like(x)
@@ -245,7 +252,12 @@ def _one(*reasons: Reason) -> Expect:
     return per_layer(1, reasons=reasons)
 
 
+def _two_sites(*reasons: Reason) -> Expect:
+    return per_layer(2, reasons=reasons)
+
+
 _INDEPENDENT = _allowed(Reason.INDEPENDENT)
+_DOUBLE: dict[str, Any] = {"double": True, "because": "norms leave next to no gradient to scales of the whole trunk"}
 _two = partial(spelled, f=Square, g=Square)
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "traps": (
@@ -308,6 +320,12 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         wired("trap-mixed-streams", _hyper_connected, expected=_allowed(Reason.MULTI_STREAM, Reason.BROADCAST),
               into=INTO, blocks=Stack(partial(ManyStreams, dynamic=True))),
         Family("trap-first-mixed", network(FirstMixed), _one(Reason.LONG_SKIP, Reason.INDEPENDENT)),
+        Family("trap-nanochat", lambda layers: (Nanochat(layers), (ids(),), {}),
+               _two_sites(Reason.TOKEN_SHIFT, Reason.LONG_SKIP, Reason.NO_CONTRACTION, Reason.INDEPENDENT), **_DOUBLE),
+        Family("trap-nanochat-decoding", lambda layers: (Nanochat(layers), (ids()[:, :1], torch.randn(2, 1, WIDTH)), {}),
+               _two_sites(Reason.LONG_SKIP, Reason.NO_CONTRACTION, Reason.INDEPENDENT), **_DOUBLE),
+        spelled("trap-gated-shift", _gated_shift,
+                expected=_one(Reason.TOKEN_SHIFT, Reason.NO_CONTRACTION, Reason.INDEPENDENT), f=FeedForward, gate=Square),
         wired("trap-two-ages", _two_ages, expected=lambda n, _: Expected((n + 1,), reasons=frozenset({Reason.LONG_SKIP})),
               into=INTO, blocks=Each(FeedForward, lambda layers: layers + 1)),
     ),
