@@ -12,6 +12,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
+
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import HyperConnections, unwrap
 
@@ -28,6 +30,10 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 def structure_of(module: nn.Module, owners: Collection[str], path: str = "", *, inside: bool = False) -> Structure:
     """Describe `module`; `owners` are the paths of the modules whose parameters' shapes count."""
     module = unwrap(module)
+    while type(module).__module__.startswith("peft.") and isinstance(
+        base := getattr(module, "base_layer", None), Module
+    ):
+        module = base  # an adapter around the module that was constructed
     inside = inside or path in owners
     text = _torch.plain_class(module).__qualname__
     if inside:

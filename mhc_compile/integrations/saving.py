@@ -26,13 +26,15 @@ _OURS = "_mhc_registered"
 def register_with_peft() -> None:
     """Let adapters of peft contain the hyper-connections of their model, and bring them back.
 
-    `PeftModel.save_pretrained` then writes them into the adapter's file, and
-    `PeftModel.from_pretrained` and `load_adapter` attach them (`mhc_compile.restore`), frozen if
-    the adapter is. They belong to the model, not to an adapter: of several adapters with
-    hyper-connections the one loaded last gives the values, with a warning.
+    They stay trainable in a `PeftModel`, which freezes all that is no adapter: those that a
+    compiled call attaches later are trained as well. `PeftModel.save_pretrained` writes them into
+    the adapter's file, and `PeftModel.from_pretrained` and `load_adapter` attach them
+    (`mhc_compile.restore`), frozen if the adapter is. They belong to the model, not to an adapter:
+    of several adapters with hyper-connections the one loaded last gives the values, with a warning.
 
-    This replaces `peft.get_peft_model_state_dict` and `set_peft_model_state_dict` for good. Where
-    both packages are imported, in any order, it has been called. Calling it again changes nothing.
+    This replaces `peft.get_peft_model_state_dict`, `set_peft_model_state_dict` and the constructor
+    of `PeftModel` for good. Where both packages are imported, in any order, it has been called.
+    Calling it again changes nothing.
 
     Raises:
         ImportError: peft is not installed.
@@ -75,6 +77,18 @@ def register_with_peft() -> None:
                 )
         return result
 
+    construct = peft.PeftModel.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        from mhc_compile.attachment.model_tree import connections
+
+        trained = [p for connection in connections(model).values() for p in connection.parameters() if p.requires_grad]
+        construct(self, model, peft_config, *args, **kwargs)
+        for parameter in trained:
+            parameter.requires_grad_(not peft_config.inference_mode)
+
+    peft.PeftModel.__init__ = __init__
     setattr(get_peft_model_state_dict, _OURS, True)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "peft":
