@@ -113,6 +113,21 @@ def _add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
     _add_group(self, param_group)
 
 
+def before_loading_state(hook: Callable[[Optimizer], None]) -> None:
+    """Patch `Optimizer.load_state_dict` to call `hook(optimizer)` before, once."""
+    load = Optimizer.load_state_dict
+    if hasattr(load, "_mhc_hook"):
+        return
+
+    @functools.wraps(load)
+    def load_state_dict(self: Optimizer, state_dict: Any) -> None:
+        hook(self)
+        load(self, state_dict)
+
+    load_state_dict._mhc_hook = hook  # type: ignore[attr-defined]
+    Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
 def steps_in_backward(optimizer: Optimizer) -> bool:
     """Return whether hooks on the gradients of its parameters make the optimizer's steps.
 

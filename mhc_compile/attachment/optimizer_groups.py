@@ -98,6 +98,15 @@ class Arrivals:
         return ""
 
 
+def move_out(parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
+    """Remove parameters from an optimizer, and the groups that had nothing else."""
+    filled = [group for group in optimizer.param_groups if group["params"]]
+    leave(parameters, [optimizer])
+    emptied = [id(group) for group in filled if not group["params"]]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in emptied]
+    log.info("%d parameters moved out of %s, which trains matrices", len(parameters), type(optimizer).__name__)
+
+
 def leave(parameters: Iterable[torch.Tensor], optimizers: Iterable[Optimizer] | None = None) -> None:
     """Remove parameters and their state from `optimizers`, by default from every optimizer."""
     gone = {id(parameter) for parameter in parameters}

@@ -160,13 +160,34 @@ def _takes(place: Place, parameter: nn.Parameter, stepping: Optimizer | None, *,
         return False
     if steps_by_torch(optimizer):
         return parameter.dim() == 2 or not isinstance(optimizer, Muon)
-    alike = [other["params"] for other in optimizer.param_groups if _settings(other) == _settings(group)]
+    alike = _alike(optimizer, group)
     vectors = any(known.dim() < 2 for members in alike for known in members)
     mixed = any(len({known.shape for known in members}) > 1 for members in alike)
     shapes = {known.shape for known in group["params"]}
     if vectors or (parameter.dim() >= 2 and (mixed or shapes == {parameter.shape})):
         return True
     return probe and _trains(place, parameter)
+
+
+def misplaced(optimizer: Optimizer, new: Collection[int]) -> list[nn.Parameter]:
+    """Return the vectors among `new`, by `id`, that stand where the program puts matrices alone.
+
+    Such a program collects the parameters of its blocks, which have no vectors, for an optimizer
+    like Muon.
+    """
+    if steps_by_torch(optimizer) and not isinstance(optimizer, Muon):
+        return []
+    found = []
+    for group in optimizer.param_groups:
+        plain = [known for members in _alike(optimizer, group) for known in members if id(known) not in new]
+        if plain and all(known.dim() >= 2 for known in plain):
+            found += [known for known in group["params"] if id(known) in new and known.dim() < 2]
+    return found
+
+
+def _alike(optimizer: Optimizer, group: Group) -> list[list[nn.Parameter]]:
+    """Return the parameters of each group that has the same settings but for numbers."""
+    return [other["params"] for other in optimizer.param_groups if _settings(other) == _settings(group)]
 
 
 def _settings(group: Group) -> tuple[frozenset[str], frozenset[tuple[str, Any]]]:

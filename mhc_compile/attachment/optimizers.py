@@ -24,8 +24,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from mhc_compile import _torch
 from mhc_compile.attachment.captured_parameters import warn_of_copies, warn_of_lists
-from mhc_compile.attachment.optimizer_groups import WAYS_OUT, Arrivals
-from mhc_compile.attachment.optimizer_places import decayed_by_name, find_places, places_of, plain_parameters, scopes_of
+from mhc_compile.attachment.optimizer_groups import WAYS_OUT, Arrivals, move_out
+from mhc_compile.attachment.optimizer_places import (
+    decayed_by_name,
+    find_places,
+    misplaced,
+    places_of,
+    plain_parameters,
+    scopes_of,
+)
 from mhc_compile.errors import AttachError, warn
 
 if TYPE_CHECKING:
@@ -84,6 +91,7 @@ def expect(
         if not _hooked:
             register_optimizer_step_pre_hook(_before_step)
             register_optimizer_step_post_hook(_after_step)
+            _torch.before_loading_state(_before_loading)
             _hooked = True
         _expected += 1
         _steps.clear()
@@ -130,6 +138,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
             _uncopied.discard(root)
             warn_of_copies(root, places_of(living))
     _settle(living, stepping=optimizer)
+
+
+def _before_loading(optimizer: Optimizer) -> None:
+    """Give the optimizer the groups that it had when its state was saved."""
+    _before_step(optimizer, (), {})
 
 
 def _living(optimizer: Optimizer) -> list[Optimizer]:
@@ -197,6 +210,11 @@ def _report(lacking: dict[HyperConnection, list[nn.Parameter]], found: str) -> N
 
 def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None, last_resort: bool = False) -> None:
     """Apply the policy of every waiting hyper-connection. `stepping` is about to step."""
+    waiting = {id(p) for c in (one() for one in _waiting.keyrefs()) if c is not None for p in c.parameters()}
+    for optimizer in optimizers:
+        wrong = misplaced(optimizer, waiting)
+        if wrong:
+            move_out(wrong, optimizer)
     places = places_of(optimizers)
     arrivals: dict[int, Arrivals] = {}
     left_out: dict[HyperConnection, list[nn.Parameter]] = {}

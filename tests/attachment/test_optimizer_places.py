@@ -612,3 +612,48 @@ def test_nothing_is_kept_of_parameters_that_joined():
     torch._dynamo.reset()
     gc.collect()
     assert len(optimizer_groups._joined) == known
+
+
+class StackedMuon(torch.optim.Optimizer):
+    """Muon groups, each of one shape, whose gradients are stacked, and groups for the rest."""
+
+    def __init__(self, model: nn.Module, rest: list[nn.Parameter]) -> None:
+        inside = list(model.blocks.parameters())
+        shapes = sorted({parameter.shape for parameter in inside})
+        stacks = [{"kind": "muon", "params": [p for p in inside if p.shape == shape]} for shape in shapes]
+        super().__init__([{"kind": "sgd", "params": rest}, *stacks], {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                left, _, right = torch.linalg.svd(torch.stack([p.grad for p in group["params"]]), full_matrices=False)
+                for parameter, one in zip(group["params"], left @ right, strict=True):
+                    parameter.sub_(one, alpha=group["lr"])
+            else:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+def test_vectors_leave_groups_for_matrices_that_the_program_made():
+    """Parameters that exist early are in the groups that a program makes of its blocks."""
+    model = Decoder()
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+        if isinstance(module, nn.LayerNorm):
+            module.weight = module.bias = None
+    mhc_compile.attach(model, tokens(), options={"inner_backend": "eager"})
+    new = [c.get_parameter(name) for c in mhc_compile.connections(model).values() for name in ("bias", "scale")]
+    rest = [*model.embed.parameters(), *model.norm.parameters(), *model.head.parameters()]
+    optimizer = StackedMuon(model, rest)
+    compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
+    before = [parameter.clone() for parameter in new]
+    compiled(tokens()).square().mean().backward()
+    optimizer.step()
+    first, *stacks = optimizer.param_groups
+    assert {id(parameter) for parameter in new} <= {id(parameter) for parameter in first["params"]}
+    assert all(group["params"] and group["params"][0].dim() == 2 for group in stacks)
+    assert all(not torch.equal(old, parameter) for old, parameter in zip(before, new, strict=True))
+    again = StackedMuon(model, rest)
+    again.load_state_dict(optimizer.state_dict())  # a program that resumes makes its groups as before

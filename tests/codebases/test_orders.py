@@ -56,11 +56,7 @@ def losses(output: str) -> dict[str, float]:
     return {step: float(loss) for step, loss in re.findall(r"(step \d+): loss ([\d.]+)", output)}
 
 
-#: nanochat's groups take every parameter of its blocks, and Muon needs matrices.
-STACKED = pytest.mark.xfail(strict=True, reason="bias and scale in Muon groups that the script makes itself")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=STACKED) if name == "nanochat" else name for name in ORDERS])
+@pytest.mark.parametrize("name", ORDERS)
 def test_order(tmp_path, name, regenerate):
     count, optimizers = ORDERS[name]
     script, program = str(SCRIPTS / f"{name}.py"), Program(tmp_path)
