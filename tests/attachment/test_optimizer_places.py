@@ -645,6 +645,9 @@ def test_vectors_leave_groups_for_matrices_that_the_program_made():
             module.weight = module.bias = None
     mhc_compile.attach(model, tokens(), options={"inner_backend": "eager"})
     new = [c.get_parameter(name) for c in mhc_compile.connections(model).values() for name in ("bias", "scale")]
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.phi.normal_()
     rest = [*model.embed.parameters(), *model.norm.parameters(), *model.head.parameters()]
     optimizer = StackedMuon(model, rest)
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "eager"})
