@@ -56,6 +56,10 @@ class _Waiting(NamedTuple):
 #: Hyper-connections that no optimizer trains yet, held weakly. Every access is one atomic step,
 #: because one thread may compile a model while another trains.
 _waiting: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
+#: All hyper-connections that optimizers should train.
+_known: weakref.WeakKeyDictionary[HyperConnection, _Waiting] = weakref.WeakKeyDictionary()
+#: Optimizers whose groups were searched for parameters that they cannot train.
+_searched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 #: Hyper-connections that were warned of.
 _warned: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
 #: Models whose lists and copies of parameters have not been looked for: at a call, at a step.
@@ -100,7 +104,7 @@ def expect(
         root, path = (root, paths[owner]) if root is not None and owner in paths else (owner, "")
     _unlisted.add(root)
     _uncopied.add(root)
-    _waiting[connection] = _Waiting(weakref.ref(owner), weakref.ref(root), path, policy, strict)
+    _known[connection] = _waiting[connection] = _Waiting(weakref.ref(owner), weakref.ref(root), path, policy, strict)
 
 
 def _is_at(owner: nn.Module, root: nn.Module, path: str) -> bool:
@@ -125,7 +129,10 @@ def settle() -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - the signature of a step hook
     # A compiled step is traced, and this with it.
-    if torch.compiler.is_compiling() or not (_waiting or _uncopied):
+    if torch.compiler.is_compiling():
+        return
+    _take_out(optimizer)
+    if not (_waiting or _uncopied):
         return
     now = (_expected, sum(len(group["params"]) for group in optimizer.param_groups))
     if _seen.get(optimizer) == now:
@@ -138,6 +145,23 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa:
             _uncopied.discard(root)
             warn_of_copies(root, places_of(living))
     _settle(living, stepping=optimizer)
+
+
+def _take_out(optimizer: Optimizer) -> None:
+    """Take out of a new optimizer what it cannot train; it waits for another place."""
+    if optimizer in _searched:
+        return
+    _searched.add(optimizer)
+    known = {reference(): None for reference in _known.keyrefs()}
+    wrong = misplaced(
+        optimizer, {id(p) for connection in known if connection is not None for p in connection.parameters()}
+    )
+    if wrong:
+        move_out(wrong, optimizer)
+        moved = {id(parameter) for parameter in wrong}
+        for connection in known:
+            if connection is not None and any(id(parameter) in moved for parameter in connection.parameters()):
+                _waiting[connection] = _known[connection]
 
 
 def _before_loading(optimizer: Optimizer) -> None:
@@ -210,11 +234,8 @@ def _report(lacking: dict[HyperConnection, list[nn.Parameter]], found: str) -> N
 
 def _settle(optimizers: list[Optimizer], *, stepping: Optimizer | None, last_resort: bool = False) -> None:
     """Apply the policy of every waiting hyper-connection. `stepping` is about to step."""
-    waiting = {id(p) for c in (one() for one in _waiting.keyrefs()) if c is not None for p in c.parameters()}
     for optimizer in optimizers:
-        wrong = misplaced(optimizer, waiting)
-        if wrong:
-            move_out(wrong, optimizer)
+        _take_out(optimizer)
     places = places_of(optimizers)
     arrivals: dict[int, Arrivals] = {}
     left_out: dict[HyperConnection, list[nn.Parameter]] = {}

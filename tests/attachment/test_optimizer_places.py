@@ -658,5 +658,9 @@ def test_vectors_leave_groups_for_matrices_that_the_program_made():
     assert {id(parameter) for parameter in new} <= {id(parameter) for parameter in first["params"]}
     assert all(group["params"] and group["params"][0].dim() == 2 for group in stacks)
     assert all(not torch.equal(old, parameter) for old, parameter in zip(before, new, strict=True))
+    state, places = optimizer.state_dict(), [len(group["params"]) for group in optimizer.param_groups]
+    del optimizer, first, stacks
+    gc.collect()
     again = StackedMuon(model, rest)
-    again.load_state_dict(optimizer.state_dict())  # a program that resumes makes its groups as before
+    again.load_state_dict(state)  # a program that resumes makes its groups as before
+    assert [len(group["params"]) for group in again.param_groups] == places
