@@ -36,7 +36,7 @@ class PlanRecorder:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         run_settings.planning = True
         program.on_backward(self.finish)
-        register_optimizer_step_pre_hook(lambda *_: self.finish())
+        register_optimizer_step_pre_hook(lambda *_: self._before_step())
 
     def observe(self, session: GraphSession) -> None:
         """Record the model of a graph."""
@@ -73,6 +73,10 @@ class PlanRecorder:
             models = ", ".join(f"{model.kind} ({len(model.connections)} hyper-connections)" for model in plan.models)
             self._end(f"mhc plan: {self.file}: {models}", 0)
         self._end("", 0)
+
+    def _before_step(self) -> None:
+        if self._plans():  # else a closure may call the model
+            self.finish()
 
     def end(self) -> None:
         """Write the plan at the end of the script, unless a child has done so."""
