@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mhc_compile.integrations.accelerate import register_with_accelerate
     from mhc_compile.integrations.callbacks import StabilityCallback
-    from mhc_compile.integrations.saving import register_with_peft, register_with_transformers
+    from mhc_compile.integrations.saving import register_with_peft, register_with_torchtune, register_with_transformers
 
-__all__ = ["StabilityCallback", "register_with_accelerate", "register_with_peft", "register_with_transformers"]
-_HOMES = dict(zip(__all__, ("callbacks", "accelerate", "saving", "saving"), strict=True))
+__all__ = [
+    "StabilityCallback",
+    "register_with_accelerate",
+    "register_with_peft",
+    "register_with_torchtune",
+    "register_with_transformers",
+]
+_HOMES = dict(zip(__all__, ("callbacks", "accelerate", "saving", "saving", "saving"), strict=True))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Hyper-connections in what peft, transformers and `torch.distributed.checkpoint` save and load.
+"""Hyper-connections in what peft, torchtune, transformers and distributed checkpoints hold.
 
 peft keeps the parameters of an adapter alone: hyper-connections would be trained and not saved.
+torchtune converts names that it knows.
 `from_pretrained` of transformers and distributed loads leave out what a new model does not have.
 They are changed once they are imported, before or after this package.
 """
@@ -97,6 +98,43 @@ def register_with_peft() -> None:
                     setattr(module, new.__name__, new)
 
 
+def register_with_torchtune() -> None:
+    """Let the checkpointers of torchtune convert state dicts with hyper-connections.
+
+    `FullModelHFCheckpointer` translates every name and raises for those that it does not know.
+    Names of hyper-connections stay as they are, in its first file as in the model. This replaces
+    `get_mapped_key` and `FullModelHFCheckpointer.save_checkpoint` for good, and has been called as
+    for peft.
+
+    Raises:
+        ImportError: torchtune is not installed.
+    """
+    kind = importlib.import_module("torchtune.training.checkpointing").FullModelHFCheckpointer
+    save = kind.save_checkpoint
+    translate = importlib.import_module("torchtune.models.convert_weights").get_mapped_key
+    if hasattr(translate, _OURS):
+        return
+
+    @functools.wraps(translate)
+    def get_mapped_key(key: str, mapping_dict: dict[str, str]) -> str:
+        from mhc_compile.checkpoints.reader import split_entry
+
+        return key if split_entry(key) else translate(key, mapping_dict)  # type: ignore[no-any-return]
+
+    @functools.wraps(save)
+    def save_checkpoint(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        files = self._weight_map  # of every name in the checkpoint that was loaded
+        for name in _own(state_dict.get("model", {})):
+            files.setdefault(name, next(iter(files.values())))
+        return save(self, state_dict, *args, **kwargs)
+
+    kind.save_checkpoint = save_checkpoint
+    setattr(get_mapped_key, _OURS, True)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "torchtune" and vars(module).get("get_mapped_key") is translate:
+            module.get_mapped_key = get_mapped_key  # type: ignore[attr-defined]
+
+
 def register_with_transformers() -> None:
     """Let `from_pretrained` warn where it leaves out the hyper-connections of a checkpoint.
 
@@ -168,6 +206,7 @@ def _compare(asked: Collection[str], saved: Collection[str]) -> None:
 
 _REGISTER = {
     "peft": register_with_peft,
+    "torchtune.training.checkpointing": register_with_torchtune,
     "transformers.modeling_utils": register_with_transformers,
     "torch.distributed.checkpoint.default_planner": _register_with_torch,
 }

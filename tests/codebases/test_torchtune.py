@@ -83,6 +83,51 @@ def losses(file) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss:([\d.]+)", file.read_text())]
 
 
+#: The checkpointer of Hugging Face's layout, whose converter knows the names of the plain model.
+HF = {
+    "_component_": "torchtune.training.FullModelHFCheckpointer",
+    "checkpoint_dir": "hf",
+    "checkpoint_files": ["model.safetensors"],
+    "output_dir": "${output_dir}",
+    "model_type": "LLAMA3",
+}
+SAVE_HF = """
+from safetensors.torch import save_file
+from torchtune.models.convert_weights import tune_to_hf
+
+state = tune_to_hf(torch.load("base/model.pt"), num_heads=2, num_kv_heads=2, dim=16)
+save_file({name: value.contiguous() for name, value in state.items()}, "hf/model.safetensors")
+"""
+
+
+def test_the_layout_of_hugging_face(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    program = Program(tmp_path, "--replace-inductor", apart="torchtune")
+    for folder in ("base", "hf"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps({"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16})
+    )
+    (tmp_path / "config.yaml").write_text(json.dumps({**CONFIG, "checkpointer": HF}))
+    (tmp_path / "base.py").write_text(MAKE + BASE + SAVE_HF)
+    program.run("base.py", mhc=False)
+    assert program.plan(*RUN, "output_dir=planned") == 4
+    program.run(*RUN, "output_dir=whole")
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "whole")
+    name = "model-00001-of-00001.safetensors"
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    resume = ["resume_from_checkpoint=True", "checkpointer.checkpoint_dir=whole"]
+    program.run(*RUN, "output_dir=resumed", *resume, f"checkpointer.checkpoint_files=[epoch_0/{name}]")
+    early, whole, resumed = (
+        safetensors.load_file(tmp_path / folder / name)
+        for folder in ("whole/epoch_0", "whole/epoch_1", "resumed/epoch_1")
+    )
+    assert sites(resumed) == 4
+    assert "model.layers.0.self_attn.q_proj.weight" in resumed
+    assert_moved(early, resumed)
+    assert_equal(whole, resumed)
+
+
 def test_torchtune(tmp_path, regenerate):
     program = Program(tmp_path, "--replace-inductor", apart="torchtune")
     (tmp_path / "base").mkdir()
@@ -122,6 +167,6 @@ def test_torchtune(tmp_path, regenerate):
         in_optimizer="yes",
         resumes="yes",
         evaluates="yes, never compiled",
-        checkpoint="yes, with `FullModelTorchTuneCheckpointer`",
-        notes="`FullModelHFCheckpointer` refuses names that it does not know",
+        checkpoint="yes",
+        notes="`FullModelTorchTuneCheckpointer` and `FullModelHFCheckpointer`",
     ).record(regenerate)
