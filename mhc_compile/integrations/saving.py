@@ -119,7 +119,7 @@ def register_with_torchtune() -> None:
     def get_mapped_key(key: str, mapping_dict: dict[str, str]) -> str:
         from mhc_compile.checkpoints.reader import split_entry
 
-        return key if split_entry(key) else translate(key, mapping_dict)  # type: ignore[no-any-return]
+        return key if split_entry(key) else translate(key, mapping_dict)
 
     @functools.wraps(save)
     def save_checkpoint(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
