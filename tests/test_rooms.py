@@ -160,10 +160,14 @@ def test_the_root_has_few_modules():
 
 
 def test_the_line_budget():
-    """A feature that needs room makes it: by a simpler way to what is there."""
+    """A feature that needs room makes it: by a simpler way to what is there.
+
+    32,000 held the compiler; plans and the programs around a model (optimizers, DDP, checkpoints of
+    peft, torchtune and distributed runs) took 3,000 more.
+    """
     lines = 0
     for folder in ("mhc_compile", "passes"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".h", ".js", ".css", ".html"} and "mhc_compile/passes" not in path.as_posix():
                 lines += len(path.read_text().splitlines())
-    assert lines <= 35_500
+    assert lines <= 35_000
