@@ -44,7 +44,8 @@ class Training:
         if self.saved:
             last, count = list(self.saved.items())[-1]
             more = f" and {len(self.saved) - 1} other files" if len(self.saved) > 1 else ""
-            whole = "all" if count == self.connections else f"WARNING: only {count} of {self.connections}"
+            # Several models may have a file each.
+            whole = "all" if count >= self.connections else f"{count} of {self.connections}"
             parts.append(f"saved: {whole} hyper-connections in {last}{more}")
         return "; ".join(parts)
 
@@ -100,8 +101,8 @@ class TrainingReport:
 
 
 def _count(content: Any, depth: int = 3) -> int:
-    """Return the number of hyper-connections in a state dict, or in the largest one inside."""
+    """Return the number of hyper-connections in a state dict, or in those inside a mapping."""
     if not isinstance(content, Mapping) or depth == 0:
         return 0
     own = len({str(name) for name in content if str(name).endswith(".phi") and ".mhc." in f".{name}"})
-    return max([own, *(_count(value, depth - 1) for value in content.values())], default=0)
+    return own + sum(_count(value, depth - 1) for value in content.values())
