@@ -46,13 +46,16 @@ def command(
     """  # noqa: D301 - click's mark for lines that are not wrapped
     more = {name: flags.pop(name) for name in ("compile", "replace_inductor")}
     file = Path(output).resolve()
-    if module or os.path.isfile(script):
+    if module or (os.path.isfile(script) and not script.endswith(".pt2")):
         from mhc_compile.tools.launcher.command import launch
 
         options, _ = script_options(script, flags, module=module)
         launch(script, arguments, module=module, options=options, plan_output=str(file), quiet=quiet, **more)
-    if arguments:
-        raise click.UsageError(f"there is no file {script!r} (looked in {os.getcwd()}), and a model takes no arguments")
+    if arguments or not (":" in script or script.endswith(".pt2")):
+        raise click.UsageError(
+            f"there is no file {script!r} (looked in {os.getcwd()}), and it is no model like hf:llama or"
+            " path/to/file.py:factory, which takes no arguments"
+        )
     plan = _plan_target(script, settings, given_options(flags))
     plan.save(file)
     if not quiet:

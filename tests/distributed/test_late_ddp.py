@@ -81,6 +81,7 @@ def record_and_reduce(seen, bucket):
     return allreduce_hook(None, bucket)
 
 
+@pytest.mark.slow
 def test_training(ranks):
     ranks.run(compare)
 
