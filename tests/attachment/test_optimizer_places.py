@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -343,9 +344,13 @@ def test_parameters_that_a_selection_left_out_are_warned_of():
 def test_other_models_that_got_gradients_are_not_warned_of():
     other, model = Decoder(layers=1), Decoder(layers=1)
     loss_of(compile_eagerly(other)).backward()  # trained without any optimizer
-    step(compile_eagerly(model), torch.optim.SGD(model.parameters(), lr=0.1))
-    mhc_compile.detach(model)
-    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step(compile_eagerly(model), torch.optim.SGD(model.parameters(), lr=0.1))
+        mhc_compile.detach(model)
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(connection.phi.grad is not None for connection in mhc_compile.connections(other).values())
+    assert not [one for one in said if "in no optimizer" in str(one.message)]
 
 
 @pytest.mark.slow
