@@ -110,7 +110,8 @@ def test_the_guard_sees_private_names(source, names):
 PATCHES = """
     rewrite_before_ddp_splits register_decompositions inductor_code observe_graphs make_room restart_trace uncompiled
     living_optimizers before_averaging patch_compile
-    on_new_class on_construction before_loading after_saving after_saving_safetensors on_backward
+    on_new_class on_construction before_loading after_saving after_saving_safetensors
+    after_saving_distributed on_backward
     observe_distributed_loads before_adding_group before_backward before_loading_state
 """
 

@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-#: The attribute of what `torch.compile(model)` returns that holds `model`; it appears in the names
-#: of its parameters.
-COMPILED_ATTRIBUTE = "_orig_mod"
+#: The attributes that hold the module in what `torch.compile(module)` and `torch.distributed`'s
+#: `checkpoint_wrapper(module)` return; they appear in the names of modules and parameters.
+WRAPPED_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def original_module(module: nn.Module) -> nn.Module:
     """Return the module inside the result of `torch.compile(module)`; any other module as it is."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside results of `torch.compile` and `checkpoint_wrapper`."""
+    for name in WRAPPED_ATTRIBUTES:
+        if (inner := module._modules.get(name)) is not None:
+            return without_wrappers(inner)
+    return module
 
 
 def has_compiled_call(module: nn.Module) -> bool:

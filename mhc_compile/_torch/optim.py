@@ -30,10 +30,6 @@ _lock = threading.Lock()
 #: Every optimizer that exists, once `living_optimizers` was called.
 _living: weakref.WeakSet[Optimizer] | None = None
 _patch_step: Callable[[Optimizer], None] = Optimizer._patch_step_function
-_update: Callable[..., Any] = AveragedModel.update_parameters
-_before_update: list[Callable[[AveragedModel, nn.Module], None]] = []
-_add_group: Callable[[Optimizer, dict[str, Any]], None] = Optimizer.add_param_group
-_before_group: list[Callable[[Optimizer, list[torch.Tensor]], None]] = []
 
 
 def living_optimizers() -> list[Optimizer]:
@@ -63,20 +59,25 @@ def _recorded(self: Optimizer) -> None:
     _patch_step(self)
 
 
+def _before(kind: type, name: str, hook: Callable[..., None]) -> None:
+    """Patch a method to call `hook` with the same arguments before, once."""
+    with _lock:
+        plain = getattr(kind, name)
+        if hasattr(plain, "_mhc_hook"):
+            return
+
+        @functools.wraps(plain)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            hook(*args, **kwargs)
+            return plain(*args, **kwargs)
+
+        method._mhc_hook = hook  # type: ignore[attr-defined]
+        setattr(kind, name, method)
+
+
 def before_averaging(hook: Callable[[AveragedModel, nn.Module], None]) -> None:
     """Patch `AveragedModel` to call `hook(averaged, model)` before each update, once."""
-    with _lock:
-        if hook not in _before_update:
-            _before_update.append(hook)
-        if AveragedModel.update_parameters is not _update_parameters:
-            AveragedModel.update_parameters = _update_parameters  # type: ignore[method-assign]
-
-
-@functools.wraps(_update)
-def _update_parameters(self: AveragedModel, model: nn.Module) -> Any:
-    for hook in _before_update:
-        hook(self, model)
-    return _update(self, model)
+    _before(AveragedModel, "update_parameters", hook)
 
 
 def lbfgs_has_memory(optimizer: torch.optim.LBFGS) -> bool:
@@ -93,39 +94,22 @@ def restart_lbfgs(optimizer: torch.optim.LBFGS) -> None:
 
 def before_adding_group(hook: Callable[[Optimizer, list[torch.Tensor]], None]) -> None:
     """Patch `Optimizer` to call `hook(optimizer, parameters)` before each new group, once."""
-    with _lock:
-        if hook not in _before_group:
-            _before_group.append(hook)
-        if Optimizer.add_param_group is not _add_param_group:
-            Optimizer.add_param_group = _add_param_group  # type: ignore[method-assign]
 
+    def read(optimizer: Optimizer, param_group: dict[str, Any]) -> None:
+        given = param_group.get("params") if isinstance(param_group, dict) else None
+        if isinstance(given, Iterator):  # read once, here
+            given = param_group["params"] = list(given)
+        if isinstance(given, Iterable):  # one tensor as well: its rows are in no group
+            pairs = (one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in given)
+            tensors = [given] if isinstance(given, torch.Tensor) else [p for p in pairs if isinstance(p, torch.Tensor)]
+            hook(optimizer, tensors)
 
-@functools.wraps(_add_group)
-def _add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
-    given = param_group.get("params") if isinstance(param_group, dict) else None
-    if isinstance(given, Iterator):  # read once, here
-        given = param_group["params"] = list(given)
-    if isinstance(given, Iterable):  # one tensor as well: its rows are in no group
-        pairs = (one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in given)
-        parameters = [given] if isinstance(given, torch.Tensor) else [p for p in pairs if isinstance(p, torch.Tensor)]
-        for hook in _before_group:
-            hook(self, parameters)
-    _add_group(self, param_group)
+    _before(Optimizer, "add_param_group", read)
 
 
 def before_loading_state(hook: Callable[[Optimizer], None]) -> None:
     """Patch `Optimizer.load_state_dict` to call `hook(optimizer)` before, once."""
-    load = Optimizer.load_state_dict
-    if hasattr(load, "_mhc_hook"):
-        return
-
-    @functools.wraps(load)
-    def load_state_dict(self: Optimizer, state_dict: Any) -> None:
-        hook(self)
-        load(self, state_dict)
-
-    load_state_dict._mhc_hook = hook  # type: ignore[attr-defined]
-    Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    _before(Optimizer, "load_state_dict", lambda optimizer, *_, **__: hook(optimizer))
 
 
 def steps_in_backward(optimizer: Optimizer) -> bool:

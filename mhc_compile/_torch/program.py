@@ -97,6 +97,18 @@ def after_saving_safetensors(module: Any, then: Callable[[Any, Any], None]) -> N
     module.save_file = _followed(module.save_file, then)
 
 
+def after_saving_distributed(module: Any, then: Callable[[Any, Any], None]) -> None:
+    """Patch `DefaultSavePlanner` to call `then(state, folder)` as a distributed save begins."""
+    plain = module.DefaultSavePlanner.set_up_planner
+
+    @functools.wraps(plain)
+    def set_up_planner(planner: Any, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        plain(planner, state_dict, storage_meta, is_coordinator)
+        then(state_dict, getattr(storage_meta, "checkpoint_id", None))
+
+    module.DefaultSavePlanner.set_up_planner = set_up_planner
+
+
 def _followed(save: Callable[..., Any], then: Callable[[Any, Any], None]) -> Callable[..., Any]:
     @functools.wraps(save)
     def follow(content: Any, file: Any, *args: Any, **kwargs: Any) -> Any:

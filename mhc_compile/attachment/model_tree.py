@@ -87,8 +87,11 @@ def connections(model: nn.Module) -> dict[str, HyperConnection]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a parameter or module without the `_orig_mod` of `torch.compile`."""
-    return ".".join(part for part in name.split(".") if part != _torch.COMPILED_ATTRIBUTE)
+    """Return the name of a parameter or module without the names of wrappers.
+
+    Those are the `_orig_mod` of `torch.compile` and the one of `checkpoint_wrapper`.
+    """
+    return ".".join(part for part in name.split(".") if part not in _torch.WRAPPED_ATTRIBUTES)
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -99,7 +102,7 @@ def split_path(path: str) -> tuple[str, str]:
 
 
 def find_module(model: nn.Module, path: str, place: str) -> nn.Module:
-    """Return the module at `path`, through compiled modules on the way.
+    """Return the module at `path`, through wrappers on the way.
 
     Raises:
         AttachError: there is none; `place` is the hyper-connection that needs it.
@@ -107,7 +110,7 @@ def find_module(model: nn.Module, path: str, place: str) -> nn.Module:
     module = unwrap(model)
     for step in path.split(".") if path else ():
         try:
-            module = unwrap(module.get_submodule(step))
+            module = _torch.without_wrappers(module.get_submodule(step))
         except AttributeError:
             raise AttachError(
                 f"{place}: a hyper-connection belongs there, but {type(unwrap(model)).__name__} has no module {path!r}."

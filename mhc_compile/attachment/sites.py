@@ -131,7 +131,7 @@ def detach(model: nn.Module) -> int:
     target = unwrap(model)
     gone = connections(target)
     for module in list(target.modules()):
-        if isinstance(getattr(module, CONTAINER, None), HyperConnections):
+        if isinstance(dict(module.named_children()).get(CONTAINER), HyperConnections):  # a wrapper would forward
             delattr(module, CONTAINER)
         if module.__dict__.pop(IN_PLACE, None) is not None:
             _torch.set_compiled_call(module, None)

@@ -29,7 +29,7 @@ _RANGE = re.compile(r"(\d+)-(\d+)")
 
 def structure_of(module: nn.Module, owners: Collection[str], path: str = "", *, inside: bool = False) -> Structure:
     """Describe `module`; `owners` are the paths of the modules whose parameters' shapes count."""
-    module = unwrap(module)
+    module = _torch.without_wrappers(unwrap(module))
     while type(module).__module__.startswith("peft.") and isinstance(
         base := getattr(module, "base_layer", None), Module
     ):

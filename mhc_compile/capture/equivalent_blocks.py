@@ -29,7 +29,9 @@ class EquivalentBlocks:
 
 
 def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
-    """Return the modules in the place of `module` in other blocks of its list or `nn.Sequential`.
+    """Return the modules in the place of `module` in other blocks of its list.
+
+    A list is a `ModuleList`, a `Sequential` or a `ModuleDict` of numbers.
 
     A block counts if it has the same class, the same parameter shapes, and is compiled by itself
     exactly if `module` is. The list is searched in the modules whose calls surround this one; if a
@@ -42,9 +44,14 @@ def equivalent_blocks(module: nn.Module, frame: Frame) -> EquivalentBlocks:
         path: list[str] = next((path.split(".") for path, other in whole.named_modules() if other is module), [])
         for length in reversed(range(len(path))):
             holder = whole.get_submodule(".".join(path[:length]))
-            if isinstance(holder, (nn.ModuleList, nn.Sequential)):
+            if _is_list(holder):
                 return _others(holder, path[length], ".".join(path[length + 1 :]), module)
     return EquivalentBlocks(0, {})
+
+
+def _is_list(holder: nn.Module) -> bool:
+    numbered = isinstance(holder, nn.ModuleDict) and all(name.isdigit() for name in holder)
+    return numbered or isinstance(holder, (nn.ModuleList, nn.Sequential))
 
 
 def _others(blocks: nn.Module, name: str, path: str, module: nn.Module) -> EquivalentBlocks:

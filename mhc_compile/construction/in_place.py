@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch, backend
-from mhc_compile.attachment.model_tree import IN_PLACE, HyperConnections, can_be_called, connections
+from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, HyperConnections, can_be_called, connections
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ def compile_in_place(model: nn.Module, options: ResolvedOptions) -> None:
     A tower that a method calls by itself (`encode_image`) thus runs on streams, too. Within a
     compiled call, parts are traced with it.
     """
-    owners = {module for module in model.modules() if isinstance(getattr(module, "mhc", None), HyperConnections)}
+    owners = {module for module in model.modules() if isinstance(getattr(module, CONTAINER, None), HyperConnections)}
     for module in model.modules():
         if can_be_called(module) and module not in owners and any(connections(module)):
             module.__dict__[IN_PLACE] = InPlace(module, options, whole=module is model)

@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from mhc_compile.integrations.accelerate import register_with_accelerate
     from mhc_compile.integrations.callbacks import StabilityCallback
     from mhc_compile.integrations.saving import register_with_peft, register_with_torchtune, register_with_transformers
+    from mhc_compile.integrations.torchtitan import register_with_torchtitan
 
 __all__ = [
     "StabilityCallback",
     "register_with_accelerate",
     "register_with_peft",
+    "register_with_torchtitan",
     "register_with_torchtune",
     "register_with_transformers",
 ]
-_HOMES = dict(zip(__all__, ("callbacks", "accelerate", "saving", "saving", "saving"), strict=True))
+_HOMES = dict(zip(__all__, ("callbacks", "accelerate", "saving", "torchtitan", "saving", "saving"), strict=True))
 
 
 def __getattr__(name: str) -> Any:

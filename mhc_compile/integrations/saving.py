@@ -17,11 +17,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.errors import MhcWarning, warn
+from mhc_compile.integrations.entries import REGISTERED, others, own
+from mhc_compile.integrations.torchtitan import register_with_torchtitan
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
-
-_OURS = "_mhc_registered"
 
 
 def register_with_peft() -> None:
@@ -42,7 +42,7 @@ def register_with_peft() -> None:
     """
     peft = importlib.import_module("peft")
     save, load = peft.get_peft_model_state_dict, peft.set_peft_model_state_dict
-    if hasattr(save, _OURS):
+    if hasattr(save, REGISTERED):
         return
 
     @functools.wraps(save)
@@ -51,7 +51,7 @@ def register_with_peft() -> None:
 
         chosen = save(model, state_dict, *args, **kwargs)
         entries = model.state_dict() if state_dict is None else state_dict
-        return {**chosen, **{plain_name(name): value for name, value in _own(entries).items()}}
+        return {**chosen, **{plain_name(name): value for name, value in own(entries).items()}}
 
     @functools.wraps(load)
     def set_peft_model_state_dict(
@@ -59,14 +59,13 @@ def register_with_peft() -> None:
     ) -> Any:
         from mhc_compile.checkpoints.restore import restore
 
-        entries = _own(peft_model_state_dict)
-        rest = {name: value for name, value in peft_model_state_dict.items() if name not in entries}
+        entries = own(peft_model_state_dict)
         with warnings.catch_warnings():
             if entries:
                 warnings.filterwarnings("ignore", "the state dict has no values", MhcWarning)
-            result = load(model, rest, adapter_name, *args, **kwargs)
+            result = load(model, others(peft_model_state_dict), adapter_name, *args, **kwargs)
         if entries:
-            before = {name: value.clone() for name, value in _own(model.state_dict()).items()}
+            before = {name: value.clone() for name, value in own(model.state_dict()).items()}
             frozen = model.peft_config[adapter_name].inference_mode
             for connection in restore(model, entries).values():
                 connection.requires_grad_(not frozen)
@@ -90,7 +89,7 @@ def register_with_peft() -> None:
             parameter.requires_grad_(not peft_config.inference_mode)
 
     peft.PeftModel.__init__ = __init__
-    setattr(get_peft_model_state_dict, _OURS, True)
+    setattr(get_peft_model_state_dict, REGISTERED, True)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "peft":
             for old, new in ((save, get_peft_model_state_dict), (load, set_peft_model_state_dict)):
@@ -112,7 +111,7 @@ def register_with_torchtune() -> None:
     kind = importlib.import_module("torchtune.training.checkpointing").FullModelHFCheckpointer
     save = kind.save_checkpoint
     translate = importlib.import_module("torchtune.models.convert_weights").get_mapped_key
-    if hasattr(translate, _OURS):
+    if hasattr(translate, REGISTERED):
         return
 
     @functools.wraps(translate)
@@ -124,12 +123,12 @@ def register_with_torchtune() -> None:
     @functools.wraps(save)
     def save_checkpoint(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         files = self._weight_map  # of every name in the checkpoint that was loaded
-        for name in _own(state_dict.get("model", {})):
+        for name in own(state_dict.get("model", {})):
             files.setdefault(name, next(iter(files.values())))
         return save(self, state_dict, *args, **kwargs)
 
     kind.save_checkpoint = save_checkpoint
-    setattr(get_mapped_key, _OURS, True)
+    setattr(get_mapped_key, REGISTERED, True)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torchtune" and vars(module).get("get_mapped_key") is translate:
             module.get_mapped_key = get_mapped_key  # type: ignore[attr-defined]
@@ -146,7 +145,7 @@ def register_with_transformers() -> None:
     """
     kind = importlib.import_module("transformers.modeling_utils").PreTrainedModel
     load = vars(kind)["from_pretrained"].__func__
-    if hasattr(load, _OURS):
+    if hasattr(load, REGISTERED):
         return
 
     adapt = kind.load_adapter
@@ -165,12 +164,12 @@ def register_with_transformers() -> None:
         _warn_of(getattr(info, "unexpected_keys", ()), self, peft_model_id)
         return info
 
-    setattr(from_pretrained, _OURS, True)
+    setattr(from_pretrained, REGISTERED, True)
     kind.from_pretrained, kind.load_adapter = classmethod(from_pretrained), load_adapter
 
 
 def _warn_of(unexpected: Iterable[str], model: Any, path: Any) -> None:
-    lost = sorted(_own(dict.fromkeys(unexpected)))
+    lost = sorted(own(dict.fromkeys(unexpected)))
     if lost:
         shown = repr(os.fspath(path)) if path is not None and os.path.isdir(path) else "directory"
         warn(
@@ -178,13 +177,6 @@ def _warn_of(unexpected: Iterable[str], model: Any, path: Any) -> None:
             f" without them: this model is the plain one. Attach them: mhc_compile.restore(model, {shown})",
             repeat=True,
         )
-
-
-def _own(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of hyper-connections in a state dict."""
-    from mhc_compile.checkpoints.reader import split_entry
-
-    return {name: value for name, value in entries.items() if split_entry(name)}
 
 
 def _register_with_torch() -> None:
@@ -195,7 +187,7 @@ def _register_with_torch() -> None:
 
 def _compare(asked: Collection[str], saved: Collection[str]) -> None:
     """Warn if a distributed load of a module asks for all but its hyper-connections."""
-    lost = [name for name in _own(dict.fromkeys(saved)) if name not in asked]
+    lost = [name for name in own(dict.fromkeys(saved)) if name not in asked]
     if any(name.startswith(lost[0].rpartition("mhc.")[0]) for name in asked if lost):
         warn(
             f"the distributed checkpoint has hyper-connections ({lost[0]}, ...) and the model that is loaded has not: they"
@@ -206,6 +198,7 @@ def _compare(asked: Collection[str], saved: Collection[str]) -> None:
 
 _REGISTER = {
     "peft": register_with_peft,
+    "torchtitan.components.checkpointer.dcp": register_with_torchtitan,
     "torchtune.training.checkpointing": register_with_torchtune,
     "transformers.modeling_utils": register_with_transformers,
     "torch.distributed.checkpoint.default_planner": _register_with_torch,

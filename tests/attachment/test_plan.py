@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.builders import LAYERS, Attention, Decoder, tokens, twin
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mhc_compile
 from mhc_compile.errors import AttachError, PlanError
@@ -86,6 +87,44 @@ def test_a_plan_holds_for_every_model_around_the_planned_one():
     assert len(found) == 4 * LAYERS
     assert "0.body.blocks.0.mhc.attn" in found
     assert "1.blocks.0.mhc.attn" in found
+
+
+def test_a_trainer_may_wrap_blocks_for_checkpointing():
+    wrapped = Decoder()
+    plain = twin(wrapped)
+    for number, block in enumerate(wrapped.blocks):
+        wrapped.blocks[number] = checkpoint_wrapper(block)
+    mhc_compile.attach(wrapped, tokens())
+    plan = mhc_compile.plan(wrapped)
+    mhc_compile.attach(plain, plan=plan)
+    assert plan == mhc_compile.plan(plain)
+    assert plan.models[0].connections[0].path == "blocks.0.mhc.attn"
+    mhc_compile.detach(wrapped)
+    mhc_compile.attach(wrapped, plan=plan)
+    assert layout(wrapped)["connections"].keys() == {
+        name.replace(".mhc", "._checkpoint_wrapped_module.mhc") for name in mhc_compile.connections(plain)
+    }
+
+
+class Numbered(Decoder):
+    """Its blocks are a dict by number, compiled one by one."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(dict(zip(names, self.blocks, strict=True)))
+        for block in self.blocks.values():
+            block.compile(backend="mhc", options=EAGER)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.blocks[next(iter(self.blocks))](self.embed(tokens))
+
+
+def test_a_dict_of_numbers_is_a_list_of_blocks():
+    numbered, named = Numbered("01"), Numbered("ab")
+    numbered(tokens())
+    named(tokens())
+    assert [c.index for c in mhc_compile.connections(numbered).values()] == [0, 1, 2, 3]
+    assert [path.split(".")[1] for path in mhc_compile.connections(named)] == ["a", "a"]  # the one that was called
 
 
 def test_a_branch_in_two_graphs():

@@ -57,6 +57,8 @@ def activate(torch: ModuleType, config: str, after: Callable[[str, Callable[[Mod
     restore_before_loading(options, _counter.add_model)
     training = TrainingReport(_counter.models, _counter.add_training)
     after("safetensors.torch", lambda module: program.after_saving_safetensors(module, training.after_saving))
+    distributed = "torch.distributed.checkpoint.default_planner"
+    after(distributed, lambda module: program.after_saving_distributed(module, training.after_saving))
     after("accelerate.utils.dataclasses", accept_backends)
 
 

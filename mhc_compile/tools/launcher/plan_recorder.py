@@ -88,6 +88,8 @@ class PlanRecorder:
 
     def _plans(self) -> list[ModelPlan]:
         """Return the plans of all models, each of the smallest module that can be called."""
+        if not self._roots:
+            return []  # nothing is imported at the exit of a script that failed early
         from mhc_compile.attachment.model_tree import connections
         from mhc_compile.attachment.plan import ModelPlan, planned_root
 

@@ -99,7 +99,7 @@ class ReportCounter:
         more = max(0, len(study.plan.rejections) - skipped[code])
         skipped[code] += more
         number = self._models.setdefault(model, len(self.graphs))
-        kind = f"{code.co_name}()" if root is None else type(root).__name__
+        kind = f"{code.co_name}()" if root is None else _torch.plain_class(_torch.without_wrappers(root)).__name__
         graph = Graph(os.getpid(), number, kind, new, more)
         first = new > 0 and not any(one.kind == kind and one.connections for one in self.graphs)
         self.graphs.append(graph)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mhc_compile._torch import program
 
@@ -56,20 +58,27 @@ class TrainingReport:
     def __init__(self, models: Callable[[], Iterable[nn.Module]], changed: Callable[[Training], None]) -> None:
         self.training = Training()
         self._models, self._changed = models, changed
-        self._places: dict[int, list[str]] = {}  # by the id of a parameter
-        self._sizes: dict[int, int] = {}  # number of parameters by the id of an optimizer
+        self._places = WeakTensorKeyDictionary()  # the names of groups by parameter
+        self._sizes: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
+        self._steps: list[set[torch.Tensor]] = []  # what was updated within each step that is running
+        register_optimizer_step_pre_hook(lambda *_: self._steps.append(set()))
         register_optimizer_step_post_hook(self._after_step)
         program.after_saving(self.after_saving)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if torch.compiler.is_compiling() or self._sizes.get(id(optimizer)) == size:
+        inside = self._steps.pop()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if torch.compiler.is_compiling() or self._sizes.get(optimizer) == len(parameters):
             return
-        self._sizes[id(optimizer)] = size
+        self._sizes[optimizer] = len(parameters)
+        if self._steps:
+            self._steps[-1].update(parameters)
+        if inside.issuperset(parameters):
+            return  # it only calls the steps of others, like the container of torchtitan
         for number, group in enumerate(optimizer.param_groups):
             name = f"{type(optimizer).__name__} group {number}"
             for parameter in group["params"]:
-                self._places[id(parameter)] = [*self._places.get(id(parameter), []), name]
+                self._places[parameter] = [*self._places.get(parameter, []), name]
         self._update()
 
     def _update(self) -> None:
@@ -83,7 +92,7 @@ class TrainingReport:
                 for name, parameter in connection.named_parameters():
                     if not parameter.requires_grad:
                         continue
-                    places = list(dict.fromkeys(self._places.get(id(parameter), [])))
+                    places = list(dict.fromkeys(self._places.get(parameter, [])))
                     groups.update(places)
                     if not places:
                         untrained.append(f"{path}.{name}")
@@ -104,5 +113,6 @@ def _count(content: Any, depth: int = 3) -> int:
     """Return the number of hyper-connections in a state dict, or in those inside a mapping."""
     if not isinstance(content, Mapping) or depth == 0:
         return 0
-    own = len({str(name) for name in content if str(name).endswith(".phi") and ".mhc." in f".{name}"})
+    tensors = [str(name) for name, value in content.items() if isinstance(value, torch.Tensor)]
+    own = sum(name.endswith(".phi") and ".mhc." in f".{name}" for name in tensors)
     return own + sum(_count(value, depth - 1) for value in content.values())

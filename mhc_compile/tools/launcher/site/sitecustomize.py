@@ -32,8 +32,11 @@ class After:
         """Return the spec of the other finders, as `importlib.abc.MetaPathFinder` asks for."""
         if name != self.name:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        self.name = ""  # the others are asked now, and one of them may ask all of them in turn
+        try:
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in sys.meta_path)), None)
+        finally:
+            self.name = name
         if spec is not None:
             self._follow(spec.loader)  # stays in place: the caller may only ask whether the module exists
         return spec
