@@ -74,11 +74,13 @@ def give_at_construction(
 
     `given(model)` is called after attaching.
     """
-    construct = kind.__init__
+    # A dataclass gets its constructor later, and only if the class has none; this is the end of it.
+    name = "__post_init__" if "__init__" not in vars(kind) and hasattr(kind, "__post_init__") else "__init__"
+    plain = getattr(kind, name)
 
-    @functools.wraps(construct)
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        construct(self, *args, **kwargs)
+    @functools.wraps(plain)
+    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
         if type(self) is not kind or connections(self):
             return
         reasons = []
@@ -97,4 +99,4 @@ def give_at_construction(
             " build the one that was planned",
         )
 
-    kind.__init__ = __init__  # type: ignore[method-assign]
+    setattr(kind, name, construct)

@@ -69,7 +69,7 @@ def test_torchtitan(tmp_path, regenerate):
     whole = program.run(*TRAIN, "--dump_folder", "whole")
     assert "in all 4 hyper-connections (2 × Llama3TransformerBlock) in 2 processes" in whole.stderr
     report = (
-        "trained: 12 parameters in AdamW group 0; saved: all hyper-connections in whole/checkpoint/step-6 and 1 other"
+        "trained: 12 parameters in AdamW group 0; saved: all hyper-connections in whole/checkpoint/step-6 and 1 other\n"
     )
     assert report in whole.stderr
     early, last = (read(tmp_path / "whole" / "checkpoint" / f"step-{step}") for step in (3, 6))

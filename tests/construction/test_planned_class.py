@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -153,6 +154,26 @@ def test_the_options_of_the_plan_hold_for_the_compiled_call(monkeypatch):
 
 def test_a_subclass_is_another_class(planned):
     assert not mhc_compile.connections(Later())
+
+
+def test_a_dataclass_gets_its_constructor_after_it_was_planned():
+    def define(decorate):
+        @dataclasses.dataclass(eq=False)
+        @decorate
+        class Twice(nn.Module):
+            width: int
+
+            def __post_init__(self) -> None:
+                super().__init__()
+                self.blocks = nn.ModuleList([Block(self.width), Block(self.width)])
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.blocks[1](self.blocks[0](x))
+
+        return Twice(width=8)
+
+    plan = mhc_compile.plan(define(lambda kind: kind), torch.ones(1, 4, 8))
+    assert len(mhc_compile.connections(define(mhc_compile.planned(plan, options=EAGER)))) == 4
 
 
 def test_an_instance_that_does_not_fit_is_an_error(planned):

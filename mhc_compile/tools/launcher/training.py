@@ -45,7 +45,8 @@ class Training:
             parts.append(f"WARNING: {len(self.untrained)} parameters in no optimizer ({shown})")
         if self.saved:
             last, count = list(self.saved.items())[-1]
-            more = f" and {len(self.saved) - 1} other files" if len(self.saved) > 1 else ""
+            others = len(self.saved) - 1
+            more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
             # Several models may have a file each.
             whole = "all" if count >= self.connections else f"{count} of {self.connections}"
             parts.append(f"saved: {whole} hyper-connections in {last}{more}")
