@@ -70,7 +70,7 @@ def check_site(
             raise AttachError(f"{site}: {explain(obstacle)}. {_WAY_OUT}")
     if connection is None and _torch.is_sharded(owner):
         raise AttachError(
-            f"{site}: FSDP sharded the {type(owner).__name__} before its hyper-connections were attached, and would"
+            f"{site}: FSDP sharded the {_torch.plain_class(owner).__name__} before its hyper-connections were attached, and would"
             f" neither shard them nor reduce their gradients. {_WAY_OUT}"
         )
 

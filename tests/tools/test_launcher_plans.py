@@ -289,7 +289,7 @@ def test_a_model_that_is_sharded_on_the_meta_device(folder):
     assert done.stdout.endswith("[True, True, True]\n"), done.stdout
     assert reports(done)[-1] == "trained: 9 parameters in SGD group 0"
     late = run(*workers, code=1)
-    assert "FSDP sharded the FSDPBlock before its hyper-connections were attached" in late.stderr
+    assert "FSDP sharded the Block before its hyper-connections were attached" in late.stderr
     assert "mhc run --plan mhc.json" in late.stderr
 
 

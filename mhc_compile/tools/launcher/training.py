@@ -62,14 +62,20 @@ class TrainingReport:
         self._places = WeakTensorKeyDictionary()  # the names of groups by parameter
         self._sizes: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._steps: list[set[torch.Tensor]] = []  # what was updated within each step that is running
-        register_optimizer_step_pre_hook(lambda *_: self._steps.append(set()))
+        register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
         program.after_saving(self.after_saving)
 
+    def _before_step(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._steps.append(set())
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        if torch.compiler.is_compiling():
+            return
         inside = self._steps.pop()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if torch.compiler.is_compiling() or self._sizes.get(optimizer) == len(parameters):
+        if self._sizes.get(optimizer) == len(parameters):
             return
         self._sizes[optimizer] = len(parameters)
         if self._steps:
