@@ -126,6 +126,6 @@ def test_torchtitan(tmp_path, regenerate):
         resumes="yes",
         evaluates="yes, never compiled",
         checkpoint="yes, distributed and by Hugging Face's names",
-        notes="its Llama 3 and its trainer; own configuration: `spmd_backend` of torch 2.13, an attention that the CPU can"
-        " train, an interface of the CPU with memory statistics",
+        notes="its Llama 3 and trainer, started by `titan_cpu.py`: memory statistics of the CPU, sums that gloo has, timeouts"
+        " left out; own configuration: an `spmd_backend` of torch 2.13, an attention that the CPU can train",
     ).record(regenerate)
