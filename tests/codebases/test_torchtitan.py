@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -77,6 +78,7 @@ def test_torchtitan(tmp_path, regenerate):
     assert_moved(early, last)
     held = {name.split(".", 1)[1].rpartition(".")[0] for name in last["optimizer"] if name.startswith("state.")}
     assert connections(last).keys() <= held
+    assert len(held) == 17 + 12  # torchtitan's own, and three of every hyper-connection
 
     shutil.copytree(tmp_path / "whole" / "checkpoint" / "step-3", tmp_path / "resumed" / "checkpoint" / "step-3")
     resumed = program.run(*TRAIN, "--dump_folder", "resumed")
@@ -89,8 +91,8 @@ def test_torchtitan(tmp_path, regenerate):
     torch.save(early, tmp_path / "early.pt")
     torch_save_to_dcp(tmp_path / "early.pt", tmp_path / "stirred" / "checkpoint" / "step-3")
     expected = program.reference(f"{HEAD}both(make, state, lambda model: loss_of(model, batch(0, 3), batch(1, 3)))")
-    hf = ["--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf", "--training.steps", "4"]
-    stirred = program.run(*TRAIN, "--dump_folder", "stirred", *hf)
+    save_hf = ["--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf"]
+    stirred = program.run(*TRAIN, "--dump_folder", "stirred", "--training.steps", "4", *save_hf)
     assert losses(stirred.stdout + stirred.stderr)[4] == pytest.approx(expected, abs=1e-5)
     (tmp_path / "evaluate.py").write_text(
         f"{HEAD}model = make().eval()\nmodel.load_state_dict(state)\n"
@@ -99,12 +101,18 @@ def test_torchtitan(tmp_path, regenerate):
     done = program.run("evaluate.py")
     assert float(re.search(r"loss ([\d.]+)", done.stdout)[1]) == pytest.approx(expected, abs=1e-5)
 
-    # Hugging Face's names: saved, and loaded to train on from there.
+    # Hugging Face's names: saved, loaded to train on, and saved in two files by an index.
     folder = tmp_path / "stirred" / "checkpoint" / "step-4"
     (converted,) = folder.glob("*.safetensors")
+    names = load_file(converted).keys()
     assert sites(load_file(converted)) == 4
-    assert "model.layers.0.self_attn.o_proj.weight" in load_file(converted)
+    assert "model.layers.0.self_attn.o_proj.weight" in names
     shutil.copy(converted, tmp_path / "converted.safetensors")
+    files = {
+        name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in names if ".mhc." not in name
+    }
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     load_hf = [
         "--checkpoint.initial_load_path",
         str(folder),
@@ -112,11 +120,19 @@ def test_torchtitan(tmp_path, regenerate):
         "--training.steps",
         "1",
     ]
-    loaded = program.run(*TRAIN, "--dump_folder", "loaded", *load_hf)
+    loaded = program.run(*TRAIN, "--dump_folder", "loaded", *load_hf, *save_hf, "--hf_assets_path", "assets")
     expected = program.reference(
         f"{HEAD}{FROM_HF}both(make, state, lambda model: loss_of(model, batch(0, 0), batch(1, 0)))"
     )
     assert losses(loaded.stdout + loaded.stderr)[1] == pytest.approx(expected, abs=1e-5)
+    first, second = sorted((tmp_path / "loaded" / "checkpoint" / "step-1").glob("*.safetensors"))
+    assert load_file(first).keys() | load_file(second).keys() == names
+    assert sites(load_file(first)) == 4
+
+    program.planned = []  # a model without hyper-connections, which torch.compile never sees
+    uncompiled = [word for word in TRAIN if word not in {"--compile.enable", "--compile.backend", "mhc"}]
+    done = program.run(*uncompiled, "--dump_folder", "plain", *load_hf)
+    assert "has hyper-connections (layers.0.mhc.attention.bias, ...) that this model has not" in done.stderr
     Row(
         f"torchtitan {version('torchtitan', 'torchtitan')}",
         "`-m torch.distributed.run --nproc-per-node 2 -m torchtitan.train --compile.enable --compile.backend mhc`,"
