@@ -14,6 +14,7 @@ __all__ = [
     "MhcWarning",
     "NothingRewrittenError",
     "OptionError",
+    "OutsideCallError",
     "PlanError",
     "ShapeError",
     "StreamsLostError",
@@ -44,6 +45,10 @@ class CaptureError(MhcError, RuntimeError):
 
 class CheckpointError(MhcError, ValueError):
     """A checkpoint is of another system, or has entries without a counterpart there."""
+
+
+class OutsideCallError(MhcError, RuntimeError):
+    """`outside_calls="error"`, and a model with hyper-connections ran outside `torch.compile`."""
 
 
 class PlanError(MhcError, ValueError):

@@ -17,8 +17,6 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map_only as tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

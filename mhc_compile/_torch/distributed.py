@@ -40,7 +40,7 @@ def rewrite_before_ddp_splits() -> None:
 
 @functools.wraps(_split)
 def _compile_whole(self: DDPOptimizer, graph_module: torch.fx.GraphModule, inputs: list[Any], **settings: Any) -> Any:
-    if not getattr(_innermost(self.backend_compile_fn), "takes_whole_graphs", False):
+    if not getattr(innermost_backend_of(self.backend_compile_fn), "takes_whole_graphs", False):
         return _split(self, graph_module, inputs, **settings)
     token = _ddp_optimizer.set(self)
     try:
@@ -49,7 +49,7 @@ def _compile_whole(self: DDPOptimizer, graph_module: torch.fx.GraphModule, input
         _ddp_optimizer.reset(token)
 
 
-def _innermost(backend: Any) -> Any:
+def innermost_backend_of(backend: Any) -> Any:
     """Return the function inside the objects that wrap a backend."""
     while True:
         if isinstance(backend, functools.partial):
@@ -58,6 +58,8 @@ def _innermost(backend: Any) -> Any:
             backend = backend._torchdynamo_orig_backend
         elif isinstance(backend, torch._TorchCompileWrapper):
             backend = backend.compiler_fn
+        elif isinstance(getattr(backend, "__self__", None), DDPOptimizer):
+            backend = backend.__self__.backend_compile_fn
         else:
             return backend
 

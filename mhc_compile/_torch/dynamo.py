@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
+from torch._dynamo import eval_frame
 from torch._dynamo import graph_break as graph_break
-from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend
+from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, skip_code
 from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
+_lock = threading.Lock()
 
 
 def _tracer() -> Any:
@@ -146,18 +151,91 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) 
     return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
 
 
-def set_compiled_call(module: nn.Module, backend: Callable[..., Any] | None) -> None:
-    """Compile calls of `module` as `module.compile()` would, or undo that for None."""
-    if backend is None:
-        module._compiled_call_impl = None
-        return
+def compile_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of `module` that is compiled as `module.compile()` would."""
     call = module._call_impl
     if type(module).forward.__module__.startswith("torch.nn."):
         # Dynamo starts no trace in files of torch.nn, but follows calls into them.
         def call(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)
 
-    module.__dict__["_compiled_call_impl"] = isolated_compile(call, backend)
+    return isolated_compile(call, backend)
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what `module.compile()` or `dispatch_calls` has set for this module, or None."""
+    return module.__dict__.get("_compiled_call_impl")
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Make calls of `module` run `call`, or run uncompiled for None."""
+    module.__dict__["_compiled_call_impl"] = call
+
+
+def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any] | None]) -> Callable[..., Any]:
+    """Let `choose` decide what every call of `module` runs.
+
+    It gets whether the call comes from a frame that `torch.compile` runs, and returns a function,
+    or None for the call as it is. A trace of Dynamo sees the call as it is. Return what
+    `compiled_call` gives from now on.
+    """
+    as_it_is = module._call_impl
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        compiler = set_eval_frame(None)  # it would trace `choose`
+        try:
+            chosen = choose(callable(compiler))
+            if chosen is not None:
+                return chosen(*args, **kwargs)
+        finally:
+            set_eval_frame(compiler)
+        return as_it_is(*args, **kwargs)
+
+    skip_code(dispatch.__code__)  # neither compiled itself nor in the way of what it calls
+    dispatch._torchdynamo_inline = as_it_is  # type: ignore[attr-defined]
+    set_compiled_call(module, dispatch)
+    return dispatch
+
+
+def rewrite_for_other_compilers(rewrite: Callable[[Callable[..., Any], torch.fx.GraphModule, list[Any]], Any]) -> None:
+    """Patch Dynamo to call the compiler that `rewrite(compiler, graph, inputs)` returns."""
+    with _lock:
+        original = OutputGraph.call_user_compiler
+        if original.__module__ == __name__:
+            return
+
+        @functools.wraps(original)
+        def call_user_compiler(self: Any, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            given = self.compiler_fn
+            self.compiler_fn = rewrite(given, graph_module, inputs)
+            try:
+                return original(self, graph_module, inputs)
+            finally:
+                self.compiler_fn = given
+
+        call_user_compiler.__module__ = __name__
+        OutputGraph.call_user_compiler = call_user_compiler  # type: ignore[method-assign]
+
+
+def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
+    """Patch `nn.Module.compile` to call `then(module)` at its end."""
+    with _lock:
+        original = nn.Module.compile
+        if original.__module__ == __name__:
+            return
+
+        @functools.wraps(original)
+        def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            then(self)
+
+        compile.__module__ = __name__
+        nn.Module.compile = compile  # type: ignore[method-assign]
+
+
+def default_stance() -> AbstractContextManager[Any]:
+    """Return a context in which `torch.compiler.set_stance` is without effect."""
+    return torch.compiler.set_stance("default") if eval_frame._stance.stance != "default" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -239,6 +317,11 @@ def module_by_id(identity: int) -> nn.Module | None:
     variable = _tracer().output.side_effects.id_to_variable.get(identity)
     value = getattr(variable, "value", None)
     return value if isinstance(value, nn.Module) and id(value) == identity else None
+
+
+def modules_around(node: torch.fx.Node) -> list[nn.Module | None]:
+    """Return the modules whose calls surround a node of the current trace, outermost first."""
+    return [module_by_id(int(str(key).split("@")[0])) for key in node.meta.get("nn_module_stack", {})]
 
 
 def raise_through_dynamo(error: MhcError) -> None:

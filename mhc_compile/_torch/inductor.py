@@ -39,6 +39,16 @@ def inductor_settings() -> list[str]:
     return list_options()
 
 
+def is_inductor(compiler: Any) -> bool:
+    """Return whether a backend is what `torch.compile` makes of "inductor"."""
+    return isinstance(compiler, torch._TorchCompileInductorWrapper)
+
+
+def settings_of(compiler: Any) -> dict[str, Any]:
+    """Return the settings of such a backend: those of `mode=` and `options=`."""
+    return dict(compiler.config)
+
+
 def cpp_compiler() -> str:
     """Return the C++ compiler that Inductor calls, or raise Inductor's exception."""
     return str(get_cpp_compiler())

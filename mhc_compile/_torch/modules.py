@@ -58,6 +58,19 @@ def shallow_copy(module: nn.Module | None) -> nn.Module:
     return copy
 
 
+def named_parameter_slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what stands in the places of parameters, by path: tensors as well."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, value in module._parameters.items():
+            if value is not None:
+                yield f"{path}.{name}" if path else name, value
+
+
+def tensor_slots(model: nn.Module) -> list[dict[str, Tensor | None]]:
+    """Return the dictionaries in which modules keep their parameters and buffers."""
+    return [slots for module in model.modules() for slots in (module._parameters, module._buffers)]  # type: ignore[list-item]
+
+
 def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
     """Return the notes of modules in a state dict, by module path, or None if it has none."""
     metadata: dict[str, dict[str, Any]] | None = getattr(state, "_metadata", None)

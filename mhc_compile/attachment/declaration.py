@@ -19,6 +19,8 @@ from mhc_compile.errors import warn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from types import CodeType
+
     from torch import nn
 
     from mhc_compile.modules.hyper_connection import HyperConnection
@@ -30,6 +32,8 @@ BEGUN = "_mhc_begun"
 #: The handle of the hook.
 HOOK = "_mhc_hook"
 
+#: Functions whose traces give models other parameters (`functional_call`).
+_swapping: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Declaring modules whose model ran without streams and was warned about.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -97,13 +101,32 @@ def remove_declarations(module: nn.Module) -> None:
 
 
 def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
-    if torch.compiler.is_compiling():
-        for connection in declaring_module._mhc_declared:  # type: ignore[union-attr]
-            for module in (connection, connection.read_out):
-                if module is not None:
-                    torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
+    if torch.compiler.is_dynamo_compiling():
+        if _leaves_trace():
+            _torch.graph_break("hyper-connections under torch.func run outside the trace of the function that uses it")
+        _show_tracer(declaring_module)
+    elif torch.compiler.is_exporting():
+        _show_tracer(declaring_module)
     elif declaring_module not in _warned:
         _warn_of_plain_run(declaring_module)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _leaves_trace() -> bool:
+    """Return whether the model must be called without the trace, to see what is done with it."""
+    return _torch.under_functorch() or _torch.frame_code() in _swapping
+
+
+def call_outside_trace(code: CodeType) -> None:
+    """Let traces of `code` leave out the models that it calls: it gives them other parameters."""
+    _swapping.add(code)
+
+
+def _show_tracer(declaring_module: nn.Module) -> None:
+    for connection in declaring_module._mhc_declared:  # type: ignore[union-attr]
+        for module in (connection, connection.read_out):
+            if module is not None:
+                torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
 
 
 def _warn_of_plain_run(declaring_module: nn.Module) -> None:

@@ -28,7 +28,7 @@ from mhc_compile.attachment.model_tree import (
 )
 from mhc_compile.attachment.sites import put_connection
 from mhc_compile.attachment.structure import difference, fingerprint, structure_of
-from mhc_compile.config.options import Options, ResolvedOptions
+from mhc_compile.config.options import PER_SITE, Options, ResolvedOptions
 from mhc_compile.errors import AttachError, PlanError
 from mhc_compile.modules.gated import create_connection
 
@@ -97,8 +97,7 @@ class ModelPlan:
     def of(cls, model: nn.Module) -> ModelPlan:
         """Read the plan of a model that has hyper-connections."""
         found = {plain_name(path): connection for path, connection in connections(model).items()}
-        settings = [tuple(_settings(connection).items()) for connection in found.values()]
-        common = dict(Counter(settings).most_common(1)[0][0])
+        common = _common(settings_of(connection) for connection in found.values())
         declared, started = declaring_paths(model), starting_paths(model)
         entries = tuple(
             PlannedConnection(
@@ -109,7 +108,7 @@ class ModelPlan:
                 tuple(map(plain_name, started.get(connection, ()))),
                 connection.read_out is not None,
                 str(connection.phi.dtype).removeprefix("torch."),
-                {name: value for name, value in _settings(connection).items() if value != common[name]},
+                {name: value for name, value in settings_of(connection).items() if value != common[name]},
             )
             for path, connection in found.items()
         )
@@ -288,7 +287,23 @@ def give(
     return connection
 
 
-def _settings(connection: HyperConnection) -> dict[str, Any]:
+def options_of(model: nn.Module, options: ResolvedOptions) -> ResolvedOptions:
+    """Return `options` with what the hyper-connections of `model` were attached with."""
+    settings = {split_path(path): settings_of(connection) for path, connection in connections(model).items()}
+    common = _common(settings.values())
+    single = {
+        f"{owner}.{name}".lstrip("."): {key: value for key, value in own.items() if value != common[key] and key in PER_SITE}
+        for (owner, name), own in settings.items()
+    }
+    return replace(options, **common, overrides={path: differing for path, differing in single.items() if differing})
+
+
+def _common(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(Counter(tuple(own.items()) for own in settings).most_common(1)[0][0])
+
+
+def settings_of(connection: HyperConnection) -> dict[str, Any]:
+    """Return the options that a hyper-connection was made with."""
     private = {"read_out": "end", "init_gain": "_init_gain", "init_stream_weight": "_init_stream_weight"}
     return {name: getattr(connection, private.get(name, name)) for name in PLANNED_OPTIONS}
 

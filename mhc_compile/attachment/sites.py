@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mhc_compile import _torch
 from mhc_compile.attachment.declaration import begin_branch, declare_on, remove_declarations
 from mhc_compile.attachment.model_tree import (
     CONTAINER,
@@ -133,8 +132,9 @@ def detach(model: nn.Module) -> int:
     for module in list(target.modules()):
         if isinstance(dict(module.named_children()).get(CONTAINER), HyperConnections):  # a wrapper would forward
             delattr(module, CONTAINER)
-        if module.__dict__.pop(IN_PLACE, None) is not None:
-            _torch.set_compiled_call(module, None)
+        in_place = module.__dict__.pop(IN_PLACE, None)
+        if in_place is not None:
+            in_place.remove()
         remove_declarations(module)
     if gone:
         leave(parameter for connection in gone.values() for parameter in connection.parameters())

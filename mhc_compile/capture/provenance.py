@@ -13,6 +13,7 @@ from mhc_compile.passes.analysis.provenance import ModuleRef, Provenance
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
     from torch.fx import Graph, Node
 
     from mhc_compile.capture.frame import Frame
@@ -34,8 +35,9 @@ class DynamoProvenance(Provenance):
         self._names: dict[str, str] = {}
         if frame.root is not None:
             self.adopt_root(frame.root)
-        named = frame.root.named_parameters(remove_duplicate=False) if frame.root is not None else ()
-        names: dict[int, str] = {id(parameter): path for path, parameter in named}
+        # `functional_call` puts tensors in the place of parameters.
+        named = _torch.named_parameter_slots(frame.root) if frame.root is not None else ()
+        names = {id(value): path for path, value in named}
         buffers = {id(buffer) for buffer in frame.root.buffers()} if frame.root is not None else set()
         self._buffers: set[str] = set()
         # The target of a placeholder is unique and survives copies of the graph.
@@ -44,7 +46,7 @@ class DynamoProvenance(Provenance):
         for node, value in zip(placeholders, inputs, strict=True):
             if id(value) in buffers:
                 self._buffers.add(str(node.target))
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter) or id(value) in names:
                 self._targets.setdefault(id(value), str(node.target))
                 self._names[str(node.target)] = names.get(id(value), "")
 
@@ -91,7 +93,7 @@ class DynamoProvenance(Provenance):
         around = (self.module(ref) for ref in self.stack(node))
         return next((model for model in around if model is not None and owner in model.modules()), None)
 
-    def target_of(self, parameter: nn.Parameter) -> str | None:
+    def target_of(self, parameter: Tensor) -> str | None:
         """Return the target of the graph input that is this parameter object."""
         return self._targets.get(id(parameter))
 

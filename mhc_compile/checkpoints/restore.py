@@ -26,6 +26,7 @@ from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import PlannedConnection, give
 from mhc_compile.checkpoints.reader import READ_OUT, SavedConnection, read_connections
 from mhc_compile.compilation.bindings import bound_names
+from mhc_compile.compilation.pipeline import run_on_streams
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.config.presets import PRESETS
 from mhc_compile.errors import AttachError
@@ -95,6 +96,7 @@ def restore(
     for index, one in enumerate(found):
         one.carry_out(index)
     settle()
+    run_on_streams(target, parsed)
     return connections(target)
 
 

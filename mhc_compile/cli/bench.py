@@ -158,7 +158,7 @@ def _time_target(
 ) -> TargetResult:
     import torch
 
-    from mhc_compile._torch.benchmarking import tree_map_only
+    from mhc_compile._torch.fx import tree_map_only
     from mhc_compile.tools.bench.user_model import measure_target
 
     model, inputs = loaded.model, (loaded.args, loaded.kwargs)

@@ -11,6 +11,7 @@ from mhc_compile.attachment.plan import Plan
 from mhc_compile.attachment.sites import detach
 from mhc_compile.capture.trace import capture
 from mhc_compile.compilation.messages import warn_nothing_rewritten
+from mhc_compile.compilation.pipeline import run_on_streams
 from mhc_compile.compilation.session import GraphSession
 from mhc_compile.config.options import Options
 from mhc_compile.distributed.guards import check_unwrapped
@@ -66,6 +67,7 @@ def attach(
             raise AttachError("mhc_compile.attach takes a plan or example inputs; got both")
         (plan if isinstance(plan, Plan) else Plan.load(plan)).apply(target, parsed)
         settle()
+        run_on_streams(target, parsed)
         return connections(target)
     sessions: list[GraphSession] = []
 
@@ -79,6 +81,7 @@ def attach(
     if not any(session.plan.sites for session in sessions):
         rejections = [rejection for session in sessions for rejection in session.plan.rejections]
         warn_nothing_rewritten(rejections, parsed, [session.graph for session in sessions])
+    run_on_streams(target, parsed)
     return connections(target)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
-
 from mhc_compile.attachment.declaration import begun_by
 from mhc_compile.attachment.model_tree import find_connection
 from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
@@ -75,7 +75,7 @@ class ModuleParameters(SiteParameters):
 
     def _binding(self, connection: HyperConnection) -> Binding | None:
         def find(name: str) -> Node | None:
-            target = self.provenance.target_of(connection.get_parameter(name))
+            target = self.provenance.target_of(attrgetter(name)(connection))
             return None if target is None else self.inputs[str(target)]
 
         return bind_connection(connection, find)

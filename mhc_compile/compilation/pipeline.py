@@ -7,15 +7,19 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
+from mhc_compile.attachment.declaration import call_outside_trace
+from mhc_compile.attachment.plan import options_of
+from mhc_compile.compilation.in_place import compile_in_place, put_in_place
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
+from mhc_compile.compilation.other_compilers import give_streams_to_other_compilers
 from mhc_compile.compilation.session import GraphSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import CodeType
 
-    from torch import fx
+    from torch import fx, nn
 
     from mhc_compile.config.options import ResolvedOptions
 
@@ -26,12 +30,25 @@ _lock = threading.Lock()
 
 
 def compile_captured(
-    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None = None
+    graph_module: fx.GraphModule,
+    inputs: list[Any],
+    options: ResolvedOptions,
+    mode: str | None = None,
+    *,
+    attach: bool = True,
 ) -> Callable[..., Any]:
-    """Compile a graph that Dynamo captured; see `mhc_compile.backend.mhc`."""
+    """Compile a graph that Dynamo captured; see `mhc_compile.backend.mhc`.
+
+    Without `attach`, a residual add that has no hyper-connection gets none.
+    """
     session = GraphSession.analyze(graph_module, inputs, options)
+    if session.swaps_parameters():
+        call_outside_trace(session.provenance.frame.code)
+        _torch.restart_trace()
     prepare_kernels(session)
-    if session.attach():
+    if session.attach(create=attach):
+        for model in session.models():
+            run_on_streams(model, options)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
     graph = session.rewrite()
     if session.is_plain:
@@ -39,6 +56,13 @@ def compile_captured(
             _compiled_plain.add(session.provenance.frame.code)
     notify(session)
     return compile_graph(session, graph, inputs, mode)
+
+
+def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool = False) -> None:
+    """Make a model that has hyper-connections run on them wherever it is called; see `in_place`."""
+    give_streams_to_other_compilers(compile_captured)
+    options = options_of(model, options)
+    (compile_in_place if compiled else put_in_place)(model, options, compile_captured)
 
 
 def _restart_trace() -> None:

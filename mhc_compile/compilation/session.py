@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from mhc_compile import _torch
 from mhc_compile.attachment.averaged_model import follow_averages
 from mhc_compile.attachment.model_tree import connections, find_connection
 from mhc_compile.attachment.optimizers import settle
+from mhc_compile.attachment.plan import settings_of
 from mhc_compile.attachment.sites import attach_like, attach_site
 from mhc_compile.capture.equivalent_blocks import EquivalentBlocks, equivalent_blocks
 from mhc_compile.capture.frame import read_frame
@@ -43,6 +44,7 @@ from mhc_compile.passes.planning.planner import Planner
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import nn
     from torch.fx import Graph
 
     from mhc_compile.config.options import ResolvedOptions
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from mhc_compile.passes.transforms.stream_builder import Binding
 
 log = logging.getLogger(__name__)
+
+#: The no-op that shows a hyper-connection, as a graph may have it.
+DECLARE = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
 
 
 @dataclass(eq=False)
@@ -85,6 +90,23 @@ class GraphSession:
         """The parameters of the sites, as inputs of the graph."""
         return ModuleParameters(self.graph, self.provenance)
 
+    def swaps_parameters(self) -> bool:
+        """Return whether hyper-connections have other parameters here than their modules hold.
+
+        A function that calls `functional_call` hands them over as arguments or computes them.
+        """
+        shown = (node.args[0] for node in self.captured.graph.nodes if node.target in DECLARE)
+        return any(isinstance(phi, Node) and self.provenance.parameter_name(phi) is None for phi in shown)
+
+    def models(self) -> list[nn.Module]:
+        """Return the outermost modules around the sites of the graph, and the equivalent blocks."""
+        root, found = self.provenance.root, []
+        for site in self.plan.sites:
+            owner = self.parameters.modules(site)[0]
+            found.append(self.provenance.model_around(site.add, owner) or owner)
+        others = equivalent_blocks(root, self.provenance.frame).others.values() if root is not None else ()
+        return list(dict.fromkeys([*found, *others]))
+
     @property
     def plan(self) -> Plan:
         """The current plan."""
@@ -95,15 +117,18 @@ class GraphSession:
         """The sites of the plan, each with its options."""
         return planned_sites(self.plan, self.options)
 
-    def attach(self) -> bool:
+    def attach(self, *, create: bool = True) -> bool:
         """Create the missing parameters of all sites. Return True if any were missing.
 
-        A site whose module holds parameters of another width is rejected.
+        A site whose module holds parameters of another width is rejected. Without `create`, only
+        existing parameters are declared, at the places where this trace looks for them.
         """
         root, frame, parameters = self.provenance.root, self.provenance.frame, self.parameters
         if not run_settings.planning:
             check_frame(frame)
         planned = parameters.resolve(self.planner, self.options)
+        if not create:
+            planned = tuple(item for item in planned if parameters.existing(item) is not None)
         blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
         if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)
@@ -118,10 +143,12 @@ class GraphSession:
             if not run_settings.planning:
                 check_site(site, owner, find_connection(owner, site), wrappers)
             model = self.provenance.model_around(site.add, owner)
+            connection = find_connection(owner, site)
+            options = item.options if create or connection is None else replace(item.options, **settings_of(connection))
             changed |= attach_site(
-                owner, declaring_module, site, item.options, index=index, dtype=item.dtype, last=item.last, root=model
+                owner, declaring_module, site, options, index=index, dtype=item.dtype, last=item.last, root=model
             )
-        for number, block in blocks.others.items():
+        for number, block in blocks.others.items() if create else ():
             assert root is not None
             for item in planned:
                 index = number * lengths[item.site] + item.index
@@ -186,7 +213,7 @@ class GraphSession:
         """Return the paths of hyper-connections that the captured graph declares without a site."""
         used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
         captured = self.captured.graph
-        shown = [node.args[0] for node in captured.nodes if node.target is torch.ops.mhc.declare]
+        shown = [node.args[0] for node in captured.nodes if node.target in DECLARE]
         names = {node.target: self.provenance.parameter_name(node) for node in captured.find_nodes(op="placeholder")}
         idle = [names.get(phi.target) for phi in shown if isinstance(phi, Node) and str(phi.target) not in used]
         # `.phi` only: a read-out may stay declared at a site that its chain has grown beyond.

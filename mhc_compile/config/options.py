@@ -16,6 +16,7 @@ Init = Literal["preserve", "random"]
 ExistingOptimizers = Literal["extend", "warn", "ignore"]
 Recompute = Literal["none", "cheap", "block"]
 InnerBackend = Literal["inductor", "aot_eager", "eager"]
+OutsideCalls = Literal["eager", "error"]
 
 #: The options that `overrides` may set; the others hold for a whole chain or compilation.
 PER_SITE = ("mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "eps")
@@ -101,6 +102,8 @@ class Options:
         existing_optimizers: what to do for an optimizer that was built before the first call and so
             has never seen the new parameters: "extend" adds them to the groups of the block that
             they belong to, "warn" only says so, "ignore" does nothing.
+        outside_calls: what a call outside `torch.compile` does with the model: "eager" runs its
+            hyper-connections operation by operation, "error" raises OutsideCallError.
         inductor: further settings for Inductor, as in `torch.compile(options=...)` (e.g.
             {"max_autotune": True}).
     """
@@ -123,6 +126,7 @@ class Options:
     recompute: Recompute = "cheap"
     inner_backend: InnerBackend | Callable[..., Any] = "inductor"
     existing_optimizers: ExistingOptimizers = "extend"
+    outside_calls: OutsideCalls = "eager"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +212,7 @@ class ResolvedOptions(Options):
         if not callable(self.inner_backend):
             _one_of("inner_backend", self.inner_backend, get_args(InnerBackend))
         _one_of("existing_optimizers", self.existing_optimizers, get_args(ExistingOptimizers))
+        _one_of("outside_calls", self.outside_calls, get_args(OutsideCalls))
         if not isinstance(self.inductor, Mapping):
             raise OptionError(
                 f"option 'inductor' is {self.inductor!r} ({type(self.inductor).__name__}); expected a dict of Inductor settings"

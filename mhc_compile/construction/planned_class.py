@@ -14,7 +14,7 @@ from mhc_compile.attachment.model_tree import connections
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import Plan
 from mhc_compile.config.options import Options
-from mhc_compile.construction.in_place import compile_in_place
+from mhc_compile.compilation.pipeline import run_on_streams
 from mhc_compile.errors import AttachError, PlanError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def give_at_construction(
             if reason is None:
                 model.apply(self, options)
                 settle()
-                compile_in_place(self, model.compiled_with(options))
+                run_on_streams(self, options, compiled=True)
                 given(self)
                 return
             reasons.append(reason)

@@ -104,7 +104,7 @@ def _is_alias(value: Tensor, other: Tensor) -> bool:
         and value.dtype == other.dtype
         and value.shape == other.shape
         and value.stride() == other.stride()
-        and value.data_ptr() == other.data_ptr() != 0  # 0: empty, or a wrapper of other tensors
+        and _torch.address(value) == _torch.address(other) != 0  # 0: empty, or a wrapper of other tensors
     )
 
 

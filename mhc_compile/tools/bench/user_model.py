@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile._torch import isolated_compile
-from mhc_compile._torch.benchmarking import tree_leaves, tree_map_only, warm_up
+from mhc_compile._torch.benchmarking import warm_up
+from mhc_compile._torch.fx import tree_leaves, tree_map_only
 from mhc_compile.errors import CaptureError
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.reporting.conditions import load_average

@@ -58,10 +58,10 @@ def restore_before_loading(options: Mapping[str, Any], given: Callable[[nn.Modul
         if not any(".mhc." in str(name) or str(name).startswith("mhc.") for name in state):
             return
         from mhc_compile.attachment.model_tree import connections
-        from mhc_compile.attachment.plan import ModelPlan, planned_root
+        from mhc_compile.attachment.plan import planned_root
         from mhc_compile.checkpoints.reader import read_connections
         from mhc_compile.checkpoints.restore import restore
-        from mhc_compile.construction.in_place import compile_in_place
+        from mhc_compile.compilation.pipeline import run_on_streams
 
         if connections(model) or not read_connections(state):
             return
@@ -71,7 +71,7 @@ def restore_before_loading(options: Mapping[str, Any], given: Callable[[nn.Modul
             warn(f"a checkpoint with hyper-connections is loaded, and they do not fit: {error}")
             return
         root = planned_root(model)
-        compile_in_place(root, ModelPlan.of(root).compiled_with(Options.parse(options)))
+        run_on_streams(root, Options.parse(options), compiled=True)
         given(root)
 
     program.before_loading(restore_missing)
@@ -85,6 +85,6 @@ def compile_every_model(backend: Callable[[fx.GraphModule, list[Any]], Any]) -> 
         if len(layers) > 1:
             from mhc_compile import _torch
 
-            _torch.set_compiled_call(module, backend)
+            _torch.set_compiled_call(module, _torch.compile_call(module, backend))
 
     program.on_construction(lambda module: program.call_first(module, decide))

@@ -1,0 +1,105 @@
+"""Modes and transforms under which Dynamo traces nothing: vmap, grad, make_fx, jit.trace, modes.
+
+`suspend_modes` takes them off, so that Dynamo can trace a model, and puts them on again while the
+rewritten graph runs. Dynamo then sees plain tensors (`stand_in`) for the wrapped ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_restore_interpreter_stack,
+)
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
+
+from mhc_compile._torch.dynamo import example_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+
+def modes_are_active() -> bool:
+    """Return whether a functorch transform, a dispatch mode or `jit.trace` is active."""
+    return (
+        under_functorch()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def under_functorch() -> bool:
+    """Return whether a functorch transform (vmap, grad, jvp, ...) is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_symbolic_trace() -> bool:
+    """Return whether `torch.fx.symbolic_trace` runs."""
+    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
+@contextlib.contextmanager
+def suspend_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Take all modes off in this context; yield a context that puts them on for a while."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes() as modes, temporarily_clear_interpreter_stack() as levels:
+
+            @contextlib.contextmanager
+            def resume() -> Iterator[None]:
+                for mode in reversed(modes):
+                    _push_mode(mode)
+                torch._C._set_tracing_state(state)
+                try:
+                    with temporarily_restore_interpreter_stack(levels):
+                        yield
+                finally:
+                    torch._C._set_tracing_state(None)
+                    for mode in modes:
+                        _pop_mode(mode._mode_key if hasattr(mode, "_mode_key") else None)
+
+            yield resume
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def needs_stand_in(value: object) -> bool:
+    """Return whether a tensor has no values of its own for Dynamo to trace with."""
+    return isinstance(value, Tensor) and (
+        isinstance(value, (FakeTensor, FunctionalTensor)) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def address(tensor: Tensor) -> int:
+    """Return the address of a tensor's data; 0 for a wrapper of other tensors."""
+    return 0 if needs_stand_in(tensor) else tensor.data_ptr()
+
+
+def stand_in_for(value: Tensor) -> Callable[[], Tensor]:
+    """Read the metadata of a wrapped tensor; return what makes a plain tensor with them.
+
+    Sizes that are symbolic stay dynamic in graphs.
+    """
+    sizes, dtype, device, grad = list(value.shape), value.dtype, value.device, value.requires_grad
+    kind = type(value) if isinstance(value, nn.Parameter) else Tensor
+
+    def make() -> Tensor:
+        numbers = [example_size(size) for size in sizes]
+        plain = torch.empty(numbers, dtype=dtype, device=device)
+        plain = nn.Parameter(plain, grad) if kind is not Tensor else plain.requires_grad_(grad)
+        for axis, size in enumerate(sizes):
+            if not isinstance(size, int):
+                torch._dynamo.mark_dynamic(plain, axis)
+        return plain
+
+    return make
