@@ -134,7 +134,7 @@ class CallsOfAModel(RuleBasedStateMachine):
             self.exchange(self.model.blocks[0], name)
         self.adopt(self.model)
         self.saved = copy.deepcopy(self.model.state_dict())
-        self.rule = f"start {start}"
+        self.rule = f"start {start}" + (f", untraced {' and '.join(untraced)}" if untraced else "")
         with self.loudly():
             if start == "attached":
                 mhc_compile.attach(self.model, self.tokens, options=self.options)
