@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mhc_compile.checkpoints.restore import restore
     from mhc_compile.compilation.attach import attach, plan
     from mhc_compile.construction.planned_class import planned
-    from mhc_compile.eager_mode import eager
+    from mhc_compile.eager_mode import eager, plain
     from mhc_compile.export.rewrite import rewrite
     from mhc_compile.inspection.diff.compare import diff
     from mhc_compile.inspection.explain.explain import explain
@@ -52,6 +52,7 @@ _HOMES = {
     "load_state_dict": "checkpoints.load",
     "mhc": "backend",
     "parameter_groups": "attachment.parameter_groups",
+    "plain": "eager_mode",
     "plan": "compilation.attach",
     "planned": "construction.planned_class",
     "register_mapping": "mappings",
@@ -79,6 +80,7 @@ __all__ = [
     "load_state_dict",
     "mhc",
     "parameter_groups",
+    "plain",
     "plan",
     "planned",
     "register_mapping",

@@ -1,4 +1,4 @@
-"""`mhc_compile.eager`: run a model with hyper-connections operation by operation."""
+"""`mhc_compile.eager` and `plain`: a model operation by operation, and without hyper-connections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import fx
 
 from mhc_compile import _torch, backend
 from mhc_compile.attachment.model_tree import connections, unwrap
+from mhc_compile.attachment.sites import detach
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.runtime import StreamBoundary
@@ -50,6 +51,24 @@ def eager(model: nn.Module, *, options: Mapping[str, Any] | Options | None = Non
     object.__setattr__(other, "_mhc_behind", target)
     object.__setattr__(other, "_mhc_run", _Run(target, parsed))
     return other  # type: ignore[no-any-return]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return the plain model, without hyper-connections, that shares the other parameters.
+
+    It is a copy of the modules, not of their parameters and buffers: training one trains both. Its
+    state dict is that of a model that never had hyper-connections. `model` is not changed.
+
+    Args:
+        model: any module, compiled or not.
+    """
+    target = unwrap(model)
+    memo: dict[int, Any] = {id(value): value for slots in _torch.tensor_slots(target) for value in slots.values()}
+    for connection in connections(target).values():
+        memo[id(connection)] = None
+    copied: nn.Module = copy.deepcopy(target, memo)
+    detach(copied)
+    return copied
 
 
 class _Run:

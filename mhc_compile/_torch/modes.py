@@ -7,7 +7,7 @@ rewritten graph runs. Dynamo then sees plain tensors (`stand_in`) for the wrappe
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch._functorch.pyfunctorch import (
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import _symbolic_trace
+from torch.nn.modules import module as _module
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from mhc_compile._torch.dynamo import example_size
@@ -25,6 +28,9 @@ from mhc_compile._torch.dynamo import example_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+
+#: By this flag Dynamo knows of dispatch modes.
+_IN_MODE = "_is_in_any_mode_without_ignore_compile_internals"
 
 
 def modes_are_active() -> bool:
@@ -44,14 +50,27 @@ def under_functorch() -> bool:
 
 def is_symbolic_trace() -> bool:
     """Return whether `torch.fx.symbolic_trace` runs."""
-    return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    return _symbolic_trace.is_fx_symbolic_tracing()
 
 
 @contextlib.contextmanager
 def suspend_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Take all modes off in this context; yield a context that puts them on for a while."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    """Take all modes off in this context; yield a context that puts them on for a while.
+
+    Global hooks of modules, which are made for calls of modules, do not run.
+    """
+    tracing = torch._C._get_tracing_state(), _symbolic_trace._is_fx_tracing_flag, getattr(_python_dispatch, _IN_MODE)
+
+    def trace(state: Any, symbolic: bool, in_mode: bool) -> None:
+        torch._C._set_tracing_state(state)
+        _symbolic_trace._is_fx_tracing_flag = symbolic
+        setattr(_python_dispatch, _IN_MODE, in_mode)
+
+    # Those of trackers (FlopCounterMode's) would break the graph at every module.
+    hooks = [(kind, dict(kind)) for kind in (_module._global_forward_pre_hooks, _module._global_forward_hooks)]
+    for kind, _ in hooks:
+        kind.clear()
+    trace(None, False, False)
     try:
         with _disable_current_modes() as modes, temporarily_clear_interpreter_stack() as levels:
 
@@ -59,18 +78,20 @@ def suspend_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
             def resume() -> Iterator[None]:
                 for mode in reversed(modes):
                     _push_mode(mode)
-                torch._C._set_tracing_state(state)
+                trace(*tracing)
                 try:
                     with temporarily_restore_interpreter_stack(levels):
                         yield
                 finally:
-                    torch._C._set_tracing_state(None)
+                    trace(None, False, False)
                     for mode in modes:
                         _pop_mode(mode._mode_key if hasattr(mode, "_mode_key") else None)
 
             yield resume
     finally:
-        torch._C._set_tracing_state(state)
+        trace(*tracing)
+        for kind, registered in hooks:
+            kind.update(registered)
 
 
 def needs_stand_in(value: object) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, HyperConnections, can_be_called, connections, unwrap
+from mhc_compile.compilation.inner_compiler import run_eagerly
 from mhc_compile.errors import MhcError, OutsideCallError
 from mhc_compile.passes import run_passes
 from mhc_compile.passes.transforms.lower_to_aten import LowerOperators
@@ -107,10 +108,12 @@ class InPlace:
             _torch.set_compiled_call(self.module, self._given)
 
     def _choose(self, from_compiled_code: bool) -> Callable[..., Any] | None:
-        if torch.compiler.is_exporting() or _torch.is_symbolic_trace():
+        if torch.compiler.is_exporting():
             return None
         if _torch.modes_are_active():
             return self._run_under_modes
+        if _torch.is_symbolic_trace():
+            return None
         if self.compiled or self._given is not None:
             return self._call
         if from_compiled_code:
@@ -224,9 +227,14 @@ class _UnderModes:
         return run
 
 
-def _lowered(graph_module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:  # noqa: ARG001 - as backends have it
-    """Write operators as their references, for which every mode and transform has rules."""
-    return fx.GraphModule(graph_module, run_passes(graph_module.graph, (LowerOperators(),)))
+def _lowered(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG001 - as backends have it
+    """Write operators as their references, for which every mode and transform has rules.
+
+    It is interpreted: `jit.trace` compares traces with their source lines, and generated code has
+    a number in its name.
+    """
+    lowered = fx.GraphModule(graph_module, run_passes(graph_module.graph, (LowerOperators(),)))
+    return fx.Interpreter(run_eagerly(lowered)).run
 
 
 def _sizes(graph: fx.Graph) -> dict[int, tuple[int, int]]:

@@ -21,7 +21,9 @@ from torch.export.graph_signature import (
     OutputSpec,
 )
 
+from mhc_compile.attachment.plan import options_of
 from mhc_compile.compilation.messages import warn_nothing_rewritten
+from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError
 from mhc_compile.export.program_parameters import ProgramParameters, ProgramProvenance
 from mhc_compile.passes import NORMALIZE, Pass, Plan, Site, expand_plan, run_passes
@@ -30,6 +32,7 @@ from mhc_compile.passes.transforms.expand_streams import RemoveDeclarations
 from mhc_compile.passes.transforms.lower_to_aten import CanonicalizeAten, LowerOperators, RecomposeLayerNorms
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.fx import Graph, Node
 
     from mhc_compile.compilation.bindings import PlannedSite
@@ -53,6 +56,31 @@ def rewrite_program(program: ExportedProgram, options: ResolvedOptions) -> Expor
     kept = {node.name for node in graph.nodes}
     graph = run_passes(graph, lowering(program))
     return _assemble(program, graph, parameters.specs, parameters.tensors, kept)
+
+
+def rewrite_attached(model: nn.Module, program: ExportedProgram) -> ExportedProgram:
+    """Return the program of a model on the streams of its hyper-connections, which it only has.
+
+    Raises:
+        CaptureError: a hyper-connection whose module runs in the program has no part in it.
+    """
+    rewritten = rewrite_program(program, options_of(model, Options().resolved))
+    specs = zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+    declared = {
+        spec.target
+        for node, spec in specs
+        if any(user.target is torch.ops.mhc.declare.default and user.args[0] is node for user in node.users)
+    }
+    inputs = zip(rewritten.graph.find_nodes(op="placeholder"), rewritten.graph_signature.input_specs, strict=True)
+    idle = [str(spec.target) for node, spec in inputs if spec.target in declared and not node.users]
+    if idle:
+        raise CaptureError(
+            f"torch.export: {len(idle)} of the {len(declared)} hyper-connections that run in this program have no part in"
+            f" it ({idle[0].removesuffix('.phi')}, ...): the program would be another function than the model."
+            " mhc_compile.explain(model, ...) shows each addition with its reason; mhc_compile.plain(model) exports"
+            " without hyper-connections"
+        )
+    return rewritten
 
 
 def lowering(program: ExportedProgram) -> tuple[Pass, ...]:

@@ -185,6 +185,23 @@ def _register_with_torch() -> None:
     observe_distributed_loads(_compare)
 
 
+def _rewrite_exported_programs() -> None:
+    from mhc_compile._torch.export import after_exporting
+
+    after_exporting(_on_streams)
+
+
+def _on_streams(model: Any, program: Any) -> Any:
+    """Return the exported program of a model on streams, if the model has hyper-connections."""
+    from mhc_compile.attachment.model_tree import connections
+
+    if not connections(model):
+        return program
+    from mhc_compile.export.exported_program import rewrite_attached
+
+    return rewrite_attached(model, program)
+
+
 def _compare(asked: Collection[str], saved: Collection[str]) -> None:
     """Warn if a distributed load of a module asks for all but its hyper-connections."""
     lost = [name for name in own(dict.fromkeys(saved)) if name not in asked]
@@ -202,6 +219,7 @@ _REGISTER = {
     "torchtune.training.checkpointing": register_with_torchtune,
     "transformers.modeling_utils": register_with_transformers,
     "torch.distributed.checkpoint.default_planner": _register_with_torch,
+    "torch.export._trace": _rewrite_exported_programs,
 }
 
 
