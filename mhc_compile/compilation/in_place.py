@@ -233,7 +233,10 @@ def _lowered(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., A
     It is interpreted: `jit.trace` compares traces with their source lines, and generated code has
     a number in its name.
     """
-    lowered = fx.GraphModule(graph_module, run_passes(graph_module.graph, (LowerOperators(),)))
+    graph = run_passes(graph_module.graph, (LowerOperators(),))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        node.op, node.target = "call_method", "size"  # vmap has no rule for the operator
+    lowered = fx.GraphModule(graph_module, graph)
     return fx.Interpreter(run_eagerly(lowered)).run
 
 
