@@ -173,7 +173,10 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Make calls of `module` run `call`, or run uncompiled for None."""
-    module.__dict__["_compiled_call_impl"] = call
+    if call is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module.__dict__["_compiled_call_impl"] = call
 
 
 def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any] | None]) -> Callable[..., Any]:

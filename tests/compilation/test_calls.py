@@ -86,7 +86,7 @@ WAYS = {
     "make_fx": lambda model: make_fx(lambda t: model(t))(TOKENS)(TOKENS),
     "make_fx, symbolic": lambda model: make_fx(
         lambda t: model(t), tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(TOKENS[:1, :4])(TOKENS),
+    )(TOKENS[:1, :4].clone())(TOKENS),
     "jit.trace": lambda model: torch.jit.trace(model, (TOKENS,))(TOKENS),
     "a dispatch mode": lambda model: mode(lambda: model(TOKENS)),
     "export": lambda model: torch.export.export(model, (TOKENS,)).module()(TOKENS),
@@ -94,7 +94,7 @@ WAYS = {
         torch.compile(model, backend="mhc", options=EAGER), (TOKENS,)
     ).module()(TOKENS),
     "export, strict, dynamic": lambda model: torch.export.export(
-        model, (TOKENS[:, :4],), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=True
+        model, (TOKENS[:, :4].clone(),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=True
     ).module()(TOKENS),
 }
 #: What the default run leaves to the slow one.
