@@ -221,7 +221,7 @@ def rewrite_for_other_compilers(rewrite: Callable[[Callable[..., Any], torch.fx.
                 self.compiler_fn = given
 
         call_user_compiler.__module__ = __name__
-        OutputGraph.call_user_compiler = call_user_compiler  # type: ignore[method-assign]
+        OutputGraph.call_user_compiler = call_user_compiler  # type: ignore[method-assign, assignment]
 
 
 def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
@@ -232,12 +232,12 @@ def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
             return
 
         @functools.wraps(original)
-        def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def compile_in_place(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             then(self)
 
-        compile.__module__ = __name__
-        nn.Module.compile = compile  # type: ignore[method-assign]
+        compile_in_place.__module__ = __name__
+        nn.Module.compile = compile_in_place  # type: ignore[method-assign]
 
 
 def why_not_traced(function: Callable[..., Any]) -> str:

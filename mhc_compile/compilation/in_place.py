@@ -120,7 +120,7 @@ class InPlace:
         if _torch.is_symbolic_trace():
             return None
         if self.compiled or self._given is not None:
-            return self._call
+            return self._call  # type: ignore[no-any-return]
         if from_compiled_code or _is_compiled_in_parts(self.module):
             return None
         if self.options.outside_calls == "error":
