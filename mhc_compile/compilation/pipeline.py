@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from torch import fx
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 #: Code with a compiled version that has no streams: it had no sites when it was traced.
 _compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
+#: The hyper-connections that the trace in progress created before it was restarted.
+_created: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
 #: Several threads may compile at the same time.
 _lock = threading.Lock()
 
@@ -32,13 +35,16 @@ def compile_captured(
     session = GraphSession.analyze(graph_module, inputs, options)
     prepare_kernels(session)
     if session.attach():
+        _created.update(session.created)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
     graph = session.rewrite()
     if session.is_plain:
         with _lock:
             _compiled_plain.add(session.provenance.frame.code)
     notify(session)
-    return compile_graph(session, graph, inputs, mode)
+    tails = session.tails(_created)
+    _created.clear()
+    return compile_graph(session, graph, inputs, mode, tails)
 
 
 def _restart_trace() -> None:

@@ -8,11 +8,14 @@ its streams. A tensor without streams is expanded to copies; streams that were l
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import has_hooks
 from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
@@ -22,6 +25,8 @@ from mhc_compile.graph_breaks.stream_registry import (
     changed,
     find_lost_streams,
     find_registered,
+    lost_before,
+    open_branch,
     register_streams,
     registered_streams,
 )
@@ -29,8 +34,41 @@ from mhc_compile.passes.planning.graph_boundary import BranchInput, BranchOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import CodeType
 
+    from mhc_compile.attachment.ledger import GraphLedger, Record
     from mhc_compile.graph_breaks.split_branches import Notes
+
+#: How often the two parts of a branch are traced again because the first did not read streams.
+_RETRIES = 3
+#: That number by the code of the second part and the name of the site.
+_retried: weakref.WeakKeyDictionary[CodeType, Counter[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The frame of a graph: class of its root, the root and the code (weak), and "file:line"."""
+
+    model: str
+    root: Callable[[], nn.Module | None]
+    where: str
+    code: weakref.ref[CodeType]
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """A site whose branch began in another graph.
+
+    Attributes:
+        path: its path below the root.
+        heads: code (weak) of the frames in which the branch begins.
+        starting: whether the hyper-connection was created for this graph, and a plain add is what
+            it computes at its start.
+    """
+
+    path: str
+    heads: tuple[weakref.ref[CodeType], ...]
+    starting: bool
 
 
 class StreamBoundary:
@@ -43,12 +81,14 @@ class StreamBoundary:
         departures: those that leave.
         positions: positions of the inputs by their targets.
         notes: annotations for the autograd history of the results.
-        root: the module whose method the frame is, if any.
-        where: file and line of the frame.
+        origin: the frame.
+        ledger: the records of its sites.
+        entries: the entry of the ledger for each path (of an opening: name) with parameters here.
+        tails: the sites whose branches began in other graphs, by the input that is their trunk.
         strict: raise errors instead of warnings.
 
     Raises:
-        StreamsLostError: `strict`, and streams of another graph did not arrive.
+        StreamsLostError: `strict`, and streams or coefficients of another graph did not arrive.
     """
 
     def __init__(
@@ -59,8 +99,10 @@ class StreamBoundary:
         *,
         positions: Mapping[str, int],
         notes: Notes,
-        root: nn.Module | None,
-        where: str,
+        origin: Origin,
+        ledger: GraphLedger,
+        entries: Mapping[str, int],
+        tails: Mapping[str, Tail],
         strict: bool,
     ) -> None:
         self.compiled = compiled
@@ -70,58 +112,127 @@ class StreamBoundary:
         self.positions = positions
         self.notes = notes
         self.extra = len(self.departures) + 2 * len(self.openings)
-        self.model = type(root).__name__ if root is not None else "function"
-        self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else lambda: None
-        self.where = where
+        self.origin, self.ledger, self.entries, self.tails = origin, ledger, entries, tails
         self.strict = strict
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._called = False
+        #: The records of the tails, by path, in the latest call.
+        self._closed: dict[str, Record] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph on Dynamo's inputs. Return Dynamo's results."""
-        received = [self._receive(inputs[position], arrival) for position, arrival in self.arrivals]
+        received = [self._receive(inputs[position], arrival, inputs) for position, arrival in self.arrivals]
         results = self.compiled(*inputs, *received)
+        self.ledger.count(inputs)
         if self.notes:
             self.notes.write(inputs, results)
         for departure in self.departures:
-            path = f"{self.model}.{departure.path}"
+            left = Departed(f"{self.origin.model}.{departure.path}", self._index(departure.path, inputs))
             register_streams(
-                results[departure.value], results[departure.streams], departure.axis, path, mean=departure.mean
+                results[departure.value], results[departure.streams], departure.axis, left, mean=departure.mean
             )
         for opening in self.openings:
             self._begin(opening, inputs, received, results)
+        self._called = True
         return results[: -self.extra] if self.extra else results
+
+    def _index(self, path: str, inputs: Sequence[Any]) -> int:
+        """Return the position in its chain of the site `path`, whose parameters are in `inputs`."""
+        record = self._record(path, inputs)
+        return record.index if record is not None else -2  # follows and precedes none
+
+    def _record(self, path: str, inputs: Sequence[Any]) -> Record | None:
+        number = self.entries.get(path)
+        if number is None:
+            return self._closed.get(path)
+        return self.ledger.find(number, inputs[self.ledger.inputs[number][0]])
 
     def _begin(
         self, opening: BranchOutput, inputs: Sequence[Any], received: Sequence[Tensor], results: Sequence[Any]
     ) -> None:
         """Register the coefficients of a branch with the trunk tensor that it starts from."""
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
-        entry = registered_streams(value)
+        entry, record = registered_streams(value), self._record(opening.name, inputs)
+        assert record is not None
+        left = Departed(f"the branch {opening.name!r} of {self.origin.model}", record.index, begun=True)
         # At the start of a chain the streams are the copies that this graph received.
         if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
-            entry = register_streams(value, received[number], opening.axis, f"{self.model}.{opening.name}")
-        entry.open[opening.name] = OpenBranch(results[opening.post], results[opening.res], self.root)
+            entry = register_streams(value, received[number], opening.axis, replace(left, begun=False))
+        branch = OpenBranch(results[opening.post], results[opening.res], self.origin.root, left, record)
+        open_branch(entry, opening.name, branch)
+        if record.dropped > 1 and not record.computed:
+            self._report(
+                f"the branch {opening.name!r} that begins in {self.origin.model} ({self.origin.where}) has read streams"
+                f" {record.dropped} times, and no compiled graph had its sum: its result was added to the mean of the"
+                " streams, outside of any graph or in an add that is rejected"
+                " (mhc_compile.explain(model, ...) shows each addition with its reason)"
+            )
 
-    def _receive(self, value: Tensor, arrival: StreamInput | BranchInput) -> Tensor:
-        return self._coefficient(value, arrival) if isinstance(arrival, BranchInput) else self._streams(value, arrival)
+    def _receive(self, value: Tensor, arrival: StreamInput | BranchInput, inputs: Sequence[Any]) -> Tensor:
+        if isinstance(arrival, BranchInput):
+            return self._coefficient(value, arrival)
+        return self._streams(value, arrival, inputs)
 
     def _coefficient(self, value: Tensor, closing: BranchInput) -> Tensor:
         """Return post or res; without coefficients 1 or the identity, which make a plain add."""
         entry = registered_streams(value)
         found = entry.open.get(closing.name) if entry is not None else None
         if found is not None:
+            if closing.kind == "post":
+                self._close(found, closing)
             return (found.post if closing.kind == "post" else found.res).contiguous()
+        if closing.kind == "post":
+            self._start_again(closing)
         tokens = value.movedim(closing.axis, -1).shape[:-1]
         dtype, n = torch.promote_types(value.dtype, torch.float32), closing.streams
         if closing.kind == "post":
             return torch.ones((*tokens, n), dtype=dtype, device=value.device)
         return torch.eye(n, dtype=dtype, device=value.device).expand(*tokens, n, n).contiguous()
 
-    def _streams(self, value: Tensor, arrival: StreamInput) -> Tensor:
+    def _close(self, branch: OpenBranch, closing: BranchInput) -> None:
+        if branch.closed_in not in ("", self.origin.where):  # a checkpoint runs the same graph again
+            self._report(
+                f"the branch {closing.name!r} of {self.origin.model} is added to its streams twice, in"
+                f" {branch.closed_in} and in {self.origin.where}: two residual adds were taken for the end of one branch"
+            )
+        if not branch.left.taken:
+            branch.record.computed += 1
+            if self.ledger.graph not in branch.record.graphs:
+                branch.record.enter(self.ledger.graph)
+        self._closed[self.tails[closing.value].path] = branch.record
+        branch.left.taken, branch.closed_in = True, self.origin.where
+
+    def _start_again(self, closing: BranchInput) -> None:
+        """Report a branch that did not begin on streams, and have both its parts traced again."""
+        name, tail = closing.name, self.tails[closing.value]
+        code = self.origin.code()
+        retried = _retried.setdefault(code, Counter()) if code is not None else Counter()
+        retried[name] += 1
+        again = retried[name] <= _RETRIES
+        if again:
+            for each in (self.origin.code, *tail.heads):
+                if (known := each()) is not None:
+                    _torch.forget_compiled(known, all_entries=False)
+        if tail.starting and not self._called:
+            return
+        way_out = (
+            "Both are traced again at the next call. Call mhc_compile.attach(model, *inputs) once before the calls that"
+            " count"
+            if again
+            else "No compiled graph is the first to read the trunk there: let a module that is compiled (a norm, a"
+            " projection) be the first, or take the hyper-connections off with mhc_compile.detach(model)"
+        )
+        self._report(
+            f"the branch {name!r} of {self.origin.model} ran outside of the graph of its residual add"
+            f" ({self.origin.where}), and the graph in which it begins read the mean of the streams: this call computed"
+            f" neither the model with hyper-connections nor the plain one. {way_out}"
+        )
+
+    def _streams(self, value: Tensor, arrival: StreamInput, inputs: Sequence[Any]) -> Tensor:
         found = find_registered(value)
         if found is None:
-            origin = find_lost_streams(value)
+            origin = find_lost_streams(value) or lost_before(self._index(arrival.path, inputs))
             why = "the tensor was made again on the way" if origin is not None else None
         else:
             origin = found[1].left
@@ -133,19 +244,20 @@ class StreamBoundary:
             origin.taken = True
             return _take(value, *found)
         assert origin is not None
-        self._report(origin, arrival, why)
+        if origin.begun:
+            why = "its branch began on streams, and its residual add ran outside of any graph, or was rejected"
+        self._report(
+            f"the streams behind {origin.path} end before {self.origin.model}.{arrival.path} ({self.origin.where}):"
+            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be"
+            " compiled in one graph",
+        )
         return _copies(value, arrival)
 
-    def _report(self, origin: Departed, arrival: StreamInput, why: str) -> None:
-        message = (
-            f"the streams behind {origin.path} end before {self.model}.{arrival.path} ({self.where}):"
-            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be"
-            " compiled in one graph"
-        )
+    def _report(self, message: str) -> None:
         if self.strict:
             raise StreamsLostError(message)
-        if why not in self._said:
-            self._said.add(why)
+        if message not in self._warned:
+            self._warned.add(message)
             warn(message)
 
 
