@@ -95,7 +95,7 @@ class Notes:
         return bool(self._entries)
 
     def write(self, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-        """Annotate the results of one call; without a history, the tensors that were read."""
+        """Annotate the history of the results of one call, and the tensors that were read."""
         for position, number, reached, beginning in self._entries:
             value = inputs[position] if position is not None else results[number]  # type: ignore[index]
             reference = _torch.TensorWeakRef(value)
@@ -104,9 +104,8 @@ class Notes:
                 if not isinstance(result, Tensor):
                     continue
                 note = _Note(reference, beginning, last_module)
-                if result.grad_fn is None:
-                    note_head(value, (beginning, index), note, result)
-                else:
+                note_head(value, (beginning, index), note, result)
+                if result.grad_fn is not None:
                     metadata: Any = result.grad_fn.metadata
                     metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(note)
 
@@ -144,7 +143,7 @@ def find_tail(
     if (
         name is None and not contracted and all(path.goes_on for path in paths)
     ):  # weights that are no parameters, as those of a quantised module
-        name = _free_name(provenance, owner, modules)
+        name = _free_name(provenance, owner, modules, trunk)
     if name is None and not contracted:  # a norm alone, say
         return None
     return BranchTail(ref, name, beginnings[0].axis, tuple(beginnings))
@@ -241,27 +240,30 @@ def _find_without_history(
         value is result() and note.last_module is None for note, result in noted for group in terms for value in group
     ):
         return None  # a norm alone
-    name = _free_name(provenance, owner, modules)
+    name = _free_name(provenance, owner, modules, trunk)
     return BranchTail(ref, name, heads[0].axis, tuple(heads)) if name is not None else None
 
 
-def _free_name(provenance: DynamoProvenance, owner: nn.Module, modules: tuple[nn.Module, ...]) -> str | None:
+def _free_name(
+    provenance: DynamoProvenance, owner: nn.Module, modules: tuple[nn.Module, ...], trunk: Tensor
+) -> str | None:
     """Return the name of the first hyper-connection of `owner` whose branch `modules` may start.
 
     Its parameters are not in this graph, and no other modules start its branch. Residual adds run
-    in the order of their chain.
+    in the order of their chain: it is the next after that of the trunk, if it has streams.
     """
-    started, container = starting_paths(owner), getattr(owner, CONTAINER, None)
+    started, container, entry = starting_paths(owner), getattr(owner, CONTAINER, None), registered_streams(trunk)
+    past = entry.left.index if entry is not None else -1
     if not isinstance(container, HyperConnections):
         return None
     free = [
-        (connection.index, name)
+        (connection.index <= past, connection.index, name)
         for name, connection in container.named_modules()
         if isinstance(connection, HyperConnection)
         and provenance.target_of(connection.phi) is None
         and (connection not in started or begun_by(modules) == (name, connection))
     ]
-    return min(free)[1] if free else None
+    return min(free)[-1] if free else None
 
 
 def _callable_path(owner: nn.Module, path: str) -> str:

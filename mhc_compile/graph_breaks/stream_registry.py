@@ -82,7 +82,7 @@ class _Thread(threading.local):
 
 #: Tensors with streams. Weak in both.
 _carried: Any = WeakTensorKeyDictionary()
-#: The heads of branches that read a tensor, where results have no history. Weak in the tensors.
+#: The heads of branches that read a tensor, for results without a history. Weak in the tensors.
 _noted: Any = WeakTensorKeyDictionary()
 #: Guards growth and iteration: several threads may run models.
 _lock = threading.Lock()
@@ -119,7 +119,7 @@ def lost_before(index: int) -> Departed | None:
 
 
 def note_head(value: Tensor, key: Hashable, note: Any, result: Tensor) -> None:
-    """Record that a head, `key`, read `value`, and computed `result` without a history."""
+    """Record that a head, `key`, read `value` and computed `result`."""
     with _lock:
         _noted.setdefault(value, {})[key] = note, _torch.TensorWeakRef(result)
 
