@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile import _torch
+from mhc_compile.attachment.ledger import ran_plain
 from mhc_compile.errors import warn
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
             for module in (connection, connection.read_out):
                 if module is not None:
                     torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
-    elif declaring_module not in _warned:
+        return
+    plain = [ran_plain(connection) for connection in declaring_module._mhc_declared]  # type: ignore[union-attr]
+    if any(plain) and declaring_module not in _warned:
         _warn_of_plain_run(declaring_module)
 
 

@@ -27,17 +27,18 @@ class Record:
         index: position of its site in its chain.
         computed: how often a compiled graph wrote its site.
         plain: how often the module that declares it ran outside of any graph.
+        open: branches of the site that began in a graph and wait for their sum in a later one.
         dropped: how often its branch began in a graph, and no graph had its sum.
         computed_since: time of the first computed call, seconds since the epoch; None before.
         last_plain: time of the last plain run; None without one.
         graphs: the graphs that computed it: number by place ("file:line") and inner backend.
     """
 
-    __slots__ = ("computed", "computed_since", "dropped", "graphs", "index", "last_plain", "plain")
+    __slots__ = ("computed", "computed_since", "dropped", "graphs", "index", "last_plain", "open", "plain")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.computed = self.plain = self.dropped = 0
+        self.computed = self.plain = self.dropped = self.open = 0
         self.computed_since: float | None = None
         self.last_plain: float | None = None
         self.graphs: Counter[tuple[str, str]] = Counter()
@@ -58,11 +59,18 @@ def record_of(connection: HyperConnection) -> Record:
     return _records.setdefault(connection, Record(connection.index)) if record is None else record
 
 
-def ran_plain(connection: HyperConnection) -> None:
-    """Record that the module that declares `connection` was called outside of any graph."""
+def ran_plain(connection: HyperConnection) -> bool:
+    """Record a call of the module that declares `connection` outside of any graph.
+
+    Return False, and record nothing, inside a branch that began on streams: its sum follows in a
+    later graph.
+    """
     record = record_of(connection)
+    if record.open:
+        return False
     record.plain += 1
     record.last_plain = time.time()
+    return True
 
 
 class GraphLedger:

@@ -79,31 +79,33 @@ class ModuleParameters(SiteParameters):
         return found
 
     def foresee(self, plan: Plan) -> dict[BranchHead, tuple[str, HyperConnection]]:
-        """Return the sites of heads that no module knows, where the rest of the branch shows them.
+        """Return the sites of heads that no module knows, where the graph shows which they are.
 
-        The module that declares the site was called and holds the last product with weights: the
-        add follows in a later graph.
+        The module that declares the site is called here, without the add. It holds the last product
+        with weights of the head; or there is no product yet, and one head and one such site.
         """
         root = self.provenance.root
-        if root is None or not plan.heads:
+        heads = [head for head in plan.heads if self.begun(head) is None]
+        if root is None or not heads:
             return {}
-        declared = declaring_paths(root)
-        here = {
-            connection: split_path(path)[1]
+        declared, taken = declaring_paths(root), {find_connection(self.modules(site)[0], site) for site in plan.sites}
+        here = [
+            (split_path(path)[1], connection)
             for path, connection in connections(root).items()
-            if connection in declared and self.provenance.target_of(connection.phi) is not None
-        }
-        for site in plan.sites:
-            here.pop(find_connection(self.modules(site)[0], site), None)  # type: ignore[arg-type]
+            if connection in declared and connection not in taken
+            if self.provenance.target_of(connection.phi) is not None
+        ]
         found = {}
-        for head in plan.heads if here else ():
+        for head in heads if here else ():
             last = {self.provenance.module(ref) for ref in head.results.values() if ref is not None}
             sites = [
                 (name, connection)
-                for connection, name in here.items()
+                for name, connection in here
                 if any(last & set(root.get_submodule(path).modules()) for path in declared[connection])
             ]
-            if self.begun(head) is None and len(sites) == 1:
+            if not last and len(heads) == 1:
+                sites = here
+            if len(sites) == 1:
                 found[head] = sites[0]
         return found
 

@@ -201,7 +201,7 @@ class StreamBoundary:
             if self.ledger.graph not in branch.record.graphs:
                 branch.record.enter(self.ledger.graph)
         self._closed[self.tails[closing.value].path] = branch.record
-        branch.left.taken, branch.closed_in = True, self.origin.where
+        branch.close(self.origin.where)
 
     def _start_again(self, closing: BranchInput) -> None:
         """Report a branch that did not begin on streams, and have both its parts traced again."""

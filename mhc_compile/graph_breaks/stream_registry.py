@@ -57,8 +57,17 @@ class OpenBranch:
     #: The graph that has the sum.
     closed_in: str = ""
 
+    def __post_init__(self) -> None:
+        self.record.open += 1
+
+    def close(self, place: str) -> None:
+        """Record that the graph of the frame at `place` has the sum."""
+        self.record.open -= not self.left.taken
+        self.left.taken, self.closed_in = True, place
+
     def __del__(self) -> None:
         if not self.left.taken:
+            self.record.open -= 1
             self.record.dropped += 1
 
 
