@@ -103,10 +103,20 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
             for module in (connection, connection.read_out):
                 if module is not None:
                     torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
-        return
-    plain = [ran_plain(connection) for connection in declaring_module._mhc_declared]  # type: ignore[union-attr]
-    if any(plain) and declaring_module not in _warned:
+    else:
+        _run_outside(declaring_module, split=_torch.traces_calls())
+
+
+@torch.compiler.disable
+def _run_outside(declaring_module: nn.Module, *, split: bool) -> None:
+    """Count a call outside of a graph. Where graphs `split` round it, the next one reports it."""
+    plain = [ran_plain(connection) for connection in declaring_module.__dict__[DECLARED]]
+    if any(plain) and not split and declaring_module not in _warned:
         _warn_of_plain_run(declaring_module)
+
+
+# Called outside of a graph, it would be one of its own, in which `is_compiling()` holds.
+_torch.begin_no_trace(_declare)
 
 
 def _warn_of_plain_run(declaring_module: nn.Module) -> None:
