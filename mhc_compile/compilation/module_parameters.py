@@ -81,8 +81,8 @@ class ModuleParameters(SiteParameters):
     def foresee(self, plan: Plan) -> dict[BranchHead, tuple[str, HyperConnection]]:
         """Return the sites of heads that no module knows, where the graph shows which they are.
 
-        The module that declares the site is called here, without the add. It holds the last product
-        with weights of the head; or there is no product yet, and one head and one such site.
+        The module that declares the site is called here, without the add, and holds the last
+        product with weights of the head.
         """
         root = self.provenance.root
         heads = [head for head in plan.heads if self.begun(head) is None]
@@ -103,8 +103,6 @@ class ModuleParameters(SiteParameters):
                 for name, connection in here
                 if any(last & set(root.get_submodule(path).modules()) for path in declared[connection])
             ]
-            if not last and len(heads) == 1:
-                sites = here
             if len(sites) == 1:
                 found[head] = sites[0]
         return found

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: The hyper-connections that the trace in progress created before it was restarted.
 _created: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
+#: Code whose trace was restarted, until it is compiled.
+_restarted: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Several threads may compile at the same time.
 _lock = threading.Lock()
 
@@ -36,14 +38,17 @@ def compile_captured(
     prepare_kernels(session)
     if session.attach():
         _created.update(session.created)
+        _restarted.add(session.provenance.frame.code)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
     graph = session.rewrite()
     if session.is_plain:
         with _lock:
             _compiled_plain.add(session.provenance.frame.code)
     notify(session)
-    tails = session.tails(_created)
+    code = session.provenance.frame.code
+    tails = session.tails(_created, fresh=code in _restarted)
     _created.clear()
+    _restarted.discard(code)
     return compile_graph(session, graph, inputs, mode, tails)
 
 

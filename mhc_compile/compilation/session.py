@@ -194,10 +194,11 @@ class GraphSession:
         begun = [Use(name[0], _target(binding.phi), name[1]) for name, binding in heads if name is not None]
         return [use for use in sites if use.phi], begun
 
-    def tails(self, created: Container[HyperConnection]) -> dict[str, Tail]:
+    def tails(self, created: Container[HyperConnection], *, fresh: bool) -> dict[str, Tail]:
         """Return the sites whose branches began in other graphs, by the input that is their trunk.
 
-        `created` are the hyper-connections that this trace created before it was restarted.
+        `created` are the hyper-connections that this trace created before it was restarted, `fresh`
+        whether it was.
         """
         found = {}
         for item in self.sites:
@@ -205,7 +206,7 @@ class GraphSession:
             if item.site.tail and connection is not None:
                 starting = connection in created and connection.init == "preserve"
                 heads = tuple(head.code for head in item.site.heads)
-                found[str(item.site.trunk.target)] = Tail(item.site.path, heads, starting)
+                found[str(item.site.trunk.target)] = Tail(item.site.path, heads, fresh, starting)
         return found
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile._torch import has_hooks
+from mhc_compile.attachment.model_tree import split_path
 from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
     Departed,
@@ -26,6 +27,7 @@ from mhc_compile.graph_breaks.stream_registry import (
     find_lost_streams,
     find_registered,
     lost_before,
+    noted_heads,
     open_branch,
     register_streams,
     registered_streams,
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
 #: How often the two parts of a branch are traced again because the first did not read streams.
 _RETRIES = 3
-#: That number by the code of the second part and the name of the site.
+#: How often a branch begins without an end before that is reported: a call may have raised.
+_DROPPED = 3
+#: The number of retries by the code of the second part and the name of the site.
 _retried: weakref.WeakKeyDictionary[CodeType, Counter[str]] = weakref.WeakKeyDictionary()
 
 
@@ -62,12 +66,14 @@ class Tail:
     Attributes:
         path: its path below the root.
         heads: code (weak) of the frames in which the branch begins.
-        starting: whether the hyper-connection was created for this graph, and a plain add is what
-            it computes at its start.
+        fresh: whether the heads are traced again after this graph, whose trace found their site.
+        starting: whether that trace also created the hyper-connection, and a plain add is what it
+            computes at its start.
     """
 
     path: str
     heads: tuple[weakref.ref[CodeType], ...]
+    fresh: bool
     starting: bool
 
 
@@ -158,15 +164,15 @@ class StreamBoundary:
         # At the start of a chain the streams are the copies that this graph received.
         if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
-            entry = register_streams(value, received[number], opening.axis, replace(left, begun=False))
+            entry = register_streams(value, received[number], opening.axis, replace(left))
         branch = OpenBranch(results[opening.post], results[opening.res], self.origin.root, left, record)
         open_branch(entry, opening.name, branch)
-        if record.dropped > 1 and not record.computed:
+        if record.dropped >= _DROPPED and not record.computed:
+            number, record.dropped = record.dropped, 0
             self._report(
-                f"the branch {opening.name!r} that begins in {self.origin.model} ({self.origin.where}) has read streams"
-                f" {record.dropped} times, and no compiled graph had its sum: its result was added to the mean of the"
-                " streams, outside of any graph or in an add that is rejected"
-                " (mhc_compile.explain(model, ...) shows each addition with its reason)"
+                f"{left.path} ({self.origin.where}) began on streams {number} times, and no compiled graph had its"
+                " residual add: it ran outside of any graph, on the mean of the streams, or was rejected."
+                " mhc_compile.explain(model, ...) shows each addition with its reason"
             )
 
     def _receive(self, value: Tensor, arrival: StreamInput | BranchInput, inputs: Sequence[Any]) -> Tensor:
@@ -183,7 +189,7 @@ class StreamBoundary:
                 self._close(found, closing)
             return (found.post if closing.kind == "post" else found.res).contiguous()
         if closing.kind == "post":
-            self._start_again(closing)
+            self._start_again(value, closing)
         tokens = value.movedim(closing.axis, -1).shape[:-1]
         dtype, n = torch.promote_types(value.dtype, torch.float32), closing.streams
         if closing.kind == "post":
@@ -202,19 +208,25 @@ class StreamBoundary:
                 branch.record.enter(self.ledger.graph)
         self._closed[self.tails[closing.value].path] = branch.record
         branch.close(self.origin.where)
+        if not self._called and (code := self.origin.code()) in _retried:
+            _retried.pop(code)
 
-    def _start_again(self, closing: BranchInput) -> None:
+    def _start_again(self, value: Tensor, closing: BranchInput) -> None:
         """Report a branch that did not begin on streams, and have both its parts traced again."""
-        name, tail = closing.name, self.tails[closing.value]
-        code = self.origin.code()
-        retried = _retried.setdefault(code, Counter()) if code is not None else Counter()
-        retried[name] += 1
-        again = retried[name] <= _RETRIES
-        if again:
-            for each in (self.origin.code, *tail.heads):
-                if (known := each()) is not None:
-                    _torch.forget_compiled(known, all_entries=False)
-        if tail.starting and not self._called:
+        name, tail, code = closing.name, self.tails[closing.value], self.origin.code()
+        expected, again = tail.fresh and not self._called, True
+        if not expected and code is not None:
+            retried = _retried.setdefault(code, Counter())
+            retried[name] += 1
+            again = retried[name] <= _RETRIES
+            beginnings = [note.beginning for note, _ in noted_heads(value)]  # another model may share this graph
+            for beginning in beginnings:
+                beginning.begin(*split_path(tail.path))
+            heads = (*tail.heads, *(beginning.code for beginning in beginnings))
+            for head in (code, *(head() for head in heads)) if again else ():
+                if head is not None:
+                    _torch.forget_compiled(head, all_entries=False)
+        if expected and tail.starting:
             return
         way_out = (
             "Both are traced again at the next call. Call mhc_compile.attach(model, *inputs) once before the calls that"
@@ -244,13 +256,18 @@ class StreamBoundary:
             origin.taken = True
             return _take(value, *found)
         assert origin is not None
+        here = f"{self.origin.model}.{arrival.path} ({self.origin.where})"
         if origin.begun:
-            why = "its branch began on streams, and its residual add ran outside of any graph, or was rejected"
-        self._report(
-            f"the streams behind {origin.path} end before {self.origin.model}.{arrival.path} ({self.origin.where}):"
-            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be"
-            " compiled in one graph",
-        )
+            self._report(
+                f"{origin.path} began on streams, and its residual add ran outside of any compiled graph, or was rejected:"
+                f" {here} starts from copies of the mean. Let a compiled graph have the add;"
+                " mhc_compile.explain(model, ...) shows rejected ones"
+            )
+        else:
+            self._report(
+                f"the streams behind {origin.path} end before {here}: {why}. This graph starts from copies of their mean."
+                " Hand the tensor on unchanged, or let both blocks be compiled in one graph"
+            )
         return _copies(value, arrival)
 
     def _report(self, message: str) -> None:

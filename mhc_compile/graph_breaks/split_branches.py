@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mhc_compile import _torch
-from mhc_compile.attachment.declaration import begun_by, starting_paths
+from mhc_compile.attachment.declaration import begin_branch, begun_by, starting_paths
 from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections
 from mhc_compile.graph_breaks.stream_registry import history, note_head, noted_heads, registered_streams
 from mhc_compile.modules.hyper_connection import HyperConnection
@@ -53,6 +53,14 @@ class Beginning:
     def alive(self) -> tuple[nn.Module, ...]:
         """Return the modules that still exist."""
         return tuple(module for reference in self.modules if (module := reference()) is not None)
+
+    def begin(self, owner: str, name: str) -> None:
+        """Let the modules start the branch of site `name` of the module `owner` below the root."""
+        root, modules = self.root() if self.root is not None else None, self.alive()
+        container = getattr(dict(root.named_modules()).get(owner), CONTAINER, None) if root is not None else None
+        connection = container.get(name) if isinstance(container, HyperConnections) else None
+        if connection is not None and len(modules) == len(self.modules):
+            begin_branch(modules, connection, name)
 
 
 @dataclass(frozen=True, eq=False)
