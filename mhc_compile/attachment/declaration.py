@@ -107,7 +107,7 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
         _run_outside(declaring_module, split=_torch.traces_calls())
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_outside(declaring_module: nn.Module, *, split: bool) -> None:
     """Count a call outside of a graph. Where graphs `split` round it, the next one reports it."""
     plain = [ran_plain(connection) for connection in declaring_module.__dict__[DECLARED]]

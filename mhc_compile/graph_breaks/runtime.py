@@ -208,8 +208,8 @@ class StreamBoundary:
                 branch.record.enter(self.ledger.graph)
         self._closed[self.tails[closing.value].path] = branch.record
         branch.close(self.origin.where)
-        if not self._called and (code := self.origin.code()) in _retried:
-            _retried.pop(code)
+        if not self._called and (code := self.origin.code()) is not None:
+            _retried.pop(code, None)
 
     def _start_again(self, value: Tensor, closing: BranchInput) -> None:
         """Report a branch that did not begin on streams, and have both its parts traced again."""
