@@ -228,7 +228,7 @@ def _find_without_history(
     """
     entry, noted = registered_streams(trunk), noted_heads(trunk)
     heads = list(dict.fromkeys(note.beginning for note, _ in noted))
-    branches = entry.open if entry is not None else {}
+    branches = {name: begun for name, begun in entry.open.items() if not begun.left.taken} if entry is not None else {}
     if provenance.root is None:
         roots = {id(root): root for begun in branches.values() if (root := begun.root()) is not None}
         if len(roots) == 1:

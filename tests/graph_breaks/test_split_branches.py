@@ -29,7 +29,9 @@ class UntracedAttention(Attention):
 
 
 class Frozen(nn.Module):
-    """An attention whose weights are no parameters and get no gradient, as integers."""
+    """An attention whose weights are no parameters, as integers; perhaps nothing is recorded."""
+
+    recorded = False
 
     def __init__(self, inner):
         super().__init__()
@@ -37,13 +39,19 @@ class Frozen(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x):
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.recorded and torch.is_grad_enabled()):
             return self._inner[0](x)
 
 
 @torch.compiler.disable
 def add_outside(x, y):
     return x + y
+
+
+class Untraced(nn.Sequential):
+    @torch.compiler.disable
+    def forward(self, x):
+        return super().forward(x)
 
 
 class AddsOutside(Block):
@@ -124,13 +132,13 @@ def call(compiled, x):
     return output, [str(entry.message) for entry in caught if isinstance(entry.message, mhc_compile.MhcWarning)]
 
 
-def assert_right_after_one_warning(model, compiled, x=None):
-    x = tokens() if x is None else x
+def assert_right_after_one_warning(model, compiled, branch="attn"):
+    x = tokens()
     want = by_hand(model, x)
     (first, told), (second, more), (third, yet_more) = (call(compiled, x) for _ in range(3))
     assert relative(first, want) > 1e-2
     assert len(told) == 1
-    assert "the branch 'attn' of Block ran outside of the graph of its residual add" in told[0]
+    assert f"the branch {branch!r} of Block ran outside of the graph of its residual add" in told[0]
     assert "neither the model with hyper-connections nor the plain one. Both are traced again" in told[0]
     assert more == yet_more == []
     assert relative(second, want) < 1e-5
@@ -145,10 +153,23 @@ def test_restored_model(gradients):
     mhc_compile.restore(model, {name: value for name, value in source.state_dict().items() if ".mhc." in name})
     with torch.set_grad_enabled(gradients):
         assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
+    # In the calls that are right, a call of the attention outside of a graph is no plain run.
+    assert [site.plain for site in mhc_compile.audit(model).sites] == [1, 0, 0, 0]
+
+
+@gradients
+def test_the_second_branch(gradients):
+    """Without gradients the order of the sites tells which branch it is."""
+    model = attached()
+    for block in model.blocks:
+        block.mlp.__class__ = Untraced
+    with torch.set_grad_enabled(gradients):
+        assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER), "mlp")
 
 
 @pytest.mark.parametrize(
-    "mode", [nullcontext, *(pytest.param(mode, marks=pytest.mark.slow) for mode in (torch.no_grad, torch.inference_mode))]
+    "mode",
+    [nullcontext, *(pytest.param(mode, marks=pytest.mark.slow) for mode in (torch.no_grad, torch.inference_mode))],
 )
 def test_swapped_after_training(mode):
     torch.manual_seed(0)
@@ -160,13 +181,13 @@ def test_swapped_after_training(mode):
         assert_right_after_one_warning(model, compiled)
 
 
-@gradients
-def test_weights_that_are_no_parameters(gradients):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_weights_that_are_no_parameters(recorded):
     model = untraced(attached(), Frozen)
     for block in model.blocks:
+        block.attn.recorded = recorded
         mhc_compile.detach(block.attn._inner[0])  # the hook that declares parameters
-    with torch.set_grad_enabled(gradients):
-        assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
+    assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
 
 
 @pytest.mark.slow
@@ -187,6 +208,17 @@ def test_two_models_that_share_graphs(gradients):
         for seed in (0, 1):
             model = untraced(attached(seed))
             assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
+
+
+def test_blocks_that_a_function_runs():
+    """Nothing shows that they are equivalent: each begins when it is missed."""
+    model = untraced(attached())
+    first, second = model.blocks
+
+    def forward(x):
+        return model.head(model.norm(second(first(model.embed(x)))))
+
+    assert_right_after_one_warning(model, torch.compile(forward, backend="mhc", options=EAGER))
 
 
 def test_strict_raises_in_the_first_call():
@@ -256,6 +288,32 @@ def test_a_last_add_outside_is_reported_when_it_repeats():
     assert len(told) == 1
     assert "the branch 'attn' of Last" in told[0]
     assert "began on streams 3 times, and no compiled graph had its residual add" in told[0]
+
+
+def test_one_branch_that_is_added_twice_is_reported():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.attn = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.attn(self.norm(x))
+            torch._dynamo.graph_break()
+            y = x + h
+            torch._dynamo.graph_break()
+            return y, x + add_outside(h, h)
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(2, 5, 8)
+    mhc_compile.attach(model, x, options={**EAGER, "min_chain_length": 1})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(model, backend="mhc", options=EAGER)(x)
+    assert any("is added to its streams twice" in str(entry.message) for entry in caught)
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend="mhc", options={**EAGER, "strict": True})
+    with pytest.raises(mhc_compile.errors.StreamsLostError, match="twice"):
+        strict(x)
 
 
 def test_streams_lost_without_gradients_are_reported():
