@@ -469,6 +469,6 @@ def test_the_sum_of_another_chain_is_added_as_the_mean_of_its_streams():
 def test_an_expansion_that_loses_a_site_is_an_internal_error(monkeypatch):
     monkeypatch.setattr(expand_streams._Expansion, "_update", lambda _self, _site, streams, *_: streams)
     with pytest.raises(
-        mhc_compile.MhcError, match="internal error: the graph was planned with {'sites': 2,.*'sites': 0"
+        mhc_compile.MhcError, match=r"internal error: the graph was planned with {'sites': 2,.*'sites': 0"
     ):
         rewritten(two_sites)
