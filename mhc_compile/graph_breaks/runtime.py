@@ -133,10 +133,9 @@ class StreamBoundary:
         if self.notes:
             self.notes.write(inputs, results)
         for departure in self.departures:
-            left = Departed(f"{self.origin.model}.{departure.path}", self._index(departure.path, inputs))
-            register_streams(
-                results[departure.value], results[departure.streams], departure.axis, left, mean=departure.mean
-            )
+            value, path = results[departure.value], departure.path
+            left = Departed(f"{self.origin.model}.{path}", self._index(path, inputs), value.shape)
+            register_streams(value, results[departure.streams], departure.axis, left, mean=departure.mean)
         for opening in self.openings:
             self._begin(opening, inputs, received, results)
         self._called = True
@@ -160,7 +159,7 @@ class StreamBoundary:
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
         entry, record = registered_streams(value), self._record(opening.name, inputs)
         assert record is not None
-        left = Departed(f"the branch {opening.name!r} of {self.origin.model}", record.index, begun=True)
+        left = Departed(f"the branch {opening.name!r} of {self.origin.model}", record.index, value.shape, begun=True)
         # At the start of a chain the streams are the copies that this graph received.
         if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
@@ -244,7 +243,7 @@ class StreamBoundary:
     def _streams(self, value: Tensor, arrival: StreamInput, inputs: Sequence[Any]) -> Tensor:
         found = find_registered(value)
         if found is None:
-            origin = find_lost_streams(value) or lost_before(self._index(arrival.path, inputs))
+            origin = find_lost_streams(value) or lost_before(self._index(arrival.path, inputs), value)
             why = "the tensor was made again on the way" if origin is not None else None
         else:
             origin = found[1].left

@@ -78,6 +78,8 @@ class Departed:
     path: str
     #: Position of the site in its chain.
     index: int
+    #: Shape of the tensor that they stand for.
+    shape: torch.Size
     #: Whether its branch began, and its sum is missing.
     begun: bool = False
     taken: bool = False
@@ -116,13 +118,14 @@ def open_branch(entry: StreamEntry, name: str, branch: OpenBranch) -> None:
     _thread.latest = branch.left
 
 
-def lost_before(index: int) -> Departed | None:
-    """Return what left a graph just before the site with this index, and never arrived.
+def lost_before(index: int, value: Tensor) -> Departed | None:
+    """Return what left a graph just before the site with this index at `value`, and was lost.
 
     With a history, `find_lost_streams` answers for streams, and knows one call from the next.
     """
     left, _thread.latest = _thread.latest, None
-    if left is None or left.taken or left.index + 1 != index or not (left.begun or not torch.is_grad_enabled()):
+    follows = left is not None and (left.index + 1, left.shape) == (index, value.shape)
+    if left is None or not follows or left.taken or (torch.is_grad_enabled() and not left.begun):
         return None
     return left
 
