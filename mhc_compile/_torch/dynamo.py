@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code, set_eval_frame
 from torch._dynamo import eval_frame
 from torch._dynamo import graph_break as graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, skip_code
@@ -121,6 +121,16 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
     for entry in _debug_get_cache_entry_list(code):
         if not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
             _invalidate(entry, "mhc_compile attached hyper-connections")
+
+
+def begin_no_trace(function: Callable[..., Any]) -> None:
+    """Let no trace begin at a call of `function`. Traces of its callers still follow it."""
+    skip_code(function.__code__)
+
+
+def traces_calls() -> bool:
+    """Return whether Dynamo traces the functions that are called now: inside `torch.compile`."""
+    return callable(get_eval_frame_callback())
 
 
 def make_room() -> None:

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 #: Code with a compiled version that has no streams: it had no sites when it was traced.
 _compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
+#: The hyper-connections that the trace in progress created before it was restarted.
+_created: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
+#: Code whose trace was restarted, until it is compiled.
+_restarted: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Several threads may compile at the same time.
 _lock = threading.Lock()
 
@@ -47,6 +52,8 @@ def compile_captured(
         _torch.restart_trace()
     prepare_kernels(session)
     if session.attach(create=attach):
+        _created.update(session.created)
+        _restarted.add(session.provenance.frame.code)
         for model in session.models():
             run_on_streams(model, options)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
@@ -57,7 +64,11 @@ def compile_captured(
     else:
         _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
     notify(session)
-    return compile_graph(session, graph, inputs, mode)
+    code = session.provenance.frame.code
+    tails = session.tails(_created, fresh=code in _restarted)
+    _created.clear()
+    _restarted.discard(code)
+    return compile_graph(session, graph, inputs, mode, tails)
 
 
 def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool = False) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from torch.fx import Node
 
 from mhc_compile import _torch
 from mhc_compile.attachment.averaged_model import follow_averages
+from mhc_compile.attachment.declaration import begin_branch
 from mhc_compile.attachment.model_tree import connections, find_connection
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import settings_of
-from mhc_compile.attachment.sites import attach_like, attach_site
+from mhc_compile.attachment.sites import attach_like, attach_site, begin_like
 from mhc_compile.capture.equivalent_blocks import EquivalentBlocks, equivalent_blocks
 from mhc_compile.capture.frame import read_frame
 from mhc_compile.capture.provenance import DynamoProvenance
@@ -35,6 +36,7 @@ from mhc_compile.compilation.module_parameters import ModuleParameters
 from mhc_compile.distributed.guards import check_frame, check_site, warn_of_pipeline
 from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
+from mhc_compile.graph_breaks.runtime import Tail
 from mhc_compile.graph_breaks.split_branches import Notes
 from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.op_info import is_contraction
@@ -42,12 +44,13 @@ from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 from mhc_compile.passes.planning.planner import Planner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from torch import nn
     from torch.fx import Graph
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Plan
     from mhc_compile.passes.transforms.stream_builder import Binding
 
@@ -55,6 +58,15 @@ log = logging.getLogger(__name__)
 
 #: The no-op that shows a hyper-connection, as a graph may have it.
 DECLARE = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A site with parameters among the inputs of a graph: its path, the target of phi."""
+
+    path: str
+    phi: str
+    connection: HyperConnection
 
 
 @dataclass(eq=False)
@@ -66,6 +78,8 @@ class GraphSession:
     provenance: DynamoProvenance
     options: ResolvedOptions
     planner: Planner
+    #: The hyper-connections that `attach` created.
+    created: list[HyperConnection] = field(default_factory=list)
 
     @classmethod
     def analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
@@ -130,24 +144,34 @@ class GraphSession:
         if not create:
             planned = tuple(item for item in planned if parameters.existing(item) is not None)
         blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
-        if root is not None and None in existing:
+        foreseen = parameters.foresee(self.plan)
+        unbegun = foreseen or any(not parameters.is_begun(item) for item in planned)
+        if root is not None and (None in existing or unbegun):
             blocks = equivalent_blocks(root, frame)
         owners = [parameters.modules(item.site)[0] for item in planned]
         wrappers = [frame.ddp] if frame.ddp is not None else wrappers_of(owners, existing)
         known = parts(wrappers)
         lengths = {site: len(chain.sites) for chain in self.plan.chains for site in chain.sites}
         changed = False
+        for head, (name, connection) in foreseen.items():
+            assert root is not None
+            modules = [module for ref in head.modules if (module := self.provenance.module(ref)) is not None]
+            changed |= begin_branch(modules, connection, name)
+            for block in blocks.others.values():
+                begin_like(block, root, modules, connection)
         for item in planned:
             site, index = item.site, blocks.number * lengths[item.site] + item.index
             owner, declaring_module = parameters.modules(site)
             if not run_settings.planning:
                 check_site(site, owner, find_connection(owner, site), wrappers)
             model = self.provenance.model_around(site.add, owner)
-            connection = find_connection(owner, site)
-            options = item.options if create or connection is None else replace(item.options, **settings_of(connection))
+            had = find_connection(owner, site)
+            options = item.options if create or had is None else replace(item.options, **settings_of(had))
             changed |= attach_site(
                 owner, declaring_module, site, options, index=index, dtype=item.dtype, last=item.last, root=model
             )
+        new = zip(planned, existing, strict=True)
+        self.created = [found for item, before in new if before is None and (found := parameters.existing(item)) is not None]
         for number, block in blocks.others.items() if create else ():
             assert root is not None
             for item in planned:
@@ -183,6 +207,34 @@ class GraphSession:
             return close_regions(self.graph)
         warn_of_pipeline(self.provenance.frame)
         return expand_plan(self.graph, self.plan, bindings, openings=openings)
+
+    def uses(self) -> tuple[list[Use], list[Use]]:
+        """Return the parameters of the sites, without tails, and of the branches begun here."""
+        parameters = self.parameters
+        found = [(item.site.path, parameters.find(item), parameters.existing(item)) for item in self.sites]
+        sites = [
+            Use(path, _target(binding.phi), connection)
+            for path, binding, connection in found
+            if binding is not None and connection is not None
+        ]
+        heads = [(parameters.begun(head), binding) for head, (_, binding) in parameters.openings(self.plan).items()]
+        begun = [Use(name[0], _target(binding.phi), name[1]) for name, binding in heads if name is not None]
+        return [use for use in sites if use.phi], begun
+
+    def tails(self, created: Container[HyperConnection], *, fresh: bool) -> dict[str, Tail]:
+        """Return the sites whose branches began in other graphs, by the input that is their trunk.
+
+        `created` are the hyper-connections that this trace created before it was restarted, `fresh`
+        whether it was.
+        """
+        found = {}
+        for item in self.sites:
+            connection = self.parameters.existing(item)
+            if item.site.tail and connection is not None:
+                starting = connection in created and connection.init == "preserve"
+                heads = tuple(head.code for head in item.site.heads)
+                found[str(item.site.trunk.target)] = Tail(item.site.path, heads, fresh, starting)
+        return found
 
     @property
     def is_plain(self) -> bool:
@@ -240,3 +292,7 @@ class GraphSession:
                     f"option 'overrides': {pattern!r} fits no site of this graph, whose {len(paths)} sites are"
                     f" called like {near!r}"
                 )
+
+
+def _target(phi: Node | str) -> str:
+    return str(phi.target) if isinstance(phi, Node) else phi

@@ -16,6 +16,7 @@ from torch import fx
 import mhc_compile
 import mhc_compile.errors
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
+from mhc_compile.passes.transforms import expand_streams
 
 mhc = torch.ops.mhc
 
@@ -463,3 +464,11 @@ def test_the_sum_of_another_chain_is_added_as_the_mean_of_its_streams():
     module, model, x = rewritten(forward, min_chain_length=1)
     assert operations(module)["update"] == 3
     assert (module(x) - model(x)).abs().max() < 1e-5
+
+
+def test_an_expansion_that_loses_a_site_is_an_internal_error(monkeypatch):
+    monkeypatch.setattr(expand_streams._Expansion, "_update", lambda _self, _site, streams, *_: streams)
+    with pytest.raises(
+        mhc_compile.MhcError, match=r"internal error: the graph was planned with {'sites': 2,.*'sites': 0"
+    ):
+        rewritten(two_sites)
