@@ -15,6 +15,7 @@ __all__ = [
     "NothingRewrittenError",
     "OptionError",
     "PlanError",
+    "RewriteError",
     "ShapeError",
     "StreamsLostError",
     "UnknownAddError",
@@ -56,6 +57,10 @@ class UnknownAddError(MhcError, LookupError):
 
 class NothingRewrittenError(MhcError, RuntimeError):
     """`strict=True` and no residual add of the model was rewritten."""
+
+
+class RewriteError(MhcError, RuntimeError):
+    """`strict=True` and an exception, the cause, kept residual adds from being rewritten."""
 
 
 class StreamsLostError(MhcError, RuntimeError):

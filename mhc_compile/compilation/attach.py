@@ -10,6 +10,7 @@ from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import Plan
 from mhc_compile.attachment.sites import detach
 from mhc_compile.capture.trace import capture
+from mhc_compile.compilation.faults import report
 from mhc_compile.compilation.messages import warn_nothing_rewritten
 from mhc_compile.compilation.session import GraphSession
 from mhc_compile.config.options import Options
@@ -72,11 +73,12 @@ def attach(
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         session = GraphSession.analyze(graph_module, inputs, parsed)
         session.attach()
+        report(session)
         sessions.append(session)
         return session.annotations()
 
     capture(target, args, kwargs, on_graph)
-    if not any(session.plan.sites for session in sessions):
+    if not any(session.plan.sites or session.faults for session in sessions):
         rejections = [rejection for session in sessions for rejection in session.plan.rejections]
         warn_nothing_rewritten(rejections, parsed, [session.graph for session in sessions])
     return connections(target)

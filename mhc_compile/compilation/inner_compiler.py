@@ -37,14 +37,14 @@ def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mod
     annotations = session.annotations()
     module = module_like(session.captured, graph)
     if not arrivals and not departures and not annotations:
-        return _compile(module, inputs, options, mode)
+        return _compile(module, inputs, options, mode, () if session.is_plain else fusion_passes(options))
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     positions = {target: position for position, target in enumerate(placeholders)}
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
     return StreamBoundary(
-        _compile(module, [*inputs, *streams], options, mode),
+        _compile(module, [*inputs, *streams], options, mode, fusion_passes(options)),
         arrivals,
         departures,
         positions=positions,
@@ -95,7 +95,11 @@ def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModu
 
 
 def _compile(
-    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+    graph_module: fx.GraphModule,
+    inputs: list[Any],
+    options: ResolvedOptions,
+    mode: str | None,
+    passes: tuple[Pass, ...],
 ) -> Callable[..., Any]:
     def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         inner = options.inner_backend
@@ -103,7 +107,7 @@ def _compile(
             return inner(graph_module, inputs)  # type: ignore[no-any-return]
         if inner == "eager":
             return run_eagerly(graph_module)
-        graph_module = fuse(graph_module, fusion_passes(options))
+        graph_module = fuse(graph_module, passes) if passes else graph_module
         if inner == "inductor":
             tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
             table = ops.fused_decompositions()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
+from mhc_compile.compilation.faults import attempt, report
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
 from mhc_compile.compilation.session import GraphSession
@@ -30,15 +32,20 @@ def compile_captured(
 ) -> Callable[..., Any]:
     """Compile a graph that Dynamo captured; see `mhc_compile.backend.mhc`."""
     session = GraphSession.analyze(graph_module, inputs, options)
-    prepare_kernels(session)
+    attempt(session, partial(prepare_kernels, session))
     if session.attach():
         _restart_trace()  # raises: the new parameters must be inputs of the graph
-    graph = session.rewrite()
+    graphs = [attempt(session, session.rewrite)]
+    session.report()
+    notify(session)
+    compiled = attempt(
+        session, lambda: compile_graph(session, graphs.pop() if graphs else session.rewrite(), inputs, mode)
+    )
+    report(session)
     if session.is_plain:
         with _lock:
             _compiled_plain.add(session.provenance.frame.code)
-    notify(session)
-    return compile_graph(session, graph, inputs, mode)
+    return compiled
 
 
 def _restart_trace() -> None:

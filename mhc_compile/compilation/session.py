@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,10 @@ from mhc_compile.capture.provenance import DynamoProvenance
 from mhc_compile.compilation import run_settings
 from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
+from mhc_compile.compilation.faults import Fault, attempt, failed_plan, is_fault, report, try_out
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
+from mhc_compile.compilation.regions import lacks_sites
 from mhc_compile.distributed.guards import check_frame, check_site, warn_of_pipeline
 from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
@@ -39,15 +41,13 @@ from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.op_info import is_contraction
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 from mhc_compile.passes.planning.planner import Planner
+from mhc_compile.passes.transforms.expand_streams import without_declarations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch.fx import Graph
 
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.passes import Plan
-    from mhc_compile.passes.transforms.stream_builder import Binding
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,28 @@ class GraphSession:
     provenance: DynamoProvenance
     options: ResolvedOptions
     planner: Planner
+    #: What failed, and is still to be reported.
+    faults: list[Fault] = field(default_factory=list)
+    #: Whether the graph is the captured one: to normalise or plan it failed.
+    left_plain: bool = False
 
     @classmethod
     def analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
         """Normalise a copy of a captured graph, find its sites and plan their chains."""
+        try:
+            return cls._analyze(graph_module, inputs, options)
+        except Exception as error:
+            if not is_fault(error):
+                raise
+            log.debug("a graph could not be analyzed", exc_info=True)
+            graph = graph_module.graph
+            provenance = DynamoProvenance(graph, inputs, read_frame())
+            session = cls(graph_module, graph, provenance, options, Planner(graph, provenance))
+            session.leave_plain(error)
+            return session
+
+    @classmethod
+    def _analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
         graph = normalize(graph_module.graph)
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
@@ -79,6 +97,14 @@ class GraphSession:
         session = cls(graph_module, graph, provenance, options, planner)
         session._check_overrides()
         return session
+
+    def leave_plain(self, error: Exception) -> None:
+        """Replace the graph by the captured one, without sites, because of `error`."""
+        self.graph, self.left_plain = without_declarations(self.captured.graph), True
+        self.planner = Planner(self.graph, self.provenance)
+        self.planner.replace_plan(failed_plan(self.graph, self.provenance, error))
+        self.faults.append(Fault(error))
+        self.__dict__.pop("parameters", None)  # those of the other graph
 
     @cached_property
     def parameters(self) -> ModuleParameters:
@@ -100,10 +126,16 @@ class GraphSession:
 
         A site whose module holds parameters of another width is rejected.
         """
-        root, frame, parameters = self.provenance.root, self.provenance.frame, self.parameters
+        root, frame = self.provenance.root, self.provenance.frame
         if not run_settings.planning:
             check_frame(frame)
-        planned = parameters.resolve(self.planner, self.options)
+        planned = attempt(self, lambda: self.parameters.resolve(self.planner, self.options))
+        if any(self.parameters.existing(item) is None for item in planned):
+            try_out(self).forget()
+            planned = self.parameters.resolve(self.planner, self.options)
+        if self.options.strict:
+            report(self)
+        parameters = self.parameters
         blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
         if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)
@@ -139,22 +171,16 @@ class GraphSession:
         return changed
 
     def rewrite(self) -> Graph:
-        """Return the graph on streams, with `mhc::` operators; without sites, the normalised graph.
-
-        Raises:
-            NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
-        """
+        """Return the graph on streams, with `mhc::` operators; without sites, the plain graph."""
         parameters = self.parameters
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
         bindings = {item.site: parameters.bind(item) for item in self.sites}
         openings = parameters.openings(self.plan)
-        self._report([*bindings.values(), *(binding for _, binding in openings.values())])
+        if self.left_plain:
+            return self.graph
         if not bindings and not openings:
-            if self._should_have_sites():
-                warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
             # Sites of other graphs may be declared here; the inner compiler must not see that.
             return close_regions(self.graph)
-        warn_of_pipeline(self.provenance.frame)
         return expand_plan(self.graph, self.plan, bindings, openings=openings)
 
     @property
@@ -169,7 +195,15 @@ class GraphSession:
         results: Any = self.graph.output_node().args[0]
         return Notes(self.plan.heads, self.provenance, positions, results)
 
-    def _report(self, bindings: list[Binding]) -> None:
+    def report(self) -> None:
+        """Log chains and rejections, and warn of residual adds that stay plain without a need.
+
+        Raises:
+            NothingRewrittenError, StreamsLostError, RewriteError: with `strict`, instead of a
+                warning.
+        """
+        if self.options.strict:
+            report(self)
         for chain in self.plan.chains:
             paths = ", ".join(site.path for site in chain.sites)
             log.info("chain of %d sites, width %d: %s", len(chain.sites), chain.width, paths)
@@ -177,13 +211,21 @@ class GraphSession:
             log.debug("rejected %s: %s", rejection.add, rejection)
             if rejection.reason is Reason.BROKEN_BRANCH:
                 warn_split_branch(rejection, self.provenance, self.options)
-        unused = self._unused_connections(bindings)
+        if self.faults:  # their own warning follows
+            return
+        unused = self.idle_connections()
         # The first graph of a split branch cannot know its site yet.
         if unused and not self.provenance.frame.is_part:
             warn_unused(unused, self.plan.rejections, self.options)
+        if not self.is_plain:
+            warn_of_pipeline(self.provenance.frame)
+        elif self._should_have_sites():
+            warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
 
-    def _unused_connections(self, bindings: Iterable[Binding]) -> list[str]:
+    def idle_connections(self) -> list[str]:
         """Return the paths of hyper-connections that the captured graph declares without a site."""
+        openings = (binding for _, binding in self.parameters.openings(self.plan).values())
+        bindings = (*filter(None, map(self.parameters.find, self.sites)), *openings)
         used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
         captured = self.captured.graph
         shown = [node.args[0] for node in captured.nodes if node.target is torch.ops.mhc.declare]
@@ -193,11 +235,11 @@ class GraphSession:
         return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name and name.endswith(".phi")))
 
     def _should_have_sites(self) -> bool:
-        """Return False for a loss or an embedding, and for all but the last graph of a model."""
+        """Return False for all but the last graph of a model, and for parts of one with sites."""
         root, frame = self.provenance.root, self.provenance.frame
-        if root is None or connections(root) or not any(is_contraction(node) for node in self.graph.nodes):
+        if root is None or connections(root) or frame.ends_at_break or frame.runs_inside_another(root):
             return False
-        return not frame.ends_at_break and not frame.runs_inside_another(root)
+        return lacks_sites(root, frame, contracts=any(is_contraction(node) for node in self.graph.nodes))
 
     def _check_overrides(self) -> None:
         """Warn of `overrides` patterns that match no site, unless other graphs may have them."""

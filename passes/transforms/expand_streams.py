@@ -87,13 +87,18 @@ class RemoveDeclarations(Pass):
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
-        declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
-        if not any(node.target in declarations for node in graph.nodes):
-            return graph
-        copy, _ = copy_graph(graph)
-        for node in [node for node in copy.nodes if node.target in declarations]:
-            copy.erase_node(node)
-        return copy
+        return without_declarations(graph)
+
+
+def without_declarations(graph: Graph) -> Graph:
+    """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
+    declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+    if not any(node.target in declarations for node in graph.nodes):
+        return graph
+    copy, _ = copy_graph(graph)
+    for node in [node for node in copy.nodes if node.target in declarations]:
+        copy.erase_node(node)
+    return copy
 
 
 class _Expansion(PathBuilder):
