@@ -10,7 +10,7 @@ from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import Plan
 from mhc_compile.attachment.sites import detach
 from mhc_compile.capture.trace import capture
-from mhc_compile.compilation.faults import report
+from mhc_compile.compilation.fallback import leave_failing_plain, report
 from mhc_compile.compilation.messages import warn_nothing_rewritten
 from mhc_compile.compilation.session import GraphSession
 from mhc_compile.config.options import Options
@@ -72,6 +72,7 @@ def attach(
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         session = GraphSession.analyze(graph_module, inputs, parsed)
+        leave_failing_plain(session)
         session.attach()
         report(session)
         sessions.append(session)

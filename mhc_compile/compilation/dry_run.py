@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing
 from mhc_compile.capture.trace import capture
-from mhc_compile.compilation.faults import try_out
+from mhc_compile.compilation.fallback import try_out
 from mhc_compile.compilation.module_parameters import PredictedParameters
 from mhc_compile.compilation.session import GraphSession
 from mhc_compile.errors import MhcError

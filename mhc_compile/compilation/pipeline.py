@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
-from mhc_compile.compilation.faults import attempt, report
+from mhc_compile.compilation.fallback import attempt, leave_failing_plain, report
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
 from mhc_compile.compilation.session import GraphSession
@@ -33,9 +33,12 @@ def compile_captured(
     """Compile a graph that Dynamo captured; see `mhc_compile.backend.mhc`."""
     session = GraphSession.analyze(graph_module, inputs, options)
     attempt(session, partial(prepare_kernels, session))
+    leave_failing_plain(session)
     if session.attach():
         _restart_trace()  # raises: the new parameters must be inputs of the graph
     graphs = [attempt(session, session.rewrite)]
+    if options.strict:
+        report(session)
     session.report()
     notify(session)
     compiled = attempt(

@@ -29,7 +29,7 @@ from mhc_compile.capture.provenance import DynamoProvenance
 from mhc_compile.compilation import run_settings
 from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
-from mhc_compile.compilation.faults import Fault, attempt, failed_plan, is_fault, report, try_out
+from mhc_compile.compilation.faults import Fault, failed_plan, is_fault
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
 from mhc_compile.compilation.regions import lacks_sites
@@ -126,16 +126,10 @@ class GraphSession:
 
         A site whose module holds parameters of another width is rejected.
         """
-        root, frame = self.provenance.root, self.provenance.frame
+        root, frame, parameters = self.provenance.root, self.provenance.frame, self.parameters
         if not run_settings.planning:
             check_frame(frame)
-        planned = attempt(self, lambda: self.parameters.resolve(self.planner, self.options))
-        if any(self.parameters.existing(item) is None for item in planned):
-            try_out(self).forget()
-            planned = self.parameters.resolve(self.planner, self.options)
-        if self.options.strict:
-            report(self)
-        parameters = self.parameters
+        planned = parameters.resolve(self.planner, self.options)
         blocks, existing = EquivalentBlocks(0, {}), [parameters.existing(item) for item in planned]
         if root is not None and None in existing:
             blocks = equivalent_blocks(root, frame)
@@ -199,11 +193,8 @@ class GraphSession:
         """Log chains and rejections, and warn of residual adds that stay plain without a need.
 
         Raises:
-            NothingRewrittenError, StreamsLostError, RewriteError: with `strict`, instead of a
-                warning.
+            NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
         """
-        if self.options.strict:
-            report(self)
         for chain in self.plan.chains:
             paths = ", ".join(site.path for site in chain.sites)
             log.info("chain of %d sites, width %d: %s", len(chain.sites), chain.width, paths)
