@@ -55,6 +55,7 @@ def attach(
         OptionError: the options are wrong.
         CaptureError: the model cannot be traced with these inputs.
         NothingRewrittenError: no residual add was found, and `strict` is set.
+        RewriteError: an exception keeps residual adds from being rewritten, and `strict` is set.
         AttachError: an existing hyper-connection contradicts the options, the plan does not fit, or
             the model is already wrapped in DDP or sharded by FSDP.
         PlanError: the file is no plan, or it contradicts the options.

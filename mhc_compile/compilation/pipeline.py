@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
@@ -32,7 +31,7 @@ def compile_captured(
 ) -> Callable[..., Any]:
     """Compile a graph that Dynamo captured; see `mhc_compile.backend.mhc`."""
     session = GraphSession.analyze(graph_module, inputs, options)
-    attempt(session, partial(prepare_kernels, session))
+    attempt(session, lambda: prepare_kernels(session) if session.sites else None)
     leave_failing_plain(session)
     if session.attach():
         _restart_trace()  # raises: the new parameters must be inputs of the graph

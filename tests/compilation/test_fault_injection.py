@@ -37,7 +37,6 @@ RULES = [(type(rule), method) for rule in _RULES for method in ("axis", "emit")]
 STEPS = [
     (session, "normalize"),
     (session, "analyze_boundary"),
-    (session, "expand_plan"),
     (fallback, "expand_plan"),
     (planner, "find"),
     (planner, "plan_chains"),
