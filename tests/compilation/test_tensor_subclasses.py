@@ -25,6 +25,9 @@ class Int8(Tensor):
     def __init__(self, values, scale):
         self.values, self.scale = values, scale
 
+    def __repr__(self):
+        return f"Int8({self.values}, {self.scale})"
+
     def __tensor_flatten__(self):
         return ["values", "scale"], None
 
