@@ -19,7 +19,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo import graph_break as graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, skip_code
 from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, TensorifyScalarRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.output_graph import OutputGraph
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mhc_compile.errors import MhcError
 
 
+#: Exceptions by which Dynamo changes what it traces.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 _lock = threading.Lock()

@@ -48,14 +48,14 @@ def compile_graph(
     uses, openings = session.uses()
     ledger = GraphLedger(place, [(positions[use.phi], use.connection) for use in (*uses, *openings)], range(len(uses)))
     if not arrivals and not departures and not annotations:
-        compiled = _compile(module, inputs, options, mode)
+        compiled = _compile(module, inputs, options, mode, () if session.is_plain else fusion_passes(options))
         return CountedGraph(compiled, ledger) if uses else compiled
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
     root = session.provenance.root
     return StreamBoundary(
-        _compile(module, [*inputs, *streams], options, mode),
+        _compile(module, [*inputs, *streams], options, mode, fusion_passes(options)),
         arrivals,
         departures,
         positions=positions,
@@ -126,7 +126,11 @@ def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModu
 
 
 def _compile(
-    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+    graph_module: fx.GraphModule,
+    inputs: list[Any],
+    options: ResolvedOptions,
+    mode: str | None,
+    passes: tuple[Pass, ...],
 ) -> Callable[..., Any]:
     def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         inner = options.inner_backend
@@ -134,7 +138,7 @@ def _compile(
             return inner(graph_module, inputs)  # type: ignore[no-any-return]
         if inner == "eager":
             return run_eagerly(graph_module)
-        graph_module = fuse(graph_module, fusion_passes(options))
+        graph_module = fuse(graph_module, passes) if passes else graph_module
         if inner == "inductor":
             tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
             table = ops.fused_decompositions()

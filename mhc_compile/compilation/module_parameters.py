@@ -161,6 +161,12 @@ class PredictedParameters(ModuleParameters):
                 found[head] = site.name, self._stand_in(site.path, connection, value, common[0].dtype)
         return found
 
+    def forget(self) -> None:
+        """Remove the stand-ins from the graph."""
+        for node in self.added.values():
+            self.graph.erase_node(node)
+        self.added.clear()
+
     def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, dtype: torch.dtype) -> Binding:
         def stand_in(part: str) -> Node:
             path = f"{site}.{part}"

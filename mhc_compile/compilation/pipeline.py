@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile import _torch
 from mhc_compile.attachment.declaration import call_outside_trace
 from mhc_compile.attachment.plan import options_of
+from mhc_compile.compilation.fallback import attempt, leave_failing_plain, report
 from mhc_compile.compilation.in_place import compile_in_place, put_in_place
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
@@ -50,25 +51,36 @@ def compile_captured(
     if session.swaps_parameters():
         call_outside_trace(session.provenance.frame.code)
         _torch.restart_trace()
-    prepare_kernels(session)
+    attempt(session, lambda: prepare_kernels(session) if session.sites else None)
+    if attach:
+        leave_failing_plain(session)
     if session.attach(create=attach):
         _created.update(session.created)
         _restarted.add(session.provenance.frame.code)
         for model in session.models():
             run_on_streams(model, options)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
-    graph = session.rewrite()
-    if session.is_plain:
-        with _lock:
-            _compiled_plain.add(session.provenance.frame.code)
-    else:
-        _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
+    graphs = [attempt(session, session.rewrite)]
+    if options.strict:
+        report(session)
+    session.report()
     notify(session)
     code = session.provenance.frame.code
-    tails = session.tails(_created, fresh=code in _restarted)
+
+    def compile_rewritten() -> Callable[..., Any]:
+        graph = graphs.pop() if graphs else session.rewrite()
+        return compile_graph(session, graph, inputs, mode, session.tails(_created, fresh=code in _restarted))
+
+    compiled = attempt(session, compile_rewritten)
     _created.clear()
     _restarted.discard(code)
-    return compile_graph(session, graph, inputs, mode, tails)
+    report(session)
+    if session.is_plain:
+        with _lock:
+            _compiled_plain.add(code)
+    else:
+        _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
+    return compiled
 
 
 def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool = False) -> None:

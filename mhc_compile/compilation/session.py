@@ -31,8 +31,10 @@ from mhc_compile.capture.provenance import DynamoProvenance
 from mhc_compile.compilation import run_settings
 from mhc_compile.compilation.bindings import PlannedSite, planned_sites
 from mhc_compile.compilation.boundary_analysis import analyze_boundary, check_whole
+from mhc_compile.compilation.faults import Fault, failed_plan, is_fault
 from mhc_compile.compilation.messages import warn_nothing_rewritten, warn_split_branch, warn_unused
 from mhc_compile.compilation.module_parameters import ModuleParameters
+from mhc_compile.compilation.regions import lacks_sites
 from mhc_compile.distributed.guards import check_frame, check_site, warn_of_pipeline
 from mhc_compile.distributed.late_parameters import follow, parts, wrappers_of
 from mhc_compile.errors import warn
@@ -42,9 +44,10 @@ from mhc_compile.passes import Reason, close_regions, expand_plan, normalize
 from mhc_compile.passes.analysis.op_info import is_contraction
 from mhc_compile.passes.planning.graph_boundary import BoundaryInfo
 from mhc_compile.passes.planning.planner import Planner
+from mhc_compile.passes.transforms.expand_streams import without_declarations
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container
 
     from torch import nn
     from torch.fx import Graph
@@ -52,7 +55,6 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Plan
-    from mhc_compile.passes.transforms.stream_builder import Binding
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +82,28 @@ class GraphSession:
     planner: Planner
     #: The hyper-connections that `attach` created.
     created: list[HyperConnection] = field(default_factory=list)
+    #: What failed, and is still to be reported.
+    faults: list[Fault] = field(default_factory=list)
+    #: Whether the graph is the captured one: to normalise or plan it failed.
+    left_plain: bool = False
 
     @classmethod
     def analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
         """Normalise a copy of a captured graph, find its sites and plan their chains."""
+        try:
+            return cls._analyze(graph_module, inputs, options)
+        except Exception as error:
+            if not is_fault(error):
+                raise
+            log.debug("a graph could not be analyzed", exc_info=True)
+            graph = graph_module.graph
+            provenance = DynamoProvenance(graph, inputs, read_frame())
+            session = cls(graph_module, graph, provenance, options, Planner(graph, provenance))
+            session.leave_plain(error)
+            return session
+
+    @classmethod
+    def _analyze(cls, graph_module: torch.fx.GraphModule, inputs: list[Any], options: ResolvedOptions) -> GraphSession:
         graph = normalize(graph_module.graph)
         provenance = DynamoProvenance(graph, inputs, read_frame())
         boundary = analyze_boundary(graph, provenance, inputs)
@@ -98,6 +118,14 @@ class GraphSession:
         session = cls(graph_module, graph, provenance, options, planner)
         session._check_overrides()
         return session
+
+    def leave_plain(self, error: Exception) -> None:
+        """Replace the graph by the captured one, without sites, because of `error`."""
+        self.graph, self.left_plain = without_declarations(self.captured.graph), True
+        self.planner = Planner(self.graph, self.provenance)
+        self.planner.replace_plan(failed_plan(self.graph, self.provenance, error))
+        self.faults.append(Fault(error))
+        self.__dict__.pop("parameters", None)  # those of the other graph
 
     @cached_property
     def parameters(self) -> ModuleParameters:
@@ -171,7 +199,9 @@ class GraphSession:
                 owner, declaring_module, site, options, index=index, dtype=item.dtype, last=item.last, root=model
             )
         new = zip(planned, existing, strict=True)
-        self.created = [found for item, before in new if before is None and (found := parameters.existing(item)) is not None]
+        self.created = [
+            found for item, before in new if before is None and (found := parameters.existing(item)) is not None
+        ]
         for number, block in blocks.others.items() if create else ():
             assert root is not None
             for item in planned:
@@ -190,22 +220,16 @@ class GraphSession:
         return changed
 
     def rewrite(self) -> Graph:
-        """Return the graph on streams, with `mhc::` operators; without sites, the normalised graph.
-
-        Raises:
-            NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
-        """
+        """Return the graph on streams, with `mhc::` operators; without sites, the plain graph."""
         parameters = self.parameters
         self.planner.settle(lambda plan: parameters.undeclared(planned_sites(plan, self.options)))
         bindings = {item.site: parameters.bind(item) for item in self.sites}
         openings = parameters.openings(self.plan)
-        self._report([*bindings.values(), *(binding for _, binding in openings.values())])
+        if self.left_plain:
+            return self.graph
         if not bindings and not openings:
-            if self._should_have_sites():
-                warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
             # Sites of other graphs may be declared here; the inner compiler must not see that.
             return close_regions(self.graph)
-        warn_of_pipeline(self.provenance.frame)
         return expand_plan(self.graph, self.plan, bindings, openings=openings)
 
     def uses(self) -> tuple[list[Use], list[Use]]:
@@ -248,7 +272,12 @@ class GraphSession:
         results: Any = self.graph.output_node().args[0]
         return Notes(self.plan.heads, self.provenance, positions, results)
 
-    def _report(self, bindings: list[Binding]) -> None:
+    def report(self) -> None:
+        """Log chains and rejections, and warn of residual adds that stay plain without a need.
+
+        Raises:
+            NothingRewrittenError, StreamsLostError: with `strict`, instead of a warning.
+        """
         for chain in self.plan.chains:
             paths = ", ".join(site.path for site in chain.sites)
             log.info("chain of %d sites, width %d: %s", len(chain.sites), chain.width, paths)
@@ -256,13 +285,21 @@ class GraphSession:
             log.debug("rejected %s: %s", rejection.add, rejection)
             if rejection.reason is Reason.BROKEN_BRANCH:
                 warn_split_branch(rejection, self.provenance, self.options)
-        unused = self._unused_connections(bindings)
+        if self.faults:  # their own warning follows
+            return
+        unused = self.idle_connections()
         # The first graph of a split branch cannot know its site yet.
         if unused and not self.provenance.frame.is_part:
             warn_unused(unused, self.plan.rejections, self.options)
+        if not self.is_plain:
+            warn_of_pipeline(self.provenance.frame)
+        elif self._should_have_sites():
+            warn_nothing_rewritten(self.plan.rejections, self.options, [self.graph])
 
-    def _unused_connections(self, bindings: Iterable[Binding]) -> list[str]:
+    def idle_connections(self) -> list[str]:
         """Return the paths of hyper-connections that the captured graph declares without a site."""
+        openings = (binding for _, binding in self.parameters.openings(self.plan).values())
+        bindings = (*filter(None, map(self.parameters.find, self.sites)), *openings)
         used = {str(binding.phi.target) for binding in bindings if isinstance(binding.phi, Node)}
         captured = self.captured.graph
         shown = [node.args[0] for node in captured.nodes if node.target in DECLARE]
@@ -272,11 +309,11 @@ class GraphSession:
         return list(dict.fromkeys(name.removesuffix(".phi") for name in idle if name and name.endswith(".phi")))
 
     def _should_have_sites(self) -> bool:
-        """Return False for a loss or an embedding, and for all but the last graph of a model."""
+        """Return False for all but the last graph of a model, and for parts of one with sites."""
         root, frame = self.provenance.root, self.provenance.frame
-        if root is None or connections(root) or not any(is_contraction(node) for node in self.graph.nodes):
+        if root is None or connections(root) or frame.ends_at_break or frame.runs_inside_another(root):
             return False
-        return not frame.ends_at_break and not frame.runs_inside_another(root)
+        return lacks_sites(root, frame, contracts=any(is_contraction(node) for node in self.graph.nodes))
 
     def _check_overrides(self) -> None:
         """Warn of `overrides` patterns that match no site, unless other graphs may have them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mhc_compile.errors import AttachError, MhcError
+from mhc_compile.errors import AttachError
 from mhc_compile.passes.analysis.op_info import is_update, known_tensor, runs_once, tensor_value
 from mhc_compile.passes.core.emit import mark_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
@@ -80,7 +80,7 @@ class ExpandStreams(Pass):
         """Check that each site writes the streams once, and each branch begins or ends once.
 
         Raises:
-            MhcError: the expansion lost a site, an internal error.
+            RuntimeError: the expansion lost a site, a fault of this package.
         """
         arrivals, departures = crossings(after)
         done = {
@@ -91,7 +91,7 @@ class ExpandStreams(Pass):
         tails = 2 * sum(site.tail for site in self.plan.sites)  # post and res
         planned = dict(zip(done, (len(self.plan.sites), tails, len(self.openings)), strict=True))
         if done != planned:
-            raise MhcError(f"internal error: the graph was planned with {planned}, and its expansion has {done}")
+            raise RuntimeError(f"the graph was planned with {planned}, and its expansion has {done}")
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,18 @@ class RemoveDeclarations(Pass):
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
-        declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
-        if not any(node.target in declarations for node in graph.nodes):
-            return graph
-        copy, _ = copy_graph(graph)
-        for node in [node for node in copy.nodes if node.target in declarations]:
-            copy.erase_node(node)
-        return copy
+        return without_declarations(graph)
+
+
+def without_declarations(graph: Graph) -> Graph:
+    """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
+    declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+    if not any(node.target in declarations for node in graph.nodes):
+        return graph
+    copy, _ = copy_graph(graph)
+    for node in [node for node in copy.nodes if node.target in declarations]:
+        copy.erase_node(node)
+    return copy
 
 
 class _Expansion(PathBuilder):
