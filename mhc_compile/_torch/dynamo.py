@@ -135,6 +135,25 @@ def traces_calls() -> bool:
     return callable(get_eval_frame_callback())
 
 
+def runs_in_pieces(owner: nn.Module) -> bool:
+    """Return whether the code of `owner` that calls its child now is a piece that Dynamo made.
+
+    Dynamo runs a frame as it was written if it cannot cut it, as at a graph break inside a loop.
+    """
+    calls = nn.Module.__call__.__code__.co_filename
+    frame: FrameType | None = sys._getframe(1)
+    caller, inside = None, False
+    while frame is not None:
+        if frame.f_code.co_filename == calls:
+            if caller is not None and frame.f_locals.get("self") is owner:
+                break
+            inside = True
+        elif inside:
+            caller, inside = frame.f_code, False
+        frame = frame.f_back
+    return caller is not None and any(name.startswith(("__compiled_fn", "__resume_at")) for name in caller.co_names)
+
+
 def make_room() -> None:
     """Make room for one more compiled version of the frame that is being traced.
 
@@ -273,7 +292,8 @@ def why_not_traced(function: Callable[..., Any]) -> str:
             " changes; mark it dynamic, or raise torch._dynamo.config.accumulated_recompile_limit"
         )
     return (
-        "Dynamo does not trace this code (torch.compiler.disable, a hook, or code that it does not support)."
+        "Dynamo does not trace this code (torch.compiler.disable, a graph break in a loop or `try`, a hook, code that it"
+        " does not support)."
         " TORCH_LOGS=graph_breaks shows the place; mhc_compile.plain(model) is the model without hyper-connections"
     )
 

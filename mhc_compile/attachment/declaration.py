@@ -15,7 +15,7 @@ import torch
 
 from mhc_compile import _torch
 from mhc_compile.attachment.ledger import ran_plain
-from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, connections
+from mhc_compile.attachment.model_tree import IN_PLACE, connections, unwrap
 from mhc_compile.errors import StreamsLostError, warn
 
 if TYPE_CHECKING:
@@ -119,10 +119,10 @@ _torch.begin_no_trace(_declare)
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_outside(declaring_module: nn.Module, *, split: bool) -> None:
-    """Count a call outside of a graph. Where graphs `split` round it, the next one reports it."""
+    """Count a call outside of a graph. `split`: Dynamo traces what surrounds it."""
     plain = [ran_plain(connection) for connection in declaring_module.__dict__[DECLARED]]
-    if any(plain) and not split:
-        _report_plain_run(declaring_module)
+    if any(plain):
+        _report_plain_run(declaring_module, split=split)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -143,7 +143,7 @@ def _show_tracer(declaring_module: nn.Module) -> None:
                 torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
 
 
-def _report_plain_run(declaring_module: nn.Module) -> None:
+def _report_plain_run(declaring_module: nn.Module, *, split: bool) -> None:
     """Warn, once for each model and cause, that residual adds of the running model are plain.
 
     Raises:
@@ -151,10 +151,10 @@ def _report_plain_run(declaring_module: nn.Module) -> None:
     """
     declared = set(declaring_module.__dict__.get(DECLARED, ()))
     running = [owner for owner, _ in _torch.running_objects() if isinstance(owner, torch.nn.Module)]  # innermost first
-    owner = next((module for module in running if declared.intersection(_own_connections(module))), None)
-    if owner is None:
-        return  # called without the add
-    model = next(module for module in reversed(running) if owner in module.modules())
+    owner = next((module for module in running if declared.intersection(connections(module).values())), None)
+    if owner is None or (split and _torch.runs_in_pieces(owner)):
+        return  # called without the add, or a graph follows that has it
+    model = unwrap(next(module for module in reversed(running) if owner in module.modules()))
     cause = _torch.why_not_traced(type(owner).forward)
     message = (
         f"residual adds of {type(model).__name__} ran as plain adds, without their hyper-connections, in"
@@ -167,8 +167,3 @@ def _report_plain_run(declaring_module: nn.Module) -> None:
     if cause not in causes:
         causes.add(cause)
         warn(message, repeat=True)
-
-
-def _own_connections(module: nn.Module) -> list[HyperConnection]:
-    container = dict(module.named_children()).get(CONTAINER)
-    return list(connections(container).values()) if container is not None else []

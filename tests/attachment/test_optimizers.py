@@ -684,6 +684,7 @@ def test_model_without_optimizer_is_looked_up_once(monkeypatch):
     """A teacher beside a student: the optimizer of the student must not search the process before
     every step.
     """
+    gc.collect()  # models of other tests, which wait for an optimizer too
     teacher, student = Decoder(layers=1), nn.Linear(2, 2)
     mhc_compile.attach(teacher, tokens())
     searches = []
