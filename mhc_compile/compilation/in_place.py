@@ -46,6 +46,7 @@ def put_in_place(model: nn.Module, options: ResolvedOptions, compile_graph: Comp
     `compile_graph(graph, inputs, options)` is what a backend does with a captured graph.
     """
     _torch.after_compiling_in_place(_keep_given)
+    _torch.guard_on_forward_pre_hooks()
     for module in _modules_with_connections(model):
         if IN_PLACE not in module.__dict__:
             module.__dict__[IN_PLACE] = InPlace(module, options, compile_graph)

@@ -1,12 +1,16 @@
 """A tiny transformer, and mHC for it written by hand: plain torch, float64, from names and values
-alone. Nothing of the package runs here, and neither do the model's modules and their hooks.
+alone. Nothing of the package runs in `transformer_by_hand`, and neither do modules and their hooks.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import mhc_compile
 
 STREAMS, ITERATIONS, EPS = 4, 20, 1e-6
 WIDTH, VOCABULARY = 8, 7
@@ -92,6 +96,23 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantised.to(x.dtype) * self.row_scale.to(x.dtype), self.bias)
+
+
+@functools.cache
+def attached_state(layers: int) -> dict[str, Tensor]:
+    """The state dict of a model with hyper-connections; making one costs a trace."""
+    model = Transformer(layers)
+    mhc_compile.attach(model, torch.zeros(2, 4, dtype=torch.long), options={"inner_backend": "eager"})
+    return model.state_dict()
+
+
+def stir(model: nn.Module, generator: torch.Generator) -> None:
+    """Give a model random hyper-connections, so that its streams differ."""
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.phi.copy_(torch.randn(connection.phi.shape, generator=generator) * 0.5)
+            connection.bias.add_(torch.randn(connection.bias.shape, generator=generator) * 0.7)
+            connection.scale.fill_(0.5)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import pickle
 import warnings
 from collections import Counter
@@ -21,6 +20,8 @@ from helpers.hand_written import (
     UNTRACED,
     Int8Linear,
     Transformer,
+    attached_state,
+    stir,
     transformer_by_hand,
     values_of,
 )
@@ -83,14 +84,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return model.embed.weight.dtype
 
 
-@functools.cache
-def attached_state(layers: int) -> dict[str, Tensor]:
-    """The state dict of a model with hyper-connections; it costs a trace."""
-    model = Transformer(layers)
-    mhc_compile.attach(model, torch.zeros(2, 4, dtype=torch.long), options={"inner_backend": "eager"})
-    return model.state_dict()
-
-
 CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -146,7 +139,7 @@ class CallsOfAModel(RuleBasedStateMachine):
             elif start == "in place":
                 self.model.compile(backend="mhc", options=self.options)
                 self.model(self.tokens)
-        self.move(self.model)
+        stir(self.model, self.generator)
         if self.attached:
             self.saved = copy.deepcopy(self.model.state_dict())
 
@@ -167,15 +160,6 @@ class CallsOfAModel(RuleBasedStateMachine):
 
     def ids(self, *shape: int) -> Tensor:
         return torch.randint(0, 7, shape, generator=self.generator)
-
-    def move(self, model: nn.Module) -> None:
-        """Random hyper-connections, so that the streams differ."""
-        with torch.no_grad():
-            for connection in mhc_compile.connections(model).values():
-                for parameter, std in ((connection.phi, 0.5), (connection.bias, 0.7)):
-                    noise = torch.randn(parameter.shape, generator=self.generator) * std
-                    parameter.copy_(noise if parameter is connection.phi else parameter.detach() + noise)
-                connection.scale.fill_(0.5)
 
     @staticmethod
     def exchange(block: nn.Module, name: str) -> None:
@@ -270,7 +254,7 @@ class CallsOfAModel(RuleBasedStateMachine):
     @rule()
     def stir(self):
         self.rule = "stir"
-        self.move(self.model)
+        stir(self.model, self.generator)
 
     @rule()
     def save(self):
