@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import weakref
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import _symbolic_trace as symbolic_tracing
 from torch.fx.experimental import symbolic_shapes
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 _lock = threading.Lock()
+#: Whether `torch.export.export` runs, whose program is rewritten at its end.
+inside_export: ContextVar[bool] = ContextVar("mhc_inside_export", default=False)
 
 
 def _tracer() -> Any:
@@ -231,6 +235,37 @@ def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
 
         compile.__module__ = __name__
         nn.Module.compile = compile  # type: ignore[method-assign]
+
+
+def why_not_traced(function: Callable[..., Any]) -> str:
+    """Return why Dynamo does not trace this function, which runs, and the way out."""
+    if torch._dynamo.config.disable:
+        return (
+            "torch.compile is switched off (TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE or torch._dynamo.config.disable),"
+            " and without Dynamo nothing finds the residual adds. Switch it on"
+        )
+    if is_symbolic_trace():
+        return (
+            "torch.fx.symbolic_trace runs the model itself. Give its graph the hyper-connections with"
+            " mhc_compile.rewrite(symbolic_trace(mhc_compile.plain(model)), inputs), or use torch.export.export(model)"
+        )
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    versions = len(_debug_get_cache_entry_list(code)) if code is not None else 0
+    limit = min(torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit)
+    if versions >= limit:
+        return (
+            f"Dynamo has compiled {versions} versions of it, and its limit ends that. TORCH_LOGS=recompiles names what"
+            " changes; mark it dynamic, or raise torch._dynamo.config.accumulated_recompile_limit"
+        )
+    return (
+        "Dynamo does not trace this code (torch.compiler.disable, a hook, or code that it does not support)."
+        " TORCH_LOGS=graph_breaks shows the place; mhc_compile.plain(model) is the model without hyper-connections"
+    )
+
+
+def is_symbolic_trace() -> bool:
+    """Return whether `torch.fx.symbolic_trace` runs."""
+    return symbolic_tracing.is_fx_symbolic_tracing()
 
 
 def default_stance() -> AbstractContextManager[Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import _trace
 
+from mhc_compile._torch.dynamo import inside_export
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -26,6 +28,11 @@ def after_exporting(then: Callable[[nn.Module, ExportedProgram], ExportedProgram
 
         @functools.wraps(_export)
         def export(model: nn.Module, *args: Any, **kwargs: Any) -> ExportedProgram:
-            return then(model, _export(model, *args, **kwargs))
+            token = inside_export.set(True)
+            try:
+                program = _export(model, *args, **kwargs)
+            finally:
+                inside_export.reset(token)
+            return then(model, program)
 
         _trace._export = export

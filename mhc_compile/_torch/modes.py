@@ -48,11 +48,6 @@ def under_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def is_symbolic_trace() -> bool:
-    """Return whether `torch.fx.symbolic_trace` runs."""
-    return _symbolic_trace.is_fx_symbolic_tracing()
-
-
 @contextlib.contextmanager
 def suspend_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Take all modes off in this context; yield a context that puts them on for a while.

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile import _torch
-from mhc_compile.errors import warn
+from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, connections
+from mhc_compile.errors import StreamsLostError, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,8 @@ HOOK = "_mhc_hook"
 
 #: Functions whose traces give models other parameters (`functional_call`).
 _swapping: weakref.WeakSet[CodeType] = weakref.WeakSet()
-#: Declaring modules whose model ran without streams and was warned about.
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: The causes of plain runs that were reported, by model.
+_reported: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def declare_on(declaring_module: nn.Module, connection: HyperConnection) -> bool:
@@ -97,18 +98,17 @@ def remove_declarations(module: nn.Module) -> None:
     hook = module.__dict__.pop(HOOK, None)
     if hook is not None:
         hook.remove()
-        _warned.discard(module)
 
 
 def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
     if torch.compiler.is_dynamo_compiling():
         if _leaves_trace():
-            _torch.graph_break("hyper-connections under torch.func run outside the trace of the function that uses it")
+            _torch.graph_break(msg="hyper-connections under torch.func run outside the trace of the function that uses it")
         _show_tracer(declaring_module)
     elif torch.compiler.is_exporting():
         _show_tracer(declaring_module)
-    elif declaring_module not in _warned:
-        _warn_of_plain_run(declaring_module)
+    else:
+        _report_plain_run(declaring_module)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -129,17 +129,32 @@ def _show_tracer(declaring_module: nn.Module) -> None:
                 torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))
 
 
-def _warn_of_plain_run(declaring_module: nn.Module) -> None:
-    """Warn, once for each model, that the running model drops its streams."""
-    model = declaring_module
-    for owner, _ in _torch.running_objects():  # innermost first
-        if isinstance(owner, torch.nn.Module) and any(module is model for module in owner.modules()):
-            model = owner
-    _warned.update(module for module in model.modules() if HOOK in module.__dict__)
-    warn(
-        f"{type(model).__name__} has hyper-connections and ran outside a graph compiled by backend='mhc': here it"
-        " computed plain residual adds. Call what torch.compile returned, or model.compile(backend='mhc') where a"
-        " method such as generate calls the model itself. mhc_compile.eager(model) runs the hyper-connections without"
-        " compiling, mhc_compile.detach(model) takes them off",
-        repeat=True,
+def _report_plain_run(declaring_module: nn.Module) -> None:
+    """Warn, once for each model and cause, that residual adds of the running model are plain.
+
+    Raises:
+        StreamsLostError: the model is compiled with `strict`.
+    """
+    declared = set(declaring_module.__dict__.get(DECLARED, ()))
+    running = [owner for owner, _ in _torch.running_objects() if isinstance(owner, torch.nn.Module)]  # innermost first
+    owner = next((module for module in running if declared.intersection(_own_connections(module))), None)
+    if owner is None or any(known in declared for module in owner.modules() for _, known in module.__dict__.get(BEGUN, ())):
+        return  # called without the add, or the branch began in a graph that has the site
+    model = next(module for module in reversed(running) if owner in module.modules())
+    cause = _torch.why_not_traced(type(owner).forward)
+    message = (
+        f"residual adds of {type(model).__name__} ran as plain adds, without their hyper-connections, in"
+        f" {type(owner).__name__}: {cause}"
     )
+    in_place = next((module.__dict__[IN_PLACE] for module in running if IN_PLACE in module.__dict__), None)
+    if in_place is not None and in_place.options.strict:
+        raise StreamsLostError(message)
+    causes = _reported.setdefault(model, set())
+    if cause not in causes:
+        causes.add(cause)
+        warn(message, repeat=True)
+
+
+def _own_connections(module: nn.Module) -> list[HyperConnection]:
+    container = module.__dict__.get("_modules", {}).get(CONTAINER)
+    return list(connections(container).values()) if container is not None else []

@@ -15,7 +15,7 @@ import torch
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import IN_PLACE
 from mhc_compile.config.options import Options
-from mhc_compile.errors import MhcError
+from mhc_compile.errors import CaptureError, MhcError
 from mhc_compile.graph_breaks.stream_registry import carried_axis
 
 if TYPE_CHECKING:
@@ -38,11 +38,16 @@ def _with_streams(
     compile_graph: CompileGraph, compiler: Callable[..., Any], graph_module: fx.GraphModule, inputs: list[Any]
 ) -> Callable[..., Any]:
     """Return the compiler for this graph: the given one, or one that rewrites it before."""
-    if torch.compiler.is_exporting() or _torch.innermost_backend_of(compiler).__module__.startswith("mhc_compile."):
+    if _torch.inside_export.get() or _torch.innermost_backend_of(compiler).__module__.startswith("mhc_compile."):
         return compiler
     declares = [node for node in graph_module.graph.nodes if node.target in _DECLARE]
     if not declares and all(carried_axis(value) is None for value in inputs):
         return compiler
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "torch._dynamo.export would export this model without its hyper-connections. Use"
+            " torch.export.export(model, inputs), or mhc_compile.plain(model) for the model without them"
+        )
     settings = next((found.options for node in declares for found in _in_place_around(node)), Options().resolved)
     inner: Any = {"inner_backend": compiler}
     if _torch.is_inductor(compiler):

@@ -54,6 +54,8 @@ def compile_captured(
     if session.is_plain:
         with _lock:
             _compiled_plain.add(session.provenance.frame.code)
+    else:
+        _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
     notify(session)
     return compile_graph(session, graph, inputs, mode)
 
