@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 _lock = threading.Lock()
+#: The modules, by `id`, whose dispatched calls run as they are in this context; see `uncompiled`.
+_as_they_are: ContextVar[frozenset[int]] = ContextVar("mhc_as_they_are", default=frozenset())
 #: Whether `torch.export.export` runs, whose program is rewritten at its end.
 inside_export: ContextVar[bool] = ContextVar("mhc_inside_export", default=False)
 
@@ -186,6 +188,8 @@ def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any
     as_it_is = module._call_impl
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
+        if id(module) in _as_they_are.get():
+            return as_it_is(*args, **kwargs)
         compiler = set_eval_frame(None)  # it would trace `choose`
         try:
             chosen = choose(callable(compiler))
@@ -278,19 +282,26 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """Let compiled modules inside `model` run eagerly in this context.
 
     Inside another `torch.compile` they would run as they were compiled, and hide from its capture.
+    Other threads still get what `dispatch_calls` has set.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
+    dispatched = set(_as_they_are.get())
     for module in model.modules():
-        if getattr(module, "_compiled_call_impl", None) is not None and "_compiled_call_impl" in module.__dict__:
+        call = module.__dict__.get("_compiled_call_impl")
+        if hasattr(call, "_torchdynamo_inline"):
+            dispatched.add(id(module))
+        elif call is not None:
             changed.append((module, "_compiled_call_impl", None))
         if isinstance(module, OptimizedModule):
             changed.append((module, "forward", module._orig_mod.__call__))
     before = [(module, name, module.__dict__[name]) for module, name, _ in changed]
+    token = _as_they_are.set(frozenset(dispatched))
     try:
         for module, name, value in changed:
             module.__dict__[name] = value
         yield
     finally:
+        _as_they_are.reset(token)
         for module, name, value in before:
             module.__dict__[name] = value
 
