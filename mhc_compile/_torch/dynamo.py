@@ -147,17 +147,20 @@ def _invalidate(entry: Any, reason: str) -> None:
     state.invalidate(entry, DeletedGuardManagerWrapper(reason))
 
 
-def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def isolated_compile(
+    function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool = False
+) -> Callable[..., Any]:
     """Compile any number of versions, which do not count for the limit of others (torch 2.13)."""
     # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
     # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
     wanted = {"isolate_recompiles": True, "recompile_limit": 1_000_000}  # beyond its usual 8 Dynamo compiles no more
-    return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
+    settings = {name: value for name, value in wanted.items() if name in known}
+    return plain(function, backend=backend, fullgraph=fullgraph, **settings)  # type: ignore[no-any-return]
 
 
-def compile_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_call(module: nn.Module, backend: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
     """Return a call of `module` that is compiled as `module.compile()` would."""
     call = module._call_impl
     if type(module).forward.__module__.startswith("torch.nn."):
@@ -165,7 +168,7 @@ def compile_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[...
         def call(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)
 
-    return isolated_compile(call, backend)
+    return isolated_compile(call, backend, fullgraph=fullgraph)
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:

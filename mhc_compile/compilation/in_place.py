@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, HyperConnections, can_be_called, connections, unwrap
 from mhc_compile.compilation.inner_compiler import run_eagerly
-from mhc_compile.errors import MhcError, OutsideCallError
+from mhc_compile.errors import CaptureError, MhcError, OutsideCallError
 from mhc_compile.passes import run_passes
 from mhc_compile.passes.transforms.lower_to_aten import LowerOperators
 
@@ -185,6 +185,8 @@ class _UnderModes:
         self._now = _Call()
         self._backend = _Backend(replace(options, inner_backend=_lowered), compile_graph, attach=False)
         self._call = _torch.compile_call(module, self._compile)
+        # Code between two graphs would compute with the stand-ins, whose values mean nothing.
+        self._whole = _torch.compile_call(module, self._compile, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slots = [
@@ -206,7 +208,15 @@ class _UnderModes:
                 for slot, name, value in slots:
                     slot[name] = stand_ins[id(value)]
                 args, kwargs = _torch.tree_map_only(Tensor, lambda x: stand_ins.get(id(x), x), (args, kwargs))
-                result = self._call(*args, **kwargs)
+                result = (self._whole if wrapped else self._call)(*args, **kwargs)
+            except _torch.TorchDynamoException as error:
+                if not wrapped or isinstance(error, (MhcError, _torch.BackendCompilerFailed)):
+                    raise
+                raise CaptureError(
+                    f"{type(self.module).__name__} has hyper-connections, and under a transform (vmap, grad, make_fx, ...)"
+                    f" its call must be one graph. Dynamo stopped: {str(error).strip().splitlines()[0]}. Let it trace that"
+                    " code, or transform mhc_compile.plain(model), which has no hyper-connections"
+                ) from error
             finally:
                 self._now.__dict__.update(before)
                 for slot, name, value in slots:

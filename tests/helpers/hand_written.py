@@ -118,7 +118,7 @@ def stir(model: nn.Module, generator: torch.Generator) -> None:
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers, by name, as leaves in float64."""
     return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
+        name: value.detach().to(torch.float64, copy=True).requires_grad_(value.requires_grad)
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     }
 
