@@ -1,4 +1,4 @@
-"""`mhc_compile.eager` and `plain`: a model operation by operation, and without hyper-connections."""
+"""`mhc_compile.eager`, operation by operation, and `plain`, without hyper-connections."""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+#: The module that `torch.export.export` imports when it is called first.
+EXPORT_MODULE = "torch.export._trace"
+
 if TYPE_CHECKING:
     from mhc_compile._torch.distributed import *
     from mhc_compile._torch.dynamo import *

@@ -178,7 +178,10 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Make calls of `module` run `call`, or run uncompiled for None."""
-    module.__dict__["_compiled_call_impl"] = call
+    if call is None:
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module.__dict__["_compiled_call_impl"] = call
 
 
 def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any] | None]) -> Callable[..., Any]:
@@ -225,7 +228,7 @@ def rewrite_for_other_compilers(rewrite: Callable[[Callable[..., Any], torch.fx.
                 self.compiler_fn = given
 
         call_user_compiler.__module__ = __name__
-        OutputGraph.call_user_compiler = call_user_compiler  # type: ignore[method-assign]
+        OutputGraph.call_user_compiler = call_user_compiler  # type: ignore[method-assign, assignment]
 
 
 def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
@@ -236,12 +239,12 @@ def after_compiling_in_place(then: Callable[[nn.Module], None]) -> None:
             return
 
         @functools.wraps(original)
-        def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        def compile_in_place(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             then(self)
 
-        compile.__module__ = __name__
-        nn.Module.compile = compile  # type: ignore[method-assign]
+        compile_in_place.__module__ = __name__
+        nn.Module.compile = compile_in_place  # type: ignore[method-assign]
 
 
 def why_not_traced(function: Callable[..., Any]) -> str:

@@ -57,7 +57,7 @@ def suspend_modes() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     tracing = torch._C._get_tracing_state(), _symbolic_trace._is_fx_tracing_flag, getattr(_python_dispatch, _IN_MODE)
 
     def trace(state: Any, symbolic: bool, in_mode: bool) -> None:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
         _symbolic_trace._is_fx_tracing_flag = symbolic
         setattr(_python_dispatch, _IN_MODE, in_mode)
 
@@ -106,7 +106,8 @@ def stand_in_for(value: Tensor) -> Callable[[], Tensor]:
 
     Sizes that are symbolic stay dynamic in graphs.
     """
-    sizes, dtype, device, grad = list(value.shape), value.dtype, value.device, value.requires_grad
+    sizes: list[Any] = list(value.shape)
+    dtype, device, grad = value.dtype, value.device, value.requires_grad
     kind = type(value) if isinstance(value, nn.Parameter) else Tensor
 
     def make() -> Tensor:
@@ -114,7 +115,7 @@ def stand_in_for(value: Tensor) -> Callable[[], Tensor]:
         plain = torch.empty(numbers, dtype=dtype, device=device)
         plain = nn.Parameter(plain, grad) if kind is not Tensor else plain.requires_grad_(grad)
         for axis, size in enumerate(sizes):
-            if not isinstance(size, int):
+            if isinstance(size, torch.SymInt):
                 torch._dynamo.mark_dynamic(plain, axis)
         return plain
 

@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef as TensorWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -66,9 +66,9 @@ def named_parameter_slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, value
 
 
-def tensor_slots(model: nn.Module) -> list[dict[str, Tensor | None]]:
+def tensor_slots(model: nn.Module) -> list[dict[str, Any]]:
     """Return the dictionaries in which modules keep their parameters and buffers."""
-    return [slots for module in model.modules() for slots in (module._parameters, module._buffers)]  # type: ignore[list-item]
+    return [slots for module in model.modules() for slots in (module._parameters, module._buffers)]
 
 
 def state_metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:

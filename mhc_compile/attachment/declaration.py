@@ -19,7 +19,6 @@ from mhc_compile.errors import StreamsLostError, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
     from types import CodeType
 
     from torch import nn
@@ -103,7 +102,9 @@ def remove_declarations(module: nn.Module) -> None:
 def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - the signature of a forward pre-hook
     if torch.compiler.is_dynamo_compiling():
         if _leaves_trace():
-            _torch.graph_break(msg="hyper-connections under torch.func run outside the trace of the function that uses it")
+            _torch.graph_break(
+                msg="hyper-connections under torch.func run outside the trace of the function that uses it"
+            )
         _show_tracer(declaring_module)
     elif torch.compiler.is_exporting():
         _show_tracer(declaring_module)
@@ -138,7 +139,9 @@ def _report_plain_run(declaring_module: nn.Module) -> None:
     declared = set(declaring_module.__dict__.get(DECLARED, ()))
     running = [owner for owner, _ in _torch.running_objects() if isinstance(owner, torch.nn.Module)]  # innermost first
     owner = next((module for module in running if declared.intersection(_own_connections(module))), None)
-    if owner is None or any(known in declared for module in owner.modules() for _, known in module.__dict__.get(BEGUN, ())):
+    if owner is None or any(
+        known in declared for module in owner.modules() for _, known in module.__dict__.get(BEGUN, ())
+    ):
         return  # called without the add, or the branch began in a graph that has the site
     model = next(module for module in reversed(running) if owner in module.modules())
     cause = _torch.why_not_traced(type(owner).forward)
@@ -156,5 +159,5 @@ def _report_plain_run(declaring_module: nn.Module) -> None:
 
 
 def _own_connections(module: nn.Module) -> list[HyperConnection]:
-    container = module.__dict__.get("_modules", {}).get(CONTAINER)
+    container = dict(module.named_children()).get(CONTAINER)
     return list(connections(container).values()) if container is not None else []

@@ -290,9 +290,13 @@ def give(
 def options_of(model: nn.Module, options: ResolvedOptions) -> ResolvedOptions:
     """Return `options` with what the hyper-connections of `model` were attached with."""
     settings = {split_path(path): settings_of(connection) for path, connection in connections(model).items()}
+    if not settings:
+        return options
     common = _common(settings.values())
     single = {
-        f"{owner}.{name}".lstrip("."): {key: value for key, value in own.items() if value != common[key] and key in PER_SITE}
+        f"{owner}.{name}".lstrip("."): {
+            key: value for key, value in own.items() if value != common[key] and key in PER_SITE
+        }
         for (owner, name), own in settings.items()
     }
     return replace(options, **common, overrides={path: differing for path, differing in single.items() if differing})

@@ -103,6 +103,11 @@ class InPlace:
         self._run_under_modes = _UnderModes(module, options, compile_graph)
         self._dispatch = _torch.dispatch_calls(module, self._choose)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether `module.compile()` has compiled the module."""
+        return self._given is not None
+
     def remove(self) -> None:
         """Let calls of the module run as they did before."""
         if _torch.compiled_call(self.module) is self._dispatch:
@@ -116,8 +121,8 @@ class InPlace:
         if _torch.is_symbolic_trace():
             return None
         if self.compiled or self._given is not None:
-            return self._call
-        if from_compiled_code:
+            return self._call  # type: ignore[no-any-return]
+        if from_compiled_code or _is_compiled_in_parts(self.module):
             return None
         if self.options.outside_calls == "error":
             raise OutsideCallError(
@@ -153,6 +158,23 @@ class InPlace:
         InPlace.__init__(self, **state)
 
 
+def _is_compiled_in_parts(module: nn.Module) -> bool:
+    """Return whether every hyper-connection is in a part that its user has compiled."""
+    parts = [_compiled_part(child) for child in module.children()]
+    return CONTAINER not in dict(module.named_children()) and False not in parts and True in parts
+
+
+def _compiled_part(module: nn.Module) -> bool | None:
+    """Return whether a part with hyper-connections is compiled; None for one without any."""
+    in_place = module.__dict__.get(IN_PLACE)
+    if unwrap(module) is not module or (in_place is not None and in_place.is_given):
+        return True
+    if in_place is not None:
+        return _is_compiled_in_parts(module)
+    parts = [part for child in module.children() if (part := _compiled_part(child)) is not None]
+    return all(parts) if parts else None
+
+
 class _Backend:
     """The backend with fixed options."""
 
@@ -183,10 +205,12 @@ class _UnderModes:
     def __init__(self, module: nn.Module, options: ResolvedOptions, compile_graph: CompileGraph) -> None:
         self.module = module
         self._now = _Call()
-        self._backend = _Backend(replace(options, inner_backend=_lowered), compile_graph, attach=False)
-        self._call = _torch.compile_call(module, self._compile)
+        backend = _Backend(replace(options, inner_backend=_lowered), compile_graph, attach=False)
+        # Dynamo keeps a backend as long as the code of the class: it must not hold the module.
+        compile_ = _ModesBackend(backend, self._now)
+        self._call = _torch.compile_call(module, compile_)
         # Code between two graphs would compute with the stand-ins, whose values mean nothing.
-        self._whole = _torch.compile_call(module, self._compile, fullgraph=True)
+        self._whole = _torch.compile_call(module, compile_, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slots = [
@@ -224,15 +248,22 @@ class _UnderModes:
                         slot[name] = value
         return _torch.tree_map_only(Tensor, lambda x: wrapped.get(id(x), x), result)
 
-    def _compile(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+
+class _ModesBackend:
+    """A backend whose graphs run on the tensors of the caller, with the modes on."""
+
+    def __init__(self, backend: _Backend, now: _Call) -> None:
+        self.backend, self.now = backend, now
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         sizes = _sizes(graph_module.graph)
-        graph = self._backend(graph_module, inputs)
+        graph = self.backend(graph_module, inputs)
 
         def run(*inputs: Any) -> Any:
-            values = [self._now.wrapped.get(id(value), value) for value in inputs]
+            values = [self.now.wrapped.get(id(value), value) for value in inputs]
             for number, (position, axis) in sizes.items():
                 values[number] = values[position].shape[axis]
-            with self._now.resume():
+            with self.now.resume():
                 return graph(*values)
 
         return run

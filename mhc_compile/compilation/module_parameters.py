@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
+
 from mhc_compile.attachment.declaration import begun_by
 from mhc_compile.attachment.model_tree import find_connection
 from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import IN_PLACE
 from mhc_compile.config.options import Options

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile.attachment.model_tree import connections
 from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import Plan
-from mhc_compile.config.options import Options
 from mhc_compile.compilation.pipeline import run_on_streams
+from mhc_compile.config.options import Options
 from mhc_compile.errors import AttachError, PlanError
 
 if TYPE_CHECKING:

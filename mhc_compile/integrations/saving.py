@@ -16,6 +16,7 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile._torch import EXPORT_MODULE
 from mhc_compile.errors import MhcWarning, warn
 from mhc_compile.integrations.entries import REGISTERED, others, own
 from mhc_compile.integrations.torchtitan import register_with_torchtitan
@@ -219,7 +220,7 @@ _REGISTER = {
     "torchtune.training.checkpointing": register_with_torchtune,
     "transformers.modeling_utils": register_with_transformers,
     "torch.distributed.checkpoint.default_planner": _register_with_torch,
-    "torch.export._trace": _rewrite_exported_programs,
+    EXPORT_MODULE: _rewrite_exported_programs,
 }
 
 

@@ -307,15 +307,6 @@ def test_the_backend_called_by_hand_says_what_to_call_instead():
         mhc(torch.fx.symbolic_trace(Stack()), [])
 
 
-def test_an_eager_run_of_an_attached_model_warns():
-    model = Decoder()
-    plain = twin(model)
-    mhc_compile.attach(model, tokens())
-    with pytest.warns(mhc_compile.MhcWarning, match="computed plain residual adds"):
-        out = model(tokens())
-    assert torch.equal(out, plain(tokens()))
-
-
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "encoder"])
 def test_inductor_preserves_outputs_and_gradients(name):
     from helpers.builders import assert_same, without_dropout

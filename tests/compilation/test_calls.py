@@ -11,8 +11,8 @@ import warnings
 import pytest
 import torch
 from helpers.hand_written import Transformer, stir, transformer_by_hand, values_of
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import mhc_compile
@@ -63,7 +63,9 @@ WAYS = {
     "no_grad": torch.no_grad()(lambda model: model(TOKENS)),
     "inference_mode": torch.inference_mode()(lambda model: model(TOKENS)),
     "aot_eager": lambda model: torch.compile(model, backend="aot_eager")(TOKENS),
-    "a function around it": lambda model: torch.compile(lambda t: model(t) * 1, backend="eager", fullgraph=True)(TOKENS),
+    "a function around it": lambda model: torch.compile(lambda t: model(t) * 1, backend="eager", fullgraph=True)(
+        TOKENS
+    ),
     "compiled in place by another": lambda model: (model.compile(backend="eager"), model(TOKENS))[1],
     "compiled in place": lambda model: (model.compile(backend="mhc", options=EAGER), model(TOKENS))[1],
     "copy": lambda model: copy.deepcopy(model)(TOKENS),
@@ -86,7 +88,7 @@ WAYS = {
     "make_fx": lambda model: make_fx(lambda t: model(t))(TOKENS)(TOKENS),
     "make_fx, symbolic": lambda model: make_fx(
         lambda t: model(t), tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(TOKENS[:1, :4])(TOKENS),
+    )(TOKENS[:1, :4].clone())(TOKENS),
     "jit.trace": lambda model: torch.jit.trace(model, (TOKENS,))(TOKENS),
     "a dispatch mode": lambda model: mode(lambda: model(TOKENS)),
     "export": lambda model: torch.export.export(model, (TOKENS,)).module()(TOKENS),
@@ -94,7 +96,7 @@ WAYS = {
         torch.compile(model, backend="mhc", options=EAGER), (TOKENS,)
     ).module()(TOKENS),
     "export, strict, dynamic": lambda model: torch.export.export(
-        model, (TOKENS[:, :4],), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=True
+        model, (TOKENS[:, :4].clone(),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=True
     ).module()(TOKENS),
 }
 #: What the default run leaves to the slow one.
@@ -189,7 +191,7 @@ def test_training_outside_a_graph_trains_every_hyper_connection():
 
 def test_a_model_that_is_called_outside_can_be_an_error():
     model = attached(outside_calls="error")
-    with pytest.raises(mhc_compile.MhcError, match="outside torch.compile, and outside_calls='error'"):
+    with pytest.raises(mhc_compile.MhcError, match=r"outside torch\.compile, and outside_calls='error'"):
         model(TOKENS)
     assert_equal(torch.compile(model, backend="mhc", options=EAGER)(TOKENS), by_hand(model))
     assert_equal(mhc_compile.eager(model)(TOKENS), by_hand(model))
@@ -205,7 +207,6 @@ def test_beyond_the_recompile_limit():
             assert_equal(compiled(TOKENS), by_hand(model))
 
 
-
 def untraced(**options) -> Transformer:
     model = attached(**options)
     model.blocks[0].forward = torch.compiler.disable(model.blocks[0].forward)
@@ -214,7 +215,9 @@ def untraced(**options) -> Transformer:
 
 def test_a_block_that_is_not_traced_is_reported_once_for_each_cause():
     model = untraced()
-    with pytest.warns(mhc_compile.MhcWarning, match=r"residual adds of Transformer ran as plain adds.* in Block: Dynamo"):
+    with pytest.warns(
+        mhc_compile.MhcWarning, match=r"residual adds of Transformer ran as plain adds.* in Block: Dynamo"
+    ):
         model(TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import warnings
 
 import pytest
 import torch
@@ -56,9 +55,7 @@ def test_no_memory_while_compiling(error):
     compiled = compile_(model, Failing(error))
     with pytest.raises((torch._dynamo.exc.BackendCompilerFailed, KeyboardInterrupt)):
         compiled(points())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it computes plain residual adds, as it should
-        assert torch.equal(model(points()), plain(points()))
+    assert torch.allclose(model(points()), plain(points()), atol=1e-6)
     attached = mhc_compile.connections(model)
     assert list(attached) == list(Small.SITES)
     out = compiled(points())  # the same compiled model, once there is memory

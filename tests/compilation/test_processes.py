@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EAGER = {"inner_backend": "eager"}
 #: Seconds that a thread or a process is waited for.
-PATIENCE = 120
+PATIENCE = 40
 
 
 class Other(Transformer):

@@ -14,7 +14,7 @@ from torch import nn
 
 import mhc_compile
 from mhc_compile import Options
-from mhc_compile.construction.in_place import compile_in_place
+from mhc_compile.compilation.pipeline import run_on_streams
 from mhc_compile.errors import AttachError, PlanError
 
 EAGER = {"inner_backend": "eager"}
@@ -111,7 +111,7 @@ def test_streams_do_not_leave_a_planned_model():
     first, second = nn.Sequential(Block(8), Block(8)), nn.Sequential(Block(8), Block(8))
     for model in (first, second):
         mhc_compile.attach(model, x)
-        compile_in_place(stirred(model), Options.parse(EAGER))
+        run_on_streams(stirred(model), Options.parse(EAGER), compiled=True)
     made = first(x)
     torch.testing.assert_close(made, mhc_compile.eager(first, options=EAGER)(x))
     torch.testing.assert_close(second(made), second(made.detach().clone()))
@@ -122,7 +122,7 @@ def test_a_model_of_a_class_of_torch_runs_on_streams():
     model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False).eval()
     x = torch.randn(2, 5, 8)
     mhc_compile.attach(model, plan=mhc_compile.plan(model, x))
-    compile_in_place(stirred(model), Options.parse(EAGER))
+    run_on_streams(stirred(model), Options.parse(EAGER), compiled=True)
     torch.testing.assert_close(model(x), mhc_compile.eager(model, options=EAGER)(x))
 
 

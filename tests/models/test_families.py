@@ -148,16 +148,3 @@ def test_autocast_keeps_coefficients_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         got_pre = connection.coefficients(streams)[0]
     assert torch.equal(got_pre, want_pre)
-
-
-def test_plain_compile_of_an_attached_model_is_the_plain_model():
-    case = build("llama")
-    plain = twin(case.model)
-    attached = mhc_compile.attach(case.model, **case.inputs)
-    assert len(attached) == 2 * LAYERS
-    for connection in mhc_compile.connections(case.model).values():
-        for parameter in connection.parameters():  # away from the start, where they would not show
-            nn.init.normal_(parameter)
-    compiled = torch.compile(case.model, backend="aot_eager")
-    assert_same(run(case, compiled, case.model), run(case, plain, plain), 1e-6)
-    assert all(p.grad is None for c in mhc_compile.connections(case.model).values() for p in c.parameters())
