@@ -41,7 +41,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mhc_compile
 from mhc_compile import MhcError, MhcWarning
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 GRADIENT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 RATE = 0.05
 #: Ways of calling that are kept at a time, next to the model itself.
@@ -490,6 +490,56 @@ def run(examples: int, steps: int, start: int | None = None, phases=(Phase.gener
     return record
 
 
+def replay(start: dict, *steps: tuple[str, dict]) -> CallsOfAModel:
+    """Run one sequence; every way is checked after every step."""
+    machine = CallsOfAModel()
+    try:
+        machine.begin(**{"layers": 1, "start": "restored", "untraced": (), "inner_backend": "eager", **start})
+        machine.every_way_is_mhc_or_loud()
+        for name, arguments in steps:
+            getattr(machine, name)(**arguments)
+            machine.every_way_is_mhc_or_loud()
+    finally:
+        machine.teardown()
+    return machine
+
+
+ANOTHER = ("compile_with_another_backend", {"other": "eager"})
+#: Sequences that were silently plain, or raised an error of torch, by what was wrong.
+FOUND = {
+    "a version compiled of the plain model ran on after attach": (
+        {"start": "plain"},
+        [ANOTHER, ("trace_and_attach", {}), ("stir", {})],
+    ),
+    "a version compiled after detach ran on after restore": (
+        {},
+        [ANOTHER, ("save", {}), ("detach", {}), ("restore", {})],
+    ),
+    "a function compiled round the plain model ran on after attach": (
+        {"start": "plain"},
+        [("compile_a_function_round_it", {"other": "eager", "through": False}), ("trace_and_attach", {}), ("stir", {})],
+    ),
+    "sym_size has no rule for vmap": ({}, [("vmap", {})]),
+    "sym_size has no rule for vmap, of a quantised model": ({}, [("quantise", {"name": "mlp"}), ("vmap", {})]),
+    "code between two graphs computed with stand-ins under vmap": (
+        {"start": "attached", "untraced": ("attn",)},
+        [("vmap", {})],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n == "a version compiled after detach ran on after restore" else pytest.mark.slow)
+        for n in FOUND
+    ],
+)
+def test_a_sequence_that_was_wrong(name):
+    start, steps = FOUND[name]
+    replay(start, *steps)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
@@ -516,7 +566,7 @@ def test_many_random_sequences(start, request):
 def test_the_oracle_tells_mhc_from_plain():
     """Otherwise a plain run would pass for mHC."""
     machine = CallsOfAModel()
-    machine.begin(1, "attached", (), "eager")
+    machine.begin(1, "restored", (), "eager")
     want, plain = machine.by_hand(), machine.by_hand(plain=True)
     assert relative(plain, want) > 2 * TOLERANCE[torch.bfloat16]
     out = machine.call("compiled", torch.compile(machine.model, backend="mhc", options=machine.options))
