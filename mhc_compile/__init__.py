@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mhc_compile.construction.planned_class import planned
     from mhc_compile.eager_mode import eager, plain
     from mhc_compile.export.rewrite import rewrite
+    from mhc_compile.inspection.audit import audit
     from mhc_compile.inspection.diff.compare import diff
     from mhc_compile.inspection.explain.explain import explain
     from mhc_compile.inspection.explain.why import why
@@ -43,6 +44,7 @@ _HOMES = {
     "Plan": "attachment.plan",
     "ResidualMapping": "mappings",
     "attach": "compilation.attach",
+    "audit": "inspection.audit",
     "check": "inspection.verification.check",
     "connections": "attachment.model_tree",
     "detach": "attachment.sites",
@@ -71,6 +73,7 @@ __all__ = [
     "Preset",
     "ResidualMapping",
     "attach",
+    "audit",
     "check",
     "connections",
     "detach",

@@ -42,7 +42,7 @@ def _mhc(
         The compiled graph.
 
     Raises:
-        OptionError, AttachError, NothingRewrittenError: without Dynamo's wrapper.
+        OptionError, AttachError, NothingRewrittenError, RewriteError: without Dynamo's wrapper.
     """
     try:
         if not _torch.in_trace():

@@ -12,6 +12,7 @@ from torch import fx
 from mhc_compile import _torch, backend
 from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.attachment.sites import detach
+from mhc_compile.compilation.inner_compiler import CountedGraph
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import warn
 from mhc_compile.graph_breaks.runtime import StreamBoundary
@@ -93,7 +94,7 @@ class _Run:
     def _backend(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
         compiled = backend.mhc(graph_module, inputs, options=self.options)
         self._traced = True
-        rewritten = compiled.compiled if isinstance(compiled, StreamBoundary) else compiled
+        rewritten = compiled.compiled if isinstance(compiled, (StreamBoundary, CountedGraph)) else compiled
         assert isinstance(rewritten, fx.GraphModule)
         placeholders = rewritten.graph.find_nodes(op="placeholder")
         read = [number for number, _ in enumerate(inputs) if placeholders[number].users]

@@ -16,6 +16,7 @@ __all__ = [
     "OptionError",
     "OutsideCallError",
     "PlanError",
+    "RewriteError",
     "ShapeError",
     "StreamsLostError",
     "UnknownAddError",
@@ -61,6 +62,10 @@ class UnknownAddError(MhcError, LookupError):
 
 class NothingRewrittenError(MhcError, RuntimeError):
     """`strict=True` and no residual add of the model was rewritten."""
+
+
+class RewriteError(MhcError, RuntimeError):
+    """`strict=True` and an exception, the cause, kept residual adds from being rewritten."""
 
 
 class StreamsLostError(MhcError, RuntimeError):

@@ -27,7 +27,7 @@ ROOMS = """
     inspection.verification
     inspection.explain
     inspection.roofline
-    inspection.cost  inspection.random_state
+    inspection.audit  inspection.cost  inspection.random_state
     interop
     checkpoints
     export

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code, set_eval_frame
 from torch._dynamo import eval_frame
 from torch._dynamo import graph_break as graph_break
 from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list, innermost_backend, skip_code
 from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, TensorifyScalarRestartAnalysis
 from torch._dynamo.exc import TorchDynamoException as TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.output_graph import OutputGraph
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mhc_compile.errors import MhcError
 
 
+#: Exceptions by which Dynamo changes what it traces.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 _lock = threading.Lock()
@@ -123,6 +125,16 @@ def forget_compiled(code: CodeType, *, all_entries: bool) -> None:
     for entry in _debug_get_cache_entry_list(code):
         if not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
             _invalidate(entry, "mhc_compile attached hyper-connections")
+
+
+def begin_no_trace(function: Callable[..., Any]) -> None:
+    """Let no trace begin at a call of `function`. Traces of its callers still follow it."""
+    skip_code(function.__code__)
+
+
+def traces_calls() -> bool:
+    """Return whether Dynamo traces the functions that are called now: inside `torch.compile`."""
+    return callable(get_eval_frame_callback())
 
 
 def make_room() -> None:

@@ -40,6 +40,11 @@ def has_compiled_call(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module` is what `torch.compile` returned, or was compiled in place."""
+    return isinstance(module, OptimizedModule) or has_compiled_call(module)
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the buffers registered on `module` itself, those that are None included."""
     return module._buffers

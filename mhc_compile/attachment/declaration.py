@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mhc_compile import _torch
+from mhc_compile.attachment.ledger import ran_plain
 from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, connections
 from mhc_compile.errors import StreamsLostError, warn
 
@@ -109,6 +110,18 @@ def _declare(declaring_module: nn.Module, args: Any) -> None:  # noqa: ARG001 - 
     elif torch.compiler.is_exporting():
         _show_tracer(declaring_module)
     else:
+        _run_outside(declaring_module, split=_torch.traces_calls())
+
+
+# Called outside of a graph, it would be one of its own.
+_torch.begin_no_trace(_declare)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_outside(declaring_module: nn.Module, *, split: bool) -> None:
+    """Count a call outside of a graph. Where graphs `split` round it, the next one reports it."""
+    plain = [ran_plain(connection) for connection in declaring_module.__dict__[DECLARED]]
+    if any(plain) and not split:
         _report_plain_run(declaring_module)
 
 
@@ -139,10 +152,8 @@ def _report_plain_run(declaring_module: nn.Module) -> None:
     declared = set(declaring_module.__dict__.get(DECLARED, ()))
     running = [owner for owner, _ in _torch.running_objects() if isinstance(owner, torch.nn.Module)]  # innermost first
     owner = next((module for module in running if declared.intersection(_own_connections(module))), None)
-    if owner is None or any(
-        known in declared for module in owner.modules() for _, known in module.__dict__.get(BEGUN, ())
-    ):
-        return  # called without the add, or the branch began in a graph that has the site
+    if owner is None:
+        return  # called without the add
     model = next(module for module in reversed(running) if owner in module.modules())
     cause = _torch.why_not_traced(type(owner).forward)
     message = (

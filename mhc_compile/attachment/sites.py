@@ -13,6 +13,7 @@ from mhc_compile.attachment.model_tree import (
     connections,
     container_of,
     find_connection,
+    split_path,
     unwrap,
 )
 from mhc_compile.attachment.optimizer_groups import leave
@@ -21,6 +22,8 @@ from mhc_compile.errors import AttachError
 from mhc_compile.modules.gated import create_connection
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from torch import nn
 
@@ -86,12 +89,21 @@ def attach_like(
     if connection is not None and connection.width != site.width:
         return
     attach_site(owner, declaring_module, replace(site, heads=()), options, index=index, dtype=dtype, root=root)
-    connection = find_connection(owner, site)
-    assert connection is not None
     if site.tail:
-        paths = {id(module): path for path, module in like.named_modules()}
         modules = [module for head in site.heads for module in head.alive()]
-        begin_branch([root.get_submodule(paths[id(module)]) for module in modules], connection, site.name)
+        mine = find_connection(like.get_submodule(site.owner.path), site)
+        assert mine is not None
+        begin_like(root, like, modules, mine)
+
+
+def begin_like(root: nn.Module, like: nn.Module, modules: Iterable[nn.Module], connection: HyperConnection) -> None:
+    """Let modules of `root` start the branch that `modules` of the equivalent `like` start."""
+    paths = {id(module): path for path, module in like.named_modules()}
+    path = paths[id(connection)]
+    other = dict(root.named_modules()).get(path)
+    if isinstance(other, type(connection)):
+        starting = [root.get_submodule(paths[id(module)]) for module in modules]
+        begin_branch(starting, other, split_path(path)[1])
 
 
 def put_connection(

@@ -69,6 +69,11 @@ class Frame:
             for call in self.calls
         )
 
+    def caller_of(self, module: nn.Module) -> nn.Module | None:
+        """Return the outermost module that contains `module` and whose call surrounds the frame."""
+        around = (call.module for call in reversed(self.calls) if call.module is not module)
+        return next((one for one in around if any(each is module for each in one.modules())), None)
+
 
 def read_frame() -> Frame:
     """Read the frame that Dynamo is tracing and the stack around it."""

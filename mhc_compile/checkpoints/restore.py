@@ -7,12 +7,14 @@ the number of streams.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mhc_compile.attachment.ledger import record_of
 from mhc_compile.attachment.model_tree import (
     CONTAINER,
     HyperConnections,
@@ -93,8 +95,13 @@ def restore(
     found = [_Restored(target, connection, skipped, parsed, fixed) for connection in saved]
     order = {id(module): position for position, module in enumerate(target.modules())}
     found.sort(key=lambda one: order[id(one.declaring_module or one.owner)])  # files sort h.10 before h.2
+    lists: set[str] = set()
     for index, one in enumerate(found):
-        one.carry_out(index)
+        connection = one.carry_out(index)
+        blocks = re.split(r"(?:^|\.)\d+(?:\.|$)", split_path(one.path)[0])[0]
+        if blocks not in lists:  # an encoder and a decoder have chains of their own
+            record_of(connection).index = 0
+        lists.add(blocks)
     settle()
     run_on_streams(target, parsed)
     return connections(target)
@@ -140,7 +147,7 @@ class _Restored:
                 f" model, which has {self.existing.streams} streams. Call mhc_compile.detach(model) first"
             )
 
-    def carry_out(self, index: int) -> None:
+    def carry_out(self, index: int) -> HyperConnection:
         """Attach it unless it exists, and write its values. `index`: its position in the model."""
         connection = self.existing
         if connection is None:
@@ -156,6 +163,7 @@ class _Restored:
             for name in bound_names(connection):
                 if name in self.values and not connection.get_parameter(name).is_meta:
                     connection.get_parameter(name).copy_(self.values[name])
+        return connection
 
 
 def _declaring_module(owner: nn.Module, name: str) -> nn.Module | None:

@@ -10,6 +10,7 @@ from mhc_compile.attachment.optimizers import settle
 from mhc_compile.attachment.plan import Plan
 from mhc_compile.attachment.sites import detach
 from mhc_compile.capture.trace import capture
+from mhc_compile.compilation.fallback import leave_failing_plain, report
 from mhc_compile.compilation.messages import warn_nothing_rewritten
 from mhc_compile.compilation.pipeline import run_on_streams
 from mhc_compile.compilation.session import GraphSession
@@ -55,6 +56,7 @@ def attach(
         OptionError: the options are wrong.
         CaptureError: the model cannot be traced with these inputs.
         NothingRewrittenError: no residual add was found, and `strict` is set.
+        RewriteError: an exception keeps residual adds from being rewritten, and `strict` is set.
         AttachError: an existing hyper-connection contradicts the options, the plan does not fit, or
             the model is already wrapped in DDP or sharded by FSDP.
         PlanError: the file is no plan, or it contradicts the options.
@@ -73,12 +75,14 @@ def attach(
 
     def on_graph(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         session = GraphSession.analyze(graph_module, inputs, parsed)
+        leave_failing_plain(session)
         session.attach()
+        report(session)
         sessions.append(session)
         return session.annotations()
 
     capture(target, args, kwargs, on_graph)
-    if not any(session.plan.sites for session in sessions):
+    if not any(session.plan.sites or session.faults for session in sessions):
         rejections = [rejection for session in sessions for rejection in session.plan.rejections]
         warn_nothing_rewritten(rejections, parsed, [session.graph for session in sessions])
     run_on_streams(target, parsed)

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.capture.shared_graphs import Sharing
 from mhc_compile.capture.trace import capture
+from mhc_compile.compilation.fallback import try_out
 from mhc_compile.compilation.module_parameters import PredictedParameters
 from mhc_compile.compilation.session import GraphSession
+from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -72,11 +75,13 @@ def dry_run(
 
     def look(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Notes:
         session = GraphSession.analyze(graph_module, inputs, options)
+        parameters = PredictedParameters(session.graph, session.provenance)
+        with contextlib.suppress(MhcError):  # the compiled call raises it
+            parameters = try_out(session)
         annotations = session.annotations()
         for planned in session.sites:
             for module in (module for head in planned.site.heads for module in head.alive()):
                 cut.setdefault(module, []).append(planned)
-        parameters = PredictedParameters(session.graph, session.provenance)
         bindings = {item.site: parameters.bind(item) for item in parameters.resolve(session.planner, options)}
         openings = parameters.predicted_openings(session.plan, begun or {})
         modules = tuple(sharing.modules(session.provenance.root, session.provenance.frame))

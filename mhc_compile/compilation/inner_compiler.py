@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mhc_compile import _torch, ops
-from mhc_compile.graph_breaks.runtime import StreamBoundary
+from mhc_compile.attachment.ledger import GraphLedger
+from mhc_compile.graph_breaks.runtime import Origin, StreamBoundary
 from mhc_compile.passes import Pass, run_passes
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import crossings
@@ -17,42 +19,71 @@ from mhc_compile.passes.transforms.fuse_sites import FuseSites
 from mhc_compile.passes.transforms.recompute import RecomputeSteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mhc_compile.compilation.session import GraphSession
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.graph_breaks.runtime import Tail
 
 #: Passes between the rewrite and the inner compiler, by the option `recompute`.
 _FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
 
 
-def compile_graph(session: GraphSession, graph: fx.Graph, inputs: list[Any], mode: str | None) -> Callable[..., Any]:
+def compile_graph(
+    session: GraphSession, graph: fx.Graph, inputs: list[Any], mode: str | None, tails: Mapping[str, Tail]
+) -> Callable[..., Any]:
     """Compile `graph`, the result of `session.rewrite`, and connect it with other graphs.
 
     The callable has the inputs and results of Dynamo's graph. `graph` also takes arriving streams
     and returns departing ones.
     """
-    options = session.options
+    options, frame = session.options, session.provenance.frame
     arrivals, departures = crossings(graph)
     annotations = session.annotations()
     module = module_like(session.captured, graph)
-    if not arrivals and not departures and not annotations:
-        return _compile(module, inputs, options, mode)
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     positions = {target: position for position, target in enumerate(placeholders)}
+    backend = options.inner_backend
+    place = frame.location, backend if isinstance(backend, str) else getattr(backend, "__name__", "callable")
+    uses, openings = session.uses()
+    ledger = GraphLedger(place, [(positions[use.phi], use.connection) for use in (*uses, *openings)], range(len(uses)))
+    if not arrivals and not departures and not annotations:
+        compiled = _compile(module, inputs, options, mode, () if session.is_plain else fusion_passes(options))
+        return CountedGraph(compiled, ledger) if uses else compiled
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
+    root = session.provenance.root
     return StreamBoundary(
-        _compile(module, [*inputs, *streams], options, mode),
+        _compile(module, [*inputs, *streams], options, mode, fusion_passes(options)),
         arrivals,
         departures,
         positions=positions,
         notes=annotations,
-        root=session.provenance.root,
-        where=session.provenance.frame.location,
+        origin=Origin(
+            type(root).__name__ if root is not None else "function",
+            weakref.ref(root) if root is not None else lambda: None,
+            frame.location,
+            weakref.ref(frame.code),
+        ),
+        ledger=ledger,
+        entries={use.path: number for number, use in enumerate((*uses, *openings))},
+        tails=tails,
         strict=options.strict,
     )
+
+
+class CountedGraph:
+    """A compiled graph without streams from or for other graphs, whose calls are counted."""
+
+    def __init__(self, compiled: Callable[..., Any], ledger: GraphLedger) -> None:
+        self.compiled, self.ledger = compiled, ledger
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph on Dynamo's inputs. Return Dynamo's results."""
+        results = self.compiled(*inputs)
+        self.ledger.count(inputs)
+        return results
 
 
 def prepare_kernels(session: GraphSession) -> None:
@@ -95,7 +126,11 @@ def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModu
 
 
 def _compile(
-    graph_module: fx.GraphModule, inputs: list[Any], options: ResolvedOptions, mode: str | None
+    graph_module: fx.GraphModule,
+    inputs: list[Any],
+    options: ResolvedOptions,
+    mode: str | None,
+    passes: tuple[Pass, ...],
 ) -> Callable[..., Any]:
     def compiler(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         inner = options.inner_backend
@@ -103,7 +138,7 @@ def _compile(
             return inner(graph_module, inputs)  # type: ignore[no-any-return]
         if inner == "eager":
             return run_eagerly(graph_module)
-        graph_module = fuse(graph_module, fusion_passes(options))
+        graph_module = fuse(graph_module, passes) if passes else graph_module
         if inner == "inductor":
             tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
             table = ops.fused_decompositions()

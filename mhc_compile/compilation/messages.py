@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from mhc_compile.errors import MhcError, NothingRewrittenError, StreamsLostError, warn
+from mhc_compile.errors import MhcError, NothingRewrittenError, RewriteError, StreamsLostError, warn
 from mhc_compile.passes.analysis.op_info import is_fused_layer, is_region, op_name
 from mhc_compile.passes.analysis.provenance import source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch.fx import Graph
 
@@ -71,6 +71,38 @@ def warn_unused(unused: list[str], rejections: Iterable[Rejection], options: Res
         NothingRewrittenError,
         options,
     )
+
+
+def warn_failed(
+    faults: Sequence[tuple[tuple[str, ...], str]],
+    where: str,
+    idle: list[str],
+    options: ResolvedOptions,
+    cause: Exception,
+) -> None:
+    """Warn of chains, each with its exception, that stay plain; if `strict`, raise RewriteError.
+
+    A fault without sites is that of the whole graph. `idle` are hyper-connections without a site.
+    """
+    listed = "; ".join(f"{_chain(sites)}: {error}" for sites, error in faults)
+    unused = (
+        f" {len(idle)} of them have hyper-connections ({', '.join(idle[:1])}, ...), whose parameters are not used"
+        " there: the model computes another function than with them."
+    ) * bool(idle)
+    message = (
+        f"the rewrite of the graph at {where} failed, and residual adds stay plain there ({listed}).{unused} The log"
+        " has the traceback (logger mhc_compile); please report it. strict=True makes this an error,"
+        " mhc_compile.explain(model, ...) shows each addition"
+    )
+    if options.strict:
+        raise RewriteError(message) from cause
+    warn(message, repeat=True)
+
+
+def _chain(sites: tuple[str, ...]) -> str:
+    if not sites:
+        return "the whole graph"
+    return f"the chain of {sites[0]}" if len(sites) == 1 else f"the chain {sites[0]} to {sites[-1]}"
 
 
 def warn_split_branch(rejection: Rejection, provenance: DynamoProvenance, options: ResolvedOptions) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mhc_compile.attachment.declaration import begun_by
-from mhc_compile.attachment.model_tree import find_connection
+from mhc_compile.attachment.declaration import begun_by, declaring_paths
+from mhc_compile.attachment.model_tree import connections, find_connection, split_path
 from mhc_compile.compilation.bindings import PlannedSite, SiteParameters, bind_connection
 from mhc_compile.modules.gated import create_connection
 from mhc_compile.passes.analysis.op_info import tensor_value
@@ -47,6 +47,11 @@ class ModuleParameters(SiteParameters):
         """Return the hyper-connection attached for the site."""
         return find_connection(self.modules(planned.site)[0], planned.site)
 
+    def is_begun(self, planned: PlannedSite) -> bool:
+        """Return whether the modules that start a split branch know its site; else True."""
+        modules = [module for head in planned.site.heads for module in head.alive()]
+        return not modules or begun_by(modules) == (planned.site.name, self.existing(planned))
+
     def find(self, planned: PlannedSite) -> Binding | None:
         """Return the graph inputs of a site, or None if its parameters are not in the graph."""
         connection = self.existing(planned)
@@ -68,11 +73,44 @@ class ModuleParameters(SiteParameters):
         """Return name and parameters of each branch that starts here and ends in another graph."""
         found: dict[BranchHead, tuple[str, Binding]] = {}
         for head in plan.heads:
-            begun = begun_by([self.provenance.module(ref) for ref in head.modules])
+            begun = self.begun(head)
             binding = self._binding(begun[1]) if begun is not None else None
             if begun is not None and binding is not None:
                 found[head] = begun[0], binding
         return found
+
+    def foresee(self, plan: Plan) -> dict[BranchHead, tuple[str, HyperConnection]]:
+        """Return the sites of heads that no module knows, where the graph shows which they are.
+
+        The module that declares the site is called here, without the add, and holds the last
+        product with weights of the head.
+        """
+        root = self.provenance.root
+        heads = [head for head in plan.heads if self.begun(head) is None]
+        if root is None or not heads:
+            return {}
+        declared, taken = declaring_paths(root), {find_connection(self.modules(site)[0], site) for site in plan.sites}
+        here = [
+            (split_path(path)[1], connection)
+            for path, connection in connections(root).items()
+            if connection in declared and connection not in taken
+            if self.provenance.target_of(connection.phi) is not None
+        ]
+        found = {}
+        for head in heads if here else ():
+            last = {self.provenance.module(ref) for ref in head.results.values() if ref is not None}
+            sites = [
+                (name, connection)
+                for name, connection in here
+                if any(last & set(root.get_submodule(path).modules()) for path in declared[connection])
+            ]
+            if len(sites) == 1:
+                found[head] = sites[0]
+        return found
+
+    def begun(self, head: BranchHead) -> tuple[str, HyperConnection] | None:
+        """Return name and hyper-connection of the site whose branch starts at `head`."""
+        return begun_by([self.provenance.module(ref) for ref in head.modules])
 
     def _binding(self, connection: HyperConnection) -> Binding | None:
         def find(name: str) -> Node | None:
@@ -122,6 +160,12 @@ class PredictedParameters(ModuleParameters):
                 connection = create_connection(site.width, options, device="meta")
                 found[head] = site.name, self._stand_in(site.path, connection, value, common[0].dtype)
         return found
+
+    def forget(self) -> None:
+        """Remove the stand-ins from the graph."""
+        for node in self.added.values():
+            self.graph.erase_node(node)
+        self.added.clear()
 
     def _stand_in(self, site: str, connection: HyperConnection, like: torch.Tensor, dtype: torch.dtype) -> Binding:
         def stand_in(part: str) -> Node:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_compile import _torch
 from mhc_compile.attachment.declaration import call_outside_trace
 from mhc_compile.attachment.plan import options_of
+from mhc_compile.compilation.fallback import attempt, leave_failing_plain, report
 from mhc_compile.compilation.in_place import compile_in_place, put_in_place
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 #: Code with a compiled version that has no streams: it had no sites when it was traced.
 _compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
+#: The hyper-connections that the trace in progress created before it was restarted.
+_created: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
+#: Code whose trace was restarted, until it is compiled.
+_restarted: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: Several threads may compile at the same time.
 _lock = threading.Lock()
 
@@ -45,19 +51,36 @@ def compile_captured(
     if session.swaps_parameters():
         call_outside_trace(session.provenance.frame.code)
         _torch.restart_trace()
-    prepare_kernels(session)
+    attempt(session, lambda: prepare_kernels(session) if session.sites else None)
+    if attach:
+        leave_failing_plain(session)
     if session.attach(create=attach):
+        _created.update(session.created)
+        _restarted.add(session.provenance.frame.code)
         for model in session.models():
             run_on_streams(model, options)
         _restart_trace()  # raises: the new parameters must be inputs of the graph
-    graph = session.rewrite()
+    graphs = [attempt(session, session.rewrite)]
+    if options.strict:
+        report(session)
+    session.report()
+    notify(session)
+    code = session.provenance.frame.code
+
+    def compile_rewritten() -> Callable[..., Any]:
+        graph = graphs.pop() if graphs else session.rewrite()
+        return compile_graph(session, graph, inputs, mode, session.tails(_created, fresh=code in _restarted))
+
+    compiled = attempt(session, compile_rewritten)
+    _created.clear()
+    _restarted.discard(code)
+    report(session)
     if session.is_plain:
         with _lock:
-            _compiled_plain.add(session.provenance.frame.code)
+            _compiled_plain.add(code)
     else:
         _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
-    notify(session)
-    return compile_graph(session, graph, inputs, mode)
+    return compiled
 
 
 def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool = False) -> None:

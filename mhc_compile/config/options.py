@@ -88,8 +88,8 @@ class Options:
             keep the streams equal for ever.
         eps: added to the mean square under the root mean square of the streams.
         min_chain_length: a chain of fewer residual adds is left as it is.
-        strict: an error instead of a warning where nothing is rewritten, streams are lost between
-            graphs, or no optimizer trains the parameters.
+        strict: an error instead of a warning where nothing is rewritten, a rewrite fails, streams
+            are lost between graphs, or no optimizer trains the parameters.
         recompute: what the backward computes again instead of keeping it. "cheap": all but the
             streams before every site, the outputs of the branches and the coefficients; it costs
             nothing, because the kernels have what they need at hand. "block": the streams as well,

@@ -8,12 +8,16 @@ its streams. A tensor without streams is expanded to copies; streams that were l
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile._torch import has_hooks
+from mhc_compile.attachment.model_tree import split_path
 from mhc_compile.errors import StreamsLostError, warn
 from mhc_compile.graph_breaks.stream_registry import (
     Departed,
@@ -22,6 +26,9 @@ from mhc_compile.graph_breaks.stream_registry import (
     changed,
     find_lost_streams,
     find_registered,
+    lost_before,
+    noted_heads,
+    open_branch,
     register_streams,
     registered_streams,
 )
@@ -29,8 +36,45 @@ from mhc_compile.passes.planning.graph_boundary import BranchInput, BranchOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import CodeType
 
+    from mhc_compile.attachment.ledger import GraphLedger, Record
     from mhc_compile.graph_breaks.split_branches import Notes
+
+#: How often the two parts of a branch are traced again because the first did not read streams.
+_RETRIES = 3
+#: How often a branch begins without an end before that is reported: a call may have raised.
+_DROPPED = 3
+#: The number of retries by the code of the second part and the name of the site.
+_retried: weakref.WeakKeyDictionary[CodeType, Counter[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The frame of a graph: class of its root, the root and the code (weak), and "file:line"."""
+
+    model: str
+    root: Callable[[], nn.Module | None]
+    where: str
+    code: weakref.ref[CodeType]
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """A site whose branch began in another graph.
+
+    Attributes:
+        path: its path below the root.
+        heads: code (weak) of the frames in which the branch begins.
+        fresh: whether the heads are traced again after this graph, whose trace found their site.
+        starting: whether that trace also created the hyper-connection, and a plain add is what it
+            computes at its start.
+    """
+
+    path: str
+    heads: tuple[weakref.ref[CodeType], ...]
+    fresh: bool
+    starting: bool
 
 
 class StreamBoundary:
@@ -43,12 +87,14 @@ class StreamBoundary:
         departures: those that leave.
         positions: positions of the inputs by their targets.
         notes: annotations for the autograd history of the results.
-        root: the module whose method the frame is, if any.
-        where: file and line of the frame.
+        origin: the frame.
+        ledger: the records of its sites.
+        entries: the entry of the ledger for each path (of an opening: name) with parameters here.
+        tails: the sites whose branches began in other graphs, by the input that is their trunk.
         strict: raise errors instead of warnings.
 
     Raises:
-        StreamsLostError: `strict`, and streams of another graph did not arrive.
+        StreamsLostError: `strict`, and streams or coefficients of another graph did not arrive.
     """
 
     def __init__(
@@ -59,8 +105,10 @@ class StreamBoundary:
         *,
         positions: Mapping[str, int],
         notes: Notes,
-        root: nn.Module | None,
-        where: str,
+        origin: Origin,
+        ledger: GraphLedger,
+        entries: Mapping[str, int],
+        tails: Mapping[str, Tail],
         strict: bool,
     ) -> None:
         self.compiled = compiled
@@ -70,58 +118,132 @@ class StreamBoundary:
         self.positions = positions
         self.notes = notes
         self.extra = len(self.departures) + 2 * len(self.openings)
-        self.model = type(root).__name__ if root is not None else "function"
-        self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else lambda: None
-        self.where = where
+        self.origin, self.ledger, self.entries, self.tails = origin, ledger, entries, tails
         self.strict = strict
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._called = False
+        #: The records of the tails, by path, in the latest call.
+        self._closed: dict[str, Record] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph on Dynamo's inputs. Return Dynamo's results."""
-        received = [self._receive(inputs[position], arrival) for position, arrival in self.arrivals]
+        received = [self._receive(inputs[position], arrival, inputs) for position, arrival in self.arrivals]
         results = self.compiled(*inputs, *received)
+        self.ledger.count(inputs)
         if self.notes:
             self.notes.write(inputs, results)
         for departure in self.departures:
-            path = f"{self.model}.{departure.path}"
-            register_streams(
-                results[departure.value], results[departure.streams], departure.axis, path, mean=departure.mean
-            )
+            value, path = results[departure.value], departure.path
+            left = Departed(f"{self.origin.model}.{path}", self._index(path, inputs), value.shape)
+            register_streams(value, results[departure.streams], departure.axis, left, mean=departure.mean)
         for opening in self.openings:
             self._begin(opening, inputs, received, results)
+        self._called = True
         return results[: -self.extra] if self.extra else results
+
+    def _index(self, path: str, inputs: Sequence[Any]) -> int:
+        """Return the position in its chain of the site `path`, whose parameters are in `inputs`."""
+        record = self._record(path, inputs)
+        return record.index if record is not None else -2  # follows and precedes none
+
+    def _record(self, path: str, inputs: Sequence[Any]) -> Record | None:
+        number = self.entries.get(path)
+        if number is None:
+            return self._closed.get(path)
+        return self.ledger.find(number, inputs[self.ledger.inputs[number][0]])
 
     def _begin(
         self, opening: BranchOutput, inputs: Sequence[Any], received: Sequence[Tensor], results: Sequence[Any]
     ) -> None:
         """Register the coefficients of a branch with the trunk tensor that it starts from."""
         value = results[opening.result] if opening.result is not None else inputs[self.positions[str(opening.value)]]
-        entry = registered_streams(value)
+        entry, record = registered_streams(value), self._record(opening.name, inputs)
+        assert record is not None
+        left = Departed(f"the branch {opening.name!r} of {self.origin.model}", record.index, value.shape, begun=True)
         # At the start of a chain the streams are the copies that this graph received.
         if entry is None:
             number = next(n for n, (_, arrival) in enumerate(self.arrivals) if arrival.target == opening.arrival)
-            entry = register_streams(value, received[number], opening.axis, f"{self.model}.{opening.name}")
-        entry.open[opening.name] = OpenBranch(results[opening.post], results[opening.res], self.root)
+            entry = register_streams(value, received[number], opening.axis, replace(left))
+        branch = OpenBranch(results[opening.post], results[opening.res], self.origin.root, left, record)
+        open_branch(entry, opening.name, branch)
+        if record.dropped >= _DROPPED and not record.computed:
+            number, record.dropped = record.dropped, 0
+            self._report(
+                f"{left.path} ({self.origin.where}) began on streams {number} times, and no compiled graph had its"
+                " residual add: it ran outside of any graph, on the mean of the streams, or was rejected."
+                " mhc_compile.explain(model, ...) shows each addition with its reason"
+            )
 
-    def _receive(self, value: Tensor, arrival: StreamInput | BranchInput) -> Tensor:
-        return self._coefficient(value, arrival) if isinstance(arrival, BranchInput) else self._streams(value, arrival)
+    def _receive(self, value: Tensor, arrival: StreamInput | BranchInput, inputs: Sequence[Any]) -> Tensor:
+        if isinstance(arrival, BranchInput):
+            return self._coefficient(value, arrival)
+        return self._streams(value, arrival, inputs)
 
     def _coefficient(self, value: Tensor, closing: BranchInput) -> Tensor:
         """Return post or res; without coefficients 1 or the identity, which make a plain add."""
         entry = registered_streams(value)
         found = entry.open.get(closing.name) if entry is not None else None
         if found is not None:
+            if closing.kind == "post":
+                self._close(found, closing)
             return (found.post if closing.kind == "post" else found.res).contiguous()
+        if closing.kind == "post":
+            self._start_again(value, closing)
         tokens = value.movedim(closing.axis, -1).shape[:-1]
         dtype, n = torch.promote_types(value.dtype, torch.float32), closing.streams
         if closing.kind == "post":
             return torch.ones((*tokens, n), dtype=dtype, device=value.device)
         return torch.eye(n, dtype=dtype, device=value.device).expand(*tokens, n, n).contiguous()
 
-    def _streams(self, value: Tensor, arrival: StreamInput) -> Tensor:
+    def _close(self, branch: OpenBranch, closing: BranchInput) -> None:
+        if branch.closed_in not in ("", self.origin.where):  # a checkpoint runs the same graph again
+            self._report(
+                f"the branch {closing.name!r} of {self.origin.model} is added to its streams twice, in"
+                f" {branch.closed_in} and in {self.origin.where}: two residual adds were taken for the end of one branch"
+            )
+        if not branch.left.taken:
+            branch.record.computed += 1
+            if self.ledger.graph not in branch.record.graphs:
+                branch.record.enter(self.ledger.graph)
+        self._closed[self.tails[closing.value].path] = branch.record
+        branch.close(self.origin.where)
+        if not self._called and (code := self.origin.code()) is not None:
+            _retried.pop(code, None)
+
+    def _start_again(self, value: Tensor, closing: BranchInput) -> None:
+        """Report a branch that did not begin on streams, and have both its parts traced again."""
+        name, tail, code = closing.name, self.tails[closing.value], self.origin.code()
+        expected, again = tail.fresh and not self._called, True
+        if not expected and code is not None:
+            retried = _retried.setdefault(code, Counter())
+            retried[name] += 1
+            again = retried[name] <= _RETRIES
+            beginnings = [note.beginning for note, _ in noted_heads(value)]  # another model may share this graph
+            for beginning in beginnings:
+                beginning.begin(*split_path(tail.path))
+            heads = (*tail.heads, *(beginning.code for beginning in beginnings))
+            for head in (code, *(head() for head in heads)) if again else ():
+                if head is not None:
+                    _torch.forget_compiled(head, all_entries=False)
+        if expected and tail.starting:
+            return
+        way_out = (
+            "Both are traced again at the next call. Call mhc_compile.attach(model, *inputs) once before the calls that"
+            " count"
+            if again
+            else "No compiled graph is the first to read the trunk there: let a module that is compiled (a norm, a"
+            " projection) be the first, or take the hyper-connections off with mhc_compile.detach(model)"
+        )
+        self._report(
+            f"the branch {name!r} of {self.origin.model} ran outside of the graph of its residual add"
+            f" ({self.origin.where}), and the graph in which it begins read the mean of the streams: this call computed"
+            f" neither the model with hyper-connections nor the plain one. {way_out}"
+        )
+
+    def _streams(self, value: Tensor, arrival: StreamInput, inputs: Sequence[Any]) -> Tensor:
         found = find_registered(value)
         if found is None:
-            origin = find_lost_streams(value)
+            origin = find_lost_streams(value) or lost_before(self._index(arrival.path, inputs), value)
             why = "the tensor was made again on the way" if origin is not None else None
         else:
             origin = found[1].left
@@ -133,19 +255,25 @@ class StreamBoundary:
             origin.taken = True
             return _take(value, *found)
         assert origin is not None
-        self._report(origin, arrival, why)
+        here = f"{self.origin.model}.{arrival.path} ({self.origin.where})"
+        if origin.begun:
+            self._report(
+                f"{origin.path} began on streams, and its residual add ran outside of any compiled graph, or was rejected:"
+                f" {here} starts from copies of the mean. Let a compiled graph have the add;"
+                " mhc_compile.explain(model, ...) shows rejected ones"
+            )
+        else:
+            self._report(
+                f"the streams behind {origin.path} end before {here}: {why}. This graph starts from copies of their mean."
+                " Hand the tensor on unchanged, or let both blocks be compiled in one graph"
+            )
         return _copies(value, arrival)
 
-    def _report(self, origin: Departed, arrival: StreamInput, why: str) -> None:
-        message = (
-            f"the streams behind {origin.path} end before {self.model}.{arrival.path} ({self.where}):"
-            f" {why}. This graph starts from copies of their mean. Hand the tensor on unchanged, or let both blocks be"
-            " compiled in one graph"
-        )
+    def _report(self, message: str) -> None:
         if self.strict:
             raise StreamsLostError(message)
-        if why not in self._said:
-            self._said.add(why)
+        if message not in self._warned:
+            self._warned.add(message)
             warn(message)
 
 

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mhc_compile import _torch
+from mhc_compile.attachment.declaration import begin_branch, begun_by, starting_paths
 from mhc_compile.attachment.model_tree import CONTAINER, HyperConnections
-from mhc_compile.graph_breaks.stream_registry import history, registered_streams
+from mhc_compile.graph_breaks.stream_registry import history, note_head, noted_heads, registered_streams
+from mhc_compile.modules.hyper_connection import HyperConnection
 from mhc_compile.passes.planning.graph_boundary import BranchTail
 
 if TYPE_CHECKING:
@@ -51,6 +53,14 @@ class Beginning:
     def alive(self) -> tuple[nn.Module, ...]:
         """Return the modules that still exist."""
         return tuple(module for reference in self.modules if (module := reference()) is not None)
+
+    def begin(self, owner: str, name: str) -> None:
+        """Let the modules start the branch of site `name` of the module `owner` below the root."""
+        root, modules = self.root() if self.root is not None else None, self.alive()
+        container = getattr(dict(root.named_modules()).get(owner), CONTAINER, None) if root is not None else None
+        connection = container.get(name) if isinstance(container, HyperConnections) else None
+        if connection is not None and len(modules) == len(self.modules):
+            begin_branch(modules, connection, name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,17 +103,19 @@ class Notes:
         return bool(self._entries)
 
     def write(self, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-        """Annotate the results of one call. Without autograd there is no history to annotate."""
+        """Annotate the history of the results of one call, and the tensors that were read."""
         for position, number, reached, beginning in self._entries:
             value = inputs[position] if position is not None else results[number]  # type: ignore[index]
             reference = _torch.TensorWeakRef(value)
             for index, last_module in reached.items():
                 result = results[index]
-                if isinstance(result, Tensor) and result.grad_fn is not None:
+                if not isinstance(result, Tensor):
+                    continue
+                note = _Note(reference, beginning, last_module)
+                note_head(value, (beginning, index), note, result)
+                if result.grad_fn is not None:
                     metadata: Any = result.grad_fn.metadata
-                    metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(
-                        _Note(reference, beginning, last_module)
-                    )
+                    metadata.setdefault(_NOTES, {}).setdefault(result.output_nr, []).append(note)
 
 
 def find_tail(
@@ -115,7 +127,7 @@ def find_tail(
         return None
     terms = [[values[node] for node in group if isinstance(values[node], Tensor)] for group in foreign]
     if not any(value.requires_grad for group in terms for value in group):
-        return _find_open_branch(provenance, add, trunk)
+        return _find_without_history(provenance, add, trunk, terms)
     paths = [_Path(trunk, group) for group in terms]
     if not all(path.notes or path.related for path in paths):
         return None
@@ -136,6 +148,10 @@ def find_tail(
             f"the branch of '{skip}' ran outside of this graph, in modules that {ref.path or ref.kind!r} does not have"
         )
     name = next((name for path in paths if (name := path.name(owner)) is not None), None)
+    if (
+        name is None and not contracted and all(path.goes_on for path in paths)
+    ):  # weights that are no parameters, as those of a quantised module
+        name = _free_name(provenance, owner, modules, trunk)
     if name is None and not contracted:  # a norm alone, say
         return None
     return BranchTail(ref, name, beginnings[0].axis, tuple(beginnings))
@@ -152,6 +168,8 @@ class _Path:
     def __init__(self, trunk: Tensor, values: Sequence[Tensor]) -> None:
         self.notes: list[_Note] = []
         self.related = False
+        #: Whether other operations follow the graph that is noted.
+        self.goes_on = False
         self._weights: list[Any] = []
         start = (trunk.grad_fn, trunk.output_nr) if trunk.grad_fn is not None else None
 
@@ -160,6 +178,7 @@ class _Path:
             about = [note for note in node.metadata.get(_NOTES, {}).get(output, ()) if note.tensor() is trunk]
             self.notes += about
             self.related = self.related or step == start
+            self.goes_on = self.goes_on or not about
             return bool(about) or step == start
 
         for value in values:
@@ -200,21 +219,59 @@ def _find_root(provenance: DynamoProvenance, beginnings: Sequence[Beginning]) ->
             provenance.adopt_root(root)
 
 
-def _find_open_branch(provenance: DynamoProvenance, add: Node, trunk: Tensor) -> BranchTail | None:
-    """Return the only branch open at `trunk` that the module of `add` owns. Needs no history."""
-    entry = registered_streams(trunk)
-    if entry is None:
-        return None
+def _find_without_history(
+    provenance: DynamoProvenance, add: Node, trunk: Tensor, terms: Sequence[Sequence[Tensor]]
+) -> BranchTail | None:
+    """Return the branch that began at `trunk`, of a hyper-connection that the module of `add` has.
+
+    It is open, or read the trunk as it is.
+    """
+    entry, noted = registered_streams(trunk), noted_heads(trunk)
+    heads = list(dict.fromkeys(note.beginning for note, _ in noted))
+    branches = {name: begun for name, begun in entry.open.items() if not begun.left.taken} if entry is not None else {}
     if provenance.root is None:
-        roots = [root for begun in entry.open.values() if (root := begun.root()) is not None]
+        roots = {id(root): root for begun in branches.values() if (root := begun.root()) is not None}
         if len(roots) == 1:
-            provenance.adopt_root(roots[0])
+            provenance.adopt_root(*roots.values())
+        _find_root(provenance, heads)
     ref, owner = _owner(provenance, add)
     container = getattr(owner, CONTAINER, None)
-    if ref is None or not isinstance(container, HyperConnections):
+    if ref is None or owner is None or not isinstance(container, HyperConnections):
         return None
-    names = [name for name in entry.open if container.get(name) is not None]
-    return BranchTail(ref, names[0], entry.axis) if len(names) == 1 else None
+    names = [name for name in branches if container.get(name) is not None]
+    if entry is not None and names:
+        return BranchTail(ref, names[0], entry.axis) if len(names) == 1 else None
+    modules = tuple(dict.fromkeys(module for head in heads for module in head.alive()))
+    if not modules or not set(modules) <= set(owner.modules()):
+        return None
+    if any(
+        value is result() and note.last_module is None for note, result in noted for group in terms for value in group
+    ):
+        return None  # a norm alone
+    name = _free_name(provenance, owner, modules, trunk)
+    return BranchTail(ref, name, heads[0].axis, tuple(heads)) if name is not None else None
+
+
+def _free_name(
+    provenance: DynamoProvenance, owner: nn.Module, modules: tuple[nn.Module, ...], trunk: Tensor
+) -> str | None:
+    """Return the name of the first hyper-connection of `owner` whose branch `modules` may start.
+
+    Its parameters are not in this graph, and no other modules start its branch. Residual adds run
+    in the order of their chain: it is the next after that of the trunk, if it has streams.
+    """
+    started, container, entry = starting_paths(owner), getattr(owner, CONTAINER, None), registered_streams(trunk)
+    past = entry.left.index if entry is not None else -1
+    if not isinstance(container, HyperConnections):
+        return None
+    free = [
+        (connection.index <= past, connection.index, name)
+        for name, connection in container.named_modules()
+        if isinstance(connection, HyperConnection)
+        and provenance.target_of(connection.phi) is None
+        and (connection not in started or begun_by(modules) == (name, connection))
+    ]
+    return min(free)[-1] if free else None
 
 
 def _callable_path(owner: nn.Module, path: str) -> str:

@@ -20,7 +20,9 @@ from mhc_compile import _torch
 from mhc_compile._torch import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
+
+    from mhc_compile.attachment.ledger import Record
 
 #: Operations to go back in a tensor's history when looking for a tensor with streams.
 _NEAR = 8
@@ -42,13 +44,31 @@ class StreamEntry:
     open: dict[str, OpenBranch] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OpenBranch:
     """A branch without its add: coefficients post [..., n], res [..., n, n]; the root module."""
 
     post: Tensor
     res: Tensor
     root: Callable[[], nn.Module | None]
+    #: The site, and whether a graph has its sum.
+    left: Departed
+    record: Record
+    #: The graph that has the sum.
+    closed_in: str = ""
+
+    def __post_init__(self) -> None:
+        self.record.open += 1
+
+    def close(self, place: str) -> None:
+        """Record that the graph of the frame at `place` has the sum."""
+        self.record.open -= not self.left.taken
+        self.left.taken, self.closed_in = True, place
+
+    def __del__(self) -> None:
+        if not self.left.taken:
+            self.record.open -= 1
+            self.record.dropped += 1
 
 
 @dataclass(eq=False)
@@ -56,24 +76,69 @@ class Departed:
     """The site whose streams left a graph, and whether a graph took them. Outlives the tensor."""
 
     path: str
+    #: Position of the site in its chain.
+    index: int
+    #: Shape of the tensor that they stand for.
+    shape: torch.Size
+    #: Whether its branch began, and its sum is missing.
+    begun: bool = False
     taken: bool = False
+
+
+class _Thread(threading.local):
+    """The last streams, or coefficients of a branch, that left a graph in this thread."""
+
+    latest: Departed | None = None
 
 
 #: Tensors with streams. Weak in both.
 _carried: Any = WeakTensorKeyDictionary()
+#: The heads of branches that read a tensor, for results without a history. Weak in the tensors.
+_noted: Any = WeakTensorKeyDictionary()
 #: Guards growth and iteration: several threads may run models.
 _lock = threading.Lock()
+_thread = _Thread()
 
 
-def register_streams(value: Tensor, streams: Tensor, axis: int, path: str, *, mean: bool = True) -> StreamEntry:
-    """Register streams [..., n, C] of site `path` for `value` with features on `axis` (< 0)."""
-    entry = StreamEntry(streams, _torch.write_count(value), axis, Departed(path), mean)
+def register_streams(value: Tensor, streams: Tensor, axis: int, left: Departed, *, mean: bool = True) -> StreamEntry:
+    """Register streams [..., n, C] that `left` for `value` with features on `axis` (< 0)."""
+    entry = StreamEntry(streams, _torch.write_count(value), axis, left, mean)
     with _lock:
         _carried[value] = entry
+    _thread.latest = left
     if value.grad_fn is not None:
         metadata: Any = value.grad_fn.metadata
         metadata.setdefault(_LEFT, {})[value.output_nr] = entry.left
     return entry
+
+
+def open_branch(entry: StreamEntry, name: str, branch: OpenBranch) -> None:
+    """Record that the branch of site `name` starts at the tensor of `entry`."""
+    entry.open[name] = branch
+    _thread.latest = branch.left
+
+
+def lost_before(index: int, value: Tensor) -> Departed | None:
+    """Return what left a graph just before the site with this index at `value`, and was lost.
+
+    With a history, `find_lost_streams` answers for streams, and knows one call from the next.
+    """
+    left, _thread.latest = _thread.latest, None
+    follows = left is not None and (left.index + 1, left.shape) == (index, value.shape)
+    if left is None or not follows or left.taken or (torch.is_grad_enabled() and not left.begun):
+        return None
+    return left
+
+
+def note_head(value: Tensor, key: Hashable, note: Any, result: Tensor) -> None:
+    """Record that a head, `key`, read `value` and computed `result`."""
+    with _lock:
+        _noted.setdefault(value, {})[key] = note, _torch.TensorWeakRef(result)
+
+
+def noted_heads(value: Tensor) -> list[tuple[Any, Any]]:
+    """Return the notes on heads of branches that read `value`, with their results (weak)."""
+    return list(_noted.get(value, {}).values())
 
 
 def registered_streams(value: Tensor) -> StreamEntry | None:

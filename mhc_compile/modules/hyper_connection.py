@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +20,21 @@ from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Self
 
 #: Logit of the only pre weight when n = 1, where `sum(pre) = 1` is a saturated sigmoid: 1 - 1.1e-7.
 _SATURATED = 16.0
+
+#: All hyper-connections of the process, weak.
+_living: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
+#: Several threads may build models at the same time.
+_lock = threading.Lock()
+
+
+def living() -> list[HyperConnection]:
+    """Return all hyper-connections of the process, copies included."""
+    with _lock:
+        return list(_living)
 
 
 def parameter_dtype(value: Tensor) -> torch.dtype:
@@ -65,6 +79,13 @@ class HyperConnection(LoadsPartially):
     phi: nn.Parameter
     bias: nn.Parameter
     scale: nn.Parameter
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ARG004 - those of `__init__`
+        """Return a new instance. Copies and unpickled ones are made here, without `__init__`."""
+        connection = super().__new__(cls)
+        with _lock:
+            _living.add(connection)
+        return connection
 
     def __init__(
         self,

@@ -125,11 +125,14 @@ class Vmapped(Rule):
         if carried is None or not 0 <= carried < value.dim() or not isinstance(value.shape[carried], int):
             return None
         wide = [known_tensor(operand).movedim(op.axes[operand], -1).unsqueeze(-2) for operand in op.operands]
-        streams = [value.expand(*value.shape[:-2], 2, -1) for value in wide]  # two are enough to see the axes
+        copies = [value.expand(*value.shape[:-2], 2, -1) for value in wide]  # two are enough to see the axes
         others = [example_value(other) for other in op.others]
         try:
             with torch.no_grad():
-                result = self._function(op, carried)(*streams, *others)
+                # Batching rules may depend on the layout. Streams begin as copies, and are
+                # contiguous from the first update on.
+                self._function(op, carried)(*copies, *others)
+                result = self._function(op, carried)(*(each.contiguous() for each in copies), *others)
         # a batching rule may raise anything; the chain ends here, and the verdict says why
         except Exception as error:
             log.debug("%s cannot run under vmap", node, exc_info=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mhc_compile.passes.analysis.feature_axis import argument, carry_axis, permutation
@@ -77,6 +78,10 @@ class AsWritten(Rule):
         with graph.inserting_before(before):
             copy = graph.node_copy(op.node, operand)
         copy.meta = {}
+        # Streams have one axis more than the memory format of the trunk is made for.
+        kept = torch.contiguous_format if op_name(op.node) == "contiguous" else torch.preserve_format
+        copy.args = tuple(kept if isinstance(each, torch.memory_format) else each for each in copy.args)
+        copy.kwargs = {k: kept if isinstance(each, torch.memory_format) else each for k, each in copy.kwargs.items()}
         # the same axis, counted from the end: [..., n, C] has one axis more
         if op_name(op.node) in _REDUCTIONS:
             copy.args = (copy.args[0], -1, *copy.args[2:])
@@ -136,6 +141,29 @@ class Reshaped(Rule):
                 sizes = [-1 if axis == -1 else graph.call_method("size", (streams, axis)) for axis in kept]
             shape = (*sizes[:-1], int(known_tensor(streams).shape[-2]), int(op.value.shape[-1]))
             return graph.call_method("reshape", (streams, *shape))
+
+
+class GroupNorm(Rule):
+    """Group norm of features on axis 1, with the statistics of each sample and stream.
+
+    before: y = group_norm(x, groups, w, b)
+    after:  flat = streams [N, ..., n, C] as [N n, C, ...]
+            ys = group_norm(flat, groups, w, b) as [N, ..., n, C]
+    """
+
+    def axis(self, op: TrunkOp) -> int | None:
+        norm = op_name(op.node) == "group_norm" or isinstance(leaf_module(op.node), nn.GroupNorm)
+        return 1 if norm and op.axis == 1 and op.node.args[:1] == op.operands else None
+
+    def emit(self, graph: Graph, op: TrunkOp, lifted: Mapping[Node, Node], before: Node) -> Node:
+        streams = lifted[op.operands[0]]
+        with graph.inserting_before(before):
+            wide = graph.call_method("movedim", (streams, (-2, -1), (1, 2)))
+            flat = graph.call_method("flatten", (wide, 0, 1))
+            norm = graph.node_copy(op.node, lambda operand: flat if operand in lifted else operand)
+            norm.meta = {}
+            split = graph.call_method("unflatten", (norm, 0, (-1, int(known_tensor(streams).shape[-2]))))
+            return graph.call_method("movedim", (split, (1, 2), (-2, -1)))
 
 
 def _broadcasts(other: Node, rank: int, last: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mhc_compile.passes.analysis.op_info import is_contraction, is_inplace, is_region
 from mhc_compile.passes.lifting.compound_rules import BatchNorm, Dropped, Vmapped
-from mhc_compile.passes.lifting.direct_rules import AsWritten, Permuted, Reshaped
+from mhc_compile.passes.lifting.direct_rules import AsWritten, GroupNorm, Permuted, Reshaped
 from mhc_compile.passes.lifting.trunk_op import Obstacle, Rule, TrunkOp
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The first that applies is used. Rules that keep the graph readable come before those that trace a
 #: function.
-_RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), BatchNorm(), Vmapped())
+_RULES: tuple[Rule, ...] = (AsWritten(), Permuted(), Reshaped(), Dropped(), GroupNorm(), BatchNorm(), Vmapped())
 
 
 def lifted_axis(node: Node, operands: Iterable[Node], axes: Mapping[Node, int]) -> int | Obstacle:

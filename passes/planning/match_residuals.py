@@ -154,6 +154,8 @@ class _Finder(SumSplitter):
         shown = ", ".join(describe(value) for term in terms if (value := tensor_value(term)) is not None)
         if total is None or skip is None:
             return self.reject(add, Reason.DTYPE, lambda: "a term is not a tensor of known shape")
+        if total.is_nested or skip.is_nested:
+            return self.reject(add, Reason.TENSOR_SUBCLASS, lambda: f"the sum is a nested tensor, {describe(total)}")
         if not same_shape(skip, total):
             return self.reject(add, Reason.BROADCAST, lambda: f"the skip is broadcast: {shown}")
         if not total.dtype.is_floating_point:

@@ -57,6 +57,14 @@ class Planner:
     def settle(self, rejections: Callable[[Plan], Mapping[Node, Rejection]]) -> Plan:
         """Return the first plan without `rejections`: those of sites that cannot stay, by add."""
         while new := rejections(self.plan):
-            self.rejected |= new
-            self._plan = None
+            self.reject(new)
         return self.plan
+
+    def reject(self, rejections: Mapping[Node, Rejection]) -> None:
+        """Plan without sites, by their adds."""
+        self.rejected |= rejections
+        self._plan = None
+
+    def replace_plan(self, plan: Plan) -> None:
+        """Use `plan` until a site is rejected."""
+        self._plan = plan

@@ -49,6 +49,12 @@ class Reason(Enum):
         "rotary positions in complex numbers",
         "nothing: no residual add",
     )
+    TENSOR_SUBCLASS = (
+        "tensor-subclass",
+        "The trunk is a tensor subclass that has no streams: it is jagged, or lacks an operation that they need.",
+        "`x + f(x)` for nested tensors",
+        "pad the tensors, or pack them into one with a mask",
+    )
     NO_FEATURE_AXIS = (
         "no-feature-axis",
         "The tensors have fewer than two axes: a loss, a bias, a norm.",
@@ -187,6 +193,12 @@ class Reason(Enum):
         "The chain has fewer sites than `min_chain_length`. Streams that are merged after every block compute what the plain model does.",
         "one residual add between two projections",
         "`min_chain_length=1`, if streams that merge at once are wanted",
+    )
+    FAILED = (
+        "rewrite-failed",
+        "An exception was raised while the chain was rewritten, or the graph with its streams compiled. The log has it.",
+        "an operation that the inner compiler supports on the trunk, but not on streams",
+        "please report it; `strict=True` makes it an error",
     )
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from mhc_compile.errors import AttachError
-from mhc_compile.passes.analysis.op_info import known_tensor, runs_once, tensor_value
+from mhc_compile.passes.analysis.op_info import is_update, known_tensor, runs_once, tensor_value
 from mhc_compile.passes.core.emit import mark_copies
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
-from mhc_compile.passes.planning.graph_boundary import StreamOutput
+from mhc_compile.passes.planning.graph_boundary import BranchInput, BranchOutput, StreamOutput, crossings
 from mhc_compile.passes.transforms.path_builder import PathBuilder
 from mhc_compile.passes.transforms.stream_builder import End
 
@@ -73,7 +73,25 @@ class ExpandStreams(Pass):
         expansion.open_alone()
         expansion.sweep()
         expansion.depart()
+        self._check(graph, copy)
         return copy
+
+    def _check(self, before: Graph, after: Graph) -> None:
+        """Check that each site writes the streams once, and each branch begins or ends once.
+
+        Raises:
+            RuntimeError: the expansion lost a site, a fault of this package.
+        """
+        arrivals, departures = crossings(after)
+        done = {
+            "sites": sum(map(is_update, after.nodes)) - sum(map(is_update, before.nodes)),
+            "ends of branches": sum(isinstance(arrival, BranchInput) for arrival in arrivals),
+            "beginnings of branches": sum(isinstance(departure, BranchOutput) for departure in departures),
+        }
+        tails = 2 * sum(site.tail for site in self.plan.sites)  # post and res
+        planned = dict(zip(done, (len(self.plan.sites), tails, len(self.openings)), strict=True))
+        if done != planned:
+            raise RuntimeError(f"the graph was planned with {planned}, and its expansion has {done}")
 
 
 @dataclass(frozen=True)
@@ -87,13 +105,18 @@ class RemoveDeclarations(Pass):
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
-        declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
-        if not any(node.target in declarations for node in graph.nodes):
-            return graph
-        copy, _ = copy_graph(graph)
-        for node in [node for node in copy.nodes if node.target in declarations]:
-            copy.erase_node(node)
-        return copy
+        return without_declarations(graph)
+
+
+def without_declarations(graph: Graph) -> Graph:
+    """Return a copy of `graph` without `mhc::declare`, or the graph itself if it has none."""
+    declarations = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
+    if not any(node.target in declarations for node in graph.nodes):
+        return graph
+    copy, _ = copy_graph(graph)
+    for node in [node for node in copy.nodes if node.target in declarations]:
+        copy.erase_node(node)
+    return copy
 
 
 class _Expansion(PathBuilder):

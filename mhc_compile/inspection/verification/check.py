@@ -17,6 +17,7 @@ from mhc_compile import _torch
 from mhc_compile.capture.tensor_tree import cast, map_tensors, tensors
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import CaptureError, MhcError, MhcWarning, OptionError, warn
+from mhc_compile.inspection.audit import audit
 from mhc_compile.inspection.random_state import kept_random_state, set_seed
 from mhc_compile.inspection.verification.comparison import (
     TOLERANCES,
@@ -155,9 +156,12 @@ class _Comparison:
             got = self._compiled(run)
         compared = self._differences(got, want, self.runner.plain, self.inputs)
         graphs = run.graphs
+        before = audit(run.module)
         for _ in range(2):
             run.restore()
             _, compiled_seconds = _timed(lambda: self._compiled(run))
+        counts = zip(before.sites, audit(run.module).sites, strict=True)
+        computed = {now.path: now.computed - then.computed for then, now in counts}
         recompiles = run.graphs - graphs
         sites = len(run.connections())
         other_batch, further = self._other_batch(run)
@@ -173,6 +177,7 @@ class _Comparison:
             planned=planned if planned is not None else sites,
             sites=sites,
             live=len(live),
+            missed={path: number for path, number in computed.items() if not number or number % 2},
             graphs=graphs,
             recompiles=recompiles,
             other_batch=other_batch,

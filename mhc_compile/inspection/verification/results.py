@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhc_compile.reporting.base import Renderable, counted, finite
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class CheckResult(Renderable):
         sites: sites of the compiled model.
         live: those that take part: with random parameters they have a gradient, or change an output
             when they change.
+        missed: sites that were not computed in each of two further calls, by path: how often they
+            were. A block that is called several times in each call computes its sites as often.
         graphs: graphs that were compiled.
         recompiles: graphs that further calls with the same shapes compiled.
         other_batch: a call with another batch size; None if the inputs do not show the size.
@@ -106,6 +111,7 @@ class CheckResult(Renderable):
     planned: int
     sites: int
     live: int
+    missed: Mapping[str, int]
     graphs: int
     recompiles: int
     other_batch: OtherBatch | None
@@ -147,6 +153,11 @@ class CheckResult(Renderable):
             found.append(
                 f"{self.sites - self.live} of {self.sites} sites are not live: neither gradients nor outputs depend on"
                 " their parameters"
+            )
+        if self.missed:
+            path, number = next(iter(self.missed.items()))
+            found.append(
+                f"{len(self.missed)} of {self.sites} sites are not computed in each call: {path} {number} times in 2 calls"
             )
         if self.recompiles:
             found.append(f"further calls with the same shapes compiled {counted(self.recompiles, 'more graph')}")

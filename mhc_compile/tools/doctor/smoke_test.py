@@ -11,7 +11,10 @@ from mhc_compile.tools.doctor.check_result import Problem
 
 
 def smoke_test(seconds: float = 300) -> str:
-    """Check that two residual blocks are rewritten by Inductor, keep their function, and learn."""
+    """Check that two residual blocks are rewritten by Inductor, keep their function, and learn.
+
+    A compiled call and one under `mhc_compile.eager` must compute each site once.
+    """
     module, started = "mhc_compile.tools.doctor.smoke_test", time.monotonic()
     try:
         done = subprocess.run(  # noqa: S603 - this interpreter
@@ -25,11 +28,12 @@ def smoke_test(seconds: float = 300) -> str:
         cause = next((line for line in reversed(lines) if "Error" in line.split(":")[0]), lines[-1])
         raise Problem(f"exit code {done.returncode}: {cause}", f"python -m {module} shows the whole trace.")
     seen, duration = json.loads(done.stdout.splitlines()[-1]), time.monotonic() - started
-    found = f"{seen['sites']} sites, largest deviation {seen['deviation']:.0e}, {duration:.0f} s"
+    found = f"{seen['sites']} sites, computed by compiled and eager calls, largest deviation {seen['deviation']:.0e}, {duration:.0f} s"
     expected = {
         "2 were expected; is compiling switched off?": seen["sites"] == 2,
         "the compiled model computes something else": seen["deviation"] <= 1e-5,
         "no gradient reaches the new parameters": seen["learns"],
+        "a compiled and an eager call did not compute every site once each": set(seen["computed"]) == {2},
     }
     if wrong := next((text for text, holds in expected.items() if not holds), None):
         raise Problem(f"{found}: {wrong}", f"python -m {module} prints what it measured; please report it.")
@@ -59,8 +63,11 @@ def _main() -> None:
     out.square().sum().backward()
     gradients = [connection.bias.grad for connection in mhc_compile.connections(model).values()]
     learns = bool(gradients) and all(grad is not None and bool(grad.any()) for grad in gradients)
+    mhc_compile.eager(model)(x)
+    computed = [site.computed for site in mhc_compile.audit(model).sites]
     deviation = ((out - plain).abs().max() / plain.abs().max()).item()
-    print(json.dumps({"sites": len(gradients), "deviation": deviation, "learns": learns}))  # noqa: T201 - its result
+    seen = {"sites": len(gradients), "deviation": deviation, "learns": learns, "computed": computed}
+    print(json.dumps(seen))  # noqa: T201 - its result
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def result(**changes):
         "planned": 4,
         "sites": 4,
         "live": 4,
+        "missed": {},
         "graphs": 1,
         "recompiles": 0,
         "other_batch": OtherBatch(4, 1),

@@ -21,6 +21,14 @@ def without_batching_rule(x: Tensor) -> Tensor:
     return x * 2
 
 
+@fx.wrap
+def without_batching_rule_for_streams(x: Tensor) -> Tensor:
+    """An operation that `torch.func.vmap` runs on copies, but not on contiguous streams."""
+    if torch._C._functorch.is_batchedtensor(x) and 0 not in torch._C._functorch.get_unwrapped(x).stride():
+        raise RuntimeError("NYI")
+    return x * 2
+
+
 def blocked(m, x):
     y = without_batching_rule(x + m.f(x))
     return y + m.g(m.norm(y))
@@ -36,6 +44,12 @@ def test_exception_of_a_rule_is_in_the_rejections_that_it_causes(caplog):
         )
     (record,) = [record for record in caplog.records if record.name.endswith("compound_rules")][:1]
     assert record.exc_info is not None
+
+
+def test_operation_is_tried_in_the_layout_of_streams():
+    plan = planned(lambda m, x: (y := without_batching_rule_for_streams(x + m.f(x))) + m.g(y), min_chain_length=2)
+    assert all("RuntimeError: NYI" in rejection.message for rejection in plan.rejections)
+    assert len(plan.rejections) == 2
 
 
 def test_exception_in_a_shortcut_is_in_its_rejection():

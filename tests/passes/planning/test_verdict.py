@@ -14,8 +14,10 @@ from helpers.graphs import C, Model, planned
 from torch import nn
 
 import mhc_compile
+from mhc_compile.errors import NothingRewrittenError
 from mhc_compile.passes import Reason, normalize, plan_chains
 from mhc_compile.passes.analysis.provenance import Provenance
+from mhc_compile.passes.transforms import expand_streams
 
 if TYPE_CHECKING:
     from mhc_compile.passes.analysis.provenance import ModuleRef
@@ -170,6 +172,36 @@ def test_width_conflict(caplog):
     with told, caplog.at_level("DEBUG", "mhc_compile"):
         compiled(torch.randn(2, 4, 8))
     assert "width-conflict" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_tensor_subclass():
+    """Jagged tensors run plain. Where that leaves hyper-connections without streams, it is said."""
+    model, dense = Model(blocks), torch.randn(3, C)
+    jagged = torch.nested.nested_tensor([dense, dense[:2]], layout=torch.jagged)
+    want = model(dense)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"nothing was rewritten: .* \(2 × tensor-subclass\)"):
+        got = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})(jagged)
+    assert torch.allclose(got.unbind()[0], want)
+    assert not mhc_compile.connections(model)
+    mhc_compile.attach(model, dense)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"no part in a graph .*\(mhc\.f\).* 2 × tensor-subclass"):
+        torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(jagged)
+    with pytest.raises(NothingRewrittenError, match="tensor-subclass"):
+        torch.compile(model, backend="mhc", options={"inner_backend": "eager", "strict": True})(jagged)
+
+
+def test_rewrite_failed():
+    def fail(*args):
+        raise ValueError("no streams here")
+
+    model, x = Model(blocks), torch.randn(2, 4, C)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expand_streams.ExpandStreams, "apply", fail)
+        explained, details = mhc_compile.explain(model, x), mhc_compile.why(model, x, node="x")
+    assert explained.reasons == {"rewrite-failed": 2}
+    assert details.rejections[0].message == "ValueError: no streams here"
+    assert mhc_compile.explain(model, x).reasons == {}
 
 
 def test_every_reason_has_a_program_here_and_says_what_it_means():

@@ -16,6 +16,7 @@ from torch import fx
 import mhc_compile
 import mhc_compile.errors
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
+from mhc_compile.passes.transforms import expand_streams
 
 mhc = torch.ops.mhc
 
@@ -178,8 +179,15 @@ FIRST = {
     "batch norm: ATen": lambda m, y: torch.batch_norm(y, None, None, m.zeros, m.rows, True, 0.3, 1e-5, False),
     "vmapped: pool": lambda m, y: F.max_pool1d(y, 2),
     "vmapped: interpolate": lambda m, y: F.interpolate(y, scale_factor=2.0, mode="linear"),
-    "vmapped: group norm": lambda m, y: F.group_norm(y, 2, m.rows),
+    "group norm": lambda m, y: F.group_norm(y, 2, m.rows),
     "vmapped: unflatten": lambda m, y: torch.relu(y.unflatten(2, (2, 3))).flatten(2),
+}
+#: The same for a trunk [2, 4, 2, C] of images.
+IMAGES = {
+    "group norm": lambda m, y: F.group_norm(y, 2, m.rows, m.zeros),
+    "group norm and pool": lambda m, y: F.max_pool2d(F.group_norm(y, 1), 2),
+    "channels last": lambda m, y: y.contiguous(memory_format=torch.channels_last).relu(),
+    "channels last, by a cast": lambda m, y: y.to(memory_format=torch.channels_last).relu(),
 }
 
 
@@ -231,13 +239,15 @@ def outcome(call, module, x) -> list[torch.Tensor]:
     return [*outputs, *after, *gradients]
 
 
-def assert_like_the_definition(forward, sites=2, tolerance=1e-10):
+def assert_like_the_definition(forward, sites=2, tolerance=1e-10, *, images=False):
     """The rewritten graph and its definition agree at random parameters.
 
     Every axis has a size of its own: n = 3.
     """
     torch.manual_seed(0)
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
+    if images:
+        model.conv, x = torch.nn.Conv2d(4, 4, 3, padding=1).double(), torch.stack([x, x.sin()], 2)
     options = {
         "streams": 3,
         "min_chain_length": 1,
@@ -270,6 +280,18 @@ def test_lifting_of_channels_first_is_the_operation_on_each_stream(rule):
         return y + m.conv(torch.tanh(y))
 
     assert_like_the_definition(forward)
+
+
+@pytest.mark.parametrize("rule", IMAGES)
+def test_lifting_of_images_is_the_operation_on_each_stream(rule):
+    """The branch pools and normalises as well, and its shortcut pools."""
+
+    def forward(m, x):
+        y = IMAGES[rule](m, x + m.conv(x))
+        z = F.avg_pool2d(y, 1) + F.group_norm(m.conv(F.avg_pool2d(y, 1)), 2)
+        return F.group_norm(z, 4) + m.conv(F.group_norm(z, 4))
+
+    assert_like_the_definition(forward, 3, images=True)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -463,3 +485,9 @@ def test_the_sum_of_another_chain_is_added_as_the_mean_of_its_streams():
     module, model, x = rewritten(forward, min_chain_length=1)
     assert operations(module)["update"] == 3
     assert (module(x) - model(x)).abs().max() < 1e-5
+
+
+def test_an_expansion_that_loses_a_site_is_an_internal_error(monkeypatch):
+    monkeypatch.setattr(expand_streams._Expansion, "_update", lambda _self, _site, streams, *_: streams)
+    with pytest.raises(RuntimeError, match=r"the graph was planned with {'sites': 2,.*'sites': 0"):
+        rewritten(two_sites)
