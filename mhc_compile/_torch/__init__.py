@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from mhc_compile._torch.distributed import *
     from mhc_compile._torch.dynamo import *
     from mhc_compile._torch.fx import *
+    from mhc_compile._torch.guards import *
     from mhc_compile._torch.inductor import *
     from mhc_compile._torch.logging import *
     from mhc_compile._torch.modes import *
     from mhc_compile._torch.modules import *
     from mhc_compile._torch.optim import *
 else:  # mypy would take a `__getattr__` for any name
-    _MODULES = ("distributed", "dynamo", "fx", "inductor", "logging", "modes", "modules", "optim")
+    _MODULES = ("distributed", "dynamo", "fx", "guards", "inductor", "logging", "modes", "modules", "optim")
 
     def __getattr__(name: str) -> Any:
         if name.startswith("__") or name in (*_MODULES, "program"):  # `program` is imported without Dynamo

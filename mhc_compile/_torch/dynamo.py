@@ -42,6 +42,8 @@ CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 #: An object that is in no frame.
 _NOBODY: weakref.ref[object] = weakref.ref(torch.nn.Module)
 _lock = threading.Lock()
+#: The modules, by `id`, whose dispatched calls run as they are in this context; see `uncompiled`.
+_as_they_are: ContextVar[frozenset[int]] = ContextVar("mhc_as_they_are", default=frozenset())
 #: Whether `torch.export.export` runs, whose program is rewritten at its end.
 inside_export: ContextVar[bool] = ContextVar("mhc_inside_export", default=False)
 
@@ -176,17 +178,20 @@ def _invalidate(entry: Any, reason: str) -> None:
     state.invalidate(entry, DeletedGuardManagerWrapper(reason))
 
 
-def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def isolated_compile(
+    function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool = False
+) -> Callable[..., Any]:
     """Compile any number of versions, which do not count for the limit of others (torch 2.13)."""
     # Lightning replaces `torch.compile` by one that writes its arguments, our backend among them,
     # on the model, which then cannot be pickled.
     plain: Any = inspect.unwrap(torch.compile)
     known = inspect.signature(plain).parameters
     wanted = {"isolate_recompiles": True, "recompile_limit": 1_000_000}  # beyond its usual 8 Dynamo compiles no more
-    return plain(function, backend=backend, **{name: value for name, value in wanted.items() if name in known})  # type: ignore[no-any-return]
+    settings = {name: value for name, value in wanted.items() if name in known}
+    return plain(function, backend=backend, fullgraph=fullgraph, **settings)  # type: ignore[no-any-return]
 
 
-def compile_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+def compile_call(module: nn.Module, backend: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
     """Return a call of `module` that is compiled as `module.compile()` would."""
     call = module._call_impl
     if type(module).forward.__module__.startswith("torch.nn."):
@@ -194,7 +199,7 @@ def compile_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[...
         def call(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)
 
-    return isolated_compile(call, backend)
+    return isolated_compile(call, backend, fullgraph=fullgraph)
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
@@ -220,6 +225,8 @@ def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any
     as_it_is = module._call_impl
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
+        if id(module) in _as_they_are.get():
+            return as_it_is(*args, **kwargs)
         compiler = set_eval_frame(None)  # it would trace `choose`
         try:
             chosen = choose(callable(compiler))
@@ -313,19 +320,26 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """Let compiled modules inside `model` run eagerly in this context.
 
     Inside another `torch.compile` they would run as they were compiled, and hide from its capture.
+    Other threads still get what `dispatch_calls` has set.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
+    dispatched = set(_as_they_are.get())
     for module in model.modules():
-        if getattr(module, "_compiled_call_impl", None) is not None and "_compiled_call_impl" in module.__dict__:
+        call = module.__dict__.get("_compiled_call_impl")
+        if hasattr(call, "_torchdynamo_inline"):
+            dispatched.add(id(module))
+        elif call is not None:
             changed.append((module, "_compiled_call_impl", None))
         if isinstance(module, OptimizedModule):
             changed.append((module, "forward", module._orig_mod.__call__))
     before = [(module, name, module.__dict__[name]) for module, name, _ in changed]
+    token = _as_they_are.set(frozenset(dispatched))
     try:
         for module, name, value in changed:
             module.__dict__[name] = value
         yield
     finally:
+        _as_they_are.reset(token)
         for module, name, value in before:
             module.__dict__[name] = value
 

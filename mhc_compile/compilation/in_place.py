@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import CONTAINER, IN_PLACE, HyperConnections, can_be_called, connections, unwrap
 from mhc_compile.compilation.inner_compiler import run_eagerly
-from mhc_compile.errors import MhcError, OutsideCallError
+from mhc_compile.errors import CaptureError, MhcError, OutsideCallError
 from mhc_compile.passes import run_passes
 from mhc_compile.passes.transforms.lower_to_aten import LowerOperators
 
@@ -46,6 +46,7 @@ def put_in_place(model: nn.Module, options: ResolvedOptions, compile_graph: Comp
     `compile_graph(graph, inputs, options)` is what a backend does with a captured graph.
     """
     _torch.after_compiling_in_place(_keep_given)
+    _torch.guard_on_forward_pre_hooks()
     for module in _modules_with_connections(model):
         if IN_PLACE not in module.__dict__:
             module.__dict__[IN_PLACE] = InPlace(module, options, compile_graph)
@@ -206,7 +207,10 @@ class _UnderModes:
         self._now = _Call()
         backend = _Backend(replace(options, inner_backend=_lowered), compile_graph, attach=False)
         # Dynamo keeps a backend as long as the code of the class: it must not hold the module.
-        self._call = _torch.compile_call(module, _ModesBackend(backend, self._now))
+        compile_ = _ModesBackend(backend, self._now)
+        self._call = _torch.compile_call(module, compile_)
+        # Code between two graphs would compute with the stand-ins, whose values mean nothing.
+        self._whole = _torch.compile_call(module, compile_, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slots = [
@@ -228,7 +232,15 @@ class _UnderModes:
                 for slot, name, value in slots:
                     slot[name] = stand_ins[id(value)]
                 args, kwargs = _torch.tree_map_only(Tensor, lambda x: stand_ins.get(id(x), x), (args, kwargs))
-                result = self._call(*args, **kwargs)
+                result = (self._whole if wrapped else self._call)(*args, **kwargs)
+            except _torch.TorchDynamoException as error:
+                if not wrapped or isinstance(error, (MhcError, _torch.BackendCompilerFailed)):
+                    raise
+                raise CaptureError(
+                    f"{type(self.module).__name__} has hyper-connections, and under a transform (vmap, grad, make_fx, ...)"
+                    f" its call must be one graph. Dynamo stopped: {str(error).strip().splitlines()[0]}. Let it trace that"
+                    " code, or transform mhc_compile.plain(model), which has no hyper-connections"
+                ) from error
             finally:
                 self._now.__dict__.update(before)
                 for slot, name, value in slots:

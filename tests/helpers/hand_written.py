@@ -110,15 +110,15 @@ def stir(model: nn.Module, generator: torch.Generator) -> None:
     """Give a model random hyper-connections, so that its streams differ."""
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            connection.phi.copy_(torch.randn(connection.phi.shape, generator=generator) * 0.5)
-            connection.bias.add_(torch.randn(connection.bias.shape, generator=generator) * 0.7)
-            connection.scale.fill_(0.5)
+            connection.phi.copy_(torch.randn(connection.phi.shape, generator=generator))
+            connection.bias.add_(torch.randn(connection.bias.shape, generator=generator))
+            connection.scale.fill_(1.0)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers, by name, as leaves in float64."""
     return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
+        name: value.detach().to(torch.float64, copy=True).requires_grad_(value.requires_grad)
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     }
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import pickle
 import warnings
 from collections import Counter
@@ -21,6 +20,8 @@ from helpers.hand_written import (
     UNTRACED,
     Int8Linear,
     Transformer,
+    attached_state,
+    stir,
     transformer_by_hand,
     values_of,
 )
@@ -40,7 +41,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mhc_compile
 from mhc_compile import MhcError, MhcWarning
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 GRADIENT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 RATE = 0.05
 #: Ways of calling that are kept at a time, next to the model itself.
@@ -81,14 +82,6 @@ def heard():
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     return model.embed.weight.dtype
-
-
-@functools.cache
-def attached_state(layers: int) -> dict[str, Tensor]:
-    """The state dict of a model with hyper-connections; it costs a trace."""
-    model = Transformer(layers)
-    mhc_compile.attach(model, torch.zeros(2, 4, dtype=torch.long), options={"inner_backend": "eager"})
-    return model.state_dict()
 
 
 CONTEXTS = {
@@ -146,7 +139,7 @@ class CallsOfAModel(RuleBasedStateMachine):
             elif start == "in place":
                 self.model.compile(backend="mhc", options=self.options)
                 self.model(self.tokens)
-        self.move(self.model)
+        stir(self.model, self.generator)
         if self.attached:
             self.saved = copy.deepcopy(self.model.state_dict())
 
@@ -167,15 +160,6 @@ class CallsOfAModel(RuleBasedStateMachine):
 
     def ids(self, *shape: int) -> Tensor:
         return torch.randint(0, 7, shape, generator=self.generator)
-
-    def move(self, model: nn.Module) -> None:
-        """Random hyper-connections, so that the streams differ."""
-        with torch.no_grad():
-            for connection in mhc_compile.connections(model).values():
-                for parameter, std in ((connection.phi, 0.5), (connection.bias, 0.7)):
-                    noise = torch.randn(parameter.shape, generator=self.generator) * std
-                    parameter.copy_(noise if parameter is connection.phi else parameter.detach() + noise)
-                connection.scale.fill_(0.5)
 
     @staticmethod
     def exchange(block: nn.Module, name: str) -> None:
@@ -270,7 +254,7 @@ class CallsOfAModel(RuleBasedStateMachine):
     @rule()
     def stir(self):
         self.rule = "stir"
-        self.move(self.model)
+        stir(self.model, self.generator)
 
     @rule()
     def save(self):
@@ -506,6 +490,56 @@ def run(examples: int, steps: int, start: int | None = None, phases=(Phase.gener
     return record
 
 
+def replay(start: dict, *steps: tuple[str, dict]) -> CallsOfAModel:
+    """Run one sequence; every way is checked after every step."""
+    machine = CallsOfAModel()
+    try:
+        machine.begin(**{"layers": 1, "start": "restored", "untraced": (), "inner_backend": "eager", **start})
+        machine.every_way_is_mhc_or_loud()
+        for name, arguments in steps:
+            getattr(machine, name)(**arguments)
+            machine.every_way_is_mhc_or_loud()
+    finally:
+        machine.teardown()
+    return machine
+
+
+ANOTHER = ("compile_with_another_backend", {"other": "eager"})
+#: Sequences that were silently plain, or raised an error of torch, by what was wrong.
+FOUND = {
+    "a version compiled of the plain model ran on after attach": (
+        {"start": "plain"},
+        [ANOTHER, ("trace_and_attach", {}), ("stir", {})],
+    ),
+    "a version compiled after detach ran on after restore": (
+        {},
+        [ANOTHER, ("save", {}), ("detach", {}), ("restore", {})],
+    ),
+    "a function compiled round the plain model ran on after attach": (
+        {"start": "plain"},
+        [("compile_a_function_round_it", {"other": "eager", "through": False}), ("trace_and_attach", {}), ("stir", {})],
+    ),
+    "sym_size has no rule for vmap": ({}, [("vmap", {})]),
+    "sym_size has no rule for vmap, of a quantised model": ({}, [("quantise", {"name": "mlp"}), ("vmap", {})]),
+    "code between two graphs computed with stand-ins under vmap": (
+        {"start": "attached", "untraced": ("attn",)},
+        [("vmap", {})],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n == "a version compiled after detach ran on after restore" else pytest.mark.slow)
+        for n in FOUND
+    ],
+)
+def test_a_sequence_that_was_wrong(name):
+    start, steps = FOUND[name]
+    replay(start, *steps)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
@@ -532,7 +566,7 @@ def test_many_random_sequences(start, request):
 def test_the_oracle_tells_mhc_from_plain():
     """Otherwise a plain run would pass for mHC."""
     machine = CallsOfAModel()
-    machine.begin(1, "attached", (), "eager")
+    machine.begin(1, "restored", (), "eager")
     want, plain = machine.by_hand(), machine.by_hand(plain=True)
     assert relative(plain, want) > 2 * TOLERANCE[torch.bfloat16]
     out = machine.call("compiled", torch.compile(machine.model, backend="mhc", options=machine.options))
