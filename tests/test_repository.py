@@ -113,7 +113,7 @@ PATCHES = """
     on_new_class on_construction before_loading after_saving after_saving_safetensors
     after_saving_distributed on_backward
     observe_distributed_loads before_adding_group before_backward before_loading_state
-    rewrite_for_other_compilers after_compiling_in_place after_exporting
+    rewrite_for_other_compilers after_compiling_in_place after_exporting guard_on_forward_pre_hooks
 """
 
 

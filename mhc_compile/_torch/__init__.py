@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 EXPORT_MODULE = "torch.export._trace"
 
 if TYPE_CHECKING:
+    from mhc_compile._torch.calls import *
     from mhc_compile._torch.distributed import *
     from mhc_compile._torch.dynamo import *
     from mhc_compile._torch.fx import *
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mhc_compile._torch.modules import *
     from mhc_compile._torch.optim import *
 else:  # mypy would take a `__getattr__` for any name
-    _MODULES = ("distributed", "dynamo", "fx", "guards", "inductor", "logging", "modes", "modules", "optim")
+    _MODULES = ("calls", "distributed", "dynamo", "fx", "guards", "inductor", "logging", "modes", "modules", "optim")
 
     def __getattr__(name: str) -> Any:
         if name.startswith("__") or name in (*_MODULES, "program"):  # `program` is imported without Dynamo

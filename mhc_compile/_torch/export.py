@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import _trace
 
-from mhc_compile._torch.dynamo import inside_export
+from mhc_compile._torch.calls import inside_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -242,3 +242,25 @@ def test_detached_it_is_the_plain_model_again():
     mhc_compile.detach(model)
     assert model._compiled_call_impl is not None
     assert_equal(model(TOKENS), by_hand(model))
+
+
+class Cut(Transformer):
+    """Dynamo runs a frame as it was written if a graph breaks inside its loop."""
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block.attn(block.norm1(x))
+            torch._dynamo.graph_break()
+            x = x + block.mlp(block.norm2(x))
+        return self.head(x)
+
+
+def test_a_loop_that_dynamo_does_not_cut_is_reported():
+    model, strict = Cut(layers=2), Cut(layers=2)
+    mhc_compile.restore(model, attached().state_dict(), options=EAGER)
+    mhc_compile.restore(strict, attached().state_dict(), options={**EAGER, "strict": True})
+    with pytest.warns(mhc_compile.MhcWarning, match="residual adds of Cut ran as plain adds"):
+        model(TOKENS)
+    with pytest.raises(mhc_compile.MhcError, match="residual adds of Cut ran as plain adds"):
+        strict(TOKENS)
