@@ -193,10 +193,14 @@ class _Backend:
 
 
 class _Call(threading.local):
-    """The call of this thread: what puts the modes on, and wrapped tensors by their stand-ins."""
+    """The call of this thread: what puts the modes on, and wrapped tensors by their stand-ins.
+
+    `graphs` is the number of graphs that ran.
+    """
 
     resume: Callable[[], AbstractContextManager[None]]
     wrapped: dict[int, Tensor]
+    graphs: int
 
 
 class _UnderModes:
@@ -227,26 +231,33 @@ class _UnderModes:
             stand_ins = {key: make() for key, (_, make) in makers.items()}
             wrapped = {id(stand_in): makers[key][0] for key, stand_in in stand_ins.items()}
             before = self._now.__dict__.copy()
-            self._now.resume, self._now.wrapped = resume, wrapped
+            self._now.resume, self._now.wrapped, self._now.graphs = resume, wrapped, 0
             try:
                 for slot, name, value in slots:
                     slot[name] = stand_ins[id(value)]
                 args, kwargs = _torch.tree_map_only(Tensor, lambda x: stand_ins.get(id(x), x), (args, kwargs))
                 result = (self._whole if wrapped else self._call)(*args, **kwargs)
-            except _torch.TorchDynamoException as error:
-                if not wrapped or isinstance(error, (MhcError, _torch.BackendCompilerFailed)):
-                    raise
-                raise CaptureError(
-                    f"{type(self.module).__name__} has hyper-connections, and under a transform (vmap, grad, make_fx, ...)"
-                    f" its call must be one graph. Dynamo stopped: {str(error).strip().splitlines()[0]}. Let it trace that"
-                    " code, or transform mhc_compile.plain(model), which has no hyper-connections"
-                ) from error
+                if wrapped and not self._now.graphs:
+                    raise self._not_traced("it does not trace the call")
+            except (MhcError, _torch.BackendCompilerFailed):
+                raise
+            except Exception as error:
+                if wrapped and (not self._now.graphs or isinstance(error, _torch.TorchDynamoException)):
+                    raise self._not_traced(str(error).strip().splitlines()[0]) from error
+                raise
             finally:
                 self._now.__dict__.update(before)
                 for slot, name, value in slots:
                     if id(slot[name]) in wrapped:
                         slot[name] = value
         return _torch.tree_map_only(Tensor, lambda x: wrapped.get(id(x), x), result)
+
+    def _not_traced(self, why: str) -> CaptureError:
+        return CaptureError(
+            f"{type(self.module).__name__} has hyper-connections, and under a transform (vmap, grad, make_fx, ...) its"
+            f" call must be one graph. Dynamo stopped: {why}. Let it trace that code, or transform"
+            " mhc_compile.plain(model), which has no hyper-connections"
+        )
 
 
 class _ModesBackend:
@@ -263,6 +274,7 @@ class _ModesBackend:
             values = [self.now.wrapped.get(id(value), value) for value in inputs]
             for number, (position, axis) in sizes.items():
                 values[number] = values[position].shape[axis]
+            self.now.graphs += 1
             with self.now.resume():
                 return graph(*values)
 

@@ -257,19 +257,23 @@ def _free_name(
 ) -> str | None:
     """Return the name of the first hyper-connection of `owner` whose branch `modules` may start.
 
-    Its parameters are not in this graph, and no other modules start its branch. Residual adds run
-    in the order of their chain: it is the next after that of the trunk, if it has streams.
+    It is the one that they start already. Else its parameters are not in this graph, and no other
+    modules start its branch; residual adds run in the order of their chain: it is the next after
+    that of the trunk, if it has streams.
     """
     started, container, entry = starting_paths(owner), getattr(owner, CONTAINER, None), registered_streams(trunk)
     past = entry.left.index if entry is not None else -1
     if not isinstance(container, HyperConnections):
         return None
+    begun = begun_by(modules)
+    if begun is not None and container.get(begun[0]) is begun[1]:
+        return begun[0]
     free = [
         (connection.index <= past, connection.index, name)
         for name, connection in container.named_modules()
         if isinstance(connection, HyperConnection)
         and provenance.target_of(connection.phi) is None
-        and (connection not in started or begun_by(modules) == (name, connection))
+        and connection not in started
     ]
     return min(free)[-1] if free else None
 

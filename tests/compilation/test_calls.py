@@ -88,7 +88,7 @@ WAYS = {
     "make_fx": lambda model: make_fx(lambda t: model(t))(TOKENS)(TOKENS),
     "make_fx, symbolic": lambda model: make_fx(
         lambda t: model(t), tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(TOKENS[:1, :4].clone())(TOKENS),
+    )(TOKENS[:, :4].clone())(TOKENS),
     "jit.trace": lambda model: torch.jit.trace(model, (TOKENS,))(TOKENS),
     "a dispatch mode": lambda model: mode(lambda: model(TOKENS)),
     "export": lambda model: torch.export.export(model, (TOKENS,)).module()(TOKENS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import warnings
 
 import pytest
@@ -87,7 +88,9 @@ class Injector:
     def __init__(self, monkeypatch, place, name, *, once):
         self.fired, self.patch, self.once = 0, monkeypatch, once
         self.original = getattr(place, name)
-        monkeypatch.setattr(place, name, self.wrapper())
+        users = [module for key, module in sys.modules.items() if key.startswith("mhc_compile.")]
+        for user in [place, *(module for module in users if vars(module).get(name) is self.original)]:
+            monkeypatch.setattr(user, name, self.wrapper())
 
     def wrapper(self):
         def call(*args, **kwargs):
