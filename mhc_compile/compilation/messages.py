@@ -37,7 +37,7 @@ def warn_nothing_rewritten(
     count, listed = _by_reason(rejections)
     found = f"{count} floating-point additions, all rejected ({listed})"
     _warn_or_raise(
-        f"nothing was rewritten: the model has {found if count else 'no addition of floating-point tensors'}."
+        f"nothing was rewritten: what Dynamo traced has {found if count else 'no addition of floating-point tensors'}."
         f" It runs as the plain model.{_hint(graphs)}"
         " `mhc explain` or mhc_compile.explain(model, ...) shows each addition with its reason",
         NothingRewrittenError,

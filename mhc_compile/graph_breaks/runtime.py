@@ -228,16 +228,16 @@ class StreamBoundary:
         if expected and tail.starting:
             return
         way_out = (
-            "Both are traced again at the next call. Call mhc_compile.attach(model, *inputs) once before the calls that"
-            " count"
+            "Both are traced again at the next call. mhc_compile.attach(model, *inputs), also after a restore, makes the"
+            " first call right"
             if again
             else "No compiled graph is the first to read the trunk there: let a module that is compiled (a norm, a"
             " projection) be the first, or take the hyper-connections off with mhc_compile.detach(model)"
         )
         self._report(
             f"the branch {name!r} of {self.origin.model} ran outside of the graph of its residual add"
-            f" ({self.origin.where}), and the graph in which it begins read the mean of the streams: this call computed"
-            f" neither the model with hyper-connections nor the plain one. {way_out}"
+            f" ({self.origin.where}), and the graph in which it begins read the mean of the streams: in this call that add"
+            f" is a plain one, without its hyper-connection, and others are not. {way_out}"
         )
 
     def _streams(self, value: Tensor, arrival: StreamInput, inputs: Sequence[Any]) -> Tensor:
