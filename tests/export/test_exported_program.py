@@ -576,7 +576,7 @@ def test_a_rewritten_program_comes_back_unchanged(index):
 
 def test_program_without_sites_warns_and_is_copied_unchanged():
     program = export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),))
-    with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten: the model has no addition"):
+    with pytest.warns(mhc_compile.MhcWarning, match="nothing was rewritten: what Dynamo traced has no addition"):
         result = mhc_compile.rewrite(program)
     assert result is not program
     assert str(result) == str(program)
