@@ -119,6 +119,7 @@ def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any
 
     skip_code(dispatch.__code__)  # neither compiled itself nor in the way of what it calls
     dispatch._torchdynamo_inline = as_it_is  # type: ignore[attr-defined]
+    dispatch.asks_for = choose  # type: ignore[attr-defined]
     set_compiled_call(module, dispatch)
     return dispatch
 
@@ -207,7 +208,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     dispatched = set(_as_they_are.get())
     for module in model.modules():
         call = module.__dict__.get("_compiled_call_impl")
-        if hasattr(call, "_torchdynamo_inline"):
+        if hasattr(call, "asks_for"):
             dispatched.add(id(module))
         elif call is not None:
             changed.append((module, "_compiled_call_impl", None))

@@ -16,23 +16,24 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-_export: Callable[..., ExportedProgram] = _trace._export
 _lock = threading.Lock()
 
 
 def after_exporting(then: Callable[[nn.Module, ExportedProgram], ExportedProgram]) -> None:
     """Patch `torch.export.export` to return what `then` makes of a model and its program."""
     with _lock:
-        if _trace._export is not _export:
+        original = _trace._export
+        if original.__module__ == __name__:
             return
 
-        @functools.wraps(_export)
+        @functools.wraps(original)
         def export(model: nn.Module, *args: Any, **kwargs: Any) -> ExportedProgram:
             token = inside_export.set(True)
             try:
-                program = _export(model, *args, **kwargs)
+                program = original(model, *args, **kwargs)
             finally:
                 inside_export.reset(token)
             return then(model, program)
 
+        export.__module__ = __name__
         _trace._export = export

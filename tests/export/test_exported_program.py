@@ -16,12 +16,11 @@ import pytest
 import torch
 from helpers.builders import Block, Decoder, build, relative, tokens, twin, without_dropout
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, _trace, export
 from torch.export.graph_signature import InputKind, OutputKind
 
 import mhc_compile
 import mhc_compile.errors
-from mhc_compile import ops
 from mhc_compile.export.exported_program import plan_program
 
 PATHS = [f"blocks.{i}.mhc.{branch}" for i in range(2) for branch in ("attn", "mlp")]
@@ -403,23 +402,15 @@ def test_aot_inductor_packages_it(tmp_path):
     assert torch.allclose(torch._inductor.aoti_load_package(package)(ids), result.module()(ids), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "lower", [mhc_compile.rewrite, lambda program: program.run_decompositions(ops.decompositions())]
-)
-def test_a_program_with_our_operators_becomes_plain_aten(lower):
-    """The way to plain ATen for a graph module: export it, and rewrite (or decompose) the
-    program.
-    """
+def test_a_rewritten_graph_module_is_exported_in_plain_aten():
     model, x = Stack(*(Residual1d() for _ in range(2))), torch.randn(2, 5, 8)
     module = mhc_compile.rewrite(torch.fx.symbolic_trace(model), x)
     with torch.no_grad():
         for connection in mhc_compile.connections(module).values():
             connection.phi.normal_()
     program = export(module, (x,))
-    assert "mhc" in namespaces(program)
-    lowered = lower(program)
-    assert "mhc" not in namespaces(lowered)
-    assert torch.allclose(lowered.module()(x), module(x), atol=1e-5)
+    assert "mhc" not in namespaces(program)
+    assert torch.allclose(program.module()(x), module(x), atol=1e-5)
 
 
 class Residual1d(nn.Module):
@@ -542,7 +533,9 @@ class Repeated(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict):
+def test_a_program_of_an_attached_model_uses_the_parameters_it_has(strict, monkeypatch):
+    """As it is before `torch.export.export` hands it over rewritten."""
+    monkeypatch.setattr(_trace, "_export", _trace._export.__wrapped__)
     model, ids = Decoder(), tokens()
     mhc_compile.attach(model, ids)
     program = export(model, (ids,), strict=strict)

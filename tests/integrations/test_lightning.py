@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -14,11 +15,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import mhc_compile
 
 lightning = pytest.importorskip("lightning")
+#: It replaces `torch.compile` for the whole process, and copies arguments: for these tests alone.
+REPLACEMENT = torch.compile
+torch.compile = inspect.unwrap(REPLACEMENT)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 EAGER = {"inner_backend": "eager"}
 LAYERS = 1
+
+
+@pytest.fixture(autouse=True)
+def _replaced(monkeypatch):
+    monkeypatch.setattr(torch, "compile", REPLACEMENT)
 
 
 class Learner(lightning.LightningModule):
