@@ -100,7 +100,7 @@ WAYS = {
     ).module()(TOKENS),
 }
 #: What the default run leaves to the slow one.
-SLOW = set(WAYS) - {"itself", "aot_eager", "its blocks", "vmap", "jit.trace", "export", "copy", "force_eager, compiled"}
+SLOW = set(WAYS) - {"itself", "aot_eager", "its blocks", "vmap", "export", "copy"}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")

@@ -297,7 +297,8 @@ def test_workers_whose_dataset_calls_a_model(method, warm):
 # Several models, several backends
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 12])
 def test_models_of_one_class_and_of_two(number):
     """12 are more than Dynamo keeps versions of."""
     models = [attached(seed, Other if seed % 3 == 0 else Transformer) for seed in range(number)]
@@ -325,7 +326,7 @@ def test_a_model_compiled_by_two_backends(other, first):
         model.zero_grad()
 
 
-@pytest.mark.parametrize("first", ["mhc", "other"])
+@pytest.mark.parametrize("first", ["mhc", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_plain_model_keeps_its_backend_next_to_one_with_hyper_connections(first):
     """Of one class: the compiled code of one must not run for the other."""
     model = attached()

@@ -202,6 +202,7 @@ def test_gradients_after_the_first_call_are_those_by_hand():
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @gradients
 def test_two_models_that_share_graphs(gradients):
     with torch.set_grad_enabled(gradients):
@@ -210,6 +211,7 @@ def test_two_models_that_share_graphs(gradients):
             assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
 
 
+@pytest.mark.slow
 def test_blocks_that_a_function_runs():
     """Nothing shows that they are equivalent: each begins when it is missed."""
     model = untraced(attached())

@@ -558,18 +558,18 @@ def _one_thread():
 
 
 def test_random_sequences():
-    seen = run(4, 6)
-    assert seen.sequences >= 4
+    seen = run(2, 6)
+    assert seen.sequences >= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("start", range(8))
 def test_many_random_sequences(start, request):
-    seen = run(300, 8, start)
+    seen = run(125, 8, start)
     if request.config.option.verbose > 0:
         print(seen.table())
-    assert seen.sequences >= 300
-    assert seen.outcomes["model", "mhc", "silent"] > 1000
+    assert seen.sequences >= 125
+    assert seen.outcomes["model", "mhc", "silent"] > 400
 
 
 def test_the_oracle_tells_mhc_from_plain():
