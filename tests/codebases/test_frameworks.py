@@ -119,7 +119,7 @@ for streams in (False, True):
         mhc_compile.restore(model, {k.removeprefix("base_model.model."): v for k, v in state.items() if ".mhc." in k})
     model = PeftModel.from_pretrained(model, "resumed").eval()
     with torch.no_grad():
-        run = mhc_compile.eager(model) if streams else model
+        run = mhc_compile.eager(model) if streams else mhc_compile.plain(model)
         losses.append(float(run(input_ids=tokens, labels=tokens).loss))
 print(losses)
 """

@@ -209,18 +209,10 @@ def test_activation_checkpointing(ranks, way, kind):
     ranks.run(compare, [(way, APART, fully_shard)], None, kind)
 
 
-def uncompiled(rank):
-    """Dynamo does not trace `checkpoint` round a module with FSDP's hooks: its blocks run in eager
-    mode, and that is said.
-    """
-    call = shard(build(kind=Recomputing), "whole", {"inner_backend": "eager"})
-    with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
-        call(tokens())
-
-
 @pytest.mark.slow
-def test_blocks_that_dynamo_leaves_to_eager_mode_are_reported(ranks):
-    ranks.run(uncompiled)
+def test_blocks_that_dynamo_leaves_to_eager_mode_run_on_streams(ranks):
+    """It does not trace `checkpoint` round a module with FSDP's hooks."""
+    ranks.run(compare, [("whole", APART, fully_shard)], "eager", Recomputing)
 
 
 def save(rank, folder):

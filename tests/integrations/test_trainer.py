@@ -149,8 +149,12 @@ def test_the_backend_by_name_in_training_arguments(name, tmp_path):
     assert_equal(resumed.model, whole.model)
     # After training the Trainer evaluates the model that it was given, in eager, whatever the
     # backend.
-    with pytest.warns(mhc_compile.MhcWarning, match="ran outside a graph compiled by backend='mhc'"):
-        resumed.evaluate()
+    for connection in mhc_compile.connections(again).values():
+        torch.nn.init.normal_(connection.bias, std=3.0)
+    want = trainer(mhc_compile.eager(again), tmp_path / "eager").evaluate()["eval_loss"]
+    plain = trainer(mhc_compile.plain(again), tmp_path / "plain").evaluate()["eval_loss"]
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(want, abs=1e-6)
+    assert plain != pytest.approx(want, abs=1e-5)
     saved = set(_saved(tmp_path / "half" / "checkpoint-4"))
     assert {f"{path}.{part}" for path in mhc_compile.connections(again) for part in ("phi", "bias", "scale")} <= saved
 
