@@ -8,6 +8,7 @@ import contextlib
 import copy
 import pickle
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -105,6 +106,8 @@ class CallsOfAModel(RuleBasedStateMachine):
         self.ways: dict[str, object] = {}
         #: Ways and contexts that have warned since the model last changed.
         self.excused: set[tuple[str, str]] = set()
+        #: Models whose plain runs were reported, which happens once for each cause.
+        self.reported: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.options: dict[str, object] = {"inner_backend": "eager"}
         self.tokens = self.ids(2, 4)
 
@@ -208,7 +211,9 @@ class CallsOfAModel(RuleBasedStateMachine):
         self.note(name, "plain" if far <= tolerance else "neither", messages)
         if messages:
             self.excused.add(key)
-        assert key in self.excused, (
+        if any(message.startswith("residual adds of") for message in messages):
+            self.reported.add(model)
+        assert key in self.excused or (model in self.reported and far <= tolerance), (
             f"after {self.rule!r}, {name!r} ({self.contexts}) is {wrong:.1e} from mHC and {far:.1e} from plain, silently"
         )
         return None
