@@ -15,6 +15,7 @@ import torch
 
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import IN_PLACE
+from mhc_compile.compilation.session import DECLARE
 from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, MhcError
 from mhc_compile.graph_breaks.stream_registry import carried_axis
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from mhc_compile.compilation.in_place import CompileGraph, InPlace
-
-#: The no-op that shows a hyper-connection, as a graph may have it.
-_DECLARE = (torch.ops.mhc.declare, torch.ops.mhc.declare.default)
 
 
 def give_streams_to_other_compilers(compile_graph: CompileGraph) -> None:
@@ -41,7 +39,7 @@ def _with_streams(
     """Return the compiler for this graph: the given one, or one that rewrites it before."""
     if _torch.inside_export.get() or _torch.innermost_backend_of(compiler).__module__.startswith("mhc_compile."):
         return compiler
-    declares = [node for node in graph_module.graph.nodes if node.target in _DECLARE]
+    declares = [node for node in graph_module.graph.nodes if node.target in DECLARE]
     if not declares and all(carried_axis(value) is None for value in inputs):
         return compiler
     if torch.compiler.is_exporting():

@@ -65,14 +65,20 @@ def rewrite_attached(model: nn.Module, program: ExportedProgram) -> ExportedProg
         CaptureError: a hyper-connection whose module runs in the program has no part in it.
     """
     rewritten = rewrite_program(program, options_of(model, Options().resolved))
-    specs = zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+    targets = {
+        node: str(spec.target)
+        for node, spec in zip(
+            program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True
+        )
+    }
     declared = {
-        spec.target
-        for node, spec in specs
-        if any(user.target is torch.ops.mhc.declare.default and user.args[0] is node for user in node.users)
+        targets[node.args[0]]: [targets[parameter] for parameter in node.args]
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.mhc.declare.default)
     }
     inputs = zip(rewritten.graph.find_nodes(op="placeholder"), rewritten.graph_signature.input_specs, strict=True)
-    idle = [str(spec.target) for node, spec in inputs if spec.target in declared and not node.users]
+    read = {str(spec.target) for node, spec in inputs if node.users}
+    # Static coefficients do not read phi.
+    idle = [phi for phi, parameters in declared.items() if read.isdisjoint(parameters)]
     if idle:
         raise CaptureError(
             f"torch.export: {len(idle)} of the {len(declared)} hyper-connections that run in this program have no part in"

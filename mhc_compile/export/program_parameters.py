@@ -79,10 +79,12 @@ class ProgramParameters(SiteParameters):
     @property
     def in_use(self) -> bool:
         """Whether the program reads hyper-connections, so that it was rewritten before."""
-        for name, node in self._nodes.items():
+        for name in self._nodes:
             path, _, part = str(name).rpartition(".")
-            complete = any(all(f"{path}.{other}" in self._nodes for other in names[1:]) for names in _KINDS)
-            if part == "phi" and CONTAINER in path.split(".") and complete and node.users:
+            kinds = ([self._nodes.get(f"{path}.{other}") for other in names] for names in _KINDS)
+            # Static coefficients do not read phi.
+            used = any(all(nodes) and any(other.users for other in nodes if other is not None) for nodes in kinds)
+            if part == "phi" and CONTAINER in path.split(".") and used:
                 return True
         return False
 
