@@ -237,7 +237,8 @@ class StreamBoundary:
         self._report(
             f"the branch {name!r} of {self.origin.model} ran outside of the graph of its residual add"
             f" ({self.origin.where}), and the graph in which it begins read the mean of the streams: in this call that add"
-            f" is a plain one, without its hyper-connection, and others are not. {way_out}"
+            f" is a plain one, without its hyper-connection, and others are not. {way_out}",
+            again=again,  # equivalent blocks share this graph
         )
 
     def _streams(self, value: Tensor, arrival: StreamInput, inputs: Sequence[Any]) -> Tensor:
@@ -269,12 +270,13 @@ class StreamBoundary:
             )
         return _copies(value, arrival)
 
-    def _report(self, message: str) -> None:
+    def _report(self, message: str, *, again: bool = False) -> None:
+        """Warn, once for each graph unless `again`; raise if `strict`."""
         if self.strict:
             raise StreamsLostError(message)
-        if message not in self._warned:
+        if again or message not in self._warned:
             self._warned.add(message)
-            warn(message)
+            warn(message, repeat=again)
 
 
 def _take(value: Tensor, other: Tensor, entry: StreamEntry) -> Tensor:
