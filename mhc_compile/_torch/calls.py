@@ -124,6 +124,21 @@ def dispatch_calls(module: nn.Module, choose: Callable[[bool], Callable[..., Any
     return dispatch
 
 
+def calling_module() -> nn.Module | None:
+    """Return the module whose code calls the innermost running module, itself called or not.
+
+    This reads the locals of a user's frame, which keeps them alive until the frame is left.
+    """
+    calls = nn.Module.__call__.__code__.co_filename
+    frame: FrameType | None = sys._getframe(1)
+    inside = False
+    while frame is not None and not (inside and frame.f_code.co_filename != calls):
+        inside = inside or frame.f_code.co_filename == calls
+        frame = frame.f_back
+    owner = frame.f_locals.get("self") if frame is not None else None
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def rewrite_for_other_compilers(rewrite: Callable[[Callable[..., Any], torch.fx.GraphModule, list[Any]], Any]) -> None:
     """Patch Dynamo to call the compiler that `rewrite(compiler, graph, inputs)` returns."""
     with _lock:

@@ -152,10 +152,15 @@ def _report_plain_run(declaring_module: nn.Module, *, split: bool) -> None:
     declared = set(declaring_module.__dict__.get(DECLARED, ()))
     running = [owner for owner, _ in _torch.running_objects() if isinstance(owner, torch.nn.Module)]  # innermost first
     owner = next((module for module in running if declared.intersection(connections(module).values())), None)
-    if owner is None or (split and _torch.runs_in_pieces(owner)):
+    if owner is not None:
+        model = unwrap(next(module for module in reversed(running) if owner in module.modules()))
+        cause = _torch.why_not_traced(type(owner).forward)
+    elif not split and (caller := _torch.calling_module()) is not None:
+        owner = model = caller
+        running = [owner]
+        cause = f"its code was called directly, as {type(owner).__name__}.forward(...). Call the module: module(...)"
+    if owner is None or declared.isdisjoint(connections(owner).values()) or (split and _torch.runs_in_pieces(owner)):
         return  # called without the add, or a graph follows that has it
-    model = unwrap(next(module for module in reversed(running) if owner in module.modules()))
-    cause = _torch.why_not_traced(type(owner).forward)
     message = (
         f"residual adds of {type(model).__name__} ran as plain adds, without their hyper-connections, in"
         f" {type(owner).__name__}: {cause}"

@@ -264,3 +264,17 @@ def test_a_loop_that_dynamo_does_not_cut_is_reported():
         model(TOKENS)
     with pytest.raises(mhc_compile.MhcError, match="residual adds of Cut ran as plain adds"):
         strict(TOKENS)
+
+
+def test_a_forward_that_is_called_directly():
+    """The model's own is no call of it, but its blocks are called; a block's has the adds in it."""
+    model = attached()
+    assert_equal(model.forward(TOKENS), by_hand(model))
+    x = model.embed(TOKENS)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"in Block: its code was called directly, as Block\.forward"):
+        model.blocks[0].forward(x)
+    with pytest.raises(mhc_compile.MhcError, match="called directly"):
+        attached(strict=True).blocks[0].forward(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.blocks[0].attn(x)  # without an add

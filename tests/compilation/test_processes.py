@@ -149,19 +149,23 @@ def test_a_plain_run_is_loud_while_another_thread_compiles():
     assert messages or relative(out.detach(), by_hand(running, ids())) < 1e-5
 
 
+def callable_in(way: str, model):
+    if way == "in place":
+        model.compile(backend="mhc", options=EAGER)
+    return {
+        "compiled": lambda: torch.compile(model, backend="mhc", options=EAGER),
+        "aot_eager": lambda: torch.compile(model, backend="aot_eager"),
+        "eager": lambda: mhc_compile.eager(model),
+    }.get(way, lambda: model)()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["model", "compiled", "aot_eager", "eager", "in place"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_threads_that_call_one_model(way, warm):
     """With and without gradients, at several shapes, from the first call on."""
     model = attached()
-    if way == "in place":
-        model.compile(backend="mhc", options=EAGER)
-    call = {
-        "compiled": lambda: torch.compile(model, backend="mhc", options=EAGER),
-        "aot_eager": lambda: torch.compile(model, backend="aot_eager"),
-        "eager": lambda: mhc_compile.eager(model),
-    }.get(way, lambda: model)()
+    call = callable_in(way, model)
     if warm:
         assert_mhc(call(ids()), model, ids())
     barrier = threading.Barrier(4)
@@ -217,6 +221,7 @@ def test_a_model_that_runs_while_another_thread_traces_it(way):
 
 def answer(connection, model: Transformer | None, how: Callable | None) -> None:
     """Send what the model computes in this process, and what it says."""
+    torch.set_num_threads(1)  # a fork has no threads of OpenMP, and would wait for them
     out, messages = heard(lambda: (model if how is None else how)(ids()))
     connection.send((None if out is None else out.detach().tolist(), messages))
 
@@ -239,13 +244,7 @@ def ask(method: str, model: Transformer, how: Callable | None = None) -> tuple[T
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_forked_process(way, warm):
     model = attached()
-    if way == "in place":
-        model.compile(backend="mhc", options=EAGER)
-    call = {
-        "compiled": lambda: torch.compile(model, backend="mhc", options=EAGER),
-        "aot_eager": lambda: torch.compile(model, backend="aot_eager"),
-        "eager": lambda: mhc_compile.eager(model),
-    }.get(way, lambda: model)()
+    call = callable_in(way, model)
     if warm:
         call(ids())
     out, messages = ask("fork", model, call)

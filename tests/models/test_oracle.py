@@ -8,29 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import LAYERS, Decoder, tokens, twin
+from helpers.hand_written import site_by_hand
 from torch import Tensor
 
 import mhc_compile
 from mhc_compile.tools.zoo.families.nanochat import Nanochat
 
 PARTS = ("phi", "bias", "scale")
-
-
-def site_by_hand(X: Tensor, parameters: list[Tensor], f, n: int, iterations: int, eps: float) -> Tensor:
-    """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns,
-    rows); X' = H_res X + H_postᵀ f(H_pre X).
-    """
-    phi, bias, scale = parameters
-    v = X.reshape(*X.shape[:-2], -1)
-    z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
-    pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))
-    post = 2 / (1 + torch.exp(-(scale[1] * z[..., n : 2 * n] + bias[n : 2 * n])))
-    M = torch.exp(scale[2] * z[..., 2 * n :] + bias[2 * n :]).reshape(*z.shape[:-1], n, n)
-    for _ in range(iterations):
-        M = M / M.sum(-2, keepdim=True)
-        M = M / M.sum(-1, keepdim=True)
-    h = torch.einsum("...n,...nc->...c", pre, X)
-    return torch.einsum("...ij,...jc->...ic", M, X) + torch.einsum("...i,...c->...ic", post, f(h))
 
 
 def by_hand(model: Decoder, ids: Tensor, parameters: dict[str, Tensor], n: int, iterations: int, eps: float) -> Tensor:
