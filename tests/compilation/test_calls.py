@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.builders import Pair
 from helpers.hand_written import Transformer, stir, transformer_by_hand, values_of
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -205,6 +206,29 @@ def test_beyond_the_recompile_limit():
         for step in range(4):
             model.gain = 1.0 + step
             assert_equal(compiled(TOKENS), by_hand(model))
+
+
+class Flat(Pair):
+    """The residual adds are in the frame that meets the limit."""
+
+    gain = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_beyond_the_recompile_limit_of_the_frame_with_the_adds():
+    torch.manual_seed(0)
+    model, x = Flat(8), torch.randn(2, 8)
+    mhc_compile.attach(model, x, options=EAGER)
+    stir(model, torch.Generator().manual_seed(0))
+    want = mhc_compile.eager(model)(x).detach().double()
+    assert (want - mhc_compile.plain(model)(x)).abs().max() > 0.01
+    compiled = torch.compile(model, backend="mhc", options=EAGER)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for gain in (1.0, 2.0, 3.0, 4.0):
+            model.gain = gain
+            assert_equal(compiled(x), want * gain)
 
 
 def untraced(**options) -> Transformer:
