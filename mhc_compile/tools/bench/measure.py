@@ -27,7 +27,7 @@ from mhc_compile.tools.bench.results import (
     paired_ratio,
     spread,
 )
-from mhc_compile.tools.bench.timing import first_run, interleave, measure_memory
+from mhc_compile.tools.bench.timing import first_run, interleave, measure_checks, measure_memory
 from mhc_compile.tools.bench.workloads import SITES, Block, SiteWorkload, StepWorkload, batch
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def prepare(
             module, workload = build()
             first = first_run(workload, cold=cold)
             workload.timed()
-            memory = measure_memory(workload)
+            memory, checks = measure_memory(workload), measure_checks(workload)
         except Exception as error:  # any error of a candidate becomes its row; the others go on
             log.debug("%s failed", name, exc_info=True)
             rows[name] = replace(rows[name], status="failed", message=_line(error))
@@ -137,6 +137,7 @@ def prepare(
             compile_seconds=first.seconds,
             saved_bytes=memory.saved,
             peak_bytes=memory.peak,
+            checks=checks,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
         )
     return workloads

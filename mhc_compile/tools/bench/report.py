@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mhc_compile.tools.bench.results import Benchmark, Counters, Result, Row, TargetResult
+    from mhc_compile.tools.bench.results import Benchmark, Checks, Counters, Result, Row, TargetResult
 
 #: Width in columns from which on times and counts are one table.
 WIDE = 130
@@ -76,8 +76,17 @@ def _rounds(benchmark: Benchmark) -> str:
 
 
 def _section(title: str, benchmark: Benchmark, legend: str, width: int) -> list[RenderableType]:
+    checks = [Text(_checks(row, row.checks)) for row in benchmark.rows if row.checks and row.seconds]
     messages = [Text(f"{row.name}: {row.message}", _COLOURS[row.status]) for row in benchmark.rows if row.message]
-    return [Text(title, "italic"), *_tables(benchmark, width), Text(legend, "dim"), *messages]
+    return [Text(title, "italic"), *_tables(benchmark, width), Text(legend, "dim"), *checks, *messages]
+
+
+def _checks(row: Row, checks: Checks) -> str:
+    share = checks.seconds / row.seconds["total"].median
+    return (
+        f"{row.name}: its checks at run time are {checks.calls} Python call{'s' * (checks.calls != 1)},"
+        f" {1000 * checks.seconds:.2g} ms under a profiler: {100 * share:.1g} % of the total"
+    )
 
 
 def _end(conditions: str, interrupted: bool) -> list[RenderableType]:

@@ -12,6 +12,7 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "counters": {...} | null,             Inductor's, of the whole graph
          "plus":     {...} | null,             (this − plain) / sites
          "compile_seconds": s | null, "saved_bytes": b | null, "peak_bytes": b | null,
+         "checks": {"calls": 9, "seconds": s} | null,  of the backend, at run time, in one run
          "parameters": 123 | null, "loss": of the last step | null}]}],
      "interrupted": false}
 
@@ -72,6 +73,14 @@ class Counters:
         return Counters(*((one - other) / sites for one, other in zip(astuple(self), astuple(plain), strict=True)))
 
 
+@dataclass(frozen=True)
+class Checks:
+    """What the backend's own Python costs in a run: which hyper-connections were computed."""
+
+    calls: int  # of Python functions, without operators
+    seconds: float  # in them and the builtins that they call, under a profiler, which makes it more
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One candidate in one benchmark. The docstring of this module documents the fields."""
@@ -90,6 +99,7 @@ class Row:
     compile_seconds: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    checks: Checks | None = None
     parameters: int | None = None
     loss: float | None = None
 

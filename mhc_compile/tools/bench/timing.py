@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mhc_compile._torch.benchmarking import caches, memory_events, observe_graphs
-from mhc_compile.tools.bench.results import Counters
+from mhc_compile.tools.bench.results import Checks, Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mhc_compile.tools.bench.workloads import Times, Workload
 
 _MARK = "mhc-bench: forward done"
+_PACKAGE = Path(__file__).parents[2]
 
 
 class FirstRun(NamedTuple):
@@ -111,6 +114,27 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def measure_checks(workload: Workload) -> Checks | None:
+    """Run once more under a profiler. None if no Python of this package but operators ran."""
+    seen = cProfile.Profile()
+    seen.runcall(lambda: workload.backward(workload.forward()))
+    workload.clear()
+    calls, seconds = 0, 0.0
+    for entry in seen.getstats():
+        if isinstance(entry.code, str) or not _checking(entry.code.co_filename):
+            continue
+        calls += entry.callcount
+        builtins = (one.inlinetime for one in entry.calls or () if isinstance(one.code, str))
+        seconds += entry.inlinetime + sum(builtins)
+    return Checks(calls // workload.repeats, seconds / workload.repeats) if calls else None
+
+
+def _checking(file: str) -> bool:
+    """Whether a source file is of this package and not of its operators or of the benchmark."""
+    path = Path(file)
+    return path.is_relative_to(_PACKAGE) and path.relative_to(_PACKAGE).parts[0] not in ("mappings", "ops", "tools")
 
 
 @dataclass

@@ -13,8 +13,8 @@ from mhc_compile.reporting.progress import Silent
 from mhc_compile.tools.bench.candidates import CANDIDATES, Candidate
 from mhc_compile.tools.bench.measure import measure
 from mhc_compile.tools.bench.sites import Shape
-from mhc_compile.tools.bench.timing import measure_memory
-from mhc_compile.tools.bench.workloads import Workload
+from mhc_compile.tools.bench.timing import measure_checks, measure_memory
+from mhc_compile.tools.bench.workloads import PlainModel, StepWorkload, Workload, batch
 
 SHAPE = Shape(width=16, layers=1, tokens=6, vocabulary=32, iterations=2)
 EAGER = {
@@ -110,6 +110,22 @@ def test_memory_after_the_forward_and_at_the_peak():
     one = 128 * 128 * 4
     assert used.saved == pytest.approx(2 * one / 2, abs=64)  # and a scalar
     assert used.peak >= 4 * one // 2
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_checks_at_run_time_are_some_calls_for_a_step_however_many_sites(layers):
+    shape = dataclasses.replace(SHAPE, layers=layers)
+    model = PlainModel(shape)
+    options = {"inner_backend": "aot_eager"}
+    for backend, expected in ((("eager", None), False), (("mhc", options), True)):
+        call = torch.compile(model, backend=backend[0], options=backend[1])
+        workload = StepWorkload("cpu", call, model, batch(shape))
+        for _ in range(2):
+            workload.timed()
+        checks = measure_checks(workload)
+        assert (checks is not None) == expected
+    assert 2 <= checks.calls <= 10
+    assert checks.seconds > 0
 
 
 def test_times_are_divided_by_the_number_of_sites(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mhc_compile.tools.bench.report import WIDE, chart, view
-from mhc_compile.tools.bench.results import PHASES, Benchmark, Counters, Result, Row, Spread
+from mhc_compile.tools.bench.results import PHASES, Benchmark, Checks, Counters, Result, Row, Spread
 
 CONDITIONS = {
     "device": "A processor",
@@ -55,7 +55,7 @@ def row(name, total, **more):
 def made_up() -> Result:
     rows = (
         row("plain", 0.1),
-        row("ours", 0.2, loss=5.0),
+        row("ours", 0.2, loss=5.0, checks=Checks(7, 0.0001)),
         Row(name="liger", title="Liger", status="missing", message="not installed: pip install liger-kernel"),
         Row(name="bad", title="Bad", status="failed", message="RuntimeError: no"),
     )
@@ -77,6 +77,7 @@ def test_json_has_every_field():
     assert (ours["extra"]["median"], ours["share"], ours["loss"]) == (0.2 - 0.1, 0.5, 5.0)
     assert ours["counters"] == {"kernels": 7, "externs": 3, "bytes": 2_000_000}
     assert ours["plus"] == {"kernels": 1.25, "externs": 0.5, "bytes": 1_500_000.0}
+    assert ours["checks"] == {"calls": 7, "seconds": 0.0001}
     assert (ours["compile_seconds"], ours["saved_bytes"], ours["peak_bytes"]) == (12.5, 3_000_000, 4_000_000)
     assert (missing["status"], missing["message"]) == ("missing", "not installed: pip install liger-kernel")
     assert (missing["samples"], missing["extra"], missing["loss"]) == ({}, None, None)
@@ -96,6 +97,7 @@ def test_the_table_shows_every_row_and_cuts_nothing(width):
     assert "1.25 + 0.5" in text  # a step: over plain
     assert "liger: not installed: pip install liger-kernel" in text
     assert "bad: RuntimeError: no" in text
+    assert "run time are 7 Python calls, 0.1 ms under a profiler: 0.05" in text
     assert "A processor, 2 cores, 2 threads (passive waiting); torch 2.13.0" in text
     assert max(len(line) for line in text.splitlines() if "quartiles" not in line and "torch" not in line) <= width
 
