@@ -119,7 +119,7 @@ def _stub(graph_module: GraphModule, annotations: ResultAnnotator | None) -> Cal
             if node in known:
                 return known[node]
             sources = [values[source] for source in placeholders if source in behind[node]]
-            return _connect(_concrete(examples[node]), sources)
+            return _connect(_concrete(examples[node], sources), sources)
 
         results: Any = torch.fx.map_arg(outputs, stand_in)
         if annotations and isinstance(results, (tuple, list)):
@@ -180,7 +180,11 @@ def _is_exact(value: Any) -> bool:
     return isinstance(value, (bool, int, torch.Size))
 
 
-def _concrete(value: Any) -> Any:
+def _concrete(value: Any, sources: list[Any]) -> Any:
+    jagged = [one for one in sources if isinstance(one, Tensor) and one.is_nested]
+    if isinstance(value, Tensor) and value.is_nested and jagged:  # its rows are as long as those of an input
+        rows = jagged[0].values().new_zeros((jagged[0].values().shape[0], *value.shape[2:]), dtype=value.dtype)
+        return torch.nested.nested_tensor_from_jagged(rows, jagged[0].offsets()).requires_grad_(value.requires_grad)
     if isinstance(value, Tensor):
         zeros = torch.zeros([int(size) for size in value.shape], dtype=value.dtype, device=value.device)
         return zeros.requires_grad_(value.requires_grad)

@@ -184,6 +184,7 @@ def test_tensor_subclass():
         got = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager"})(jagged)
     assert torch.allclose(got.unbind()[0], want)
     assert not mhc_compile.connections(model)
+    assert mhc_compile.explain(model, jagged).reasons == {"tensor-subclass": 2}
     mhc_compile.attach(model, dense)
     with pytest.warns(mhc_compile.MhcWarning, match=r"no part in a graph .*\(mhc\.f\).* 2 × tensor-subclass"):
         torch.compile(model, backend="mhc", options={"inner_backend": "eager"})(jagged)
