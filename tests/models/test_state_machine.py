@@ -109,6 +109,8 @@ class CallsOfAModel(RuleBasedStateMachine):
         self.excused: set[tuple[str, str]] = set()
         #: Models whose plain runs were reported, which happens once for each cause.
         self.reported: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        #: Those with a block that Dynamo compiles no more. Its adds are plain, others need not be.
+        self.limited: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.options: dict[str, object] = {"inner_backend": "eager"}
         self.tokens = self.ids(2, 4)
 
@@ -214,7 +216,10 @@ class CallsOfAModel(RuleBasedStateMachine):
             self.excused.add(key)
         if any(message.startswith("residual adds of") for message in messages):
             self.reported.add(model)
-        assert key in self.excused or (model in self.reported and far <= tolerance), (
+            if any("its limit ends that" in message for message in messages):
+                self.limited.add(model)
+        excused = key in self.excused or model in self.limited
+        assert excused or (model in self.reported and far <= tolerance), (
             f"after {self.rule!r}, {name!r} ({self.contexts}) is {wrong:.1e} from mHC and {far:.1e} from plain, silently"
         )
         return None
@@ -528,6 +533,15 @@ FOUND = {
     "the second of two equivalent blocks has a branch swapped": (
         {"layers": 2},
         [("swap_a_branch", {"name": "mlp", "number": 1}), ("swap_a_branch", {"name": "mlp", "number": 0})],
+    ),
+    "a limit of one version, which is lowered to that after two were compiled": (
+        {"untraced": ("attn",), "layers": 2, "start": "in place"},
+        [
+            ("limit_recompilations", {"limit": 1}),
+            ("quantise", {"name": "attn"}),
+            ("swap_a_branch", {"name": "attn", "number": 0}),
+            ("swap_a_branch", {"name": "attn", "number": 1}),
+        ],
     ),
     "sym_size has no rule for vmap": ({}, [("vmap", {})]),
     "sym_size has no rule for vmap, of a quantised model": ({}, [("quantise", {"name": "mlp"}), ("vmap", {})]),
