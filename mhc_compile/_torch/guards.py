@@ -1,15 +1,22 @@
-"""Guards of Dynamo: compiled versions of a plain model must not run for one that declares sites."""
+"""Guards of Dynamo: compiled versions of a plain model must not run for one on streams."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch._dynamo import convert_frame
-from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts
+from torch._guards import Guard, TracingContext
 
 from mhc_compile._torch.dynamo import forget_compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from torch.fx import Node
 
 _lock = threading.Lock()
 
@@ -39,3 +46,22 @@ def guard_on_forward_pre_hooks() -> None:
             code = reference()
             if code is not None:
                 forget_compiled(code, all_entries=False)
+
+
+def guard_on_input(node: Node, check: Callable[[Tensor], bool]) -> None:
+    """Make the version that is being compiled depend on `check` of an input tensor of the graph."""
+    source: Any = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    if source is not None:  # or the tensor is no input of the frame
+        TracingContext.get().guards_context.dynamo_guards.add(Guard(source, _InputGuard(check)))
+
+
+class _InputGuard:
+    """What Dynamo calls to create a guard."""
+
+    def __init__(self, check: Callable[[Tensor], bool]) -> None:
+        self.check = check
+        self.__name__, self.__code__ = check.__name__, check.__code__  # by which Dynamo sorts
+
+    def __call__(self, builder: Any, guard: Guard) -> None:
+        text = get_verbose_code_parts(f"{self.__name__}({guard.name})", guard)
+        builder.get_guard_manager(guard).add_lambda_guard(self.check, text, guard.user_stack)

@@ -181,7 +181,7 @@ def _is_exact(value: Any) -> bool:
 
 
 def _concrete(value: Any, sources: list[Any]) -> Any:
-    jagged = [one for one in sources if isinstance(one, Tensor) and one.is_nested]
+    jagged: list[Any] = [one for one in sources if isinstance(one, Tensor) and one.is_nested]
     if isinstance(value, Tensor) and value.is_nested and jagged:  # its rows are as long as those of an input
         rows = jagged[0].values().new_zeros((jagged[0].values().shape[0], *value.shape[2:]), dtype=value.dtype)
         return torch.nested.nested_tensor_from_jagged(rows, jagged[0].offsets()).requires_grad_(value.requires_grad)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mhc_compile import _torch, ops
 from mhc_compile.attachment.ledger import GraphLedger
+from mhc_compile.graph_breaks.input_guards import guard_tails
 from mhc_compile.graph_breaks.runtime import Origin, StreamBoundary
 from mhc_compile.passes import Pass, run_passes
 from mhc_compile.passes.analysis.op_info import tensor_value
@@ -53,6 +54,7 @@ def compile_graph(
     for arrival in arrivals:
         _torch.name_input(placeholders[arrival.target])
     streams = [tensor_value(placeholders[arrival.target]) for arrival in arrivals]
+    guard_tails(session.captured, inputs, arrivals)
     root = session.provenance.root
     return StreamBoundary(
         _compile(module, [*inputs, *streams], options, mode, fusion_passes(options)),

@@ -15,9 +15,11 @@ import torch
 
 from mhc_compile import _torch
 from mhc_compile.attachment.model_tree import IN_PLACE
+from mhc_compile.compilation import plain_versions
 from mhc_compile.compilation.session import DECLARE
 from mhc_compile.config.options import Options
 from mhc_compile.errors import CaptureError, MhcError
+from mhc_compile.graph_breaks.input_guards import guard_plain_graph
 from mhc_compile.graph_breaks.stream_registry import carried_axis
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ def _with_streams(
         return compiler
     declares = [node for node in graph_module.graph.nodes if node.target in DECLARE]
     if not declares and all(carried_axis(value) is None for value in inputs):
+        if _torch.graph_is_part():
+            plain_versions.remember(_torch.frame_code())
+            guard_plain_graph(graph_module, inputs)
         return compiler
     if torch.compiler.is_exporting():
         raise CaptureError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
 from mhc_compile.attachment.declaration import call_outside_trace
 from mhc_compile.attachment.plan import options_of
+from mhc_compile.compilation import plain_versions
 from mhc_compile.compilation.fallback import attempt, leave_failing_plain, report
 from mhc_compile.compilation.in_place import compile_in_place, put_in_place
 from mhc_compile.compilation.inner_compiler import compile_graph, prepare_kernels
 from mhc_compile.compilation.observers import notify
 from mhc_compile.compilation.other_compilers import give_streams_to_other_compilers
 from mhc_compile.compilation.session import GraphSession
+from mhc_compile.graph_breaks.input_guards import guard_plain_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,14 +26,10 @@ if TYPE_CHECKING:
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.modules.hyper_connection import HyperConnection
 
-#: Code with a compiled version that has no streams: it had no sites when it was traced.
-_compiled_plain: weakref.WeakSet[CodeType] = weakref.WeakSet()
 #: The hyper-connections that the trace in progress created before it was restarted.
 _created: weakref.WeakSet[HyperConnection] = weakref.WeakSet()
 #: Code whose trace was restarted, until it is compiled.
 _restarted: weakref.WeakSet[CodeType] = weakref.WeakSet()
-#: Several threads may compile at the same time.
-_lock = threading.Lock()
 
 
 def compile_captured(
@@ -76,8 +73,9 @@ def compile_captured(
     _restarted.discard(code)
     report(session)
     if session.is_plain:
-        with _lock:
-            _compiled_plain.add(code)
+        plain_versions.remember(code)
+        if session.provenance.frame.is_part:
+            guard_plain_graph(graph_module, inputs)
     else:
         _torch.make_room()  # beyond Dynamo's limit the frame would run as the plain model
     return compiled
@@ -85,6 +83,7 @@ def compile_captured(
 
 def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool = False) -> None:
     """Make a model that has hyper-connections run on them wherever it is called; see `in_place`."""
+    plain_versions.forget()
     give_streams_to_other_compilers(compile_captured)
     options = options_of(model, options)
     (compile_in_place if compiled else put_in_place)(model, options, compile_captured)
@@ -92,11 +91,7 @@ def run_on_streams(model: nn.Module, options: ResolvedOptions, *, compiled: bool
 
 def _restart_trace() -> None:
     """Make Dynamo trace the frame again, by an exception."""
-    with _lock:
-        codes = tuple(_compiled_plain)
-        _compiled_plain.clear()
-    for code in codes:
-        _torch.forget_compiled(code, all_entries=False)
+    plain_versions.forget()
     # A model with new hyper-connections fits no compiled version of its class: without room for one
     # more, the ninth model of a process would hit Dynamo's recompile limit and run without streams.
     _torch.make_room()

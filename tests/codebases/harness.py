@@ -93,11 +93,16 @@ class Program:
         plan = json.loads((self.folder / "mhc.json").read_text())
         return sum(len(model["connections"]) for model in plan["models"])
 
-    def run(self, *command: str, mhc: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `python COMMAND`, or `mhc run COMMAND`; a non-zero exit fails the test."""
+    def run(self, *command: str, mhc: bool = True, warns: str = "") -> subprocess.CompletedProcess[str]:
+        """Run `python COMMAND`, or `mhc run COMMAND`; a non-zero exit fails the test.
+
+        So does an `MhcWarning`, unless all of them contain the text `warns`.
+        """
         prefix = ["-m", "mhc_compile", "run", *self.planned, *self.flags] if mhc else []
         done = self._run(*prefix, *command)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+        warned = [line for line in (done.stdout + done.stderr).splitlines() if "MhcWarning" in line]
+        assert all(warns and warns in line for line in warned), warned
         return done
 
     def kill(self, text: str, *command: str) -> None:

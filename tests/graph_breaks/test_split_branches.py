@@ -213,6 +213,25 @@ def test_two_models_that_share_graphs(gradients):
             assert_right_after_one_warning(model, torch.compile(model, backend="mhc", options=EAGER), misses=1 + seed)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_a_plain_model_with_the_same_code(backend, plain_first):
+    """The code after the branch is `x + output` for both: no module tells them apart."""
+    model = attached()
+    for block in model.blocks:
+        block.mlp.__class__ = Untraced
+    mhc_compile.attach(model, tokens(), options=EAGER)
+    plain = mhc_compile.plain(model)
+    want = {model: by_hand(model, tokens()), plain: plain(tokens()).detach()}
+    order = (plain, model) if plain_first else (model, plain)
+    compiled = {one: torch.compile(one, backend=backend) for one in order}
+    for _ in range(3):
+        for one, run in compiled.items():
+            output, told = call(run, tokens())
+            assert told == []
+            assert relative(output, want[one]) < 1e-5
+
+
 @pytest.mark.slow
 def test_blocks_that_a_function_runs():
     """Nothing shows that they are equivalent: each begins when it is missed."""

@@ -542,6 +542,14 @@ FOUND = {
             ("swap_a_branch", {"name": "attn", "number": 1}),
         ],
     ),
+    "streams that differ, when a split branch is attached at its start": (
+        {"untraced": ("mlp",), "start": "in place"},
+        [("detach", {}), ("load", {"ours": False, "strict": True})],
+    ),
+    "another backend compiled the code after a branch without streams": (
+        {"untraced": ("mlp",)},
+        [("detach", {}), ("compile_with_another_backend", {"other": "eager"}), ("restore", {})],
+    ),
     "sym_size has no rule for vmap": ({}, [("vmap", {})]),
     "sym_size has no rule for vmap, of a quantised model": ({}, [("quantise", {"name": "mlp"}), ("vmap", {})]),
     "code between two graphs computed with stand-ins under vmap": (
