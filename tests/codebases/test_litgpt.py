@@ -107,7 +107,9 @@ def test_litgpt(program, regenerate):
     assert sites(load(program.folder / "converted" / "lit_model.pth")) == 4
     tokens = [f"w{token}" for token in program.reference(REFERENCE)]
     for flags in ([], ["--compile", "true"]):
-        assert " ".join(tokens) in program.run(*GENERATE, *flags).stdout
+        assert (
+            " ".join(tokens) in program.run(*GENERATE, *flags, warns="mode='reduce-overhead') is for Inductor").stdout
+        )
     Row(
         f"litgpt {version('litgpt')}",
         "`pretrain`, `pretrain --resume`, `convert_pretrained_checkpoint`, `generate`",

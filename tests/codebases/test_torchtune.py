@@ -112,7 +112,7 @@ def test_the_layout_of_hugging_face(tmp_path):
     (tmp_path / "base.py").write_text(MAKE + BASE + SAVE_HF)
     program.run("base.py", mhc=False)
     assert program.plan(*RUN, "output_dir=planned") == 4
-    program.run(*RUN, "output_dir=whole")
+    program.run(*RUN, "output_dir=whole", warns="it looks like one of the plain model")
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "whole")
     name = "model-00001-of-00001.safetensors"
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
@@ -135,7 +135,7 @@ def test_torchtune(tmp_path, regenerate):
     (tmp_path / "base.py").write_text(MAKE + BASE)
     program.run("base.py", mhc=False)
     assert program.plan(*RUN, "output_dir=planned") == 4
-    program.run(*RUN, "output_dir=whole")
+    program.run(*RUN, "output_dir=whole", warns="it looks like one of the plain model")
     early, last = ("epoch_0/model-00001-of-00001.bin", "epoch_1/model-00001-of-00001.bin")
     resume = ["resume_from_checkpoint=True", "checkpointer.checkpoint_dir=whole"]
     uninterrupted = load(tmp_path / "whole" / last)
