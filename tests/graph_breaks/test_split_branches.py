@@ -214,7 +214,7 @@ def test_two_models_that_share_graphs(gradients):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plain_first", [False, True])
+@pytest.mark.parametrize("plain_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_plain_model_with_the_same_code(backend, plain_first):
     """The code after the branch is `x + output` for both: no module tells them apart."""
     model = attached()

@@ -112,6 +112,7 @@ def test_memory_after_the_forward_and_at_the_peak():
     assert used.peak >= 4 * one // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3])
 def test_checks_at_run_time_are_some_calls_for_a_step_however_many_sites(layers):
     shape = dataclasses.replace(SHAPE, layers=layers)
