@@ -20,11 +20,12 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _fresh_torch():
-    """Start every test with an empty Dynamo and one seed."""
+    """Start every test with an empty Dynamo and one seed, and end it with gradients."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    assert torch.is_grad_enabled(), "this test leaves gradients disabled"
 
 
 @pytest.fixture(autouse=True, scope="session")

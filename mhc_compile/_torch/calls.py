@@ -75,7 +75,7 @@ def isolated_compile(
 def compile_call(module: nn.Module, backend: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
     """Return a call of `module` that is compiled as `module.compile()` would."""
     call = module._call_impl
-    if type(module).forward.__module__.startswith("torch.nn."):
+    if (type(module).forward.__module__ or "").startswith("torch.nn."):  # code that `exec` ran may have none
         # Dynamo starts no trace in files of torch.nn, but follows calls into them.
         def call(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)

@@ -294,3 +294,14 @@ def test_a_forward_that_is_called_directly():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.blocks[0].attn(x)  # without an add
+
+
+def test_a_class_of_code_without_a_module():
+    """`exec` in a namespace without `__name__`, as `runpy` and notebooks may run code."""
+    namespace = {"Pair": Pair}
+    exec("class Own(Pair):\n    def forward(self, x):\n        return super(Own, self).forward(x)", namespace)
+    model, x = namespace["Own"](8), torch.randn(3, 8)
+    assert type(model).forward.__module__ is None
+    mhc_compile.attach(model, x, options=EAGER)
+    assert len(mhc_compile.connections(model)) == 2
+    assert torch.allclose(model(x), mhc_compile.plain(model)(x), atol=1e-6)  # at their start

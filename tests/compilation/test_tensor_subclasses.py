@@ -60,6 +60,9 @@ class Wrapped(Tensor):
     def __init__(self, inner):
         self.inner = inner
 
+    def __repr__(self):  # torch's own reads values, which a fake tensor has not, and a log may ask for it
+        return f"{type(self).__name__}({self.inner})"
+
     def __tensor_flatten__(self):
         return ["inner"], None
 
