@@ -25,7 +25,7 @@ def _fresh_torch():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
-    assert torch.is_grad_enabled(), "this test leaves gradients disabled"
+    assert (2 * torch.ones(1, requires_grad=True)).requires_grad, "this test leaves gradients disabled"
 
 
 @pytest.fixture(autouse=True, scope="session")
