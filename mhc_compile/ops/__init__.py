@@ -72,10 +72,36 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
-    """Start to build the kernels that a graph with such tensors will call."""
+def prepare(
+    streams: torch.Tensor, branch: torch.Tensor, n: int, width: int, mapping: str, *, single_pass: bool = False
+) -> None:
+    """Start to build the kernels that a graph with such tensors will call.
+
+    Args:
+        streams: a tensor of the dtype and on the device of the streams, fake or not.
+        branch: likewise for the outputs of branches.
+        n: the number of streams.
+        width: their features, C.
+        mapping: the convention.
+        single_pass: whether sites read with the weights of the site before.
+    """
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
+    if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, branch.dtype, mapping):
+        from mhc_compile.ops.triton import ahead
+
+        ahead.prepare(
+            ahead.launches_of(streams.dtype, branch.dtype, n, width, mapping, shifted=single_pass), streams.device
+        )
+
+
+def on_triton(
+    device: torch.device, streams: torch.dtype, branch: torch.dtype | None = None, mapping: str | None = None
+) -> bool:
+    """Return whether Triton kernels run on this "cuda" device for these dtypes and this mapping."""
+    from mhc_compile.ops import triton
+
+    return triton.takes(streams, branch, mapping) and triton.reason(device) is None
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -102,11 +128,8 @@ def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
         other = None if branch is None else branch.dtype
         if streams.device.type == "cpu" and cpu.takes(streams.dtype, other, n, mapping):
             return NotImplemented
-        if streams.device.type == "cuda":
-            from mhc_compile.ops import triton
-
-            if triton.takes(streams.dtype, other, mapping):
-                return NotImplemented
+        if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, other, mapping):
+            return NotImplemented
         return composition(*args)
 
     return decompose

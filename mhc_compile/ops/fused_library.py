@@ -91,17 +91,19 @@ _NAMES = [f"{name}{end}" for name in _CHECKS for end in ("", "_backward")]
 def on_cuda(name: str) -> Callable[..., Any]:
     """Return the Triton kernel of an operator, which falls back to the composition.
 
-    The composition runs for dtypes and mappings that have no kernel, and where Triton is not
-    installed. Triton is imported when the first CUDA tensor comes. Not yet run on a GPU.
+    The composition runs for dtypes and mappings that have no kernel, and where none runs on the
+    device (`triton.reason`). Triton is imported when the first CUDA tensor comes. Not yet run on a
+    GPU.
     """
     composed = getattr(reference if name.startswith("update") else fused, name)
 
     def call(*args: Any) -> Any:
         from mhc_compile.ops import triton
 
-        dtypes = [argument.dtype for argument in args if isinstance(argument, Tensor)]
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
         mapping = next((argument for argument in args if isinstance(argument, str)), None)
-        there_is = all(triton.takes(dtype, mapping=mapping) for dtype in dtypes)
+        there_is = triton.reason(tensors[0].device) is None
+        there_is = there_is and all(triton.takes(tensor.dtype, mapping=mapping) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)
 
     return call
