@@ -35,7 +35,7 @@ from .coefficients import coefficients
 
 @triton.jit
 def _project(
-    streams, branch, post, res, read_pre, phi, new_streams, read, partial, first, part, parts, each, tokens, width,
+    streams, branch, post, res, read_pre, phi, new_streams, read, partial, first, part, each, tokens, width,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, stride: tl.constexpr, thin: tl.constexpr,
     mixes: tl.constexpr, shifted: tl.constexpr, halves: tl.constexpr, precision: tl.constexpr,
     interpreted: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
@@ -150,7 +150,7 @@ def forward_kernel(
     if item < parts:
         if tile < tiles:
             _project(
-                streams, branch, post, res, read_pre, phi, new_streams, read, partial, tile * block_tokens, item, parts,
+                streams, branch, post, res, read_pre, phi, new_streams, read, partial, tile * block_tokens, item,
                 each, tokens, width, n, m, columns, stride, thin, mixes, shifted, halves, precision, interpreted,
                 block_tokens, block_channels,
             )  # fmt: skip
