@@ -155,6 +155,8 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
 
 read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
 step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
+shifted_step, shifted_step_backward = _kernel(fused, "shifted_step"), _kernel(fused, "shifted_step_backward")
+mix_read, mix_read_backward = _kernel(fused, "mix_read"), _kernel(fused, "mix_read_backward")
 close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
 update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
 
