@@ -180,7 +180,7 @@ struct Backward {
             for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
             const int64_t at = c0 + c, rest = C - at;
-            Vec x[IN], d_x[IN] = {}, d_y = {}, total[N + GIVEN];
+            Vec x[IN], d_x[IN] = {}, d_y = {}, total[N];
             for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, rest);
             const Vec y = load(branch + token * C + at, rest);
             for (int i = 0; i < N; ++i) total[i] = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
@@ -194,15 +194,18 @@ struct Backward {
                     total[i] += load(grads[i] + c) - radial * value;
                 }
             }
-            if constexpr (GIVEN) total[N] = dh;
             for (int i = 0; i < N; ++i) {
                 if constexpr (READ || GIVEN) total[i] += weight[i] * dh;
                 d_y += weights.post[i] * total[i];
-                for (int l = 0; l < IN; ++l) d_x[l] += weights.res[i][l] * total[i];
-            }
-            for (int i = 0; i < N + GIVEN; ++i) {
                 sums[i][IN] += total[i] * y;
-                for (int l = 0; l < IN; ++l) sums[i][l] += total[i] * x[l];
+                for (int l = 0; l < IN; ++l) {
+                    d_x[l] += weights.res[i][l] * total[i];
+                    sums[i][l] += total[i] * x[l];
+                }
+            }
+            if constexpr (GIVEN) {
+                sums[N][IN] += dh * y;
+                for (int l = 0; l < IN; ++l) sums[N][l] += dh * x[l];
             }
             for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
             store(d_branch + token * C + at, d_y, rest);
