@@ -2,8 +2,10 @@
 
 A fused operator is one pass over the streams: a tile of 16 tokens stays in the cache while its new
 streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
-forward and 15 C backward, the least that the formula allows. Semantics, shapes, and the
-compositions that run for other dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
+forward and 15 C backward, the least that the formula allows. `shifted_step` and `mix_read` collapse
+with weights that they are given, while the new streams are in registers: they need no cache for
+that, and no first walk in the backward. Semantics, shapes, and the compositions that run for other
+dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
 
 The eager form of Sinkhorn is some 90 small operations, each with an OpenMP barrier. Its kernel
 reads the logits once and writes the matrices once, a token in each lane of a vector.
