@@ -44,6 +44,10 @@ _WITH_KERNELS: dict[Any, Callable[..., Any]] = {
     _mhc.read_backward.default: fused.read_backward,
     _mhc.step.default: fused.step,
     _mhc.step_backward.default: fused.step_backward,
+    _mhc.shifted_step.default: fused.shifted_step,
+    _mhc.shifted_step_backward.default: fused.shifted_step_backward,
+    _mhc.mix_read.default: fused.mix_read,
+    _mhc.mix_read_backward.default: fused.mix_read_backward,
     _mhc.close.default: fused.close,
     _mhc.close_backward.default: fused.close_backward,
     _mhc.update_backward.default: reference.update_backward_fused,
@@ -110,7 +114,7 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     The fused operators, and the backward of `mhc::update`, are decomposed only where there is no
     kernel for them.
     """
-    with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
+    with_kernels = {operator: _unless_kernel(composed) for operator, composed in _WITH_KERNELS.items()}
     return {**_COMPOSED, **with_kernels}
 
 

@@ -9,9 +9,13 @@ from mhc_compile.ops.cpu.kernels import (
     MAPPINGS,
     close,
     close_backward,
+    mix_read,
+    mix_read_backward,
     prepare,
     read,
     read_backward,
+    shifted_step,
+    shifted_step_backward,
     sinkhorn,
     sinkhorn_backward,
     step,
@@ -22,6 +26,7 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "MAPPINGS", "close", "close_backward", "prepare", "read", "read_backward", "sinkhorn",
-    "sinkhorn_backward", "step", "step_backward", "takes", "update", "update_backward",
+    "MAPPINGS", "close", "close_backward", "mix_read", "mix_read_backward", "prepare", "read", "read_backward",
+    "shifted_step", "shifted_step_backward", "sinkhorn", "sinkhorn_backward", "step", "step_backward", "takes", "update",
+    "update_backward",
 ]  # fmt: skip

@@ -44,6 +44,12 @@ class Candidate:
     dtype: str = ""  # the only dtype of streams that it supports, "" for any
     kinds: tuple[str, ...] = ("site", "step")  # the benchmarks that it takes part in
     mapping: str = "sinkhorn"  # of H_res, for candidates of this package
+    single_pass: bool = False  # likewise: whether the weights of a site collapse the streams for the next
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of the backend."""
+        return {"mapping": self.mapping, **({"single_pass": True} if self.single_pass else {})}
 
     def missing(self, shape: Shape) -> str | None:
         """Return why it cannot run here, or None."""
@@ -87,7 +93,8 @@ class Candidate:
         if self.name == PLAIN:
             return plain_cell(shape)
         if self.plain_model:
-            return own_cell(shape, self.mapping, fused=self.compiler != "mhc-none")
+            fused = self.compiler != "mhc-none"
+            return own_cell(shape, self.mapping, fused=fused, single_pass=self.single_pass)
         (site,), ends = self.sites(shape, 1)
         return cell(shape, site, ends)
 
@@ -114,17 +121,20 @@ _TILE = Candidate(
     name="tilekernels", title="TileKernels' mHC, blocks under Inductor", connection="tile",
     package="tile_kernels", distribution="tile-kernels", cuda=True, dtype="bfloat16", **_BLOCKS,
 )  # fmt: skip
-#: `ours` with other residual mappings; a table of all candidates has the paper's alone.
-_MAPPINGS = tuple(
-    replace(_OURS, name=f"ours-{mapping}", title=f'ours, mapping="{mapping}"', mapping=mapping)
-    for mapping in ("identity", "permutations", "kronecker", "unconstrained")
+#: `ours` with other conventions; a table of all candidates has the paper's alone.
+_CONVENTIONS = (
+    *(
+        replace(_OURS, name=f"ours-{mapping}", title=f'ours, mapping="{mapping}"', mapping=mapping)
+        for mapping in ("identity", "permutations", "kronecker", "unconstrained")
+    ),
+    replace(_OURS, name="ours-single-pass", title="ours, single_pass=True", single_pass=True),
 )
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name=PLAIN, title="plain residual, Inductor", plain_model=True),
     _OURS,
     replace(_OURS, name="ours-block", title='ours, recompute="block"', compiler="mhc-block", kinds=("step",)),
     replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none"),
-    *_MAPPINGS,
+    *_CONVENTIONS,
     _DEEPSEEK,
     replace(_DEEPSEEK, name="deepseek-v4-eager", title="transformers' DeepSeek-V4, eager", **_EAGER),
     _PACKAGE,
@@ -133,7 +143,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     _TILE,
 )
 NAMES = (*(candidate.name for candidate in CANDIDATES), LIMIT)
-ONLY_WHEN_NAMED = tuple(candidate.name for candidate in _MAPPINGS)
+ONLY_WHEN_NAMED = tuple(candidate.name for candidate in _CONVENTIONS)
 
 
 def choose(names: Sequence[str]) -> tuple[tuple[Candidate, ...], bool]:

@@ -29,6 +29,8 @@ def moved(shape: Shape) -> tuple[Moved, Moved]:
 
     forward   reads X (n C) and f (C); writes X' (n C) and h (C)
     backward  reads dX' (n C), dh (C), X (n C) and f (C); writes dX (n C) and df (C)
+
+    A single pass has the same floor, and reaches it without a cache: X' is not needed again.
     """
     n, width = shape.streams, shape.width
     return Moved((n + 1) * width, (n + 1) * width), Moved((2 * n + 2) * width, (n + 1) * width)

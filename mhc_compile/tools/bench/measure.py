@@ -143,13 +143,13 @@ def prepare(
     return workloads
 
 
-def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -> Callable[..., Any]:
+def compiled(module: nn.Module, compiler: Compiler, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """Return `module` under a candidate's compiler; compilation happens at the first call."""
     if compiler == "eager":
         return module
     if compiler.startswith("mhc"):
         recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
-        return torch.compile(module, backend="mhc", options={"recompute": recompute, "mapping": mapping})
+        return torch.compile(module, backend="mhc", options={"recompute": recompute, **(options or {})})
     if compiler == "blocks":
         for block in module.modules():
             if isinstance(block, Block):
@@ -168,7 +168,7 @@ def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable
 def _workload(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:
     if kind == "step":
         model = candidate.model(shape)
-        call = compiled(model, candidate.compiler, candidate.mapping)
+        call = compiled(model, candidate.compiler, candidate.options)
         return model, StepWorkload(shape.device, call, model, batch(shape))
     module, first = candidate.site(shape)
     inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]

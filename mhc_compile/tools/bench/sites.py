@@ -126,9 +126,16 @@ def cell(shape: Shape, site: Residual, ends: StreamEnds) -> tuple[nn.Module, tup
     return _Cell(site), _inputs(shape, site, ends)
 
 
-def own_cell(shape: Shape, mapping: str, *, fused: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Return a site of this package; `fused` makes it one operator, if the device has a kernel."""
-    site, ends = _OperatorsSite(shape, mapping), StreamEnds(shape)
+def own_cell(
+    shape: Shape, mapping: str, *, fused: bool, single_pass: bool = False
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Return a site of this package; `fused` makes it one operator, if the device has a kernel.
+
+    With `single_pass` it is always one operator, and also takes and gives weights pre.
+    """
+    site, ends = _OperatorsSite(shape, mapping, single_pass=single_pass), StreamEnds(shape)
+    if single_pass:
+        return _ShiftedCell(site), _inputs(shape, site, ends)
     if fused and step_available(shape):
         return _StepCell(site), _inputs(shape, site, ends)
     return cell(shape, site, ends)
@@ -158,15 +165,17 @@ def _inputs(shape: Shape, site: Residual, ends: StreamEnds) -> tuple[Tensor, ...
 class _OperatorsSite(Residual):
     """`X' = H_res X + H_postᵀ f` by `mhc::coefficients`, `mhc::collapse` and `mhc::update`."""
 
-    def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
+    def __init__(self, shape: Shape, mapping: str = "sinkhorn", *, single_pass: bool = False) -> None:
         super().__init__()
+        self.single_pass = single_pass
         # With the preserving init phi is zero: a product that no later step of a training has.
         options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, init="random")
         self.connection = HyperConnection(shape.width, options, device=shape.device)
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         pre, post, res = self.connection.coefficients(streams)
-        return torch.ops.mhc.collapse(streams, pre), (streams, post, res)
+        held = (streams, post, res, pre) if self.single_pass else (streams, post, res)
+        return torch.ops.mhc.collapse(streams, pre), held
 
     def write(self, branch: Tensor, *held: Tensor) -> Tensor:
         return torch.ops.mhc.update(held[0], branch, held[1], held[2])  # type: ignore[no-any-return]
@@ -179,11 +188,21 @@ class _StepCell(nn.Module):
         super().__init__()
         self.connection = site.connection
 
-    def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, branch: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
         c = self.connection
-        out = torch.ops.mhc.step(streams, branch, post, res, c.phi, c.bias, c.scale, c.mapping, c.iterations, c.eps)
-        new, h, _, new_post, new_res = out[:5]
-        return h, new, new_post, new_res
+        site = (c.phi, c.bias, c.scale, c.mapping, c.iterations, c.eps)
+        new, h, _, post, res = torch.ops.mhc.step(held[0], branch, *held[1:], *site)[:5]
+        return h, new, post, res
+
+
+class _ShiftedCell(_StepCell):
+    """The cell of a single pass as one operator: its h has the weights pre of the site before."""
+
+    def forward(self, branch: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
+        c = self.connection
+        site = (c.phi, c.bias, c.scale, c.mapping, c.iterations, c.eps)
+        new, h, pre, post, res = torch.ops.mhc.shifted_step(held[0], branch, *held[1:], *site)[:5]
+        return h, new, post, res, pre
 
 
 def _deepseek(shape: Shape, name: str, prefix: str) -> Any:

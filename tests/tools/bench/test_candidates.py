@@ -105,7 +105,9 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
     torch.testing.assert_close(out, torch.einsum("btji,btjc->btic", comb, streams))
 
 
-@pytest.mark.parametrize("name", ["plain", "ours", *BASELINES, pytest.param("ours-kronecker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["plain", "ours", "ours-single-pass", *BASELINES, pytest.param("ours-kronecker", marks=pytest.mark.slow)]
+)
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
     workload = SiteWorkload("cpu", module, module, [inputs, inputs])
@@ -165,8 +167,20 @@ def test_other_mappings_reach_the_site_and_the_backend(monkeypatch):
     model = BY_NAME["ours-permutations"].model(SHAPE)
     seen = {}
     monkeypatch.setattr(torch, "compile", lambda module, **how: seen.update(how))
-    compiled(model, BY_NAME["ours-permutations"].compiler, BY_NAME["ours-permutations"].mapping)
+    compiled(model, BY_NAME["ours-permutations"].compiler, BY_NAME["ours-permutations"].options)
     assert seen == {"backend": "mhc", "options": {"recompute": "cheap", "mapping": "permutations"}}
+    compiled(model, BY_NAME["ours-single-pass"].compiler, BY_NAME["ours-single-pass"].options)
+    assert seen["options"] == {"recompute": "cheap", "mapping": "sinkhorn", "single_pass": True}
+
+
+def test_the_site_of_a_single_pass_reads_with_the_weights_that_go_in():
+    module, inputs = BY_NAME["ours-single-pass"].site(SHAPE)
+    branch, streams, post, res, pre = inputs
+    h, new, *_, new_pre = module(*inputs)
+    want = torch.einsum("btij,btjc->btic", res, streams) + post.unsqueeze(-1) * branch.unsqueeze(-2)
+    torch.testing.assert_close(new, want)
+    torch.testing.assert_close(h, torch.einsum("btn,btnc->btc", pre, want))
+    torch.testing.assert_close(new_pre, module.connection.coefficients(want)[0])
 
 
 def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
