@@ -14,8 +14,9 @@ from mhc_compile.cli.bench import command
 from mhc_compile.tools.bench.results import Benchmark, Result, Row
 
 CONDITIONS = {
-    **dict.fromkeys(("device", "cores", "threads", "torch", "dtype", "width", "layers", "tokens", "vocabulary"), 1),
+    **dict.fromkeys(("device", "cores", "threads", "torch", "dtype", "layers", "tokens", "vocabulary"), 1),
     **dict.fromkeys(("streams", "iterations", "wait_policy"), 1),
+    "widths": [1],
     "load": (0.0, 0.0),
 }
 
@@ -58,7 +59,7 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
         assert plain["counters"]["kernels"] >= 1
         assert plain["compile_seconds"] is None  # --quick reuses compiled code
     assert result["benchmarks"][0]["rows"][0]["counters"]["bytes"] == 3 * 16 * 16 * 4
-    assert [result["conditions"][name] for name in ("width", "layers", "rounds")] == [16, 1, 2]
+    assert [result["conditions"][name] for name in ("widths", "layers", "rounds")] == [[16], 1, 2]
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "of the same rounds" in done.stdout
     assert "step: timing" in done.stderr
@@ -68,7 +69,7 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
 def test_exit_codes_of_a_failed_candidate_and_an_interrupt(monkeypatch, tmp_path, interrupted, code):
     failed = Row(name="ours", title="ours", status="failed", message="RuntimeError: no")
     result = Result(CONDITIONS, (Benchmark("site", 1, (failed,)),), interrupted)
-    monkeypatch.setattr("mhc_compile.tools.bench.measure.run", lambda shape, **settings: result)
+    monkeypatch.setattr("mhc_compile.tools.bench.measure.run", lambda shapes, **settings: result)
     done = CliRunner().invoke(command, ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")])
     assert done.exit_code == code
     assert "ours: RuntimeError: no" in done.stdout

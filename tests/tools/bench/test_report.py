@@ -19,7 +19,7 @@ CONDITIONS = {
     "python": "3.11",
     "packages": {"mhc-compile": "0.1.0"},
     "dtype": "float32",
-    "width": 256,
+    "widths": [256],
     "layers": 4,
     "tokens": 1024,
     "vocabulary": 50257,
