@@ -42,7 +42,7 @@ def gpu_state(device: str) -> dict[str, str]:
         return {}
     import torch
 
-    uuid = torch.cuda.get_device_properties().uuid
+    uuid = torch.cuda.get_device_properties("cuda").uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 - no input

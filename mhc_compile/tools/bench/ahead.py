@@ -53,7 +53,7 @@ def compile_ahead(
 ) -> FirstRuns:
     """Compile everything in at most `processes` processes until `end`, a time of `time.monotonic`.
 
-    A process that fails has no entry: the measuring process compiles, and reports the error.
+    What fails in its process has no entry: the measuring process compiles it, or reports the error.
     """
     jobs = [(shape, one) for shape in shapes for one in candidates if not one.missing(shape)]
     processes = max(1, min(processes, len(jobs), *(_room(shape) for shape in shapes)))
@@ -79,7 +79,10 @@ def compile_ahead(
         except subprocess.TimeoutExpired:
             return None
         except (subprocess.CalledProcessError, IndexError, ValueError) as error:
-            log.debug("%s: %s", argument, getattr(error, "stderr", error))
+            text = str(getattr(error, "stderr", error)).strip()
+            log.debug("%s: %s", argument, text)
+            why = text.splitlines()[-1] if text else error
+            progress.note(f"{candidate.name}, C = {shape.width}: failed in its process, is compiled again here: {why}")
             return {}
         return {kind: FirstRun(seconds, counts and Counters(*counts)) for kind, (seconds, counts) in found.items()}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from mhc_compile.cli.bench import command
@@ -63,6 +65,36 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "of the same rounds" in done.stdout
     assert "step: timing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shapes", "processes", "seconds"),
+    [
+        ((), [(256, 4, 1024, "cpu", "float32")], 1, math.inf),
+        (("--width", "8", "--width", "16", "--seconds", "9"), [(8, 4, 1024, "cpu", "float32"), (16, 4, 1024, "cpu", "float32")], 1, 9),
+        (("--device", "cuda"), [(2560, 2, 4096, "cuda", "bfloat16"), (4096, 2, 4096, "cuda", "bfloat16")], 3, 540),
+        (("--device", "cuda", "--quick", "--processes", "2", "--dtype", "float32"), [(64, 1, 128, "cuda", "float32")], 2, 540),
+        (("--device", "cuda", "--layers", "4", "--width", "512"), [(512, 4, 4096, "cuda", "bfloat16")], 3, 540),
+    ],
+)  # fmt: skip
+def test_sizes_of_a_device(monkeypatch, arguments, shapes, processes, seconds):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mhc_compile.reporting.conditions.available_cores", lambda: 3)
+    result = Result(CONDITIONS, (), False)
+    monkeypatch.setattr(
+        "mhc_compile.tools.bench.measure.run", lambda *args, **how: (seen.append((*args, how)), result)[1]
+    )
+    assert CliRunner().invoke(command, list(arguments)).exit_code == 0
+    ((found, how),) = seen
+    assert [(one.width, one.layers, one.tokens, one.device, one.dtype) for one in found] == shapes
+    assert (how["processes"], how["seconds"]) == (processes, seconds)
+
+
+def test_cuda_without_a_device_is_wrong_usage(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(command, ["--device", "cuda"])
+    assert (done.exit_code, "sees no CUDA device" in done.output) == (2, True)
 
 
 @pytest.mark.parametrize(("interrupted", "code"), [(False, 1), (True, 130)])
