@@ -1,6 +1,4 @@
-"""Tests for a GPU. `MHC_TEST_DEVICE=cpu` runs what does not need one on CPU, through the C++
-kernels: a check of the tests themselves.
-"""
+"""Fixtures of the tests for a GPU, and the errors that they found."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import os
 from collections import defaultdict
 
 import pytest
-import torch
+from helpers.gpu import DEVICE
 
 # Read when CUDA's libraries are loaded; without it, deterministic algorithms refuse products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -16,10 +14,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    chosen = os.environ.get("MHC_TEST_DEVICE", "cuda")
-    if chosen == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device; MHC_TEST_DEVICE=cpu checks the tests themselves")
-    return chosen
+    return DEVICE
 
 
 @pytest.fixture

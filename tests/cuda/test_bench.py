@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 
-import pytest
+from helpers.gpu import needs_device
 
 from mhc_compile.tools.bench.candidates import LIMIT, PLAIN
 
-pytestmark = pytest.mark.cuda
+pytestmark = needs_device()
 
 
 def test_every_row_is_measured_or_says_why_not(device, tmp_path):

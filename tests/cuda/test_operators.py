@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.gpu import needs_device
 from helpers.site_oracle import EPS, OPERATORS, Case, assert_close, errors
 
 from mhc_compile.config.presets import PRESETS
 from mhc_compile.ops import is_fused
 
-pytestmark = pytest.mark.cuda
+pytestmark = needs_device()
 mhc = torch.ops.mhc
 #: No product of a block size of tokens or of channels, so that all are one specialisation.
 TOKENS, WIDTH = (0, 17, 67, 200), 70

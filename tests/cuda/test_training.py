@@ -11,13 +11,14 @@ import resource
 import pytest
 import torch
 from helpers.builders import Decoder
+from helpers.gpu import needs_device
 from helpers.hand_written import Attention, Mlp, Transformer, stir, transformer_by_hand, values_of
 from torch import nn
 
 import mhc_compile
 from mhc_compile.config.presets import PRESETS
 
-pytestmark = pytest.mark.cuda
+pytestmark = needs_device()
 WIDTH, LENGTH = 64, 48
 
 
