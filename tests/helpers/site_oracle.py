@@ -182,6 +182,8 @@ def errors(case: Case, name: str, used: tuple[int, ...] | None = None) -> list[E
         assert a.isfinite().all(), where
         wide = a.dtype == torch.float32
         limit = TOLERANCES[case.dtype if wide else a.dtype][int(wide)]
+        if wide and name == "read" and what.startswith("result"):
+            limit = min(limit, 1e-3)  # streams that were not rounded: a phi cut down to bfloat16 shows
         sums = what in ("d bias", "d scale")
         kind = "sums" if sums else "float32" if wide else "half-width"
         found.append(Error(kind, error(a, b.detach()), 10 * limit if sums else limit, where))

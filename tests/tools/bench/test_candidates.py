@@ -196,3 +196,18 @@ def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
     one.load_state_dict({key.removeprefix("site."): value for key, value in three.state_dict().items()})
     for mine, theirs in zip(one(*inputs), three(*inputs), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_the_cell_of_a_single_pass_reads_with_the_weights_that_go_in():
+    """h = Σ_j pre_j X'_j with the `pre` of the site that ends; by `mhc::shifted_step`, where it is
+    registered, the same.
+    """
+    module, inputs = BY_NAME["ours-deepseek-v4.1"].site(SHAPE)
+    branch, streams, post, res, pre = inputs
+    fused = {False, hasattr(torch.ops.mhc, "shifted_step")}
+    for module.fused in sorted(fused):
+        h, new, *_, next_pre = module(*inputs)
+        want = torch.einsum("btij,btjc->btic", res, streams) + post.unsqueeze(-1) * branch.unsqueeze(-2)
+        torch.testing.assert_close(new, want)
+        torch.testing.assert_close(h, torch.einsum("btn,btnc->btc", pre, want))
+        assert (next_pre - pre).abs().max() > 1e-3
