@@ -178,7 +178,7 @@ def test_the_gated_read_of_qwen4(device, record_property):
     wanted = torch.autograd.grad([w.sum() for w in want], exact)
     grads = torch.autograd.grad([g.sum() for g in got], inputs)
     for a, b in zip((*got, *grads), (*want, *wanted), strict=True):
-        number = float((a.cpu().double() - b).norm() / b.norm())
+        number = float((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm())
         record_property("error", ("float32 gated_read", number))
         assert number < 1e-5
 

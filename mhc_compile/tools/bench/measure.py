@@ -158,8 +158,10 @@ def measure(
         # The bytes of a site's limit were counted by hand.
         size = sum(map(sum, moved(shape))) * shape.tokens * shape.real.itemsize
         counters = Counters(bytes=size) if kind == "site" else None
-        rows[LIMIT] = Row(name=LIMIT, title=_LIMIT_TITLE[kind], status="ok", counters=counters)
-        workloads[LIMIT] = CopyLimit(shape) if shape.device == "cuda" else Limit(shape)
+        copied = shape.device == "cuda"
+        title = "bandwidth of a copy" if copied and kind == "site" else _LIMIT_TITLE[kind]
+        rows[LIMIT] = Row(name=LIMIT, title=title, status="ok", counters=counters)
+        workloads[LIMIT] = CopyLimit(shape) if copied else Limit(shape)
     sites = shape.sites if kind == "step" else 1
     benchmark, interrupted = time_rows(kind, rows, workloads, rounds=rounds, sites=sites, end=end, progress=progress)
     return replace(benchmark, width=shape.width), interrupted
