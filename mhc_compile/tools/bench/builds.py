@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from mhc_compile.tools.bench.workloads import Workload
 
 
-def build(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:
-    """Return the module of a "site" or a "step", and its workload; the first run compiles it."""
+def build(kind: str, shape: Shape, candidate: Candidate, repeats: int = SITES) -> tuple[nn.Module, Workload]:
+    """Return the module of a "site" or a "step", and its workload; the first run compiles it.
+
+    A site runs `repeats` times, each with its own tensors.
+    """
     torch.manual_seed(0)
     if kind == "step":
         model = candidate.model(shape)
@@ -29,7 +32,7 @@ def build(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Wor
         call = compiled(model, candidate.compiler, options)
         return model, StepWorkload(shape.device, call, model, batch(shape))
     module, first = candidate.site(shape)
-    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
+    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(repeats - 1))]
     return module, SiteWorkload(shape.device, compiled(module, candidate.site_compiler), module, inputs)
 
 

@@ -143,7 +143,7 @@ def _checking(file: str) -> bool:
 def measure_kernels(workload: Workload) -> tuple[Kernel, ...]:
     """Run forward and backward once more under torch's profiler; return what it saw, longest first.
 
-    On CUDA that are the kernels of the device, copies and fills included, on CPU the operators.
+    On CUDA these are the kernels of the device, copies and fills included, on CPU the operators.
     """
     device = "device" if workload.device == "cuda" else "cpu"
     activity = ProfilerActivity.CUDA if workload.device == "cuda" else ProfilerActivity.CPU
