@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,8 @@ def prepare(
     if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, branch.dtype, mapping):
         from mhc_compile.ops.triton import ahead
 
-        ahead.prepare(
-            ahead.launches_of(streams.dtype, branch.dtype, n, width, mapping, shifted=single_pass), streams.device
-        )
+        kinds = ahead.launches_of(streams.dtype, branch.dtype, n, width, mapping, single_pass=single_pass)
+        ahead.prepare(chain.from_iterable(kinds.values()), streams.device)
 
 
 def on_triton(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.gpu import needs_device
+from helpers.gpu import CHOSEN, needs_device
 from helpers.site_oracle import EPS, OPERATORS, Case, assert_close, errors
 
 from mhc_compile.config.presets import PRESETS
@@ -15,8 +15,10 @@ from mhc_compile.ops import is_fused
 
 pytestmark = needs_device()
 mhc = torch.ops.mhc
-#: No product of a block size of tokens or of channels, so that all are one specialisation.
-TOKENS, WIDTH = (0, 17, 67, 200), 70
+#: No product of a block size of tokens or of channels, so that all are one specialisation. The
+#: interpreter takes seconds for one of them.
+SLOW = CHOSEN == "interpreter"
+TOKENS, WIDTH = (67,) if SLOW else (0, 17, 67, 200), 70
 #: Conventions in which every setting differs from the paper's, and those of the presets.
 TURNED = "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns"
 SPECS = {str(preset.convention): preset.iterations for preset in PRESETS.values() if not preset.convention.rank}
@@ -26,16 +28,10 @@ COUNTS = {"identity": (1, 2, 3, 8), "permutations": (1, 2, 3), "kronecker": (1, 
 HELD = [(n, m) for n in (1, 2, 3, 4, 8) for m in sorted({1, n})]
 
 
-def there(name: str) -> bool:
-    return hasattr(mhc, name)
-
-
 @pytest.fixture
 def compare(device, record_property):
     def run(names, *sizes, used=None, **settings):
         for name in names:
-            if not there(name):
-                continue
             case = Case(device, *sizes, **settings)
             if name == "update" and case.tensors["streams"].shape[-2] != case.n:
                 continue  # it takes no equal streams
@@ -48,13 +44,6 @@ def compare(device, record_property):
     return run
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_the_operator_exists(name):
-    if not there(name) and name in ("shifted_step", "mix_read"):
-        pytest.skip(f"mhc::{name} is not registered in this version: nothing here tests it")
-    assert there(name)
-
-
 @pytest.mark.parametrize(("n", "m"), HELD)
 def test_every_number_of_streams(compare, n, m):
     for tokens in TOKENS:
@@ -63,7 +52,7 @@ def test_every_number_of_streams(compare, n, m):
 
 @pytest.mark.parametrize(("n", "spec"), [(4, spec) for spec in SPECS] + [(n, s) for s in COUNTS for n in COUNTS[s]])
 def test_every_convention(compare, n, spec):
-    for tokens in TOKENS[1:]:
+    for tokens in TOKENS[-3:]:
         compare(("read", "step", "shifted_step"), n, n, tokens, WIDTH, spec, iterations=SPECS.get(spec, 1))
 
 
@@ -84,15 +73,15 @@ def test_every_dtype(compare, dtype, branch, m):
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "sinkhorn"])
 def test_every_convention_in_bfloat16(compare, spec):
-    for tokens in (17, 200):
+    for tokens in (67,) if SLOW else (17, 200):
         compare(("step", "shifted_step"), 4, 4, tokens, WIDTH, spec, torch.bfloat16, iterations=SPECS[spec])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [640, 1000])
+@pytest.mark.parametrize("width", [48] if SLOW else [640, 1000])
 def test_many_tokens_and_one(compare, dtype, width):
     """Sizes that are multiples of 16, for which Triton compiles other code, and a single token."""
-    for tokens in (1, (2, 2048)):
+    for tokens in (0, 1, (2, 300)) if SLOW else (1, (2, 2048)):
         compare(OPERATORS, 4, 4, tokens, width, dtype=dtype)
 
 
@@ -108,8 +97,6 @@ def test_absent_gradients_are_zero(compare, used):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(device, name):
-    if not there(name):
-        pytest.skip(f"mhc::{name} is not registered in this version")
     case = Case(device, 4, 4, 17, WIDTH)
     tensors = [tensor.requires_grad_() for tensor in case.of(name)]
     torch.library.opcheck(getattr(mhc, name).default, (*tensors, *case.settings(name)))
@@ -117,7 +104,7 @@ def test_opcheck(device, name):
 
 def test_strides_do_not_matter(device):
     case = Case(device, 4, 4, 17, WIDTH)
-    for name in filter(there, OPERATORS):
+    for name in OPERATORS:
         turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in case.of(name)]
         for a, b in zip(case.call(name, case.of(name)), case.call(name, turned), strict=True):
             assert torch.equal(a, b), name
@@ -127,7 +114,7 @@ def test_wild_logits_stay_finite(device):
     case = Case(device, 4, 4, 17, WIDTH)
     case.tensors["bias"] *= 100
     case.tensors["scale"] *= 40
-    for name in filter(there, ("read", "step", "shifted_step")):
+    for name in ("read", "step", "shifted_step"):
         inputs = [tensor.clone().requires_grad_() for tensor in case.of(name)]
         got = case.call(name, inputs)
         res = got[OPERATORS[name][1][-1]]
@@ -152,7 +139,7 @@ def test_the_same_bits_every_time(device, dtype, strict):
 
     torch.use_deterministic_algorithms(strict)
     try:
-        for name in filter(there, OPERATORS):
+        for name in OPERATORS:
             for a, b in zip(run(name), run(name), strict=True):
                 assert torch.equal(a, b), name
     finally:
@@ -200,5 +187,5 @@ def test_another_device_than_the_current_one(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     with torch.cuda.device(0):
-        for name in filter(there, OPERATORS):
+        for name in OPERATORS:
             assert_close(errors(Case("cuda:1", 4, 4, 17, WIDTH), name))

@@ -18,60 +18,60 @@ from . import operators
 from .launch import COMPILING, Launch, noted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+#: The results of a read that its backward gets: pre, post, z and inverse.
+_SAVED = (1, 2, 4, 5)
+
 
 def launches_of(
-    streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, shifted: bool = False
-) -> list[Launch]:
-    """Return the launches of a chain's operators, forward and backward, for tensors on "meta".
+    streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, tokens: int = 64,
+    single_pass: bool = False,
+) -> dict[str, list[Launch]]:  # fmt: skip
+    """Return the launches of a chain's operators, noted on "meta", by operator and m.
 
-    A chain reads n equal streams, then updates these, then n streams, and closes them. With
-    `shifted` the sites of a single pass. The number of tokens makes no other kernel.
+    A chain reads n equal streams, of which one is held, then updates these, then n streams, and
+    closes them. In a single pass sites read with the weights of the site before. The number of
+    `tokens` makes no other kernel.
     """
-    tokens = 64
-    one = _site(streams, branch, n, 1, width, tokens, mapping)
-    many = _site(streams, branch, n, n, width, tokens, mapping)
-    how = (mapping, 20, 1e-6)
-    with noted() as launches:
-        if shifted:
-            for old, pre, site in (one, many):
-                new, h, *rest = operators.shifted_step(*old, pre, *site, *how)
-                saved = (rest[0], rest[1], rest[3], rest[4])
-                operators.shifted_step_backward(new, h, *rest[:3], *old, pre, *site, *saved, *how)
-                operators.mix_read_backward(*operators.mix_read(*old, pre), *old, pre)
-        else:
-            (streams_of_one, *_), _, site = one
-            h, *rest = operators.read(streams_of_one, *site, n, *how)
-            saved = (rest[0], rest[1], rest[3], rest[4])
-            operators.read_backward(h, rest[1], rest[2], streams_of_one, *site, *saved, *how)
-            for old, _, site in (one, many):
-                new, h, *rest = operators.step(*old, *site, *how)
-                saved = (rest[0], rest[1], rest[3], rest[4])
-                operators.step_backward(new, h, rest[1], rest[2], *old, *site, *saved, *how)
-        operators.close_backward(operators.close(*many[0]), *many[0])
-    return launches
-
-
-def _site(
-    streams: torch.dtype, branch: torch.dtype, n: int, m: int, width: int, tokens: int, mapping: str
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Return `(streams, branch, post, res)`, `pre` and `(phi, bias, scale)` on "meta"."""
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     count = columns(parse(mapping).mapping, n)
     assert count is not None, (mapping, n)
-    old = make(tokens, m, width, dtype=streams), make(tokens, width, dtype=branch), make(tokens, n), make(tokens, n, n)
-    return old, make(tokens, n), (make(n * width, count), make(count), make(3))
+    site, how = (make(n * width, count), make(count), make(3)), (mapping, 20, 1e-6)
+    pre, post, res = make(tokens, n), make(tokens, n), make(tokens, n, n)
+    launches: dict[str, list[Launch]] = {}
+
+    def note(name: str, *args: Any) -> Any:
+        with noted() as launches[name.replace("_", " ")]:
+            return getattr(operators, name.split(",")[0])(*args)
+
+    for m in dict.fromkeys((1, n)):
+        held = make(tokens, m, width, dtype=streams)
+        old = held, make(tokens, width, dtype=branch), post, res
+        if single_pass:
+            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how)
+            note(f"shifted_step_backward, m={m}", new, *read[:4], *old, pre, *site, *(read[i] for i in _SAVED), *how)
+            note(f"mix_read_backward, m={m}", *note(f"mix_read, m={m}", *old, pre), *old, pre)
+            continue
+        if m == 1:
+            read = note("read, m=1", held, *site, n, *how)
+            note("read_backward, m=1", read[0], *read[2:4], held, *site, *(read[i] for i in _SAVED), *how)
+        new, *read = note(f"step, m={m}", *old, *site, *how)
+        note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *(read[i] for i in _SAVED), *how)
+    note(f"close_backward, m={n}", note(f"close, m={n}", *old), *old)
+    return launches
 
 
-def prepare(launches: list[Launch], device: torch.device) -> threading.Thread:
+def prepare(launches: Iterable[Launch], device: torch.device) -> threading.Thread:
     """Compile kernels for `device` in threads; return the one that waits for them."""
-    thread = threading.Thread(target=_compile, args=(launches, device), daemon=True, name="mhc-kernels")
+    thread = threading.Thread(target=_compile, args=(list(launches), device), daemon=True, name="mhc-kernels")
     COMPILING.append(thread)
     thread.start()
     return thread

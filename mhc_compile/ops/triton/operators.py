@@ -29,6 +29,11 @@ def _numbers(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+def _flat(tensor: Tensor | None, axes: int, nothing: Tensor) -> Tensor:
+    """Return `flat` of a tensor, and for an absent one a tensor without numbers."""
+    return nothing if tensor is None else flat(tensor, axes)
+
+
 def _prepared(phi: Tensor, sizes: Sizes, counters: int) -> tuple[Tensor, Tensor, int]:
     """Return counters, the weights of the forward kernel and their row length.
 
@@ -53,14 +58,17 @@ def _forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `(new_streams, h, pre, post, res, z, inverse)`.
 
-    `mix` is `(branch, post, res)`, or empty: then the first result is the old streams. `read_pre`
-    are weights for h, None for the site's own. `site` is `(phi, bias, scale)`.
+    `mix` is `(branch, post, res)`, or empty: then there is no first result. `read_pre` are weights
+    for h, None for the site's own. `site` is `(phi, bias, scale)`.
     """
     sizes = Sizes.of(streams, n, mapping)
     x = flat(streams, 2)
     tokens, lead = x.shape[0], streams.shape[:-2]
-    branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
-    new = x.new_empty(tokens, n, sizes.width) if mix else x
+    nothing = x.new_empty(0)
+    branch, post, res = (
+        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+    )
+    new = x.new_empty(tokens, n, sizes.width) if mix else nothing
     h = x.new_empty(tokens, sizes.width)
     new_pre, new_post, new_res, z, inverse = (
         _numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
@@ -73,20 +81,20 @@ def _forward(
     counters, weights, stride = _prepared(phi, sizes, 1 + 2 * work.tiles)
     launch(
         forward_kernel, ((work.tiles + work.lag) * (work.parts + reads),),
-        x, branch, post, res, x if read_pre is None else flat(read_pre, 1), weights, bias.contiguous(), scale.contiguous(),
+        x, branch, post, res, _flat(read_pre, 1, nothing), weights, bias.contiguous(), scale.contiguous(),
         new, h, new_pre, new_post, new_res, z, inverse, _numbers(x, work.parts, sizes.columns + 1, tokens), counters,
         tokens, sizes.width, work.parts, work.each, work.lag, iterations, eps,
         n=n, m=sizes.m, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
         shifted=read_pre is not None, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(),
         **sizes.constants, **config.constants,
     )  # fmt: skip
-    outs = (new, h, new_pre, new_post, new_res, z, inverse)
+    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse)
     return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
 
 
 def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return `(h, pre, post, res, z, inverse)`; `h = Σ_j pre_j X_j`, in their dtype."""
-    return _forward(streams, (), None, args[:3], *args[3:])[1:]
+    return _forward(streams, (), None, args[:3], *args[3:])
 
 
 def step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -114,10 +122,12 @@ def _backward(
     sizes = Sizes.of(streams, n, mapping)
     x = flat(streams, 2)
     tokens, width, columns = x.shape[0], sizes.width, sizes.columns
-    branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
+    nothing = x.new_empty(0)
+    branch, post, res = (
+        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+    )
     weight, pre = phi.contiguous(), flat(new_pre, 1)
-    axes = (2, 1, 1, 1, 2)
-    gradients = [x if grad is None else flat(grad, axis) for grad, axis in zip(grads, axes, strict=True)]
+    gradients = [_flat(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
     has_streams, has_read, has_pre, has_post, has_res = (grad is not None for grad in grads)
     shifted = read_pre is not None
     read_by = pre if read_pre is None else flat(read_pre, 1)
@@ -130,7 +140,7 @@ def _backward(
     parts = work.parts if has_read and not shifted else 1
     lag = min(groups, 1)
 
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch) if mix else x
+    d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch)
     count = (n + n * sizes.m if mix else 0) + (n if shifted else 0)
     products = _numbers(x, blocks, count, tokens)
     phi_parts = _numbers(x, groups, *phi.shape)
@@ -164,9 +174,12 @@ def _sums(
     are written.
     """
     tokens, n = x.shape[0], sizes.n
-    d_post, d_res = (mix[1].new_empty(mix[1].shape), mix[2].new_empty(mix[2].shape)) if mix else (x, x)
-    d_pre = read_pre.new_empty(read_pre.shape) if read_pre is not None else x
-    phi_parts, d_phi, shares, d_bias, d_scale = site or (x, x, x, x, x)
+    nothing = x.new_empty(0)
+    d_post, d_res, d_pre = (
+        nothing if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (*(mix[1:] or (None, None)), read_pre)
+    )
+    phi_parts, d_phi, shares, d_bias, d_scale = site or (nothing,) * 5
     rows = d_phi.shape[0] if site else 0
     flags = {"mixes": bool(mix), "reads": read_pre is not None, "projects": bool(site)}
     launch(
@@ -205,11 +218,12 @@ def shifted_step_backward(*args: Any) -> tuple[Tensor, ...]:
 def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
     sizes = Sizes.of(streams, post.shape[-1])
     x, tiles = flat(streams, 2), configs.mixing(sizes)
+    nothing = x.new_empty(0)
     new = x.new_empty(*streams.shape[:-2], sizes.n, sizes.width)
-    h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else x
+    h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else nothing
     launch(
         update_kernel, _grid(x, tiles), x, flat(branch, 1), flat(post, 1), flat(res, 2),
-        x if pre is None else flat(pre, 1), new, h, x.shape[0], sizes.width,
+        _flat(pre, 1, nothing), new, h, x.shape[0], sizes.width,
         n=sizes.n, m=sizes.m, reads=pre is not None, **tiles,
     )  # fmt: skip
     return new, h
@@ -247,12 +261,12 @@ def _update_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sizes = Sizes.of(streams, post.shape[-1])
     x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes)
-    tokens, grid, reads = x.shape[0], _grid(x, tiles), pre is not None
+    tokens, grid, reads, nothing = x.shape[0], _grid(x, tiles), pre is not None, x.new_empty(0)
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
     partial = _numbers(x, grid[1], sizes.n * (1 + sizes.m + reads), tokens)
     launch(
-        update_backward_kernel, grid, x, x if grad is None else flat(grad, 2), x if grad_read is None else flat(grad_read, 1),
-        y, flat(post, 1), flat(res, 2), x if pre is None else flat(pre, 1), d_streams, d_branch, partial, tokens, sizes.width,
+        update_backward_kernel, grid, x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
+        y, flat(post, 1), flat(res, 2), _flat(pre, 1, nothing), d_streams, d_branch, partial, tokens, sizes.width,
         n=sizes.n, m=sizes.m, has_streams=grad is not None, has_read=grad_read is not None,
         reads=reads, **tiles,
     )  # fmt: skip
