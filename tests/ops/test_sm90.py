@@ -51,7 +51,7 @@ def sites(kind: str, tokens: int = T):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
-    n, dtype, *_ = KINDS[kind]
+    n, *_ = KINDS[kind]
     rows, seen = [], set()
     for name, launches in sites(kind).items():
         for launch in launches:
@@ -86,7 +86,7 @@ def compare(kind, rows, regenerate):
 
 
 def test_bytes_and_launches():
-    """Elements of a stream a token, C, and launches; a memory operation that sets counters is one."""
+    """Launches, and elements of a stream a token. The memory operation that sets counters is one."""
     unit = T * C * 2
     limits = {
         "paper, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},
