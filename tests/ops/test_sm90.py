@@ -86,7 +86,7 @@ def compare(kind, rows, regenerate):
 
 
 def test_bytes_and_launches():
-    """Launches, and elements of a stream a token. The memory operation that sets counters is one."""
+    """Launches and elements of a stream a token. Setting the counters to zero is a launch."""
     unit = T * C * 2
     limits = {
         "paper, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},

@@ -173,8 +173,7 @@ def _sinkhorn(logits, iterations, n: tl.constexpr, eps: tl.constexpr):
 def _sinkhorn_backward(grad, logits, sums, rows, live, tokens, iterations, n: tl.constexpr, eps: tl.constexpr):
     """Return the gradient of the logits for that of the matrix.
 
-    `sums` [iterations - 1, 2 n, T] float32 is scratch memory for the divisors of every round: what
-    a thread reads it has written itself.
+    `sums` [iterations - 1, 2 n, T] float32 is scratch memory for the divisors of every round.
     """
     columns, matrix, firsts = _first_round(logits, n, eps)
     ones = filled(1.0, matrix[0], n)
@@ -189,6 +188,8 @@ def _sinkhorn_backward(grad, logits, sums, rows, live, tokens, iterations, n: tl
             tl.store(here + a * step, by_column[a], mask=live)
             tl.store(here + (n + a) * step, by_row[a], mask=live)
         here += 2 * n * step
+    # Tokens are in the lanes of every warp, and one of them stores what all will read.
+    tl.debug_barrier()
     for _ in range(1, iterations):
         here -= 2 * n * step
         by_row = ()
