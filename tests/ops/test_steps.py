@@ -377,5 +377,5 @@ def test_kernels_are_built_while_the_caller_goes_on(monkeypatch):
     cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn").join()
     assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn")]
     assert cpu.prepare(torch.float16, torch.float16, 4, "sinkhorn") is None
-    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, "sinkhorn")
+    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, 32, "sinkhorn")
     assert len(built) == 1

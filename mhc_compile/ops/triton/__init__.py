@@ -47,7 +47,9 @@ def available() -> bool:
 
 @functools.cache
 def reason(device: torch.device) -> str | None:
-    """Return why no kernel runs on a device of type "cuda", None where they do."""
+    """Return why no kernel runs on a device, None where they do."""
+    if device.type != "cuda":
+        return f"the kernels are for CUDA, not for {device.type}"
     if not available():
         return "Triton is not installed (pip install triton)"
     if torch.version.hip is not None:

@@ -40,7 +40,7 @@ def test_plain_is_always_included_in_the_order_of_the_table():
         assert (*(candidate.name for candidate in choose([], device)[0]), LIMIT) == DEFAULT[device]
     assert (*(candidate.name for candidate in CANDIDATES), LIMIT) == NAMES
     assert {name for name in NAMES if name.startswith("ours-")} - set(DEFAULT["cpu"]) == {
-        *("ours-identity", "ours-permutations", "ours-kronecker", "ours-unconstrained"),
+        *("ours-identity", "ours-permutations", "ours-kronecker", "ours-unconstrained", "ours-single-pass"),
         *("ours-deepseek-v4", "ours-deepseek-v4.1"),
     }
     assert choose(["ours-kronecker"])[0][1].options == {"mapping": "kronecker"}
