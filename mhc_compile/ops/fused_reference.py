@@ -177,7 +177,7 @@ def mix_read_backward(
         d_read, d_pre = reference.collapse_backward_fused(grad_h, after, pre)
         d_after = d_after + d_read
     d_wide, *d_old = reference.update_backward_fused(d_after, wide, branch, post, res)
-    return _gathered(d_wide, streams), *d_old, d_pre
+    return _gathered(d_wide, streams), *d_old, d_pre.to(pre.dtype)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
