@@ -47,7 +47,7 @@ def compare(device, record_property):
 @pytest.mark.parametrize(("n", "m"), HELD)
 def test_every_number_of_streams(compare, n, m):
     for tokens in TOKENS:
-        compare(OPERATORS, n, m, tokens, WIDTH)
+        compare(("step", "shifted_step", "close") if SLOW and n == 8 else OPERATORS, n, m, tokens, WIDTH)
 
 
 @pytest.mark.parametrize(("n", "spec"), [(4, spec) for spec in SPECS] + [(n, s) for s in COUNTS for n in COUNTS[s]])
@@ -81,8 +81,9 @@ def test_every_convention_in_bfloat16(compare, spec):
 @pytest.mark.parametrize("width", [48] if SLOW else [640, 1000])
 def test_many_tokens_and_one(compare, dtype, width):
     """Sizes that are multiples of 16, for which Triton compiles other code, and a single token."""
+    n = 2 if SLOW else 4
     for tokens in (0, 1, (2, 300)) if SLOW else (1, (2, 2048)):
-        compare(OPERATORS, 4, 4, tokens, width, dtype=dtype)
+        compare(OPERATORS, n, n, tokens, width, dtype=dtype)
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -93,6 +94,8 @@ def test_few_iterations(compare, iterations):
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (3, 4)])
 def test_absent_gradients_are_zero(compare, used):
     compare(("step", "shifted_step"), 4, 4, 17, WIDTH, used=used)
+    if len(used) == 1:
+        compare(("mix_read",), 4, 4, 17, WIDTH, used=used)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -127,6 +130,8 @@ def test_wild_logits_stay_finite(device):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(device, dtype, strict):
+    if SLOW:
+        pytest.skip("the interpreter runs one program after the other")
     case = Case(device, 4, 4, 200, WIDTH, dtype=dtype)
 
     def run(name):

@@ -62,8 +62,6 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
             what = f"{kind}, {name}, {kernel}: {found}"
             assert found.shared <= LARGEST, what
             assert found.programs >= 1, what
-            if kernel not in ("forward_kernel", "backward_kernel"):
-                assert not found.spilled, what
             if n <= 4:
                 assert found.spilled <= (20 if kernel == "forward_kernel" else 0), what
             if n <= 4 and kernel == "forward_kernel":

@@ -172,8 +172,9 @@ def _streams(
                 g += tl.load((grad_streams + here * n + i * width) + new_place, mask=inside, other=0.0).to(tl.float32)
             if has_read:
                 g += pre[i][:, None] * g_read
-                if shifted:
-                    tl.store(out + (count - n + i) * step, tl.sum(g_read * x.to(tl.float32), 1), mask=live)
+            if shifted:
+                total = tl.sum(g_read * x.to(tl.float32), 1) if has_read else tl.zeros([block_tokens], tl.float32)
+                tl.store(out + (count - n + i) * step, total, mask=live)
             new_d_x = ()
             for l in tl.static_range(m):  # noqa: E741
                 if mixes:

@@ -62,10 +62,11 @@ def backward(sizes: Sizes) -> Config:
     return Config(blocks, num_warps=8, num_stages=2)
 
 
-def mixing(sizes: Sizes) -> dict[str, Any]:
+def mixing(sizes: Sizes, num_warps: int = 4) -> dict[str, Any]:
     """Return block sizes of about 2048 elements of a stream, for the kernels without projection."""
     channels = sizes.channels(128)
-    return {"block_tokens": 2048 // channels if channels >= 64 else 16, "block_channels": channels}
+    tokens = 2048 // channels if channels >= 64 else 16
+    return {"block_tokens": tokens, "block_channels": channels, "num_warps": num_warps}
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,8 @@ def update_backward_kernel(
             x = mixed(blocks, y, weights, mixing, i, m).to(streams.dtype.element_ty).to(tl.float32)
             tl.store(out + (n + n * m + i) * step, tl.sum(g_read * x, 1), mask=live)
             g += pre_of[i][:, None] * g_read
+        elif reads:
+            tl.store(out + (n + n * m + i) * step, tl.zeros([block_tokens], tl.float32), mask=live)
         d_y += weights[i][:, None] * g
         tl.store(out + i * step, tl.sum(g * y, 1), mask=live)
         for l in tl.static_range(m):  # noqa: E741

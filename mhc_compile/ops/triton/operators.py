@@ -260,7 +260,7 @@ def _update_backward(
     pre: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sizes = Sizes.of(streams, post.shape[-1])
-    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes)
+    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
     tokens, grid, reads, nothing = x.shape[0], _grid(x, tiles), pre is not None, x.new_empty(0)
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
     partial = _numbers(x, grid[1], sizes.n * (1 + sizes.m + reads), tokens)
@@ -295,7 +295,7 @@ def mix_read_backward(
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of `close` for `grad` [..., C]."""
     sizes = Sizes.of(streams, post.shape[-1])
-    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes)
+    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
     tokens, grid = x.shape[0], _grid(x, tiles)
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
     partial = _numbers(x, grid[1], 1 + sizes.m, tokens)
