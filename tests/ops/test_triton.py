@@ -20,7 +20,7 @@ import triton
 
 from mhc_compile.errors import OptionError, ShapeError
 from mhc_compile.ops import triton as kernels
-from mhc_compile.ops.triton import configs
+from mhc_compile.ops.triton import configs, coverage
 from mhc_compile.ops.triton.launch import COMPILING, launch, noted
 
 CUDA = torch.device("cuda", 0)
@@ -48,11 +48,11 @@ def test_rejected_inputs_restate_shape_and_dtype():
 @pytest.fixture
 def device(monkeypatch):
     """A machine with a GPU, as far as `reason` asks."""
-    kernels.reason.cache_clear()
+    coverage.reason.cache_clear()
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     yield monkeypatch
-    kernels.reason.cache_clear()
+    coverage.reason.cache_clear()
 
 
 def test_where_the_kernels_run(device):
@@ -116,13 +116,13 @@ def test_a_launch_waits_for_the_threads_that_compile():
 
 def test_without_triton_there_are_no_kernels(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    kernels.available.cache_clear()
-    kernels.reason.cache_clear()
+    coverage.available.cache_clear()
+    coverage.reason.cache_clear()
     try:
         assert "not installed" in kernels.reason(CUDA)
         assert not kernels.takes(torch.float32)
     finally:
         monkeypatch.undo()
-        kernels.available.cache_clear()
-        kernels.reason.cache_clear()
+        coverage.available.cache_clear()
+        coverage.reason.cache_clear()
     assert "triton" in sys.modules

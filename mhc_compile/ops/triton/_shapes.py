@@ -11,7 +11,7 @@ from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.errors import OptionError, ShapeError
 from mhc_compile.mappings import columns as columns_of
 
-from . import MAPPINGS
+from .coverage import MAPPINGS
 from .launch import interpreted
 
 if TYPE_CHECKING:
