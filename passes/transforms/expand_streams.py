@@ -250,7 +250,9 @@ class _Expansion(PathBuilder):
         carried = lifted[site.skip]
         if _tokens(carried) != _tokens(streams):
             # The shortcut has other tokens than the branch reads: they get their own weights.
-            _, _, post, res = self._read(self.bindings[site], carried)
+            _, pre, post, res = self._read(self.bindings[site], carried)
+            if self.bindings[site].single_pass:
+                self.passed = pre
         total = self._now(site.branch_outputs[0])
         for term in site.branch_outputs[1:]:
             total = self._call("branches", torch.add, total, self._now(term))

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from helpers.builders import LAYERS, Decoder, tokens, twin
-from torch import Tensor
+from torch import Tensor, nn
 
 import mhc_compile
 from mhc_compile.errors import AttachError, OptionError
@@ -356,3 +356,31 @@ def test_blocks_compiled_one_by_one_can_not_end_in_a_learned_way():
         block.compile(backend="mhc", options={"preset": "deepseek-v4", "inner_backend": "eager"})
     with pytest.raises(AttachError, match="runs through several graphs"):
         model(ids)
+
+
+class _LastToken(nn.Module):
+    """Two residual adds, of which the second is computed for the last token only, or for all."""
+
+    def __init__(self, *, early: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.early = nn.Linear(8, 8), nn.Linear(8, 8), early
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.a(x))
+        y = torch.tanh(self.b(x))
+        return x[:, -1:] + y[:, -1:] if self.early else (x + y)[:, -1:]
+
+
+def test_a_single_pass_reads_the_tokens_that_are_left():
+    """The weights of the last site are those of the tokens that its sum has."""
+    x, options = torch.randn(2, 5, 8, dtype=torch.float64), {"single_pass": True, "init": "random"}
+    models = [_LastToken(early=early).double() for early in (False, True)]
+    for model in models:
+        mhc_compile.attach(model, x, options=options)
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.normal_()
+    models[1].load_state_dict(models[0].state_dict())
+    got = [torch.compile(model, backend="mhc", options={**options, "inner_backend": "eager"})(x) for model in models]
+    assert got[1].shape == (2, 1, 8)
+    torch.testing.assert_close(got[1], got[0])
