@@ -21,13 +21,14 @@ from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import gated_reference as reads
+from mhc_compile.ops import lazy_library as _lazy_library  # noqa: F401 - registers the lazy operators
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops.fused_library import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "prepare"]
+__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare"]
 
 _mhc = torch.ops.mhc
 #: Products are written as broadcasts: nothing fuses with a batched matrix product.
@@ -48,6 +49,11 @@ _WITH_KERNELS: dict[Any, Callable[..., Any]] = {
     _mhc.close_backward.default: fused.close_backward,
     _mhc.update_backward.default: reference.update_backward_fused,
 }
+#: Operators that are written only where they have a kernel.
+_LAZY = (
+    _mhc.lazy_step.default, _mhc.lazy_step_backward.default,
+    _mhc.lazy_close.default, _mhc.lazy_close_backward.default,
+)  # fmt: skip
 
 
 @functools.cache
@@ -72,10 +78,17 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str) -> None:
+def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str, *, lazy: bool) -> None:
     """Start to build the kernels that a graph with such tensors will call."""
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
+        if lazy:
+            cpu.prepare(streams.dtype, branch.dtype, n, mapping, lazy=True)
+
+
+def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str) -> bool:
+    """Return whether a lazy operator has a kernel for streams and branches of such tensors."""
+    return streams.device.type == "cpu" and is_fused(mapping) and cpu.lazy.takes(streams, branches, n, mapping)
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -85,7 +98,7 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     kernel for them.
     """
     with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
-    return {**_COMPOSED, **with_kernels}
+    return {**_COMPOSED, **with_kernels, **dict.fromkeys(_LAZY, lambda *args: NotImplemented)}  # noqa: ARG005
 
 
 def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:

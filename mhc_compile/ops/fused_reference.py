@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _spread(streams: Tensor, n: int) -> Tensor:
+def spread(streams: Tensor, n: int) -> Tensor:
     """Expand [..., m, C] to [..., n, C], as a view."""
     return streams.expand(*streams.shape[:-2], n, streams.shape[-1])
 
 
 def _gathered(grad: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of `_spread`."""
+    """Return the gradient of `spread`."""
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
 
 
@@ -51,7 +51,7 @@ def read(
     [..., K] and `inverse` [..., 1], one over the root mean square of the streams, are for the
     backward.
     """
-    wide = _spread(streams, n)
+    wide = spread(streams, n)
     pre, post, res, z = reference.coefficients(wide, phi, bias, scale, mapping, iterations, eps)
     inverse = reference.inverse_rms(streams.flatten(-2).to(z.dtype), eps)
     return reference.collapse_fused(wide, pre), pre, post, res, z, inverse
@@ -66,7 +66,7 @@ def read_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `read` for `(streams, phi, bias, scale)`; None stands for zero."""
     n = pre.shape[-1]
-    wide = _spread(streams, n)
+    wide = spread(streams, n)
     d_wide, d_pre = None, torch.zeros_like(pre)
     if grad_h is not None:
         d_wide, d_pre = reference.collapse_backward_fused(grad_h, wide, pre)
@@ -89,7 +89,7 @@ def step(
     `scale` parameters of the one that begins.
     """
     n = post.shape[-1]
-    after = reference.update_fused(_spread(streams, n), branch, post, res)
+    after = reference.update_fused(spread(streams, n), branch, post, res)
     return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)
 
 
@@ -99,7 +99,7 @@ def step_backward(
     next_pre: Tensor, next_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `step` for its tensors. The new streams are computed again."""
-    wide = _spread(streams, post.shape[-1])
+    wide = spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)
     grads, site, saved = (grad_h, grad_post, grad_res), (phi, bias, scale), (next_pre, next_post, z, inverse)
     d_after, *d_site = read_backward(*grads, after, *site, *saved, mapping, iterations, eps)
@@ -116,7 +116,7 @@ def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """
     dtype = reference.compute_dtype(streams)
     weights = res.to(dtype).mean(-2)
-    mixed = (weights.unsqueeze(-1) * _spread(streams, post.shape[-1]).to(dtype)).sum(-2)
+    mixed = (weights.unsqueeze(-1) * spread(streams, post.shape[-1]).to(dtype)).sum(-2)
     return (mixed + post.to(dtype).mean(-1, keepdim=True) * branch.to(dtype)).to(streams.dtype)
 
 
@@ -125,8 +125,8 @@ def close_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `close` for `(streams, branch, post, res)`."""
     n = post.shape[-1]
-    spread = (grad.to(reference.compute_dtype(streams)) / n).unsqueeze(-2).expand(*grad.shape[:-1], n, grad.shape[-1])
+    grads = (grad.to(reference.compute_dtype(streams)) / n).unsqueeze(-2).expand(*grad.shape[:-1], n, grad.shape[-1])
     d_wide, d_branch, d_post, d_res = reference.update_backward_fused(
-        spread, _spread(streams, n).to(spread.dtype), branch, post, res
+        grads, spread(streams, n).to(grads.dtype), branch, post, res
     )
     return _gathered(d_wide, streams).to(streams.dtype), d_branch, d_post, d_res

@@ -5,6 +5,7 @@ needed, and serves all sites, shapes and iteration counts; Inductor's cache keep
 processes.
 """
 
+from mhc_compile.ops.cpu import lazy
 from mhc_compile.ops.cpu.kernels import (
     MAPPINGS,
     close,
@@ -22,6 +23,6 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "MAPPINGS", "close", "close_backward", "prepare", "read", "read_backward", "sinkhorn",
+    "MAPPINGS", "close", "close_backward", "lazy", "prepare", "read", "read_backward", "sinkhorn",
     "sinkhorn_backward", "step", "step_backward", "takes", "update", "update_backward",
 ]  # fmt: skip
