@@ -68,7 +68,8 @@ class LazyStreams(Pass):
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy with lazy operators, or the graph itself where all streams are written."""
-        if not any(self._unwritten(step) for step in graph.find_nodes(op="call_function", target=_STEP)):
+        steps = graph.find_nodes(op="call_function", target=_STEP)
+        if self.length == 1 or not any(map(_unwritten, steps)):
             return graph
         copy, _ = copy_graph(graph)
         held: dict[Node, _Sources] = {}  # by streams that are not written
@@ -80,7 +81,7 @@ class LazyStreams(Pass):
             sources = held.get(streams, _Sources(streams, (), (), ())).then(branch, post, res)
             many, new = len(sources.branches), None
             if node.target is _STEP:
-                new = self._unwritten(node) if many < self.length else None
+                new = _unwritten(node) if many < self.length else None
                 if new is not None:
                     held[new] = sources
                 rest.insert(3, new is None)
@@ -94,12 +95,13 @@ class LazyStreams(Pass):
             copy.erase_node(streams)
         return copy
 
-    def _unwritten(self, step: Node) -> Node | None:
-        """Return the new streams of a step, if all readers can read their sources instead."""
-        parts = [user for user in step.users if user.args[1:] == (0,)]
-        if len(parts) != 1 or not _is_lazy(step, step.args[0], step):
-            return None
-        return parts[0] if all(_is_lazy(reader, parts[0], step) for reader in parts[0].users) else None
+
+def _unwritten(step: Node) -> Node | None:
+    """Return the new streams of a step, if all readers can read their sources instead."""
+    parts = [user for user in step.users if user.args[1:] == (0,)]
+    if len(parts) != 1 or not _is_lazy(step, step.args[0], step):
+        return None
+    return parts[0] if all(_is_lazy(reader, parts[0], step) for reader in parts[0].users) else None
 
 
 def _is_lazy(reader: Node, streams: Any, first: Node) -> bool:

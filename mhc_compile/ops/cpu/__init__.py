@@ -7,6 +7,7 @@ processes.
 
 from mhc_compile.ops.cpu import lazy
 from mhc_compile.ops.cpu.kernels import (
+    LONGEST,
     MAPPINGS,
     close,
     close_backward,
@@ -23,6 +24,6 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "MAPPINGS", "close", "close_backward", "lazy", "prepare", "read", "read_backward", "sinkhorn",
+    "LONGEST", "MAPPINGS", "close", "close_backward", "lazy", "prepare", "read", "read_backward", "sinkhorn",
     "sinkhorn_backward", "step", "step_backward", "takes", "update", "update_backward",
 ]  # fmt: skip
