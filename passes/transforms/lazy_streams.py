@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from mhc_compile import ops
+from mhc_compile.ops.cpu import LONGEST
 from mhc_compile.passes.analysis.op_info import known_tensor
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
@@ -64,7 +65,7 @@ class LazyStreams(Pass):
     """
 
     name: ClassVar[str] = "lazy-streams"
-    length: int = 4  # sites from one writing of the streams to the next; 1 changes nothing
+    length: int = LONGEST  # sites from one writing of the streams to the next; 1 changes nothing
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy with lazy operators, or the graph itself where all streams are written."""
