@@ -84,16 +84,19 @@ def by_name(name: str, args: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(inspect.signature(globals()[name]).parameters, args, strict=True))
 
 
+def differentiated(given: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors whose gradients a backward returns; its streams are [..., n, C]."""
+    last = (given[key][-1] for key in ("branches", "post", "res"))
+    return [given["streams"], *last, *(given[key] for key in ("phi", "bias", "scale") if key in given)]
+
+
 def empty_outputs(name: str, given: Mapping[str, Any], *, write: bool = False) -> list[Tensor]:
     """Return new tensors for the results of an operator from its arguments by name, contiguous."""
     streams, n = given["streams"], given["post"][-1].shape[-1]
-    wide = streams.new_empty((*streams.shape[:-2], n, streams.shape[-1]) if name != "lazy_step" or write else 0)
-    if name == "lazy_step":
-        return [wide, *fused.empty_results("read", streams, n, given["phi"])]
     if name == "lazy_close":
         return fused.empty_results("close", streams, n)
-    likes = [
-        *(given[key][-1] for key in ("branches", "post", "res")),
-        *(given[k] for k in ("phi", "bias", "scale") if k in given),
-    ]
-    return [wide, *(one.new_empty(one.shape) for one in likes)]
+    unwritten = name == "lazy_step" and not write
+    wide = streams.new_empty(0 if unwritten else (*streams.shape[:-2], n, streams.shape[-1]))
+    if name == "lazy_step":
+        return [wide, *fused.empty_results("read", streams, n, given["phi"])]
+    return [wide, *(one.new_empty(one.shape) for one in differentiated(given)[1:])]

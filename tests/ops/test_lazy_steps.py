@@ -137,7 +137,8 @@ def test_the_number_of_threads_changes_no_row(monkeypatch):
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_opcheck(copies):
-    tensors, grads = values(2, 6, (3,), copies=copies), incoming(6, (3,))
+    *old, phi, bias, scale = values(2, 6, (3,), copies=copies)
+    tensors, grads = (*old, phi.float(), bias, scale), incoming(6, (3,))
     checks = ("test_schema", "test_faketensor")
     for write in (False, True):
         torch.library.opcheck(mhc.lazy_step.default, (*tensors, write, *HOW), test_utils=checks)

@@ -58,6 +58,9 @@ def _kernel(name: str) -> Callable[..., Any]:
         tokens, width = streams.shape[:-2].numel(), streams.shape[-1]
         sizes = (tokens, width, streams.shape[-2], len(branches), given.get("iterations", 1), threads_for(tokens))
         call(getattr(library, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
+        if name.endswith("_backward"):
+            likes = lazy.differentiated(given)
+            return tuple(out.to(like.dtype) for out, like in zip(outs, likes, strict=True))
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     return run
