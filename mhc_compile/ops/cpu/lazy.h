@@ -127,21 +127,7 @@ struct LazyBackward : Backward {
         alignas(64) Real scaled[TILE][K] = {};
         Real radial[TILE] = {}, d_pre[TILE][N] = {};
         Mix<IN, MANY> mix[TILE];
-        for (int64_t t = 0; t < count; ++t) {
-            mix[t] = Mix<IN, MANY>(old, first + t);
-            if (!grad_h) continue;
-            Vec dots[S] = {};
-            for (int64_t c = 0; c < C; c += WIDTH) {
-                Vec x[S];
-                old.load_at<IN, MANY>(first + t, c, x);
-                const Vec dh = load(grad_h + (first + t) * C + c, C - c);
-                for (int s = 0; s < S; ++s) dots[s] += dh * x[s];
-            }
-            for (int s = 0; s < S; ++s) {
-                const Real dot = sum(dots[s]);
-                for (int j = 0; j < N; ++j) d_pre[t][j] += mix[t].last[j][s] * dot;
-            }
-        }
+        products<IN, MANY>(first, count, mix, d_pre);
         logits<N>(first, count, d_pre, scaled, radial, mine + chunks(C) * N * K * CHUNK, history);
         Vec dots[TILE][N][S] = {};
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
@@ -168,6 +154,27 @@ struct LazyBackward : Backward {
     }
 
   private:
+    // `mix` and <dh, X_j>. A function of its own, as `logits` is.
+    template <int IN, int MANY>
+    [[gnu::noinline]] void products(int64_t first, int64_t count, Mix<IN, MANY>* mix, Real (*d_pre)[N]) const {
+        constexpr int S = IN + MANY;
+        for (int64_t t = 0; t < count; ++t) {
+            mix[t] = Mix<IN, MANY>(old, first + t);
+            if (!grad_h) continue;
+            Vec dots[S] = {};
+            for (int64_t c = 0; c < C; c += WIDTH) {
+                Vec x[S];
+                old.load_at<IN, MANY>(first + t, c, x);
+                const Vec dh = load(grad_h + (first + t) * C + c, C - c);
+                for (int s = 0; s < S; ++s) dots[s] += dh * x[s];
+            }
+            for (int s = 0; s < S; ++s) {
+                const Real dot = sum(dots[s]);
+                for (int j = 0; j < N; ++j) d_pre[t][j] += mix[t].last[j][s] * dot;
+            }
+        }
+    }
+
     template <int IN, int MANY>
     void chunk(int64_t token, int64_t c0, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK], Real (*values)[CHUNK],
                Vec (*dots)[IN + MANY]) const {
