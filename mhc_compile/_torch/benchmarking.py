@@ -28,9 +28,9 @@ def has_kernel(operator: str, device: str) -> bool:
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key) for key in keys)
 
 
-def warm_up() -> None:
+def warm_up(device: str = "cpu") -> None:
     """Compile a one-line function and its backward; the first compilation loads the compiler."""
-    torch.compile(lambda x: x.sin().sum())(torch.ones(8, requires_grad=True)).backward()
+    torch.compile(lambda x: x.sin().sum())(torch.ones(8, device=device, requires_grad=True)).backward()
 
 
 def propagate_fake_tensors(module: torch.fx.GraphModule, *inputs: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 #: Sizes of --quick, which shows that everything runs; the figures mean little.
-_QUICK = {"width": 64, "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
+_QUICK: dict[str, Any] = {"widths": (64,), "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
+#: On CUDA: a width of the paper's and a larger one, few blocks, and a small head.
+_CUDA: dict[str, Any] = {"widths": (2560, 4096), "layers": 2, "tokens": 4096, "vocabulary": 2048, "seconds": 540}
 #: Parameters of the benchmark without TARGET, and of the one with it.
-_SIZES = ("width", "layers", "tokens", "vocabulary")
-_NOT_OF_A_TARGET = ("kind", "only", "png_file", *_SIZES)
+_SIZES = ("widths", "layers", "tokens", "vocabulary")
+_NOT_OF_A_TARGET = ("kind", "only", "png_file", "processes", "seconds", *_SIZES)
 _OF_A_TARGET = ("settings", "full_size", "train", "weights")
-_FLAGS = {"kind": "--benchmark", "png_file": "--png"}
+_FLAGS = {"kind": "--benchmark", "png_file": "--png", "widths": "--width"}
 
 
 def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
@@ -38,10 +41,24 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 
 
 @model_command("bench", optional=True, json_flag=False)
-@click.option("--width", type=click.IntRange(8), default=256, show_default=True, help="Width C; GPT-2 has 768.")
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Blocks of the training step.")
-@click.option("--tokens", type=click.IntRange(8), default=1024, show_default=True, help="Sequence length; batch is 1.")
-@click.option("--vocabulary", type=click.IntRange(2), default=50257, show_default=True, help="Of the tied head.")
+@click.option(
+    "--width",
+    "widths",
+    type=click.IntRange(8),
+    multiple=True,
+    default=(256,),
+    help="Width C; GPT-2 has 768; repeatable.  [default: 256; cuda 2560 and 4096]",
+)
+@click.option("--layers", type=click.IntRange(1), default=4, help="Blocks of the step.  [default: 4; cuda 2]")
+@click.option(
+    "--tokens",
+    type=click.IntRange(8),
+    default=1024,
+    help="Sequence length; batch is 1.  [default: 1024; cuda 4096]",
+)
+@click.option(
+    "--vocabulary", type=click.IntRange(2), default=50257, help="Of the tied head.  [default: 50257; cuda 2048]"
+)
 @click.option(
     "--benchmark",
     "kind",
@@ -53,8 +70,18 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--only", multiple=True, callback=_known, metavar="NAME", help="A candidate, with plain; repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Every candidate once in each.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: as many as cores]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cpu; with TARGET the model's own]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32; cuda bfloat16]")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="Compile ahead in so many, each a candidate; 1: one after the other.  [default: 1; cuda: the cores]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1),
+    help="Time for everything; rows that do not fit are left out and named.  [default: none; cuda 540]",
+)
 @click.option("--quick", is_flag=True, help="Tiny sizes, 3 rounds and warm caches: does everything run?")
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure; - for stdout alone.")
 @click.option("--png", "png_file", type=_FILE, metavar="FILE", help="Draw the overhead over plain.")
@@ -67,10 +94,12 @@ def command(
     threads: int | None,
     device: str | None,
     dtype: str | None,
+    processes: int | None,
+    seconds: float | None,
     quick: bool,
     json_file: Path | None,
     png_file: Path | None,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Measure the cost of hyper-connections, of other implementations and of the physical limit.
 
@@ -85,8 +114,10 @@ def command(
 
     Candidates: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and
     deepseek-v4-eager (transformers), hyper-connections (PyPI), on CUDA liger, liger-eager and
-    tilekernels; limit is a copy of the bytes that must move and the products that must be computed.
-    A candidate that is not installed is a row that says so: pip install "mhc-compile[bench]".
+    tilekernels; limit is a copy of the bytes that must move and the products that must be computed,
+    on CUDA the bytes alone. Without --only, --device cuda measures plain, ours, two presets,
+    deepseek-v4, liger and limit. A candidate that is not installed is a row that says so: pip
+    install "mhc-compile[bench]".
 
     Exit codes: 0 success, 1 a candidate failed, 2 wrong usage, 130 interrupted (complete rounds are
     shown).
@@ -112,12 +143,15 @@ def command(
         if png_file is not None and find_spec("matplotlib") is None:
             raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
         sizes["iterations"] = options.get("iterations", 20)
-        if quick:
-            sizes |= {name: value for name, value in _QUICK.items() if name not in given}
+        defaults = {**(_CUDA if device == "cuda" else {}), **(_QUICK if quick else {})}
+        usual = defaults.pop("seconds", math.inf)
+        seconds = usual if seconds is None else seconds
+        sizes |= {name: value for name, value in defaults.items() if name not in given}
 
     import torch  # after OMP_WAIT_POLICY
     from rich.console import Console
 
+    from mhc_compile.reporting.conditions import available_cores
     from mhc_compile.reporting.progress import choose_progress
     from mhc_compile.tools.bench.measure import run
     from mhc_compile.tools.bench.report import chart, target_view, view
@@ -132,10 +166,20 @@ def command(
             result = _time_target(loaded, options, device, dtype, rounds=rounds, cold=cold, progress=progress)
             shown = target_view(result, width)
         else:
-            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            shape = Shape(device=where, dtype=dtype or ("bfloat16" if where == "cuda" else "float32"), **sizes)
+            where = device or "cpu"
+            dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+            shapes = [Shape(width=width, device=where, dtype=dtype, **sizes) for width in sizes.pop("widths")]
             kinds = ("site", "step") if kind == "both" else (kind,)
-            result = run(shape, only=only, kinds=kinds, rounds=rounds, cold=cold, progress=progress)
+            result = run(
+                shapes,
+                only=only,
+                kinds=kinds,
+                rounds=rounds,
+                cold=cold,
+                processes=processes or (available_cores() if where == "cuda" else 1),
+                seconds=math.inf if seconds is None else seconds,
+                progress=progress,
+            )
             shown = view(result, width)
             if png_file is not None:
                 png_file.parent.mkdir(parents=True, exist_ok=True)

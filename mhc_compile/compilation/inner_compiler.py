@@ -110,10 +110,12 @@ def prepare_kernels(session: GraphSession) -> None:
         site, spec = planned.site, planned.options.spec
         streams, branch = tensor_value(site.add), tensor_value(site.branch_outputs[0])
         if streams is not None and branch is not None:
-            kinds[streams.device, streams.dtype, branch.dtype, spec] = streams, branch
-    for (*_, spec), (streams, branch) in kinds.items():
-        lazy = bool(_JOINT[session.options.recompute]) and streams.requires_grad
-        ops.prepare(streams, branch, session.options.streams, spec, lazy=lazy)
+            width, single_pass = int(streams.shape[site.axis]), planned.options.single_pass
+            kinds[streams.device, streams.dtype, branch.dtype, width, spec, single_pass] = streams, branch
+    for (*_, width, spec, single_pass), (streams, branch) in kinds.items():
+        lazy = bool(_JOINT[session.options.recompute]) and streams.requires_grad and not single_pass
+        n = session.options.streams
+        ops.prepare(streams, branch, n, width, spec, single_pass=single_pass, lazy=lazy)
 
 
 def fusion_passes(options: ResolvedOptions) -> tuple[Pass, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,10 @@ _WITH_KERNELS: dict[Any, Callable[..., Any]] = {
     _mhc.read_backward.default: fused.read_backward,
     _mhc.step.default: fused.step,
     _mhc.step_backward.default: fused.step_backward,
+    _mhc.shifted_step.default: fused.shifted_step,
+    _mhc.shifted_step_backward.default: fused.shifted_step_backward,
+    _mhc.mix_read.default: fused.mix_read,
+    _mhc.mix_read_backward.default: fused.mix_read_backward,
     _mhc.close.default: fused.close,
     _mhc.close_backward.default: fused.close_backward,
     _mhc.update_backward.default: reference.update_backward_fused,
@@ -78,12 +83,39 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str, *, lazy: bool) -> None:
-    """Start to build the kernels that a graph with such tensors will call."""
+def prepare(
+    streams: torch.Tensor, branch: torch.Tensor, n: int, width: int, mapping: str,
+    *, single_pass: bool = False, lazy: bool = False,
+) -> None:  # fmt: skip
+    """Start to build the kernels that a graph with such tensors will call.
+
+    Args:
+        streams: a tensor of the dtype and on the device of the streams, fake or not.
+        branch: likewise for the outputs of branches.
+        n: the number of streams.
+        width: their features, C.
+        mapping: the convention.
+        single_pass: whether sites read with the weights of the site before.
+        lazy: whether streams may stay unwritten.
+    """
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
         if lazy:
             cpu.prepare(streams.dtype, branch.dtype, n, mapping, lazy=True)
+    if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, branch.dtype, mapping):
+        from mhc_compile.ops.triton import ahead
+
+        kinds = ahead.launches_of(streams.dtype, branch.dtype, n, width, mapping, single_pass=single_pass)
+        ahead.prepare(chain.from_iterable(kinds.values()), streams.device)
+
+
+def on_triton(
+    device: torch.device, streams: torch.dtype, branch: torch.dtype | None = None, mapping: str | None = None
+) -> bool:
+    """Return whether Triton kernels run on this "cuda" device for these dtypes and this mapping."""
+    from mhc_compile.ops import triton
+
+    return triton.takes(streams, branch, mapping) and triton.reason(device) is None
 
 
 def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str) -> bool:
@@ -97,7 +129,7 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     The fused operators, and the backward of `mhc::update`, are decomposed only where there is no
     kernel for them.
     """
-    with_kernels = {operator: _unless_kernel(composition) for operator, composition in _WITH_KERNELS.items()}
+    with_kernels = {operator: _unless_kernel(composed) for operator, composed in _WITH_KERNELS.items()}
     return {**_COMPOSED, **with_kernels, **dict.fromkeys(_LAZY, lambda *args: NotImplemented)}  # noqa: ARG005
 
 
@@ -115,11 +147,8 @@ def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
         other = None if branch is None else branch.dtype
         if streams.device.type == "cpu" and cpu.takes(streams.dtype, other, n, mapping):
             return NotImplemented
-        if streams.device.type == "cuda":
-            from mhc_compile.ops import triton
-
-            if triton.takes(streams.dtype, other, mapping):
-                return NotImplemented
+        if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, other, mapping):
+            return NotImplemented
         return composition(*args)
 
     return decompose

@@ -3,12 +3,15 @@
     mhc::read(streams, phi, bias, scale, n, ...) -> (h, pre, post, res, z, inverse)
     mhc::step(streams, branch, post, res, phi, bias, scale, ...)
         -> (streams', h', pre', post', res', z', inverse')
+    mhc::shifted_step(streams, branch, post, res, pre, phi, bias, scale, ...) -> (the same)
+    mhc::mix_read(streams, branch, post, res, pre) -> (streams', h')
     mhc::close(streams, branch, post, res) -> mean
 
 Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them; models and
 exported programs have only the operators of `mhc_compile.ops.library`. The backward gets the old
 streams and the coefficients, never the new streams. `pre`, `z` and `inverse` are results that only
-the backward reads: they have no gradient.
+the backward reads: they have no gradient. In `shifted_step` h is read with the `pre` that goes in,
+so that the one that comes out is a result like `post`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
 from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
-from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd
+from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +55,13 @@ _SCHEMAS = (
     f"step_backward(Tensor? grad_streams, {_GRADS}, {_OLD}, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z,"
     f" Tensor inverse, {_HOW})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"shifted_step({_OLD}, Tensor pre, {_SITE}, {_HOW}) -> (Tensor streams_out, {_NEXT})",
+    f"shifted_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res,"
+    f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"mix_read({_OLD}, Tensor pre) -> (Tensor streams_out, Tensor h)",
+    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"close({_OLD}) -> Tensor",
     f"close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -78,9 +88,27 @@ def _check_step(
     check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="step")
 
 
+def _check_mix_read(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor, *, name: str = "mix_read"
+) -> None:
+    check_mixing(streams, branch, post, res, name=name)
+    if pre.shape != post.shape:
+        raise ShapeError(f"mhc::{name}: post {shown(post)} needs pre of its shape, got {shown(pre)}")
+
+
+def _check_shifted_step(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
+    *settings: Any,
+) -> None:  # fmt: skip
+    _check_mix_read(streams, branch, post, res, pre, name="shifted_step")
+    check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="shifted_step")
+
+
 _CHECKS: dict[str, Callable[..., None]] = {
     "read": check_read,
     "step": _check_step,
+    "shifted_step": _check_shifted_step,
+    "mix_read": _check_mix_read,
     "close": functools.partial(check_mixing, name="close"),
 }
 _NAMES = [f"{name}{end}" for name in _CHECKS for end in ("", "_backward")]
@@ -92,17 +120,19 @@ _NAMES = [f"{name}{end}" for name in _CHECKS for end in ("", "_backward")]
 def on_cuda(name: str) -> Callable[..., Any]:
     """Return the Triton kernel of an operator, which falls back to the composition.
 
-    The composition runs for dtypes and mappings that have no kernel, and where Triton is not
-    installed. Triton is imported when the first CUDA tensor comes. Not yet run on a GPU.
+    The composition runs for dtypes and mappings that have no kernel, and where none runs on the
+    device (`triton.reason`). Triton is imported when the first CUDA tensor comes. Not yet run on a
+    GPU.
     """
     composed = getattr(reference if name.startswith("update") else fused, name)
 
     def call(*args: Any) -> Any:
         from mhc_compile.ops import triton
 
-        dtypes = [argument.dtype for argument in args if isinstance(argument, Tensor)]
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
         mapping = next((argument for argument in args if isinstance(argument, str)), None)
-        there_is = all(triton.takes(dtype, mapping=mapping) for dtype in dtypes)
+        there_is = triton.reason(tensors[0].device) is None
+        there_is = there_is and all(triton.takes(tensor.dtype, mapping=mapping) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)
 
     return call
@@ -124,6 +154,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "read_backward": lambda *args: tuple(map(empty, args[3:7])),
     "step": lambda *args: tuple(fused.empty_results("step", args[0], args[2].shape[-1], args[4])),
     "step_backward": lambda *args: tuple(map(empty, args[4:11])),
+    "shifted_step": lambda *args: tuple(fused.empty_results("shifted_step", args[0], args[2].shape[-1], args[5])),
+    "shifted_step_backward": lambda *args: tuple(map(empty, args[5:13])),
+    "mix_read": lambda streams, branch, post, *rest: tuple(fused.empty_results("mix_read", streams, post.shape[-1])),
+    "mix_read_backward": lambda grad_streams, grad_h, *old: tuple(map(empty, old)),
     "close": lambda streams, *rest: fused.empty_results("close", streams, 1)[0],
     "close_backward": lambda grad, *old: tuple(map(empty, old)),
 }
@@ -133,4 +167,6 @@ for _name, _fake in _FAKES.items():
 
 register_autograd("read", saved=(1, 2, 4, 5), differentiable=(0, 2, 3))
 register_autograd("step", saved=(2, 3, 5, 6), differentiable=(0, 1, 3, 4))
+register_autograd("shifted_step", saved=(2, 3, 5, 6), differentiable=(0, 1, 2, 3, 4))
+register_autograd("mix_read", differentiable=(0, 1))
 register_autograd("close")

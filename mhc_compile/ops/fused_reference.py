@@ -1,8 +1,10 @@
 """The fused operators as compositions: the end of one site together with the start of the next.
 
-    read   coefficients and collapse: the part of a site before its branch
-    step   the update of one site and the read of the next
-    close  the update of a chain's last site and the mean of its streams, which are never written
+    read          coefficients and collapse: the part of a site before its branch
+    step          the update of one site and the read of the next
+    shifted_step  the same in a single pass: the next site reads with weights that are known before
+    mix_read      an update and a collapse with such weights, without coefficients
+    close         the update of a chain's last site and the mean of its streams, never written
 
 Streams are [..., m, C] with m = n, or m = 1 for n equal streams, of which one is kept in memory.
 These functions are the kernels of devices that have none of their own, and the decompositions that
@@ -32,9 +34,9 @@ def _gathered(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None) -> list[Tensor]:
-    """Return new tensors for the results of `read`, `step`, `update` or `close`, contiguous."""
+    """Return new tensors for the results of an operator above, or of `update`, contiguous."""
     width = streams.shape[-1]
-    wide = {"update": ((n, width),), "step": ((n, width), (width,))}.get(name, ((width,),))
+    wide = (*([(n, width)] if name not in ("read", "close") else []), *([(width,)] if name != "update" else []))
     narrow = ((n,), (n,), (n, n), (phi.shape[-1],), (1,)) if phi is not None else ()
     new = [streams.new_empty((*streams.shape[:-2], *shape)) for shape in wide]
     dtype = reference.compute_dtype(streams)
@@ -52,9 +54,16 @@ def read(
     backward.
     """
     wide = spread(streams, n)
-    pre, post, res, z = reference.coefficients(wide, phi, bias, scale, mapping, iterations, eps)
-    inverse = reference.inverse_rms(streams.flatten(-2).to(z.dtype), eps)
-    return reference.collapse_fused(wide, pre), pre, post, res, z, inverse
+    pre, *rest = _coefficients(wide, phi, bias, scale, mapping, iterations, eps)
+    return reference.collapse_fused(wide, pre), pre, *rest  # type: ignore[return-value]
+
+
+def _coefficients(
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
+) -> tuple[Tensor, ...]:
+    """Return `(pre, post, res, z, inverse)` of streams [..., n, C]."""
+    *found, z = reference.coefficients(streams, phi, bias, scale, mapping, iterations, eps)
+    return *found, z, reference.inverse_rms(streams.flatten(-2).to(z.dtype), eps)
 
 
 def read_backward(
@@ -65,18 +74,28 @@ def read_backward(
     mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `read` for `(streams, phi, bias, scale)`; None stands for zero."""
-    n = pre.shape[-1]
-    wide = spread(streams, n)
-    d_wide, d_pre = None, torch.zeros_like(pre)
-    if grad_h is not None:
-        d_wide, d_pre = reference.collapse_backward_fused(grad_h, wide, pre)
-    d_post = torch.zeros_like(post) if grad_post is None else grad_post
-    d_res = pre.new_zeros((*pre.shape, n)) if grad_res is None else grad_res
+    wide = spread(streams, pre.shape[-1])
+    d_wide, d_pre = (None, None) if grad_h is None else reference.collapse_backward_fused(grad_h, wide, pre)
     site, saved = (phi, bias, scale), (pre, post, z)
-    d_streams, *d_site = reference.coefficients_backward(
-        d_pre, d_post, d_res, torch.zeros_like(z), wide, *site, *saved, mapping, iterations, eps
+    d_streams, *d_site = _coefficients_backward(
+        d_pre, grad_post, grad_res, wide, *site, *saved, mapping, iterations, eps
     )
     return _gathered(d_streams if d_wide is None else d_streams + d_wide, streams), *d_site
+
+
+def _coefficients_backward(
+    grad_pre: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, pre: Tensor, post: Tensor, z: Tensor,
+    mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of `_coefficients` for its tensors; None stands for zero."""
+    d_pre = torch.zeros_like(pre) if grad_pre is None else grad_pre
+    d_post = torch.zeros_like(post) if grad_post is None else grad_post
+    d_res = pre.new_zeros((*pre.shape, pre.shape[-1])) if grad_res is None else grad_res
+    site, saved = (phi, bias, scale), (pre, post, z)
+    return reference.coefficients_backward(
+        d_pre, d_post, d_res, torch.zeros_like(z), streams, *site, *saved, mapping, iterations, eps
+    )
 
 
 def step(
@@ -107,6 +126,58 @@ def step_backward(
         d_after = d_after + grad_streams
     d_wide, *d_old = reference.update_backward_fused(d_after, wide, branch, post, res)
     return _gathered(d_wide, streams), *d_old, *d_site
+
+
+def shifted_step(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor,
+    phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return `(streams', h', pre', post', res', z', inverse')` of `mix_read` and coefficients.
+
+    As in `step`, but `h' = Σ_j pre_j X'_j` has the weights `pre` [..., n] of the site that ends,
+    and `pre'` is for the site after the one that begins: `Preset.single_pass`.
+    """
+    after, h = mix_read(streams, branch, post, res, pre)
+    return after, h, *_coefficients(after, phi, bias, scale, mapping, iterations, eps)  # type: ignore[return-value]
+
+
+def shifted_step_backward(
+    grad_streams: Tensor | None, grad_h: Tensor | None,
+    grad_pre: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
+    next_pre: Tensor, next_post: Tensor, z: Tensor,
+    inverse: Tensor,  # noqa: ARG001 - kernels take it; here it is computed again, fused with what reads it
+    mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of `shifted_step` for its tensors; None stands for zero."""
+    after = reference.update_fused(spread(streams, post.shape[-1]), branch, post, res)
+    site, saved = (phi, bias, scale), (next_pre, next_post, z)
+    d_after, *d_site = _coefficients_backward(
+        grad_pre, grad_post, grad_res, after, *site, *saved, mapping, iterations, eps
+    )
+    d_after = d_after if grad_streams is None else d_after + grad_streams
+    return *mix_read_backward(d_after, grad_h, streams, branch, post, res, pre), *d_site
+
+
+def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(streams', h')`: the update, and `h' = Σ_j pre_j X'_j` [..., C], `pre` [..., n]."""
+    after = reference.update_fused(spread(streams, post.shape[-1]), branch, post, res)
+    return after, reference.collapse_fused(after, pre)
+
+
+def mix_read_backward(
+    grad_streams: Tensor | None, grad_h: Tensor | None,
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of `mix_read` for its tensors; None stands for zero."""
+    wide = spread(streams, post.shape[-1])
+    after = reference.update_fused(wide, branch, post, res)
+    d_after, d_pre = torch.zeros_like(after) if grad_streams is None else grad_streams, torch.zeros_like(pre)
+    if grad_h is not None:
+        d_read, d_pre = reference.collapse_backward_fused(grad_h, after, pre)
+        d_after = d_after + d_read
+    d_wide, *d_old = reference.update_backward_fused(d_after, wide, branch, post, res)
+    return _gathered(d_wide, streams), *d_old, d_pre.to(pre.dtype)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:

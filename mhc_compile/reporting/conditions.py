@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,35 @@ def machine_conditions(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset").lower(),
     }
+
+
+#: What is asked of the driver.
+_ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu"
+
+
+def gpu_state(device: str) -> dict[str, str]:
+    """Return versions, clocks, power and temperature of the current GPU, by name, with units.
+
+    Nothing for `device` "cpu". What `nvidia-smi` does not tell is not there; "triton" is its
+    version.
+    """
+    if device != "cuda":
+        return {}
+    import torch
+
+    uuid = torch.cuda.get_device_properties("cuda").uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 - no input
+        values = done.stdout.strip().split(", ")
+    except (OSError, subprocess.SubprocessError):
+        values = []
+    state = dict(zip(_ASKED.split(","), values, strict=False))
+    try:
+        state["triton"] = version("triton")
+    except PackageNotFoundError:
+        state["triton"] = "not installed"
+    return state | {"cuda": str(torch.version.cuda)}
 
 
 def available_cores() -> int:

@@ -29,9 +29,13 @@ _COLLAPSE = torch.ops.mhc.collapse.default
 _UPDATE = torch.ops.mhc.update.default
 _READ = torch.ops.mhc.read.default
 _STEP = torch.ops.mhc.step.default
+_SHIFTED_STEP = torch.ops.mhc.shifted_step.default
+_MIX_READ = torch.ops.mhc.mix_read.default
 _CLOSE = torch.ops.mhc.close.default
+#: Operators that end a site and read the new streams for the next.
+STEPS = (_STEP, _SHIFTED_STEP, _MIX_READ)
 #: Operators that take n equal streams as one, [..., 1, C].
-_FOLDING = (_READ, _STEP, _CLOSE)
+_FOLDING = (_READ, *STEPS, _CLOSE)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,18 @@ class FuseSites(Pass):
             S1, h1, _, post1, res1, ... = mhc.step(X, y, post, res, ...); y1 = g(h1)
             out = mhc.close(S1, y1, post1, res1)
 
+    In a single pass h1 has the weights `pre`, which are known before S1, and static coefficients
+    are known before as well, because they read no more of S1 than its shape:
+
+            S1, h1, pre1, post1, res1, ... = mhc.shifted_step(X, y, post, res, pre, ...)
+            pre1, post1, res1, _ = mhc.coefficients(S0, ...)
+            S1, h1 = mhc.mix_read(X, y, post, res, pre1)
+
+    The first site of a single pass has no fused operator: h is x, and its coefficients write the n
+    copies and read them, (2 n + 1) C elements a token, where `mhc.read` reads C and writes C. The
+    last collapse of its chain, by the last `pre`, becomes a `mix_read` whose streams are written,
+    n C elements, and not read.
+
     An update whose streams go through a trunk operation first (a norm after the add) stays, and so
     do the operators of a mapping that has no kernel.
     """
@@ -63,6 +79,9 @@ class FuseSites(Pass):
         modes = _modes(copy)
         for node in list(copy.nodes):
             if node.target is _COEFFICIENTS:
+                _read_old_shape(node, modes)
+        for node in list(copy.nodes):
+            if node.target is _COLLAPSE:
                 _fuse_read(copy, node, modes)
         for node in list(copy.nodes):
             if op_name(node) == "mean":
@@ -90,38 +109,74 @@ def _parts(packed: Node) -> dict[int, Node] | None:
     return parts
 
 
-def _fuse_read(graph: Graph, coefficients: Node, modes: dict[Node, int]) -> None:
-    """Fuse coefficients and collapse to a read, and the update before them with both to a step."""
-    streams, phi, bias, scale, mapping, iterations, eps = coefficients.args
-    parts = _parts(coefficients)
-    if not ops.is_fused(str(mapping)) or parts is None or 3 in parts or 0 not in parts:
+def _is_static(coefficients: Node) -> bool:
+    """Return whether coefficients have no projection: they read their streams for the shape."""
+    phi = tensor_value(coefficients.args[1])  # type: ignore[arg-type]
+    return phi is not None and phi.shape[1] == 0
+
+
+def _read_old_shape(coefficients: Node, modes: dict[Node, int]) -> None:
+    """Let static coefficients of new streams read the old ones, and move them before the update."""
+    update: Any = coefficients.args[0]
+    if not _is_static(coefficients) or update.target is not _UPDATE or modes[update] != modes[coefficients]:
         return
-    readers = list(parts[0].users)
-    if len(readers) != 1 or readers[0].target is not _COLLAPSE or readers[0].args != (streams, parts[0]):
-        return
-    collapse = readers[0]
-    value, projection = tensor_value(streams), tensor_value(phi)  # type: ignore[arg-type]
-    static = projection is not None and projection.shape[1] == 0  # needs no pass over the streams
-    if static or value is None or modes[collapse] != modes[coefficients]:
-        return
-    settings = (mapping, iterations, eps)
-    update = streams if streams.target is _UPDATE and modes[streams] == modes[coefficients] else None  # type: ignore[union-attr, index]
-    if update is None:
-        fused = _emit(graph, coefficients, _READ, (streams, phi, bias, scale, value.shape[-2], *settings))
-        first = 0
+    _bring(coefficients.args[1:4], update)
+    coefficients.update_arg(0, update.args[0])
+    for node in (coefficients, *(user for user in coefficients.users if user.target is operator.getitem)):
+        update.prepend(node)
+
+
+def _bring(parameters: Any, update: Node) -> None:
+    """Move parameters that are attributes before `update`; they have no operands."""
+    for parameter in parameters:
+        if parameter.op == "get_attr" and parameter > update:
+            update.prepend(parameter)
+
+
+def _fusible(streams: Any, pre: Any, modes: dict[Node, int], mode: int) -> tuple[Node, dict[int, Node]] | None:
+    """Return coefficients of `streams` that a fused operator computes, and their readers by index.
+
+    Those that `pre` is a part of come first.
+    """
+    found = [user for user in streams.users if user.target is _COEFFICIENTS and modes[user] == mode]
+    for node in sorted(found, key=lambda node: pre not in node.users):
+        parts = _parts(node)
+        if parts is not None and 3 not in parts and ops.is_fused(str(node.args[4])) and not _is_static(node):
+            return node, parts
+    return None
+
+
+def _fuse_read(graph: Graph, collapse: Node, modes: dict[Node, int]) -> None:
+    """Fuse a collapse with the coefficients of its streams, and both with the update before them.
+
+    It reads with the weights of those coefficients, or with weights that are known before the
+    update. The latter need no coefficients that a fused operator computes.
+    """
+    streams, pre = collapse.args
+    update: Any = streams if streams.target is _UPDATE and modes[streams] == modes[collapse] else None  # type: ignore[union-attr, index]
+    coefficients, parts = _fusible(streams, pre, modes, modes[collapse]) or (None, {})
+    _, *site = coefficients.args if coefficients is not None else (None,)
+    value = tensor_value(streams)  # type: ignore[arg-type]
+    args: tuple[Any, ...]
+    if site and parts.get(0) is pre and list(pre.users) == [collapse] and value is not None:  # type: ignore[union-attr]
+        own = (streams, *site[:3], value.shape[-2], *site[3:])
+        target, args = (_READ, own) if update is None else (_STEP, (*update.args, *site))
+    elif update is not None and pre < update:
+        target, args = (_SHIFTED_STEP if site else _MIX_READ), (*update.args, pre, *site)
     else:
-        # attributes may stand between the two; they have no operands
-        for parameter in (phi, bias, scale):
-            if parameter.op == "get_attr" and parameter > update:  # type: ignore[union-attr, operator]
-                update.prepend(parameter)  # type: ignore[union-attr, arg-type]
-        fused = _emit(graph, update, _STEP, (*update.args, phi, bias, scale, *settings))  # type: ignore[union-attr, arg-type]
-        first = 1
-        _replace(graph, update, _part(graph, fused, 0))  # type: ignore[arg-type]
-    for index, node in ((0, collapse), (2, parts.get(1)), (3, parts.get(2))):
+        return
+    if update is not None:
+        _bring(site[:3], update)
+    fused = _emit(graph, update or coefficients, target, args)  # type: ignore[arg-type]
+    results = (*(() if update is None else (update,)), collapse, *(parts.get(index) for index in range(3)))
+    for index, node in enumerate(results):
         if node is not None:
-            _replace(graph, node, _part(graph, fused, first + index))
-    graph.erase_node(parts[0])
-    graph.erase_node(coefficients)
+            _replace(graph, node, _part(graph, fused, index))
+    if coefficients is not None:
+        graph.erase_node(coefficients)
+    for part in list(fused.users):
+        if not part.users:
+            graph.erase_node(part)
 
 
 def _fuse_close(graph: Graph, mean: Node) -> None:

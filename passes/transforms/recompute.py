@@ -7,16 +7,14 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
+from mhc_compile.passes.transforms.fuse_sites import STEPS
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
-
-_STEP = torch.ops.mhc.step.default
 
 
 def block_length(sites: int, streams: int) -> int:
@@ -36,9 +34,9 @@ class RecomputeSteps(Pass):
             S3, h3, ... = mhc.step(S2, y2, ...)
     after:  the same; where blocks have two sites, CheckpointPolicy.MUST_RECOMPUTE marks the second
 
-    AOTAutograd's partitioner reads the marks. It saves the branch outputs, which a step needs, and
-    recomputes no branch. Only steps of one chain are marked; streams that a trunk operation has
-    changed are saved.
+    The same for `mhc.shifted_step` and `mhc.mix_read`. AOTAutograd's partitioner reads the marks.
+    It saves the branch outputs, which a step needs, and recomputes no branch. Only steps of one
+    chain are marked; streams that a trunk operation has changed are saved.
     """
 
     name: ClassVar[str] = "recompute-steps"
@@ -62,16 +60,19 @@ class RecomputeSteps(Pass):
 
 
 def _streams(step: Node) -> int:
-    """Return n, from the shapes: phi has n C rows, and streams have C features."""
-    phi, streams = tensor_value(step.args[4]), tensor_value(step.args[0])  # type: ignore[arg-type]
-    return phi.shape[0] // streams.shape[-1] if phi is not None and streams is not None else 4
+    """Return n, of the weights post [..., n]."""
+    post = tensor_value(step.args[2])  # type: ignore[arg-type]
+    return post.shape[-1] if post is not None else 4
 
 
 def _chains(graph: Graph) -> list[list[Node]]:
-    """Return the steps of every chain: each reads the streams that the previous one writes."""
+    """Return the steps of every chain: each reads the streams that the previous one writes.
+
+    A step whose streams are not read ends a chain, as `mhc.close` does, and is none of them.
+    """
     chains: dict[Node, list[Node]] = {}
     for node in graph.nodes:
-        if node.target is _STEP:
+        if node.target in STEPS and any(user.args[1] == 0 for user in node.users):
             streams: Any = node.args[0]
             first = streams.target is operator.getitem and streams.args[1] == 0
             chains[node] = [*chains.pop(streams.args[0] if first else node, []), node]

@@ -14,6 +14,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import mhc_compile
+from mhc_compile import _torch
 
 
 class Deep(nn.Module):
@@ -37,7 +38,7 @@ DEPTH = 3
 
 
 @functools.cache
-def calls(dtype: torch.dtype = torch.float32, **options: int) -> tuple[Counter[str], str]:
+def calls(dtype: torch.dtype = torch.float32, **options: int | str) -> tuple[Counter[str], str]:
     """Return how often the generated code calls each operator, and the code of forward and
     backward. A lazy operator counts as the one whose work it does.
     """
@@ -63,7 +64,54 @@ def test_a_site_is_one_call_forward_and_one_backward(dtype):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"preset": "deepseek-v4.1"}, {"shifted_step": DEPTH - 1, "mix_read": 1, "sinkhorn": 1}),
+        ({"token_dependent": False}, {"mix_read": DEPTH - 1, "close": 1, "sinkhorn": DEPTH}),
+        ({"token_dependent": False, "mapping": "kronecker"}, {"mix_read": DEPTH - 1, "close": 1}),
+    ],
+)
+def test_weights_that_are_known_before_make_one_call_a_site(options, wanted, dtype):
+    """But for the coefficients of a first site in a single pass, and static ones."""
+    counts, _ = calls(dtype, **options)
+    assert counts == {name: count for one, count in wanted.items() for name in (one, f"{one}_backward")}
+
+
 def test_iterations_do_not_change_the_code():
     (counts, default), (_, short) = calls(torch.float32), calls(torch.float32, iterations=1)
     assert counts["step"] == DEPTH - 1
     assert len(default.splitlines()) == len(short.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("options", [{"preset": "deepseek-v4.1"}, {"token_dependent": False}])
+def test_graphs_for_inductor_compute_what_the_operators_one_by_one_do(monkeypatch, options, recompute):
+    """Every site but the first is one operator, and loss and gradients are those of eager mode."""
+    graphs, compile_with_inductor = [], _torch.compile_with_inductor
+    monkeypatch.setattr(
+        _torch,
+        "compile_with_inductor",
+        lambda graph, *rest: (graphs.append(graph), compile_with_inductor(graph, *rest))[1],
+    )
+    torch.manual_seed(0)
+    model, x = Deep(5).double(), torch.randn(2, 8, 16, dtype=torch.float64)
+    mhc_compile.attach(model, x, options=options)
+    for name, parameter in model.named_parameters():
+        if "mhc" in name:
+            nn.init.normal_(parameter, std=0.5)
+    results = []
+    for settings in ({"inner_backend": "eager"}, {"recompute": recompute}):
+        torch._dynamo.reset()
+        loss = torch.compile(model, backend="mhc", options={**options, **settings, "strict": True})(x).square().sum()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    (graph,) = graphs
+    counts = Counter(str(node.target) for node in graph.graph.nodes)
+    fused = ("mhc.shifted_step.default", "mhc.mix_read.default", "mhc.close.default")
+    assert sum(counts[name] for name in fused) == 5  # the end of every site
+    assert not counts["mhc.update.default"]
+    for one, other in zip(*results, strict=True):
+        assert not one.numel() or (one - other).abs().max() <= 1e-11 * (1 + other.abs().max())

@@ -26,28 +26,47 @@ def columns(n, mapping):
     return 2 * n + mapping_of(mapping).logits(n)
 
 
-def values(n=4, width=6, tokens=(2, 3), dtype=torch.float64, mapping="sinkhorn", copies=False, branch=None):
-    """`(streams, branch, post, res, phi, bias, scale)`; one stream for n equal ones with
-    `copies`.
+#: Positions of the results that have a gradient, and of those that the backward gets.
+DIFFERENTIABLE = {"step": (0, 1, 3, 4), "shifted_step": (0, 1, 2, 3, 4), "mix_read": (0, 1)}
+SAVED = {"step": (2, 3, 5, 6), "shifted_step": (2, 3, 5, 6), "mix_read": ()}
+
+
+def values(
+    n=4, width=6, tokens=(2, 3), dtype=torch.float64, mapping="sinkhorn", copies=False, branch=None, name="step"
+):
+    """`(streams, branch, post, res, phi, bias, scale)` for `mhc::step`, with `pre` after `res` for
+    the operators that take it; one stream for n equal ones with `copies`.
     """
     real, k = torch.promote_types(dtype, torch.float32), columns(n, mapping)
-    return (
+    old = (
         torch.randn(*tokens, 1 if copies else n, width, dtype=dtype),
         torch.randn(*tokens, width, dtype=branch or dtype),
         2 * torch.rand(*tokens, n, dtype=real),
         torch.softmax(torch.randn(*tokens, n, n, dtype=real), -1),
+    )
+    site = (
         0.3 * torch.randn(n * width, k, dtype=real) / width**0.5,
         torch.randn(k, dtype=real),
         0.5 + torch.rand(3, dtype=real),
     )
+    given = () if name == "step" else (torch.rand(*tokens, n, dtype=real),)
+    return *old, *given, *(site if name != "mix_read" else ())
 
 
-def by_reference(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps):
-    """`step` from the operators that models are made of; their gradients are tested elsewhere."""
-    n = post.shape[-1]
-    after = mhc.update(streams.expand(*streams.shape[:-2], n, -1), branch, post, res)
-    pre, next_post, next_res, _ = mhc.coefficients(after, phi, bias, scale, mapping, iterations, eps)
-    return after, mhc.collapse(after, pre), next_post, next_res
+def settings(name, mapping="sinkhorn", iterations=20):
+    return () if name == "mix_read" else (mapping, iterations, 1e-6)
+
+
+def by_reference(name, streams, branch, post, res, *rest):
+    """The differentiable results of an operator, by the equations and `mhc::coefficients`, whose
+    gradients are tested elsewhere.
+    """
+    wide = streams.expand(*streams.shape[:-2], post.shape[-1], -1)
+    after = torch.einsum("...ij,...jc->...ic", res, wide) + post.unsqueeze(-1) * branch.unsqueeze(-2)
+    given, site = (rest[:1], rest[1:]) if name != "step" else ((), rest)
+    found = mhc.coefficients(after, *site)[:3] if site else ()
+    h = torch.einsum("...n,...nc->...c", (*given, *found)[0], after)
+    return after, h, *(found if given else found[1:])
 
 
 def weighted(outputs):
@@ -77,20 +96,22 @@ SIZES = [
 
 @pytest.mark.parametrize(("n", "mapping"), SIZES)
 @pytest.mark.parametrize("copies", [False, True])
-def test_composition_and_kernels_against_autograd(n, mapping, copies):
-    tensors = [t.requires_grad_() for t in values(n, 5, (3, 2), mapping=mapping, copies=copies)]
-    how = (mapping, 7, 1e-6)
-    want = by_reference(*tensors, *how)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_composition_and_kernels_against_autograd(name, n, mapping, copies):
+    tensors = [t.requires_grad_() for t in values(n, 5, (3, 2), mapping=mapping, copies=copies, name=name)]
+    how = settings(name, mapping, 7)
+    want = by_reference(name, *tensors, *how)
     wanted = torch.autograd.grad(weighted(want), tensors)
     assert cpu.takes(torch.float64, n=n, mapping=mapping)
     for kernels in (fused, cpu):
         with torch.no_grad():
-            after, h, pre, post, res, z, inverse = kernels.step(*tensors, *how)
-        assert all(close(one, other, 1e-12) for one, other in zip((after, h, post, res), want, strict=True))
-        leaves = [t.clone().requires_grad_() for t in (after, h, post, res)]
+            out = getattr(kernels, name)(*tensors, *how)
+        found = [out[i] for i in DIFFERENTIABLE[name]]
+        assert all(close(one, other, 1e-12) for one, other in zip(found, want, strict=True))
+        leaves = [t.clone().requires_grad_() for t in found]
         grads = torch.autograd.grad(weighted(leaves), leaves)
         with torch.no_grad():
-            got = kernels.step_backward(*grads, *tensors, pre, post, z, inverse, *how)
+            got = getattr(kernels, f"{name}_backward")(*grads, *tensors, *(out[i] for i in SAVED[name]), *how)
         assert all(close(one, other, 1e-11) for one, other in zip(got, wanted, strict=True))
 
 
@@ -109,6 +130,7 @@ def test_gradcheck(copies):
     assert torch.autograd.gradcheck(step, (streams, branch, post, res, *site))
     assert torch.autograd.gradcheck(read, (streams, *site))
     assert torch.autograd.gradcheck(mhc.close, (streams, branch, post, res))
+    assert torch.autograd.gradcheck(mhc.mix_read, (streams, branch, post, res, torch.rand_like(post).requires_grad_()))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +147,9 @@ def test_opcheck(dtype, copies):
     torch.library.opcheck(mhc.step.default, (*tensors, *HOW))
     torch.library.opcheck(mhc.read.default, (tensors[0], *tensors[4:], 4, *HOW))
     torch.library.opcheck(mhc.close.default, tuple(tensors[:4]))
+    for name in ("shifted_step", "mix_read"):
+        tensors = [t.requires_grad_() for t in values(dtype=dtype, copies=copies, name=name)]
+        torch.library.opcheck(getattr(mhc, name).default, (*tensors, *settings(name)))
 
 
 TYPES = [
@@ -149,30 +174,30 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
     gradients that nobody has.
     """
     assert cpu.takes(streams, branch, 4, mapping)
-    how = (mapping, 20, 1e-6)
     tolerance = TOLERANCES[streams]
     for tokens, width in SHAPES[: 3 if streams == torch.bfloat16 else 4]:
         for copies in (False, True):
-            given = [
-                t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
-                for t in values(4, width, tokens, streams, mapping, copies, branch)
-            ]
-            exact = [t.double() for t in given]
-            out = cpu.step(*given, *how)
-            for one, other in zip(out, fused.step(*exact, *how), strict=True):
-                assert one.is_contiguous()
-                assert close(one, other, tolerance)
-            _, _, *saved = out
-            saved = [saved[0], saved[1], saved[3], saved[4]]
-            grads = [torch.randn_like(t) for t in (out[0], out[1], out[3], out[4])]
-            for missing in (set(), {0}, {1}, {2, 3}, {0, 1, 2}):
-                some = [None if i in missing else g for i, g in enumerate(grads)]
-                wide = [None if g is None else g.double() for g in some]
-                got = cpu.step_backward(*some, *given, *saved, *how)
-                want = fused.step_backward(*wide, *exact, *(t.double() for t in saved), *how)
-                for like, one, other in zip(given, got, want, strict=True):
-                    assert one.dtype == like.dtype
-                    assert close(one, other, 3 * max(tolerance, TOLERANCES[like.dtype]))
+            for name in ("shifted_step", "mix_read", "step"):
+                how = settings(name, mapping)
+                given = [
+                    t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+                    for t in values(4, width, tokens, streams, mapping, copies, branch, name)
+                ]
+                exact = [t.double() for t in given]
+                out = getattr(cpu, name)(*given, *how)
+                for one, other in zip(out, getattr(fused, name)(*exact, *how), strict=True):
+                    assert one.is_contiguous()
+                    assert close(one, other, tolerance)
+                saved = [out[i] for i in SAVED[name]]
+                grads = [torch.randn_like(out[i]) for i in DIFFERENTIABLE[name]]
+                for missing in (set(), {0}, {1}, {2, 3}, {0, 1, 2}):
+                    some = [None if i in missing else g for i, g in enumerate(grads)]
+                    wide = [None if g is None else g.double() for g in some]
+                    got = getattr(cpu, f"{name}_backward")(*some, *given, *saved, *how)
+                    want = getattr(fused, f"{name}_backward")(*wide, *exact, *(t.double() for t in saved), *how)
+                    for like, one, other in zip(given, got, want, strict=True):
+                        assert one.dtype == like.dtype
+                        assert close(one, other, 3 * max(tolerance, TOLERANCES[like.dtype]))
             for name, args in (("close", given[:4]), ("close_backward", [grads[1], *given[:4]])):
                 got, want = getattr(cpu, name)(*args), getattr(fused, name)(*(t.double() for t in args))
                 for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
@@ -191,14 +216,18 @@ def test_kernels_run(monkeypatch):
         raise AssertionError("the composition runs where there is a kernel")
 
     assert cpu.takes(torch.float32)
-    names = [f"{name}{direction}" for name in ("read", "step", "close") for direction in ("", "_backward")]
-    for name in names:
+    names = ("read", "step", "close", "shifted_step", "mix_read")
+    for name in [f"{name}{direction}" for name in names for direction in ("", "_backward")]:
         monkeypatch.setattr(fused, name, composition)
     tensors = [t.requires_grad_() for t in values(dtype=torch.float32)]
     h, *_ = mhc.read(tensors[0], *tensors[4:], 4, *HOW)
     after, *_ = mhc.step(*tensors, *HOW)
     (h.sum() + after.sum() + mhc.close(*tensors[:4]).sum()).backward()
     assert all(t.grad.any() for t in tensors)
+    for name in ("shifted_step", "mix_read"):
+        tensors = [t.requires_grad_() for t in values(dtype=torch.float32, name=name)]
+        sum(getattr(mhc, name)(*tensors, *settings(name))[i].sum() for i in DIFFERENTIABLE[name]).backward()
+        assert all(t.grad.any() for t in tensors)
 
 
 def test_without_a_compiler_the_composition_runs(monkeypatch):
@@ -216,23 +245,27 @@ def test_without_a_compiler_the_composition_runs(monkeypatch):
 
 
 def test_threads_do_not_change_the_result():
-    tensors = values(width=40, tokens=(1500,), dtype=torch.float32)
-    results, threads = [], torch.get_num_threads()
-    for count in (1, 2, 2):
-        torch.set_num_threads(count)
-        out = cpu.step(*tensors, *HOW)
-        saved = (out[2], out[3], out[5], out[6])
-        back = cpu.step_backward(*(torch.ones_like(out[i]) for i in (0, 1, 3, 4)), *tensors, *saved, *HOW)
-        results.append((*out, *back))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))
-    assert all(torch.equal(one, other) for one, other in zip(results[0][:11], results[1][:11], strict=True))
-    assert all(close(one, other, 1e-5) for one, other in zip(results[0], results[1], strict=True))
+    for name in ("step", "shifted_step"):
+        tensors = values(width=40, tokens=(1500,), dtype=torch.float32, name=name)
+        results, threads = [], torch.get_num_threads()
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            out = getattr(cpu, name)(*tensors, *HOW)
+            saved, grads = ([out[i] for i in of[name]] for of in (SAVED, DIFFERENTIABLE))
+            back = getattr(cpu, f"{name}_backward")(*map(torch.ones_like, grads), *tensors, *saved, *HOW)
+            results.append((*out, *back))
+        torch.set_num_threads(threads)
+        of_tokens = len(results[0]) - 3  # phi, bias and scale come last, and are sums over the threads
+        assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))
+        for one, other in zip(results[0][:of_tokens], results[1][:of_tokens], strict=True):
+            assert torch.equal(one, other)
+        assert all(close(one, other, 1e-5) for one, other in zip(results[0], results[1], strict=True))
 
 
-def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept():
+@pytest.mark.parametrize("name", ["step", "shifted_step"])
+def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept(name):
     n, width, tokens = 4, 256, (100,)
-    tensors = [t.requires_grad_() for t in values(n, width, tokens, torch.float32)]
+    tensors = [t.requires_grad_() for t in values(n, width, tokens, torch.float32, name=name)]
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -240,9 +273,10 @@ def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        mhc.step(*tensors, *HOW)
-    small = 2 * (n + n * n) + 24 + 1  # post and res of both sites, z, inverse
-    parameters = sum(t.numel() for t in tensors[4:])
+        getattr(mhc, name)(*tensors, *HOW)
+    # post and res, and pre that came in; pre and post of the next site, z, inverse
+    small = n + n * n + (n if name == "shifted_step" else 0) + 2 * n + 24 + 1
+    parameters = sum(t.numel() for t in tensors[-3:])
     assert sum(kept.values()) <= 100 * ((n + 1) * width + small) + parameters
 
 
@@ -270,6 +304,11 @@ def test_decompositions_step_back_for_kernels_only():
     assert fused_decompositions()[mhc.step.default](*tensors, *HOW) is NotImplemented
     assert len(fused_decompositions()[mhc.step.default](*halves, *HOW)) == 7
     assert len(decompositions()[mhc.step.default](*tensors, *HOW)) == 7
+    for name in ("shifted_step", "mix_read"):
+        for dtype, kernel in ((torch.float32, True), (torch.float16, False)):
+            tensors = values(dtype=dtype, name=name)
+            got = fused_decompositions()[getattr(mhc, name).default](*tensors, *settings(name))
+            assert (got is NotImplemented) == kernel
 
 
 def test_half_precision_takes_the_composition(monkeypatch):
@@ -282,7 +321,7 @@ def test_half_precision_takes_the_composition(monkeypatch):
     got = torch.autograd.grad(weighted([t.float() for t in (after, h, post, res)]), tensors)
     assert called == ["step", "step_backward"]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    want = by_reference(*exact, *HOW)
+    want = by_reference("step", *exact, *HOW)
     for one, other in zip((after, h, post, res), want, strict=True):
         assert close(one, other, 1e-2)
     for like, one, other in zip(tensors, got, torch.autograd.grad(weighted(want), exact), strict=True):
@@ -300,6 +339,15 @@ def test_half_precision_takes_the_composition(monkeypatch):
         (lambda s, y, p, r, *site: mhc.read(s, site[0][:5], *site[1:], 4, *HOW), r"need phi \[24, 24\]"),
         (lambda s, y, p, r, *site: mhc.read(s, *site, 4, "sinkhorn", 0, 1e-6), "at least 1, got 0"),
         (lambda s, y, p, r, *site: mhc.close(s, y, p, r[..., :2]), r"mhc::close: .*got .*\[2, 3, 4, 2\]"),
+        (lambda s, y, p, r, *site: mhc.mix_read(s, y, p, r, p[..., :2]), r"mhc::mix_read: post .*got \[2, 3, 2\]"),
+        (
+            lambda s, y, p, r, *site: mhc.shifted_step(s, y, p, r, p[0], *site, *HOW),
+            r"mhc::shifted_step: .*got \[3, 4\]",
+        ),
+        (
+            lambda s, y, p, r, phi, *site: mhc.shifted_step(s, y, p, r, p, phi[:, :0], *site, *HOW),
+            r"mhc::shifted_step: .*need phi \[24, 24\]",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(call, words):
@@ -310,10 +358,14 @@ def test_wrong_shapes_are_named(call, words):
 def test_cuda_has_kernels_of_its_own_and_falls_back():
     from mhc_compile.ops.fused_library import on_cuda
 
-    for name in ("read", "read_backward", "step", "step_backward", "close", "close_backward", "update_backward"):
+    names = ("read", "step", "close", "shifted_step", "mix_read", "update")
+    for name in (*(name for name in names if name != "update"), *(f"{name}_backward" for name in names)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mhc::{name}", "CUDA")
     tensors = values()  # float64, which no Triton kernel takes
     for one, other in zip(on_cuda("step")(*tensors, *HOW), fused.step(*tensors, *HOW), strict=True):
+        assert torch.equal(one, other)
+    tensors = values(name="mix_read")
+    for one, other in zip(on_cuda("mix_read")(*tensors), fused.mix_read(*tensors), strict=True):
         assert torch.equal(one, other)
 
 
@@ -326,5 +378,5 @@ def test_kernels_are_built_while_the_caller_goes_on(monkeypatch):
         cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn", lazy=lazy).join()
     assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn", lazy) for lazy in (False, True)]
     assert cpu.prepare(torch.float16, torch.float16, 4, "sinkhorn") is None
-    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, "sinkhorn", lazy=True)
+    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, 32, "sinkhorn", lazy=True)
     assert len(built) == 2

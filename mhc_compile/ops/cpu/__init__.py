@@ -11,9 +11,13 @@ from mhc_compile.ops.cpu.kernels import (
     MAPPINGS,
     close,
     close_backward,
+    mix_read,
+    mix_read_backward,
     prepare,
     read,
     read_backward,
+    shifted_step,
+    shifted_step_backward,
     sinkhorn,
     sinkhorn_backward,
     step,
@@ -24,6 +28,7 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "LONGEST", "MAPPINGS", "close", "close_backward", "lazy", "prepare", "read", "read_backward", "sinkhorn",
-    "sinkhorn_backward", "step", "step_backward", "takes", "update", "update_backward",
+    "LONGEST", "MAPPINGS", "close", "close_backward", "lazy", "mix_read", "mix_read_backward", "prepare", "read",
+    "read_backward", "shifted_step", "shifted_step_backward", "sinkhorn", "sinkhorn_backward", "step", "step_backward",
+    "takes", "update", "update_backward",
 ]  # fmt: skip

@@ -18,38 +18,65 @@
 using mhc::Real;
 
 EXPORT mhc_read(const STORE* streams, SITE, NEXT, SIZES) {
-    const mhc::Forward forward{streams, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, nullptr, h, next_pre, next_post, next_res,
-                               z, inverse, T, C};
+    const mhc::Forward forward{streams, nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, nullptr, h, next_pre, next_post,
+                               next_res, z, inverse, T, C};
     PER_INPUT((forward.run<IN, false, true>(threads)))
 }
 
 EXPORT mhc_step(OLD, SITE, STORE* out, NEXT, SIZES) {
-    const mhc::Forward forward{streams, branch, post, res, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res, z, inverse, T, C};
+    const mhc::Forward forward{streams, branch, post, res, nullptr, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res, z,
+                               inverse, T, C};
     PER_INPUT((forward.run<IN, true, true>(threads)))
 }
 
+EXPORT mhc_shifted_step(OLD, const Real* pre, SITE, STORE* out, NEXT, SIZES) {
+    const mhc::Forward forward{streams, branch, post, res, pre, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res, z,
+                               inverse, T, C};
+    PER_INPUT((forward.run<IN, true, true, true>(threads)))
+}
+
+EXPORT mhc_mix_read(OLD, const Real* pre, STORE* out, STORE* h, SIZES) {
+    const mhc::Forward forward{streams, branch, post, res, pre, {}, out, h, nullptr, nullptr, nullptr, nullptr, nullptr, T, C};
+    PER_INPUT((forward.run<IN, true, false, true>(threads)))
+}
+
 EXPORT mhc_update(OLD, STORE* out, SIZES) {
-    const mhc::Forward forward{streams, branch, post, res, {}, out, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, T, C};
+    const mhc::Forward forward{streams, branch, post, res, nullptr, {}, out, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, T, C};
     PER_INPUT((forward.run<IN, true, false>(threads)))
 }
 
 EXPORT mhc_close(OLD, STORE* out, SIZES) { PER_INPUT((mhc::close<IN>(streams, branch, post, res, out, T, C, threads))) }
 
 EXPORT mhc_read_backward(GRADS, const STORE* streams, SITE, SAVED, STORE* d_streams, D_SITE, SIZES) {
-    const mhc::Backward backward{nullptr, grad_h, grad_post, grad_res, streams, nullptr, nullptr, nullptr, {phi, bias, scale, 0, iterations}, next_pre,
-                                 next_post, z, inverse, d_streams, nullptr, nullptr, nullptr, d_phi, d_bias, d_scale, T, C};
+    const mhc::Backward backward{nullptr, grad_h, nullptr, grad_post, grad_res, streams, nullptr, nullptr, nullptr, nullptr,
+                                 {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, nullptr, nullptr, nullptr, nullptr, d_phi,
+                                 d_bias, d_scale, T, C};
     PER_INPUT((backward.run<IN, false, true>(threads)))
 }
 
 EXPORT mhc_step_backward(const STORE* grad_out, GRADS, OLD, SITE, SAVED, D_OLD, D_SITE, SIZES) {
-    const mhc::Backward backward{grad_out, grad_h, grad_post, grad_res, streams, branch, post, res, {phi, bias, scale, 0, iterations}, next_pre, next_post,
-                                 z, inverse, d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale, T, C};
+    const mhc::Backward backward{grad_out, grad_h, nullptr, grad_post, grad_res, streams, branch, post, res, nullptr,
+                                 {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, nullptr, d_phi,
+                                 d_bias, d_scale, T, C};
     PER_INPUT((backward.run<IN, true, true>(threads)))
 }
 
+EXPORT mhc_shifted_step_backward(const STORE* grad_out, const STORE* grad_h, const Real* grad_pre, const Real* grad_post, const Real* grad_res, OLD,
+                                 const Real* pre, SITE, SAVED, D_OLD, Real* d_pre, D_SITE, SIZES) {
+    const mhc::Backward backward{grad_out, grad_h, grad_pre, grad_post, grad_res, streams, branch, post, res, pre, {phi, bias, scale, 0, iterations},
+                                 next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale, T, C};
+    PER_INPUT((backward.run<IN, true, true, true>(threads)))
+}
+
+EXPORT mhc_mix_read_backward(const STORE* grad_out, const STORE* grad_h, OLD, const Real* pre, D_OLD, Real* d_pre, SIZES) {
+    const mhc::Backward backward{grad_out, grad_h, nullptr, nullptr, nullptr, streams, branch, post, res, pre, {nullptr, nullptr, nullptr, 0, 1}, nullptr,
+                                 nullptr, nullptr, nullptr, d_streams, d_branch, d_post, d_res, d_pre, nullptr, nullptr, nullptr, T, C};
+    PER_INPUT((backward.run<IN, true, false, true>(threads)))
+}
+
 EXPORT mhc_update_backward(const STORE* grad, OLD, D_OLD, SIZES) {
-    const mhc::Backward backward{grad, nullptr, nullptr, nullptr, streams, branch, post, res, {nullptr, nullptr, nullptr, 0, 1}, nullptr, nullptr, nullptr,
-                                 nullptr, d_streams, d_branch, d_post, d_res, nullptr, nullptr, nullptr, T, C};
+    const mhc::Backward backward{grad, nullptr, nullptr, nullptr, nullptr, streams, branch, post, res, nullptr, {nullptr, nullptr, nullptr, 0, 1}, nullptr,
+                                 nullptr, nullptr, nullptr, d_streams, d_branch, d_post, d_res, nullptr, nullptr, nullptr, nullptr, T, C};
     PER_INPUT((backward.run<IN, true, false>(threads)))
 }
 

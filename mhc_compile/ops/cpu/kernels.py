@@ -2,8 +2,10 @@
 
 A fused operator is one pass over the streams: a tile of 16 tokens stays in the cache while its new
 streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
-forward and 15 C backward, the least that the formula allows. Semantics, shapes, and the
-compositions that run for other dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
+forward and 15 C backward, the least that the formula allows. `shifted_step` and `mix_read` collapse
+with weights that they are given, while the new streams are in registers: they need no cache for
+that, and no first walk in the backward. Semantics, shapes, and the compositions that run for other
+dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
 
 The eager form of Sinkhorn is some 90 small operations, each with an OpenMP barrier. Its kernel
 reads the logits once and writes the matrices once, a token in each lane of a vector.
@@ -164,6 +166,8 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
 
 read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
 step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
+shifted_step, shifted_step_backward = _kernel(fused, "shifted_step"), _kernel(fused, "shifted_step_backward")
+mix_read, mix_read_backward = _kernel(fused, "mix_read"), _kernel(fused, "mix_read_backward")
 close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
 update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
 

@@ -277,16 +277,17 @@ void per_input(int64_t in, int64_t many, Call call) {
 }
 
 EXPORT mhc_lazy_step(OLD, SITE, STORE* out, STORE* h, Real* next_pre, Real* next_post, Real* next_res, Real* z, Real* inverse, SIZES) {
-    const mhc::LazyForward forward{{nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res,
-                                    z, inverse, T, C}, {streams, branches, post, res, C}};
+    const mhc::LazyForward forward{{nullptr, nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post,
+                                    next_res, z, inverse, T, C}, {streams, branches, post, res, C}};
     per_input<1>(in, many, [&](auto from, auto count) { forward.lazy<from.value, count.value>(threads); });
 }
 
 EXPORT mhc_lazy_step_backward(const STORE* grad_out, const STORE* grad_h, const Real* grad_post, const Real* grad_res, OLD, SITE, const Real* next_pre,
                               const Real* next_post, const Real* z, const Real* inverse, STORE* d_streams, BRANCH* d_branch, Real* d_post, Real* d_res,
                               Real* d_phi, Real* d_bias, Real* d_scale, SIZES) {
-    const mhc::LazyBackward backward{{grad_out, grad_h, grad_post, grad_res, nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, 0, iterations}, next_pre,
-                                      next_post, z, inverse, d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale, T, C}, {streams, branches, post, res, C}};
+    const mhc::LazyBackward backward{{grad_out, grad_h, nullptr, grad_post, grad_res, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                      {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, nullptr, d_phi,
+                                      d_bias, d_scale, T, C}, {streams, branches, post, res, C}};
     per_input<2>(in, many, [&](auto from, auto count) { backward.lazy<from.value, count.value>(threads); });
 }
 

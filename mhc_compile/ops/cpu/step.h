@@ -1,11 +1,13 @@
 // One site's end and the next one's beginning in one pass over the streams, a tile of tokens at a time: the tile stays in the cache between the
 // passes that need all of its features.
 //
-//     MIX   X'_i = sum_l res_il X_l + post_i y
-//     READ  inverse = 1 / rms(vec(X')), z = vec(X') phi inverse, pre, post, res from z, h = sum_j pre_j X'_j
+//     MIX    X'_i = sum_l res_il X_l + post_i y
+//     READ   inverse = 1 / rms(vec(X')), z = vec(X') phi inverse, pre, post, res from z, h = sum_j pre_j X'_j
+//     GIVEN  h = sum_j pre_j X'_j with weights that are known before, so that h is written while X' is in registers: a READ then leaves h alone
 //
-// Both: mhc::step. MIX alone: mhc::update. READ alone, of the streams as they are: mhc::read. IN is the number of streams that the input has in memory:
-// N, or 1 where the N streams are equal. Equations: mhc_compile/ops/reference.py, which the tests hold this against.
+// MIX and READ: mhc::step. MIX alone: mhc::update. READ alone, of the streams as they are: mhc::read. All three: mhc::shifted_step.
+// MIX and GIVEN: mhc::mix_read. IN is the number of streams that the input has in memory: N, or 1 where the N streams are equal.
+// Equations: mhc_compile/ops/reference.py, which the tests hold this against.
 #pragma once
 
 namespace mhc {
@@ -59,15 +61,15 @@ struct Weights {
 struct Forward {
     const STORE* streams;  // [T, IN, C]
     const BRANCH* branch;  // [T, C]
-    const Real *post, *res;
+    const Real *post, *res, *pre;  // [T, N], [T, N, N]; [T, N] if GIVEN
     Site site;
     STORE *out, *h;                                    // [T, N, C], [T, C]
     Real *next_pre, *next_post, *next_res, *z, *inverse;  // [T, N], [T, N], [T, N, N], [T, K], [T]
     int64_t T, C;
 
-    template <int IN, bool MIX, bool READ>
+    template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
-        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed) { one<IN, MIX, READ>(first, packed); });
+        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed) { one<IN, MIX, READ, GIVEN>(first, packed); });
     }
 
     // work(first token, packed phi of P streams) for every tile.
@@ -83,7 +85,7 @@ struct Forward {
         }
     }
 
-    template <int IN, bool MIX, bool READ>
+    template <int IN, bool MIX, bool READ, bool GIVEN>
     void one(int64_t first, const Real* packed) const {
         constexpr int P = MIX ? N : IN;
         const int64_t count = std::min<int64_t>(TILE, T - first);
@@ -102,10 +104,13 @@ struct Forward {
                         Vec x[IN], mixed[N];
                         for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + c0 + c, rest);
                         weights.mix(x, load(branch + token * C + c0 + c, rest), mixed);
+                        Vec total = {};
                         for (int i = 0; i < N; ++i) {
                             store(out + (token * N + i) * C + c0 + c, mixed[i], rest);
                             if constexpr (READ) keep(rounded(mixed[i], out), values[t][i] + c, squares[t]);
+                            if constexpr (GIVEN) total += pre[token * N + i] * rounded(mixed[i], out);
                         }
+                        if constexpr (GIVEN) store(h + token * C + c0 + c, total, rest);
                     }
                 } else {
                     for (int64_t c = 0; c < CHUNK; c += WIDTH)
@@ -117,7 +122,7 @@ struct Forward {
         }
         if constexpr (READ) {
             coefficients<P>(first, count, squares, products);
-            for (int64_t t = first; t < first + count; ++t) collapse<P>(MIX ? out : streams, t);
+            for (int64_t t = first; !GIVEN && t < first + count; ++t) collapse<P>(MIX ? out : streams, t);
         }
     }
 

@@ -5,6 +5,8 @@
 //     G_i     = g_i + pre_i dh + sum_k (dz_k inverse) phi_ik - X'_i inverse^2 (sum_k dz_k z_k) / (N C)        the whole gradient of X'
 //     d_phi   = X'^T (dz inverse),   d_X_l = sum_i res_il G_i,   d_y = sum_i post_i G_i,   d_post_i = <G_i, y>,   d_res_il = <G_i, X_l>
 //
+// Where h was read with GIVEN weights, dz is known from the gradients of pre, post and res, and d_pre is summed in the same walk as the others.
+//
 // Equations: mhc_compile/ops/reference.py. Gradients of the parameters are summed per thread, then over the threads in their order: the result does
 // not depend on which thread is first.
 #pragma once
@@ -13,21 +15,21 @@ namespace mhc {
 
 struct Backward {
     const STORE *grad_out, *grad_h;                    // [T, N, C], [T, C]; null where nobody reads them
-    const Real *grad_next_post, *grad_next_res;        // [T, N], [T, N, N]; null likewise
+    const Real *grad_next_pre, *grad_next_post, *grad_next_res;  // [T, N], [T, N], [T, N, N]; null likewise; the first if GIVEN
     const STORE* streams;                              // [T, IN, C]
     const BRANCH* branch;                              // [T, C]
-    const Real *post, *res;
+    const Real *post, *res, *pre;                      // the last if GIVEN
     Site site;
     const Real *next_pre, *next_post, *z, *inverse;    // what Forward gave
     STORE* d_streams;                                  // [T, IN, C]
     BRANCH* d_branch;
-    Real *d_post, *d_res, *d_phi, *d_bias, *d_scale;
+    Real *d_post, *d_res, *d_pre, *d_phi, *d_bias, *d_scale;
     int64_t T, C;
 
-    template <int IN, bool MIX, bool READ>
+    template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
         tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed, Real* mine, Real* history) {
-            one<IN, MIX, READ>(first, packed, mine, history);
+            one<IN, MIX, READ, GIVEN>(first, packed, mine, history);
         });
     }
 
@@ -71,18 +73,21 @@ struct Backward {
         }
     }
 
-    template <int IN, bool MIX, bool READ>
+    template <int IN, bool MIX, bool READ, bool GIVEN>
     void one(int64_t first, const Real* packed, Real* mine, Real* history) const {
         constexpr int P = MIX ? N : IN;
         const int64_t all = chunks(C) * P * K * CHUNK, count = std::min<int64_t>(TILE, T - first);
         alignas(64) Real scaled[TILE][K] = {};  // dz inverse
         Real radial[TILE] = {};
         if constexpr (READ) {
-            Real d_pre[TILE][N];
-            for (int64_t t = 0; t < count; ++t) product<IN, MIX>(first + t, d_pre[t]);
-            logits<P>(first, count, d_pre, scaled, radial, mine + all, history);
+            Real d_next_pre[TILE][N] = {};
+            for (int64_t t = 0; t < count; ++t) {
+                if constexpr (!GIVEN) product<IN, MIX>(first + t, d_next_pre[t]);
+                else if (grad_next_pre) std::memcpy(d_next_pre[t], grad_next_pre + (first + t) * N, sizeof d_next_pre[t]);
+            }
+            logits<P>(first, count, d_next_pre, scaled, radial, mine + all, history);
         }
-        Vec dots[TILE][N][IN + 1] = {};
+        Vec dots[TILE][N + GIVEN][IN + 1] = {};  // of the rows of G, and of dh, with X and y
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
             alignas(64) Real grads[TILE][P][CHUNK];   // first what the projection gives to X', then all of its gradient
             alignas(64) Real values[TILE][P][CHUNK];  // X'
@@ -92,7 +97,7 @@ struct Backward {
             }
             for (int64_t t = 0; t < count; ++t) {
                 const int64_t token = first + t;
-                if constexpr (MIX) mixed<IN, READ>(token, c0, radial[t], grads[t], values[t], dots[t]);
+                if constexpr (MIX) mixed<IN, READ, GIVEN>(token, c0, radial[t], grads[t], values[t], dots[t]);
                 else read<IN>(token, c0, radial[t], grads[t], values[t]);
             }
             if constexpr (READ) gather<P>(scaled, values, mine + c0 * P * K);
@@ -105,6 +110,7 @@ struct Backward {
                     for (int l = 0; l < IN; ++l) d_res[(token * N + i) * N + l] = sum(dots[t][i][l]);
                     for (int l = IN; l < N; ++l) d_res[(token * N + i) * N + l] = d_res[(token * N + i) * N];
                 }
+                if constexpr (GIVEN) with_new<IN>(token, dots[t][N], d_pre + token * N);
             }
         }
     }
@@ -113,7 +119,7 @@ struct Backward {
     // From the gradients of pre, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias, then scale.
     // A function of its own: inlined into the loops over the features it made the whole 6 % slower.
     template <int P>
-    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_pre)[N], Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* history) const {
+    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* history) const {
         Real *d_scale_sum = d_bias_sum + K, d_logits[TILE][K];
         Mixing mixing;
         Real g[N][N][LANES];
@@ -128,7 +134,7 @@ struct Backward {
             const int64_t token = first + t;
             for (int i = 0; i < N; ++i) {
                 const Real pre = plus(next_pre[token * N + i], -PRE_PLUS), after = plus(next_post[token * N + i], -POST_PLUS);
-                d_logits[t][i] = d_pre[t][i] * pre * (1 - pre);
+                d_logits[t][i] = d_next_pre[t][i] * pre * (1 - pre);
                 d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / POST_TIMES) : 0;
             }
             for (int k = 0; k < Mixing::LOGITS; ++k) d_logits[t][2 * N + k] = grad_next_res ? mixing.gradient(k, g)[t] : 0;
@@ -147,37 +153,40 @@ struct Backward {
 
     // <dh, X'_j> for every j.
     template <int IN, bool MIX>
-    void product(int64_t token, Real (&d_pre)[N]) const {
-        for (int j = 0; j < N; ++j) d_pre[j] = 0;
+    void product(int64_t token, Real* out) const {
         if (!grad_h) return;
-        Vec with_streams[IN] = {}, with_branch = {};
+        Vec with[IN + 1] = {};
         for (int64_t c = 0; c < C; c += WIDTH) {
             const Vec dh = load(grad_h + token * C + c, C - c);
-            for (int l = 0; l < IN; ++l) with_streams[l] += dh * load(streams + (token * IN + l) * C + c, C - c);
-            if constexpr (MIX) with_branch += dh * load(branch + token * C + c, C - c);
+            for (int l = 0; l < IN; ++l) with[l] += dh * load(streams + (token * IN + l) * C + c, C - c);
+            if constexpr (MIX) with[IN] += dh * load(branch + token * C + c, C - c);
         }
-        Real old[IN];
-        for (int l = 0; l < IN; ++l) old[l] = sum(with_streams[l]);
-        if constexpr (MIX) {
-            const Weights<IN> weights(res + token * N * N, post + token * N);
-            const Real y = sum(with_branch);
-            for (int j = 0; j < N; ++j) {
-                d_pre[j] = weights.post[j] * y;
-                for (int l = 0; l < IN; ++l) d_pre[j] += weights.res[j][l] * old[l];
-            }
-        } else {
-            for (int j = 0; j < N; ++j) d_pre[j] = old[IN == 1 ? 0 : j];
+        if constexpr (MIX) with_new<IN>(token, with, out);
+        else
+            for (int j = 0; j < N; ++j) out[j] = sum(with[IN == 1 ? 0 : j]);
+    }
+
+    // The same from <dh, X_l> and <dh, y>.
+    template <int IN>
+    void with_new(int64_t token, const Vec* with, Real* out) const {
+        const Weights<IN> weights(res + token * N * N, post + token * N);
+        Real old[IN + 1];
+        for (int l = 0; l <= IN; ++l) old[l] = sum(with[l]);
+        for (int j = 0; j < N; ++j) {
+            out[j] = weights.post[j] * old[IN];
+            for (int l = 0; l < IN; ++l) out[j] += weights.res[j][l] * old[l];
         }
     }
 
-    template <int IN, bool READ>
+    template <int IN, bool READ, bool GIVEN>
     void mixed(int64_t token, int64_t c0, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
         const Weights<IN> weights(res + token * N * N, post + token * N);
         prefetch<IN>(streams, token, C, c0 + CHUNK);
         prefetch<1>(branch, token, C, c0 + CHUNK);
         if (grad_out) prefetch<N>(grad_out, token, C, c0 + CHUNK);
-        Vec sums[N][IN + 1];
-        for (int i = 0; i < N; ++i)
+        const Real* weight = (GIVEN ? pre : next_pre) + (READ || GIVEN ? token * N : 0);
+        Vec sums[N + GIVEN][IN + 1];
+        for (int i = 0; i < N + GIVEN; ++i)
             for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
             const int64_t at = c0 + c, rest = C - at;
@@ -185,17 +194,18 @@ struct Backward {
             for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, rest);
             const Vec y = load(branch + token * C + at, rest);
             for (int i = 0; i < N; ++i) total[i] = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
+            const Vec dh = (READ || GIVEN) && grad_h ? load(grad_h + token * C + at, rest) : Vec{};
             if constexpr (READ) {
                 Vec next[N];
                 weights.mix(x, y, next);
-                const Vec dh = grad_h ? load(grad_h + token * C + at, rest) : Vec{};
                 for (int i = 0; i < N; ++i) {
                     const Vec value = rounded(next[i], grad_out);
                     store(values[i] + c, value);
-                    total[i] += load(grads[i] + c) + next_pre[token * N + i] * dh - radial * value;
+                    total[i] += load(grads[i] + c) - radial * value;
                 }
             }
             for (int i = 0; i < N; ++i) {
+                if constexpr (READ || GIVEN) total[i] += weight[i] * dh;
                 d_y += weights.post[i] * total[i];
                 sums[i][IN] += total[i] * y;
                 for (int l = 0; l < IN; ++l) {
@@ -203,10 +213,14 @@ struct Backward {
                     sums[i][l] += total[i] * x[l];
                 }
             }
+            if constexpr (GIVEN) {
+                sums[N][IN] += dh * y;
+                for (int l = 0; l < IN; ++l) sums[N][l] += dh * x[l];
+            }
             for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
             store(d_branch + token * C + at, d_y, rest);
         }
-        for (int i = 0; i < N; ++i)
+        for (int i = 0; i < N + GIVEN; ++i)
             for (int l = 0; l <= IN; ++l) dots[i][l] = sums[i][l];
     }
 

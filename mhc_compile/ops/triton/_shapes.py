@@ -1,15 +1,17 @@
-"""`Sizes`: the sizes for which kernels are compiled."""
+"""`Sizes`: the sizes and the convention for which kernels are compiled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.errors import OptionError, ShapeError
-from mhc_compile.mappings import get_mapping
+from mhc_compile.mappings import columns as columns_of
 
+from .coverage import MAPPINGS
 from .launch import interpreted
 
 if TYPE_CHECKING:
@@ -41,9 +43,10 @@ class Sizes:
     width: int
     columns: int
     precision: str
+    convention: Convention
 
     @classmethod
-    def of(cls, streams: Tensor, n: int, mapping: str | None = None) -> Sizes:
+    def of(cls, streams: Tensor, n: int, mapping: str = "sinkhorn") -> Sizes:
         """Return the sizes for `streams` [..., m, C].
 
         Raises:
@@ -56,13 +59,15 @@ class Sizes:
             raise ShapeError(f"{what}; expected float32, bfloat16 or float16")
         if not 1 <= n <= LARGEST or m not in (1, n):
             raise ShapeError(f"{what}; expected 1 <= n <= {LARGEST}, and n or 1 streams")
-        if mapping not in (None, "sinkhorn", "identity"):
-            raise OptionError(f"{what}; mapping {mapping!r} has no kernel, only 'sinkhorn' and 'identity' have")
-        columns = 2 * n + (get_mapping(mapping).logits(n) if mapping else 0)
+        convention = parse(mapping)
+        if convention.mapping not in MAPPINGS or convention.rank:
+            raise OptionError(f"{what}; mapping {mapping!r} has no kernel, only {', '.join(MAPPINGS)} have")
         precision = _PRECISIONS[streams.dtype]
         if interpreted() and precision == "bfloat16":
             precision = "bfloat16 interpreted"
-        return cls(n, int(m), int(width), columns, precision)
+        columns = columns_of(convention.mapping, n)
+        assert columns is not None, (mapping, n)
+        return cls(n, int(m), int(width), columns, precision, convention)
 
     @property
     def halves(self) -> int:
@@ -70,23 +75,23 @@ class Sizes:
         return 2 if self.precision.startswith("bfloat16") else 1
 
     @property
-    def size(self) -> int:
-        """N padded to a power of two."""
-        return power_of_two(self.n)
+    def constants(self) -> dict[str, Any]:
+        """The constants of every kernel that computes coefficients."""
+        convention = self.convention
+        return {
+            "mapping": convention.mapping,
+            # Settings that other mappings ignore make no new kernel.
+            "sinkhorn_eps": convention.sinkhorn_eps if convention.mapping == "sinkhorn" else 0.0,
+            "turns": convention.mapping == "sinkhorn" and convention.last == "columns",
+            "pre_eps": convention.pre_eps,
+            "post_range": float(convention.post_range),
+            "post_eps": convention.post_eps,
+        }
 
     @property
-    def held(self) -> int:
-        """M padded to a power of two."""
-        return power_of_two(self.m)
-
-    def thin(self, halves: int) -> int:
-        """Return `halves` K padded for a matrix unit."""
-        return max(16, power_of_two(halves * self.columns))
-
-    @property
-    def dots(self) -> int:
-        """Scalar products per token, with branch and held streams, padded to a power of two."""
-        return power_of_two(self.n + self.n * self.m)
+    def thin(self) -> int:
+        """K padded for a matrix unit."""
+        return max(16, power_of_two(self.columns))
 
     def channels(self, most: int) -> int:
         """Return a block of channels: `most`, or less for narrow streams."""

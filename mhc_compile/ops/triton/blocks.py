@@ -4,12 +4,17 @@ A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channel
 coefficients as a tuple of vectors [B]; the compiler unrolls tuples. Where `m` is 1 the n streams
 are equal and one is held; only the row sums of `res` are then needed.
 """
-# ruff: noqa: RUF005 - the compiler takes `a + (b,)` only
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def wide(x):
+    """Return the number `x` with 64 bits; in the interpreter it may be one of Python's."""
+    return tl.full([], 1, tl.int64) * x
 
 
 @triton.jit
@@ -28,12 +33,19 @@ def load_numbers(pointer, rows, live, count: tl.constexpr):
 
 
 @triton.jit
+def store_numbers(pointer, values, rows, live, count: tl.constexpr):
+    """Store a tuple of `count` vectors [B] in a tensor [T, count]."""
+    for k in tl.static_range(count):
+        tl.store(pointer + rows * count + k, values[k], mask=live)
+
+
+@triton.jit
 def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
     """Load `res` [T, n, n] as n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
     entries = load_numbers(res, rows, live, n * n)
     if m == n:
         return entries
-    else:  # noqa: RET505 - the compiler wants one return a branch
+    else:
         totals = ()
         for i in tl.static_range(n):
             total = entries[i * n]
@@ -45,10 +57,14 @@ def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
 
 @triton.jit
 def load_streams(streams, at, inside, width, m: tl.constexpr):
-    """Load m blocks [B, W], in their dtype; `at` is the place in the first stream."""
+    """Load m blocks [B, W], in their dtype; `at` is the place in the first stream.
+
+    Places are 32-bit numbers that are added to a pointer which all threads share: 64-bit places
+    would take twice the registers.
+    """
     blocks = ()
     for l in tl.static_range(m):  # noqa: E741
-        blocks = blocks + (tl.load(streams + at + l * width, mask=inside, other=0.0),)
+        blocks = blocks + (tl.load((streams + l * width) + at, mask=inside, other=0.0),)
     return blocks
 
 
@@ -59,6 +75,18 @@ def mixed(blocks, branch, post, mixing, i: tl.constexpr, m: tl.constexpr):
     for l in tl.static_range(m):  # noqa: E741
         new += mixing[i * m + l][:, None] * blocks[l].to(tl.float32)
     return new
+
+
+@triton.jit
+def read_weights(pre, post, mixing, n: tl.constexpr, m: tl.constexpr):
+    """Return what m old streams and the branch weigh in `h = Σ_i pre_i X'_i`, m + 1 vectors [B]."""
+    weights = ()
+    for l in tl.static_range(m + 1):  # noqa: E741
+        total = pre[0] * (mixing[l] if l < m else post[0])
+        for i in tl.static_range(1, n):
+            total += pre[i] * (mixing[i * m + l] if l < m else post[i])
+        weights = weights + (total,)
+    return weights
 
 
 @triton.jit
@@ -73,7 +101,7 @@ def product(a, b, total, precision: tl.constexpr):
     """Compute `total + a @ b`, float32. `precision` is that of `Sizes`."""
     if precision == "bfloat16":
         return tl.dot(a, b, total)
-    elif precision == "bfloat16 interpreted":  # noqa: RET505 - the compiler wants one return a branch
+    elif precision == "bfloat16 interpreted":
         # The interpreter multiplies the bit patterns of bfloat16 numbers.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
@@ -85,21 +113,49 @@ def pinned(x, interpreted: tl.constexpr):
     """Return `x`, computed once: the compiler would repeat it in the layout of an operand."""
     if interpreted:
         return x
-    elif x.dtype.primitive_bitwidth == 32:  # noqa: RET505 - the compiler wants one return a branch
+    elif x.dtype.primitive_bitwidth == 32:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
-def pack_kernel(phi, packed, size, columns: tl.constexpr, stride: tl.constexpr, block: tl.constexpr):
-    """Write phi [R, K] to `packed` [R, stride] bfloat16: K coarse halves, then K fine ones.
+def arrive(counter):
+    """Count this program in at `counter` and return how many were before it.
 
-    It is made once per launch of the forward kernel, whose programs would each split phi again.
+    What all its threads have stored is then visible to those that see the count. The scheme is that
+    of the grid barrier of Inductor's cooperative reductions.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before
+
+
+@triton.jit
+def wait_for(counter, count):
+    """Wait until `count` programs have arrived at `counter`, and see what they have stored."""
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["size", "zeros"])
+def prepare_kernel(
+    counters, phi, packed, zeros, size,
+    columns: tl.constexpr, stride: tl.constexpr, packs: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Set `zeros` counters (int32) to 0, and where `packs` split phi [R, K] into bfloat16 halves.
+
+    `packed` is [2, R, stride]: the coarse halves, then the fine ones. The programs of the forward
+    kernel would each split phi again.
     """
     at = tl.program_id(0) * block + tl.arange(0, block)
-    inside = at < size
-    to = (at // columns) * stride + at % columns
-    coarse, fine = split(tl.load(phi + at, mask=inside, other=0.0).to(tl.float32))
-    tl.store(packed + to, coarse, mask=inside)
-    tl.store(packed + to + columns, fine, mask=inside)
+    tl.store(counters + at, tl.zeros([block], tl.int32), mask=at < zeros)
+    if packs:
+        inside = at < size
+        rows = at // columns
+        to = rows.to(tl.int64) * stride + at % columns
+        coarse, fine = split(tl.load(phi + at, mask=inside, other=0.0).to(tl.float32))
+        tl.store(packed + to, coarse, mask=inside)
+        tl.store(packed + to + wide(size // columns) * stride, fine, mask=inside)

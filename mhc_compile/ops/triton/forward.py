@@ -1,10 +1,16 @@
 """The forward kernel of a site: new streams, coefficients, and the input of the next branch.
 
-Source: arXiv 2512.24880 v2, equations 3 to 9. A program owns a few tokens and walks over the
-channels twice. First walk: load the streams (and mix and store them, if there is a branch), sum
-squares and the thin projection. Between: sigmoids and Sinkhorn, in registers. Second walk: read the
-new streams again, backwards, so that those still in the L2 cache come first, and write h. Elements
-moved a token for n streams of width C: 2 n C + 2 C, and at most n C more after cache misses.
+Source: arXiv 2512.24880 v2, equations 3 to 9. The streams are walked over in pieces of some tokens
+and some channels: load, mix, store, and add up squares and the thin projection. Of the programs
+that share the tokens, the last one to finish computes their coefficients. Where the weights of the
+read are known before (`shifted`: they are the site's before), h is written in the same walk, and
+2 n C + 2 C elements a token are moved.
+
+Else h needs a second walk, over the new streams. It is the work of later programs of the same
+launch, `lag` tiles of tokens after the first, so that the streams are still in the L2 cache. They
+wait for the coefficients. Each program takes a number when it begins, and its work by that number;
+a walk only waits for programs with a smaller number, which have begun and wait for none, so that
+no order in which a GPU begins programs can end in a deadlock.
 """
 
 from __future__ import annotations
@@ -12,131 +18,157 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, mixed, pinned, product, sigmoid
-from .launch import tuned
-from .sinkhorn import res_logits, sinkhorn
+from .blocks import (
+    arrive,
+    load_mixing,
+    load_numbers,
+    load_streams,
+    mixed,
+    pinned,
+    product,
+    read_weights,
+    wait_for,
+    wide,
+)
+from .coefficients import coefficients
 
 
 @triton.jit
-def _gather_z(
-    raw, z, over_rms, rows, mask, column,
-    columns: tl.constexpr, halves: tl.constexpr,
+def _project(
+    streams, branch, post, res, read_pre, phi, new_streams, read, partial, first, part, each, tokens, width,
+    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, stride: tl.constexpr, thin: tl.constexpr,
+    mixes: tl.constexpr, shifted: tl.constexpr, halves: tl.constexpr, precision: tl.constexpr,
+    interpreted: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Return columns of `raw` [T, halves K], divided, and store them in `z` [T, K]."""
-    at = rows * (halves * columns) + column
-    value = tl.load(raw + at, mask=mask, other=0.0)
-    if halves == 2:
-        value += tl.load(raw + at + columns, mask=mask, other=0.0)
-    value *= over_rms
-    tl.store(z + rows * columns + column, value, mask=mask)
-    return value
-
-
-@triton.jit
-def _coefficients(
-    raw, bias, scale, over_rms, pre, post, res, z, rows, live, iterations,
-    n: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, size: tl.constexpr, sinkhorn_mapping: tl.constexpr,
-    block_tokens: tl.constexpr,
-):  # fmt: skip
-    """Store `pre`, `post` [T, n], `res` [T, n, n] and `z` [T, K] of the projection `raw`."""
-    j = tl.arange(0, size)
-    wanted = j < n
-    row = rows[:, None]
-    at = row * n + j[None, :]
-    kept = live[:, None] & wanted[None, :]
-    z_pre = _gather_z(raw, z, over_rms[:, None], row, kept, j[None, :], columns, halves)
-    z_post = _gather_z(raw, z, over_rms[:, None], row, kept, n + j[None, :], columns, halves)
-    b_pre = tl.load(bias + j, mask=wanted, other=0.0).to(tl.float32)
-    b_post = tl.load(bias + n + j, mask=wanted, other=0.0).to(tl.float32)
-    a_pre = tl.load(scale).to(tl.float32)
-    a_post = tl.load(scale + 1).to(tl.float32)
-    tl.store(pre + at, sigmoid(a_pre * z_pre + b_pre[None, :]), mask=kept)
-    tl.store(post + at, 2.0 * sigmoid(a_post * z_post + b_post[None, :]), mask=kept)
-
-    square = j[:, None] * n + j[None, :]
-    real = wanted[:, None] & wanted[None, :]
-    row = rows[:, None, None]
-    every = live[:, None, None] & real[None]
-    if sinkhorn_mapping:
-        a_res = tl.load(scale + 2).to(tl.float32)
-        z_res = _gather_z(raw, z, over_rms[:, None, None], row, every, 2 * n + square[None], columns, halves)
-        matrix = sinkhorn(res_logits(z_res, bias + 2 * n, a_res, n, size), iterations)
-    else:
-        matrix = tl.where((j[:, None] == j[None, :])[None], 1.0, tl.zeros([block_tokens, size, size], tl.float32))
-    tl.store(res + row * (n * n) + square[None], matrix, mask=every)
-
-
-@tuned(["width", "n", "m", "mixes"], (16, 4, 2), (16, 8, 2), (32, 8, 2))
-@triton.jit
-def forward_kernel(
-    streams, branch, post, res, phi, bias, scale,
-    new_streams, read, new_pre, new_post, new_res, z, inverse, raw,
-    tokens, width, iterations, eps,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, stride: tl.constexpr,
-    size: tl.constexpr, thin: tl.constexpr,
-    mixes: tl.constexpr, sinkhorn_mapping: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
-    block_channels: tl.constexpr, block_tokens: tl.constexpr,
-):  # fmt: skip
-    """Compute `step` where `mixes`, else `read`.
-
-    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n];
-    `phi` [n C, stride], of which halves K columns are used (see `pack_kernel`); `bias` [K], `scale`
-    [3]. Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C]; float32 `new_pre`, `new_post`
-    [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T]. `raw` [T, halves K] is scratch memory.
-    """
-    rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
+    """Walk over some tokens and `each` blocks of channels; write `partial` [parts, K + 1, T]."""
+    local = tl.arange(0, block_tokens)
+    rows = wide(first) + local
     live = rows < tokens
+    here = wide(first) * width
     if mixes:
         weights = load_numbers(post, rows, live, n)
         mixing = load_mixing(res, rows, live, n, m)
-    # How many streams there are to read.
-    held: tl.constexpr = n if mixes else m
+    if shifted:
+        reading = read_weights(load_numbers(read_pre, rows, live, n), weights, mixing, n, m)
 
     k = tl.arange(0, thin)
     projection = tl.zeros([block_tokens, thin], tl.float32)
-    squares = tl.zeros([block_tokens], tl.float32)
-    for start in range(0, width, block_channels):
-        channels = start + tl.arange(0, block_channels)
-        wide = channels < width
-        inside = live[:, None] & wide[None, :]
-        blocks = load_streams(streams, rows[:, None] * (m * width) + channels[None, :], inside, width, m)
+    squares = tl.zeros([block_tokens, block_channels // 8], tl.float32)
+    begin = part * each
+    for block in range(begin, tl.minimum(begin + each, tl.cdiv(width, block_channels))):
+        channels = block * block_channels + tl.arange(0, block_channels)
+        within = channels < width
+        inside = live[:, None] & within[None, :]
+        at = local[:, None] * width + channels[None, :]
+        place = local[:, None] * (m * width) + channels[None, :]
+        blocks = load_streams(streams + here * m, place, inside, width, m)
         if mixes:
-            y = tl.load(branch + rows[:, None] * width + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        square = tl.zeros([block_tokens, block_channels], tl.float32)
+            y = tl.load(branch + here + at, mask=inside, other=0.0).to(tl.float32)
+            to = local[:, None] * (n * width) + channels[None, :]
+        if shifted:
+            h = reading[m][:, None] * y
+            for l in tl.static_range(m):  # noqa: E741
+                h += reading[l][:, None] * blocks[l].to(tl.float32)
+            tl.store((read + here) + at, h.to(read.dtype.element_ty), mask=inside)
         for i in tl.static_range(n):
             if mixes:
                 x = mixed(blocks, y, weights, mixing, i, m).to(streams.dtype.element_ty)
                 x = pinned(x, interpreted)
-                tl.store(new_streams + rows[:, None] * (n * width) + i * width + channels[None, :], x, mask=inside)
+                tl.store((new_streams + here * n + i * width) + to, x, mask=inside)
             else:
                 x = blocks[i % m]
-            square += x.to(tl.float32) * x.to(tl.float32)
-            at = (i * width + channels)[:, None] * stride + k[None, :]
-            weight = tl.load(phi + at, mask=wide[:, None] & (k < halves * columns)[None, :], other=0.0)
-            projection = product(x, weight, projection, precision)
-        squares += tl.sum(square, 1)
+            square = x.to(tl.float32) * x.to(tl.float32)
+            squares += tl.sum(tl.reshape(square, [block_tokens, block_channels // 8, 8]), 2)
+            weight = channels[:, None] * stride + k[None, :]
+            there = within[:, None] & (k < columns)[None, :]
+            coarse = tl.load((phi + i * width * stride) + weight, mask=there, other=0.0)
+            projection = product(x, coarse, projection, precision)
+            if halves == 2:
+                fine = tl.load((phi + (n + i) * width * stride) + weight, mask=there, other=0.0)
+                projection = product(x, fine, projection, precision)
 
-    over_rms = tl.rsqrt(squares / (n * width) + eps)
-    tl.store(inverse + rows, over_rms, mask=live)
-    count: tl.constexpr = halves * columns
-    tl.store(raw + rows[:, None] * count + k[None, :], projection, mask=live[:, None] & (k < count)[None, :])
-    # From here on this program reads what its other threads have stored.
-    tl.debug_barrier()
-    _coefficients(
-        raw, bias, scale, over_rms, new_pre, new_post, new_res, z, rows, live, iterations,
-        n, columns, halves, size, sinkhorn_mapping, block_tokens,
-    )  # fmt: skip
-    tl.debug_barrier()
+    own = partial + wide(part) * (columns + 1) * tokens
+    step = wide(tokens)
+    to = rows[:, None] + k[None, :] * step
+    tl.store(own + to, projection, mask=live[:, None] & (k < columns)[None, :])
+    tl.store(own + columns * step + rows, tl.sum(squares, 1), mask=live)
 
-    source = streams
-    if mixes:
-        source = new_streams
+
+@triton.jit
+def _read(
+    streams, new_pre, read, first, tokens, width,
+    n: tl.constexpr, held: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """Write h of some tokens from `streams` [T, held, C]."""
+    local = tl.arange(0, block_tokens)
+    rows = wide(first) + local
+    live = rows < tokens
+    here = wide(first) * width
     pre = load_numbers(new_pre, rows, live, n)
-    for back in range(0, width, block_channels):
-        channels = (tl.cdiv(width, block_channels) - 1) * block_channels - back + tl.arange(0, block_channels)
+    for start in range(0, width, block_channels):
+        channels = start + tl.arange(0, block_channels)
         inside = live[:, None] & (channels < width)[None, :]
-        blocks = load_streams(source, rows[:, None] * (held * width) + channels[None, :], inside, width, held)
+        place = local[:, None] * (held * width) + channels[None, :]
+        blocks = load_streams(streams + here * held, place, inside, width, held)
         h = tl.zeros([block_tokens, block_channels], tl.float32)
         for j in tl.static_range(n):
             h += pre[j][:, None] * blocks[j % held].to(tl.float32)
-        tl.store(read + rows[:, None] * width + channels[None, :], h.to(read.dtype.element_ty), mask=inside)
+        at = local[:, None] * width + channels[None, :]
+        tl.store((read + here) + at, h.to(read.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "parts", "each", "lag", "iterations"])
+def forward_kernel(
+    streams, branch, post, res, read_pre, phi, bias, scale,
+    new_streams, read, new_pre, new_post, new_res, z, inverse, partial, counters,
+    tokens, width, parts, each, lag, iterations, eps,
+    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, stride: tl.constexpr, thin: tl.constexpr,
+    mixes: tl.constexpr, shifted: tl.constexpr, halves: tl.constexpr, precision: tl.constexpr,
+    interpreted: tl.constexpr,
+    mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr,
+    block_tokens: tl.constexpr, block_channels: tl.constexpr, read_tokens: tl.constexpr, read_channels: tl.constexpr,
+):  # fmt: skip
+    """Compute `step` where `mixes`, else `read`; with `shifted` h is read with given weights.
+
+    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n]; with
+    `shifted` also `read_pre` [T, n]; `phi` [halves, n C, stride], of which K columns are used (see
+    `prepare_kernel`); `bias` [K], `scale` [3]. Out: with `mixes` `new_streams` [T, n, C]; `read`
+    [T, C]; float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T].
+    Scratch: `partial` [parts, K + 1, T] float32, `counters` [1 + 2 tiles] int32, zero.
+    Grid: (tiles + lag) (parts + reads of a tile), lag and reads 0 where `shifted`.
+    """
+    reads: tl.constexpr = 0 if shifted else block_tokens // read_tokens
+    place = tl.program_id(0)
+    if not shifted:
+        place = tl.atomic_add(counters, 1)
+    tile = place // (parts + reads)
+    item = place % (parts + reads)
+    tiles = tl.cdiv(tokens, block_tokens)
+    arrived = counters + 1
+    ready = counters + 1 + tiles
+    if item < parts:
+        if tile < tiles:
+            _project(
+                streams, branch, post, res, read_pre, phi, new_streams, read, partial, tile * block_tokens, item,
+                each, tokens, width, n, m, columns, stride, thin, mixes, shifted, halves, precision, interpreted,
+                block_tokens, block_channels,
+            )  # fmt: skip
+            if arrive(arrived + tile) == parts - 1:
+                rows = (tile * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
+                coefficients(
+                    partial, parts, bias, scale, new_pre, new_post, new_res, z, inverse, rows, rows < tokens, tokens,
+                    width, iterations, eps, n, columns, mapping, sinkhorn_eps, turns, pre_eps, post_range, post_eps,
+                )  # fmt: skip
+                if not shifted:
+                    arrive(ready + tile)
+    elif not shifted:
+        tile -= lag
+        if (tile >= 0) & (tile < tiles):
+            wait_for(ready + tile, 1)
+            source = streams
+            held: tl.constexpr = n if mixes else m
+            if mixes:
+                source = new_streams
+            first = tile * block_tokens + (item - parts) * read_tokens
+            _read(source, new_pre, read, first, tokens, width, n, held, read_tokens, read_channels)

@@ -1,14 +1,37 @@
-"""Launch and tuning of kernels: by `wrap_triton`, visible to compilers, or by the interpreter."""
+"""Launches of kernels: directly, in Triton's interpreter, or noted down to be compiled ahead.
+
+`torch.library.wrap_triton` is for kernels that a compiler traces. The operators are opaque, and
+outside a trace it costs 0.5 ms of Python a launch and keeps the constants of each launch for ever.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import threading
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """A launch: `kernel[grid](*arguments, **constants)`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+#: Threads that compile kernels. The first launch waits for them: it would compile its own again.
+COMPILING: list[threading.Thread] = []
+#: What is noted down instead of run, in the thread that records.
+_NOTED: list[list[Launch]] = []
 
 
 def interpreted() -> bool:
@@ -16,16 +39,32 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` on `grid`, a tuple or a function of the tuned constants."""
-    wrapped = kernel if interpreted() else torch.library.wrap_triton(kernel)
-    wrapped[grid](*arguments, **constants)
+@contextlib.contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """Note launches down instead of running them: operators then take tensors on "meta"."""
+    launches: list[Launch] = []
+    _NOTED.append(launches)
+    try:
+        yield launches
+    finally:
+        _NOTED.pop()
 
 
-def tuned(key: list[str], *choices: tuple[int, int, int]) -> Callable[[Any], Any]:
-    """Autotune over (`block_tokens`, warps, stages) for every value of `key`.
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on the device of its first argument, a tensor. An empty grid runs nothing.
 
-    All choices give the same numbers up to rounding. The interpreter takes the first one.
+    Triton launches on the current device, which need not be that of the tensors.
     """
-    configs = [triton.Config({"block_tokens": rows}, num_warps=warps, num_stages=deep) for rows, warps, deep in choices]
-    return triton.autotune(configs[:1] if interpreted() else configs, key=key)  # type: ignore[no-any-return]
+    if _NOTED:
+        _NOTED[-1].append(Launch(kernel, grid, arguments, constants))
+    elif all(grid):
+        while COMPILING:
+            COMPILING.pop().join()
+        with _on(arguments[0]):
+            kernel[grid](*arguments, **constants)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

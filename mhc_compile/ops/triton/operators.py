@@ -7,92 +7,114 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from . import configs
 from ._shapes import Sizes, flat
-from .blocks import pack_kernel
-from .coefficients_backward import coefficients_backward_kernel
+from .backward import backward_kernel
+from .blocks import prepare_kernel
 from .forward import forward_kernel
 from .launch import interpreted, launch
 from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
-from .streams_backward import streams_backward_kernel
-from .sums import add_up, add_up_mixing
+from .sums import programs, sums_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-#: Programs of the pass over the streams: some waves on the largest GPU, small partial sums of dphi.
-_PROGRAMS = 512
-#: Fewer tokens than this are not worth a program of that pass.
-_TOKENS = 64
+#: Tokens of which a program of the second backward walk keeps the sum of dphi.
+_GROUP = 512
 
 
-def _packed(phi: Tensor, sizes: Sizes) -> tuple[Tensor, int]:
-    """Return the weights of the forward kernel and their row length, a multiple of 16 bytes."""
+def _numbers(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _flat(tensor: Tensor | None, axes: int, nothing: Tensor) -> Tensor:
+    """Return `flat` of a tensor, and for an absent one a tensor without numbers."""
+    return nothing if tensor is None else flat(tensor, axes)
+
+
+def _prepared(phi: Tensor, sizes: Sizes, counters: int) -> tuple[Tensor, Tensor, int]:
+    """Return counters, the weights of the forward kernel and their row length.
+
+    Rows are multiples of 16 bytes where phi is split.
+    """
     weights = phi.contiguous()
-    if sizes.halves == 1:
-        return weights, sizes.columns
-    stride = triton.cdiv(2 * sizes.columns, 8) * 8
-    packed = phi.new_empty(phi.shape[0], stride, dtype=torch.bfloat16)
-    size = sizes.n * sizes.width * sizes.columns
+    zeros = phi.new_empty(counters, dtype=torch.int32)
+    packs = sizes.halves == 2
+    stride = triton.cdiv(sizes.columns, 8) * 8 if packs else sizes.columns
+    packed = phi.new_empty(2, phi.shape[0], stride, dtype=torch.bfloat16) if packs else weights
+    size = phi.numel() if packs else 0
     launch(
-        pack_kernel, (triton.cdiv(size, 1024),), weights, packed, size, columns=sizes.columns, stride=stride, block=1024
+        prepare_kernel, (triton.cdiv(max(size, counters), 1024),), zeros, weights, packed, counters, size,
+        columns=sizes.columns, stride=stride, packs=packs, block=1024,
     )  # fmt: skip
-    return packed, stride
+    return zeros, packed, stride
 
 
 def _forward(
-    streams: Tensor, mix: Sequence[Tensor], site: Sequence[Tensor], n: int, mapping: str, iterations: int, eps: float
-) -> tuple[Tensor, ...]:
+    streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None, site: Sequence[Tensor], n: int,
+    mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `(new_streams, h, pre, post, res, z, inverse)`.
 
-    `mix` is `(branch, post, res)`, or empty: then the first result is the old streams. `site` is
-    `(phi, bias, scale)`.
+    `mix` is `(branch, post, res)`, or empty: then there is no first result. `read_pre` are weights
+    for h, None for the site's own. `site` is `(phi, bias, scale)`.
     """
     sizes = Sizes.of(streams, n, mapping)
     x = flat(streams, 2)
     tokens, lead = x.shape[0], streams.shape[:-2]
-    branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
-    new = x.new_empty(tokens, n, sizes.width) if mix else x
+    nothing = x.new_empty(0)
+    branch, post, res = (
+        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+    )
+    new = x.new_empty(tokens, n, sizes.width) if mix else nothing
     h = x.new_empty(tokens, sizes.width)
     new_pre, new_post, new_res, z, inverse = (
-        x.new_empty(tokens, *shape, dtype=torch.float32) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
+        _numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
     )
     phi, bias, scale = site
-    weights, stride = _packed(phi, sizes)
-    raw = x.new_empty(tokens, sizes.halves * sizes.columns, dtype=torch.float32)
+    config = configs.forward(sizes)
+    blocks = config.blocks
+    reads = 0 if read_pre is not None else blocks["block_tokens"] // blocks["read_tokens"]
+    work = configs.cut(tokens, sizes.width, blocks["block_tokens"], blocks["block_channels"], reads)
+    counters, weights, stride = _prepared(phi, sizes, 1 + 2 * work.tiles)
     launch(
-        forward_kernel, lambda meta: (triton.cdiv(tokens, meta["block_tokens"]),),
-        x, branch, post, res, weights, bias.contiguous(), scale.contiguous(),
-        new, h, new_pre, new_post, new_res, z, inverse, raw,
-        tokens, sizes.width, iterations, eps,
-        n=n, m=sizes.m, columns=sizes.columns, halves=sizes.halves, stride=stride, size=sizes.size,
-        thin=sizes.thin(sizes.halves), mixes=bool(mix), sinkhorn_mapping=mapping == "sinkhorn",
-        precision=sizes.precision, interpreted=interpreted(), block_channels=sizes.channels(128 if n <= 4 else 32),
+        forward_kernel, ((work.tiles + work.lag) * (work.parts + reads),),
+        x, branch, post, res, _flat(read_pre, 1, nothing), weights, bias.contiguous(), scale.contiguous(),
+        new, h, new_pre, new_post, new_res, z, inverse, _numbers(x, work.parts, sizes.columns + 1, tokens), counters,
+        tokens, sizes.width, work.parts, work.each, work.lag, iterations, eps,
+        n=n, m=sizes.m, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
+        shifted=read_pre is not None, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(),
+        **sizes.constants, **config.constants,
     )  # fmt: skip
-    outs = (new, h, new_pre, new_post, new_res, z, inverse)
+    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse)
     return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
 
 
 def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return `(h, pre, post, res, z, inverse)`; `h = Σ_j pre_j X_j`, in their dtype."""
-    return _forward(streams, (), args[:3], *args[3:])[1:]
+    return _forward(streams, (), None, args[:3], *args[3:])
 
 
 def step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Return `(streams', h', pre', post', res', z', inverse')`: `update` and the next `read`."""
-    mix, site, settings = args[:3], args[3:6], args[6:]
-    return _forward(streams, mix, site, mix[1].shape[-1], *settings)
+    return _forward(streams, args[:3], None, args[3:6], args[1].shape[-1], *args[6:])
+
+
+def shifted_step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Compute `step`, but `h' = Σ_j pre_j X'_j` with the given `pre`."""
+    return _forward(streams, args[:3], args[3], args[4:7], args[1].shape[-1], *args[7:])
 
 
 def _backward(
-    grads: Sequence[Tensor | None], streams: Tensor, mix: Sequence[Tensor], site: Sequence[Tensor], saved: Sequence[Tensor],
-    mapping: str, iterations: int,
+    grads: Sequence[Tensor | None], streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None,
+    site: Sequence[Tensor], saved: Sequence[Tensor], mapping: str, iterations: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return `(d_streams, d_branch, d_post, d_res, d_phi, d_bias, d_scale)`.
+    """Return `(d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale)`.
 
-    `grads` are those of `(new_streams, h, post, res)`, `saved` is `(pre, post, z, inverse)`.
-    Without `mix` the second to fourth results are placeholders.
+    `grads` are those of `(new_streams, h, pre, post, res)`, `saved` is `(pre, post, z, inverse)`.
+    Without `mix` the second to fourth results are placeholders, without `read_pre` the fifth.
     """
     phi, bias, scale = site
     new_pre, new_post, z, inverse = saved
@@ -100,135 +122,186 @@ def _backward(
     sizes = Sizes.of(streams, n, mapping)
     x = flat(streams, 2)
     tokens, width, columns = x.shape[0], sizes.width, sizes.columns
-    branch, post, res = (flat(mix[0], 1), flat(mix[1], 1), flat(mix[2], 2)) if mix else (x, x, x)
+    nothing = x.new_empty(0)
+    branch, post, res = (
+        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+    )
     weight, pre = phi.contiguous(), flat(new_pre, 1)
-    g_streams, g_h, g_post, g_res = (
-        x if grad is None else flat(grad, axes) for grad, axes in zip(grads, (2, 1, 1, 2), strict=True)
-    )
-    has_streams, has_read, has_post, has_res = (grad is not None for grad in grads)
+    gradients = [_flat(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
+    has_streams, has_read, has_pre, has_post, has_res = (grad is not None for grad in grads)
+    shifted = read_pre is not None
+    read_by = pre if read_pre is None else flat(read_pre, 1)
 
-    block_tokens = 16
-    programs = triton.cdiv(tokens, block_tokens)
-    scaled, radial, shares, scratch = (
-        x.new_empty(shape, dtype=torch.float32)
-        for shape in ((tokens, columns), (tokens,), (programs, columns + 3), (max(iterations - 1, 1), 2, tokens, n))
-    )
-    launch(
-        coefficients_backward_kernel, (programs,),
-        g_h, g_post, g_res, x, branch, post, res, bias.contiguous(), scale.contiguous(), pre, flat(new_post, 1),
-        flat(z, 1), inverse.reshape(-1).contiguous(),
-        scaled, radial, shares, scratch, tokens, width, iterations,
-        n=n, m=sizes.m, columns=columns, size=sizes.size, held=sizes.held, mixes=bool(mix),
-        has_read=has_read, has_post=has_post, has_res=has_res,
-        block_tokens=block_tokens, block_channels=sizes.channels(128 if n <= 4 else 64), num_warps=4,
-    )  # fmt: skip
-    d_bias, d_scale = torch.empty_like(bias), torch.empty_like(scale)
-    add_up(shares, d_bias, d_scale, 1, (columns, 3), base=columns, tall=True)
+    config = configs.backward(sizes)
+    blocks = triton.cdiv(width, config.blocks["block_channels"])
+    dot_tokens = config.blocks["dot_tokens"]
+    groups = triton.cdiv(tokens, _GROUP)
+    work = configs.cut(tokens, width, dot_tokens, config.blocks["dot_channels"], 1)
+    parts = work.parts if has_read and not shifted else 1
+    lag = min(groups, 1)
 
-    block_channels = sizes.channels(64 if n <= 4 else 32)
-    blocks = triton.cdiv(width, block_channels)
-    groups = torch.sym_min(triton.cdiv(tokens, _TOKENS), triton.cdiv(_PROGRAMS, blocks))
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch) if mix else x
-    products = x.new_empty(blocks if mix else 0, tokens, n + n * sizes.m, dtype=torch.float32)
-    phi_parts = x.new_empty(groups, n * width * columns, dtype=torch.float32)
+    d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch)
+    count = (n + n * sizes.m if mix else 0) + (n if shifted else 0)
+    products = _numbers(x, blocks, count, tokens)
+    phi_parts = _numbers(x, groups, *phi.shape)
+    shares = _numbers(x, work.tiles, columns + 3)
+    counters = torch.zeros(1 + work.tiles + groups, dtype=torch.int32, device=x.device)
     launch(
-        streams_backward_kernel, (blocks, groups),
-        g_streams, g_h, x, branch, post, res, weight, pre, scaled, radial,
-        d_streams, d_branch, products, phi_parts, tokens, width,
-        n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin(1), dots=sizes.dots, mixes=bool(mix),
-        has_streams=has_streams, has_read=has_read, precision=sizes.precision, interpreted=interpreted(),
-        block_channels=block_channels,
+        backward_kernel, ((groups + lag) * (parts * (_GROUP // dot_tokens) + blocks),),
+        x, *gradients, branch, post, res, read_by, weight, bias.contiguous(), scale.contiguous(),
+        pre, flat(new_post, 1), flat(z, 1), inverse.reshape(-1).contiguous(),
+        d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
+        _numbers(x, parts, sizes.m + 1, tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
+        tokens, width, parts, work.each, _GROUP, lag, iterations,
+        n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin,
+        mixes=bool(mix), shifted=shifted, has_streams=has_streams, has_read=has_read, has_pre=has_pre,
+        has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(),
+        **sizes.constants, **config.constants,
     )  # fmt: skip
-    d_phi = torch.empty_like(weight)
-    add_up(phi_parts, d_phi, d_phi, 1, (n * width * columns, 0), base=0)
-    d_post, d_res = torch.empty_like(post), torch.empty_like(res)
-    if mix:
-        add_up_mixing(products, d_post, d_res, n, sizes.m)
-        d_branch, d_post, d_res = (
-            new.reshape(old.shape) for new, old in zip((d_branch, d_post, d_res), mix, strict=True)
-        )
-    return d_streams.reshape(streams.shape), d_branch, d_post, d_res, d_phi, d_bias, d_scale
+    d_phi, d_bias, d_scale = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(scale)
+    mixed = _sums(x, sizes, mix, read_pre, products, site=(phi_parts, d_phi, shares, d_bias, d_scale))
+    d_branch = d_branch.reshape(mix[0].shape) if mix else d_branch
+    return d_streams.reshape(streams.shape), d_branch, *mixed, d_phi, d_bias, d_scale
+
+
+def _sums(
+    x: Tensor, sizes: Sizes, mix: Sequence[Tensor], read_pre: Tensor | None, products: Tensor,
+    site: tuple[Tensor, ...] = (), *, mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Add up the results of the other kernels; return `(d_post, d_res, d_pre)`.
+
+    `site` is `(phi_parts, d_phi, shares, d_bias, d_scale)`, of which the second and the last two
+    are written.
+    """
+    tokens, n = x.shape[0], sizes.n
+    nothing = x.new_empty(0)
+    d_post, d_res, d_pre = (
+        nothing if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (*(mix[1:] or (None, None)), read_pre)
+    )
+    phi_parts, d_phi, shares, d_bias, d_scale = site or (nothing,) * 5
+    rows = d_phi.shape[0] if site else 0
+    flags = {"mixes": bool(mix), "reads": read_pre is not None, "projects": bool(site)}
+    launch(
+        sums_kernel, (programs(tokens, rows, n, sizes.columns, **flags),),
+        products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale,
+        products.shape[0], tokens, phi_parts.shape[0] if site else 0, rows, shares.shape[0] if site else 0,
+        n=n, m=sizes.m, columns=sizes.columns, mean=mean, **flags, num_warps=4,
+    )  # fmt: skip
+    return d_post, d_res, d_pre
 
 
 def read_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `read`, `(d_streams, d_phi, d_bias, d_scale)`."""
-    grads, streams, site, saved, settings = args[:3], args[3], args[4:7], args[7:11], args[11:13]
-    d_streams, _, _, _, *rest = _backward((None, *grads), streams, (), site, saved, *settings)
-    return (d_streams, *rest)
+    g_h, g_post, g_res, streams, *rest = args
+    grads, site, saved = (None, g_h, None, g_post, g_res), rest[:3], rest[3:7]
+    d_streams, _, _, _, _, *d_site = _backward(grads, streams, (), None, site, saved, *rest[7:9])
+    return (d_streams, *d_site)
 
 
 def step_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `step` for its tensors."""
-    grads, streams, mix, site, saved, settings = args[:4], args[4], args[5:8], args[8:11], args[11:15], args[15:17]
-    return _backward(grads, streams, mix, site, saved, *settings)
-
-
-def _tiles(sizes: Sizes) -> dict[str, Any]:
-    """Return block sizes of about 2048 elements of a stream."""
-    channels = sizes.channels(128)
-    tokens = 2048 // channels if channels >= 64 else 16
-    return {"n": sizes.n, "m": sizes.m, "block_tokens": tokens, "block_channels": channels}
-
-
-def _mix(kernel: Any, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, out: Tensor) -> Tensor:
-    sizes = Sizes.of(streams, post.shape[-1])
-    x, tiles = flat(streams, 2), _tiles(sizes)
-    grid = (triton.cdiv(x.shape[0], tiles["block_tokens"]), triton.cdiv(sizes.width, tiles["block_channels"]))
-    launch(
-        kernel, grid, x, flat(branch, 1), flat(post, 1), flat(res, 2), out, x.shape[0], sizes.width, **tiles
+    g_streams, g_h, g_post, g_res, streams, *rest = args
+    grads, mix, site, saved = (g_streams, g_h, None, g_post, g_res), rest[:3], rest[3:6], rest[6:10]
+    d_streams, d_branch, d_post, d_res, _, *d_site = _backward(
+        grads, streams, mix, None, site, saved, *rest[10:12]
     )  # fmt: skip
-    return out
+    return (d_streams, d_branch, d_post, d_res, *d_site)
+
+
+def shifted_step_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of `shifted_step` for its tensors."""
+    grads, streams, mix, pre, site, saved = args[:5], args[5], args[6:9], args[9], args[10:13], args[13:17]
+    return _backward(grads, streams, mix, pre, site, saved, *args[17:19])
+
+
+def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
+    sizes = Sizes.of(streams, post.shape[-1])
+    x, tiles = flat(streams, 2), configs.mixing(sizes)
+    nothing = x.new_empty(0)
+    new = x.new_empty(*streams.shape[:-2], sizes.n, sizes.width)
+    h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else nothing
+    launch(
+        update_kernel, _grid(x, tiles), x, flat(branch, 1), flat(post, 1), flat(res, 2),
+        _flat(pre, 1, nothing), new, h, x.shape[0], sizes.width,
+        n=sizes.n, m=sizes.m, reads=pre is not None, **tiles,
+    )  # fmt: skip
+    return new, h
+
+
+def _grid(x: Tensor, tiles: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(x.shape[0], tiles["block_tokens"]), triton.cdiv(x.shape[-1], tiles["block_channels"])
 
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Return the new streams [..., n, C]: `X'_i = Σ_j res_ij X_j + post_i y`."""
-    out = streams.new_empty(*streams.shape[:-2], post.shape[-1], streams.shape[-1])
-    return _mix(update_kernel, streams, branch, post, res, out)
+    return _update(streams, branch, post, res, None)[0]
+
+
+def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the new streams and `h = Σ_j pre_j X'_j`."""
+    return _update(streams, branch, post, res, pre)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Return the mean of the new streams, [..., C], which are neither written nor rounded."""
-    return _mix(close_kernel, streams, branch, post, res, streams.new_empty(*streams.shape[:-2], streams.shape[-1]))
-
-
-def _mix_backward(
-    kernel: Any, grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, products: int
-) -> tuple[Tensor, ...]:
-    """Return `(d_streams, d_branch, d_post, d_res, partial)`; `d_post` and `d_res` are empty."""
     sizes = Sizes.of(streams, post.shape[-1])
-    x, y, tiles = flat(streams, 2), flat(branch, 1), _tiles(sizes)
-    tokens = x.shape[0]
-    grid = (triton.cdiv(tokens, tiles["block_tokens"]), triton.cdiv(sizes.width, tiles["block_channels"]))
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
-    partial = x.new_empty(grid[1], tokens, products, dtype=torch.float32)
+    x, tiles = flat(streams, 2), configs.mixing(sizes)
+    mean = x.new_empty(*streams.shape[:-2], sizes.width)
     launch(
-        kernel, grid, grad, x, y, flat(post, 1), flat(res, 2), d_streams, d_branch, partial, tokens, sizes.width,
-        dots=sizes.dots, **tiles,
+        close_kernel, _grid(x, tiles), x, flat(branch, 1), flat(post, 1), flat(res, 2), mean, x.shape[0], sizes.width,
+        n=sizes.n, m=sizes.m, **tiles,
     )  # fmt: skip
-    return (
-        d_streams.reshape(streams.shape), d_branch.reshape(branch.shape),
-        post.new_empty(post.shape), res.new_empty(res.shape), partial,
+    return mean
+
+
+def _update_backward(
+    grad: Tensor | None, grad_read: Tensor | None, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor,
+    pre: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sizes = Sizes.of(streams, post.shape[-1])
+    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
+    tokens, grid, reads, nothing = x.shape[0], _grid(x, tiles), pre is not None, x.new_empty(0)
+    d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
+    partial = _numbers(x, grid[1], sizes.n * (1 + sizes.m + reads), tokens)
+    launch(
+        update_backward_kernel, grid, x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
+        y, flat(post, 1), flat(res, 2), _flat(pre, 1, nothing), d_streams, d_branch, partial, tokens, sizes.width,
+        n=sizes.n, m=sizes.m, has_streams=grad is not None, has_read=grad_read is not None,
+        reads=reads, **tiles,
     )  # fmt: skip
+    mixed = _sums(x, sizes, (branch, post, res), pre, partial)
+    return d_streams.reshape(streams.shape), d_branch.reshape(branch.shape), *mixed
 
 
 def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of `update` for `grad` [..., n, C]."""
-    n, m = post.shape[-1], streams.shape[-2]
-    *gradients, d_post, d_res, partial = _mix_backward(
-        update_backward_kernel, flat(grad, 2), streams, branch, post, res, n + n * m
-    )
-    add_up_mixing(partial, d_post, d_res, n, m)
-    return (*gradients, d_post, d_res)
+    return _update_backward(grad, None, streams, branch, post, res, None)[:4]
+
+
+def mix_read_backward(
+    grad: Tensor | None,
+    grad_read: Tensor | None,
+    streams: Tensor,
+    branch: Tensor,
+    post: Tensor,
+    res: Tensor,
+    pre: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `mix_read` for its tensors."""
+    return _update_backward(grad, grad_read, streams, branch, post, res, pre)
 
 
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of `close` for `grad` [..., C]."""
-    n, m = post.shape[-1], streams.shape[-2]
-    *gradients, d_post, d_res, partial = _mix_backward(
-        close_backward_kernel, flat(grad, 1), streams, branch, post, res, 1 + m
-    )
-    add_up(
-        partial, d_post, d_res, partial.shape[1], (n, n * n),
-        left_step=0, base=1, inner=n, row_step=0, column_step=int(m == n and n > 1),
+    sizes = Sizes.of(streams, post.shape[-1])
+    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
+    tokens, grid = x.shape[0], _grid(x, tiles)
+    d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
+    partial = _numbers(x, grid[1], 1 + sizes.m, tokens)
+    launch(
+        close_backward_kernel, grid, x, flat(grad, 1), y, flat(post, 1), flat(res, 2), d_streams, d_branch, partial,
+        tokens, sizes.width, n=sizes.n, m=sizes.m, **tiles,
     )  # fmt: skip
-    return (*gradients, d_post, d_res)
+    mixed = _sums(x, sizes, (branch, post, res), None, partial, mean=True)
+    return d_streams.reshape(streams.shape), d_branch.reshape(branch.shape), *mixed[:2]

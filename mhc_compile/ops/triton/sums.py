@@ -1,68 +1,90 @@
-"""The sum of the partial results of another kernel, in a fixed order."""
+"""The sums of the partial results of a backward kernel, each in a fixed order, in one launch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
-from .launch import launch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .blocks import wide
 
 
 @triton.jit
-def sums_kernel(
-    partial, left, right, parts, rows, columns, left_width, right_width,
-    left_step, base, inner, row_step, column_step,
-    block_parts: tl.constexpr, block: tl.constexpr,
+def _sum(
+    partial, out, program, parts, rows, columns, width, base, inner, row_step, column_step,
+    tokens_last: tl.constexpr, block_parts: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Sum `partial` [S, R, D] float32 over S, into `left` and `right` [R, width].
+    """Sum some entries of `partial` [S, R, D] float32 over S into `out` [R, width].
 
-    Equal results are kept once in `partial`: entry e of the left is in column `e left_step`, e of
-    the right in column `base + (e // inner) row_step + (e % inner) column_step`.
+    Entry e is in column `base + (e // inner) row_step + (e % inner) column_step`: equal results are
+    kept once in `partial`. With `tokens_last` it is [S, D, R].
     """
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    width = left_width + right_width
-    row = at // width
-    entry = at % width
-    live = row < rows
-    lefts = entry < left_width
-    other = entry - left_width
-    column = tl.where(lefts, entry * left_step, base + (other // inner) * row_step + (other % inner) * column_step)
+    at = wide(program) * block + tl.arange(0, block)
+    live = at < wide(rows) * width
+    if tokens_last:
+        row = at % rows
+        entry = at // rows
+    else:
+        row = at // width
+        entry = at % width
+    column = base + (entry // inner) * row_step + (entry % inner) * column_step
     part = tl.arange(0, block_parts).to(tl.int64)
-    stride = tl.full([], 1, tl.int64) * rows * columns
+    stride = wide(rows) * columns
     total = tl.zeros([block], tl.float32)
     for first in range(0, parts, block_parts):
         here = first + part
         mask = (here < parts)[:, None] & live[None, :]
-        place = here[:, None] * stride + (row * columns + column)[None, :]
+        if tokens_last:
+            place = here[:, None] * stride + (column * rows + row)[None, :]
+        else:
+            place = here[:, None] * stride + (row * columns + column)[None, :]
         total += tl.sum(tl.load(partial + place, mask=mask, other=0.0), 0)
-    tl.store(left + row * left_width + entry, total.to(left.dtype.element_ty), mask=live & lefts)
-    tl.store(right + row * right_width + other, total.to(right.dtype.element_ty), mask=live & (entry >= left_width))
+    tl.store(out + row * width + entry, total.to(out.dtype.element_ty), mask=live)
 
 
-def add_up(
-    partial: Tensor, left: Tensor, right: Tensor, rows: int, columns: tuple[int, int], *, left_step: int = 1,
-    base: int, inner: int = 1, row_step: int = 1, column_step: int = 1, tall: bool = False,
-) -> None:  # fmt: skip
-    """Launch `sums_kernel` for rows of `columns` = (left, right) results; `tall`: many parts."""
-    block, block_parts = (32, 128) if tall else (128, 8)
-    launch(
-        sums_kernel, (triton.cdiv(rows * sum(columns), block),),
-        partial, left, right, partial.shape[0], rows, partial.shape[-1], *columns,
-        left_step, base, inner, row_step, column_step, block_parts=block_parts, block=block,
-    )  # fmt: skip
+@triton.jit(do_not_specialize=["blocks", "tokens", "groups", "rows", "tiles"])
+def sums_kernel(
+    products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale, blocks, tokens, groups, rows, tiles,
+    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr,
+    mixes: tl.constexpr, mean: tl.constexpr, reads: tl.constexpr, projects: tl.constexpr,
+):  # fmt: skip
+    """Add up the results of the other backward kernels.
 
-
-def add_up_mixing(partial: Tensor, d_post: Tensor, d_res: Tensor, n: int, m: int) -> None:
-    """Sum products [S, T, n + n m] into `d_post` [..., n] and `d_res` [..., n, n].
-
-    The products of a stream that is held for n equal ones count for each.
+    `products` [blocks, D, T] are those of the kernels: with `mixes` the n products with the branch
+    and the n m with the streams, with `mean` one and m, which count for every new stream; with
+    `reads` n more, of d_pre. With `projects` `phi_parts` [groups, n C, K] and `shares`
+    [tiles, K + 3]. The products of a stream that is held for n equal ones count for each. Grid:
+    `programs` of each.
     """
-    add_up(
-        partial, d_post, d_res, partial.shape[1], (n, n * n),
-        base=n, inner=n, row_step=m, column_step=int(m == n and n > 1),
-    )  # fmt: skip
+    program = tl.program_id(0)
+    outer: tl.constexpr = 0 if mean else 1
+    mixing: tl.constexpr = (1 + outer * (n - 1)) * (1 + m) if mixes else 0
+    per_token: tl.constexpr = mixing + (n if reads else 0)
+    along: tl.constexpr = 1 if m == n and n > 1 else 0
+    if mixes:
+        if program < tl.cdiv(tokens * n, 128):
+            _sum(products, d_post, program, blocks, tokens, per_token, n, 0, 1, outer, 0, True, 8, 128)
+        program -= tl.cdiv(tokens * n, 128)
+        if (program >= 0) & (program < tl.cdiv(tokens * n * n, 128)):
+            base: tl.constexpr = 1 + outer * (n - 1)
+            _sum(products, d_res, program, blocks, tokens, per_token, n * n, base, n, outer * m, along, True, 8, 128)
+        program -= tl.cdiv(tokens * n * n, 128)
+    if reads:
+        if (program >= 0) & (program < tl.cdiv(tokens * n, 128)):
+            _sum(products, d_pre, program, blocks, tokens, per_token, n, mixing, 1, 1, 0, True, 8, 128)
+        program -= tl.cdiv(tokens * n, 128)
+    if projects:
+        if (program >= 0) & (program < tl.cdiv(rows * columns, 128)):
+            _sum(phi_parts, d_phi, program, groups, rows, columns, columns, 0, 1, 1, 0, False, 8, 128)
+        program -= tl.cdiv(rows * columns, 128)
+        if (program >= 0) & (program < tl.cdiv(columns, 32)):
+            _sum(shares, d_bias, program, tiles, 1, columns + 3, columns, 0, 1, 1, 0, False, 128, 32)
+        program -= tl.cdiv(columns, 32)
+        if program == 0:
+            _sum(shares, d_scale, program, tiles, 1, columns + 3, 3, columns, 1, 1, 0, False, 128, 32)
+
+
+def programs(tokens: int, rows: int, n: int, columns: int, *, mixes: bool, reads: bool, projects: bool) -> int:
+    """Return the grid of `sums_kernel`."""
+    count = triton.cdiv(tokens * n, 128) + triton.cdiv(tokens * n * n, 128) if mixes else 0
+    count += triton.cdiv(tokens * n, 128) if reads else 0
+    return count + (triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0)

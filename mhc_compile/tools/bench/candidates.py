@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mhc_compile.errors import MhcError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class Candidate:
     cuda: bool = False  # whether it needs a CUDA device
     dtype: str = ""  # the only dtype of streams that it supports, "" for any
     kinds: tuple[str, ...] = ("site", "step")  # the benchmarks that it takes part in
-    mapping: str = "sinkhorn"  # of H_res, for candidates of this package
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the backend, for candidates of this package
 
     def missing(self, shape: Shape) -> str | None:
         """Return why it cannot run here, or None."""
@@ -87,7 +87,7 @@ class Candidate:
         if self.name == PLAIN:
             return plain_cell(shape)
         if self.plain_model:
-            return own_cell(shape, self.mapping, fused=self.compiler != "mhc-none")
+            return own_cell(shape, self.options, fused=self.compiler != "mhc-none")
         (site,), ends = self.sites(shape, 1)
         return cell(shape, site, ends)
 
@@ -114,17 +114,24 @@ _TILE = Candidate(
     name="tilekernels", title="TileKernels' mHC, blocks under Inductor", connection="tile",
     package="tile_kernels", distribution="tile-kernels", cuda=True, dtype="bfloat16", **_BLOCKS,
 )  # fmt: skip
-#: `ours` with other residual mappings; a table of all candidates has the paper's alone.
-_MAPPINGS = tuple(
-    replace(_OURS, name=f"ours-{mapping}", title=f'ours, mapping="{mapping}"', mapping=mapping)
-    for mapping in ("identity", "permutations", "kronecker", "unconstrained")
+#: `ours` with other conventions; on CPU a table of all candidates has the paper's alone.
+_CONVENTIONS = (
+    *(
+        replace(_OURS, name=f"ours-{value}", title=f'ours, {name}="{value}"', options={name: value})
+        for name, values in (
+            ("preset", ("deepseek-v4", "deepseek-v4.1")),
+            ("mapping", ("identity", "permutations", "kronecker", "unconstrained")),
+        )
+        for value in values
+    ),
+    replace(_OURS, name="ours-single-pass", title="ours, single_pass=True", options={"single_pass": True}),
 )
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name=PLAIN, title="plain residual, Inductor", plain_model=True),
     _OURS,
     replace(_OURS, name="ours-block", title='ours, recompute="block"', compiler="mhc-block", kinds=("step",)),
     replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none"),
-    *_MAPPINGS,
+    *_CONVENTIONS,
     _DEEPSEEK,
     replace(_DEEPSEEK, name="deepseek-v4-eager", title="transformers' DeepSeek-V4, eager", **_EAGER),
     _PACKAGE,
@@ -133,14 +140,17 @@ CANDIDATES: tuple[Candidate, ...] = (
     _TILE,
 )
 NAMES = (*(candidate.name for candidate in CANDIDATES), LIMIT)
-ONLY_WHEN_NAMED = tuple(candidate.name for candidate in _MAPPINGS)
+#: Rows of a table for which no names are given, by device. On CUDA they fit into ten minutes.
+DEFAULT = {
+    "cpu": tuple(name for name in NAMES if name not in {candidate.name for candidate in _CONVENTIONS}),
+    "cuda": (PLAIN, "ours", "ours-deepseek-v4", "ours-deepseek-v4.1", "deepseek-v4", "liger", LIMIT),
+}
 
 
-def choose(names: Sequence[str]) -> tuple[tuple[Candidate, ...], bool]:
+def choose(names: Sequence[str], device: str = "cpu") -> tuple[tuple[Candidate, ...], bool]:
     """Return the named candidates in the table's order, and whether the limit is one of the names.
 
-    The plain model is always included: all ratios are over it. No names mean all candidates but
-    those of `ONLY_WHEN_NAMED`.
+    The plain model is always included: all ratios are over it. No names mean those of `DEFAULT`.
 
     Raises:
         UnknownNameError: with the nearest names.
@@ -150,7 +160,7 @@ def choose(names: Sequence[str]) -> tuple[tuple[Candidate, ...], bool]:
             near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
             guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise UnknownNameError(f"--only {name!r}: there is no such candidate; {guess}known: {', '.join(NAMES)}")
-    chosen = {PLAIN, *(names or set(NAMES) - set(ONLY_WHEN_NAMED))}
+    chosen = {PLAIN, *(names or DEFAULT[device])}
     return tuple(candidate for candidate in CANDIDATES if candidate.name in chosen), LIMIT in chosen
 
 

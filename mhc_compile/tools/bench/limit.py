@@ -1,6 +1,7 @@
 """The physical limit of a site: the bytes that must move and the products that must be computed.
 
-README.md derives the counts.
+README.md derives the counts. `Limit` is for CPU, `CopyLimit` for CUDA, where tensor cores multiply
+while the bytes move.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def moved(shape: Shape) -> tuple[Moved, Moved]:
 
     forward   reads X (n C) and f (C); writes X' (n C) and h (C)
     backward  reads dX' (n C), dh (C), X (n C) and f (C); writes dX (n C) and df (C)
+
+    A single pass has the same floor, and reaches it without a cache: X' is not needed again.
     """
     n, width = shape.streams, shape.width
     return Moved((n + 1) * width, (n + 1) * width), Moved((2 * n + 2) * width, (n + 1) * width)
@@ -69,6 +72,30 @@ class Limit(Workload):
             torch.add(source, other, out=target)
             torch.mm(streams.t(), self._logits, out=self._gradient)
             torch.mm(self._logits, self._phi.t(), out=streams)
+
+
+class CopyLimit(Workload):
+    """The bytes of one site at the bandwidth of a copy of `size` bytes within the device."""
+
+    def __init__(self, shape: Shape, size: int = 1 << 30) -> None:
+        super().__init__(shape.device)
+        self._source = torch.randint(256, (size,), dtype=torch.uint8, device=shape.device)
+        self._target = torch.empty_like(self._source)
+        site = shape.tokens * shape.real.itemsize
+        self._shares = [sum(one) * site / (2 * size) for one in moved(shape)]  # a copy reads and writes
+
+    def forward(self) -> None:
+        """Copy."""
+        self._target.copy_(self._source)
+
+    def backward(self, outputs: None) -> None:
+        """Do nothing."""
+
+    def timed(self) -> Times:
+        """Return the times of one site."""
+        copy = super().timed()
+        forward, backward = (copy.total * share for share in self._shares)
+        return Times(forward, backward, forward + backward, copy.host)
 
 
 def in_step(plain: Times, site: Times, sites: int) -> Times:

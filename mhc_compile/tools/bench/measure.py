@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+import math
+import statistics
+import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhc_compile import __version__, ops
-from mhc_compile._torch import compile_with_inductor, isolated_compile, show_compiler_errors_only
-from mhc_compile._torch.benchmarking import warm_up
-from mhc_compile.reporting.conditions import load_average, machine_conditions
+from mhc_compile import __version__
+from mhc_compile._torch import show_compiler_errors_only
+from mhc_compile._torch.benchmarking import caches, warm_up
+from mhc_compile.reporting.conditions import gpu_state, load_average, machine_conditions
+from mhc_compile.tools.bench.ahead import compile_ahead
+from mhc_compile.tools.bench.builds import build
 from mhc_compile.tools.bench.candidates import LIMIT, PLAIN, choose
-from mhc_compile.tools.bench.limit import Limit, in_step, moved
+from mhc_compile.tools.bench.limit import CopyLimit, Limit, in_step, moved
 from mhc_compile.tools.bench.results import (
     PHASES,
     Benchmark,
@@ -27,8 +34,7 @@ from mhc_compile.tools.bench.results import (
     paired_ratio,
     spread,
 )
-from mhc_compile.tools.bench.timing import first_run, interleave, measure_checks, measure_memory
-from mhc_compile.tools.bench.workloads import SITES, Block, SiteWorkload, StepWorkload, batch
+from mhc_compile.tools.bench.timing import first_run, interleave, measure_checks, measure_kernels, measure_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,72 +42,129 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.reporting.progress import Silent
-    from mhc_compile.tools.bench.candidates import Candidate, Compiler
+    from mhc_compile.tools.bench.candidates import Candidate
     from mhc_compile.tools.bench.sites import Shape
+    from mhc_compile.tools.bench.timing import FirstRun
     from mhc_compile.tools.bench.workloads import Times, Workload
 
 log = logging.getLogger(__name__)
 
 _WARM_UP = 2
 _LIMIT_TITLE = {"site": "copy of the bytes + products", "step": "plain + every site's limit"}
+#: Shares of the time that is left: of a run for compilation ahead, of a benchmark for its building.
+_AHEAD, _BUILDING = 0.6, 0.7
 
 
 def run(
-    shape: Shape,
+    shapes: Sequence[Shape],
     *,
     only: Sequence[str] = (),
     kinds: Sequence[str] = ("site", "step"),
     rounds: int = 15,
     cold: bool = True,
+    processes: int = 1,
+    seconds: float = math.inf,
     progress: Silent,
 ) -> Result:
-    """Measure the candidates that `only` names (all by default) in the benchmarks `kinds`.
+    """Measure the candidates that `only` names (else the device's) in the benchmarks `kinds`.
+
+    Args:
+        shapes: sizes, which differ in the width alone; each has benchmarks of its own.
+        only: names of candidates.
+        kinds: "site", "step".
+        rounds: of every benchmark, at most.
+        cold: whether compilation starts with empty caches.
+        processes: with more than one, candidates are compiled ahead in so many processes.
+        seconds: for everything. What does not fit is a row that says so.
+        progress: display.
 
     Raises:
         UnknownNameError: `only` has a name without a candidate.
     """
-    candidates, limit = choose(only)
+    end = time.monotonic() + seconds
+    device = shapes[0].device
+    candidates, limit = choose(only, device)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|hyper_connections|liger_kernel|tile_kernels)\.")
     show_compiler_errors_only(inductor=True)
-    before = load_average()
+    before, state = load_average(), gpu_state(device)
     progress.phase("loading the compiler")
-    warm_up()
+    warm_up(device)
     benchmarks: list[Benchmark] = []
-    for kind in kinds:
-        benchmark, interrupted = measure(
-            kind, shape, candidates, limit=limit, rounds=rounds, cold=cold, progress=progress
-        )
-        benchmarks.append(benchmark)
-        if interrupted:
-            break
+    ahead = processes > 1
+    # Every process that compiles ahead uses the caches of this context.
+    with caches(cold=True) if ahead and cold else nullcontext():
+        firsts = None
+        if ahead:
+            until = time.monotonic() + _AHEAD * (end - time.monotonic())
+            firsts = compile_ahead(candidates, kinds, shapes, processes=processes, end=until, progress=progress)
+        for shape, kind in (turns := list(itertools.product(shapes, kinds))):
+            share = (end - time.monotonic()) / (len(turns) - len(benchmarks))
+            how: dict[str, Any] = {"limit": limit, "rounds": rounds, "cold": cold, "firsts": firsts}
+            benchmark, interrupted = measure(
+                kind, shape, candidates, **how, end=time.monotonic() + share, progress=progress
+            )
+            benchmarks.append(benchmark)
+            if interrupted:
+                break
     versions = {candidate.distribution: candidate.installed() for candidate in candidates}
     conditions = {
-        **asdict(shape),
-        **machine_conditions(shape.device),
+        **{name: value for name, value in asdict(shapes[0]).items() if name != "width"},
+        "widths": [shape.width for shape in shapes],
+        **machine_conditions(device),
         "packages": {"mhc-compile": __version__, **{name: one for name, one in versions.items() if one}},
         "rounds": rounds,
+        "processes": processes,
         "load": (before, load_average()),
+        **({"gpu": (state, gpu_state(device))} if state else {}),
     }
     return Result(conditions, tuple(benchmarks), interrupted)
 
 
 def measure(
-    kind: str, shape: Shape, candidates: Sequence[Candidate], *, limit: bool, rounds: int, cold: bool, progress: Silent
+    kind: str,
+    shape: Shape,
+    candidates: Sequence[Candidate],
+    *,
+    limit: bool,
+    rounds: int,
+    cold: bool,
+    firsts: Mapping[tuple[str, int, str], FirstRun | None] | None = None,
+    end: float = math.inf,
+    progress: Silent,
 ) -> tuple[Benchmark, bool]:
-    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted."""
+    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted.
+
+    `firsts` are the first runs of candidates that were compiled ahead, None for one that was not
+    finished in time. After `end`, a time of `time.monotonic`, nothing begins but the first round.
+    """
     torch.compiler.reset()
+    gc.collect()  # models of the benchmark before
+    if shape.device == "cuda":
+        torch.cuda.empty_cache()
     mine = [candidate for candidate in candidates if kind in candidate.kinds]
     rows = {c.name: Row(name=c.name, title=c.title, status="missing", message=c.missing(shape) or "") for c in mine}
-    builds = {c.name: partial(_workload, kind, shape, c) for c in mine}
-    workloads = prepare(rows, builds, label=f"{kind}: ", cold=cold, progress=progress)
+    ahead = {name: first for (one, width, name), first in (firsts or {}).items() if (one, width) == (kind, shape.width)}
+    for name in rows:
+        if name in ahead and ahead[name] is None:
+            rows[name] = replace(rows[name], message="left out: it was not compiled in the time of --seconds")
+    builds = {c.name: partial(build, kind, shape, c) for c in mine}
+    until = time.monotonic() + _BUILDING * (end - time.monotonic())
+    label = f"{kind}, C = {shape.width}: "
+    profiled = kind == "site" and shape.device == "cuda"
+    workloads = prepare(
+        rows, builds, label=label, cold=cold, ahead=ahead, profiled=profiled, end=until, progress=progress
+    )
     if limit:
         # The bytes of a site's limit were counted by hand.
         size = sum(map(sum, moved(shape))) * shape.tokens * shape.real.itemsize
         counters = Counters(bytes=size) if kind == "site" else None
-        rows[LIMIT] = Row(name=LIMIT, title=_LIMIT_TITLE[kind], status="ok", counters=counters)
-        workloads[LIMIT] = Limit(shape)
+        copied = shape.device == "cuda"
+        title = "bandwidth of a copy" if copied and kind == "site" else _LIMIT_TITLE[kind]
+        rows[LIMIT] = Row(name=LIMIT, title=title, status="ok", counters=counters)
+        workloads[LIMIT] = CopyLimit(shape) if copied else Limit(shape)
     sites = shape.sites if kind == "step" else 1
-    return time_rows(kind, rows, workloads, rounds=rounds, sites=sites, progress=progress)
+    benchmark, interrupted = time_rows(kind, rows, workloads, rounds=rounds, sites=sites, end=end, progress=progress)
+    return replace(benchmark, width=shape.width), interrupted
 
 
 def prepare(
@@ -110,20 +173,32 @@ def prepare(
     *,
     label: str = "",
     cold: bool,
+    ahead: Mapping[str, FirstRun | None] | None = None,
+    profiled: bool = False,
+    end: float = math.inf,
     progress: Silent,
 ) -> dict[str, Workload]:
-    """Build, compile and run candidates without a message; update `rows`, return what runs."""
+    """Build, compile and run candidates without a message; update `rows`, return what runs.
+
+    Those that were compiled `ahead` load their code from caches. After `end` the rest is left out.
+    """
     workloads: dict[str, Workload] = {}
-    for index, (name, build) in enumerate(builds.items()):
+    for index, (name, build_one) in enumerate(builds.items()):
         progress.phase(f"{label}compiling {name} ({index + 1} of {len(builds)})")
         if rows[name].message:
             continue
+        if time.monotonic() > end:
+            rows[name] = replace(rows[name], message="left out: the time of --seconds was over before its turn")
+            continue
         try:
             torch.manual_seed(0)
-            module, workload = build()
-            first = first_run(workload, cold=cold)
+            module, workload = build_one()
+            first = (ahead or {}).get(name)
+            if first is None:
+                first = first_run(workload, cold=cold)
             workload.timed()
             memory, checks = measure_memory(workload), measure_checks(workload)
+            kernels = measure_kernels(workload) if profiled else ()
         except Exception as error:  # any error of a candidate becomes its row; the others go on
             log.debug("%s failed", name, exc_info=True)
             rows[name] = replace(rows[name], status="failed", message=_line(error))
@@ -138,41 +213,10 @@ def prepare(
             saved_bytes=memory.saved,
             peak_bytes=memory.peak,
             checks=checks,
+            kernels=kernels,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
         )
     return workloads
-
-
-def compiled(module: nn.Module, compiler: Compiler, mapping: str = "sinkhorn") -> Callable[..., Any]:
-    """Return `module` under a candidate's compiler; compilation happens at the first call."""
-    if compiler == "eager":
-        return module
-    if compiler.startswith("mhc"):
-        recompute = compiler.removeprefix("mhc").removeprefix("-") or "cheap"
-        return torch.compile(module, backend="mhc", options={"recompute": recompute, "mapping": mapping})
-    if compiler == "blocks":
-        for block in module.modules():
-            if isinstance(block, Block):
-                block.attn.compile()
-                block.mlp.compile()
-        return module
-    # Isolated: the cells of all candidates share a code object, and Dynamo limits its compilations.
-    return isolated_compile(module, _inductor if compiler == "operators" else "inductor")  # type: ignore[arg-type]
-
-
-def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Compile as the backend does with a rewritten graph."""
-    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, f"mhc-{ops.fingerprint()}")
-
-
-def _workload(kind: str, shape: Shape, candidate: Candidate) -> tuple[nn.Module, Workload]:
-    if kind == "step":
-        model = candidate.model(shape)
-        call = compiled(model, candidate.compiler, candidate.mapping)
-        return model, StepWorkload(shape.device, call, model, batch(shape))
-    module, first = candidate.site(shape)
-    inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(SITES - 1))]
-    return module, SiteWorkload(shape.device, compiled(module, candidate.site_compiler), module, inputs)
 
 
 def time_rows(
@@ -182,16 +226,18 @@ def time_rows(
     *,
     rounds: int,
     sites: int,
+    end: float = math.inf,
     progress: Silent,
     label: str = "",
 ) -> tuple[Benchmark, bool]:
     """Time the workloads; return the rows with times and whether Ctrl-C interrupted the rounds.
 
     A workload is a model of so many `sites`, or one site. `label` replaces `kind` in the display.
+    After `end` no round but the first begins.
     """
     turns = itertools.count()
     progress.count(f"{label or kind}: timing", (rounds + _WARM_UP) * len(workloads))
-    measured = interleave(workloads, rounds, _WARM_UP, lambda name: progress.advance(name, done=next(turns)))
+    measured = interleave(workloads, rounds, _WARM_UP, lambda name: progress.advance(name, done=next(turns)), end)
     times = dict(measured.times)
     if kind == "step" and LIMIT in times:
         limits = times.pop(LIMIT)
@@ -226,6 +272,8 @@ def _timed(row: Row, times: dict[str, list[Times]], plain: Row | None, workload:
         ratio={phase: paired_ratio(samples[phase], base[phase]) for phase in PHASES} if compared else {},
         extra=paired_difference(*extra) if compared else None,
         share=paired_ratio(floor, samples["total"]).median if floor else None,
+        peak_ratio=row.peak_bytes / plain.peak_bytes if row.peak_bytes and plain and plain.peak_bytes else None,
+        host_seconds=statistics.median(one.host for one in times[row.name]) if workload.device == "cuda" else None,
         plus=row.counters.per_site(plain.counters, sites) if row.counters and plain and plain.counters else None,
         loss=getattr(workload, "loss", None),
     )

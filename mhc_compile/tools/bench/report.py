@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Width in columns from which on times and counts are one table.
 WIDE = 130
+#: Kernels of a candidate that are shown by name, and the length of the names; JSON has all.
+_KERNELS, _NAME = 8, 48
 _TITLES = {
     "site": "One site: the write of a site and the read of the next",
     "step": "One training step: forward, backward, AdamW",
@@ -29,6 +31,11 @@ _LEGENDS = {
         "ms: median (quartiles of both together). × plain: of the same rounds. of limit: limit / this. kernels: that"
         " Inductor generated + calls of other operators. MB: read and written, by Inductor's count; the limit's by"
         " hand. saved, peak, compile: as below."
+    ),
+    "cuda": (
+        "forward, backward, total: between events on the stream. host: ms to enqueue a run; where it is not below the"
+        " total, the host is what is measured. peak × plain: of peak MB. limit: the bytes at the bandwidth of a copy."
+        " compile: in a process of its own, several at once."
     ),
     "step": (
         "+ ms/site, kernels/site and MB/site: (this − plain) / sites. saved: alive between forward and backward; saved"
@@ -47,8 +54,9 @@ def view(result: Result, width: int) -> RenderableType:
     """Return the tables of a run for a terminal of `width` columns."""
     parts: list[RenderableType] = []
     for benchmark in result.benchmarks:
-        title = f"{_TITLES[benchmark.kind]}; {_rounds(benchmark)}"
-        parts += [*_section(title, benchmark, _LEGENDS[benchmark.kind], width), Text()]
+        title = f"{_TITLES[benchmark.kind]}, C = {benchmark.width}; {_rounds(benchmark)}"
+        legend = _LEGENDS[benchmark.kind] + (f" {_LEGENDS['cuda']}" if _on_cuda(benchmark) else "")
+        parts += [*_section(title, benchmark, legend, width), Text()]
     return Group(*parts, *_end(_conditions(result.conditions), result.interrupted))
 
 
@@ -66,9 +74,20 @@ def _conditions(c: Mapping[str, Any]) -> str:
     before, after = c["load"]
     return (
         f"{c['device']}, {c['cores']} cores, {c['threads']} threads ({c['wait_policy']} waiting); torch {c['torch']};"
-        f" {c['dtype']}, C = {c['width']}, {c['tokens']} tokens, {c['layers']} layers, vocabulary {c['vocabulary']},"
+        f" {c['dtype']}, C = {', '.join(map(str, c['widths']))}, {c['tokens']} tokens, {c['layers']} layers, vocabulary {c['vocabulary']},"
         f" n = {c['streams']}, {c['iterations']} Sinkhorn iterations; load {before:.1f} before, {after:.1f} after"
+        + "".join(
+            f"\n{when}: {_gpu(state)}" for when, state in zip(("before", "after"), c.get("gpu", ()), strict=False)
+        )
     )
+
+
+def _gpu(state: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in state.items())
+
+
+def _on_cuda(benchmark: Benchmark) -> bool:
+    return any(row.host_seconds is not None for row in benchmark.rows)
 
 
 def _rounds(benchmark: Benchmark) -> str:
@@ -78,7 +97,39 @@ def _rounds(benchmark: Benchmark) -> str:
 def _section(title: str, benchmark: Benchmark, legend: str, width: int) -> list[RenderableType]:
     checks = [Text(_checks(row, row.checks)) for row in benchmark.rows if row.checks and row.seconds]
     messages = [Text(f"{row.name}: {row.message}", _COLOURS[row.status]) for row in benchmark.rows if row.message]
-    return [Text(title, "italic"), *_tables(benchmark, width), Text(legend, "dim"), *checks, *messages]
+    kernels = [_kernel_table(benchmark)] if any(row.kernels for row in benchmark.rows) else []
+    copied = [Text(_bandwidth(row)) for row in benchmark.rows if row.name == LIMIT and kernels and row.counters]
+    return [
+        Text(title, "italic"),
+        *_tables(benchmark, width),
+        Text(legend, "dim"),
+        *copied,
+        *kernels,
+        *checks,
+        *messages,
+    ]
+
+
+def _bandwidth(limit: Row) -> str:
+    assert limit.counters is not None
+    rate = limit.counters.bytes / limit.seconds["total"].median
+    return f"limit: {limit.counters.bytes / 1e6:.1f} MB a site at {rate / 1e12:.3f} TB/s, the bandwidth of a copy"
+
+
+def _kernel_table(benchmark: Benchmark) -> Table:
+    """Return the kernels of one site, the longest of each candidate; the rest in one line."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("kernels of one site")
+    for title in ("launches", "µs"):
+        table.add_column(title, justify="right")
+    for row in benchmark.rows:
+        shown, rest = row.kernels[:_KERNELS], row.kernels[_KERNELS:]
+        for kernel in shown:
+            table.add_row(f"{row.name}: {kernel.name[:_NAME]}", f"{kernel.launches:.3g}", f"{1e6 * kernel.seconds:.1f}")
+        if rest:
+            launches, seconds = sum(one.launches for one in rest), sum(one.seconds for one in rest)
+            table.add_row(f"{row.name}: {len(rest)} others", f"{launches:.3g}", f"{1e6 * seconds:.1f}")
+    return table
 
 
 def _checks(row: Row, checks: Checks) -> str:
@@ -97,7 +148,9 @@ def _tables(benchmark: Benchmark, width: int) -> list[Table]:
     """Return one table, or times and counts apart if `width` columns are too few for both."""
     per = "\n/site" if benchmark.kind == "step" else ""
     times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
-    counts = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
+    counts: tuple[str, ...] = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
+    if _on_cuda(benchmark):
+        counts = (*counts, "peak ×\nplain", "host\nms")
     titles, split = (*times, *counts), len(times)
     parts = [slice(None)] if width >= WIDE else [slice(split), slice(split, None)]
     return [_table(benchmark, titles[part], part) for part in parts]
@@ -110,7 +163,7 @@ def _table(benchmark: Benchmark, titles: Sequence[str], part: slice) -> Table:
         table.add_column(one, justify="right", min_width=16 if "quartiles" in one else None)
     for row in benchmark.rows:
         if row.status == "ok":
-            table.add_row(row.name, *_cells(row, benchmark.kind == "step")[part])
+            table.add_row(row.name, *_cells(row, benchmark.kind == "step")[part][: len(titles)])
         elif part.start is None:
             table.add_row(Text(row.name, _COLOURS[row.status]), row.status)
     return table
@@ -131,6 +184,8 @@ def _cells(row: Row, step: bool) -> Sequence[str]:
         _megabytes(row.saved_bytes),
         _megabytes(row.peak_bytes),
         f"{row.compile_seconds:.1f}" if row.compile_seconds is not None else "–",
+        f"{row.peak_ratio:.2f}" if row.peak_ratio is not None else "–",
+        _ms(row.host_seconds) if row.host_seconds is not None else "–",
     )
 
 

@@ -12,13 +12,18 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "counters": {...} | null,             Inductor's, of the whole graph
          "plus":     {...} | null,             (this − plain) / sites
          "compile_seconds": s | null, "saved_bytes": b | null, "peak_bytes": b | null,
+         "peak_ratio": 1.3 | null,             peak_bytes over plain's
+         "host_seconds": s | null,             CUDA: to enqueue one run, median
          "checks": {"calls": 9, "seconds": s} | null,  of the backend, at run time, in one run
-         "parameters": 123 | null, "loss": of the last step | null}]}],
+         "kernels": [{"name": "...", "launches": 1.0, "seconds": s}, ...],   CUDA, of a site
+         "parameters": 123 | null, "loss": of the last step | null}],
+      "width": C | null}],
      "interrupted": false}
 
-`Counters` documents "counters" and "plus". "conditions" are the sizes of `sites.Shape`, the
-machine (`reporting.conditions`), the versions of the packages, the rounds, and the load of the
-machine before and after.
+`Counters` documents "counters" and "plus". "conditions" are the sizes of `sites.Shape`, "widths"
+instead of one width, the machine (`reporting.conditions`; on CUDA with the state of the card before
+and after), the versions of the packages, the rounds, the load of the machine before and after, and
+how many processes compiled ("processes", 1 for the measuring one).
 """
 
 from __future__ import annotations
@@ -81,6 +86,15 @@ class Checks:
     seconds: float  # in them and the builtins that they call, under a profiler, which makes it more
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a device in one run of a site, forward and backward."""
+
+    name: str
+    launches: float
+    seconds: float  # of all launches
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One candidate in one benchmark. The docstring of this module documents the fields."""
@@ -99,7 +113,10 @@ class Row:
     compile_seconds: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    peak_ratio: float | None = None
+    host_seconds: float | None = None
     checks: Checks | None = None
+    kernels: tuple[Kernel, ...] = ()
     parameters: int | None = None
     loss: float | None = None
 
@@ -111,6 +128,7 @@ class Benchmark:
     kind: str
     rounds: int
     rows: tuple[Row, ...]
+    width: int | None = None  # C; None for a user's model
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from mhc_compile import HyperConnection, Options
 from mhc_compile._torch.benchmarking import has_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
 #: As published: initializer_range of DeepSeek-V4, and the initialization of Liger's module.
@@ -126,9 +126,13 @@ def cell(shape: Shape, site: Residual, ends: StreamEnds) -> tuple[nn.Module, tup
     return _Cell(site), _inputs(shape, site, ends)
 
 
-def own_cell(shape: Shape, mapping: str, *, fused: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def own_cell(shape: Shape, options: Mapping[str, Any], *, fused: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return a site of this package; `fused` makes it one operator, if the device has a kernel."""
-    site, ends = _OperatorsSite(shape, mapping), StreamEnds(shape)
+    site, ends = _OperatorsSite(shape, options), StreamEnds(shape)
+    if site.connection.single_pass:
+        branch, streams, *rest = _inputs(shape, site, ends)
+        pre = site.connection.coefficients(streams)[0].detach().requires_grad_()
+        return _SinglePassCell(site, fused=step_available(shape, "shifted_step")), (branch, streams, *rest, pre)
     if fused and step_available(shape):
         return _StepCell(site), _inputs(shape, site, ends)
     return cell(shape, site, ends)
@@ -136,13 +140,13 @@ def own_cell(shape: Shape, mapping: str, *, fused: bool) -> tuple[nn.Module, tup
 
 def plain_cell(shape: Shape) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return a residual add, and its inputs."""
-    branch, streams, *_ = _inputs(shape, _OperatorsSite(shape), StreamEnds(shape))
+    branch, streams, *_ = _inputs(shape, _OperatorsSite(shape, {}), StreamEnds(shape))
     return _PlainCell(), (branch, streams[..., 0, :].detach().clone().requires_grad_())
 
 
-def step_available(shape: Shape) -> bool:
-    """Return whether `mhc::step` has a kernel for the device of `shape`."""
-    return has_kernel("mhc::step", shape.device)
+def step_available(shape: Shape, operator: str = "step") -> bool:
+    """Return whether an operator has a kernel for the device of `shape`."""
+    return hasattr(torch.ops.mhc, operator) and has_kernel(f"mhc::{operator}", shape.device)
 
 
 @torch.no_grad()
@@ -158,11 +162,11 @@ def _inputs(shape: Shape, site: Residual, ends: StreamEnds) -> tuple[Tensor, ...
 class _OperatorsSite(Residual):
     """`X' = H_res X + H_postᵀ f` by `mhc::coefficients`, `mhc::collapse` and `mhc::update`."""
 
-    def __init__(self, shape: Shape, mapping: str = "sinkhorn") -> None:
+    def __init__(self, shape: Shape, options: Mapping[str, Any]) -> None:
         super().__init__()
         # With the preserving init phi is zero: a product that no later step of a training has.
-        options = Options(streams=shape.streams, mapping=mapping, iterations=shape.iterations, init="random")
-        self.connection = HyperConnection(shape.width, options, device=shape.device)
+        own = Options(streams=shape.streams, iterations=shape.iterations, init="random", **options)
+        self.connection = HyperConnection(shape.width, own, device=shape.device)
 
     def read(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         pre, post, res = self.connection.coefficients(streams)
@@ -181,9 +185,31 @@ class _StepCell(nn.Module):
 
     def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
         c = self.connection
-        out = torch.ops.mhc.step(streams, branch, post, res, c.phi, c.bias, c.scale, c.mapping, c.iterations, c.eps)
+        out = torch.ops.mhc.step(streams, branch, post, res, c.phi, c.bias, c.scale, c.spec, c.iterations, c.eps)
         new, h, _, new_post, new_res = out[:5]
         return h, new, new_post, new_res
+
+
+class _SinglePassCell(nn.Module):
+    """The cell of a single pass: the `pre` of the site that ends collapses the new streams.
+
+    `mhc::shifted_step`, or with `fused=False` the operators that it consists of.
+    """
+
+    def __init__(self, site: _OperatorsSite, *, fused: bool) -> None:
+        super().__init__()
+        self.connection, self.fused = site.connection, fused
+
+    def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+        c = self.connection
+        if self.fused:
+            site = (c.phi, c.bias, c.scale, c.spec, c.iterations, c.eps)
+            new, h, *held = torch.ops.mhc.shifted_step(streams, branch, post, res, pre, *site)[:5]
+        else:
+            new = torch.ops.mhc.update(streams, branch, post, res)
+            h, held = torch.ops.mhc.collapse(new, pre), list(c.coefficients(new))
+        next_pre, next_post, next_res = held
+        return h, new, next_post, next_res, next_pre
 
 
 def _deepseek(shape: Shape, name: str, prefix: str) -> Any:
@@ -287,7 +313,7 @@ class _TileSite(Residual):
 
 #: Builders of a site, from the sizes and its place in the model, and of the ends of the streams.
 CONNECTIONS: dict[str, tuple[Callable[[Shape, int], Residual], Callable[[Shape], StreamEnds]]] = {
-    "operators": (lambda shape, _: _OperatorsSite(shape), StreamEnds),
+    "operators": (lambda shape, _: _OperatorsSite(shape, {}), StreamEnds),
     "deepseek": (
         lambda shape, _: _DeepseekSite(shape),
         lambda shape: StreamEnds(shape, leave=_deepseek(shape, "DeepseekV4HyperHead", "hc_")),  # a learned sum

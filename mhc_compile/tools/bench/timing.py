@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import cProfile
+import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mhc_compile._torch.benchmarking import caches, memory_events, observe_graphs
-from mhc_compile.tools.bench.results import Checks, Counters
+from mhc_compile.tools.bench.results import Checks, Counters, Kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,10 +34,11 @@ class FirstRun(NamedTuple):
     counters: Counters | None
 
 
-def first_run(workload: Workload, *, cold: bool) -> FirstRun:
+def first_run(workload: Workload, *, cold: bool | None) -> FirstRun:
     """Run a workload for the first time. `cold` empties the caches of compiled code before.
 
-    Seconds are None unless `cold`, counters are None where Inductor compiled nothing.
+    With None the caches are used as they are. Seconds are None with `cold=False`, where they mean
+    nothing, and counters are None where Inductor compiled nothing.
     """
     seen: list[tuple[int, int, int]] = []
     if cold:  # loaded C++ kernels are built again, as on a new machine
@@ -44,7 +46,8 @@ def first_run(workload: Workload, *, cold: bool) -> FirstRun:
         for value in [value for module in loaded for value in vars(module).values()]:
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
-    with caches(cold=cold), observe_graphs(lambda *counts: seen.append(counts)):
+    kept = nullcontext() if cold is None else caches(cold=cold)
+    with kept, observe_graphs(lambda *counts: seen.append(counts)):
         begin = time.perf_counter()
         workload.backward(workload.forward())
         workload.synchronize()
@@ -52,7 +55,7 @@ def first_run(workload: Workload, *, cold: bool) -> FirstRun:
     workload.finish()
     workload.clear()
     counters = Counters(*map(sum, zip(*seen, strict=True))) if seen else None
-    return FirstRun(seconds if cold and seen else None, counters)
+    return FirstRun(seconds if cold is not False and seen else None, counters)
 
 
 class Memory(NamedTuple):
@@ -137,6 +140,23 @@ def _checking(file: str) -> bool:
     return path.is_relative_to(_PACKAGE) and path.relative_to(_PACKAGE).parts[0] not in ("mappings", "ops", "tools")
 
 
+def measure_kernels(workload: Workload) -> tuple[Kernel, ...]:
+    """Run forward and backward once more under torch's profiler; return what it saw, longest first.
+
+    On CUDA these are the kernels of the device, copies and fills included, on CPU the operators.
+    """
+    device = "device" if workload.device == "cuda" else "cpu"
+    activity = ProfilerActivity.CUDA if workload.device == "cuda" else ProfilerActivity.CPU
+    with _silent_stderr(), profile(activities=[activity]) as seen:
+        workload.backward(workload.forward())
+        workload.synchronize()
+    workload.clear()
+    found = [(event, getattr(event, f"self_{device}_time_total")) for event in seen.key_averages()]
+    parts = workload.repeats
+    kernels = [Kernel(event.key, event.count / parts, 1e-6 * total / parts) for event, total in found if total]
+    return tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
+
+
 @dataclass
 class Rounds:
     """Complete rounds: times by candidate, and exceptions by candidate, whose times are dropped."""
@@ -147,16 +167,25 @@ class Rounds:
     interrupted: bool = False
 
 
-def interleave(workloads: Mapping[str, Workload], rounds: int, warm_up: int, advance: Callable[[str], None]) -> Rounds:
+def interleave(
+    workloads: Mapping[str, Workload],
+    rounds: int,
+    warm_up: int,
+    advance: Callable[[str], None],
+    end: float = math.inf,
+) -> Rounds:
     """Time every workload once in each round, so that a disturbance of the machine hits all.
 
     `warm_up` rounds before the others do not count. The order rotates by one each round, so that no
     candidate always follows the same. `advance` is called with a name before its turn. A workload
     that raises is left out of the rounds that follow. Ctrl-C ends them and keeps the complete ones.
+    After `end`, a time of `time.monotonic`, no round but the first begins.
     """
     result = Rounds({name: [] for name in workloads})
     try:
         for index in range(-warm_up, rounds):
+            if result.complete and time.monotonic() > end:
+                break
             names = [name for name in workloads if name not in result.failures]
             turn = index % max(1, len(names))
             measured: dict[str, Times] = {}

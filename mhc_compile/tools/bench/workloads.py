@@ -118,11 +118,16 @@ def batch(shape: Shape) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one site or one step. `total` includes the optimizer's step where there is one."""
+    """Seconds of one site or one step. `total` includes the optimizer's step where there is one.
+
+    `host` is how long the host took to enqueue it all: on CUDA a `total` near it is the host's, not
+    the device's.
+    """
 
     forward: float
     backward: float
     total: float
+    host: float = 0.0
 
 
 class Workload:
@@ -145,27 +150,51 @@ class Workload:
     def clear(self) -> None:
         """Free the gradients; not timed. No candidate keeps them while the others run."""
 
-    def timed(self) -> Times:
-        """Run once."""
-        begin = self._now()
-        outputs = self.forward()
-        forward = self._now()
-        self.backward(outputs)
-        backward = self._now()
+    def run(self) -> None:
+        """Run once, untimed."""
+        self.backward(self.forward())
         self.finish()
-        end = self._now()
+        self.clear()
+
+    def timed(self) -> Times:
+        """Run once. On CUDA events in the stream mark the ends of the parts; nothing waits within.
+
+        There an untimed run goes ahead, as in a loop of training: while the device computes it, the
+        host enqueues the timed one. The host waits for the device at the end alone.
+        """
+        if self.device == "cuda":
+            self.run()
+        start = time.perf_counter()
+        marks = [self._mark()]
+        outputs = self.forward()
+        marks.append(self._mark())
+        self.backward(outputs)
+        marks.append(self._mark())
+        self.finish()
+        marks.append(self._mark())
+        host = time.perf_counter() - start
+        self.synchronize()
         del outputs
         self.clear()
-        return Times(*(span / self.repeats for span in (forward - begin, backward - forward, end - begin)))
+        begin, forward, backward, end = marks
+        spans = self._seconds(begin, forward), self._seconds(forward, backward), self._seconds(begin, end), host
+        return Times(*(span / self.repeats for span in spans))
 
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def _now(self) -> float:
-        self.synchronize()
-        return time.perf_counter()
+    def _mark(self) -> Any:
+        """Return a point in time: on CUDA an event, which the stream will reach."""
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self.device == "cuda" else end - begin  # type: ignore[no-any-return]
 
 
 class SiteWorkload(Workload):
@@ -215,7 +244,12 @@ class StepWorkload(Workload):
         self._call, self._inputs = call, inputs
         # Built before the first call, as in scripts; the backend adds its parameters to it.
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
-        self.loss = float("nan")
+        self._loss = torch.tensor(float("nan"))
+
+    @property
+    def loss(self) -> float:
+        """The loss of the last step. Reading it waits for the device."""
+        return float(self._loss)
 
     def forward(self) -> Tensor:
         """Return the loss."""
@@ -224,7 +258,7 @@ class StepWorkload(Workload):
     def backward(self, outputs: Tensor) -> None:
         """Differentiate the loss."""
         outputs.backward()
-        self.loss = float(outputs.detach())
+        self._loss = outputs.detach()
 
     def finish(self) -> None:
         """Update the parameters."""

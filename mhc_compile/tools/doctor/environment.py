@@ -138,7 +138,13 @@ def _triton() -> str | None:
         return None
     if find_spec("triton") is None:
         raise Problem("not installed", "Inductor needs it on a GPU: pip install triton.")
-    return "installed"
+    from mhc_compile.ops import triton
+
+    version = importlib.metadata.version("triton")
+    if reason := triton.reason(torch.device("cuda", torch.cuda.current_device())):
+        advice = "Hyper-connections run as operations that Inductor fuses: right, but slower."
+        raise Problem(f"{version}; no kernels of this package: {reason}", advice, status="warning")
+    return f"{version}, with kernels for hyper-connections"
 
 
 def _cache() -> str:

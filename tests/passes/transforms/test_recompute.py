@@ -27,13 +27,13 @@ def test_block_length_is_the_papers():
     assert math.isclose(math.sqrt(4 * 60 / 6), 6.32, abs_tol=0.01)
 
 
-def chain(sites: int) -> fx.GraphModule:
+def chain(sites: int, **options) -> fx.GraphModule:
     def forward(m, x):
         for _ in range(sites):
             x = x + m.f(m.norm(x))
         return x
 
-    module = mhc_compile.rewrite(fx.symbolic_trace(Model(forward)), torch.randn(2, 4, 6))
+    module = mhc_compile.rewrite(fx.symbolic_trace(Model(forward)), torch.randn(2, 4, 6), options=options)
     return fx.GraphModule(module, FuseSites().apply(module.graph))
 
 
@@ -49,6 +49,20 @@ def test_all_but_the_first_step_of_a_block_are_marked():
         if node.target is STEP:
             assert {user.meta.get("recompute") for user in node.users} == {node.meta.get("recompute")}
     assert not any("recompute" in node.meta for node in module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [({"preset": "deepseek-v4.1"}, "shifted_step"), ({"token_dependent": False}, "mix_read")],
+)
+def test_steps_with_known_weights_are_marked_alike(options, target):
+    """The `mix_read` that ends a single pass writes no streams that are read."""
+    graph = RecomputeSteps().apply(chain(9, **options).graph)
+    marks = [
+        node.meta.get("recompute") for node in graph.nodes if node.target is getattr(torch.ops.mhc, target).default
+    ]
+    assert marks == [None, CheckpointPolicy.MUST_RECOMPUTE] * 4
+    assert sum("recompute" in node.meta for node in graph.nodes if "mhc" in str(node.target)) == 4
 
 
 def test_short_chains_and_plain_graphs_are_unchanged():

@@ -13,8 +13,8 @@ import torch
 import mhc_compile
 from mhc_compile.tools.bench import candidates as table
 from mhc_compile.tools.bench import sites
-from mhc_compile.tools.bench.candidates import CANDIDATES, LIMIT, NAMES, ONLY_WHEN_NAMED, UnknownNameError, choose
-from mhc_compile.tools.bench.measure import compiled
+from mhc_compile.tools.bench.builds import build
+from mhc_compile.tools.bench.candidates import CANDIDATES, DEFAULT, LIMIT, NAMES, UnknownNameError, choose
 from mhc_compile.tools.bench.sites import Shape
 from mhc_compile.tools.bench.workloads import SiteWorkload, StepWorkload, batch
 
@@ -36,10 +36,14 @@ def test_plain_is_always_included_in_the_order_of_the_table():
     assert [candidate.name for candidate in chosen] == ["plain", "ours", "hyper-connections"]
     assert not limit
     assert choose(["limit"])[1]
-    everything = tuple(name for name in NAMES if name not in ONLY_WHEN_NAMED)
-    assert (*(candidate.name for candidate in choose([])[0]), LIMIT) == everything
+    for device in ("cpu", "cuda"):
+        assert (*(candidate.name for candidate in choose([], device)[0]), LIMIT) == DEFAULT[device]
     assert (*(candidate.name for candidate in CANDIDATES), LIMIT) == NAMES
-    assert [candidate.mapping for candidate in choose(["ours-kronecker"])[0]] == ["sinkhorn", "kronecker"]
+    assert {name for name in NAMES if name.startswith("ours-")} - set(DEFAULT["cpu"]) == {
+        *("ours-identity", "ours-permutations", "ours-kronecker", "ours-unconstrained", "ours-single-pass"),
+        *("ours-deepseek-v4", "ours-deepseek-v4.1"),
+    }
+    assert choose(["ours-kronecker"])[0][1].options == {"mapping": "kronecker"}
 
 
 def test_missing_candidate_says_why(monkeypatch):
@@ -105,7 +109,10 @@ def test_deepseek_mixes_as_its_decoder_layer_does():
     torch.testing.assert_close(out, torch.einsum("btji,btjc->btic", comb, streams))
 
 
-@pytest.mark.parametrize("name", ["plain", "ours", *BASELINES, pytest.param("ours-kronecker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "ours", "ours-single-pass", *BASELINES, pytest.param("ours-kronecker", marks=pytest.mark.slow)],
+)
 def test_a_site_gives_gradients_to_everything(name):
     module, inputs = BY_NAME[name].site(SHAPE)
     workload = SiteWorkload("cpu", module, module, [inputs, inputs])
@@ -162,11 +169,13 @@ def test_ours_trains_the_plain_model_and_its_hyper_connections():
 def test_other_mappings_reach_the_site_and_the_backend(monkeypatch):
     site, _ = BY_NAME["ours-permutations"].site(SHAPE)
     assert site.connection.mapping == "permutations"
-    model = BY_NAME["ours-permutations"].model(SHAPE)
+    site, _ = BY_NAME["ours-deepseek-v4"].site(SHAPE)
+    assert site.connection.spec == "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06"
     seen = {}
     monkeypatch.setattr(torch, "compile", lambda module, **how: seen.update(how))
-    compiled(model, BY_NAME["ours-permutations"].compiler, BY_NAME["ours-permutations"].mapping)
-    assert seen == {"backend": "mhc", "options": {"recompute": "cheap", "mapping": "permutations"}}
+    build("step", SHAPE, BY_NAME["ours-permutations"])
+    own = {"streams": 4, "iterations": 3, "mapping": "permutations"}
+    assert seen == {"backend": "mhc", "options": {"recompute": "cheap", **own}}
 
 
 def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
@@ -183,7 +192,22 @@ def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
         monkeypatch.setattr(torch.ops.mhc, "step", step, raising=False)
     three, inputs = BY_NAME["ours-none"].site(SHAPE)
     monkeypatch.setattr(sites, "step_available", lambda shape: True)
-    one, _ = sites.own_cell(SHAPE, "sinkhorn", fused=True)
+    one, _ = sites.own_cell(SHAPE, {}, fused=True)
     one.load_state_dict({key.removeprefix("site."): value for key, value in three.state_dict().items()})
     for mine, theirs in zip(one(*inputs), three(*inputs), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_the_cell_of_a_single_pass_reads_with_the_weights_that_go_in():
+    """h = Σ_j pre_j X'_j with the `pre` of the site that ends; by `mhc::shifted_step`, where it is
+    registered, the same.
+    """
+    module, inputs = BY_NAME["ours-deepseek-v4.1"].site(SHAPE)
+    branch, streams, post, res, pre = inputs
+    fused = {False, hasattr(torch.ops.mhc, "shifted_step")}
+    for module.fused in sorted(fused):
+        h, new, *_, next_pre = module(*inputs)
+        want = torch.einsum("btij,btjc->btic", res, streams) + post.unsqueeze(-1) * branch.unsqueeze(-2)
+        torch.testing.assert_close(new, want)
+        torch.testing.assert_close(h, torch.einsum("btn,btnc->btc", pre, want))
+        assert (next_pre - pre).abs().max() > 1e-3

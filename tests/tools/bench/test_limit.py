@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from mhc_compile.tools.bench.limit import Limit, in_step, moved
+from mhc_compile.tools.bench.limit import CopyLimit, Limit, in_step, moved
 from mhc_compile.tools.bench.sites import Shape
-from mhc_compile.tools.bench.workloads import SITES, Times
+from mhc_compile.tools.bench.workloads import SITES, Times, Workload
 
 
 @pytest.mark.parametrize("width", [8, 256])
@@ -18,8 +19,6 @@ def test_four_streams_move_10_and_15_widths_a_token(width):
 
 
 def test_the_buffers_have_the_size_of_the_traffic_and_the_products_their_flops(monkeypatch):
-    import torch
-
     shape = Shape(width=16, tokens=8)
     limit = Limit(shape)
     products, moves = [], []
@@ -42,3 +41,16 @@ def test_the_buffers_have_the_size_of_the_traffic_and_the_products_their_flops(m
 
 def test_the_limit_of_a_step_is_plain_and_every_site():
     assert in_step(Times(1.0, 2.0, 4.0), Times(0.1, 0.2, 0.3), 8) == Times(1.8, 3.6, pytest.approx(6.4))
+
+
+def test_on_cuda_the_limit_is_the_bytes_of_a_site_at_the_bandwidth_of_a_copy(monkeypatch):
+    shape = Shape(width=16, tokens=10)
+    limit = CopyLimit(shape, size=1 << 10)
+    monkeypatch.setattr(Workload, "timed", lambda self: Times(2.0, 0.0, 2.0, 0.5))
+    times = limit.timed()
+    bandwidth = 2 * 1024 / 2.0  # a copy reads and writes
+    assert times.forward == pytest.approx(10 * 16 * 10 * 4 / bandwidth)
+    assert times.backward == pytest.approx(15 * 16 * 10 * 4 / bandwidth)
+    assert times.total == times.forward + times.backward
+    limit.forward()
+    assert torch.equal(limit._source, limit._target)

@@ -132,6 +132,6 @@ def test_checks_at_run_time_are_some_calls_for_a_step_however_many_sites(layers)
 def test_times_are_divided_by_the_number_of_sites(monkeypatch):
     clock = iter([0.0, 2.0, 6.0, 6.0])
     workload = Squares()
-    monkeypatch.setattr(workload, "_now", lambda: next(clock))
+    monkeypatch.setattr(workload, "_mark", lambda: next(clock))
     times = workload.timed()
     assert (times.forward, times.backward, times.total) == (1.0, 2.0, 3.0)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mhc_compile.tools.bench.report import WIDE, chart, view
-from mhc_compile.tools.bench.results import PHASES, Benchmark, Checks, Counters, Result, Row, Spread
+from mhc_compile.tools.bench.results import PHASES, Benchmark, Checks, Counters, Kernel, Result, Row, Spread
 
 CONDITIONS = {
     "device": "A processor",
@@ -19,7 +19,7 @@ CONDITIONS = {
     "python": "3.11",
     "packages": {"mhc-compile": "0.1.0"},
     "dtype": "float32",
-    "width": 256,
+    "widths": [256],
     "layers": 4,
     "tokens": 1024,
     "vocabulary": 50257,
@@ -100,6 +100,26 @@ def test_the_table_shows_every_row_and_cuts_nothing(width):
     assert "run time are 7 Python calls, 0.1 ms under a profiler: 0.05" in text
     assert "A processor, 2 cores, 2 threads (passive waiting); torch 2.13.0" in text
     assert max(len(line) for line in text.splitlines() if "quartiles" not in line and "torch" not in line) <= width
+
+
+def test_on_cuda_memory_over_plain_the_host_and_kernels_are_shown():
+    kernels = (*(Kernel(f"kernel_{i}_" + "x" * 80, 1.0, (9 - i) * 1e-6) for i in range(9)), Kernel("fill", 2.5, 1e-7))
+    on_cuda = {"peak_ratio": 1.25, "host_seconds": 0.003}
+    rows = (row("ours", 0.2, kernels=kernels, **on_cuda), row("limit", 0.1, **on_cuda))
+    state = {"driver_version": "580.1", "clocks.sm": "1980 MHz", "triton": "3.9.0"}
+    result = Result({**CONDITIONS, "gpu": (state, state)}, (Benchmark("site", 3, rows, 2560),))
+    for width in (80, WIDE):
+        out = io.StringIO()
+        Console(file=out, width=width).print(view(result, width))
+        text = out.getvalue()
+        assert "C = 2560; 3 rounds" in text
+        assert "1.25 3.00" in " ".join(text.split())
+        assert "limit: 2.0 MB a site at 0.000 TB/s" in text
+        assert "ours: kernel_0_" in text
+        assert "ours: 2 others" in text
+        assert "before: driver_version 580.1, clocks.sm 1980 MHz, triton 3.9.0" in " ".join(text.split())
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["benchmarks"][0]["rows"][0]["kernels"][-1] == {"name": "fill", "launches": 2.5, "seconds": 1e-7}
 
 
 def test_chart_has_a_bar_for_every_candidate_but_plain():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mhc_compile.tools.bench.timing import interleave
+import time
+
+import torch
+
+from mhc_compile.tools.bench.timing import interleave, measure_kernels
 from mhc_compile.tools.bench.workloads import Times, Workload
 
 
@@ -47,3 +51,23 @@ def test_interrupt_keeps_complete_rounds_only():
 
 def test_no_candidates():
     assert interleave({}, 2, 1, lambda name: None).times == {}
+
+
+def test_after_the_end_no_round_but_the_first_begins():
+    measured = interleave({"a": Counting()}, 9, 1, lambda name: None, end=time.monotonic() - 1)
+    assert (measured.complete, len(measured.times["a"])) == (1, 1)
+
+
+def test_kernels_of_a_run_are_counted_for_one_site():
+    class Products(Workload):
+        def forward(self):
+            return [torch.ones(8, 8) @ torch.ones(8, 8) for _ in range(6)]
+
+        def backward(self, outputs):
+            del outputs
+
+    found = measure_kernels(Products("cpu", repeats=2))
+    (product,) = (kernel for kernel in found if kernel.name == "aten::mm")
+    assert product.launches == 3
+    assert 0 < product.seconds < 1
+    assert [kernel.seconds for kernel in found] == sorted((kernel.seconds for kernel in found), reverse=True)

@@ -1,0 +1,96 @@
+"""Compiles the kernels of a chain before they are called, in threads, while a model is traced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+
+from mhc_compile.config.coefficient_spec import parse
+from mhc_compile.mappings import columns
+
+from . import operators
+from .launch import COMPILING, Launch, noted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+#: The results of a read that its backward gets: pre, post, z and inverse.
+_SAVED = (1, 2, 4, 5)
+
+
+def launches_of(
+    streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, tokens: int = 64,
+    single_pass: bool = False,
+) -> dict[str, list[Launch]]:  # fmt: skip
+    """Return the launches of a chain's operators, noted on "meta", by operator and m.
+
+    A chain reads n equal streams, of which one is held, then updates these, then n streams, and
+    closes them. In a single pass sites read with the weights of the site before. The number of
+    `tokens` makes no other kernel.
+    """
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    count = columns(parse(mapping).mapping, n)
+    assert count is not None, (mapping, n)
+    site, how = (make(n * width, count), make(count), make(3)), (mapping, 20, 1e-6)
+    pre, post, res = make(tokens, n), make(tokens, n), make(tokens, n, n)
+    launches: dict[str, list[Launch]] = {}
+
+    def note(name: str, *args: Any) -> Any:
+        with noted() as launches[name.replace("_", " ")]:
+            return getattr(operators, name.split(",")[0])(*args)
+
+    for m in dict.fromkeys((1, n)):
+        held = make(tokens, m, width, dtype=streams)
+        old = held, make(tokens, width, dtype=branch), post, res
+        if single_pass:
+            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how)
+            note(f"shifted_step_backward, m={m}", new, *read[:4], *old, pre, *site, *(read[i] for i in _SAVED), *how)
+            note(f"mix_read_backward, m={m}", *note(f"mix_read, m={m}", *old, pre), *old, pre)
+            continue
+        if m == 1:
+            read = note("read, m=1", held, *site, n, *how)
+            note("read_backward, m=1", read[0], *read[2:4], held, *site, *(read[i] for i in _SAVED), *how)
+        new, *read = note(f"step, m={m}", *old, *site, *how)
+        note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *(read[i] for i in _SAVED), *how)
+    note(f"close_backward, m={n}", note(f"close, m={n}", *old), *old)
+    return launches
+
+
+def prepare(launches: Iterable[Launch], device: torch.device) -> threading.Thread:
+    """Compile kernels for `device` in threads; return the one that waits for them."""
+    thread = threading.Thread(target=_compile, args=(list(launches), device), daemon=True, name="mhc-kernels")
+    COMPILING.append(thread)
+    thread.start()
+    return thread
+
+
+def _compile(launches: list[Launch], device: torch.device) -> None:
+    try:
+        with (
+            torch.cuda.device(device),
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            for launch in launches:
+                arguments = [_like(argument) for argument in launch.arguments]
+                launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constants)
+    except Exception:  # the call that needs a kernel compiles it again, and raises where a user sees it
+        log.debug("compiling the kernels ahead failed", exc_info=True)
+
+
+def _like(argument: Any) -> Any:
+    """Return what `warmup` takes for a tensor: its dtype."""
+    return argument.dtype if isinstance(argument, torch.Tensor) else argument

@@ -1,0 +1,196 @@
+"""The fused operators against the equations in float64, forward and backward.
+
+A test compiles one specialisation (n, m, dtype, convention) and loops over shapes that share it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.gpu import CHOSEN, needs_device
+from helpers.site_oracle import EPS, OPERATORS, Case, assert_close, errors
+
+from mhc_compile.config.presets import PRESETS
+from mhc_compile.ops import is_fused
+
+pytestmark = needs_device()
+mhc = torch.ops.mhc
+#: No product of a block size of tokens or of channels, so that all are one specialisation. The
+#: interpreter takes seconds for one of them.
+SLOW = CHOSEN == "interpreter"
+TOKENS, WIDTH = (67,) if SLOW else (0, 17, 67, 200), 70
+#: Conventions in which every setting differs from the paper's, and those of the presets.
+TURNED = "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns"
+SPECS = {str(preset.convention): preset.iterations for preset in PRESETS.values() if not preset.convention.rank}
+SPECS |= {TURNED: 5, "sinkhorn;last=columns": 20, "permutations": 1, "kronecker": 1, "unconstrained": 1}
+#: Numbers of streams of every mapping, without the 4 of `SPECS`.
+COUNTS = {"identity": (1, 2, 3, 8), "permutations": (1, 2, 3), "kronecker": (1, 2, 8), "unconstrained": (1, 2, 3, 8)}
+HELD = [(n, m) for n in (1, 2, 3, 4, 8) for m in sorted({1, n})]
+
+
+@pytest.fixture
+def compare(device, record_property):
+    def run(names, *sizes, used=None, **settings):
+        for name in names:
+            case = Case(device, *sizes, **settings)
+            if name == "update" and case.tensors["streams"].shape[-2] != case.n:
+                continue  # it takes no equal streams
+            dtype = str(case.dtype).removeprefix("torch.")
+            found = errors(case, name, used)
+            for one in found:
+                record_property("error", (f"{dtype} streams, {name}, {one.kind}", one.found))
+            assert_close(found)
+
+    return run
+
+
+@pytest.mark.parametrize(("n", "m"), HELD)
+def test_every_number_of_streams(compare, n, m):
+    for tokens in TOKENS:
+        compare(("step", "shifted_step", "close") if SLOW and n == 8 else OPERATORS, n, m, tokens, WIDTH)
+
+
+@pytest.mark.parametrize(("n", "spec"), [(4, spec) for spec in SPECS] + [(n, s) for s in COUNTS for n in COUNTS[s]])
+def test_every_convention(compare, n, spec):
+    for tokens in TOKENS[-3:]:
+        compare(("read", "step", "shifted_step"), n, n, tokens, WIDTH, spec, iterations=SPECS.get(spec, 1))
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize(
+    ("dtype", "branch"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_every_dtype(compare, dtype, branch, m):
+    for tokens in TOKENS:
+        compare(OPERATORS, 4, m, tokens, WIDTH, dtype=dtype, branch=branch)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "sinkhorn"])
+def test_every_convention_in_bfloat16(compare, spec):
+    for tokens in (67,) if SLOW else (17, 200):
+        compare(("step", "shifted_step"), 4, 4, tokens, WIDTH, spec, torch.bfloat16, iterations=SPECS[spec])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [48] if SLOW else [640, 1000])
+def test_many_tokens_and_one(compare, dtype, width):
+    """Sizes that are multiples of 16, for which Triton compiles other code, and a single token."""
+    n = 2 if SLOW else 4
+    for tokens in (0, 1, (2, 300)) if SLOW else (1, (2, 2048)):
+        compare(OPERATORS, n, n, tokens, width, dtype=dtype)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_few_iterations(compare, iterations):
+    compare(("read", "step"), 4, 4, 17, WIDTH, iterations=iterations)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (3, 4)])
+def test_absent_gradients_are_zero(compare, used):
+    compare(("step", "shifted_step"), 4, 4, 17, WIDTH, used=used)
+    if len(used) == 1:
+        compare(("mix_read",), 4, 4, 17, WIDTH, used=used)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(device, name):
+    case = Case(device, 4, 4, 17, WIDTH)
+    tensors = [tensor.requires_grad_() for tensor in case.of(name)]
+    torch.library.opcheck(getattr(mhc, name).default, (*tensors, *case.settings(name)))
+
+
+def test_strides_do_not_matter(device):
+    case = Case(device, 4, 4, 17, WIDTH)
+    for name in OPERATORS:
+        turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in case.of(name)]
+        for a, b in zip(case.call(name, case.of(name)), case.call(name, turned), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_wild_logits_stay_finite(device):
+    case = Case(device, 4, 4, 17, WIDTH)
+    case.tensors["bias"] *= 100
+    case.tensors["scale"] *= 40
+    for name in ("read", "step", "shifted_step"):
+        inputs = [tensor.clone().requires_grad_() for tensor in case.of(name)]
+        got = case.call(name, inputs)
+        res = got[OPERATORS[name][1][-1]]
+        assert torch.allclose(res.sum(-1), torch.ones_like(res[..., 0]), atol=1e-5)
+        assert all(
+            g.isfinite().all() for g in torch.autograd.grad(sum(got[i].sum() for i in OPERATORS[name][1]), inputs)
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time(device, dtype, strict):
+    if SLOW:
+        pytest.skip("the interpreter runs one program after the other")
+    case = Case(device, 4, 4, 200, WIDTH, dtype=dtype)
+
+    def run(name):
+        inputs = [tensor.clone().requires_grad_() for tensor in case.of(name)]
+        got = case.call(name, inputs)
+        return (
+            *got,
+            *torch.autograd.grad([got[i] for i in OPERATORS[name][1]], inputs, [got[i] for i in OPERATORS[name][1]]),
+        )
+
+    torch.use_deterministic_algorithms(strict)
+    try:
+        for name in OPERATORS:
+            for a, b in zip(run(name), run(name), strict=True):
+                assert torch.equal(a, b), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_gated_read_of_qwen4(device, record_property):
+    """`mhc::gated_read` is a composition; its equations once more, in float64 on CPU."""
+    assert not is_fused(str(PRESETS["qwen4-exp"].convention))
+    n, width, rank = 4, WIDTH, 3
+    X, phi, norm, up = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(i))
+        for i, shape in enumerate([(17, n, width), (n * width, rank + n), (n * width,), (rank, n * width)])
+    )
+    exact = [tensor.double().requires_grad_() for tensor in (X, phi, norm, up)]
+    x = exact[0] / torch.sqrt(exact[0].square().mean(-1, keepdim=True) + EPS)
+    x = x * (1 + exact[2].unflatten(0, (n, width)))
+    down = x.flatten(-2) @ exact[1] / n
+    silu = down[:, :rank] * torch.sigmoid(down[:, :rank])
+    want = ((torch.sigmoid(silu @ exact[3]).unflatten(-1, (n, width)) * x).mean(-2), 2 * torch.sigmoid(down[:, rank:]))
+    inputs = [tensor.to(device).requires_grad_() for tensor in (X, phi, norm, up)]
+    got = mhc.gated_read(*inputs, EPS)[:2]
+    wanted = torch.autograd.grad([w.sum() for w in want], exact)
+    grads = torch.autograd.grad([g.sum() for g in got], inputs)
+    for a, b in zip((*got, *grads), (*want, *wanted), strict=True):
+        number = float((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm())
+        record_property("error", ("float32 gated_read", number))
+        assert number < 1e-5
+
+
+def test_more_elements_than_31_bits(cuda):
+    """Offsets of tokens are 64 bits wide: the last tokens are as right as alone."""
+    n, width = 4, 2560
+    tokens = 2**31 // (n * width) + 64
+    case = Case(cuda, n, n, 64, width, dtype=torch.bfloat16)
+    many = [
+        tensor.repeat(tokens // 64 + 1, *(1 for _ in tensor.shape[1:]))[-tokens:] if tensor.shape[0] == 64 else tensor
+        for tensor in (tensor.detach() for tensor in case.of("step"))
+    ]
+    for a, b in zip(case.call("step", many), case.call("step", case.of("step")), strict=True):
+        torch.testing.assert_close(a[-64:], b, rtol=1e-2, atol=1e-3)
+
+
+def test_another_device_than_the_current_one(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    with torch.cuda.device(0):
+        for name in OPERATORS:
+            assert_close(errors(Case("cuda:1", 4, 4, 17, WIDTH), name))

@@ -1,0 +1,107 @@
+"""The Triton kernels compiled for sm_90, without a GPU: registers, spills, shared memory, launches
+and bytes, against a table (`--regenerate` writes it).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "0":
+    pytest.skip("needs Triton, and TRITON_INTERPRET=0", allow_module_level=True)
+
+import triton
+from helpers.sm90 import LARGEST, compile_for_sm90, key_of, moved
+
+from mhc_compile.config.presets import PRESETS
+from mhc_compile.ops.triton import ahead
+
+TABLE = Path(__file__).parent / "sm90.md"
+#: The version of the table; others allocate registers otherwise.
+VERSION = "3.9.0"
+V4 = str(PRESETS["deepseek-v4"].convention)
+LIGER = str(PRESETS["liger"].convention)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+C, T = 2560, 4096
+#: Streams, their dtype, the convention, and whether sites read with the weights of the site before.
+KINDS = {
+    "paper, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
+    "single pass, n = 4, bfloat16": (4, BF16, V4, True),
+    "deepseek-v4, n = 4, bfloat16": (4, BF16, V4, False),
+    "liger, n = 4, bfloat16": (4, BF16, LIGER, False),
+    "identity, n = 4, bfloat16": (4, BF16, "identity;pre_eps=1e-06;post_eps=1e-06", False),
+    "permutations, n = 4, bfloat16": (4, BF16, "permutations", False),
+    "kronecker, n = 4, bfloat16": (4, BF16, "kronecker", False),
+    "unconstrained, n = 4, bfloat16": (4, BF16, "unconstrained", False),
+    "paper, n = 2, bfloat16": (2, BF16, "sinkhorn", False),
+    "kronecker, n = 8, bfloat16": (8, BF16, "kronecker", False),
+    "paper, n = 4, float32": (4, FP32, "sinkhorn", False),
+    "paper, n = 4, float16": (4, FP16, "sinkhorn", False),
+}
+
+
+def sites(kind: str, tokens: int = T):
+    n, dtype, convention, single_pass = KINDS[kind]
+    return ahead.launches_of(dtype, dtype, n, C, convention, tokens=tokens, single_pass=single_pass)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
+    n, *_ = KINDS[kind]
+    rows, seen = [], set()
+    for name, launches in sites(kind).items():
+        for launch in launches:
+            if key_of(launch) in seen:
+                continue
+            seen.add(key_of(launch))
+            found, kernel = compile_for_sm90(launch), launch.kernel.fn.__name__
+            what = f"{kind}, {name}, {kernel}: {found}"
+            assert found.shared <= LARGEST, what
+            assert found.programs >= 1, what
+            if n <= 4:
+                assert found.spilled <= (20 if kernel == "forward_kernel" else 0), what
+            if n <= 4 and kernel == "forward_kernel":
+                assert found.programs >= 2, what
+            numbers = (found.registers, found.spilled, found.shared, found.warps, found.instructions, found.programs)
+            rows.append(f"| {kind} | {name} | {kernel.removesuffix('_kernel')} | {' | '.join(map(str, numbers))} |\n")
+    compare(kind, rows, regenerate)
+
+
+def compare(kind, rows, regenerate):
+    """Compare with the lines of the table that begin with `kind`, or write them."""
+    lines = TABLE.read_text().splitlines(keepends=True)
+    own = [line for line in lines if line.startswith(f"| {kind} |")]
+    if regenerate:
+        at = lines.index(own[0]) if own else len(lines)
+        lines[at : at + len(own)] = rows
+        TABLE.write_text("".join(lines))
+    elif triton.__version__ == VERSION:
+        assert own == rows
+
+
+def test_bytes_and_launches():
+    """Launches and elements of a stream a token. Setting the counters to zero is a launch."""
+    unit = T * C * 2
+    limits = {
+        "paper, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},
+        "deepseek-v4, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},
+        "single pass, n = 4, bfloat16": {
+            "shifted step": (2, 10.5), "shifted step backward": (2, 17.6), "mix read": (1, 10.1), "mix read backward": (2, 15.9)
+        },
+    }  # fmt: skip
+    for kind, operators in limits.items():
+        for name, (launches, elements) in operators.items():
+            found = sites(kind)[f"{name}, m=4"]
+            assert len(found) <= launches, (kind, name)
+            assert moved(found) / unit <= elements, (kind, name, moved(found) / unit)
+
+
+@pytest.mark.parametrize("kind", ["paper, n = 4, bfloat16", "single pass, n = 4, bfloat16"])
+def test_the_number_of_tokens_makes_no_other_kernel(kind):
+    """A last batch, or the first token of `generate`, compiles nothing in the middle of a run."""
+    keys = {t: [key_of(one) for launches in sites(kind, t).values() for one in launches] for t in (1, 2, 16, 63, 4096)}
+    assert len({tuple(found) for found in keys.values()}) == 1
