@@ -22,9 +22,10 @@ from mhc_compile.passes.lifting import compound_rules, direct_rules
 from mhc_compile.passes.planning import chains, planner
 from mhc_compile.passes.planning import match_residuals as finding
 from mhc_compile.passes.planning.match_residuals import Findings
-from mhc_compile.passes.transforms import expand_streams, functionalize, fuse_sites
+from mhc_compile.passes.transforms import expand_streams, functionalize, fuse_sites, lazy_streams
 from mhc_compile.passes.transforms.expand_streams import RemoveDeclarations
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.lazy_streams import LazyStreams
 from mhc_compile.passes.transforms.normalize_adds import NormalizeAdds
 from mhc_compile.passes.transforms.recompute import RecomputeSteps
 from mhc_compile.passes.transforms.stream_builder import StreamBuilder
@@ -219,6 +220,22 @@ def copies_are_not_folded(patch):
 @caught_by("test_fuse_sites.py::test_a_chain_is_one_read_steps_and_one_close")
 def nothing_is_fused(patch):
     patch.setattr(FuseSites, "apply", lambda self, graph: graph)
+
+
+@caught_by("test_lazy_streams.py::test_streams_are_written_at_every_length_th_step")
+def all_streams_are_written(patch):
+    patch.setattr(LazyStreams, "apply", lambda self, graph: graph)
+
+
+@caught_by("test_lazy_streams.py::test_the_graph_computes_the_same[3]")
+def the_last_branch_is_the_first_source(patch):
+    then = lazy_streams._Sources.then
+
+    def turned(self, *site):
+        streams, branches, *rest = then(self, *site)
+        return lazy_streams._Sources(streams, branches[::-1], *rest)
+
+    patch.setattr(lazy_streams._Sources, "then", turned)
 
 
 @caught_by("test_recompute.py::test_all_but_the_first_step_of_a_block_are_marked")

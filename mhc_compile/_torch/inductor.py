@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
@@ -106,6 +107,21 @@ def compile_with_inductor(
     with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
         compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextmanager
+def rewrite_joint_graphs(rewrite: Callable[[torch.fx.Graph], torch.fx.Graph]) -> Iterator[None]:
+    """In this context AOTAutograd rewrites graphs of forward and backward before it splits them."""
+    before = functorch_config.joint_custom_pass
+
+    def run(module: torch.fx.GraphModule, inputs: Any) -> torch.fx.GraphModule:
+        if callable(before):
+            module = before(module, inputs)
+        module.graph = rewrite(module.graph)
+        return module
+
+    with functorch_config.patch(joint_custom_pass=run):
+        yield
 
 
 def load_cpp(source: str) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +19,9 @@ from mhc_compile.graph_breaks.runtime import Origin, StreamBoundary
 from mhc_compile.passes import Pass, run_passes
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import crossings
+from mhc_compile.passes.transforms import lazy_streams
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
+from mhc_compile.passes.transforms.lazy_streams import LazyStreams
 from mhc_compile.passes.transforms.recompute import RecomputeSteps
 
 if TYPE_CHECKING:
@@ -28,6 +33,14 @@ if TYPE_CHECKING:
 
 #: Passes between the rewrite and the inner compiler, by the option `recompute`.
 _FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
+#: Passes over AOTAutograd's graphs of forward and backward together.
+_JOINT: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (LazyStreams(),), "block": ()}
+
+
+@functools.cache
+def _joint_passes() -> str:
+    """Return a hash of their code, which Inductor's caches do not know."""
+    return hashlib.sha256(Path(lazy_streams.__file__).read_bytes()).hexdigest()[:16]
 
 
 def compile_graph(
@@ -100,7 +113,9 @@ def prepare_kernels(session: GraphSession) -> None:
             width, single_pass = int(streams.shape[site.axis]), planned.options.single_pass
             kinds[streams.device, streams.dtype, branch.dtype, width, spec, single_pass] = streams, branch
     for (*_, width, spec, single_pass), (streams, branch) in kinds.items():
-        ops.prepare(streams, branch, session.options.streams, width, spec, single_pass=single_pass)
+        lazy = bool(_JOINT[session.options.recompute]) and streams.requires_grad and not single_pass
+        n = session.options.streams
+        ops.prepare(streams, branch, n, width, spec, single_pass=single_pass, lazy=lazy)
 
 
 def fusion_passes(options: ResolvedOptions) -> tuple[Pass, ...]:
@@ -142,11 +157,12 @@ def _compile(
         if inner == "eager":
             return run_eagerly(graph_module)
         graph_module = fuse(graph_module, passes) if passes else graph_module
-        if inner == "inductor":
-            tag = f"mhc-{ops.fingerprint()}-{options.recompute}"
-            table = ops.fused_decompositions()
-            return _torch.compile_with_inductor(graph_module, inputs, table, mode, dict(options.inductor), tag)
-        return _torch.inner_backend(inner)(graph_module, inputs)  # type: ignore[no-any-return]
+        with _torch.rewrite_joint_graphs(functools.partial(run_passes, passes=_JOINT[options.recompute])):
+            if inner == "inductor":
+                tag = f"mhc-{ops.fingerprint()}-{options.recompute}-{_joint_passes()}"
+                table = ops.fused_decompositions()
+                return _torch.compile_with_inductor(graph_module, inputs, table, mode, dict(options.inductor), tag)
+            return _torch.inner_backend(inner)(graph_module, inputs)  # type: ignore[no-any-return]
 
     return _torch.split_as_ddp_would(graph_module, inputs, compiler)
 

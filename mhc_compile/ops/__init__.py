@@ -22,13 +22,14 @@ from mhc_compile.mappings.sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import gated_reference as reads
+from mhc_compile.ops import lazy_library as _lazy_library  # noqa: F401 - registers the lazy operators
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops.fused_library import is_fused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "prepare"]
+__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare"]
 
 _mhc = torch.ops.mhc
 #: Products are written as broadcasts: nothing fuses with a batched matrix product.
@@ -53,6 +54,11 @@ _WITH_KERNELS: dict[Any, Callable[..., Any]] = {
     _mhc.close_backward.default: fused.close_backward,
     _mhc.update_backward.default: reference.update_backward_fused,
 }
+#: Operators that are written only where they have a kernel.
+_LAZY = (
+    _mhc.lazy_step.default, _mhc.lazy_step_backward.default,
+    _mhc.lazy_close.default, _mhc.lazy_close_backward.default,
+)  # fmt: skip
 
 
 @functools.cache
@@ -78,8 +84,9 @@ def fingerprint() -> str:
 
 
 def prepare(
-    streams: torch.Tensor, branch: torch.Tensor, n: int, width: int, mapping: str, *, single_pass: bool = False
-) -> None:
+    streams: torch.Tensor, branch: torch.Tensor, n: int, width: int, mapping: str,
+    *, single_pass: bool = False, lazy: bool = False,
+) -> None:  # fmt: skip
     """Start to build the kernels that a graph with such tensors will call.
 
     Args:
@@ -89,9 +96,12 @@ def prepare(
         width: their features, C.
         mapping: the convention.
         single_pass: whether sites read with the weights of the site before.
+        lazy: whether streams may stay unwritten.
     """
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
+        if lazy:
+            cpu.prepare(streams.dtype, branch.dtype, n, mapping, lazy=True)
     if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, branch.dtype, mapping):
         from mhc_compile.ops.triton import ahead
 
@@ -108,6 +118,11 @@ def on_triton(
     return triton.takes(streams, branch, mapping) and triton.reason(device) is None
 
 
+def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str) -> bool:
+    """Return whether a lazy operator has a kernel for streams and branches of such tensors."""
+    return streams.device.type == "cpu" and is_fused(mapping) and cpu.lazy.takes(streams, branches, n, mapping)
+
+
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     """Return implementations by operator overload for Inductor, around one opaque Sinkhorn.
 
@@ -115,7 +130,7 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     kernel for them.
     """
     with_kernels = {operator: _unless_kernel(composed) for operator, composed in _WITH_KERNELS.items()}
-    return {**_COMPOSED, **with_kernels}
+    return {**_COMPOSED, **with_kernels, **dict.fromkeys(_LAZY, lambda *args: NotImplemented)}  # noqa: ARG005
 
 
 def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,10 +69,11 @@ for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
 
 
-def _check_read(
+def check_read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float,
     *, name: str = "read",
 ) -> None:  # fmt: skip
+    """Check the tensors of a site that begins, and that its convention has fused operators."""
     if not is_fused(mapping):
         raise ShapeError(
             f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(cpu.MAPPINGS)}"
@@ -84,7 +85,7 @@ def _check_step(
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, *settings: Any
 ) -> None:
     check_mixing(streams, branch, post, res, name="step")
-    _check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="step")
+    check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="step")
 
 
 def _check_mix_read(
@@ -100,11 +101,11 @@ def _check_shifted_step(
     *settings: Any,
 ) -> None:  # fmt: skip
     _check_mix_read(streams, branch, post, res, pre, name="shifted_step")
-    _check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="shifted_step")
+    check_read(streams, phi, bias, scale, post.shape[-1], *settings, name="shifted_step")
 
 
 _CHECKS: dict[str, Callable[..., None]] = {
-    "read": _check_read,
+    "read": check_read,
     "step": _check_step,
     "shifted_step": _check_shifted_step,
     "mix_read": _check_mix_read,

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _spread(streams: Tensor, n: int) -> Tensor:
+def spread(streams: Tensor, n: int) -> Tensor:
     """Expand [..., m, C] to [..., n, C], as a view."""
     return streams.expand(*streams.shape[:-2], n, streams.shape[-1])
 
 
 def _gathered(grad: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of `_spread`."""
+    """Return the gradient of `spread`."""
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
 
 
@@ -53,7 +53,7 @@ def read(
     [..., K] and `inverse` [..., 1], one over the root mean square of the streams, are for the
     backward.
     """
-    wide = _spread(streams, n)
+    wide = spread(streams, n)
     pre, *rest = _coefficients(wide, phi, bias, scale, mapping, iterations, eps)
     return reference.collapse_fused(wide, pre), pre, *rest  # type: ignore[return-value]
 
@@ -74,7 +74,7 @@ def read_backward(
     mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `read` for `(streams, phi, bias, scale)`; None stands for zero."""
-    wide = _spread(streams, pre.shape[-1])
+    wide = spread(streams, pre.shape[-1])
     d_wide, d_pre = (None, None) if grad_h is None else reference.collapse_backward_fused(grad_h, wide, pre)
     site, saved = (phi, bias, scale), (pre, post, z)
     d_streams, *d_site = _coefficients_backward(
@@ -108,7 +108,7 @@ def step(
     `scale` parameters of the one that begins.
     """
     n = post.shape[-1]
-    after = reference.update_fused(_spread(streams, n), branch, post, res)
+    after = reference.update_fused(spread(streams, n), branch, post, res)
     return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)
 
 
@@ -118,7 +118,7 @@ def step_backward(
     next_pre: Tensor, next_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `step` for its tensors. The new streams are computed again."""
-    wide = _spread(streams, post.shape[-1])
+    wide = spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)
     grads, site, saved = (grad_h, grad_post, grad_res), (phi, bias, scale), (next_pre, next_post, z, inverse)
     d_after, *d_site = read_backward(*grads, after, *site, *saved, mapping, iterations, eps)
@@ -150,7 +150,7 @@ def shifted_step_backward(
     mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `shifted_step` for its tensors; None stands for zero."""
-    after = reference.update_fused(_spread(streams, post.shape[-1]), branch, post, res)
+    after = reference.update_fused(spread(streams, post.shape[-1]), branch, post, res)
     site, saved = (phi, bias, scale), (next_pre, next_post, z)
     d_after, *d_site = _coefficients_backward(
         grad_pre, grad_post, grad_res, after, *site, *saved, mapping, iterations, eps
@@ -161,7 +161,7 @@ def shifted_step_backward(
 
 def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Return `(streams', h')`: the update, and `h' = Σ_j pre_j X'_j` [..., C], `pre` [..., n]."""
-    after = reference.update_fused(_spread(streams, post.shape[-1]), branch, post, res)
+    after = reference.update_fused(spread(streams, post.shape[-1]), branch, post, res)
     return after, reference.collapse_fused(after, pre)
 
 
@@ -170,7 +170,7 @@ def mix_read_backward(
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of `mix_read` for its tensors; None stands for zero."""
-    wide = _spread(streams, post.shape[-1])
+    wide = spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)
     d_after, d_pre = torch.zeros_like(after) if grad_streams is None else grad_streams, torch.zeros_like(pre)
     if grad_h is not None:
@@ -187,7 +187,7 @@ def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """
     dtype = reference.compute_dtype(streams)
     weights = res.to(dtype).mean(-2)
-    mixed = (weights.unsqueeze(-1) * _spread(streams, post.shape[-1]).to(dtype)).sum(-2)
+    mixed = (weights.unsqueeze(-1) * spread(streams, post.shape[-1]).to(dtype)).sum(-2)
     return (mixed + post.to(dtype).mean(-1, keepdim=True) * branch.to(dtype)).to(streams.dtype)
 
 
@@ -196,8 +196,8 @@ def close_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `close` for `(streams, branch, post, res)`."""
     n = post.shape[-1]
-    spread = (grad.to(reference.compute_dtype(streams)) / n).unsqueeze(-2).expand(*grad.shape[:-1], n, grad.shape[-1])
+    grads = (grad.to(reference.compute_dtype(streams)) / n).unsqueeze(-2).expand(*grad.shape[:-1], n, grad.shape[-1])
     d_wide, d_branch, d_post, d_res = reference.update_backward_fused(
-        spread, _spread(streams, n).to(spread.dtype), branch, post, res
+        grads, spread(streams, n).to(grads.dtype), branch, post, res
     )
     return _gathered(d_wide, streams).to(streams.dtype), d_branch, d_post, d_res

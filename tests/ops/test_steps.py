@@ -373,9 +373,10 @@ def test_kernels_are_built_while_the_caller_goes_on(monkeypatch):
     from mhc_compile.ops import prepare
 
     built = []
-    monkeypatch.setattr(cpu.kernels, "_library", lambda *what: built.append(what))
-    cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn").join()
-    assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn")]
+    monkeypatch.setattr(cpu.kernels, "library_of", lambda *what, lazy: built.append((*what, lazy)))
+    for lazy in (False, True):
+        cpu.prepare(torch.float32, torch.bfloat16, 4, "sinkhorn", lazy=lazy).join()
+    assert built == [(torch.float32, torch.bfloat16, 4, "sinkhorn", lazy) for lazy in (False, True)]
     assert cpu.prepare(torch.float16, torch.float16, 4, "sinkhorn") is None
-    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, 32, "sinkhorn")
-    assert len(built) == 1
+    prepare(torch.empty(1, device="meta"), torch.empty(1, device="meta"), 4, 32, "sinkhorn", lazy=True)
+    assert len(built) == 2

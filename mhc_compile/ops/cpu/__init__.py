@@ -5,7 +5,9 @@ needed, and serves all sites, shapes and iteration counts; Inductor's cache keep
 processes.
 """
 
+from mhc_compile.ops.cpu import lazy
 from mhc_compile.ops.cpu.kernels import (
+    LONGEST,
     MAPPINGS,
     close,
     close_backward,
@@ -26,7 +28,7 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "MAPPINGS", "close", "close_backward", "mix_read", "mix_read_backward", "prepare", "read", "read_backward",
-    "shifted_step", "shifted_step_backward", "sinkhorn", "sinkhorn_backward", "step", "step_backward", "takes", "update",
-    "update_backward",
+    "LONGEST", "MAPPINGS", "close", "close_backward", "lazy", "mix_read", "mix_read_backward", "prepare", "read",
+    "read_backward", "shifted_step", "shifted_step_backward", "sinkhorn", "sinkhorn_backward", "step", "step_backward",
+    "takes", "update", "update_backward",
 ]  # fmt: skip

@@ -42,10 +42,21 @@ def threads_for(tokens: int) -> int:
     return max(1, min(torch.get_num_threads(), tokens // _TOKENS_PER_THREAD))
 
 
-def call(function: Any, tensors: Iterable[Tensor | None], integers: Iterable[int], *reals: float) -> None:
-    """Call a function of pointers, 64-bit integers and doubles. None is a null pointer."""
+def _pointer(tensor: Tensor | list[Tensor] | None) -> Any:
+    if isinstance(tensor, list):
+        return (ctypes.c_void_p * len(tensor))(*(one.data_ptr() for one in tensor))
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def call(
+    function: Any, tensors: Iterable[Tensor | list[Tensor] | None], integers: Iterable[int], *reals: float
+) -> None:
+    """Call a function of pointers, 64-bit integers and doubles.
+
+    None and an empty tensor are null pointers, a list of tensors is an array of pointers.
+    """
     function(
-        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
+        *map(_pointer, tensors),
         *map(ctypes.c_int64, integers),
         *map(ctypes.c_double, reals),
     )

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h", "close.h", "exports.h")
+_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h")
+#: The rest of a library, without and with the lazy operators, which are a library of their own.
+_REST = ("close.h", "exports.h"), ("lazy.h",)
+#: The number of sites of which a lazy operator has a kernel.
+LONGEST = 4
 #: Mappings that have a header of their name in this folder.
 MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
 _REALS = {torch.float32: "float", torch.float64: "double"}
@@ -47,12 +51,13 @@ _TYPES = {
 }
 #: Tensors that a kernel takes in the dtype of the streams. The branch has its own; all others are
 #: what is computed.
-_AS_STREAMS = ("streams", "grad", "grad_streams", "grad_h")
+AS_STREAMS = ("streams", "grad", "grad_streams", "grad_h")
 _LARGEST = 8
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
-_BUILT: dict[tuple[torch.dtype, torch.dtype, int], Any] = {}
-#: Held while a library is built: the thread of `prepare` and a first call may want the same one.
-_BUILDING = threading.Lock()
+_BUILT: dict[tuple[torch.dtype, torch.dtype, int, bool], Any] = {}
+#: Held while a library is built, one for each kind: the thread of `prepare` and a first call may
+#: want the same one.
+_BUILDING = threading.Lock(), threading.Lock()
 
 
 def _definitions(convention: Convention) -> dict[str, str | int]:
@@ -68,25 +73,26 @@ def _definitions(convention: Convention) -> dict[str, str | int]:
     }
 
 
-def _library(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None) -> Any:
+def library_of(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None, *, lazy: bool = False) -> Any:
     """Return the library for a convention; with None any that is built, for kernels without one."""
     types = _TYPES.get((streams, branch))
     if types is None or not 1 <= n <= _LARGEST:
         return None
     if mapping is None:
         mapping = "sinkhorn"
-        with _BUILDING:
-            if (streams, branch, n) in _BUILT:
-                return _BUILT[streams, branch, n]
+        with _BUILDING[lazy]:
+            if (streams, branch, n, lazy) in _BUILT:
+                return _BUILT[streams, branch, n, lazy]
     convention = parse(mapping)
     if convention.mapping not in MAPPINGS or columns(convention.mapping, n) is None:
         return None
     store, other, compute = types
-    headers = tuple(header.format(mapping=convention.mapping) for header in _HEADERS)
-    with _BUILDING:
-        built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **_definitions(convention))
+    headers = tuple(header.format(mapping=convention.mapping) for header in (*_HEADERS, *_REST[lazy]))
+    macros = {**_definitions(convention), **({"MOST_BRANCHES": LONGEST} if lazy else {})}
+    with _BUILDING[lazy]:
+        built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **macros)
         if built is not None:
-            _BUILT.setdefault((streams, branch, n), built)
+            _BUILT.setdefault((streams, branch, n, lazy), built)
     return built
 
 
@@ -95,24 +101,27 @@ def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, m
 
     Without a mapping: a kernel that depends on none.
     """
-    return _library(streams, branch or streams, n, mapping) is not None
+    return library_of(streams, branch or streams, n, mapping) is not None
 
 
-def prepare(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> threading.Thread | None:
+def prepare(
+    streams: torch.dtype, branch: torch.dtype, n: int, mapping: str, *, lazy: bool = False
+) -> threading.Thread | None:
     """Build the kernels in a thread while the caller traces, which takes longer than the compiler.
 
     Returns the thread, None where there is nothing to build.
     """
     if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST or parse(mapping).mapping not in MAPPINGS:
         return None
-    thread = threading.Thread(target=_build, args=(streams, branch, n, mapping), daemon=True, name="mhc-kernels")
+    args = (streams, branch, n, mapping, lazy)
+    thread = threading.Thread(target=_build, args=args, daemon=True, name="mhc-kernels")
     thread.start()
     return thread
 
 
-def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str) -> None:
+def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str, lazy: bool) -> None:
     try:
-        _library(streams, branch, n, mapping)
+        library_of(streams, branch, n, mapping, lazy=lazy)
     except Exception:  # the call that needs the library builds it again, and raises where a user sees it
         log.debug("building the kernels ahead failed", exc_info=True)
 
@@ -131,11 +140,11 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
         streams: Tensor = given["streams"]
         store, other = streams.dtype, given.get("branch", streams).dtype
         n = given["post"].shape[-1] if "post" in given else given["n"]
-        built = _library(store, other, n, given.get("mapping"))
+        built = library_of(store, other, n, given.get("mapping"))
         if built is None or not streams.numel():
             return reference.dense(getattr(module, name))(*args)
         compute = reference.compute_dtype(streams)
-        dtypes = {**dict.fromkeys(_AS_STREAMS, store), "branch": other}
+        dtypes = {**dict.fromkeys(AS_STREAMS, store), "branch": other}
         tensors: dict[str, Any] = {
             key: None if value is None else value.to(dtypes.get(key, compute)).contiguous()
             for key, value in given.items()

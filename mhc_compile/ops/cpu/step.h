@@ -69,14 +69,19 @@ struct Forward {
 
     template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
-        constexpr int P = MIX ? N : IN;
-        const int64_t tiles = (T + TILE - 1) / TILE;
+        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed) { one<IN, MIX, READ, GIVEN>(first, packed); });
+    }
+
+    // work(first token, packed phi of P streams) for every tile.
+    template <int P, bool READ, typename Work>
+    void tiles(int64_t threads, Work work) const {
+        const int64_t count = (T + TILE - 1) / TILE;
         const Scratch packed(READ ? chunks(C) * P * K * CHUNK : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
 #pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; ++tile) one<IN, MIX, READ, GIVEN>(tile * TILE, packed.at(0));
+            for (int64_t tile = 0; tile < count; ++tile) work(tile * TILE, packed.at(0));
         }
     }
 
@@ -121,7 +126,7 @@ struct Forward {
         }
     }
 
-  private:
+  protected:
     static void keep(Vec value, Real* to, Vec& square) {
         store(to, value);
         square += value * value;

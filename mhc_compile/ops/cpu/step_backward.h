@@ -28,8 +28,15 @@ struct Backward {
 
     template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
-        constexpr int P = MIX ? N : IN;
-        const int64_t all = chunks(C) * P * K * CHUNK, tiles = (T + TILE - 1) / TILE;
+        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed, Real* mine, Real* history) {
+            one<IN, MIX, READ, GIVEN>(first, packed, mine, history);
+        });
+    }
+
+    // work(first token, packed phi of P streams, the thread's sums of phi, bias and scale, scratch of the mapping) for every tile, then the sums.
+    template <int P, bool READ, typename Work>
+    void tiles(int64_t threads, Work work) const {
+        const int64_t all = chunks(C) * P * K * CHUNK, count = (T + TILE - 1) / TILE;
         const int64_t sums = READ ? all + K + 3 : 0;  // of phi, bias and scale, for one thread
         const Scratch packed(READ ? all : 0), partial(threads * sums);
         const int64_t scratch = Mixing::SCRATCH(site.iterations);
@@ -41,8 +48,8 @@ struct Backward {
             for (int64_t thread = 0; thread < threads; ++thread) {
                 Real* mine = partial.at(thread * sums);
                 std::memset(mine, 0, sums * sizeof(Real));
-                for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; ++tile)
-                    one<IN, MIX, READ, GIVEN>(tile * TILE, packed.at(0), mine, history.at(thread * scratch));
+                for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile)
+                    work(tile * TILE, packed.at(0), mine, history.at(thread * scratch));
             }
             if constexpr (READ) {
 #pragma omp for schedule(static)
@@ -72,8 +79,14 @@ struct Backward {
         const int64_t all = chunks(C) * P * K * CHUNK, count = std::min<int64_t>(TILE, T - first);
         alignas(64) Real scaled[TILE][K] = {};  // dz inverse
         Real radial[TILE] = {};
-        if constexpr (READ)
-            logits<IN, MIX, GIVEN>(first, count, scaled, radial, mine + all, mine + all + K, history);
+        if constexpr (READ) {
+            Real d_next_pre[TILE][N] = {};
+            for (int64_t t = 0; t < count; ++t) {
+                if constexpr (!GIVEN) product<IN, MIX>(first + t, d_next_pre[t]);
+                else if (grad_next_pre) std::memcpy(d_next_pre[t], grad_next_pre + (first + t) * N, sizeof d_next_pre[t]);
+            }
+            logits<P>(first, count, d_next_pre, scaled, radial, mine + all, history);
+        }
         Vec dots[TILE][N + GIVEN][IN + 1] = {};  // of the rows of G, and of dh, with X and y
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
             alignas(64) Real grads[TILE][P][CHUNK];   // first what the projection gives to X', then all of its gradient
@@ -102,12 +115,12 @@ struct Backward {
         }
     }
 
-  private:
-    // From the gradients of h, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias and scale.
-    template <int IN, bool MIX, bool GIVEN>
-    void logits(int64_t first, int64_t count, Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* d_scale_sum, Real* history) const {
-        constexpr int P = MIX ? N : IN;
-        Real d_logits[TILE][K];
+  protected:
+    // From the gradients of pre, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias, then scale.
+    // A function of its own: inlined into the loops over the features it made the whole 6 % slower.
+    template <int P>
+    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* history) const {
+        Real *d_scale_sum = d_bias_sum + K, d_logits[TILE][K];
         Mixing mixing;
         Real g[N][N][LANES];
         if (Mixing::LOGITS && grad_next_res) {
@@ -119,12 +132,9 @@ struct Backward {
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
-            Real d_next_pre[N] = {};
-            if constexpr (!GIVEN) product<IN, MIX>(token, d_next_pre);
-            else if (grad_next_pre) std::memcpy(d_next_pre, grad_next_pre + token * N, sizeof d_next_pre);
             for (int i = 0; i < N; ++i) {
                 const Real pre = plus(next_pre[token * N + i], -PRE_PLUS), after = plus(next_post[token * N + i], -POST_PLUS);
-                d_logits[t][i] = d_next_pre[i] * pre * (1 - pre);
+                d_logits[t][i] = d_next_pre[t][i] * pre * (1 - pre);
                 d_logits[t][N + i] = grad_next_post ? grad_next_post[token * N + i] * after * (1 - after / POST_TIMES) : 0;
             }
             for (int k = 0; k < Mixing::LOGITS; ++k) d_logits[t][2 * N + k] = grad_next_res ? mixing.gradient(k, g)[t] : 0;

@@ -108,7 +108,8 @@ def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, 
     A site keeps its n streams of width C, its branch's output and its coefficients. Its branch
     input takes the place of the plain model's. With `recompute="block"` only the first of every
     `sqrt(n L / (n + 2))` sites keeps streams, coefficients and branch input (arXiv 2512.24880 v2,
-    section 4.3); every site keeps its branch's output.
+    section 4.3); every site keeps its branch's output. Lazy streams, which keep less, have kernels
+    for CPU only, and are not counted.
     """
     n = options.streams
     first = sites if recompute == "cheap" else ceil(sites / block_length(sites, n))

@@ -112,9 +112,9 @@ def test_blocks_keep_fewer_streams_and_the_same_gradients(inner_backend):
         gradients[recompute] = [p.grad for p in one.parameters()]
     streams = 4 * width * tokens * 8  # bytes of one set of streams
     # Chains of 12 sites have blocks of 3: of the 11 steps the 1st, 4th, 7th and 10th keep their
-    # streams.
-    assert kept["cheap"] - kept["block"] >= 7 * streams
-    assert kept["cheap"] <= 1.01 * kept["none"]
+    # streams. With lazy streams the 4th, the 8th and the last do, whose streams leave the graph.
+    assert kept["none"] - kept["block"] >= 7 * streams
+    assert kept["none"] - kept["cheap"] >= 8 * streams - 0.01 * kept["none"]
     for other in ("none", "block"):
         for one, two in zip(gradients["cheap"], gradients[other], strict=True):
             assert (one - two).abs().max() <= 1e-10 * (1 + one.abs().max())

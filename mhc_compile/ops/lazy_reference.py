@@ -1,0 +1,102 @@
+"""Steps of streams that are not in memory, as compositions.
+
+The streams after k sites are a linear combination, for each token, of the streams X_0 that were
+written last and of the outputs y_1 ... y_k of the branches since:
+
+    X_k = res_k X_(k-1) + post_k y_k = A_k X_0 + B_k [y_1 ... y_k]
+    A_k = res_k A_(k-1),   B_k = [res_k B_(k-1) | post_k],   A_0 = 1
+
+A kernel reads X_0 and the outputs (n + k rows), which are kept for the backward anyway, instead of
+X_(k-1) and y_k (n + 1 rows), and writes h alone: the n rows of X_k need neither be written nor
+kept. `streams` [..., m, C] are X_0, with m = n, or m = 1 for n equal streams. `branches` [..., C],
+`post` [..., n] and `res` [..., n, n] are lists, of the k sites that have ended since.
+
+`mhc_compile.ops.cpu` is tested against these functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from mhc_compile.ops import fused_reference as fused
+from mhc_compile.ops import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from torch import Tensor
+
+    Tensors = Sequence[Tensor]
+
+
+def _before(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
+    """Return the streams before the last of the sites: [..., n, C], or `streams` for one site."""
+    for branch, one_post, one_res in list(zip(branches, post, res, strict=True))[:-1]:
+        streams = reference.update_fused(fused.spread(streams, one_post.shape[-1]), branch, one_post, one_res)
+    return streams
+
+
+def lazy_step(
+    streams: Tensor, branches: Tensors, post: Tensors, res: Tensors,
+    phi: Tensor, bias: Tensor, scale: Tensor, write: bool, mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return `fused_reference.step` of the last site; its streams are [0] unless `write`."""
+    old = _before(streams, branches, post, res)
+    after, *rest = fused.step(old, branches[-1], post[-1], res[-1], phi, bias, scale, mapping, iterations, eps)
+    return after if write else after.new_empty(0), *rest
+
+
+def lazy_step_backward(
+    grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
+    streams: Tensor, branches: Tensors, post: Tensors, res: Tensors, phi: Tensor, bias: Tensor, scale: Tensor,
+    next_pre: Tensor, next_post: Tensor, z: Tensor, inverse: Tensor, mapping: str, iterations: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return `fused_reference.step_backward` of the last of two or more sites.
+
+    The gradient of its old streams is [..., n, C]. It contains all that later sites give to earlier
+    branches: each branch gets its gradient from the step that ends its own site.
+    """
+    old = _before(streams, branches, post, res), branches[-1], post[-1], res[-1]
+    grads, site, saved = (
+        (grad_streams, grad_h, grad_post, grad_res),
+        (phi, bias, scale),
+        (next_pre, next_post, z, inverse),
+    )
+    return fused.step_backward(*grads, *old, *site, *saved, mapping, iterations, eps)
+
+
+def lazy_close(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
+    """Return `fused_reference.close` of the last site."""
+    return fused.close(_before(streams, branches, post, res), branches[-1], post[-1], res[-1])
+
+
+def lazy_close_backward(
+    grad: Tensor, streams: Tensor, branches: Tensors, post: Tensors, res: Tensors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `fused_reference.close_backward` of the last of two or more sites."""
+    return fused.close_backward(grad, _before(streams, branches, post, res), branches[-1], post[-1], res[-1])
+
+
+def by_name(name: str, args: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments of an operator by the names of its parameters."""
+    return dict(zip(inspect.signature(globals()[name]).parameters, args, strict=True))
+
+
+def differentiated(given: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors whose gradients a backward returns; its streams are [..., n, C]."""
+    last = (given[key][-1] for key in ("branches", "post", "res"))
+    return [given["streams"], *last, *(given[key] for key in ("phi", "bias", "scale") if key in given)]
+
+
+def empty_outputs(name: str, given: Mapping[str, Any], *, write: bool = False) -> list[Tensor]:
+    """Return new tensors for the results of an operator from its arguments by name, contiguous."""
+    streams, n = given["streams"], given["post"][-1].shape[-1]
+    if name == "lazy_close":
+        return fused.empty_results("close", streams, n)
+    unwritten = name == "lazy_step" and not write
+    wide = streams.new_empty(0 if unwritten else (*streams.shape[:-2], n, streams.shape[-1]))
+    if name == "lazy_step":
+        return [wide, *fused.empty_results("read", streams, n, given["phi"])]
+    return [wide, *(one.new_empty(one.shape) for one in differentiated(given)[1:])]

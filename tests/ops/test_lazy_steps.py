@@ -1,0 +1,161 @@
+"""The lazy operators against the equations and their autograd, written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhc_compile.errors import ShapeError
+from mhc_compile.ops import cpu
+from mhc_compile.ops import lazy_reference as lazy
+
+mhc = torch.ops.mhc
+N, ITERATIONS, EPS = 4, 5, 1e-6
+HOW = ("sinkhorn", ITERATIONS, EPS)
+
+
+def values(sites, width, tokens, *, copies=False, dtype=torch.float64):
+    """`(streams, branches, post, res, phi, bias, scale)`; with `copies` one stream for n."""
+    real = torch.promote_types(dtype, torch.float32)
+    return (
+        torch.randn(*tokens, 1 if copies else N, width, dtype=dtype),
+        [torch.randn(*tokens, width, dtype=dtype) for _ in range(sites)],
+        [2 * torch.rand(*tokens, N, dtype=real) for _ in range(sites)],
+        [torch.softmax(torch.randn(*tokens, N, N, dtype=real), -1) for _ in range(sites)],
+        0.3 * torch.randn(N * width, N * N + 2 * N, dtype=real) / width**0.5,
+        torch.randn(N * N + 2 * N, dtype=real),
+        0.5 + torch.rand(3, dtype=real),
+    )
+
+
+def ended(streams, branches, post, res):
+    """The streams after sites that end: `X' = H_res X + H_postᵀ f`."""
+    x = streams.expand(*streams.shape[:-2], N, -1)
+    for f, p, r in zip(branches, post, res, strict=True):
+        x = torch.einsum("...ij,...jc->...ic", r, x) + torch.einsum("...i,...c->...ic", p, f)
+    return x
+
+
+def begun(x, phi, bias, scale):
+    """`(h, post, res)` of the site that begins."""
+    v = x.flatten(-2)
+    z = (v @ phi) / (v.square().mean(-1, keepdim=True) + EPS).sqrt()
+    pre, post, logits = (
+        a * part + b for a, part, b in zip(scale, z.split([N, N, N * N], -1), bias.split([N, N, N * N]), strict=True)
+    )
+    res = logits.unflatten(-1, (N, N)).exp()
+    for _ in range(ITERATIONS):
+        res = res / res.sum(-2, keepdim=True)
+        res = res / res.sum(-1, keepdim=True)
+    return torch.einsum("...i,...ic->...c", pre.sigmoid(), x), 2 * post.sigmoid(), res
+
+
+def close(one, other, tolerance):
+    return one.shape == other.shape and bool(
+        (one.double() - other.double()).norm() <= tolerance * (1e-12 + other.double().norm())
+    )
+
+
+def oracle(tensors, grads):
+    """The results of a step, and the gradients of its old streams and its own tensors."""
+    streams, branches, post, res, *site = tensors
+    old = ended(streams, branches[:-1], post[:-1], res[:-1]) if len(branches) > 1 else streams
+    leaves = [t.detach().clone().requires_grad_() for t in (old, branches[-1], post[-1], res[-1], *site)]
+    after = ended(leaves[0], *([one] for one in leaves[1:4]))
+    results = after, *begun(after, *leaves[4:])
+    outs, given = zip(*((out, grad) for out, grad in zip(results, grads, strict=True) if grad is not None), strict=True)
+    return results, torch.autograd.grad(outs, leaves, given, allow_unused=True, materialize_grads=True)
+
+
+def incoming(width, tokens):
+    return [torch.randn(*tokens, *shape, dtype=torch.float64) for shape in ((N, width), (width,), (N,), (N, N))]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(("width", "tokens"), [(6, (2, 3)), (33, (37,)), (130, (5, 4)), (1, (1,))])
+def test_steps_and_closes_are_the_equations(width, tokens, copies):
+    for sites in range(1, cpu.LONGEST + 2):  # the last has no kernel
+        tensors = values(sites, width, tokens, copies=copies)
+        (after, *rest), wanted = oracle(tensors, grads := incoming(width, tokens))
+        assert cpu.lazy.takes(tensors[0], tensors[1], N, "sinkhorn") == (sites <= cpu.LONGEST)
+        for kernels in (lazy, cpu.lazy):
+            for write in (False, True):
+                streams, h, pre, *got = kernels.lazy_step(*tensors, write, *HOW)
+                assert all(close(one, other, 1e-12) for one, other in zip((h, *got[:2]), rest, strict=True))
+                assert close(streams, after, 1e-12) if write else streams.shape == (0,)
+            if sites == 1:
+                continue
+            saved = pre, got[0], got[2], got[3]
+            gradients = kernels.lazy_step_backward(*grads, *tensors, *saved, *HOW)
+            assert all(close(one, other, 1e-10) for one, other in zip(gradients, wanted, strict=True))
+            assert close(kernels.lazy_close(*tensors[:4]), after.mean(-2), 1e-12)
+            from_mean = oracle(tensors, [grads[1].unsqueeze(-2).expand_as(after) / N, None, None, None])[1][:4]
+            gradients = kernels.lazy_close_backward(grads[1], *tensors[:4])
+            assert all(close(one, other, 1e-11) for one, other in zip(gradients, from_mean, strict=True))
+
+
+@pytest.mark.parametrize("absent", range(4))
+def test_absent_gradients_are_zero(absent):
+    tensors, grads = values(3, 33, (7,)), incoming(33, (7,))
+    grads[absent] = None
+    _, _, pre, post, _, z, inverse = cpu.lazy.lazy_step(*tensors, False, *HOW)
+    for kernels in (lazy, cpu.lazy):
+        got = kernels.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW)
+        assert all(close(one, other, 1e-10) for one, other in zip(got, oracle(tensors, grads)[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 2e-5, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 2e-2, marks=pytest.mark.slow),
+    ],
+)
+def test_narrow_dtypes_are_near_the_equations(dtype, tolerance):
+    tensors = values(4, 70, (600,), dtype=dtype)
+    wide = [[one.double() for one in t] if isinstance(t, list) else t.double() for t in tensors]
+    grads = [grad.to(dtype if i < 2 else torch.float32) for i, grad in enumerate(incoming(70, (600,)))]
+    results, wanted = oracle(wide, [grad.double() for grad in grads])
+    streams, h, pre, post, res, z, inverse = mhc.lazy_step(*tensors, True, *HOW)
+    assert streams.dtype == h.dtype == dtype
+    assert all(close(one, other, tolerance) for one, other in zip((streams, h, post, res), results, strict=True))
+    got = mhc.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW)
+    assert all(close(one, other, tolerance) for one, other in zip(got, wanted, strict=True))
+
+
+def test_the_number_of_threads_changes_no_row(monkeypatch):
+    tensors, grads = values(2, 5, (1200,)), incoming(5, (1200,))
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(cpu.lazy, "threads_for", lambda tokens, threads=threads: threads)
+        step = cpu.lazy.lazy_step(*tensors, True, *HOW)
+        back = cpu.lazy.lazy_step_backward(*grads, *tensors, *(step[i] for i in (2, 3, 5, 6)), *HOW)
+        assert all(close(one, other, 1e-12) for one, other in zip(back[4:], oracle(tensors, grads)[1][4:], strict=True))
+        results.append((*step, *back[:4]))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_opcheck(copies):
+    *old, phi, bias, scale = values(2, 6, (3,), copies=copies)
+    tensors, grads = (*old, phi.float(), bias, scale), incoming(6, (3,))
+    checks = ("test_schema", "test_faketensor")
+    for write in (False, True):
+        torch.library.opcheck(mhc.lazy_step.default, (*tensors, write, *HOW), test_utils=checks)
+    _, _, pre, post, _, z, inverse = mhc.lazy_step(*tensors, False, *HOW)
+    arguments = (*grads, *tensors, pre, post, z, inverse, *HOW)
+    torch.library.opcheck(mhc.lazy_step_backward.default, arguments, test_utils=checks)
+    torch.library.opcheck(mhc.lazy_close.default, tensors[:4], test_utils=checks)
+    torch.library.opcheck(mhc.lazy_close_backward.default, (grads[1], *tensors[:4]), test_utils=checks)
+
+
+def test_errors_name_the_lists_and_the_way_out():
+    streams, branches, post, res, *site = values(1, 6, (3,))
+    with pytest.raises(
+        ShapeError, match=r"mhc::lazy_close: .* at least 2 sites; got 1, 1, 1 \(mhc::close is for one site\)"
+    ):
+        mhc.lazy_close(streams, branches, post, res)
+    with pytest.raises(ShapeError, match=r"mhc::lazy_step: .* got 1, 0, 1"):
+        mhc.lazy_step(streams, branches, [], res, *site, True, *HOW)
+    with pytest.raises(ShapeError, match=r"mhc::lazy_step: streams .* need branch \[\.\.\., C\]"):
+        mhc.lazy_step(streams, [branches[0][..., :-1]], post, res, *site, True, *HOW)
