@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mhc_compile import mappings
 from mhc_compile.errors import ShapeError
 from mhc_compile.ops import cpu
 from mhc_compile.ops import lazy_reference as lazy
@@ -159,3 +160,42 @@ def test_errors_name_the_lists_and_the_way_out():
         mhc.lazy_step(streams, branches, [], res, *site, True, *HOW)
     with pytest.raises(ShapeError, match=r"mhc::lazy_step: streams .* need branch \[\.\.\., C\]"):
         mhc.lazy_step(streams, [branches[0][..., :-1]], post, res, *site, True, *HOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(
+    ("n", "mapping"),
+    [
+        (1, "sinkhorn"),
+        (2, "unconstrained"),
+        (3, "permutations"),
+        (8, "kronecker"),
+        (8, "sinkhorn"),
+        (4, "identity;pre_eps=0.02;post_eps=0.1"),
+        (4, "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns"),
+    ],
+)
+def test_every_mapping_and_number_of_streams(n, mapping, copies):
+    """The kernels against the compositions, which share nothing with them."""
+    how, columns = (mapping, ITERATIONS, EPS), mappings.columns(mapping.split(";")[0], n)
+
+    def draw(*shape):
+        return torch.randn(37, *shape, dtype=torch.float64)
+
+    for sites in range(1, cpu.LONGEST + 1):
+        lists = [draw(33) for _ in range(sites)], [draw(n) for _ in range(sites)], [draw(n, n) for _ in range(sites)]
+        phi = torch.randn(n * 33, columns, dtype=torch.float64) / 6
+        site = phi, torch.randn(columns, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+        tensors = (draw(1 if copies else n, 33), *lists, *site)
+        assert cpu.lazy.takes(tensors[0], lists[0], n, mapping)
+        grads = draw(n, 33), draw(33), draw(n), draw(n, n)
+        found = []
+        for kernels in (lazy, cpu.lazy):
+            step = kernels.lazy_step(*tensors, True, *how)
+            if sites > 1:
+                saved = (step[i] for i in (2, 3, 5, 6))
+                step = (*step, *kernels.lazy_step_backward(*grads, *tensors, *saved, *how))
+            found.append(step)
+        for one, other in zip(*found, strict=True):
+            assert close(one, other, 1e-10)
