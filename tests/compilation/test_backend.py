@@ -386,6 +386,7 @@ print(counters["inductor"]["fxgraph_cache_bypass"], counters["inductor"]["fxgrap
 @pytest.mark.slow
 def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
     from mhc_compile import _torch, ops
+    from mhc_compile.compilation import inner_compiler
 
     tags = []
 
@@ -394,9 +395,11 @@ def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
         return module.forward
 
     monkeypatch.setattr(_torch.inductor, "compile_fx", compile_fx)
-    for print_of, recompute in (("one", "cheap"), ("other", "cheap"), ("other", "block")):
+    prints = (("one", "cheap", "p"), ("other", "cheap", "p"), ("other", "block", "p"), ("other", "block", "q"))
+    for print_of, recompute, passes in prints:
         monkeypatch.setattr(ops, "fingerprint", lambda print_of=print_of: print_of)
+        monkeypatch.setattr(inner_compiler, "_joint_passes", lambda passes=passes: passes)
         torch._dynamo.reset()
         torch.compile(Decoder(), backend="mhc", options={"recompute": recompute})(tokens())
-    assert tags == ["mhc-one-cheap", "mhc-other-cheap", "mhc-other-block"]
+    assert tags == ["mhc-one-cheap-p", "mhc-other-cheap-p", "mhc-other-block-p", "mhc-other-block-q"]
     assert torch.compiler.config.cache_key_tag == ""
