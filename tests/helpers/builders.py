@@ -218,3 +218,20 @@ def assert_same(got: Run, want: Run, tolerance: float) -> None:
     errors = {name: relative(got.gradients[name], gradient, floor) for name, gradient in want.gradients.items()}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < tolerance, (worst, errors[worst])
+
+
+class Deep(nn.Module):
+    """Blocks between two other layers: with the chain's ends at the graph's edges, streams would be
+    expected to go on elsewhere.
+    """
+
+    def __init__(self, depth: int, width: int = 16) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(width, width), nn.Linear(width, width)
+        self.branches = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.after(x)

@@ -10,29 +10,12 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.builders import Deep
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 import mhc_compile
 from mhc_compile import _torch
-
-
-class Deep(nn.Module):
-    """Blocks between two other layers: with the chain's ends at the graph's edges, streams would be
-    expected to go on elsewhere.
-    """
-
-    def __init__(self, depth: int, width: int = 16) -> None:
-        super().__init__()
-        self.before, self.behind = nn.Linear(width, width), nn.Linear(width, width)
-        self.branches = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(depth))
-
-    def forward(self, x):
-        x = self.before(x)
-        for branch in self.branches:
-            x = x + branch(x)
-        return self.behind(x)
-
 
 DEPTH = 3
 

@@ -95,6 +95,22 @@ def test_launches_are_noted_on_tensors_without_memory():
     assert new.is_meta
 
 
+def test_other_threads_run_while_one_notes():
+    """A model may be traced while the backward of another runs."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs the interpreter: TRITON_INTERPRET=1 before Triton is imported")
+    mix, _ = site(dtype=torch.float32)
+    for tensor in mix:
+        tensor.fill_(0.5)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(kernels.update(*mix)))
+    with noted() as launches:
+        thread.start()
+        thread.join()
+    assert not launches
+    assert torch.equal(found[0], torch.full_like(mix[0], 4 * 0.5 * 0.5 + 0.5 * 0.5))
+
+
 def test_a_launch_waits_for_the_threads_that_compile():
     """And it runs on its tensors: zeros, here."""
     done = threading.Event()

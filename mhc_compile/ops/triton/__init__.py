@@ -7,7 +7,7 @@ equal streams of which one is held:
     branch            [..., C]      any floating dtype
     pre, post         [..., n]      float32
     res               [..., n, n]   float32; res[..., i, j]: weight of old stream j in new stream i
-    phi, bias, scale  [n C, K], [K], [3]; K = n² + 2 n for "sinkhorn", 2 n for "identity"
+    phi, bias, scale  [n C, K], [K], [3]; K = 2 n + the logits of the mapping
     z, inverse        [..., K], [..., 1]   float32: the projection, already divided, and 1 / rms
 
 Source of the equations: arXiv 2512.24880 v2, section 4; convention: `mhc_compile.ops.reference`.

@@ -25,9 +25,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import arrive, load_mixing, load_numbers, load_streams, mixed, pinned, product, split, wait_for, wide
+from .blocks import (
+    arrive,
+    filled,
+    load_mixing,
+    load_numbers,
+    load_streams,
+    mixed,
+    pinned,
+    product,
+    split,
+    wait_for,
+    wide,
+)
 from .coefficients import coefficients_backward, read_gradient
-from .mappings import filled
 
 
 @triton.jit

@@ -18,6 +18,34 @@ def wide(x):
 
 
 @triton.jit
+def filled(value, like, count: tl.constexpr):
+    """Return a tuple of `count` vectors, all `value`, of the shape of `like`."""
+    values = ()
+    for _ in tl.static_range(count):
+        values = values + (tl.zeros_like(like) + value,)
+    return values
+
+
+@triton.jit
+def softmax(z, count: tl.constexpr):
+    """Return the softmax over a tuple of `count` vectors."""
+    top = z[0]
+    for k in tl.static_range(1, count):
+        top = tl.maximum(top, z[k])
+    powers = ()
+    for k in tl.static_range(count):
+        powers = powers + (tl.exp(z[k] - top),)
+    total = powers[0]
+    for k in tl.static_range(1, count):
+        total += powers[k]
+    total = 1.0 / total
+    weights = ()
+    for k in tl.static_range(count):
+        weights = weights + (powers[k] * total,)
+    return weights
+
+
+@triton.jit
 def sigmoid(x):
     """Compute the logistic function of float32, without overflow."""
     return 1.0 / (1.0 + tl.exp(-x))

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, sigmoid, store_numbers, wide
-from .mappings import filled, matrix_backward, matrix_of
+from .blocks import filled, load_mixing, load_numbers, sigmoid, store_numbers, wide
+from .mappings import matrix_backward, matrix_of
 
 
 @triton.jit

@@ -1,12 +1,13 @@
 """Launches of kernels: directly, in Triton's interpreter, or noted down to be compiled ahead.
 
 `torch.library.wrap_triton` is for kernels that a compiler traces. The operators are opaque, and
-outside a trace it costs 0.5 ms of Python a launch and keeps the constants of each launch for ever.
+outside a trace it runs a higher-order operator at each launch and keeps its constants for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Launch(NamedTuple):
 
 #: Threads that compile kernels. The first launch waits for them: it would compile its own again.
 COMPILING: list[threading.Thread] = []
-#: What is noted down instead of run, in the thread that records.
-_NOTED: list[list[Launch]] = []
+#: Where launches are noted instead of run. Other threads, as those of a backward, go on running.
+_NOTED: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("noted", default=None)
 
 
 def interpreted() -> bool:
@@ -43,11 +44,11 @@ def interpreted() -> bool:
 def noted() -> Iterator[list[Launch]]:
     """Note launches down instead of running them: operators then take tensors on "meta"."""
     launches: list[Launch] = []
-    _NOTED.append(launches)
+    token = _NOTED.set(launches)
     try:
         yield launches
     finally:
-        _NOTED.pop()
+        _NOTED.reset(token)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -55,8 +56,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
     Triton launches on the current device, which need not be that of the tensors.
     """
-    if _NOTED:
-        _NOTED[-1].append(Launch(kernel, grid, arguments, constants))
+    noting = _NOTED.get()
+    if noting is not None:
+        noting.append(Launch(kernel, grid, arguments, constants))
     elif all(grid):
         while COMPILING:
             COMPILING.pop().join()

@@ -132,7 +132,7 @@ def own_cell(shape: Shape, options: Mapping[str, Any], *, fused: bool) -> tuple[
     if site.connection.single_pass:
         branch, streams, *rest = _inputs(shape, site, ends)
         pre = site.connection.coefficients(streams)[0].detach().requires_grad_()
-        return _SinglePassCell(site, fused=step_available(shape, "shifted_step")), (branch, streams, *rest, pre)
+        return _SinglePassCell(site), (branch, streams, *rest, pre)
     if fused and step_available(shape):
         return _StepCell(site), _inputs(shape, site, ends)
     return cell(shape, site, ends)
@@ -144,9 +144,9 @@ def plain_cell(shape: Shape) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return _PlainCell(), (branch, streams[..., 0, :].detach().clone().requires_grad_())
 
 
-def step_available(shape: Shape, operator: str = "step") -> bool:
-    """Return whether an operator has a kernel for the device of `shape`."""
-    return hasattr(torch.ops.mhc, operator) and has_kernel(f"mhc::{operator}", shape.device)
+def step_available(shape: Shape) -> bool:
+    """Return whether `mhc::step` has a kernel for the device of `shape`."""
+    return has_kernel("mhc::step", shape.device)
 
 
 @torch.no_grad()
@@ -191,24 +191,16 @@ class _StepCell(nn.Module):
 
 
 class _SinglePassCell(nn.Module):
-    """The cell of a single pass: the `pre` of the site that ends collapses the new streams.
+    """The cell of a single pass: the `pre` of the site that ends collapses the new streams."""
 
-    `mhc::shifted_step`, or with `fused=False` the operators that it consists of.
-    """
-
-    def __init__(self, site: _OperatorsSite, *, fused: bool) -> None:
+    def __init__(self, site: _OperatorsSite) -> None:
         super().__init__()
-        self.connection, self.fused = site.connection, fused
+        self.connection = site.connection
 
     def forward(self, branch: Tensor, streams: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
         c = self.connection
-        if self.fused:
-            site = (c.phi, c.bias, c.scale, c.spec, c.iterations, c.eps)
-            new, h, *held = torch.ops.mhc.shifted_step(streams, branch, post, res, pre, *site)[:5]
-        else:
-            new = torch.ops.mhc.update(streams, branch, post, res)
-            h, held = torch.ops.mhc.collapse(new, pre), list(c.coefficients(new))
-        next_pre, next_post, next_res = held
+        site = (c.phi, c.bias, c.scale, c.spec, c.iterations, c.eps)
+        new, h, next_pre, next_post, next_res = torch.ops.mhc.shifted_step(streams, branch, post, res, pre, *site)[:5]
         return h, new, next_post, next_res, next_pre
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.builders import Deep
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -16,21 +17,6 @@ from mhc_compile.passes.core.pass_base import copy_graph
 from mhc_compile.passes.transforms.lazy_streams import LazyStreams
 
 mhc = torch.ops.mhc
-
-
-class Deep(nn.Module):
-    """Blocks between two other layers, so that the streams do not leave the graph."""
-
-    def __init__(self, depth: int, width: int = 6) -> None:
-        super().__init__()
-        self.before, self.behind = nn.Linear(width, width), nn.Linear(width, width)
-        self.branches = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(depth))
-
-    def forward(self, x):
-        x = self.before(x)
-        for branch in self.branches:
-            x = x + branch(x)
-        return self.behind(x)
 
 
 def apart(model):
@@ -45,7 +31,7 @@ def joint(sites: int, dtype: torch.dtype = torch.float64) -> fx.GraphModule:
     """The joint graph of a chain, with steps that all write their streams."""
     torch.manual_seed(0)
     graphs = []
-    model, x = Deep(sites).to(dtype), torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+    model, x = Deep(sites, 6).to(dtype), torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager", "recompute": "block"})
     with rewrite_joint_graphs(lambda graph: graphs.append(graph) or graph):
         compiled(x).sum().backward()
@@ -102,7 +88,7 @@ def test_the_graph_computes_the_same(length):
 
 def test_graphs_in_which_nothing_can_stay_unwritten_are_unchanged():
     assert LazyStreams(1).apply(CHAIN.graph) is CHAIN.graph
-    for graph in (joint(4, torch.float16).graph, fx.symbolic_trace(Deep(2)).graph):
+    for graph in (joint(4, torch.float16).graph, fx.symbolic_trace(Deep(2, 6)).graph):
         assert LazyStreams().apply(graph) is graph
 
 

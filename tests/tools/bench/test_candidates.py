@@ -179,17 +179,6 @@ def test_other_mappings_reach_the_site_and_the_backend(monkeypatch):
 
 
 def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
-    """With `mhc::step` where it is registered; else with the equation of it, in the order of its
-    schema.
-    """
-    if not hasattr(torch.ops.mhc, "step"):
-
-        def step(streams, branch, post, res, phi, bias, scale, mapping, iterations, eps):
-            new = torch.ops.mhc.update(streams, branch, post, res)
-            pre, *rest = torch.ops.mhc.coefficients(new, phi, bias, scale, mapping, iterations, eps)
-            return new, torch.ops.mhc.collapse(new, pre), pre, *rest, None
-
-        monkeypatch.setattr(torch.ops.mhc, "step", step, raising=False)
     three, inputs = BY_NAME["ours-none"].site(SHAPE)
     monkeypatch.setattr(sites, "step_available", lambda shape: True)
     one, _ = sites.own_cell(SHAPE, {}, fused=True)
@@ -199,15 +188,11 @@ def test_the_cell_of_one_operator_is_the_cell_of_three(monkeypatch):
 
 
 def test_the_cell_of_a_single_pass_reads_with_the_weights_that_go_in():
-    """h = Σ_j pre_j X'_j with the `pre` of the site that ends; by `mhc::shifted_step`, where it is
-    registered, the same.
-    """
+    """h = Σ_j pre_j X'_j with the `pre` of the site that ends."""
     module, inputs = BY_NAME["ours-deepseek-v4.1"].site(SHAPE)
     branch, streams, post, res, pre = inputs
-    fused = {False, hasattr(torch.ops.mhc, "shifted_step")}
-    for module.fused in sorted(fused):
-        h, new, *_, next_pre = module(*inputs)
-        want = torch.einsum("btij,btjc->btic", res, streams) + post.unsqueeze(-1) * branch.unsqueeze(-2)
-        torch.testing.assert_close(new, want)
-        torch.testing.assert_close(h, torch.einsum("btn,btnc->btc", pre, want))
-        assert (next_pre - pre).abs().max() > 1e-3
+    h, new, *_, next_pre = module(*inputs)
+    want = torch.einsum("btij,btjc->btic", res, streams) + post.unsqueeze(-1) * branch.unsqueeze(-2)
+    torch.testing.assert_close(new, want)
+    torch.testing.assert_close(h, torch.einsum("btn,btnc->btc", pre, want))
+    assert (next_pre - pre).abs().max() > 1e-3
