@@ -36,7 +36,7 @@ def calls(dtype: torch.dtype = torch.float32, **options: int | str) -> tuple[Cou
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_site_is_one_call_forward_and_one_backward(dtype):
-    counts, _ = calls(dtype)
+    counts, code = calls(dtype)
     assert counts == {
         "read": 1,
         "read_backward": 1,
@@ -45,6 +45,7 @@ def test_a_site_is_one_call_forward_and_one_backward(dtype):
         "close": 1,
         "close_backward": 1,
     }
+    assert len(re.findall(r"mhc\.lazy_step\.default\(", code)) == DEPTH - 1, "streams are written"
 
 
 @pytest.mark.slow
