@@ -134,7 +134,7 @@ def test_the_page_has_the_tables_of_the_command(regenerate: bool) -> None:
 @pytest.mark.slow
 def test_predicted_memory_is_the_measured_one_to_a_tenth() -> None:
     shape = Measured(width=128, layers=4, tokens=256, vocabulary=64)
-    result = run(shape, only=("ours",), kinds=("step",), rounds=3, cold=False, progress=Silent())
+    result = run([shape], only=("ours",), kinds=("step",), rounds=3, cold=False, progress=Silent())
     plain, ours = (row.saved_bytes for row in result.benchmarks[0].rows)
     predicted = kept_bytes(128, 4, Options().resolved, shape.sites, "cheap") * 256
     assert ours - plain == pytest.approx(predicted, rel=0.1)
