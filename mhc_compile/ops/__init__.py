@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from mhc_compile.ops import gated_reference as reads
 from mhc_compile.ops import lazy_library as _lazy_library  # noqa: F401 - registers the lazy operators
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops.fused_library import is_fused
+from mhc_compile.ops.norm_reference import bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,10 +138,9 @@ def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:
 
     Its parameters have the names of the schema.
     """
-    names = tuple(inspect.signature(composition).parameters)
 
     def decompose(*args: Any) -> Any:
-        given = dict(zip(names, args, strict=True))
+        given = bound(composition, args)
         streams, branch, mapping = given["streams"], given.get("branch"), given.get("mapping")
         n = given["n"] if "n" in given else int(given["post"].shape[-1])
         other = None if branch is None else branch.dtype

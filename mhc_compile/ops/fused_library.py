@@ -1,16 +1,17 @@
 """Registers the fused operators: schemas, kernels, fake kernels and autograd.
 
-    mhc::read(streams, phi, bias, scale, n, ...) -> (h, pre, post, res, z, inverse)
+    mhc::read(streams, phi, bias, scale, n, ...) -> (h, pre, post, res, z, inverse, moments)
     mhc::step(streams, branch, post, res, phi, bias, scale, ...)
-        -> (streams', h', pre', post', res', z', inverse')
+        -> (streams', h', pre', post', res', z', inverse', moments')
     mhc::shifted_step(streams, branch, post, res, pre, phi, bias, scale, ...) -> (the same)
-    mhc::mix_read(streams, branch, post, res, pre) -> (streams', h')
+    mhc::mix_read(streams, branch, post, res, pre) -> (streams', h', moments')
     mhc::close(streams, branch, post, res) -> mean
 
+All but the last may compute the norm of h as well: `..., norm, gain, shift, norm_eps)`.
 Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them; models and
 exported programs have only the operators of `mhc_compile.ops.library`. The backward gets the old
-streams and the coefficients, never the new streams. `pre`, `z` and `inverse` are results that only
-the backward reads: they have no gradient. In `shifted_step` h is read with the `pre` that goes in,
+streams and the coefficients, never the new streams. `pre`, `z`, `inverse` and `moments` are results that
+only the backward reads: they have no gradient. In `shifted_step` h is read with the `pre` that goes in,
 so that the one that comes out is a result like `post`.
 """
 
@@ -27,6 +28,7 @@ from mhc_compile.errors import ShapeError
 from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd, shown
+from mhc_compile.ops.norm_reference import NORMS, bound, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,25 +45,32 @@ def is_fused(mapping: str) -> bool:
 
 _SITE = "Tensor phi, Tensor bias, Tensor scale"
 _HOW = "str mapping, int iterations, float eps"
-_READ = "Tensor h, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor inverse"
-_NEXT = "Tensor h, Tensor next_pre, Tensor next_post, Tensor next_res, Tensor z, Tensor inverse"
+_READ = "Tensor h, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor inverse, Tensor moments"
+_NEXT = "Tensor h, Tensor next_pre, Tensor next_post, Tensor next_res, Tensor z, Tensor inverse, Tensor moments"
+#: What asks for a norm of h; without it there is none.
+NORM = "str norm='', Tensor? gain=None, Tensor? shift=None, float norm_eps=0.0"
+NORM_BACKWARD = "str norm='', Tensor? gain=None, Tensor? shift=None, Tensor? moments=None"
 _OLD = "Tensor streams, Tensor branch, Tensor post, Tensor res"
 _GRADS = "Tensor? grad_h, Tensor? grad_post, Tensor? grad_res"
+
+
+def _tensors(count: int) -> str:
+    return ", ".join(["Tensor"] * count)
+
+
 _SCHEMAS = (
-    f"read(Tensor streams, {_SITE}, int n, {_HOW}) -> ({_READ})",
-    f"read_backward({_GRADS}, Tensor streams, {_SITE}, Tensor pre, Tensor post, Tensor z, Tensor inverse, {_HOW})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    f"step({_OLD}, {_SITE}, {_HOW}) -> (Tensor streams_out, {_NEXT})",
+    f"read(Tensor streams, {_SITE}, int n, {_HOW}, {NORM}) -> ({_READ})",
+    f"read_backward({_GRADS}, Tensor streams, {_SITE}, Tensor pre, Tensor post, Tensor z, Tensor inverse, {_HOW},"
+    f" {NORM_BACKWARD}) -> ({_tensors(6)})",
+    f"step({_OLD}, {_SITE}, {_HOW}, {NORM}) -> (Tensor streams_out, {_NEXT})",
     f"step_backward(Tensor? grad_streams, {_GRADS}, {_OLD}, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z,"
-    f" Tensor inverse, {_HOW})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"shifted_step({_OLD}, Tensor pre, {_SITE}, {_HOW}) -> (Tensor streams_out, {_NEXT})",
+    f" Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(9)})",
+    f"shifted_step({_OLD}, Tensor pre, {_SITE}, {_HOW}, {NORM}) -> (Tensor streams_out, {_NEXT})",
     f"shifted_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res,"
-    f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"mix_read({_OLD}, Tensor pre) -> (Tensor streams_out, Tensor h)",
-    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(10)})",
+    f"mix_read({_OLD}, Tensor pre, {NORM}) -> (Tensor streams_out, Tensor h, Tensor moments)",
+    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD})"
+    f" -> ({_tensors(7)})",
     f"close({_OLD}) -> Tensor",
     f"close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -71,14 +80,27 @@ for _schema in _SCHEMAS:
 
 def check_read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float,
-    *, name: str = "read",
+    *norm: Any, name: str = "read",
 ) -> None:  # fmt: skip
     """Check the tensors of a site that begins, and that its convention has fused operators."""
+    _check_norm(name, streams, *norm)
     if not is_fused(mapping):
         raise ShapeError(
             f"mhc::{name}: mapping {mapping!r} has no fused operator; those that have: {', '.join(cpu.MAPPINGS)}"
         )
     check_site(streams, phi, bias, scale, mapping, iterations, eps, n=n, name=name)
+
+
+def _check_norm(
+    name: str, streams: Tensor, norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, *_: Any
+) -> None:
+    given = [tensor for tensor in (gain, shift) if tensor is not None]
+    width = streams.shape[-1]
+    if norm not in NORMS or (given and not norm) or any(tensor.shape != (width,) for tensor in given):
+        raise ShapeError(
+            f"mhc::{name}: norm must be one of {', '.join(map(repr, NORMS))}, with gain and shift [{width}] or none;"
+            f" got {norm!r} with {' and '.join(map(shown, given)) or 'none'}"
+        )
 
 
 def _check_step(
@@ -89,11 +111,12 @@ def _check_step(
 
 
 def _check_mix_read(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor, *, name: str = "mix_read"
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor, *norm: Any, name: str = "mix_read"
 ) -> None:
     check_mixing(streams, branch, post, res, name=name)
     if pre.shape != post.shape:
         raise ShapeError(f"mhc::{name}: post {shown(post)} needs pre of its shape, got {shown(pre)}")
+    _check_norm(name, streams, *norm)
 
 
 def _check_shifted_step(
@@ -129,10 +152,10 @@ def on_cuda(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from mhc_compile.ops import triton
 
+        given = bound(composed, args)
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        mapping = next((argument for argument in args if isinstance(argument, str)), None)
-        there_is = triton.reason(tensors[0].device) is None
-        there_is = there_is and all(triton.takes(tensor.dtype, mapping=mapping) for tensor in tensors)
+        there_is = triton.reason(tensors[0].device) is None and not given.get("norm")
+        there_is = there_is and all(triton.takes(tensor.dtype, mapping=given.get("mapping")) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)
 
     return call
@@ -149,24 +172,28 @@ LIBRARY.impl("update_backward", on_cuda("update_backward"), "CUDA")
 # --- fake kernels
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "read": lambda streams, phi, bias, scale, n, *how: tuple(fused.empty_results("read", streams, n, phi)),
-    "read_backward": lambda *args: tuple(map(empty, args[3:7])),
-    "step": lambda *args: tuple(fused.empty_results("step", args[0], args[2].shape[-1], args[4])),
-    "step_backward": lambda *args: tuple(map(empty, args[4:11])),
-    "shifted_step": lambda *args: tuple(fused.empty_results("shifted_step", args[0], args[2].shape[-1], args[5])),
-    "shifted_step_backward": lambda *args: tuple(map(empty, args[5:13])),
-    "mix_read": lambda streams, branch, post, *rest: tuple(fused.empty_results("mix_read", streams, post.shape[-1])),
-    "mix_read_backward": lambda grad_streams, grad_h, *old: tuple(map(empty, old)),
-    "close": lambda streams, *rest: fused.empty_results("close", streams, 1)[0],
-    "close_backward": lambda grad, *old: tuple(map(empty, old)),
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"mhc::{_name}", checked(_CHECKS.get(_name), _fake), lib=LIBRARY)
+def _fake(name: str) -> Callable[..., Any]:
+    composed = getattr(fused, name)
+    forward = getattr(fused, name.removesuffix("_backward"))
+
+    def results(*args: Any) -> Any:
+        given = bound(composed, args)
+        if name.endswith("_backward"):
+            likes = (given[key] for key in tensors_of(forward))
+            return tuple(given["streams"].new_empty(0) if like is None else empty(like) for like in likes)
+        n = given["n"] if "n" in given else given["post"].shape[-1]
+        found = fused.empty_results(name, given["streams"], n, given.get("phi"), given.get("norm", ""))
+        return tuple(found) if len(found) > 1 else found[0]
+
+    return results
 
 
-register_autograd("read", saved=(1, 2, 4, 5), differentiable=(0, 2, 3))
-register_autograd("step", saved=(2, 3, 5, 6), differentiable=(0, 1, 3, 4))
-register_autograd("shifted_step", saved=(2, 3, 5, 6), differentiable=(0, 1, 2, 3, 4))
-register_autograd("mix_read", differentiable=(0, 1))
+for _name in _NAMES:
+    torch.library.register_fake(f"mhc::{_name}", checked(_CHECKS.get(_name), _fake(_name)), lib=LIBRARY)
+
+
+register_autograd("read", saved=(1, 2, 4, 5), differentiable=(0, 2, 3), moments=6)
+register_autograd("step", saved=(2, 3, 5, 6), differentiable=(0, 1, 3, 4), moments=7)
+register_autograd("shifted_step", saved=(2, 3, 5, 6), differentiable=(0, 1, 2, 3, 4), moments=7)
+register_autograd("mix_read", differentiable=(0, 1), moments=2)
 register_autograd("close")

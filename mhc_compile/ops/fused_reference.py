@@ -7,6 +7,8 @@
     close         the update of a chain's last site and the mean of its streams, never written
 
 Streams are [..., m, C] with m = n, or m = 1 for n equal streams, of which one is kept in memory.
+All but `close` take a norm of the branch's input with them (`mhc_compile.ops.norm_reference`).
+
 These functions are the kernels of devices that have none of their own, and the decompositions that
 Inductor gets there; `mhc_compile.ops.cpu` and `mhc_compile.ops.triton` are tested against them.
 """
@@ -18,8 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhc_compile.ops import reference
+from mhc_compile.ops.norm_reference import normed, normed_backward
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from torch import Tensor
 
 
@@ -33,16 +39,27 @@ def _gathered(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
 
 
-def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None) -> list[Tensor]:
+def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None, norm: str = "") -> list[Tensor]:
     """Return new tensors for the results of an operator above, or of `update`, contiguous."""
     width = streams.shape[-1]
     wide = (*([(n, width)] if name not in ("read", "close") else []), *([(width,)] if name != "update" else []))
     narrow = ((n,), (n,), (n, n), (phi.shape[-1],), (1,)) if phi is not None else ()
+    narrow += ((2 if norm else 0,),) if name not in ("update", "close") else ()
     new = [streams.new_empty((*streams.shape[:-2], *shape)) for shape in wide]
     dtype = reference.compute_dtype(streams)
     return [*new, *(streams.new_empty((*streams.shape[:-2], *shape), dtype=dtype) for shape in narrow)]
 
 
+def _old_h(given: Mapping[str, Any]) -> Tensor:
+    """Return h again, from the arguments of a backward by name."""
+    streams, pre = given["streams"], given["next_pre" if "next_pre" in given else "pre"]
+    if "res" in given:
+        mix = (given[key] for key in ("branch", "post", "res"))
+        streams, pre = reference.update_fused(spread(streams, pre.shape[-1]), *mix), given.get("pre", pre)
+    return reference.collapse_fused(spread(streams, pre.shape[-1]), pre)
+
+
+@normed(at=0)
 def read(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, n: int, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -66,6 +83,7 @@ def _coefficients(
     return *found, z, reference.inverse_rms(streams.flatten(-2).to(z.dtype), eps)
 
 
+@normed_backward(_old_h)
 def read_backward(
     grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
@@ -98,6 +116,7 @@ def _coefficients_backward(
     )
 
 
+@normed(at=1)
 def step(
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor,
     phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float,
@@ -109,9 +128,10 @@ def step(
     """
     n = post.shape[-1]
     after = reference.update_fused(spread(streams, n), branch, post, res)
-    return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)
+    return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)[:-1]  # type: ignore[return-value]
 
 
+@normed_backward(_old_h)
 def step_backward(
     grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, phi: Tensor, bias: Tensor, scale: Tensor,
@@ -121,13 +141,14 @@ def step_backward(
     wide = spread(streams, post.shape[-1])
     after = reference.update_fused(wide, branch, post, res)
     grads, site, saved = (grad_h, grad_post, grad_res), (phi, bias, scale), (next_pre, next_post, z, inverse)
-    d_after, *d_site = read_backward(*grads, after, *site, *saved, mapping, iterations, eps)
+    d_after, *d_site = read_backward(*grads, after, *site, *saved, mapping, iterations, eps)[:4]
     if grad_streams is not None:
         d_after = d_after + grad_streams
     d_wide, *d_old = reference.update_backward_fused(d_after, wide, branch, post, res)
     return _gathered(d_wide, streams), *d_old, *d_site
 
 
+@normed(at=1)
 def shifted_step(
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor,
     phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float,
@@ -137,10 +158,11 @@ def shifted_step(
     As in `step`, but `h' = Σ_j pre_j X'_j` has the weights `pre` [..., n] of the site that ends,
     and `pre'` is for the site after the one that begins: `Preset.single_pass`.
     """
-    after, h = mix_read(streams, branch, post, res, pre)
+    after, h, _ = mix_read(streams, branch, post, res, pre)
     return after, h, *_coefficients(after, phi, bias, scale, mapping, iterations, eps)  # type: ignore[return-value]
 
 
+@normed_backward(_old_h)
 def shifted_step_backward(
     grad_streams: Tensor | None, grad_h: Tensor | None,
     grad_pre: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
@@ -156,15 +178,17 @@ def shifted_step_backward(
         grad_pre, grad_post, grad_res, after, *site, *saved, mapping, iterations, eps
     )
     d_after = d_after if grad_streams is None else d_after + grad_streams
-    return *mix_read_backward(d_after, grad_h, streams, branch, post, res, pre), *d_site
+    return *mix_read_backward(d_after, grad_h, streams, branch, post, res, pre)[:5], *d_site
 
 
+@normed(at=1)
 def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Return `(streams', h')`: the update, and `h' = Σ_j pre_j X'_j` [..., C], `pre` [..., n]."""
     after = reference.update_fused(spread(streams, post.shape[-1]), branch, post, res)
     return after, reference.collapse_fused(after, pre)
 
 
+@normed_backward(_old_h)
 def mix_read_backward(
     grad_streams: Tensor | None, grad_h: Tensor | None,
     streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor,

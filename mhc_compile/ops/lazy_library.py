@@ -1,7 +1,7 @@
 """Registers the lazy operators: steps and closes of streams that are not in memory.
 
     mhc::lazy_step(streams, branches, post, res, phi, bias, scale, write, ...)
-        -> (streams', h', pre', post', res', z', inverse')
+        -> (streams', h', pre', post', res', z', inverse', moments')
     mhc::lazy_close(streams, branches, post, res) -> mean
 
 Semantics and shapes: `mhc_compile.ops.lazy_reference`. `passes.LazyStreams` writes them, and their
@@ -20,7 +20,7 @@ from mhc_compile.errors import ShapeError
 from mhc_compile.ops import lazy_reference as lazy
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu import lazy as cpu
-from mhc_compile.ops.fused_library import check_read
+from mhc_compile.ops.fused_library import NORM, NORM_BACKWARD, check_read
 from mhc_compile.ops.library import LIBRARY, check_mixing, checked
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 _SITE = "Tensor phi, Tensor bias, Tensor scale"
 _HOW = "str mapping, int iterations, float eps"
 _OLD = "Tensor streams, Tensor[] branches, Tensor[] post, Tensor[] res"
-_NEXT = "Tensor h, Tensor next_pre, Tensor next_post, Tensor next_res, Tensor z, Tensor inverse"
+_NEXT = "Tensor h, Tensor next_pre, Tensor next_post, Tensor next_res, Tensor z, Tensor inverse, Tensor moments"
 _SCHEMAS = (
-    f"lazy_step({_OLD}, {_SITE}, bool write, {_HOW}) -> (Tensor streams_out, {_NEXT})",
+    f"lazy_step({_OLD}, {_SITE}, bool write, {_HOW}, {NORM}) -> (Tensor streams_out, {_NEXT})",
     f"lazy_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_post, Tensor? grad_res, {_OLD}, {_SITE},"
-    f" Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW}, {NORM_BACKWARD})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     f"lazy_close({_OLD}) -> Tensor",
     f"lazy_close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -71,7 +71,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
 def _fake(name: str) -> Callable[..., Any]:
     def outputs(*args: Any) -> Any:
         given = lazy.by_name(name, args)
-        outs = lazy.empty_outputs(name, given, write=given.get("write", False))
+        outs = lazy.empty_outputs(name, given)
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     return outputs

@@ -16,11 +16,11 @@ kept. `streams` [..., m, C] are X_0, with m = n, or m = 1 for n equal streams. `
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import reference
+from mhc_compile.ops.norm_reference import bound, normed, normed_backward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,23 +31,37 @@ if TYPE_CHECKING:
     Tensors = Sequence[Tensor]
 
 
-def _before(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
-    """Return the streams before the last of the sites: [..., n, C], or `streams` for one site."""
-    for branch, one_post, one_res in list(zip(branches, post, res, strict=True))[:-1]:
+def _updated(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
+    """Return the streams after these sites: [..., n, C], or `streams` for none."""
+    for branch, one_post, one_res in zip(branches, post, res, strict=True):
         streams = reference.update_fused(fused.spread(streams, one_post.shape[-1]), branch, one_post, one_res)
     return streams
 
 
+def _before(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
+    """Return the streams before the last of the sites."""
+    return _updated(streams, branches[:-1], post[:-1], res[:-1])
+
+
+def _old_h(given: Mapping[str, Any]) -> Tensor:
+    """Return h again, from the arguments of a backward by name."""
+    after = _updated(*(given[key] for key in ("streams", "branches", "post", "res")))
+    return reference.collapse_fused(after, given["next_pre"])
+
+
+@normed(at=1)
 def lazy_step(
     streams: Tensor, branches: Tensors, post: Tensors, res: Tensors,
     phi: Tensor, bias: Tensor, scale: Tensor, write: bool, mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `fused_reference.step` of the last site; its streams are [0] unless `write`."""
     old = _before(streams, branches, post, res)
-    after, *rest = fused.step(old, branches[-1], post[-1], res[-1], phi, bias, scale, mapping, iterations, eps)
+    last = branches[-1], post[-1], res[-1]
+    after, *rest, _ = fused.step(old, *last, phi, bias, scale, mapping, iterations, eps)
     return after if write else after.new_empty(0), *rest
 
 
+@normed_backward(_old_h)
 def lazy_step_backward(
     grad_streams: Tensor | None, grad_h: Tensor | None, grad_post: Tensor | None, grad_res: Tensor | None,
     streams: Tensor, branches: Tensors, post: Tensors, res: Tensors, phi: Tensor, bias: Tensor, scale: Tensor,
@@ -64,7 +78,7 @@ def lazy_step_backward(
         (phi, bias, scale),
         (next_pre, next_post, z, inverse),
     )
-    return fused.step_backward(*grads, *old, *site, *saved, mapping, iterations, eps)
+    return fused.step_backward(*grads, *old, *site, *saved, mapping, iterations, eps)[:7]
 
 
 def lazy_close(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
@@ -81,22 +95,23 @@ def lazy_close_backward(
 
 def by_name(name: str, args: Sequence[Any]) -> dict[str, Any]:
     """Return the arguments of an operator by the names of its parameters."""
-    return dict(zip(inspect.signature(globals()[name]).parameters, args, strict=True))
+    return bound(globals()[name], args)
 
 
-def differentiated(given: Mapping[str, Any]) -> list[Tensor]:
+def differentiated(name: str, given: Mapping[str, Any]) -> list[Tensor | None]:
     """Return the tensors whose gradients a backward returns; its streams are [..., n, C]."""
     last = (given[key][-1] for key in ("branches", "post", "res"))
-    return [given["streams"], *last, *(given[key] for key in ("phi", "bias", "scale") if key in given)]
+    site = ("phi", "bias", "scale", "gain", "shift") if name == "lazy_step_backward" else ()
+    return [given["streams"], *last, *(given[key] for key in site)]
 
 
-def empty_outputs(name: str, given: Mapping[str, Any], *, write: bool = False) -> list[Tensor]:
+def empty_outputs(name: str, given: Mapping[str, Any]) -> list[Tensor]:
     """Return new tensors for the results of an operator from its arguments by name, contiguous."""
     streams, n = given["streams"], given["post"][-1].shape[-1]
     if name == "lazy_close":
         return fused.empty_results("close", streams, n)
-    unwritten = name == "lazy_step" and not write
+    unwritten = name == "lazy_step" and not given["write"]
     wide = streams.new_empty(0 if unwritten else (*streams.shape[:-2], n, streams.shape[-1]))
     if name == "lazy_step":
-        return [wide, *fused.empty_results("read", streams, n, given["phi"])]
-    return [wide, *(one.new_empty(one.shape) for one in differentiated(given)[1:])]
+        return [wide, *fused.empty_results("read", streams, n, given["phi"], given["norm"])]
+    return [wide, *(streams.new_empty(0) if one is None else one.new_empty(one.shape) for one in differentiated(name, given)[1:])]

@@ -171,7 +171,9 @@ for _name, _fake in _FAKES.items():
 # --- autograd
 
 
-def register_autograd(name: str, *, saved: tuple[int, ...] = (), differentiable: tuple[int, ...] | None = None) -> None:
+def register_autograd(
+    name: str, *, saved: tuple[int, ...] = (), differentiable: tuple[int, ...] | None = None, moments: int | None = None
+) -> None:
     """Register `mhc::NAME_backward` as the backward of `mhc::NAME`, and an error as its own.
 
     It gets the gradients of the outputs, the tensors that went in, outputs, and the settings.
@@ -181,22 +183,35 @@ def register_autograd(name: str, *, saved: tuple[int, ...] = (), differentiable:
         saved: positions of the outputs that the backward gets.
         differentiable: positions of the outputs that have a gradient, which may be None; None for
             all outputs, with zeros for those that are not used.
+        moments: position of the moments of an operator that takes a norm, whose last arguments are
+            `norm, gain, shift, norm_eps`.
     """
     backward_of = getattr(torch.ops.mhc, f"{name}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        ctx.others = inputs[len(tensors) :]
-        ctx.save_for_backward(*tensors, *(output[i] for i in saved))
+        end = len(inputs) if moments is None else len(inputs) - 4
+        tensors = [value for value in inputs[:end] if isinstance(value, Tensor)]
+        ctx.settings, norm = inputs[len(tensors) : end], inputs[end:]
+        last = (*norm[1:3], output[moments]) if norm and norm[0] else (None, None, None)
+        ctx.norm, ctx.count = norm[:1], len(tensors)
+        ctx.save_for_backward(*tensors, *(output[i] for i in saved), *(last if norm else ()))
         if differentiable is not None:
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(out for i, out in enumerate(output) if i not in differentiable))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         used = grads if differentiable is None else [grads[i] for i in differentiable]
-        settings = ctx.others[-3:]  # without the n of mhc::read, which the coefficients show
-        got = backward_of(*used, *ctx.saved_tensors, *settings)
-        return *(got if isinstance(got, tuple) else (got,)), *(None for _ in ctx.others)
+        settings = ctx.settings[-3:]  # without the n of mhc::read, which the coefficients show
+        tensors, last = ctx.saved_tensors, ()
+        if ctx.norm:
+            tensors, last = tensors[:-3], tensors[-3:]
+        got = backward_of(*used, *tensors, *settings, *ctx.norm, *last)
+        got = got if isinstance(got, tuple) else (got,)
+        nothing = (None,) * len(ctx.settings)
+        if not ctx.norm:
+            return *got, *nothing
+        of_norm = (None if like is None else grad for like, grad in zip(last, got[ctx.count :], strict=False))
+        return *got[: ctx.count], *nothing, None, *of_norm, None
 
     def once_only(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(

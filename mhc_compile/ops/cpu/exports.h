@@ -13,30 +13,34 @@
 #define SAVED const Real *next_pre, const Real *next_post, const Real *z, const Real *inverse
 #define D_OLD STORE *d_streams, BRANCH *d_branch, Real *d_post, Real *d_res
 #define D_SITE Real *d_phi, Real *d_bias, Real *d_scale
-#define SIZES int64_t T, int64_t C, int64_t in, int64_t iterations, int64_t threads, double eps
+#define NORM const Real *gain, const Real *shift
+#define D_NORM Real *d_gain, Real *d_shift
+#define SIZES int64_t T, int64_t C, int64_t in, int64_t iterations, int64_t threads, int64_t norm, double eps, double norm_eps
+#define THE_NORM {norm, gain, shift, Real(norm_eps)}
 
 using mhc::Real;
 
-EXPORT mhc_read(const STORE* streams, SITE, NEXT, SIZES) {
+EXPORT mhc_read(const STORE* streams, SITE, NORM, NEXT, Real* moments, SIZES) {
     const mhc::Forward forward{streams, nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, nullptr, h, next_pre, next_post,
-                               next_res, z, inverse, T, C};
+                               next_res, z, inverse, T, C, THE_NORM, moments};
     PER_INPUT((forward.run<IN, false, true>(threads)))
 }
 
-EXPORT mhc_step(OLD, SITE, STORE* out, NEXT, SIZES) {
+EXPORT mhc_step(OLD, SITE, NORM, STORE* out, NEXT, Real* moments, SIZES) {
     const mhc::Forward forward{streams, branch, post, res, nullptr, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res, z,
-                               inverse, T, C};
+                               inverse, T, C, THE_NORM, moments};
     PER_INPUT((forward.run<IN, true, true>(threads)))
 }
 
-EXPORT mhc_shifted_step(OLD, const Real* pre, SITE, STORE* out, NEXT, SIZES) {
+EXPORT mhc_shifted_step(OLD, const Real* pre, SITE, NORM, STORE* out, NEXT, Real* moments, SIZES) {
     const mhc::Forward forward{streams, branch, post, res, pre, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post, next_res, z,
-                               inverse, T, C};
+                               inverse, T, C, THE_NORM, moments};
     PER_INPUT((forward.run<IN, true, true, true>(threads)))
 }
 
-EXPORT mhc_mix_read(OLD, const Real* pre, STORE* out, STORE* h, SIZES) {
-    const mhc::Forward forward{streams, branch, post, res, pre, {}, out, h, nullptr, nullptr, nullptr, nullptr, nullptr, T, C};
+EXPORT mhc_mix_read(OLD, const Real* pre, NORM, STORE* out, STORE* h, Real* moments, SIZES) {
+    const mhc::Forward forward{streams, branch, post, res, pre, {}, out, h, nullptr, nullptr, nullptr, nullptr, nullptr, T, C, THE_NORM,
+                               moments};
     PER_INPUT((forward.run<IN, true, false, true>(threads)))
 }
 
@@ -47,30 +51,33 @@ EXPORT mhc_update(OLD, STORE* out, SIZES) {
 
 EXPORT mhc_close(OLD, STORE* out, SIZES) { PER_INPUT((mhc::close<IN>(streams, branch, post, res, out, T, C, threads))) }
 
-EXPORT mhc_read_backward(GRADS, const STORE* streams, SITE, SAVED, STORE* d_streams, D_SITE, SIZES) {
+EXPORT mhc_read_backward(GRADS, const STORE* streams, SITE, SAVED, NORM, const Real* moments, STORE* d_streams, D_SITE, D_NORM, SIZES) {
     const mhc::Backward backward{nullptr, grad_h, nullptr, grad_post, grad_res, streams, nullptr, nullptr, nullptr, nullptr,
                                  {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, nullptr, nullptr, nullptr, nullptr, d_phi,
-                                 d_bias, d_scale, T, C};
+                                 d_bias, d_scale, T, C, THE_NORM, moments, d_gain, d_shift};
     PER_INPUT((backward.run<IN, false, true>(threads)))
 }
 
-EXPORT mhc_step_backward(const STORE* grad_out, GRADS, OLD, SITE, SAVED, D_OLD, D_SITE, SIZES) {
+EXPORT mhc_step_backward(const STORE* grad_out, GRADS, OLD, SITE, SAVED, NORM, const Real* moments, D_OLD, D_SITE, D_NORM,
+                          SIZES) {
     const mhc::Backward backward{grad_out, grad_h, nullptr, grad_post, grad_res, streams, branch, post, res, nullptr,
                                  {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, nullptr, d_phi,
-                                 d_bias, d_scale, T, C};
+                                 d_bias, d_scale, T, C, THE_NORM, moments, d_gain, d_shift};
     PER_INPUT((backward.run<IN, true, true>(threads)))
 }
 
 EXPORT mhc_shifted_step_backward(const STORE* grad_out, const STORE* grad_h, const Real* grad_pre, const Real* grad_post, const Real* grad_res, OLD,
-                                 const Real* pre, SITE, SAVED, D_OLD, Real* d_pre, D_SITE, SIZES) {
+                                 const Real* pre, SITE, SAVED, NORM, const Real* moments, D_OLD, Real* d_pre, D_SITE, D_NORM, SIZES) {
     const mhc::Backward backward{grad_out, grad_h, grad_pre, grad_post, grad_res, streams, branch, post, res, pre, {phi, bias, scale, 0, iterations},
-                                 next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale, T, C};
+                                 next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale, T, C, THE_NORM, moments, d_gain, d_shift};
     PER_INPUT((backward.run<IN, true, true, true>(threads)))
 }
 
-EXPORT mhc_mix_read_backward(const STORE* grad_out, const STORE* grad_h, OLD, const Real* pre, D_OLD, Real* d_pre, SIZES) {
+EXPORT mhc_mix_read_backward(const STORE* grad_out, const STORE* grad_h, OLD, const Real* pre, NORM, const Real* moments, D_OLD, Real* d_pre,
+                              D_NORM, SIZES) {
     const mhc::Backward backward{grad_out, grad_h, nullptr, nullptr, nullptr, streams, branch, post, res, pre, {nullptr, nullptr, nullptr, 0, 1}, nullptr,
-                                 nullptr, nullptr, nullptr, d_streams, d_branch, d_post, d_res, d_pre, nullptr, nullptr, nullptr, T, C};
+                                 nullptr, nullptr, nullptr, d_streams, d_branch, d_post, d_res, d_pre, nullptr, nullptr, nullptr, T, C, THE_NORM, moments, d_gain,
+                                 d_shift};
     PER_INPUT((backward.run<IN, true, false, true>(threads)))
 }
 

@@ -13,7 +13,6 @@ reads the logits once and writes the matrices once, a token in each lane of a ve
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -27,13 +26,14 @@ from mhc_compile.mappings import sinkhorn as eager
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
+from mhc_compile.ops.norm_reference import NORMS, bound, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "step.h", "step_backward.h")
+_HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "norm.h", "step.h", "step_backward.h")
 #: The rest of a library, without and with the lazy operators, which are a library of their own.
 _REST = ("close.h", "exports.h"), ("lazy.h",)
 #: The number of sites of which a lazy operator has a kernel.
@@ -132,17 +132,18 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
     A kernel takes the tensors of the composition in the same order, then the results. A backward
     has the forward's tensors as results.
     """
-    names = tuple(inspect.signature(getattr(module, name)).parameters)
-    inputs = tuple(inspect.signature(getattr(module, name.removesuffix("_backward"))).parameters)
+    composition = getattr(module, name)
+    forward = getattr(module, name.removesuffix("_backward"))
+    gradients = tensors_of(forward) if forward is not composition else []
 
     def run(*args: Any) -> Any:
-        given = dict(zip(names, args, strict=True))
+        given = bound(composition, args)
         streams: Tensor = given["streams"]
         store, other = streams.dtype, given.get("branch", streams).dtype
         n = given["post"].shape[-1] if "post" in given else given["n"]
         built = library_of(store, other, n, given.get("mapping"))
         if built is None or not streams.numel():
-            return reference.dense(getattr(module, name))(*args)
+            return reference.dense(composition)(*args)
         compute = reference.compute_dtype(streams)
         dtypes = {**dict.fromkeys(AS_STREAMS, store), "branch": other}
         tensors: dict[str, Any] = {
@@ -150,15 +151,18 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
             for key, value in given.items()
             if value is None or isinstance(value, Tensor)
         }
-        likes = [key for key in inputs if key in tensors] if name.endswith("_backward") else []
-        outs = [torch.empty_like(tensors[key]) for key in likes]
+        likes = [tensors[key] for key in gradients]
+        outs = [streams.new_empty(0) if like is None else torch.empty_like(like) for like in likes]
         if not likes:
-            outs = fused.empty_results(name, streams, n, given.get("phi"))
+            outs = fused.empty_results(name, streams, n, given.get("phi"), given.get("norm", ""))
         tokens = streams.shape[:-2].numel()
         sizes = (tokens, streams.shape[-1], streams.shape[-2], given.get("iterations", 1), threads_for(tokens))
-        call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
+        norm = NORMS.index(given.get("norm", ""))
+        epsilons = given.get("eps", 0.0), given.get("norm_eps", 0.0)
+        call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), (*sizes, norm), *epsilons)
         if likes:
-            return tuple(out.to(given[key].dtype) for key, out in zip(likes, outs, strict=True))
+            wanted = (given[key] for key in gradients)
+            return tuple(out if like is None else out.to(like.dtype) for out, like in zip(outs, wanted, strict=True))
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     return run

@@ -107,6 +107,7 @@ struct LazyForward : Forward {
                 store(h + token * C + c, total, C - c);
             }
         }
+        normalize(first, count);
     }
 };
 
@@ -115,28 +116,27 @@ struct LazyBackward : Backward {
 
     template <int IN, int MANY>
     void lazy(int64_t threads) const {
-        tiles<N, true>(threads, [this](int64_t first, const Real* packed, Real* mine, Real* history) {
-            one_lazy<IN, MANY>(first, packed, mine, history);
-        });
+        tiles<N, true>(threads, [this](int64_t first, const Real* packed, const Own& own) { one_lazy<IN, MANY>(first, packed, own); });
     }
 
     template <int IN, int MANY>
-    void one_lazy(int64_t first, const Real* packed, Real* mine, Real* history) const {
+    void one_lazy(int64_t first, const Real* packed, const Own& own) const {
         constexpr int S = IN + MANY;
         const int64_t count = std::min<int64_t>(TILE, T - first);
         alignas(64) Real scaled[TILE][K] = {};
         Real radial[TILE] = {}, d_pre[TILE][N] = {};
         Mix<IN, MANY> mix[TILE];
-        products<IN, MANY>(first, count, mix, d_pre);
-        logits<N>(first, count, d_pre, scaled, radial, mine + chunks(C) * N * K * CHUNK, history);
+        const STORE* d_h = products<IN, MANY>(first, count, mix, d_pre, own);
+        logits<N>(first, count, d_pre, scaled, radial, own);
         Vec dots[TILE][N][S] = {};
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
             alignas(64) Real grads[TILE][N][CHUNK];   // first what the projection gives to X, then all of its gradient
             alignas(64) Real values[TILE][N][CHUNK];  // X
             if (count < TILE) std::memset(values, 0, sizeof values);
             spread<N>(scaled, packed + c0 * N * K, grads);
-            for (int64_t t = 0; t < count; ++t) chunk<IN, MANY>(first + t, c0, radial[t], mix[t], grads[t], values[t], dots[t]);
-            gather<N>(scaled, values, mine + c0 * N * K);
+            for (int64_t t = 0; t < count; ++t)
+                chunk<IN, MANY>(first + t, c0, d_h ? d_h + t * C : nullptr, radial[t], mix[t], grads[t], values[t], dots[t]);
+            gather<N>(scaled, values, own.phi + c0 * N * K);
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
@@ -154,18 +154,28 @@ struct LazyBackward : Backward {
     }
 
   private:
-    // `mix` and <dh, X_j>. A function of its own, as `logits` is.
+    // `mix`, <dh, X_j>, and dh, which is returned. A function of its own, as `logits` is.
     template <int IN, int MANY>
-    [[gnu::noinline]] void products(int64_t first, int64_t count, Mix<IN, MANY>* mix, Real (*d_pre)[N]) const {
+    [[gnu::noinline]] const STORE* products(int64_t first, int64_t count, Mix<IN, MANY>* mix, Real (*d_pre)[N], const Own& own) const {
         constexpr int S = IN + MANY;
+        STORE* scratch = reinterpret_cast<STORE*>(own.d_h);
+        const STORE* d_h = !grad_h ? nullptr : norm.kind ? scratch : grad_h + first * C;
         for (int64_t t = 0; t < count; ++t) {
-            mix[t] = Mix<IN, MANY>(old, first + t);
-            if (!grad_h) continue;
+            const int64_t token = first + t;
+            mix[t] = Mix<IN, MANY>(old, token);
+            if (!d_h) continue;
+            if (norm.kind) {
+                Real weight[S] = {};
+                for (int j = 0; j < N; ++j)
+                    for (int s = 0; s < S; ++s) weight[s] += next_pre[token * N + j] * mix[t].last[j][s];
+                const auto at = [&](int64_t c, Vec (&x)[S]) { old.load_at<IN, MANY>(token, c, x); };
+                norm.backward(weight, at, grad_h + token * C, moments + 2 * token, C, own.row, scratch + t * C, own.gain, own.shift);
+            }
             Vec dots[S] = {};
             for (int64_t c = 0; c < C; c += WIDTH) {
                 Vec x[S];
-                old.load_at<IN, MANY>(first + t, c, x);
-                const Vec dh = load(grad_h + (first + t) * C + c, C - c);
+                old.load_at<IN, MANY>(token, c, x);
+                const Vec dh = load(d_h + t * C + c, C - c);
                 for (int s = 0; s < S; ++s) dots[s] += dh * x[s];
             }
             for (int s = 0; s < S; ++s) {
@@ -173,10 +183,11 @@ struct LazyBackward : Backward {
                 for (int j = 0; j < N; ++j) d_pre[t][j] += mix[t].last[j][s] * dot;
             }
         }
+        return d_h;
     }
 
     template <int IN, int MANY>
-    void chunk(int64_t token, int64_t c0, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK], Real (*values)[CHUNK],
+    void chunk(int64_t token, int64_t c0, const STORE* d_h, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK], Real (*values)[CHUNK],
                Vec (*dots)[IN + MANY]) const {
         constexpr int S = IN + MANY;
         const Real *post = old.post[MANY - 1] + token * N, *res = old.res[MANY - 1] + token * N * N;
@@ -186,7 +197,7 @@ struct LazyBackward : Backward {
             const int64_t at = c0 + c, rest = C - at;
             Vec x[S], d_x[N] = {}, d_y = {};
             old.load_at<IN, MANY>(token, at, x);
-            const Vec dh = grad_h ? load(grad_h + token * C + at, rest) : Vec{};
+            const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < N; ++i) {
                 const Vec value = rounded(mix.stream(i, x), grad_h);
                 store(values[i] + c, value);
@@ -261,7 +272,8 @@ using mhc::Real;
 #define EXPORT extern "C" __attribute__((visibility("default"))) void
 #define OLD const STORE *streams, const BRANCH* const* branches, const Real* const* post, const Real* const* res
 #define SITE const Real *phi, const Real *bias, const Real *scale
-#define SIZES int64_t T, int64_t C, int64_t in, int64_t many, int64_t iterations, int64_t threads, double eps
+#define NORM const Real *gain, const Real *shift
+#define SIZES int64_t T, int64_t C, int64_t in, int64_t many, int64_t iterations, int64_t threads, int64_t norm, double eps, double norm_eps
 
 // call(IN, MANY) for the number of streams in memory and of branches, LEAST to MOST.
 template <int IN, int MANY, typename Call>
@@ -276,18 +288,19 @@ void per_input(int64_t in, int64_t many, Call call) {
     else per_count<STREAMS, LEAST>(many, call);
 }
 
-EXPORT mhc_lazy_step(OLD, SITE, STORE* out, STORE* h, Real* next_pre, Real* next_post, Real* next_res, Real* z, Real* inverse, SIZES) {
+EXPORT mhc_lazy_step(OLD, SITE, NORM, STORE* out, STORE* h, Real* next_pre, Real* next_post, Real* next_res, Real* z, Real* inverse, Real* moments,
+                     SIZES) {
     const mhc::LazyForward forward{{nullptr, nullptr, nullptr, nullptr, nullptr, {phi, bias, scale, Real(eps), iterations}, out, h, next_pre, next_post,
-                                    next_res, z, inverse, T, C}, {streams, branches, post, res, C}};
+                                    next_res, z, inverse, T, C, {norm, gain, shift, Real(norm_eps)}, moments}, {streams, branches, post, res, C}};
     per_input<1>(in, many, [&](auto from, auto count) { forward.lazy<from.value, count.value>(threads); });
 }
 
 EXPORT mhc_lazy_step_backward(const STORE* grad_out, const STORE* grad_h, const Real* grad_post, const Real* grad_res, OLD, SITE, const Real* next_pre,
-                              const Real* next_post, const Real* z, const Real* inverse, STORE* d_streams, BRANCH* d_branch, Real* d_post, Real* d_res,
-                              Real* d_phi, Real* d_bias, Real* d_scale, SIZES) {
+                              const Real* next_post, const Real* z, const Real* inverse, NORM, const Real* moments, STORE* d_streams,
+                              BRANCH* d_branch, Real* d_post, Real* d_res, Real* d_phi, Real* d_bias, Real* d_scale, Real* d_gain, Real* d_shift, SIZES) {
     const mhc::LazyBackward backward{{grad_out, grad_h, nullptr, grad_post, grad_res, nullptr, nullptr, nullptr, nullptr, nullptr,
                                       {phi, bias, scale, 0, iterations}, next_pre, next_post, z, inverse, d_streams, d_branch, d_post, d_res, nullptr, d_phi,
-                                      d_bias, d_scale, T, C}, {streams, branches, post, res, C}};
+                                      d_bias, d_scale, T, C, {norm, gain, shift, Real(norm_eps)}, moments, d_gain, d_shift}, {streams, branches, post, res, C}};
     per_input<2>(in, many, [&](auto from, auto count) { backward.lazy<from.value, count.value>(threads); });
 }
 

@@ -15,6 +15,7 @@ from mhc_compile.ops import lazy_reference as lazy
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, threads_for
 from mhc_compile.ops.cpu.kernels import AS_STREAMS, LONGEST, library_of
+from mhc_compile.ops.norm_reference import NORMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,14 +54,16 @@ def _kernel(name: str) -> Callable[..., Any]:
             for key, value in given.items()
             if value is None or isinstance(value, Tensor | list)
         }
-        outs = lazy.empty_outputs(name, tensors, write=given.get("write", False))
+        outs = lazy.empty_outputs(name, {**given, **tensors})
         library = library_of(streams.dtype, branches[-1].dtype, n, mapping, lazy=True)
         tokens, width = streams.shape[:-2].numel(), streams.shape[-1]
         sizes = (tokens, width, streams.shape[-2], len(branches), given.get("iterations", 1), threads_for(tokens))
-        call(getattr(library, f"mhc_{name}"), (*tensors.values(), *outs), sizes, given.get("eps", 0.0))
+        norm = NORMS.index(given.get("norm", ""))
+        epsilons = given.get("eps", 0.0), given.get("norm_eps", 0.0)
+        call(getattr(library, f"mhc_{name}"), (*tensors.values(), *outs), (*sizes, norm), *epsilons)
         if name.endswith("_backward"):
-            likes = lazy.differentiated(given)
-            return tuple(out.to(like.dtype) for out, like in zip(outs, likes, strict=True))
+            likes = lazy.differentiated(name, given)
+            return tuple(out if like is None else out.to(like.dtype) for out, like in zip(outs, likes, strict=True))
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     return run

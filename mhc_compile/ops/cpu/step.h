@@ -6,7 +6,7 @@
 //     GIVEN  h = sum_j pre_j X'_j with weights that are known before, so that h is written while X' is in registers: a READ then leaves h alone
 //
 // MIX and READ: mhc::step. MIX alone: mhc::update. READ alone, of the streams as they are: mhc::read. All three: mhc::shifted_step.
-// MIX and GIVEN: mhc::mix_read. IN is the number of streams that the input has in memory: N, or 1 where the N streams are equal.
+// MIX and GIVEN: mhc::mix_read. Where there is a norm, h is its result. IN is the number of streams that the input has in memory: N, or 1 where the N streams are equal.
 // Equations: mhc_compile/ops/reference.py, which the tests hold this against.
 #pragma once
 
@@ -66,6 +66,8 @@ struct Forward {
     STORE *out, *h;                                    // [T, N, C], [T, C]
     Real *next_pre, *next_post, *next_res, *z, *inverse;  // [T, N], [T, N], [T, N, N], [T, K], [T]
     int64_t T, C;
+    Norm norm = {};
+    Real* moments = nullptr;  // [T, 2]
 
     template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
@@ -124,9 +126,14 @@ struct Forward {
             coefficients<P>(first, count, squares, products);
             for (int64_t t = first; !GIVEN && t < first + count; ++t) collapse<P>(MIX ? out : streams, t);
         }
+        if constexpr (READ || GIVEN) normalize(first, count);
     }
 
   protected:
+    void normalize(int64_t first, int64_t count) const {
+        for (int64_t t = first; norm.kind && t < first + count; ++t) norm.forward(h + t * C, moments + 2 * t, C);
+    }
+
     static void keep(Vec value, Real* to, Vec& square) {
         store(to, value);
         square += value * value;

@@ -7,6 +7,8 @@
 //
 // Where h was read with GIVEN weights, dz is known from the gradients of pre, post and res, and d_pre is summed in the same walk as the others.
 //
+// Where h has a norm, the gradient that comes is that of the norm's result; dh of a tile is computed from it before all else, in the cache.
+//
 // Equations: mhc_compile/ops/reference.py. Gradients of the parameters are summed per thread, then over the threads in their order: the result does
 // not depend on which thread is first.
 #pragma once
@@ -25,31 +27,38 @@ struct Backward {
     BRANCH* d_branch;
     Real *d_post, *d_res, *d_pre, *d_phi, *d_bias, *d_scale;
     int64_t T, C;
+    Norm norm = {};
+    const Real* moments = nullptr;
+    Real *d_gain = nullptr, *d_shift = nullptr;
+
+    // What a thread owns: its sums, of phi, of bias and scale, of gain and shift; scratch of the mapping, and of the norm a row and dh of a tile.
+    struct Own {
+        Real *phi, *bias, *gain, *shift, *history, *row, *d_h;
+    };
 
     template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
-        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed, Real* mine, Real* history) {
-            one<IN, MIX, READ, GIVEN>(first, packed, mine, history);
+        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed, const Own& own) {
+            one<IN, MIX, READ, GIVEN>(first, packed, own);
         });
     }
 
-    // work(first token, packed phi of P streams, the thread's sums of phi, bias and scale, scratch of the mapping) for every tile, then the sums.
+    // work(first token, packed phi of P streams, what the thread owns) for every tile, then the sums.
     template <int P, bool READ, typename Work>
     void tiles(int64_t threads, Work work) const {
-        const int64_t all = chunks(C) * P * K * CHUNK, count = (T + TILE - 1) / TILE;
-        const int64_t sums = READ ? all + K + 3 : 0;  // of phi, bias and scale, for one thread
-        const Scratch packed(READ ? all : 0), partial(threads * sums);
-        const int64_t scratch = Mixing::SCRATCH(site.iterations);
-        const Scratch history(threads * scratch);
+        const int64_t all = READ ? chunks(C) * P * K * CHUNK : 0, count = (T + TILE - 1) / TILE;
+        const int64_t width = norm.kind ? chunks(C) * CHUNK : 0, most = Mixing::SCRATCH(site.iterations);
+        const int64_t sums = all + (READ ? K + 3 : 0) + 2 * width, scratch = most + (1 + TILE) * width;
+        const Scratch packed(all), partial(threads * sums), rest(threads * scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
 #pragma omp for schedule(static)
             for (int64_t thread = 0; thread < threads; ++thread) {
-                Real* mine = partial.at(thread * sums);
+                Real *mine = partial.at(thread * sums), *last = mine + sums - 2 * width, *history = rest.at(thread * scratch);
                 std::memset(mine, 0, sums * sizeof(Real));
-                for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile)
-                    work(tile * TILE, packed.at(0), mine, history.at(thread * scratch));
+                const Own own{mine, mine + all, last, last + width, history, history + most, history + most + width};
+                for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile) work(tile * TILE, packed.at(0), own);
             }
             if constexpr (READ) {
 #pragma omp for schedule(static)
@@ -71,21 +80,30 @@ struct Backward {
                 (k < K ? d_bias[k] : d_scale[k - K]) = total;
             }
         }
+        for (Real* d_norm : {d_gain, d_shift}) {
+            const int64_t from = sums - (d_norm == d_gain ? 2 : 1) * width;
+            for (int64_t c = 0; d_norm && c < C; ++c) {
+                d_norm[c] = 0;
+                for (int64_t thread = 0; thread < threads; ++thread) d_norm[c] += *partial.at(thread * sums + from + c);
+            }
+        }
     }
 
     template <int IN, bool MIX, bool READ, bool GIVEN>
-    void one(int64_t first, const Real* packed, Real* mine, Real* history) const {
+    void one(int64_t first, const Real* packed, const Own& own) const {
         constexpr int P = MIX ? N : IN;
-        const int64_t all = chunks(C) * P * K * CHUNK, count = std::min<int64_t>(TILE, T - first);
+        const int64_t count = std::min<int64_t>(TILE, T - first);
+        const STORE* d_h = grad_h ? grad_h + first * C : nullptr;
+        if ((READ || GIVEN) && norm.kind && d_h) d_h = denormalize<IN, MIX>(first, count, GIVEN ? pre : next_pre, own);
         alignas(64) Real scaled[TILE][K] = {};  // dz inverse
         Real radial[TILE] = {};
         if constexpr (READ) {
             Real d_next_pre[TILE][N] = {};
             for (int64_t t = 0; t < count; ++t) {
-                if constexpr (!GIVEN) product<IN, MIX>(first + t, d_next_pre[t]);
+                if constexpr (!GIVEN) product<IN, MIX>(first + t, d_h ? d_h + t * C : nullptr, d_next_pre[t]);
                 else if (grad_next_pre) std::memcpy(d_next_pre[t], grad_next_pre + (first + t) * N, sizeof d_next_pre[t]);
             }
-            logits<P>(first, count, d_next_pre, scaled, radial, mine + all, history);
+            logits<P>(first, count, d_next_pre, scaled, radial, own);
         }
         Vec dots[TILE][N + GIVEN][IN + 1] = {};  // of the rows of G, and of dh, with X and y
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
@@ -97,10 +115,11 @@ struct Backward {
             }
             for (int64_t t = 0; t < count; ++t) {
                 const int64_t token = first + t;
-                if constexpr (MIX) mixed<IN, READ, GIVEN>(token, c0, radial[t], grads[t], values[t], dots[t]);
-                else read<IN>(token, c0, radial[t], grads[t], values[t]);
+                const STORE* row = d_h ? d_h + t * C : nullptr;
+                if constexpr (MIX) mixed<IN, READ, GIVEN>(token, c0, row, radial[t], grads[t], values[t], dots[t]);
+                else read<IN>(token, c0, row, radial[t], grads[t], values[t]);
             }
-            if constexpr (READ) gather<P>(scaled, values, mine + c0 * P * K);
+            if constexpr (READ) gather<P>(scaled, values, own.phi + c0 * P * K);
         }
         if constexpr (MIX) {
             for (int64_t t = 0; t < count; ++t) {
@@ -119,8 +138,8 @@ struct Backward {
     // From the gradients of pre, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias, then scale.
     // A function of its own: inlined into the loops over the features it made the whole 6 % slower.
     template <int P>
-    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*scaled)[K], Real* radial, Real* d_bias_sum, Real* history) const {
-        Real *d_scale_sum = d_bias_sum + K, d_logits[TILE][K];
+    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*scaled)[K], Real* radial, const Own& own) const {
+        Real *d_bias_sum = own.bias, *d_scale_sum = d_bias_sum + K, d_logits[TILE][K];
         Mixing mixing;
         Real g[N][N][LANES];
         if (Mixing::LOGITS && grad_next_res) {
@@ -128,7 +147,7 @@ struct Backward {
                 for (int64_t t = 0; t < TILE; ++t)
                     mixing.at(k)[t] = t < count ? site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k] : 0;
             load_matrices<Mixing::TURNED>(grad_next_res + first * N * N, count, g);
-            mixing.backward(g, site.iterations, history);
+            mixing.backward(g, site.iterations, own.history);
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
@@ -151,13 +170,38 @@ struct Backward {
         }
     }
 
+    // dh of a tile, of a norm's h.
+    template <int IN, bool MIX>
+    [[gnu::noinline]] const STORE* denormalize(int64_t first, int64_t count, const Real* weights_of_h, const Own& own) const {
+        STORE* d_h = reinterpret_cast<STORE*>(own.d_h);
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t token = first + t;
+            Real weight[IN + 1] = {};
+            for (int j = 0; j < N; ++j) {
+                const Real pre_j = weights_of_h[token * N + j];
+                if constexpr (MIX) {
+                    weight[IN] += pre_j * post[token * N + j];
+                    for (int l = 0; l < N; ++l) weight[IN == 1 ? 0 : l] += pre_j * res[(token * N + j) * N + l];
+                } else {
+                    weight[IN == 1 ? 0 : j] += pre_j;
+                }
+            }
+            const auto at = [&](int64_t c, Vec (&source)[IN + 1]) {
+                for (int l = 0; l < IN; ++l) source[l] = load(streams + (token * IN + l) * C + c, C - c);
+                source[IN] = MIX ? load(branch + token * C + c, C - c) : Vec{};
+            };
+            norm.backward(weight, at, grad_h + token * C, moments + 2 * token, C, own.row, d_h + t * C, own.gain, own.shift);
+        }
+        return d_h;
+    }
+
     // <dh, X'_j> for every j.
     template <int IN, bool MIX>
-    void product(int64_t token, Real* out) const {
-        if (!grad_h) return;
+    void product(int64_t token, const STORE* d_h, Real* out) const {
+        if (!d_h) return;
         Vec with[IN + 1] = {};
         for (int64_t c = 0; c < C; c += WIDTH) {
-            const Vec dh = load(grad_h + token * C + c, C - c);
+            const Vec dh = load(d_h + c, C - c);
             for (int l = 0; l < IN; ++l) with[l] += dh * load(streams + (token * IN + l) * C + c, C - c);
             if constexpr (MIX) with[IN] += dh * load(branch + token * C + c, C - c);
         }
@@ -179,7 +223,7 @@ struct Backward {
     }
 
     template <int IN, bool READ, bool GIVEN>
-    void mixed(int64_t token, int64_t c0, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
+    void mixed(int64_t token, int64_t c0, const STORE* d_h, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
         const Weights<IN> weights(res + token * N * N, post + token * N);
         prefetch<IN>(streams, token, C, c0 + CHUNK);
         prefetch<1>(branch, token, C, c0 + CHUNK);
@@ -194,7 +238,7 @@ struct Backward {
             for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, rest);
             const Vec y = load(branch + token * C + at, rest);
             for (int i = 0; i < N; ++i) total[i] = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
-            const Vec dh = (READ || GIVEN) && grad_h ? load(grad_h + token * C + at, rest) : Vec{};
+            const Vec dh = (READ || GIVEN) && d_h ? load(d_h + at, rest) : Vec{};
             if constexpr (READ) {
                 Vec next[N];
                 weights.mix(x, y, next);
@@ -225,12 +269,12 @@ struct Backward {
     }
 
     template <int IN>
-    void read(int64_t token, int64_t c0, Real radial, const Real (*grads)[CHUNK], Real (*values)[CHUNK]) const {
+    void read(int64_t token, int64_t c0, const STORE* d_h, Real radial, const Real (*grads)[CHUNK], Real (*values)[CHUNK]) const {
         Real weight[IN] = {};
         for (int j = 0; j < N; ++j) weight[IN == 1 ? 0 : j] += next_pre[token * N + j];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
             const int64_t at = c0 + c, rest = C - at;
-            const Vec dh = grad_h ? load(grad_h + token * C + at, rest) : Vec{};
+            const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < IN; ++i) {
                 const Vec value = load(streams + (token * IN + i) * C + at, rest);
                 store(values[i] + c, value);

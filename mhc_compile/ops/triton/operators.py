@@ -56,7 +56,7 @@ def _forward(
     streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None, site: Sequence[Tensor], n: int,
     mapping: str, iterations: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return `(new_streams, h, pre, post, res, z, inverse)`.
+    """Return `(new_streams, h, pre, post, res, z, inverse, moments)`.
 
     `mix` is `(branch, post, res)`, or empty: then there is no first result. `read_pre` are weights
     for h, None for the site's own. `site` is `(phi, bias, scale)`.
@@ -88,7 +88,7 @@ def _forward(
         shifted=read_pre is not None, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(),
         **sizes.constants, **config.constants,
     )  # fmt: skip
-    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse)
+    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse, _numbers(x, tokens, 0))
     return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
 
 
@@ -191,12 +191,17 @@ def _sums(
     return d_post, d_res, d_pre
 
 
+def _no_norm(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an absent norm."""
+    return like.new_empty(0), like.new_empty(0)
+
+
 def read_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `read`, `(d_streams, d_phi, d_bias, d_scale)`."""
     g_h, g_post, g_res, streams, *rest = args
     grads, site, saved = (None, g_h, None, g_post, g_res), rest[:3], rest[3:7]
     d_streams, _, _, _, _, *d_site = _backward(grads, streams, (), None, site, saved, *rest[7:9])
-    return (d_streams, *d_site)
+    return (d_streams, *d_site, *_no_norm(d_streams))
 
 
 def step_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -206,13 +211,14 @@ def step_backward(*args: Any) -> tuple[Tensor, ...]:
     d_streams, d_branch, d_post, d_res, _, *d_site = _backward(
         grads, streams, mix, None, site, saved, *rest[10:12]
     )  # fmt: skip
-    return (d_streams, d_branch, d_post, d_res, *d_site)
+    return (d_streams, d_branch, d_post, d_res, *d_site, *_no_norm(d_streams))
 
 
 def shifted_step_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `shifted_step` for its tensors."""
     grads, streams, mix, pre, site, saved = args[:5], args[5], args[6:9], args[9], args[10:13], args[13:17]
-    return _backward(grads, streams, mix, pre, site, saved, *args[17:19])
+    found = _backward(grads, streams, mix, pre, site, saved, *args[17:19])
+    return (*found, *_no_norm(streams))
 
 
 def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -238,9 +244,10 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
     return _update(streams, branch, post, res, None)[0]
 
 
-def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the new streams and `h = Σ_j pre_j X'_j`."""
-    return _update(streams, branch, post, res, pre)
+def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the new streams, `h = Σ_j pre_j X'_j`, and no moments."""
+    new, h = _update(streams, branch, post, res, pre)
+    return new, h, _numbers(h, *h.shape[:-1], 0)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -289,7 +296,7 @@ def mix_read_backward(
     pre: Tensor,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of `mix_read` for its tensors."""
-    return _update_backward(grad, grad_read, streams, branch, post, res, pre)
+    return (*_update_backward(grad, grad_read, streams, branch, post, res, pre), *_no_norm(streams))
 
 
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
