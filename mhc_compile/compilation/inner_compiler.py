@@ -20,6 +20,7 @@ from mhc_compile.passes import Pass, run_passes
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import crossings
 from mhc_compile.passes.transforms import lazy_streams
+from mhc_compile.passes.transforms.fuse_norms import FuseNorms
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
 from mhc_compile.passes.transforms.lazy_streams import LazyStreams
 from mhc_compile.passes.transforms.recompute import RecomputeSteps
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
     from mhc_compile.graph_breaks.runtime import Tail
 
 #: Passes between the rewrite and the inner compiler, by the option `recompute`.
-_FUSION: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (FuseSites(),), "block": (FuseSites(), RecomputeSteps())}
+_FUSION: dict[str, tuple[Pass, ...]] = {
+    "none": (),
+    "cheap": (FuseSites(), FuseNorms()),
+    "block": (FuseSites(), FuseNorms(), RecomputeSteps()),
+}
 #: Passes over AOTAutograd's graphs of forward and backward together.
 _JOINT: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (LazyStreams(),), "block": ()}
 
@@ -135,11 +140,11 @@ def module_like(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
 
 
 def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
-    """Run fusion passes on a graph, and the first on its regions, which are recomputed whole."""
+    """Run fusion passes on a graph, and the first two on its regions: they are recomputed whole."""
     fused = module_like(graph_module, run_passes(graph_module.graph, passes))
     for name, body in graph_module.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(fused, name, fuse(body, passes[:1]))
+            setattr(fused, name, fuse(body, passes[:2]))
     return fused
 
 

@@ -29,7 +29,7 @@ from mhc_compile.ops.norm_reference import bound
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare"]
+__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare", "takes_norm"]
 
 _mhc = torch.ops.mhc
 #: Products are written as broadcasts: nothing fuses with a batched matrix product.
@@ -116,6 +116,15 @@ def on_triton(
     from mhc_compile.ops import triton
 
     return triton.takes(streams, branch, mapping) and triton.reason(device) is None
+
+
+def takes_norm(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str | None) -> bool:
+    """Return whether a fused operator of such tensors has a kernel that computes a norm too.
+
+    On CPU it is enough that one can be built: to wait for the compiler costs more than the
+    composition, which runs where there is none.
+    """
+    return streams.device.type == "cpu" and cpu.can_take(streams.dtype, branch.dtype, n, mapping)
 
 
 def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str) -> bool:

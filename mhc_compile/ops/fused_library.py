@@ -8,11 +8,13 @@
     mhc::close(streams, branch, post, res) -> mean
 
 All but the last may compute the norm of h as well: `..., norm, gain, shift, norm_eps)`.
-Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them; models and
-exported programs have only the operators of `mhc_compile.ops.library`. The backward gets the old
-streams and the coefficients, never the new streams. `pre`, `z`, `inverse` and `moments` are results that
-only the backward reads: they have no gradient. In `shifted_step` h is read with the `pre` that goes in,
-so that the one that comes out is a result like `post`.
+
+Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them, and
+`passes.FuseNorms` the norms; models and exported programs have only the operators of
+`mhc_compile.ops.library`. The backward gets the old streams and the coefficients, never the new
+streams. `pre`, `z`, `inverse` and `moments` are results that only the backward reads: they have no
+gradient. In `shifted_step` h is read with the `pre` that goes in, so that the one that comes out is
+a result like `post`.
 """
 
 from __future__ import annotations
@@ -67,10 +69,10 @@ _SCHEMAS = (
     f" Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(9)})",
     f"shifted_step({_OLD}, Tensor pre, {_SITE}, {_HOW}, {NORM}) -> (Tensor streams_out, {_NEXT})",
     f"shifted_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res,"
-    f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(10)})",
+    f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW},"
+    f" {NORM_BACKWARD}) -> ({_tensors(10)})",
     f"mix_read({_OLD}, Tensor pre, {NORM}) -> (Tensor streams_out, Tensor h, Tensor moments)",
-    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD})"
-    f" -> ({_tensors(7)})",
+    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD}) -> ({_tensors(7)})",
     f"close({_OLD}) -> Tensor",
     f"close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )

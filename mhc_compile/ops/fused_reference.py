@@ -43,8 +43,8 @@ def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None,
     """Return new tensors for the results of an operator above, or of `update`, contiguous."""
     width = streams.shape[-1]
     wide = (*([(n, width)] if name not in ("read", "close") else []), *([(width,)] if name != "update" else []))
-    narrow = ((n,), (n,), (n, n), (phi.shape[-1],), (1,)) if phi is not None else ()
-    narrow += ((2 if norm else 0,),) if name not in ("update", "close") else ()
+    narrow = [(n,), (n,), (n, n), (phi.shape[-1],), (1,)] if phi is not None else []
+    narrow += [(2 if norm else 0,)] if name not in ("update", "close") else []
     new = [streams.new_empty((*streams.shape[:-2], *shape)) for shape in wide]
     dtype = reference.compute_dtype(streams)
     return [*new, *(streams.new_empty((*streams.shape[:-2], *shape), dtype=dtype) for shape in narrow)]
@@ -128,7 +128,7 @@ def step(
     """
     n = post.shape[-1]
     after = reference.update_fused(spread(streams, n), branch, post, res)
-    return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)[:-1]  # type: ignore[return-value]
+    return after, *read(after, phi, bias, scale, n, mapping, iterations, eps)[:-1]
 
 
 @normed_backward(_old_h)
@@ -159,7 +159,7 @@ def shifted_step(
     and `pre'` is for the site after the one that begins: `Preset.single_pass`.
     """
     after, h, _ = mix_read(streams, branch, post, res, pre)
-    return after, h, *_coefficients(after, phi, bias, scale, mapping, iterations, eps)  # type: ignore[return-value]
+    return after, h, *_coefficients(after, phi, bias, scale, mapping, iterations, eps)
 
 
 @normed_backward(_old_h)

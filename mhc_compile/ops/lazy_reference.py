@@ -78,7 +78,8 @@ def lazy_step_backward(
         (phi, bias, scale),
         (next_pre, next_post, z, inverse),
     )
-    return fused.step_backward(*grads, *old, *site, *saved, mapping, iterations, eps)[:7]
+    found: tuple[Tensor, ...] = fused.step_backward(*grads, *old, *site, *saved, mapping, iterations, eps)
+    return found[:7]
 
 
 def lazy_close(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
@@ -114,4 +115,7 @@ def empty_outputs(name: str, given: Mapping[str, Any]) -> list[Tensor]:
     wide = streams.new_empty(0 if unwritten else (*streams.shape[:-2], n, streams.shape[-1]))
     if name == "lazy_step":
         return [wide, *fused.empty_results("read", streams, n, given["phi"], given["norm"])]
-    return [wide, *(streams.new_empty(0) if one is None else one.new_empty(one.shape) for one in differentiated(name, given)[1:])]
+    return [
+        wide,
+        *(streams.new_empty(0) if one is None else one.new_empty(one.shape) for one in differentiated(name, given)[1:]),
+    ]

@@ -202,7 +202,7 @@ def register_autograd(
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         used = grads if differentiable is None else [grads[i] for i in differentiable]
         settings = ctx.settings[-3:]  # without the n of mhc::read, which the coefficients show
-        tensors, last = ctx.saved_tensors, ()
+        tensors, last = ctx.saved_tensors, ctx.saved_tensors[:0]
         if ctx.norm:
             tensors, last = tensors[:-3], tensors[-3:]
         got = backward_of(*used, *tensors, *settings, *ctx.norm, *last)
@@ -210,8 +210,8 @@ def register_autograd(
         nothing = (None,) * len(ctx.settings)
         if not ctx.norm:
             return *got, *nothing
-        of_norm = (None if like is None else grad for like, grad in zip(last, got[ctx.count :], strict=False))
-        return *got[: ctx.count], *nothing, None, *of_norm, None
+        d_gain, d_shift = (None if like is None else grad for like, grad in zip(last[:2], got[-2:], strict=True))
+        return *got[: ctx.count], *nothing, None, d_gain, d_shift, None
 
     def once_only(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(

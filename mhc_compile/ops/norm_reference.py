@@ -75,8 +75,12 @@ def _with_settings(function: Callable[..., Any], settings: dict[str, Any]) -> in
     )
 
 
+def _filled(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *given, *defaults[len(given) :]
+
+
 def normed(at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let an operator take `norm, gain, shift, norm_eps`, and return `moments` [..., 2] or [..., 0].
+    """Let an operator take `norm, gain, shift, norm_eps`, and return `moments`, [..., 0] without.
 
     Its result number `at` is h.
     """
@@ -87,7 +91,7 @@ def normed(at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(function)
         def call(*args: Any) -> tuple[Tensor, ...]:
             results = list(function(*args[:count]))
-            norm, gain, shift, eps = (*args[count:], *("", None, None, 0.0)[len(args) - count :])
+            norm, gain, shift, eps = _filled(args[count:], ("", None, None, 0.0))
             h = results[at]
             moments = h.new_empty((*h.shape[:-1], 0), dtype=torch.promote_types(h.dtype, torch.float32))
             if norm:
@@ -112,7 +116,7 @@ def normed_backward(read: Callable[..., Tensor]) -> Callable[[Callable[..., Any]
         @functools.wraps(function)
         def call(*args: Any) -> tuple[Tensor, ...]:
             given = dict(zip(names, args, strict=False))
-            norm, gain, shift, moments = (*args[len(names) :], *("", None, None, None)[len(args) - len(names) :])
+            norm, gain, shift, moments = _filled(args[len(names) :], ("", None, None, None))
             sums: Sequence[Tensor | None] = (None, None)
             if norm and given["grad_h"] is not None:
                 given["grad_h"], *sums = normalize_backward(given["grad_h"], read(given), moments, norm, gain)

@@ -76,7 +76,7 @@ class FuseSites(Pass):
         if _COEFFICIENTS not in targets and _UPDATE not in targets:
             return graph
         copy, _ = copy_graph(graph)
-        modes = _modes(copy)
+        modes = gradient_modes(copy)
         for node in list(copy.nodes):
             if node.target is _COEFFICIENTS:
                 _read_old_shape(node, modes)
@@ -90,7 +90,7 @@ class FuseSites(Pass):
         return copy
 
 
-def _modes(graph: Graph) -> dict[Node, int]:
+def gradient_modes(graph: Graph) -> dict[Node, int]:
     """Return each node's section of the graph between switches of the gradient mode."""
     modes, number = {}, 0
     for node in graph.nodes:

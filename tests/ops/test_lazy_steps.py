@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.norms import by_torch, norms, of_backward, weights_of
 
 from mhc_compile import mappings
 from mhc_compile.errors import ShapeError
@@ -57,13 +58,16 @@ def close(one, other, tolerance):
     )
 
 
-def oracle(tensors, grads):
+def oracle(tensors, grads, norm=()):
     """The results of a step, and the gradients of its old streams and its own tensors."""
     streams, branches, post, res, *site = tensors
     old = ended(streams, branches[:-1], post[:-1], res[:-1]) if len(branches) > 1 else streams
-    leaves = [t.detach().clone().requires_grad_() for t in (old, branches[-1], post[-1], res[-1], *site)]
+    own = (old, branches[-1], post[-1], res[-1], *site, *weights_of(norm))
+    leaves = [t.detach().clone().requires_grad_() for t in own]
     after = ended(leaves[0], *([one] for one in leaves[1:4]))
-    results = after, *begun(after, *leaves[4:])
+    h, *coefficients = begun(after, *leaves[4:7])
+    gain, shift = (*leaves[7:], None, None)[:2]
+    results = after, by_torch(h, *norm[:1], gain, shift, *norm[3:]), *coefficients
     outs, given = zip(*((out, grad) for out, grad in zip(results, grads, strict=True) if grad is not None), strict=True)
     return results, torch.autograd.grad(outs, leaves, given, allow_unused=True, materialize_grads=True)
 
@@ -76,18 +80,18 @@ def incoming(width, tokens):
 @pytest.mark.parametrize(("width", "tokens"), [(6, (2, 3)), (33, (37,)), (130, (5, 4)), (1, (1,))])
 def test_steps_and_closes_are_the_equations(width, tokens, copies):
     for sites in range(1, cpu.LONGEST + 2):  # the last has no kernel
-        tensors = values(sites, width, tokens, copies=copies)
-        (after, *rest), wanted = oracle(tensors, grads := incoming(width, tokens))
+        tensors, norm = values(sites, width, tokens, copies=copies), norms(width)[sites % 3]
+        (after, *rest), wanted = oracle(tensors, grads := incoming(width, tokens), norm)
         assert cpu.lazy.takes(tensors[0], tensors[1], N, "sinkhorn") == (sites <= cpu.LONGEST)
         for kernels in (lazy, cpu.lazy):
             for write in (False, True):
-                streams, h, pre, *got = kernels.lazy_step(*tensors, write, *HOW)
+                streams, h, pre, *got, moments = kernels.lazy_step(*tensors, write, *HOW, *norm)
                 assert all(close(one, other, 1e-12) for one, other in zip((h, *got[:2]), rest, strict=True))
                 assert close(streams, after, 1e-12) if write else streams.shape == (0,)
             if sites == 1:
                 continue
-            saved = pre, got[0], got[2], got[3]
-            gradients = kernels.lazy_step_backward(*grads, *tensors, *saved, *HOW)
+            saved = pre, got[0], got[2], got[3], *HOW, *of_backward(norm, moments)
+            gradients = [one for one in kernels.lazy_step_backward(*grads, *tensors, *saved) if len(one)]
             assert all(close(one, other, 1e-10) for one, other in zip(gradients, wanted, strict=True))
             assert close(kernels.lazy_close(*tensors[:4]), after.mean(-2), 1e-12)
             from_mean = oracle(tensors, [grads[1].unsqueeze(-2).expand_as(after) / N, None, None, None])[1][:4]
@@ -99,10 +103,11 @@ def test_steps_and_closes_are_the_equations(width, tokens, copies):
 def test_absent_gradients_are_zero(absent):
     tensors, grads = values(3, 33, (7,)), incoming(33, (7,))
     grads[absent] = None
-    _, _, pre, post, _, z, inverse = cpu.lazy.lazy_step(*tensors, False, *HOW)
+    norm = norms(33)[2]
+    _, _, pre, post, _, z, inverse, moments = cpu.lazy.lazy_step(*tensors, False, *HOW, *norm)
     for kernels in (lazy, cpu.lazy):
-        got = kernels.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW)
-        assert all(close(one, other, 1e-10) for one, other in zip(got, oracle(tensors, grads)[1], strict=True))
+        got = kernels.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW, *of_backward(norm, moments))
+        assert all(close(one, other, 1e-10) for one, other in zip(got, oracle(tensors, grads, norm)[1], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -117,10 +122,10 @@ def test_narrow_dtypes_are_near_the_equations(dtype, tolerance):
     wide = [[one.double() for one in t] if isinstance(t, list) else t.double() for t in tensors]
     grads = [grad.to(dtype if i < 2 else torch.float32) for i, grad in enumerate(incoming(70, (600,)))]
     results, wanted = oracle(wide, [grad.double() for grad in grads])
-    streams, h, pre, post, res, z, inverse = mhc.lazy_step(*tensors, True, *HOW)
+    streams, h, pre, post, res, z, inverse, _ = mhc.lazy_step(*tensors, True, *HOW)
     assert streams.dtype == h.dtype == dtype
     assert all(close(one, other, tolerance) for one, other in zip((streams, h, post, res), results, strict=True))
-    got = mhc.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW)
+    *got, _, _ = mhc.lazy_step_backward(*grads, *tensors, pre, post, z, inverse, *HOW)
     assert all(close(one, other, tolerance) for one, other in zip(got, wanted, strict=True))
 
 
@@ -130,7 +135,7 @@ def test_the_number_of_threads_changes_no_row(monkeypatch):
     for threads in (1, 2):
         monkeypatch.setattr(cpu.lazy, "threads_for", lambda tokens, threads=threads: threads)
         step = cpu.lazy.lazy_step(*tensors, True, *HOW)
-        back = cpu.lazy.lazy_step_backward(*grads, *tensors, *(step[i] for i in (2, 3, 5, 6)), *HOW)
+        *back, _, _ = cpu.lazy.lazy_step_backward(*grads, *tensors, *(step[i] for i in (2, 3, 5, 6)), *HOW)
         assert all(close(one, other, 1e-12) for one, other in zip(back[4:], oracle(tensors, grads)[1][4:], strict=True))
         results.append((*step, *back[:4]))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -141,10 +146,11 @@ def test_opcheck(copies):
     *old, phi, bias, scale = values(2, 6, (3,), copies=copies)
     tensors, grads = (*old, phi.float(), bias, scale), incoming(6, (3,))
     checks = ("test_schema", "test_faketensor")
+    norm = norms(6)[2]
     for write in (False, True):
-        torch.library.opcheck(mhc.lazy_step.default, (*tensors, write, *HOW), test_utils=checks)
-    _, _, pre, post, _, z, inverse = mhc.lazy_step(*tensors, False, *HOW)
-    arguments = (*grads, *tensors, pre, post, z, inverse, *HOW)
+        torch.library.opcheck(mhc.lazy_step.default, (*tensors, write, *HOW, *norm), test_utils=checks)
+    _, _, pre, post, _, z, inverse, moments = mhc.lazy_step(*tensors, False, *HOW, *norm)
+    arguments = (*grads, *tensors, pre, post, z, inverse, *HOW, *of_backward(norm, moments))
     torch.library.opcheck(mhc.lazy_step_backward.default, arguments, test_utils=checks)
     torch.library.opcheck(mhc.lazy_close.default, tensors[:4], test_utils=checks)
     torch.library.opcheck(mhc.lazy_close_backward.default, (grads[1], *tensors[:4]), test_utils=checks)

@@ -4,8 +4,11 @@ against the composition.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from helpers.norms import by_torch, norms, of_backward, weights_of
 
 from mhc_compile.errors import ShapeError
 from mhc_compile.mappings import MAPPINGS, mapping_of
@@ -57,7 +60,7 @@ def settings(name, mapping="sinkhorn", iterations=20):
     return () if name == "mix_read" else (mapping, iterations, 1e-6)
 
 
-def by_reference(name, streams, branch, post, res, *rest):
+def by_reference(name, streams, branch, post, res, *rest, norm=()):
     """The differentiable results of an operator, by the equations and `mhc::coefficients`, whose
     gradients are tested elsewhere.
     """
@@ -66,7 +69,7 @@ def by_reference(name, streams, branch, post, res, *rest):
     given, site = (rest[:1], rest[1:]) if name != "step" else ((), rest)
     found = mhc.coefficients(after, *site)[:3] if site else ()
     h = torch.einsum("...n,...nc->...c", (*given, *found)[0], after)
-    return after, h, *(found if given else found[1:])
+    return after, by_torch(h, *norm), *(found if given else found[1:])
 
 
 def weighted(outputs):
@@ -100,18 +103,21 @@ SIZES = [
 def test_composition_and_kernels_against_autograd(name, n, mapping, copies):
     tensors = [t.requires_grad_() for t in values(n, 5, (3, 2), mapping=mapping, copies=copies, name=name)]
     how = settings(name, mapping, 7)
-    want = by_reference(name, *tensors, *how)
-    wanted = torch.autograd.grad(weighted(want), tensors)
     assert cpu.takes(torch.float64, n=n, mapping=mapping)
-    for kernels in (fused, cpu):
+    for kernels, norm in itertools.product((fused, cpu), norms(5)):
+        weights = [one.requires_grad_() for one in weights_of(norm)]
+        want = by_reference(name, *tensors, *how, norm=norm)
+        wanted = torch.autograd.grad(weighted(want), [*tensors, *weights])
         with torch.no_grad():
-            out = getattr(kernels, name)(*tensors, *how)
+            out = getattr(kernels, name)(*tensors, *how, *norm)
         found = [out[i] for i in DIFFERENTIABLE[name]]
         assert all(close(one, other, 1e-12) for one, other in zip(found, want, strict=True))
         leaves = [t.clone().requires_grad_() for t in found]
         grads = torch.autograd.grad(weighted(leaves), leaves)
         with torch.no_grad():
-            got = getattr(kernels, f"{name}_backward")(*grads, *tensors, *(out[i] for i in SAVED[name]), *how)
+            saved = (*(out[i] for i in SAVED[name]), *how, *of_backward(norm, out[-1]))
+            *got, d_gain, d_shift = getattr(kernels, f"{name}_backward")(*grads, *tensors, *saved)
+        got += [one for one in (d_gain, d_shift) if len(one)]
         assert all(close(one, other, 1e-11) for one, other in zip(got, wanted, strict=True))
 
 
@@ -145,6 +151,8 @@ def test_gradcheck(copies):
 def test_opcheck(dtype, copies):
     tensors = [t.requires_grad_() for t in values(dtype=dtype, copies=copies)]
     torch.library.opcheck(mhc.step.default, (*tensors, *HOW))
+    for norm in norms(6, torch.float32)[1:]:
+        torch.library.opcheck(mhc.step.default, (*tensors, *HOW, *norm))
     torch.library.opcheck(mhc.read.default, (tensors[0], *tensors[4:], 4, *HOW))
     torch.library.opcheck(mhc.close.default, tuple(tensors[:4]))
     for name in ("shifted_step", "mix_read"):
@@ -171,9 +179,10 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize(("streams", "branch", "mapping"), TYPES)
 def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
     """Tokens and features that are multiples of nothing, tails of tiles and of vectors, strides,
-    gradients that nobody has.
+    gradients that nobody has, norms in turn.
     """
     assert cpu.takes(streams, branch, 4, mapping)
+    turn = itertools.count()
     tolerance = TOLERANCES[streams]
     for tokens, width in SHAPES[: 3 if streams == torch.bfloat16 else 4]:
         for copies in (False, True):
@@ -184,8 +193,9 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                     for t in values(4, width, tokens, streams, mapping, copies, branch, name)
                 ]
                 exact = [t.double() for t in given]
-                out = getattr(cpu, name)(*given, *how)
-                for one, other in zip(out, getattr(fused, name)(*exact, *how), strict=True):
+                norm = norms(width)[next(turn) % 4]
+                out = getattr(cpu, name)(*given, *how, *norm)
+                for one, other in zip(out, getattr(fused, name)(*exact, *how, *norm), strict=True):
                     assert one.is_contiguous()
                     assert close(one, other, tolerance)
                 saved = [out[i] for i in SAVED[name]]
@@ -193,9 +203,14 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                 for missing in (set(), {0}, {1}, {2, 3}, {0, 1, 2}):
                     some = [None if i in missing else g for i, g in enumerate(grads)]
                     wide = [None if g is None else g.double() for g in some]
-                    got = getattr(cpu, f"{name}_backward")(*some, *given, *saved, *how)
-                    want = getattr(fused, f"{name}_backward")(*wide, *exact, *(t.double() for t in saved), *how)
-                    for like, one, other in zip(given, got, want, strict=True):
+                    last = (*how, *of_backward(norm, out[-1].double()))
+                    got = getattr(cpu, f"{name}_backward")(*some, *given, *saved, *last)
+                    want = getattr(fused, f"{name}_backward")(*wide, *exact, *(t.double() for t in saved), *last)
+                    likes = (*given, *(norm[1:3] if norm else (None, None)))
+                    for like, one, other in zip(likes, got, want, strict=True):
+                        if like is None:
+                            assert not len(one)
+                            continue
                         assert one.dtype == like.dtype
                         assert close(one, other, 3 * max(tolerance, TOLERANCES[like.dtype]))
             for name, args in (("close", given[:4]), ("close_backward", [grads[1], *given[:4]])):
@@ -247,23 +262,26 @@ def test_without_a_compiler_the_composition_runs(monkeypatch):
 def test_threads_do_not_change_the_result():
     for name in ("step", "shifted_step"):
         tensors = values(width=40, tokens=(1500,), dtype=torch.float32, name=name)
+        norm = norms(40, torch.float32)[2]
         results, threads = [], torch.get_num_threads()
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            out = getattr(cpu, name)(*tensors, *HOW)
+            out = getattr(cpu, name)(*tensors, *HOW, *norm)
             saved, grads = ([out[i] for i in of[name]] for of in (SAVED, DIFFERENTIABLE))
-            back = getattr(cpu, f"{name}_backward")(*map(torch.ones_like, grads), *tensors, *saved, *HOW)
+            last = (*saved, *HOW, *of_backward(norm, out[-1]))
+            back = getattr(cpu, f"{name}_backward")(*map(torch.ones_like, grads), *tensors, *last)
             results.append((*out, *back))
         torch.set_num_threads(threads)
-        of_tokens = len(results[0]) - 3  # phi, bias and scale come last, and are sums over the threads
+        of_tokens = len(results[0]) - 5  # phi, bias, scale, gain and shift come last, sums over the threads
         assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))
         for one, other in zip(results[0][:of_tokens], results[1][:of_tokens], strict=True):
             assert torch.equal(one, other)
         assert all(close(one, other, 1e-5) for one, other in zip(results[0], results[1], strict=True))
 
 
+@pytest.mark.parametrize("norm", [0, 2])
 @pytest.mark.parametrize("name", ["step", "shifted_step"])
-def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept(name):
+def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept(name, norm):
     n, width, tokens = 4, 256, (100,)
     tensors = [t.requires_grad_() for t in values(n, width, tokens, torch.float32, name=name)]
     kept: dict[int, int] = {}
@@ -273,10 +291,10 @@ def test_nothing_but_the_old_streams_the_branch_and_coefficients_is_kept(name):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        getattr(mhc, name)(*tensors, *HOW)
-    # post and res, and pre that came in; pre and post of the next site, z, inverse
-    small = n + n * n + (n if name == "shifted_step" else 0) + 2 * n + 24 + 1
-    parameters = sum(t.numel() for t in tensors[-3:])
+        getattr(mhc, name)(*tensors, *HOW, *norms(width, torch.float32)[norm])
+    # post and res, and pre that came in; pre and post of the next site, z, inverse, moments
+    small = n + n * n + (n if name == "shifted_step" else 0) + 2 * n + 24 + 1 + norm
+    parameters = sum(t.numel() for t in tensors[-3:]) + norm * width
     assert sum(kept.values()) <= 100 * ((n + 1) * width + small) + parameters
 
 
@@ -302,8 +320,8 @@ def test_decompositions_step_back_for_kernels_only():
     tensors = values(dtype=torch.float32)
     halves = values(dtype=torch.float16)
     assert fused_decompositions()[mhc.step.default](*tensors, *HOW) is NotImplemented
-    assert len(fused_decompositions()[mhc.step.default](*halves, *HOW)) == 7
-    assert len(decompositions()[mhc.step.default](*tensors, *HOW)) == 7
+    assert len(fused_decompositions()[mhc.step.default](*halves, *HOW)) == 8
+    assert len(decompositions()[mhc.step.default](*tensors, *HOW)) == 8
     for name in ("shifted_step", "mix_read"):
         for dtype, kernel in ((torch.float32, True), (torch.float16, False)):
             tensors = values(dtype=dtype, name=name)

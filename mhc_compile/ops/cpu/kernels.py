@@ -104,6 +104,12 @@ def takes(streams: torch.dtype, branch: torch.dtype | None = None, n: int = 4, m
     return library_of(streams, branch or streams, n, mapping) is not None
 
 
+def can_take(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None = None) -> bool:
+    """Return whether there is code for such dtypes, n streams and this convention, built or not."""
+    known = mapping is None or parse(mapping).mapping in MAPPINGS
+    return known and (streams, branch) in _TYPES and 1 <= n <= _LARGEST
+
+
 def prepare(
     streams: torch.dtype, branch: torch.dtype, n: int, mapping: str, *, lazy: bool = False
 ) -> threading.Thread | None:
@@ -111,7 +117,7 @@ def prepare(
 
     Returns the thread, None where there is nothing to build.
     """
-    if (streams, branch) not in _TYPES or not 1 <= n <= _LARGEST or parse(mapping).mapping not in MAPPINGS:
+    if not can_take(streams, branch, n, mapping):
         return None
     args = (streams, branch, n, mapping, lazy)
     thread = threading.Thread(target=_build, args=args, daemon=True, name="mhc-kernels")
@@ -143,7 +149,7 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
         n = given["post"].shape[-1] if "post" in given else given["n"]
         built = library_of(store, other, n, given.get("mapping"))
         if built is None or not streams.numel():
-            return reference.dense(composition)(*args)
+            return reference.dense(getattr(module, name))(*args)
         compute = reference.compute_dtype(streams)
         dtypes = {**dict.fromkeys(AS_STREAMS, store), "branch": other}
         tensors: dict[str, Any] = {
