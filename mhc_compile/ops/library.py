@@ -202,9 +202,9 @@ def register_autograd(
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         used = grads if differentiable is None else [grads[i] for i in differentiable]
         settings = ctx.settings[-3:]  # without the n of mhc::read, which the coefficients show
-        tensors, last = ctx.saved_tensors, ctx.saved_tensors[:0]
-        if ctx.norm:
-            tensors, last = tensors[:-3], tensors[-3:]
+        saved_tensors = ctx.saved_tensors  # once: checkpointing allows no second time
+        end = len(saved_tensors) - 3 * len(ctx.norm)
+        tensors, last = saved_tensors[:end], saved_tensors[end:]
         got = backward_of(*used, *tensors, *settings, *ctx.norm, *last)
         got = got if isinstance(got, tuple) else (got,)
         nothing = (None,) * len(ctx.settings)

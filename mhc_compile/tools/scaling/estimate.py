@@ -21,6 +21,7 @@ from mhc_compile.inspection.cost import Cost, Work, site_cost
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Overhead, overheads
 from mhc_compile.mappings import get_mapping
+from mhc_compile.ops.cpu import LONGEST
 from mhc_compile.passes.transforms.recompute import block_length
 
 if TYPE_CHECKING:
@@ -102,20 +103,27 @@ def parameters(shape: Shape, *, active: bool = False) -> int:
     return matrices + idle * 3 * shape.width * shape.hidden
 
 
-def kept_bytes(width: int, itemsize: int, options: ResolvedOptions, sites: int, recompute: Recompute) -> int:
+def kept_bytes(
+    width: int, itemsize: int, options: ResolvedOptions, sites: int, recompute: Recompute, *, lazy: bool = False
+) -> int:
     """Return the bytes per token that a chain of sites keeps beyond the plain model.
 
-    A site keeps its n streams of width C, its branch's output and its coefficients. Its branch
-    input takes the place of the plain model's. With `recompute="block"` only the first of every
-    `sqrt(n L / (n + 2))` sites keeps streams, coefficients and branch input (arXiv 2512.24880 v2,
-    section 4.3); every site keeps its branch's output. Lazy streams, which keep less, have kernels
-    for CPU only, and are not counted.
+    The plain model keeps the input of every branch's norm, of width C, and its result. A site keeps
+    its branch's output instead of the first, its coefficients, and n streams, of which those before
+    the chain are one. With `recompute="block"` only the first step of every
+    `sqrt(n L / (n + 2))` keeps streams and coefficients (arXiv 2512.24880 v2, section 4.3), and
+    the others compute the result of the norm again. With `lazy` streams, for which there are
+    kernels on CPU only, every fourth step writes some.
     """
-    n = options.streams
-    first = sites if recompute == "cheap" else ceil(sites / block_length(sites, n))
-    coefficients = _FLOAT32 * (2 * n + get_mapping(options.mapping).logits(n))
-    # All branch outputs, less the branch inputs of the plain model that these sites recompute.
-    return (first * n + sites - (sites - first)) * width * itemsize + first * coefficients
+    n, steps, again = options.streams, sites - 1, 0
+    written = steps // LONGEST if lazy else steps
+    if recompute == "block":
+        written = ceil(steps / block_length(sites, n))
+        again = steps - written
+    logits = get_mapping(options.mapping).logits(n)
+    # pre, post, res; the projection, one over the root mean square, moments of the norm
+    coefficients = _FLOAT32 * (2 * n + n * n + 2 * n + logits + 1 + 2)
+    return (1 + n * written - again) * width * itemsize + (sites - again) * coefficients
 
 
 @dataclass(frozen=True)
