@@ -69,8 +69,7 @@ _SCHEMAS = (
     f"shifted_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res,"
     f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(10)})",
     f"mix_read({_OLD}, Tensor pre, {NORM}) -> (Tensor streams_out, Tensor h, Tensor moments)",
-    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD})"
-    f" -> ({_tensors(7)})",
+    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD}) -> ({_tensors(7)})",
     f"close({_OLD}) -> Tensor",
     f"close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -154,7 +153,7 @@ def on_cuda(name: str) -> Callable[..., Any]:
 
         given = bound(composed, args)
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        there_is = triton.reason(tensors[0].device) is None and not given.get("norm")
+        there_is = triton.reason(tensors[0].device) is None
         there_is = there_is and all(triton.takes(tensor.dtype, mapping=given.get("mapping")) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.gpu import CHOSEN, needs_device
-from helpers.site_oracle import EPS, OPERATORS, Case, assert_close, errors
+from helpers.site_oracle import EPS, NORMED, OPERATORS, Case, assert_close, errors
 
 from mhc_compile.config.presets import PRESETS
 from mhc_compile.ops import is_fused
@@ -84,6 +84,38 @@ def test_many_tokens_and_one(compare, dtype, width):
     n = 2 if SLOW else 4
     for tokens in (0, 1, (2, 300)) if SLOW else (1, (2, 2048)):
         compare(OPERATORS, n, n, tokens, width, dtype=dtype)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize(
+    ("norm", "vectors"), [("rms", "gain"), ("layer", "gain shift"), ("rms", "shift"), ("layer", "")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms(compare, dtype, norm, vectors, m):
+    for tokens in TOKENS if "gain" in vectors else TOKENS[-1:]:
+        compare(NORMED, 4, m, tokens, 140, dtype=dtype, norm=norm, vectors=vectors)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norms_of_other_shapes(compare, norm):
+    for n, tokens, width in ((1, 1, 48), (3, (2, 300), 8), (8, 33, 70)) if not SLOW else ((3, (2, 35), 8),):
+        compare(NORMED, n, n, tokens, width, norm=norm)
+
+
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_norms_with_absent_gradients(compare, used):
+    for name in NORMED:
+        compare((name,), 2, 2, 17, WIDTH, used=(0 if name == "mix_read" and used == 3 else used,), norm="layer")
+
+
+def test_layer_norm_far_from_zero(device):
+    """The variance keeps its digits where the mean is large."""
+    case = Case(device, 4, 4, 17, 140, norm="layer", vectors="")
+    case.tensors["streams"] += 300
+    for name in NORMED:
+        results = case.call(name, case.of(name)), case.by_equations(name, [t.double() for t in case.of(name)])
+        for a, b in zip(*(one[NORMED[name]] for one in results), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
