@@ -69,7 +69,8 @@ _SCHEMAS = (
     f"shifted_step_backward(Tensor? grad_streams, Tensor? grad_h, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res,"
     f" {_OLD}, Tensor pre, {_SITE}, Tensor next_pre, Tensor next_post, Tensor z, Tensor inverse, {_HOW}, {NORM_BACKWARD}) -> ({_tensors(10)})",
     f"mix_read({_OLD}, Tensor pre, {NORM}) -> (Tensor streams_out, Tensor h, Tensor moments)",
-    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD}) -> ({_tensors(7)})",
+    f"mix_read_backward(Tensor? grad_streams, Tensor? grad_h, {_OLD}, Tensor pre, {NORM_BACKWARD})"
+    f" -> ({_tensors(7)})",
     f"close({_OLD}) -> Tensor",
     f"close_backward(Tensor grad, {_OLD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )

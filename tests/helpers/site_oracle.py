@@ -69,10 +69,10 @@ def residual(z: Tensor, convention: Convention, n: int, iterations: int) -> Tens
 
 
 class Case:
-    """Inputs of one site on a device: n streams, m of them held, its convention, and the `norm` of h
-    with those of gain and shift that `vectors` names.
+    """Inputs of one site on a device: n streams, m of them held, its convention, and a `norm` of h.
 
-    `tokens` are the token axes. `draws` are made on CPU, so that every device has the same numbers.
+    `vectors` names which of gain and shift it has. `tokens` are the token axes. `draws` are made on
+    CPU, so that every device has the same numbers.
     """
 
     def __init__(
@@ -207,6 +207,8 @@ def errors(case: Case, name: str, used: tuple[int, ...] | None = None) -> list[E
         assert a.isfinite().all(), where
         wide = a.dtype == torch.float32
         limit = TOLERANCES[case.dtype if wide else a.dtype][int(wide)]
+        if wide and case.norm and case.dtype == torch.bfloat16:
+            limit *= 3  # of dpre, small differences; Triton's interpreter cuts off where it should round
         if wide and name == "read" and what.startswith("result"):
             limit = min(limit, 1e-3)  # streams that were not rounded: a phi cut down to bfloat16 shows
         sums = what in ("d bias", "d scale")

@@ -71,8 +71,8 @@ def _dots(
     count: tl.constexpr = dots_of(m + mixes, norm)
     sums = ()
     for _ in tl.static_range(count):
-        sums = sums + (tl.zeros([block_tokens, block_channels // 8 if norm else block_channels], tl.float32),)
-    if norm:
+        sums = sums + (tl.zeros([block_tokens, block_channels // 8 if norm != "" else block_channels], tl.float32),)
+    if norm != "":
         of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
         moments_of = load_moments(moments, rows, live)
     begin = part * each
@@ -83,7 +83,7 @@ def _dots(
         g = tl.load((grad_read + here) + at, mask=inside, other=0.0).to(tl.float32)
         place = local[:, None] * (m * width) + channels[None, :]
         blocks = load_streams(streams + here * m, place, inside, width, m)
-        if norm:
+        if norm != "":
             if mixes:
                 blocks = blocks + (tl.load((branch + here) + at, mask=inside, other=0.0),)
             x = normed_h(blocks, of_h, moments_of, m + mixes)
@@ -173,7 +173,7 @@ def _streams(
     sums = ()
     for _i in tl.static_range(n):
         sums = sums + (tl.zeros([thin, block_channels], tl.float32),)
-    if norm:
+    if norm != "":
         d_gain = tl.zeros([block_tokens, block_channels], tl.float32)
         d_shift = tl.zeros([block_tokens, block_channels], tl.float32)
 
@@ -195,7 +195,7 @@ def _streams(
             post_of = load_numbers(post, rows, live, n)
             mixing = load_mixing(res, rows, live, n, m)
             d_y = tl.zeros([block_tokens, block_channels], tl.float32)
-        if norm:
+        if norm != "":
             of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
             moments_of = load_moments(moments, rows, live)
             h = normed_h(blocks + (y,) if mixes else blocks, of_h, moments_of, m + mixes)
@@ -245,7 +245,7 @@ def _streams(
         if mixes:
             tl.store((d_branch + here) + at, d_y.to(d_branch.dtype.element_ty), mask=inside)
 
-    if norm:
+    if norm != "":
         store_gradients(d_norm + wide(group) * (2 * width), d_gain, d_shift, gain, shift, channels, width)
     own = d_phi + wide(group) * (n * width * columns)
     for i in tl.static_range(n):
@@ -272,8 +272,9 @@ def backward_kernel(
     In: the gradients whose flags are set, the forward's inputs and results; `read_pre` [T, n] are
     the weights by which h was read. Out: `d_streams` [T, m, C]; with `mixes` `d_branch` [T, C];
     float32 `products` [blocks, n + n m, T], with `shifted` n more; `d_phi` [groups, n C, K];
-    `shares` [tiles, K + 3]; with a `norm` `d_norm` [groups, 2, C]. Scratch, float32: `scaled` [T, K], `radial` [T], `partial`
-    [parts, D, T] (`_dots`), `levels` [2, T], `sums` [iterations - 1, 2 n, T]; `counters` [1 + tiles + groups] int32, zero.
+    `shares` [tiles, K + 3]; with a `norm` `d_norm` [groups, 2, C], parts of the gradients of gain
+    and shift. Scratch, float32: `scaled` [T, K], `radial` [T], `partial` [parts, D, T] (`_dots`),
+    `levels` [2, T], `sums` [iterations - 1, 2 n, T]; `counters` [1 + tiles + groups] int32, zero.
     `group_tokens` is a multiple of `dot_tokens`, the tokens of a tile.
     Grid: (groups + lag) (parts and tiles of a group + blocks).
     """

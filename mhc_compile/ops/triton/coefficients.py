@@ -86,7 +86,7 @@ def read_gradient(
     read. `levels` [2, T] are written where there is a norm.
     """
     sums = add_parts(partial, parts, rows, live, tokens, dots_of(m + mixes, norm))
-    if norm:
+    if norm != "":
         of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
         sums = finish_dots(sums, of_h, moments, levels, rows, live, tokens, width, m + mixes, norm)
     if mixes:

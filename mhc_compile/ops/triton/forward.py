@@ -6,11 +6,12 @@ that share the tokens, the last one to finish computes their coefficients. Where
 read are known before (`shifted`: they are the site's before), h is written in the same walk, and
 2 n C + 2 C elements a token are moved.
 
-Else, and where h has a norm, it needs a second walk, over the new streams. It is the work of later programs of the same
-launch, `lag` tiles of tokens after the first, so that the streams are still in the L2 cache. They
-wait for the coefficients. Each program takes a number when it begins, and its work by that number;
-a walk only waits for programs with a smaller number, which have begun and wait for none, so that
-no order in which a GPU begins programs can end in a deadlock.
+Else, and where h has a norm, it needs a second walk, over the new streams. It is the work of later
+programs of the same launch, `lag` tiles of tokens after the first, so that the streams are still in
+the L2 cache. They wait for the coefficients, and with a norm read the streams twice. Each program
+takes a number when it begins, and its work by that number; a walk only waits for programs with a
+smaller number, which have begun and wait for none, so that no order in which a GPU begins programs
+can end in a deadlock.
 """
 
 from __future__ import annotations
@@ -110,10 +111,11 @@ def forward_kernel(
     """Compute `step` where `mixes`, else `read`; with `shifted` h is written in the first walk.
 
     In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n];
-    `read_pre` [T, n], the weights of h, which may be `new_pre` unless `shifted`; `phi` [halves, n C, stride], of which K columns are used (see
-    `prepare_kernel`); `bias` [K], `scale` [3]; `gain`, `shift` [C] or None. Out: with `mixes` `new_streams` [T, n, C]; `read`
-    [T, C]; float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T],
-    with a `norm` `moments` [T, 2].
+    `read_pre` [T, n], the weights of h, which may be `new_pre` unless `shifted`; `phi`
+    [halves, n C, stride], of which K columns are used (see `prepare_kernel`); `bias` [K], `scale`
+    [3]; `gain`, `shift` [C] or None. Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C];
+    float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T], with a
+    `norm` `moments` [T, 2].
     Scratch: `partial` [parts, K + 1, T] float32, `counters` [1 + 2 tiles] int32, zero.
     Grid: (tiles + lag) (parts + reads of a tile), lag and reads 0 where `shifted`.
     """

@@ -6,8 +6,8 @@ written. Elements moved a token: update 2 n C + C, its backward 3 n C + 2 C, and
 read; close n C + 2 C, its backward 2 n C + 3 C.
 
 A program owns a block [B, W] of tokens and channels; where h has a norm all channels of its tokens,
-over which it walks twice, so that the cache has what the second walk reads. Scalar products over all channels are partial
-sums for each block of channels, [C / W, D, T], which `sums` adds up.
+over which it walks twice, so that the cache has what the second walk reads. Scalar products over
+all channels are partial sums for each block of channels, [C / W, D, T], which `sums` adds up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .norm import denormed, load_moments, normed_h, read_streams, source_weights
 
 @triton.jit
 def _place(block, tokens, width, block_tokens: tl.constexpr, block_channels: tl.constexpr):
-    """Return the rows [B] of this program, the live ones, the channels [W] of a block, and the mask [B, W]."""
+    """Return the rows [B], the live ones, the channels [W] of a block, and the mask [B, W]."""
     rows = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
     channels = block * block_channels + tl.arange(0, block_channels)
     live = rows < tokens
@@ -60,10 +60,10 @@ def update_kernel(
 ):  # fmt: skip
     """Mix `streams` [T, m, C] and `branch` [T, C] by `post` [T, n] and `res` [T, n, n].
 
-    Where `reads` the new streams are read into `read` [T, C] with the weights `pre` [T, n], and with
-    a `norm` `moments` [T, 2] are written.
+    Where `reads` the new streams are read into `read` [T, C] with the weights `pre` [T, n]. With a
+    `norm` `moments` [T, 2] are written.
     """
-    if norm:
+    if norm != "":
         for block in range(tl.cdiv(width, block_channels)):
             _mix(
                 streams, branch, post, res, pre, new_streams, read, block, tokens, width,
@@ -138,7 +138,7 @@ def _update_backward(
     if has_read:
         g_read = tl.load(grad_read + at, mask=inside, other=0.0).to(tl.float32)
         pre_of = load_numbers(pre, rows, live, n)
-    if norm:
+    if norm != "":
         moments_of = load_moments(moments, rows, live)
         x = normed_h(blocks + (y,), source_weights(pre, post, res, rows, live, n, m, True), moments_of, m + 1)
         to = d_norm + wide(tl.program_id(0)) * (2 * width)
@@ -189,7 +189,7 @@ def update_backward_kernel(
     a `norm` g_read is dh, and `d_norm` [T / B, 2, C] float32 are parts of the gradients of gain and
     shift.
     """
-    if norm:
+    if norm != "":
         level, along = _means(
             streams, grad_read, branch, post, res, pre, gain, moments, tokens, width, n, m, block_tokens, block_channels
         )

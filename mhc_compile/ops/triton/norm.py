@@ -63,7 +63,7 @@ def read_streams(
     live = rows < tokens
     here = wide(first) * width
     pre = load_numbers(read_pre, rows, live, n)
-    if norm:
+    if norm != "":
         mean = tl.zeros([block_tokens], tl.float32)
         if norm == "layer":
             h, _, _, _ = _read_block(streams + here * held, pre, 0, live, width, n, held, block_channels)
@@ -86,7 +86,7 @@ def read_streams(
         tl.store(moments + 2 * rows + 1, factor, mask=live)
     for start in range(0, width, block_channels):
         h, channels, inside, at = _read_block(streams + here * held, pre, start, live, width, n, held, block_channels)
-        if norm:
+        if norm != "":
             h = times_gain((h - mean[:, None]) * factor[:, None], gain, channels, width)
             if shift is not None:
                 h += tl.load(shift + channels, mask=channels < width, other=0.0).to(tl.float32)[None, :]
@@ -126,7 +126,10 @@ def normed_h(sources, weights, moments_of, count: tl.constexpr):
 
 @triton.jit
 def add_dots(sums, u, x, sources, count: tl.constexpr, norm: tl.constexpr):
-    """Add to the sums of `dots_of` those of a block, each [B, W / 8]: 8 channels of a thread are one number."""
+    """Add to the sums of `dots_of` those of a block; each is [B, W / 8].
+
+    In bfloat16 8 neighbours belong to one thread, so that a sum takes one register of it.
+    """
     terms = ()
     for s in tl.static_range(count):
         terms = terms + (u * sources[s].to(tl.float32),)
@@ -147,7 +150,7 @@ def add_dots(sums, u, x, sources, count: tl.constexpr, norm: tl.constexpr):
 def finish_dots(
     sums, weights, moments, levels, rows, live, tokens, width, count: tl.constexpr, norm: tl.constexpr
 ):  # fmt: skip
-    """Store `levels` [2, T], which are level and along, and return the products of dh with the sources."""
+    """Store `levels` [2, T], level and along; return the products of dh with the sources."""
     mean, factor = load_moments(moments, rows, live)
     along = weights[0] * sums[0]
     for s in tl.static_range(1, count):

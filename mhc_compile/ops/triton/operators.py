@@ -108,7 +108,7 @@ def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return `(streams', h', pre', post', res', z', inverse', moments')`: `update` and the next `read`."""
+    """Compute `update` and the next `read`; return the new streams, then the results of that."""
     return _forward(streams, args[:3], None, args[3:6], args[1].shape[-1], *args[6:])
 
 
@@ -122,7 +122,7 @@ def _backward(
     site: Sequence[Tensor], saved: Sequence[Tensor], mapping: str, iterations: int, _eps: float,
     norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, moments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return `(d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale, d_gain, d_shift)`.
+    """Return the gradients of streams, `mix`, `read_pre`, `site`, gain and shift.
 
     `grads` are those of `(new_streams, h, pre, post, res)`, `saved` is `(pre, post, z, inverse)`.
     Without `mix` the second to fourth results are placeholders, without `read_pre` the fifth.
@@ -165,7 +165,8 @@ def _backward(
         d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
         _numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
         tokens, width, parts, work.each, _GROUP, lag, iterations,
-        _vector(gain), _vector(shift), _flat(moments, 1, nothing), _numbers(x, 2 if norm else 0, tokens), norm_parts,
+        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing),
+        _numbers(x, 2 if norm else 0, tokens), norm_parts,
         n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin,
         mixes=bool(mix), shifted=shifted, has_streams=has_streams, has_read=has_read, has_pre=has_pre,
         has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(), norm=norm,
@@ -236,7 +237,7 @@ def _update(
     norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sizes = Sizes.of(streams, post.shape[-1])
-    x, tiles = flat(streams, 2), configs.mixing(sizes)
+    x, tiles = flat(streams, 2), configs.mixing(sizes, 8 if norm else 4)
     nothing = x.new_empty(0)
     new = x.new_empty(*streams.shape[:-2], sizes.n, sizes.width)
     h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else nothing
@@ -291,7 +292,7 @@ def _update_backward(
     launch(
         update_backward_kernel, _grid(x, tiles, norm), x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
         y, flat(post, 1), flat(res, 2), _flat(pre, 1, nothing), d_streams, d_branch, partial, tokens, sizes.width,
-        _vector(gain), _vector(shift), _flat(moments, 1, nothing), norm_parts,
+        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing), norm_parts,
         n=sizes.n, m=sizes.m, has_streams=grad is not None, has_read=grad_read is not None,
         reads=reads, norm=norm, **tiles,
     )  # fmt: skip

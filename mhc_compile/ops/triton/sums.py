@@ -53,9 +53,8 @@ def sums_kernel(
     `products` [blocks, D, T] are those of the kernels: with `mixes` the n products with the branch
     and the n m with the streams, with `mean` one and m, which count for every new stream; with
     `reads` n more, of d_pre. With `projects` `phi_parts` [groups, n C, K] and `shares`
-    [tiles, K + 3]. `norm_parts` [norms, 2, C] are those of gain and shift; `d_gain` or `d_shift` [C]
-    that is None is left out. The products of a stream that is held for n equal ones count for each. Grid:
-    `programs` of each.
+    [tiles, K + 3]. `norm_parts` [norms, 2, C] are those of gain and shift; an absent one is None.
+    The products of a stream that is held for n equal ones count for each. Grid: `programs` of each.
     """
     program = tl.program_id(0)
     outer: tl.constexpr = 0 if mean else 1
@@ -88,7 +87,7 @@ def sums_kernel(
         if (program >= 0) & (program < tl.cdiv(width, 128)):
             _sum(norm_parts, d_gain, program, norms, 1, 2 * width, width, 0, 1, 1, 0, False, 8, 128)
         program -= tl.cdiv(width, 128)
-    if d_shift is not None:
+    if d_shift is not None:  # noqa: SIM102 - a constant
         if program >= 0:
             _sum(norm_parts, d_shift, program, norms, 1, 2 * width, width, width, 1, 1, 0, False, 8, 128)
 
@@ -96,8 +95,8 @@ def sums_kernel(
 def programs(
     tokens: int, rows: int, n: int, columns: int, vectors: list[int], *, mixes: bool, reads: bool, projects: bool
 ) -> int:
-    """Return the grid of `sums_kernel`; `vectors` are the sizes of the gradients of gain and shift."""
+    """Return the grid of `sums_kernel`; `vectors` are the sizes of d_gain and d_shift."""
     count = triton.cdiv(tokens * n, 128) + triton.cdiv(tokens * n * n, 128) if mixes else 0
     count += triton.cdiv(tokens * n, 128) if reads else 0
-    count += sum(triton.cdiv(size, 128) for size in vectors)
-    return count + (triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0)
+    count += triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0
+    return count + sum(int(triton.cdiv(size, 128)) for size in vectors)
