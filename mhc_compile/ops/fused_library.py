@@ -156,7 +156,7 @@ def on_cuda(name: str) -> Callable[..., Any]:
 
         given = bound(composed, args)
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        there_is = triton.reason(tensors[0].device) is None and not given.get("norm")
+        there_is = triton.reason(tensors[0].device) is None
         there_is = there_is and all(triton.takes(tensor.dtype, mapping=given.get("mapping")) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)
 

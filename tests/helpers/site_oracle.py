@@ -26,6 +26,8 @@ OPERATORS = {
     "update": ("streams branch post res", (0,)),
     "close": ("streams branch post res", (0,)),
 }
+#: Where their result is that a norm changes.
+NORMED = {"read": 0, "step": 1, "shifted_step": 1, "mix_read": 1}
 #: Largest relative error in the 2-norm of a tensor: of one in this dtype, and of a float32 one that
 #: is computed from streams in this dtype.
 TOLERANCES = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 3e-3)}
@@ -67,15 +69,18 @@ def residual(z: Tensor, convention: Convention, n: int, iterations: int) -> Tens
 
 
 class Case:
-    """Inputs of one site on a device: n streams, m of them held, and its convention.
+    """Inputs of one site on a device: n streams, m of them held, its convention, and a `norm` of h.
 
-    `tokens` are the token axes. `draws` are made on CPU, so that every device has the same numbers.
+    `vectors` names which of gain and shift it has. `tokens` are the token axes. `draws` are made on
+    CPU, so that every device has the same numbers.
     """
 
     def __init__(
-        self, device, n, m, tokens, width, spec="sinkhorn", dtype=torch.float32, branch=None, iterations=20, seed=0
-    ):
+        self, device, n, m, tokens, width, spec="sinkhorn", dtype=torch.float32, branch=None, iterations=20, seed=0,
+        norm="", vectors="gain shift",
+    ):  # fmt: skip
         self.n, self.spec, self.iterations, self.dtype, self.device = n, spec, iterations, dtype, device
+        self.norm, self.vectors = norm, vectors.split() if norm else []
         columns = 2 * n + logits_of(parse(spec).mapping, n)
         generator = torch.Generator().manual_seed(seed)
 
@@ -92,11 +97,17 @@ class Case:
             "phi": draw(n * width, columns) / (n * width) ** 0.5,
             "bias": draw(columns),
             "scale": torch.tensor([0.9, 0.7, 1.1], device=device),
+            "gain": 1.5 + draw(width),
+            "shift": draw(width),
         }
 
+    def keys(self, name: str) -> list[str]:
+        """The names of the tensors that operator `name` takes."""
+        return OPERATORS[name][0].split() + (self.vectors if name in NORMED else [])
+
     def of(self, name: str) -> list[Tensor]:
-        """The tensors that operator `name` takes."""
-        return [self.tensors[key] for key in OPERATORS[name][0].split()]
+        """These tensors."""
+        return [self.tensors[key] for key in self.keys(name)]
 
     def settings(self, name: str) -> tuple:
         """What follows the tensors in its schema."""
@@ -106,12 +117,26 @@ class Case:
 
     def call(self, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The results of operator `name`."""
-        got = getattr(torch.ops.mhc, name)(*tensors, *self.settings(name))
+        count = len(OPERATORS[name][0].split())
+        given = dict(zip(self.vectors, tensors[count:], strict=False))
+        norm = (self.norm, given.get("gain"), given.get("shift"), EPS) if self.norm and name in NORMED else ()
+        got = getattr(torch.ops.mhc, name)(*tensors[:count], *self.settings(name), *norm)
         return got if isinstance(got, tuple) else (got,)
 
     def by_equations(self, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The same from the equations; all tensors are float64."""
-        given, n = dict(zip(OPERATORS[name][0].split(), tensors, strict=True)), self.n
+        results, given = [*self._plain(name, tensors)], dict(zip(self.keys(name), tensors, strict=True))
+        if name not in NORMED:
+            return tuple(results)
+        h = results[NORMED[name]]
+        mean = h.mean(-1, keepdim=True) if self.norm == "layer" else 0 * h[..., :1]
+        factor = 1 / torch.sqrt(((h - mean) ** 2).mean(-1, keepdim=True) + EPS)
+        if self.norm:
+            results[NORMED[name]] = (h - mean) * factor * given.get("gain", 1) + given.get("shift", 0)
+        return (*results, torch.cat([mean, factor] if self.norm else [h[..., :0]], -1))
+
+    def _plain(self, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        given, n = dict(zip(self.keys(name), tensors, strict=True)), self.n
         X = given["streams"].expand(*given["streams"].shape[:-2], n, -1)
         if name != "read":
             X = given["res"] @ X + given["post"][..., None] * given["branch"][..., None, :]
@@ -156,7 +181,7 @@ def errors(case: Case, name: str, used: tuple[int, ...] | None = None) -> list[E
 
     Only the results `used`, by default all that can, have a gradient.
     """
-    keys = OPERATORS[name][0].split()
+    keys = case.keys(name)
     inputs = [tensor.clone().requires_grad_() for tensor in case.of(name)]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     got, want = case.call(name, inputs), case.by_equations(name, exact)
@@ -176,7 +201,7 @@ def errors(case: Case, name: str, used: tuple[int, ...] | None = None) -> list[E
         assert pairs[-1][1].dtype == x.dtype, (name, key)
     found = []
     for what, a, b in pairs:
-        where = f"mhc::{name}, {what} {list(a.shape)}, n={case.n}, {case.spec}"
+        where = f"mhc::{name}, {what} {list(a.shape)}, n={case.n}, {case.spec} {case.norm}"
         assert a.shape == b.shape, where
         assert a.is_contiguous(), where
         assert a.isfinite().all(), where
@@ -184,6 +209,8 @@ def errors(case: Case, name: str, used: tuple[int, ...] | None = None) -> list[E
         limit = TOLERANCES[case.dtype if wide else a.dtype][int(wide)]
         if wide and name == "read" and what.startswith("result"):
             limit = min(limit, 1e-3)  # streams that were not rounded: a phi cut down to bfloat16 shows
+        if case.norm and what == "d pre":
+            limit *= 2  # Σ_j pre_j dpre_j = 0: terms cancel in each
         sums = what in ("d bias", "d scale")
         kind = "sums" if sums else "float32" if wide else "half-width"
         found.append(Error(kind, error(a, b.detach()), 10 * limit if sums else limit, where))

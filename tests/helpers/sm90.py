@@ -60,8 +60,8 @@ def specialised(launch):
             signature[name], aligned = f"*{_TYPES[value.dtype]}", True
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constexprs[(place,)], aligned = "constexpr", 1, False
+        elif value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[name], constexprs[(place,)], aligned = "constexpr", value, False
         else:
             signature[name], aligned = "i32", value % 16 == 0 and not parameter.do_not_specialize
         if aligned:

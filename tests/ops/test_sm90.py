@@ -18,6 +18,7 @@ import triton
 from helpers.sm90 import LARGEST, compile_for_sm90, key_of, moved
 
 from mhc_compile.config.presets import PRESETS
+from mhc_compile.ops.norm_reference import NORMS
 from mhc_compile.ops.triton import ahead
 
 TABLE = Path(__file__).parent / "sm90.md"
@@ -28,6 +29,7 @@ LIGER = str(PRESETS["liger"].convention)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 C, T = 2560, 4096
 #: Streams, their dtype, the convention, and whether sites read with the weights of the site before.
+#: Where the name ends with a norm, h has it.
 KINDS = {
     "paper, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
     "single pass, n = 4, bfloat16": (4, BF16, V4, True),
@@ -41,12 +43,18 @@ KINDS = {
     "kronecker, n = 8, bfloat16": (8, BF16, "kronecker", False),
     "paper, n = 4, float32": (4, FP32, "sinkhorn", False),
     "paper, n = 4, float16": (4, FP16, "sinkhorn", False),
+    "paper, n = 4, bfloat16, rms": (4, BF16, "sinkhorn", False),
+    "paper, n = 4, bfloat16, layer": (4, BF16, "sinkhorn", False),
+    "single pass, n = 4, bfloat16, rms": (4, BF16, V4, True),
 }
 
 
 def sites(kind: str, tokens: int = T):
     n, dtype, convention, single_pass = KINDS[kind]
-    return ahead.launches_of(dtype, dtype, n, C, convention, tokens=tokens, single_pass=single_pass)
+    last = kind.split(", ")[-1]
+    norm = last if last in NORMS else ""
+    found = ahead.launches_of(dtype, dtype, n, C, convention, tokens=tokens, single_pass=single_pass, norm=norm)
+    return {name: launches for name, launches in found.items() if not (norm and name.startswith("close"))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,6 +100,10 @@ def test_bytes_and_launches():
         "single pass, n = 4, bfloat16": {
             "shifted step": (2, 10.5), "shifted step backward": (2, 17.6), "mix read": (1, 10.1), "mix read backward": (2, 15.9)
         },
+        "paper, n = 4, bfloat16, rms": {"step": (2, 10.5), "step backward": (2, 17.5)},
+        "single pass, n = 4, bfloat16, rms": {
+            "shifted step": (2, 10.5), "shifted step backward": (2, 17.7), "mix read": (1, 10.1), "mix read backward": (2, 16.4)
+        },
     }  # fmt: skip
     for kind, operators in limits.items():
         for name, (launches, elements) in operators.items():
@@ -100,7 +112,7 @@ def test_bytes_and_launches():
             assert moved(found) / unit <= elements, (kind, name, moved(found) / unit)
 
 
-@pytest.mark.parametrize("kind", ["paper, n = 4, bfloat16", "single pass, n = 4, bfloat16"])
+@pytest.mark.parametrize("kind", ["paper, n = 4, bfloat16", "single pass, n = 4, bfloat16", *list(KINDS)[-3:]])
 def test_the_number_of_tokens_makes_no_other_kernel(kind):
     """A last batch, or the first token of `generate`, compiles nothing in the middle of a run."""
     keys = {t: [key_of(one) for launches in sites(kind, t).values() for one in launches] for t in (1, 2, 16, 63, 4096)}

@@ -9,6 +9,8 @@ equal streams of which one is held:
     res               [..., n, n]   float32; res[..., i, j]: weight of old stream j in new stream i
     phi, bias, scale  [n C, K], [K], [3]; K = 2 n + the logits of the mapping
     z, inverse        [..., K], [..., 1]   float32: the projection, already divided, and 1 / rms
+    gain, shift       [C]           of the norm of h ("rms" or "layer"), any floating dtype, or None
+    moments           [..., 2]      float32: the mean that was subtracted, and the factor
 
 Source of the equations: arXiv 2512.24880 v2, section 4; convention: `mhc_compile.ops.reference`.
 Gradients that are None are zero. Results are deterministic: what is added up in memory has a fixed

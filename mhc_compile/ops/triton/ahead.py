@@ -24,19 +24,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The results of a read that its backward gets: pre, post, z and inverse.
-_SAVED = (1, 2, 4, 5)
-
 
 def launches_of(
     streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, tokens: int = 64,
-    single_pass: bool = False,
+    single_pass: bool = False, norm: str = "",
 ) -> dict[str, list[Launch]]:  # fmt: skip
     """Return the launches of a chain's operators, noted on "meta", by operator and m.
 
     A chain reads n equal streams, of which one is held, then updates these, then n streams, and
     closes them. In a single pass sites read with the weights of the site before. The number of
-    `tokens` makes no other kernel.
+    `tokens` makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype
+    (and for "layer" a shift). Whether a norm follows is only known when the graph is rewritten:
+    `ops.prepare` compiles the kernels without, and those with one are compiled by their first call.
     """
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,25 +45,32 @@ def launches_of(
     assert count is not None, (mapping, n)
     site, how = (make(n * width, count), make(count), make(3)), (mapping, 20, 1e-6)
     pre, post, res = make(tokens, n), make(tokens, n), make(tokens, n, n)
+    gain = make(width, dtype=streams) if norm else None
+    kind = norm, gain, gain if norm == "layer" else None
     launches: dict[str, list[Launch]] = {}
 
     def note(name: str, *args: Any) -> Any:
         with noted() as launches[name.replace("_", " ")]:
             return getattr(operators, name.split(",")[0])(*args)
 
+    def saved(read: list[Tensor]) -> list[Any]:
+        # pre, post, z and inverse, and what follows in a backward
+        return [*(read[i] for i in (1, 2, 4, 5)), *how, *kind, read[-1]]
+
     for m in dict.fromkeys((1, n)):
         held = make(tokens, m, width, dtype=streams)
         old = held, make(tokens, width, dtype=branch), post, res
         if single_pass:
-            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how)
-            note(f"shifted_step_backward, m={m}", new, *read[:4], *old, pre, *site, *(read[i] for i in _SAVED), *how)
-            note(f"mix_read_backward, m={m}", *note(f"mix_read, m={m}", *old, pre), *old, pre)
+            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how, *kind, 1e-6)
+            note(f"shifted_step_backward, m={m}", new, *read[:4], *old, pre, *site, *saved(read))
+            *outs, moments = note(f"mix_read, m={m}", *old, pre, *kind, 1e-6)
+            note(f"mix_read_backward, m={m}", *outs, *old, pre, *kind, moments)
             continue
         if m == 1:
-            read = note("read, m=1", held, *site, n, *how)
-            note("read_backward, m=1", read[0], *read[2:4], held, *site, *(read[i] for i in _SAVED), *how)
-        new, *read = note(f"step, m={m}", *old, *site, *how)
-        note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *(read[i] for i in _SAVED), *how)
+            read = note("read, m=1", held, *site, n, *how, *kind, 1e-6)
+            note("read_backward, m=1", read[0], *read[2:4], held, *site, *saved(read))
+        new, *read = note(f"step, m={m}", *old, *site, *how, *kind, 1e-6)
+        note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *saved(read))
     note(f"close_backward, m={n}", note(f"close, m={n}", *old), *old)
     return launches
 

@@ -18,6 +18,9 @@ The walks are programs of one launch, in the order that `forward` describes: the
 what the first one has left in the L2 cache. Where the weights of the read were another site's
 (`shifted`) there is no first walk: s does not depend on grad_h, and `dpre_i = ⟨grad_h, X'_i⟩` is
 one more product of the second.
+
+Where h has a norm grad_h above is dh, which needs two means over the channels (`norm`). The first
+walk, then also that of `shifted`, sums up what gives them and the products of dh.
 """
 
 from __future__ import annotations
@@ -39,21 +42,39 @@ from .blocks import (
     wide,
 )
 from .coefficients import coefficients_backward, read_gradient
+from .norm import (
+    add_dots,
+    denormed,
+    dots_of,
+    load_moments,
+    normed_h,
+    source_weights,
+    store_gradients,
+    times_gain,
+)
 
 
 @triton.jit
 def _dots(
-    grad_read, streams, branch, partial, first, part, each, tokens, width,
-    m: tl.constexpr, mixes: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
+    grad_read, streams, branch, post, res, read_pre, gain, moments, partial, first, part, each, tokens, width,
+    n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
+    block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Walk over some tokens and `each` blocks of channels; write `partial` [parts, m (+ 1), T]."""
+    """Walk over some tokens and `each` blocks of channels; write `partial` [parts, D, T].
+
+    D is `dots_of` the sources.
+    """
     local = tl.arange(0, block_tokens)
     rows = wide(first) + local
     live = rows < tokens
     here = wide(first) * width
+    count: tl.constexpr = dots_of(m + mixes, norm)
     sums = ()
-    for _ in tl.static_range(m + mixes):
-        sums = sums + (tl.zeros([block_tokens, block_channels], tl.float32),)
+    for _ in tl.static_range(count):
+        sums = sums + (tl.zeros([block_tokens, block_channels // 8 if norm != "" else block_channels], tl.float32),)
+    if norm != "":
+        of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+        moments_of = load_moments(moments, rows, live)
     begin = part * each
     for block in range(begin, tl.minimum(begin + each, tl.cdiv(width, block_channels))):
         channels = block * block_channels + tl.arange(0, block_channels)
@@ -62,15 +83,21 @@ def _dots(
         g = tl.load((grad_read + here) + at, mask=inside, other=0.0).to(tl.float32)
         place = local[:, None] * (m * width) + channels[None, :]
         blocks = load_streams(streams + here * m, place, inside, width, m)
-        new = ()
-        for l in tl.static_range(m):  # noqa: E741
-            new = new + (sums[l] + g * blocks[l].to(tl.float32),)
-        if mixes:
-            new = new + (sums[m] + g * tl.load((branch + here) + at, mask=inside, other=0.0).to(tl.float32),)
-        sums = new
+        if norm != "":
+            if mixes:
+                blocks = blocks + (tl.load((branch + here) + at, mask=inside, other=0.0),)
+            x = normed_h(blocks, of_h, moments_of, m + mixes)
+            sums = add_dots(sums, times_gain(g, gain, channels, width), x, blocks, m + mixes, norm)
+        else:
+            new = ()
+            for l in tl.static_range(m):  # noqa: E741
+                new = new + (sums[l] + g * blocks[l].to(tl.float32),)
+            if mixes:
+                new = new + (sums[m] + g * tl.load((branch + here) + at, mask=inside, other=0.0).to(tl.float32),)
+            sums = new
     step = wide(tokens)
-    own = partial + wide(part) * (m + mixes) * tokens + rows
-    for l in tl.static_range(m + mixes):  # noqa: E741
+    own = partial + wide(part) * count * tokens + rows
+    for l in tl.static_range(count):  # noqa: E741
         tl.store(own + l * step, tl.sum(sums[l], 1), mask=live)
 
 
@@ -125,9 +152,10 @@ def _from_matrix_unit(x, interpreted: tl.constexpr):
 def _streams(
     grad_streams, grad_read, streams, branch, post, res, phi, read_pre, scaled, radial,
     d_streams, d_branch, products_out, d_phi, block, group, begin, end, tokens, width,
+    gain, shift, moments, levels, d_norm,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr,
     mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
-    has_read: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr,
+    has_read: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
     """Walk over a block of channels from token `begin` to `end`."""
@@ -145,6 +173,9 @@ def _streams(
     sums = ()
     for _i in tl.static_range(n):
         sums = sums + (tl.zeros([thin, block_channels], tl.float32),)
+    if norm != "":
+        d_gain = tl.zeros([block_tokens, block_channels], tl.float32)
+        d_shift = tl.zeros([block_tokens, block_channels], tl.float32)
 
     for start in range(begin, end, block_tokens):
         rows = wide(start) + local
@@ -164,6 +195,15 @@ def _streams(
             post_of = load_numbers(post, rows, live, n)
             mixing = load_mixing(res, rows, live, n, m)
             d_y = tl.zeros([block_tokens, block_channels], tl.float32)
+        if norm != "":
+            of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+            moments_of = load_moments(moments, rows, live)
+            h = normed_h(blocks + (y,) if mixes else blocks, of_h, moments_of, m + mixes)
+            d_gain += g_read * h
+            d_shift += g_read
+            level = tl.load(levels + rows, mask=live, other=0.0)
+            along = tl.load((levels + step) + rows, mask=live, other=0.0)
+            g_read = denormed(g_read, h, gain, channels, width, moments_of, level, along)
         d_x = ()
         for _l in tl.static_range(m):
             d_x = d_x + (tl.zeros([block_tokens, block_channels], tl.float32),)
@@ -205,6 +245,8 @@ def _streams(
         if mixes:
             tl.store((d_branch + here) + at, d_y.to(d_branch.dtype.element_ty), mask=inside)
 
+    if norm != "":
+        store_gradients(d_norm + wide(group) * (2 * width), d_gain, d_shift, gain, shift, channels, width)
     own = d_phi + wide(group) * (n * width * columns)
     for i in tl.static_range(n):
         to = (i * width + channels)[None, :] * columns + k[:, None]
@@ -216,11 +258,11 @@ def backward_kernel(
     streams, grad_streams, grad_read, grad_pre, grad_post, grad_res, branch, post, res, read_pre, phi, bias, scale,
     new_pre, new_post, z, inverse,
     d_streams, d_branch, products, d_phi, shares, scaled, radial, partial, sums, counters,
-    tokens, width, parts, each, group_tokens, lag, iterations,
+    tokens, width, parts, each, group_tokens, lag, iterations, gain, shift, moments, levels, d_norm,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr,
     mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
     has_read: tl.constexpr, has_pre: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
-    precision: tl.constexpr, interpreted: tl.constexpr,
+    precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
     pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr, dot_tokens: tl.constexpr, dot_channels: tl.constexpr,
@@ -230,8 +272,9 @@ def backward_kernel(
     In: the gradients whose flags are set, the forward's inputs and results; `read_pre` [T, n] are
     the weights by which h was read. Out: `d_streams` [T, m, C]; with `mixes` `d_branch` [T, C];
     float32 `products` [blocks, n + n m, T], with `shifted` n more; `d_phi` [groups, n C, K];
-    `shares` [tiles, K + 3]. Scratch, float32: `scaled` [T, K], `radial` [T], `partial`
-    [parts, m + 1, T], `sums` [iterations - 1, 2 n, T]; `counters` [1 + tiles + groups] int32, zero.
+    `shares` [tiles, K + 3]; with a `norm` `d_norm` [groups, 2, C], parts of the gradients of gain
+    and shift. Scratch, float32: `scaled` [T, K], `radial` [T], `partial` [parts, D, T] (`_dots`),
+    `levels` [2, T], `sums` [iterations - 1, 2 n, T]; `counters` [1 + tiles + groups] int32, zero.
     `group_tokens` is a multiple of `dot_tokens`, the tokens of a tile.
     Grid: (groups + lag) (parts and tiles of a group + blocks).
     """
@@ -249,19 +292,22 @@ def backward_kernel(
         if tile < tiles:
             rows = (tile * dot_tokens + tl.arange(0, dot_tokens)).to(tl.int64)
             live = rows < tokens
-            walks: tl.constexpr = has_read and not shifted
+            walks: tl.constexpr = has_read and (norm != "" or not shifted)
             if walks:
                 _dots(
-                    grad_read, streams, branch, partial, tile * dot_tokens, item % parts, each, tokens, width,
-                    m, mixes, dot_tokens, dot_channels,
+                    grad_read, streams, branch, post, res, read_pre, gain, moments, partial, tile * dot_tokens,
+                    item % parts, each, tokens, width, n, m, mixes, norm, dot_tokens, dot_channels,
                 )  # fmt: skip
             if arrive(arrived + tile) == parts - 1:
                 if walks:
-                    d_pre = read_gradient(partial, parts, post, res, rows, live, tokens, n, m, mixes)
-                elif has_pre:
-                    d_pre = load_numbers(grad_pre, rows, live, n)
-                else:
+                    d_pre = read_gradient(
+                        partial, parts, post, res, read_pre, moments, levels, rows, live, tokens, width,
+                        n, m, mixes, norm,
+                    )  # fmt: skip
+                if shifted or not walks:
                     d_pre = filled(0.0, rows.to(tl.float32), n)
+                if has_pre:
+                    d_pre = load_numbers(grad_pre, rows, live, n)
                 coefficients_backward(
                     d_pre, grad_post, grad_res, bias, scale, new_pre, new_post, z, inverse, scaled, radial,
                     shares + wide(tile) * (columns + 3), sums, rows, live, tokens, width, iterations,
@@ -278,6 +324,7 @@ def backward_kernel(
             _streams(
                 grad_streams, grad_read, streams, branch, post, res, phi, read_pre, scaled, radial,
                 d_streams, d_branch, products, d_phi, item - first, group, begin, end, tokens, width,
-                n, m, columns, halves, thin, mixes, shifted, has_streams, has_read, precision, interpreted,
+                gain, shift, moments, levels, d_norm,
+                n, m, columns, halves, thin, mixes, shifted, has_streams, has_read, precision, interpreted, norm,
                 block_channels, block_tokens,
             )  # fmt: skip

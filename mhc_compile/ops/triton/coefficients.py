@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .blocks import filled, load_mixing, load_numbers, sigmoid, store_numbers, wide
 from .mappings import matrix_backward, matrix_of
+from .norm import dots_of, finish_dots, source_weights
 
 
 @triton.jit
@@ -75,16 +76,20 @@ def coefficients(
 
 @triton.jit
 def read_gradient(
-    partial, parts, post, res, rows, live, tokens,
-    n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr,
+    partial, parts, post, res, read_pre, moments, levels, rows, live, tokens, width,
+    n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
 ):  # fmt: skip
-    """Return `⟨grad_h, X'_j⟩` for each j.
+    """Return `⟨dh, X'_j⟩` for each j, where dh is the gradient of h without its norm.
 
-    `partial` [parts, m (+ 1), T]: the products of grad_h with the old streams (and the branch).
-    With `X'_j = Σ_l res_jl X_l + post_j y` the new streams need not be read.
+    `partial` [parts, D, T]: the products of `norm.dots_of`, without a norm those of dh with the old
+    streams (and the branch). With `X'_j = Σ_l res_jl X_l + post_j y` the new streams need not be
+    read. `levels` [2, T] are written where there is a norm.
     """
+    sums = add_parts(partial, parts, rows, live, tokens, dots_of(m + mixes, norm))
+    if norm != "":
+        of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+        sums = finish_dots(sums, of_h, moments, levels, rows, live, tokens, width, m + mixes, norm)
     if mixes:
-        sums = add_parts(partial, parts, rows, live, tokens, m + 1)
         weights = load_numbers(post, rows, live, n)
         mixing = load_mixing(res, rows, live, n, m)
         values = ()
@@ -95,10 +100,9 @@ def read_gradient(
             values = values + (total,)
         return values
     elif m == n:
-        return add_parts(partial, parts, rows, live, tokens, m)
+        return sums
     else:
-        total = add_parts(partial, parts, rows, live, tokens, 1)
-        return filled(total[0], total[0], n)
+        return filled(sums[0], sums[0], n)
 
 
 @triton.jit

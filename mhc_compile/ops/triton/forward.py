@@ -6,11 +6,12 @@ that share the tokens, the last one to finish computes their coefficients. Where
 read are known before (`shifted`: they are the site's before), h is written in the same walk, and
 2 n C + 2 C elements a token are moved.
 
-Else h needs a second walk, over the new streams. It is the work of later programs of the same
-launch, `lag` tiles of tokens after the first, so that the streams are still in the L2 cache. They
-wait for the coefficients. Each program takes a number when it begins, and its work by that number;
-a walk only waits for programs with a smaller number, which have begun and wait for none, so that
-no order in which a GPU begins programs can end in a deadlock.
+Else, and where h has a norm, it needs a second walk, over the new streams. It is the work of later
+programs of the same launch, `lag` tiles of tokens after the first, so that the streams are still in
+the L2 cache. They wait for the coefficients, and with a norm read the streams twice. Each program
+takes a number when it begins, and its work by that number; a walk only waits for programs with a
+smaller number, which have begun and wait for none, so that no order in which a GPU begins programs
+can end in a deadlock.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .blocks import (
     wide,
 )
 from .coefficients import coefficients
+from .norm import read_streams
 
 
 @triton.jit
@@ -94,47 +96,26 @@ def _project(
     tl.store(own + columns * step + rows, tl.sum(squares, 1), mask=live)
 
 
-@triton.jit
-def _read(
-    streams, new_pre, read, first, tokens, width,
-    n: tl.constexpr, held: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
-):  # fmt: skip
-    """Write h of some tokens from `streams` [T, held, C]."""
-    local = tl.arange(0, block_tokens)
-    rows = wide(first) + local
-    live = rows < tokens
-    here = wide(first) * width
-    pre = load_numbers(new_pre, rows, live, n)
-    for start in range(0, width, block_channels):
-        channels = start + tl.arange(0, block_channels)
-        inside = live[:, None] & (channels < width)[None, :]
-        place = local[:, None] * (held * width) + channels[None, :]
-        blocks = load_streams(streams + here * held, place, inside, width, held)
-        h = tl.zeros([block_tokens, block_channels], tl.float32)
-        for j in tl.static_range(n):
-            h += pre[j][:, None] * blocks[j % held].to(tl.float32)
-        at = local[:, None] * width + channels[None, :]
-        tl.store((read + here) + at, h.to(read.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["tokens", "parts", "each", "lag", "iterations"])
 def forward_kernel(
     streams, branch, post, res, read_pre, phi, bias, scale,
     new_streams, read, new_pre, new_post, new_res, z, inverse, partial, counters,
-    tokens, width, parts, each, lag, iterations, eps,
+    tokens, width, parts, each, lag, iterations, eps, gain, shift, moments, norm_eps,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, stride: tl.constexpr, thin: tl.constexpr,
     mixes: tl.constexpr, shifted: tl.constexpr, halves: tl.constexpr, precision: tl.constexpr,
-    interpreted: tl.constexpr,
+    interpreted: tl.constexpr, norm: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
     pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr, read_tokens: tl.constexpr, read_channels: tl.constexpr,
 ):  # fmt: skip
-    """Compute `step` where `mixes`, else `read`; with `shifted` h is read with given weights.
+    """Compute `step` where `mixes`, else `read`; with `shifted` h is written in the first walk.
 
-    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n]; with
-    `shifted` also `read_pre` [T, n]; `phi` [halves, n C, stride], of which K columns are used (see
-    `prepare_kernel`); `bias` [K], `scale` [3]. Out: with `mixes` `new_streams` [T, n, C]; `read`
-    [T, C]; float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T].
+    In: `streams` [T, m, C]; with `mixes` also `branch` [T, C], `post` [T, n], `res` [T, n, n];
+    `read_pre` [T, n], the weights of h, which may be `new_pre` unless `shifted`; `phi`
+    [halves, n C, stride], of which K columns are used (see `prepare_kernel`); `bias` [K], `scale`
+    [3]; `gain`, `shift` [C] or None. Out: with `mixes` `new_streams` [T, n, C]; `read` [T, C];
+    float32 `new_pre`, `new_post` [T, n], `new_res` [T, n, n], `z` [T, K], `inverse` [T], with a
+    `norm` `moments` [T, 2].
     Scratch: `partial` [parts, K + 1, T] float32, `counters` [1 + 2 tiles] int32, zero.
     Grid: (tiles + lag) (parts + reads of a tile), lag and reads 0 where `shifted`.
     """
@@ -171,4 +152,7 @@ def forward_kernel(
             if mixes:
                 source = new_streams
             first = tile * block_tokens + (item - parts) * read_tokens
-            _read(source, new_pre, read, first, tokens, width, n, held, read_tokens, read_channels)
+            read_streams(
+                source, read_pre, read, gain, shift, moments, first, tokens, width, norm_eps,
+                n, held, norm, read_tokens, read_channels,
+            )  # fmt: skip

@@ -14,6 +14,7 @@ from .blocks import prepare_kernel
 from .forward import forward_kernel
 from .launch import interpreted, launch
 from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
+from .norm import dots_of
 from .sums import programs, sums_kernel
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def _numbers(like: Tensor, *shape: int) -> Tensor:
 def _flat(tensor: Tensor | None, axes: int, nothing: Tensor) -> Tensor:
     """Return `flat` of a tensor, and for an absent one a tensor without numbers."""
     return nothing if tensor is None else flat(tensor, axes)
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    """Return a gain or shift [C] for a kernel, for which one that is None is a constant."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _prepared(phi: Tensor, sizes: Sizes, counters: int) -> tuple[Tensor, Tensor, int]:
@@ -55,6 +61,7 @@ def _prepared(phi: Tensor, sizes: Sizes, counters: int) -> tuple[Tensor, Tensor,
 def _forward(
     streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None, site: Sequence[Tensor], n: int,
     mapping: str, iterations: int, eps: float,
+    norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `(new_streams, h, pre, post, res, z, inverse, moments)`.
 
@@ -73,32 +80,35 @@ def _forward(
     new_pre, new_post, new_res, z, inverse = (
         _numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
     )
+    moments = _numbers(x, tokens, 2 if norm else 0)
     phi, bias, scale = site
+    shifted = read_pre is not None and not norm
     config = configs.forward(sizes)
     blocks = config.blocks
-    reads = 0 if read_pre is not None else blocks["block_tokens"] // blocks["read_tokens"]
+    reads = 0 if shifted else blocks["block_tokens"] // blocks["read_tokens"]
     work = configs.cut(tokens, sizes.width, blocks["block_tokens"], blocks["block_channels"], reads)
     counters, weights, stride = _prepared(phi, sizes, 1 + 2 * work.tiles)
     launch(
         forward_kernel, ((work.tiles + work.lag) * (work.parts + reads),),
-        x, branch, post, res, _flat(read_pre, 1, nothing), weights, bias.contiguous(), scale.contiguous(),
+        x, branch, post, res, _flat(read_pre, 1, new_pre), weights, bias.contiguous(), scale.contiguous(),
         new, h, new_pre, new_post, new_res, z, inverse, _numbers(x, work.parts, sizes.columns + 1, tokens), counters,
         tokens, sizes.width, work.parts, work.each, work.lag, iterations, eps,
+        _vector(gain), _vector(shift), moments, norm_eps,
         n=n, m=sizes.m, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
-        shifted=read_pre is not None, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(),
+        shifted=shifted, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(), norm=norm,
         **sizes.constants, **config.constants,
     )  # fmt: skip
-    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse, _numbers(x, tokens, 0))
+    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse, moments)
     return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
 
 
 def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return `(h, pre, post, res, z, inverse)`; `h = Σ_j pre_j X_j`, in their dtype."""
+    """Return `(h, pre, post, res, z, inverse, moments)`; `h = Σ_j pre_j X_j`, in their dtype."""
     return _forward(streams, (), None, args[:3], *args[3:])
 
 
 def step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return `(streams', h', pre', post', res', z', inverse')`: `update` and the next `read`."""
+    """Compute `update` and the next `read`; return the new streams, then the results of that."""
     return _forward(streams, args[:3], None, args[3:6], args[1].shape[-1], *args[6:])
 
 
@@ -109,9 +119,10 @@ def shifted_step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _backward(
     grads: Sequence[Tensor | None], streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None,
-    site: Sequence[Tensor], saved: Sequence[Tensor], mapping: str, iterations: int,
+    site: Sequence[Tensor], saved: Sequence[Tensor], mapping: str, iterations: int, _eps: float,
+    norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, moments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return `(d_streams, d_branch, d_post, d_res, d_pre, d_phi, d_bias, d_scale)`.
+    """Return the gradients of streams, `mix`, `read_pre`, `site`, gain and shift.
 
     `grads` are those of `(new_streams, h, pre, post, res)`, `saved` is `(pre, post, z, inverse)`.
     Without `mix` the second to fourth results are placeholders, without `read_pre` the fifth.
@@ -129,7 +140,7 @@ def _backward(
     weight, pre = phi.contiguous(), flat(new_pre, 1)
     gradients = [_flat(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
     has_streams, has_read, has_pre, has_post, has_res = (grad is not None for grad in grads)
-    shifted = read_pre is not None
+    shifted, norm = read_pre is not None, norm if has_read else ""
     read_by = pre if read_pre is None else flat(read_pre, 1)
 
     config = configs.backward(sizes)
@@ -137,7 +148,7 @@ def _backward(
     dot_tokens = config.blocks["dot_tokens"]
     groups = triton.cdiv(tokens, _GROUP)
     work = configs.cut(tokens, width, dot_tokens, config.blocks["dot_channels"], 1)
-    parts = work.parts if has_read and not shifted else 1
+    parts = work.parts if has_read and (norm or not shifted) else 1
     lag = min(groups, 1)
 
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch)
@@ -145,33 +156,37 @@ def _backward(
     products = _numbers(x, blocks, count, tokens)
     phi_parts = _numbers(x, groups, *phi.shape)
     shares = _numbers(x, work.tiles, columns + 3)
+    norm_parts = _numbers(x, groups if norm else 0, 2, width)
     counters = torch.zeros(1 + work.tiles + groups, dtype=torch.int32, device=x.device)
     launch(
         backward_kernel, ((groups + lag) * (parts * (_GROUP // dot_tokens) + blocks),),
         x, *gradients, branch, post, res, read_by, weight, bias.contiguous(), scale.contiguous(),
         pre, flat(new_post, 1), flat(z, 1), inverse.reshape(-1).contiguous(),
         d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
-        _numbers(x, parts, sizes.m + 1, tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
+        _numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
         tokens, width, parts, work.each, _GROUP, lag, iterations,
+        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing),
+        _numbers(x, 2 if norm else 0, tokens), norm_parts,
         n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin,
         mixes=bool(mix), shifted=shifted, has_streams=has_streams, has_read=has_read, has_pre=has_pre,
-        has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(),
+        has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(), norm=norm,
         **sizes.constants, **config.constants,
     )  # fmt: skip
     d_phi, d_bias, d_scale = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(scale)
-    mixed = _sums(x, sizes, mix, read_pre, products, site=(phi_parts, d_phi, shares, d_bias, d_scale))
+    site = phi_parts, d_phi, shares, d_bias, d_scale
+    *mixed, d_gain, d_shift = _sums(x, sizes, mix, read_pre, products, site, (norm_parts, gain, shift))
     d_branch = d_branch.reshape(mix[0].shape) if mix else d_branch
-    return d_streams.reshape(streams.shape), d_branch, *mixed, d_phi, d_bias, d_scale
+    return d_streams.reshape(streams.shape), d_branch, *mixed, d_phi, d_bias, d_scale, d_gain, d_shift
 
 
 def _sums(
     x: Tensor, sizes: Sizes, mix: Sequence[Tensor], read_pre: Tensor | None, products: Tensor,
-    site: tuple[Tensor, ...] = (), *, mean: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Add up the results of the other kernels; return `(d_post, d_res, d_pre)`.
+    site: tuple[Tensor, ...] = (), norm: tuple[Tensor | None, ...] = (None, None, None), *, mean: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Add up the results of the other kernels; return `(d_post, d_res, d_pre, d_gain, d_shift)`.
 
     `site` is `(phi_parts, d_phi, shares, d_bias, d_scale)`, of which the second and the last two
-    are written.
+    are written; `norm` is `(norm_parts, gain, shift)`.
     """
     tokens, n = x.shape[0], sizes.n
     nothing = x.new_empty(0)
@@ -181,62 +196,63 @@ def _sums(
     )
     phi_parts, d_phi, shares, d_bias, d_scale = site or (nothing,) * 5
     rows = d_phi.shape[0] if site else 0
+    norm_parts = nothing if norm[0] is None else norm[0]
+    d_norm = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norm[1:]]
+    vectors = [tensor.numel() for tensor in d_norm if tensor is not None]
     flags = {"mixes": bool(mix), "reads": read_pre is not None, "projects": bool(site)}
     launch(
-        sums_kernel, (programs(tokens, rows, n, sizes.columns, **flags),),
+        sums_kernel, (programs(tokens, rows, n, sizes.columns, vectors, **flags),),
         products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale,
         products.shape[0], tokens, phi_parts.shape[0] if site else 0, rows, shares.shape[0] if site else 0,
+        norm_parts, *d_norm, sizes.width, norm_parts.shape[0],
         n=n, m=sizes.m, columns=sizes.columns, mean=mean, **flags, num_warps=4,
     )  # fmt: skip
-    return d_post, d_res, d_pre
-
-
-def _no_norm(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of an absent norm."""
-    return like.new_empty(0), like.new_empty(0)
+    return d_post, d_res, d_pre, *(nothing if tensor is None else tensor for tensor in d_norm)
 
 
 def read_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of `read`, `(d_streams, d_phi, d_bias, d_scale)`."""
+    """Return the gradients of `read` for its tensors."""
     g_h, g_post, g_res, streams, *rest = args
     grads, site, saved = (None, g_h, None, g_post, g_res), rest[:3], rest[3:7]
-    d_streams, _, _, _, _, *d_site = _backward(grads, streams, (), None, site, saved, *rest[7:9])
-    return (d_streams, *d_site, *_no_norm(d_streams))
+    d_streams, _, _, _, _, *others = _backward(grads, streams, (), None, site, saved, *rest[7:])
+    return d_streams, *others
 
 
 def step_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `step` for its tensors."""
     g_streams, g_h, g_post, g_res, streams, *rest = args
     grads, mix, site, saved = (g_streams, g_h, None, g_post, g_res), rest[:3], rest[3:6], rest[6:10]
-    d_streams, d_branch, d_post, d_res, _, *d_site = _backward(
-        grads, streams, mix, None, site, saved, *rest[10:12]
-    )  # fmt: skip
-    return (d_streams, d_branch, d_post, d_res, *d_site, *_no_norm(d_streams))
+    found = _backward(grads, streams, mix, None, site, saved, *rest[10:])
+    return *found[:4], *found[5:]
 
 
 def shifted_step_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `shifted_step` for its tensors."""
     grads, streams, mix, pre, site, saved = args[:5], args[5], args[6:9], args[9], args[10:13], args[13:17]
-    found = _backward(grads, streams, mix, pre, site, saved, *args[17:19])
-    return (*found, *_no_norm(streams))
+    return _backward(grads, streams, mix, pre, site, saved, *args[17:])
 
 
-def _update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
+def _update(
+    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None,
+    norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sizes = Sizes.of(streams, post.shape[-1])
-    x, tiles = flat(streams, 2), configs.mixing(sizes)
+    x, tiles = flat(streams, 2), configs.mixing(sizes, 8 if norm else 4)
     nothing = x.new_empty(0)
     new = x.new_empty(*streams.shape[:-2], sizes.n, sizes.width)
     h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else nothing
+    moments = _numbers(x, *streams.shape[:-2], 2 if norm else 0)
     launch(
-        update_kernel, _grid(x, tiles), x, flat(branch, 1), flat(post, 1), flat(res, 2),
-        _flat(pre, 1, nothing), new, h, x.shape[0], sizes.width,
-        n=sizes.n, m=sizes.m, reads=pre is not None, **tiles,
+        update_kernel, _grid(x, tiles, norm), x, flat(branch, 1), flat(post, 1), flat(res, 2),
+        _flat(pre, 1, nothing), new, h, x.shape[0], sizes.width, _vector(gain), _vector(shift), moments, norm_eps,
+        n=sizes.n, m=sizes.m, reads=pre is not None, norm=norm, **tiles,
     )  # fmt: skip
-    return new, h
+    return new, h, moments
 
 
-def _grid(x: Tensor, tiles: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(x.shape[0], tiles["block_tokens"]), triton.cdiv(x.shape[-1], tiles["block_channels"])
+def _grid(x: Tensor, tiles: dict[str, Any], norm: str = "") -> tuple[int, int]:
+    tokens, blocks = triton.cdiv(x.shape[0], tiles["block_tokens"]), triton.cdiv(x.shape[-1], tiles["block_channels"])
+    return tokens, 1 if norm else blocks
 
 
 def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -244,10 +260,9 @@ def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor
     return _update(streams, branch, post, res, None)[0]
 
 
-def mix_read(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new streams, `h = Σ_j pre_j X'_j`, and no moments."""
-    new, h = _update(streams, branch, post, res, pre)
-    return new, h, _numbers(h, *h.shape[:-1], 0)
+def mix_read(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the new streams, `h = Σ_j pre_j X'_j`, and the moments of its norm."""
+    return _update(*args)
 
 
 def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -264,20 +279,24 @@ def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 def _update_backward(
     grad: Tensor | None, grad_read: Tensor | None, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor,
-    pre: Tensor | None,
+    pre: Tensor | None, norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     sizes = Sizes.of(streams, post.shape[-1])
     x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
+    norm = norm if grad_read is not None else ""
     tokens, grid, reads, nothing = x.shape[0], _grid(x, tiles), pre is not None, x.new_empty(0)
     d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
     partial = _numbers(x, grid[1], sizes.n * (1 + sizes.m + reads), tokens)
+    norm_parts = _numbers(x, grid[0] if norm else 0, 2, sizes.width)
     launch(
-        update_backward_kernel, grid, x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
+        update_backward_kernel, _grid(x, tiles, norm), x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
         y, flat(post, 1), flat(res, 2), _flat(pre, 1, nothing), d_streams, d_branch, partial, tokens, sizes.width,
+        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing), norm_parts,
         n=sizes.n, m=sizes.m, has_streams=grad is not None, has_read=grad_read is not None,
-        reads=reads, **tiles,
+        reads=reads, norm=norm, **tiles,
     )  # fmt: skip
-    mixed = _sums(x, sizes, (branch, post, res), pre, partial)
+    mixed = _sums(x, sizes, (branch, post, res), pre, partial, norm=(norm_parts, gain, shift))
     return d_streams.reshape(streams.shape), d_branch.reshape(branch.shape), *mixed
 
 
@@ -286,17 +305,9 @@ def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor,
     return _update_backward(grad, None, streams, branch, post, res, None)[:4]
 
 
-def mix_read_backward(
-    grad: Tensor | None,
-    grad_read: Tensor | None,
-    streams: Tensor,
-    branch: Tensor,
-    post: Tensor,
-    res: Tensor,
-    pre: Tensor,
-) -> tuple[Tensor, ...]:
+def mix_read_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `mix_read` for its tensors."""
-    return (*_update_backward(grad, grad_read, streams, branch, post, res, pre), *_no_norm(streams))
+    return _update_backward(*args)
 
 
 def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:

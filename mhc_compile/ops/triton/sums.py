@@ -41,9 +41,10 @@ def _sum(
     tl.store(out + row * width + entry, total.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["blocks", "tokens", "groups", "rows", "tiles"])
+@triton.jit(do_not_specialize=["blocks", "tokens", "groups", "rows", "tiles", "width", "norms"])
 def sums_kernel(
     products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale, blocks, tokens, groups, rows, tiles,
+    norm_parts, d_gain, d_shift, width, norms,
     n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr,
     mixes: tl.constexpr, mean: tl.constexpr, reads: tl.constexpr, projects: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +53,8 @@ def sums_kernel(
     `products` [blocks, D, T] are those of the kernels: with `mixes` the n products with the branch
     and the n m with the streams, with `mean` one and m, which count for every new stream; with
     `reads` n more, of d_pre. With `projects` `phi_parts` [groups, n C, K] and `shares`
-    [tiles, K + 3]. The products of a stream that is held for n equal ones count for each. Grid:
-    `programs` of each.
+    [tiles, K + 3]. `norm_parts` [norms, 2, C] are those of gain and shift; an absent one is None.
+    The products of a stream that is held for n equal ones count for each. Grid: `programs` of each.
     """
     program = tl.program_id(0)
     outer: tl.constexpr = 0 if mean else 1
@@ -81,10 +82,21 @@ def sums_kernel(
         program -= tl.cdiv(columns, 32)
         if program == 0:
             _sum(shares, d_scale, program, tiles, 1, columns + 3, 3, columns, 1, 1, 0, False, 128, 32)
+        program -= 1
+    if d_gain is not None:
+        if (program >= 0) & (program < tl.cdiv(width, 128)):
+            _sum(norm_parts, d_gain, program, norms, 1, 2 * width, width, 0, 1, 1, 0, False, 8, 128)
+        program -= tl.cdiv(width, 128)
+    if d_shift is not None:  # noqa: SIM102 - a constant
+        if program >= 0:
+            _sum(norm_parts, d_shift, program, norms, 1, 2 * width, width, width, 1, 1, 0, False, 8, 128)
 
 
-def programs(tokens: int, rows: int, n: int, columns: int, *, mixes: bool, reads: bool, projects: bool) -> int:
-    """Return the grid of `sums_kernel`."""
+def programs(
+    tokens: int, rows: int, n: int, columns: int, vectors: list[int], *, mixes: bool, reads: bool, projects: bool
+) -> int:
+    """Return the grid of `sums_kernel`; `vectors` are the sizes of d_gain and d_shift."""
     count = triton.cdiv(tokens * n, 128) + triton.cdiv(tokens * n * n, 128) if mixes else 0
     count += triton.cdiv(tokens * n, 128) if reads else 0
-    return count + (triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0)
+    count += triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0
+    return count + sum(int(triton.cdiv(size, 128)) for size in vectors)
