@@ -124,6 +124,8 @@ def takes_norm(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str
     On CPU it is enough that one can be built: to wait for the compiler costs more than the
     composition, which runs where there is none.
     """
+    if streams.device.type == "cuda":
+        return on_triton(streams.device, streams.dtype, branch.dtype, mapping)
     return streams.device.type == "cpu" and cpu.can_take(streams.dtype, branch.dtype, n, mapping)
 
 
