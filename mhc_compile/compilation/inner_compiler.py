@@ -17,9 +17,11 @@ from mhc_compile.attachment.ledger import GraphLedger
 from mhc_compile.graph_breaks.input_guards import guard_tails
 from mhc_compile.graph_breaks.runtime import Origin, StreamBoundary
 from mhc_compile.passes import Pass, run_passes
+from mhc_compile.passes.analysis.norms import kinds_in
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import crossings
 from mhc_compile.passes.transforms import lazy_streams
+from mhc_compile.passes.transforms.fold_scales import FoldScales
 from mhc_compile.passes.transforms.fuse_norms import FuseNorms
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
 from mhc_compile.passes.transforms.lazy_streams import LazyStreams
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 #: Passes between the rewrite and the inner compiler, by the option `recompute`.
 _FUSION: dict[str, tuple[Pass, ...]] = {
     "none": (),
-    "cheap": (FuseSites(), FuseNorms()),
-    "block": (FuseSites(), FuseNorms(), RecomputeSteps()),
+    "cheap": (FoldScales(), FuseSites(), FuseNorms()),
+    "block": (FoldScales(), FuseSites(), FuseNorms(), RecomputeSteps()),
 }
 #: Passes over AOTAutograd's graphs of forward and backward together.
 _JOINT: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (LazyStreams(),), "block": ()}
@@ -119,8 +121,8 @@ def prepare_kernels(session: GraphSession) -> None:
             kinds[streams.device, streams.dtype, branch.dtype, width, spec, single_pass] = streams, branch
     for (*_, width, spec, single_pass), (streams, branch) in kinds.items():
         lazy = bool(_JOINT[session.options.recompute]) and streams.requires_grad and not single_pass
-        n = session.options.streams
-        ops.prepare(streams, branch, n, width, spec, single_pass=single_pass, lazy=lazy)
+        n, norms = session.options.streams, kinds_in(session.captured.graph) or ("",)
+        ops.prepare(streams, branch, n, width, spec, single_pass=single_pass, lazy=lazy, norms=norms)
 
 
 def fusion_passes(options: ResolvedOptions) -> tuple[Pass, ...]:
@@ -140,11 +142,11 @@ def module_like(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule
 
 
 def fuse(graph_module: fx.GraphModule, passes: tuple[Pass, ...]) -> fx.GraphModule:
-    """Run fusion passes on a graph, and the first two on its regions: they are recomputed whole."""
+    """Run fusion passes on a graph, and the first three on its regions, recomputed as a whole."""
     fused = module_like(graph_module, run_passes(graph_module.graph, passes))
     for name, body in graph_module.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(fused, name, fuse(body, passes[:2]))
+            setattr(fused, name, fuse(body, passes[:3]))
     return fused
 
 

@@ -27,7 +27,7 @@ from mhc_compile.ops.fused_library import is_fused
 from mhc_compile.ops.norm_reference import bound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 __all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare", "takes_norm"]
 
@@ -85,7 +85,7 @@ def fingerprint() -> str:
 
 def prepare(
     streams: torch.Tensor, branch: torch.Tensor, n: int, width: int, mapping: str,
-    *, single_pass: bool = False, lazy: bool = False,
+    *, single_pass: bool = False, lazy: bool = False, norms: Collection[str] = ("",),
 ) -> None:  # fmt: skip
     """Start to build the kernels that a graph with such tensors will call.
 
@@ -97,6 +97,7 @@ def prepare(
         mapping: the convention.
         single_pass: whether sites read with the weights of the site before.
         lazy: whether streams may stay unwritten.
+        norms: kinds of norms that the reads may compute. On CPU one kernel computes all.
     """
     if streams.device.type == "cpu" and is_fused(mapping):
         cpu.prepare(streams.dtype, branch.dtype, n, mapping)
@@ -105,8 +106,9 @@ def prepare(
     if streams.device.type == "cuda" and on_triton(streams.device, streams.dtype, branch.dtype, mapping):
         from mhc_compile.ops.triton import ahead
 
-        kinds = ahead.launches_of(streams.dtype, branch.dtype, n, width, mapping, single_pass=single_pass)
-        ahead.prepare(chain.from_iterable(kinds.values()), streams.device)
+        site = streams.dtype, branch.dtype, n, width, mapping
+        kinds = [ahead.launches_of(*site, single_pass=single_pass, norm=norm) for norm in norms]
+        ahead.prepare(chain.from_iterable(one for kind in kinds for one in kind.values()), streams.device)
 
 
 def on_triton(

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from mhc_compile.passes.analysis.op_info import ADDS, op_name, tensor_value
+from mhc_compile.passes.analysis.op_info import ADDS, CASTS, PRODUCTS, QUOTIENTS, op_name, tensor_value
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-_CASTS = frozenset("to float type type_as double bfloat16 half _to_copy".split())
-_PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__"})
-_QUOTIENTS = frozenset({"div", "true_divide", "truediv", "__truediv__"})
+    from torch.fx import Graph
+
 _SQUARES = frozenset({"pow", "__pow__", "square"})
 _PARAMETERS = ("input", "normalized_shape", "weight", "bias", "eps")
 
@@ -41,6 +40,12 @@ class Norm:
     def result(self) -> Node:
         """Return the normalised value."""
         return self.nodes[-1]
+
+
+def kinds_in(graph: Graph) -> tuple[str, ...]:
+    """Return the kinds of norms that a graph may have, at a glance."""
+    names = {op_name(node) for node in graph.nodes}
+    return (*(["layer"] if "layer_norm" in names else []), *(["rms"] if names & {"rms_norm", "rsqrt"} else []))
 
 
 def norm_of(h: Node) -> Norm | None:
@@ -93,7 +98,7 @@ def _written(h: Node) -> Norm | None:
         return found[0]
 
     x = h
-    while (cast := next((user for user in x.users if op_name(user) in _CASTS and user.args[0] is x), None)) is not None:
+    while (cast := next((user for user in x.users if op_name(user) in CASTS and user.args[0] is x), None)) is not None:
         others = [user for user in x.users if user is not cast]
         if any(not _is_example(user, x) for user in others) or _narrows(x, cast):
             return None
@@ -112,9 +117,9 @@ def _written(h: Node) -> Norm | None:
     (eps,) = [one for one in total.args if one is not mean] or (None,)
     operands = (x, root)
     if op_name(root) == "rsqrt":
-        fits = op_name(product) in _PRODUCTS and product.args in (operands, operands[::-1])
+        fits = op_name(product) in PRODUCTS and product.args in (operands, operands[::-1])
     else:
-        fits = op_name(product) in _QUOTIENTS and product.args == operands
+        fits = op_name(product) in QUOTIENTS and product.args == operands
     if not fits or not isinstance(eps, float) or total.kwargs or product.kwargs:
         return None
     taken.append(product)
@@ -129,12 +134,12 @@ def _weight_after(last: Node, h: Node, taken: list[Node]) -> Node | None:
     gain, found, fits = None, None, len(taken)
     while len(last.users) == 1:
         (user,) = last.users
-        if gain is None and op_name(user) in _PRODUCTS and not user.kwargs:
+        if gain is None and op_name(user) in PRODUCTS and not user.kwargs:
             (gain,) = [one for one in user.args if one is not last] or (None,)
             weight = tensor_value(gain) if isinstance(gain, Node) else None
             if weight is None or weight.dim() != 1:
                 break
-        elif op_name(user) not in _CASTS or user.args[0] is not last:
+        elif op_name(user) not in CASTS or user.args[0] is not last:
             break
         taken.append(user)
         last = user
@@ -164,7 +169,7 @@ def _square_of(x: Node) -> Node | None:
         name = op_name(user)
         if name == "square" or (name in _SQUARES and user.args[1:] == (2,)):
             return user
-        if name in _PRODUCTS and user.args == (x, x):
+        if name in PRODUCTS and user.args == (x, x):
             return user
     return None
 

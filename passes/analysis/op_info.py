@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 ADDS = frozenset({"add", "__add__", "__radd__"})
+PRODUCTS = frozenset({"mul", "multiply", "__mul__", "__rmul__"})
+QUOTIENTS = frozenset({"div", "true_divide", "truediv", "__truediv__"})
+CASTS = frozenset("to float type type_as double bfloat16 half _to_copy".split())
 INPLACE_ADDS = frozenset({"iadd", "add_", "__iadd__"})
 
 _MATRIX_PRODUCTS = frozenset(

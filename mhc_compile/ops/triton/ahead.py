@@ -34,8 +34,7 @@ def launches_of(
     A chain reads n equal streams, of which one is held, then updates these, then n streams, and
     closes them. In a single pass sites read with the weights of the site before. The number of
     `tokens` makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype
-    (and for "layer" a shift). Whether a norm follows is only known when the graph is rewritten:
-    `ops.prepare` compiles the kernels without, and those with one are compiled by their first call.
+    (and for "layer" a shift); kernels of another norm are compiled by their first call.
     """
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

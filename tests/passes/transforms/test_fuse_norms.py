@@ -1,4 +1,4 @@
-"""FuseNorms: which norms it fuses, which stay, the numbers, and what is kept for the backward."""
+"""FuseNorms: which norms it fuses, which stay, the numbers, and what a compiled model saves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from helpers.graphs import C, Model
 from torch import fx, nn
 
 import mhc_compile
+from mhc_compile._torch.benchmarking import caches, observe_graphs
 from mhc_compile.passes import run_passes
 from mhc_compile.passes.analysis.op_info import op_name
 from mhc_compile.passes.transforms.fuse_norms import FuseNorms
@@ -168,8 +169,10 @@ def test_no_kernel_no_fusion(monkeypatch):
     assert asked(fused(llama)[1]) == [()] * 3
 
 
-def test_a_model_in_training_keeps_neither_h_nor_a_norm(monkeypatch):
-    """Counted of a compiled model: one [T, C] a site less than with norms of their own."""
+def test_what_a_compiled_model_runs_moves_and_keeps(monkeypatch):
+    """Counted of what Inductor makes of 8 sites: no kernel of a norm is left, and one [T, C] a site
+    less is kept.
+    """
 
     class Block(nn.Module):
         def __init__(self):
@@ -179,23 +182,27 @@ def test_a_model_in_training_keeps_neither_h_nor_a_norm(monkeypatch):
         def forward(self, x):
             return x + self.f(self.norm(x))
 
-    def kept():
+    def run():
         torch.manual_seed(0)
-        model, x = nn.Sequential(*(Block() for _ in range(8))), torch.randn(2, 128, 64)
-        compiled, found = torch.compile(model, backend="mhc"), {}
-        compiled(x)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+        model, x, seen, kept = nn.Sequential(*(Block() for _ in range(8))), torch.randn(2, 128, 64), [], {}
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="mhc")
+        with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
+            compiled(x).square().sum().backward()
+        compiled.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
             out = compiled(x)
         out.square().sum().backward()
         parameters = {one.data_ptr() for one in compiled.parameters()}
-        gradients = [one.grad for one in compiled.parameters() if one.grad is not None]
-        return sum(t.numel() for at, t in found.items() if at not in parameters) / (256 * 64), out, gradients
+        total = sum(t.numel() for at, t in kept.items() if at not in parameters)
+        kernels, _, moved = map(sum, zip(*seen, strict=True))
+        return kernels, moved / (256 * 64 * 4), total / (256 * 64), [out, *(one.grad for one in compiled.parameters())]
 
-    ours, out, grads = kept()
-    torch._dynamo.reset()
+    kernels, moved, kept, results = run()
     monkeypatch.setattr("mhc_compile.ops.takes_norm", lambda *_: False)
-    unfused, want, wanted = kept()
-    assert 7.5 <= unfused - ours <= 8.5
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
-    for one, other in zip(grads, wanted, strict=True):
+    unfused_kernels, unfused_moved, unfused_kept, wanted = run()
+    assert kernels < 16 < 8 * 10 < unfused_kernels
+    assert unfused_moved - moved >= 7 * 8
+    assert 7.5 <= unfused_kept - kept <= 8.5
+    for one, other in zip(results, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
