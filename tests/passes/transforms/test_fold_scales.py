@@ -56,7 +56,12 @@ def scaled_branches(module):
     return [sum(op_name(node.args[at]) in PRODUCTS | QUOTIENTS for node in updates) for at in (1, 2)]
 
 
-@pytest.mark.parametrize("name", [*FOLDED, *KEPT])
+FAST = ("a parameter", "stochastic depth", "a factor for every feature")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*FOLDED, *KEPT)]
+)
 def test_factors(name):
     module, after, x = folded(FOLDED.get(name) or KEPT[name])
     before = scaled_branches(module)

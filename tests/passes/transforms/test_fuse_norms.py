@@ -114,7 +114,12 @@ def assert_equal(module, other, x):
             assert (one - two).abs().max() <= 1e-11 * max(1.0, one.abs().max().item())
 
 
-@pytest.mark.parametrize("name", FUSED)
+def some(names, *fast):
+    """All names, of which the default run takes `fast`."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some(FUSED, "layer_norm", "llama", "gemma", "division"))
 def test_a_norm_becomes_part_of_the_read(name):
     norm, *kind = FUSED[name]
     module, after, x = fused(norm)
@@ -126,7 +131,9 @@ def test_a_norm_becomes_part_of_the_read(name):
     assert FuseNorms().apply(graph) is graph
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(
+    "name", some(KEPT, "another reader", "a narrower square", "a narrower result", "without gradients")
+)
 def test_a_norm_stays(name):
     module, sites, x = fused(KEPT[name], passes=(FuseSites(),))
     graph = FuseNorms().apply(sites.graph)
