@@ -2,8 +2,8 @@
 
     graph ─ NORMALIZE ─> one spelling ─ plan_chains ─> Plan ─ expand_plan ─> graph with mhc::
     operators
-          ─ FuseSites ─> operators that have kernels (for a compiler), or ─ LowerOperators,
-          CanonicalizeAten ─> plain ATen (exported programs)
+          ─ FoldScales, FuseSites, FuseNorms ─> operators that have kernels (for a compiler), or
+          ─ LowerOperators, CanonicalizeAten ─> plain ATen (exported programs)
 
 `README.md` in this folder has the map, the contract of a pass, and the glossary.
 """

@@ -54,11 +54,16 @@ def normalize_backward(
     return (factor.unsqueeze(-1) * d_h).to(grad.dtype), (g * x).sum(tokens), g.sum(tokens)
 
 
+@functools.cache  # an operator asks at every call
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    parameters = inspect.signature(function).parameters
+    return tuple(parameters), tuple(one.default for one in parameters.values())
+
+
 def bound(function: Callable[..., Any], args: Sequence[Any]) -> dict[str, Any]:
     """Return arguments by name, with the defaults that a dispatcher leaves out."""
-    call = inspect.signature(function).bind(*args)
-    call.apply_defaults()
-    return dict(call.arguments)
+    names, defaults = _parameters(function)
+    return dict(zip(names, (*args, *defaults[len(args) :]), strict=True))
 
 
 def tensors_of(function: Callable[..., Any]) -> list[str]:
