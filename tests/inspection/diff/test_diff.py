@@ -143,7 +143,7 @@ def test_stages():
     assert [row.after.site for row in marked if row.after.role == "site"] == [site.path for site in explained.sites]
     assert Counter(row.after.reason for row in marked if row.after.role == "skipped") == explained.reasons
     fused = mhc_compile.diff(model, tokens(), stage="fuse-sites")
-    assert fused.before == "outline-regions"
+    assert fused.before == "fold-scales"
     assert "mhc.step" in {row.after.target for row in of_kind(fused, Change.ADDED)}
     same = mhc_compile.diff(model, tokens(), stage="normalize..normalize")
     assert set(same.changes) == {Change.SAME}
