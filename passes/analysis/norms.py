@@ -49,7 +49,7 @@ def kinds_in(graph: Graph) -> tuple[str, ...]:
 
 
 def norm_of(h: Node) -> Norm | None:
-    """Return the norm that is the only reader of `h` [..., C], over C, in the dtype of `h`."""
+    """Return the norm that is the only reader of `h` [..., C], over C, in its dtype and place."""
     value = tensor_value(h)
     found = _called(h) or _written(h)
     if value is None or found is None:
@@ -57,8 +57,9 @@ def norm_of(h: Node) -> Norm | None:
     result = tensor_value(found.result)
     vectors = [tensor_value(one) for one in (found.gain, found.shift) if one is not None]
     width = value.shape[-1:]
-    fits = result is not None and result.dtype == value.dtype and result.shape == value.shape
-    fits = fits and all(one is not None and one.shape == width and one.dtype == value.dtype for one in vectors)
+    kind = value.dtype, value.device
+    fits = result is not None and result.shape == value.shape and (result.dtype, result.device) == kind
+    fits = fits and all(one is not None and one.shape == width and (one.dtype, one.device) == kind for one in vectors)
     return found if fits else None
 
 
@@ -114,7 +115,7 @@ def _written(h: Node) -> Norm | None:
     root = step(total, {"rsqrt", "sqrt"})
     if mean is None or total is None or root is None or not _is_over_features(mean):
         return None
-    (eps,) = [one for one in total.args if one is not mean] or (None,)
+    eps = next((one for one in total.args if one is not mean), None)
     operands = (x, root)
     if op_name(root) == "rsqrt":
         fits = op_name(product) in PRODUCTS and product.args in (operands, operands[::-1])

@@ -259,6 +259,17 @@ def test_without_a_compiler_the_composition_runs(monkeypatch):
         assert close(one, other, 1e-4)
 
 
+@pytest.mark.parametrize("width", [33, 64])
+def test_a_layer_norm_far_from_zero_keeps_its_digits(width):
+    """The variance is that around the mean, in the last features of a row as well."""
+    streams, _, _, _, *site = values(width=width, tokens=(20,), dtype=torch.float32)
+    streams = streams + 3000
+    norm = ("layer", None, None, 1e-5)
+    got = cpu.read(streams, *site, 4, *HOW, *norm)[0]
+    h = cpu.read(streams, *site, 4, *HOW)[0]
+    assert close(got, by_torch(h.double(), *norm), 1e-3)
+
+
 def test_threads_do_not_change_the_result():
     for name in ("step", "shifted_step"):
         tensors = values(width=40, tokens=(1500,), dtype=torch.float32, name=name)

@@ -17,11 +17,11 @@ struct Norm {
             for (int64_t c = 0; c < C; c += WIDTH) total += load(h + c, C - c);
         const Real mean = sum(total) / C;
         for (int64_t c = 0; c < C; c += WIDTH) {
-            const Vec value = load(h + c, C - c) - mean;
+            Vec value = load(h + c, C - c) - mean;
+            for (int64_t l = C - c; l < WIDTH; ++l) value[l] = 0;  // no features
             squares += value * value;
         }
-        const int64_t padding = (WIDTH - C % WIDTH) % WIDTH;  // zeros, of which each gave mean^2
-        const Real factor = 1 / std::sqrt((sum(squares) - padding * mean * mean) / C + eps);
+        const Real factor = 1 / std::sqrt(sum(squares) / C + eps);
         for (int64_t c = 0; c < C; c += WIDTH) {
             Vec value = (load(h + c, C - c) - mean) * factor;
             if (gain) value *= load(gain + c, C - c);

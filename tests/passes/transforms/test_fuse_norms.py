@@ -55,17 +55,10 @@ KEPT = {
     "a narrower square": lambda m, x: (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + 1e-5)).double(),
     "a narrower result": lambda m, x: F.layer_norm(x, (C,)).float().double().float(),
     "eps that is a tensor": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.rows.mean()),
-    "without gradients": lambda m, x: without_gradients(x),
 }
 
 
 PASSES = FuseSites(), FuseNorms()
-
-
-def without_gradients(x):
-    with torch.no_grad():
-        y = F.layer_norm(x, (C,))
-    return y * 2 + 0 * x
 
 
 def fused(norm, *, passes=PASSES, branches="fgf", **options):
@@ -171,6 +164,19 @@ def test_weights_that_are_computed_later_are_brought_before_the_read():
     assert asked(fused(noisy)[1]) == [("rms", True, False), (), ()]
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "add"])
+def test_what_has_no_gradient_does_not_move(name):
+    """A norm, or the weight of one, in a section without gradients."""
+    late = lambda m, x: F.rms_norm(x, (C,), 1 + m.vector, 1e-5)  # noqa: E731
+    _, sites, _ = fused(late, passes=PASSES[:1])
+    (*_, node) = [one for one in sites.graph.nodes if op_name(one) == name and "mhc" not in one.name]
+    for enabled, insert in ((False, sites.graph.inserting_before), (True, sites.graph.inserting_after)):
+        with insert(node):
+            sites.graph.call_function(torch._C._set_grad_enabled, (enabled,))
+    after = fx.GraphModule(sites, FuseNorms().apply(sites.graph))
+    assert asked(after) == [("rms", True, False), ("rms", True, False), ()]
+
+
 def test_no_kernel_no_fusion(monkeypatch):
     monkeypatch.setattr("mhc_compile.ops.takes_norm", lambda *_: False)
     assert asked(fused(llama)[1]) == [()] * 3
@@ -193,6 +199,10 @@ def test_what_a_compiled_model_runs_moves_and_keeps(monkeypatch):
         torch.manual_seed(0)
         model, x, seen, kept = nn.Sequential(*(Block() for _ in range(8))), torch.randn(2, 128, 64), [], {}
         torch._dynamo.reset()
+        mhc_compile.attach(model, x)
+        for name, parameter in model.named_parameters():
+            if "mhc" in name:
+                nn.init.normal_(parameter, std=0.3)
         compiled = torch.compile(model, backend="mhc")
         with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
             compiled(x).square().sum().backward()
