@@ -51,7 +51,7 @@ class FuseNorms(Pass):
                 continue
             h, norm = found
             vectors = [one for one in (norm.gain, norm.shift) if one is not None]
-            if all(_bring(one, node, modes) for one in vectors):
+            if all(_bring(one, node) for one in vectors):
                 node.args = (*node.args, norm.kind, norm.gain, norm.shift, norm.eps)
                 example = compute_example(node.op, node.target, node.args, node.kwargs)
                 if example is not None:
@@ -79,23 +79,23 @@ def _has_kernel(read: Node) -> bool:
     return ops.takes_norm(known_tensor(streams), known_tensor(branch), int(n), mapping)  # type: ignore[arg-type]
 
 
-def _bring(vector: Node, read: Node, modes: dict[Node, int]) -> bool:
+def _bring(vector: Node, read: Node) -> bool:
     """Move what computes a weight [C] before `read`; return whether that is possible.
 
-    It computes the same there if nothing is written between the two places, and has the same
-    gradient in the same section of the gradient mode.
+    It computes the same there if nothing is written between the two places. It lies between the
+    read and the norm, and so in their section of the gradient mode.
     """
     if vector < read:
         return True
     value = tensor_value(vector)
-    if value is None or value.dim() > 1 or is_random(vector) or modes[vector] != modes[read]:
+    if value is None or value.dim() > 1 or is_random(vector):
         return False
     node = read
     while node is not vector:
         node = node.next
         if is_inplace(node):
             return False
-    if not all(_bring(one, read, modes) for one in vector.all_input_nodes):
+    if not all(_bring(one, read) for one in vector.all_input_nodes):
         return False
     read.prepend(vector)
     return True
