@@ -24,12 +24,22 @@ from mhc_compile.ops import gated_reference as reads
 from mhc_compile.ops import lazy_library as _lazy_library  # noqa: F401 - registers the lazy operators
 from mhc_compile.ops import library as _library  # noqa: F401 - registers the operators
 from mhc_compile.ops.fused_library import is_fused
+from mhc_compile.ops.lazy_reference import LONGEST
 from mhc_compile.ops.norm_reference import bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-__all__ = ["decompositions", "fingerprint", "fused_decompositions", "is_fused", "is_lazy", "prepare", "takes_norm"]
+__all__ = [
+    "decompositions",
+    "fingerprint",
+    "fused_decompositions",
+    "is_fused",
+    "is_lazy",
+    "longest",
+    "prepare",
+    "takes_norm",
+]
 
 _mhc = torch.ops.mhc
 #: Products are written as broadcasts: nothing fuses with a batched matrix product.
@@ -107,7 +117,8 @@ def prepare(
         from mhc_compile.ops.triton import ahead
 
         site = streams.dtype, branch.dtype, n, width, mapping
-        kinds = [ahead.launches_of(*site, single_pass=single_pass, norm=norm) for norm in norms]
+        lazy = lazy and is_lazy(streams, [branch], n, mapping)
+        kinds = [ahead.launches_of(*site, single_pass=single_pass, lazy=lazy, norm=norm) for norm in norms]
         ahead.prepare(chain.from_iterable(one for kind in kinds for one in kind.values()), streams.device)
 
 
@@ -131,9 +142,26 @@ def takes_norm(streams: torch.Tensor, branch: torch.Tensor, n: int, mapping: str
     return streams.device.type == "cpu" and cpu.can_take(streams.dtype, branch.dtype, n, mapping)
 
 
-def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str) -> bool:
-    """Return whether a lazy operator has a kernel for streams and branches of such tensors."""
+def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping: str, *, close: bool = False) -> bool:
+    """Return whether a lazy step, or close, has a kernel for streams and branches of such tensors.
+
+    On CUDA there is none for more than four streams, as all sources of a token are held at once,
+    and no close, of which a chain has one.
+    """
+    if streams.device.type == "cuda":
+        dtypes = {branch.dtype for branch in branches}
+        return (
+            n <= 4
+            and not close
+            and len(dtypes) == 1
+            and on_triton(streams.device, streams.dtype, dtypes.pop(), mapping)
+        )
     return streams.device.type == "cpu" and is_fused(mapping) and cpu.lazy.takes(streams, branches, n, mapping)
+
+
+def longest(device: torch.device) -> int:
+    """Return how many sites lazy streams go from one writing to the next at most."""
+    return LONGEST.get(device.type, 1)
 
 
 def fused_decompositions() -> dict[Any, Callable[..., Any]]:

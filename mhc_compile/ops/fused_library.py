@@ -20,6 +20,7 @@ a result like `post`.
 from __future__ import annotations
 
 import functools
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.errors import ShapeError
-from mhc_compile.ops import cpu, reference
+from mhc_compile.ops import cpu, lazy_reference, reference
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops.library import LIBRARY, check_mixing, check_site, checked, empty, register_autograd, shown
 from mhc_compile.ops.norm_reference import NORMS, bound, tensors_of
@@ -149,13 +150,15 @@ def on_cuda(name: str) -> Callable[..., Any]:
     device (`triton.reason`). Triton is imported when the first CUDA tensor comes. Not yet run on a
     GPU.
     """
-    composed = getattr(reference if name.startswith("update") else fused, name)
+    module = reference if name.startswith("update") else lazy_reference if name.startswith("lazy") else fused
+    composed = getattr(module, name)
 
     def call(*args: Any) -> Any:
         from mhc_compile.ops import triton
 
         given = bound(composed, args)
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        lists = [argument if isinstance(argument, list) else [argument] for argument in args]
+        tensors = [one for one in chain.from_iterable(lists) if isinstance(one, Tensor)]
         there_is = triton.reason(tensors[0].device) is None
         there_is = there_is and all(triton.takes(tensor.dtype, mapping=given.get("mapping")) for tensor in tensors)
         return (getattr(triton, name) if there_is else reference.dense(composed))(*args)

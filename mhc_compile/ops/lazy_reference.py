@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
     Tensors = Sequence[Tensor]
 
+#: From how many sites a kernel takes its streams, by device. On CUDA a fourth would cost registers,
+#: and move more bytes: n (n + 1) / L for writing, (L + 1) / 2 for reading branches.
+LONGEST = {"cpu": 4, "cuda": 3}
+
 
 def _updated(streams: Tensor, branches: Tensors, post: Tensors, res: Tensors) -> Tensor:
     """Return the streams after these sites: [..., n, C], or `streams` for none."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from mhc_compile import ops
-from mhc_compile.ops.cpu import LONGEST
 from mhc_compile.passes.analysis.op_info import known_tensor
 from mhc_compile.passes.core.pass_base import Pass, copy_graph
 
@@ -29,6 +28,7 @@ _READERS = {
     _mhc.step_backward.default: (_mhc.lazy_step_backward.default, 4),
     _mhc.close_backward.default: (_mhc.lazy_close_backward.default, 1),
 }
+_CLOSES = _mhc.close.default, _mhc.close_backward.default
 
 
 class _Sources(NamedTuple):
@@ -49,7 +49,7 @@ class _Sources(NamedTuple):
 
 @dataclass(frozen=True)
 class LazyStreams(Pass):
-    """Write the streams of a chain at every `length`-th step only.
+    """Write the streams of a chain at every `length`-th step only, or as rarely as kernels can.
 
     before: S1, h1, ... = mhc.step(X, y, p, r, ...)
             S2, h2, ... = mhc.step(S1, y1, p1, r1, ...)
@@ -65,7 +65,7 @@ class LazyStreams(Pass):
     """
 
     name: ClassVar[str] = "lazy-streams"
-    length: int = LONGEST  # sites from one writing of the streams to the next; 1 changes nothing
+    length: int | None = None  # sites from one writing to the next; 1 changes nothing
 
     def apply(self, graph: Graph) -> Graph:
         """Return a copy with lazy operators, or the graph itself where all streams are written."""
@@ -82,7 +82,8 @@ class LazyStreams(Pass):
             sources = held.get(streams, _Sources(streams, (), (), ())).then(branch, post, res)
             many, new = len(sources.branches), None
             if node.target is _STEP:
-                new = _unwritten(node) if many < self.length else None
+                longest = ops.longest(known_tensor(branch).device)
+                new = _unwritten(node) if many < min(self.length or longest, longest) else None
                 if new is not None:
                     held[new] = sources
                 rest.insert(3, new is None)
@@ -113,7 +114,8 @@ def _is_lazy(reader: Node, streams: Any, first: Node) -> bool:
     if reader.args.count(streams) != 1 or reader.args[position] is not streams:
         return False
     branches = [known_tensor(one.args[at]) for one, at in ((first, 1), (reader, position + 1))]  # type: ignore[arg-type]
-    return ops.is_lazy(known_tensor(streams), branches, known_tensor(first.args[2]).shape[-1], str(first.args[7]))  # type: ignore[arg-type]
+    n, close = known_tensor(first.args[2]).shape[-1], reader.target in _CLOSES  # type: ignore[arg-type]
+    return ops.is_lazy(known_tensor(streams), branches, n, str(first.args[7]), close=close)  # type: ignore[arg-type]
 
 
 def _rewrite(node: Node, target: Any, args: tuple[Any, ...]) -> None:

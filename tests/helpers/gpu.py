@@ -34,6 +34,6 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     from mhc_compile.ops import triton
 
-    for name in ("read", "step", "shifted_step", "mix_read", "update", "close"):
+    for name in ("read", "step", "shifted_step", "mix_read", "update", "close", "lazy_step"):
         for end in ("", "_backward"):
             LIBRARY.impl(f"{name}{end}", getattr(triton, f"{name}{end}"), "CPU", allow_override=True)

@@ -79,10 +79,10 @@ def incoming(width, tokens):
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize(("width", "tokens"), [(6, (2, 3)), (33, (37,)), (130, (5, 4)), (1, (1,))])
 def test_steps_and_closes_are_the_equations(width, tokens, copies):
-    for sites in range(1, cpu.LONGEST + 2):  # the last has no kernel
+    for sites in range(1, lazy.LONGEST["cpu"] + 2):  # the last has no kernel
         tensors, norm = values(sites, width, tokens, copies=copies), norms(width)[sites % 3]
         (after, *rest), wanted = oracle(tensors, grads := incoming(width, tokens), norm)
-        assert cpu.lazy.takes(tensors[0], tensors[1], N, "sinkhorn") == (sites <= cpu.LONGEST)
+        assert cpu.lazy.takes(tensors[0], tensors[1], N, "sinkhorn") == (sites <= lazy.LONGEST["cpu"])
         for kernels in (lazy, cpu.lazy):
             for write in (False, True):
                 streams, h, pre, *got, moments = kernels.lazy_step(*tensors, write, *HOW, *norm)
@@ -189,7 +189,7 @@ def test_every_mapping_and_number_of_streams(n, mapping, copies):
     def draw(*shape):
         return torch.randn(37, *shape, dtype=torch.float64)
 
-    for sites in range(1, cpu.LONGEST + 1):
+    for sites in range(1, lazy.LONGEST["cpu"] + 1):
         lists = [draw(33) for _ in range(sites)], [draw(n) for _ in range(sites)], [draw(n, n) for _ in range(sites)]
         phi = torch.randn(n * 33, columns, dtype=torch.float64) / 6
         site = phi, torch.randn(columns, dtype=torch.float64), torch.rand(3, dtype=torch.float64)

@@ -89,8 +89,10 @@ def test_estimate_equals_explain_of_the_whole_model() -> None:
 def test_kept_bytes_counted_by_hand() -> None:
     cheap = kept_bytes(8, 2, Options().resolved, 10, "cheap")
     small = (8 + 16 + 24 + 1 + 2) * 4
-    assert cheap == (1 + 9 * 4) * 8 * 2 + 10 * small
-    assert kept_bytes(8, 2, Options().resolved, 10, "cheap", lazy=True) == (1 + 2 * 4) * 8 * 2 + 10 * small
+    assert cheap == (1 + 3 * 4) * 8 * 2 + 10 * small
+    assert kept_bytes(8, 2, Options().resolved, 10, "cheap", "cpu") == (1 + 2 * 4) * 8 * 2 + 10 * small
+    five = kept_bytes(8, 2, Options(streams=5).resolved, 10, "cheap")
+    assert five == (1 + 9 * 5) * 8 * 2 + 10 * (10 + 25 + 35 + 1 + 2) * 4
     assert block_length(10, 4) == 3
     # Three of nine steps keep streams and coefficients, and so does the first read; six do not keep
     # what their branch reads.
@@ -139,7 +141,6 @@ def test_predicted_memory_is_the_measured_one_to_a_tenth(layers: int) -> None:
     shape = Measured(width=128, layers=layers, tokens=256, vocabulary=64)
     result = run([shape], only=("ours", "ours-block"), kinds=("step",), rounds=1, cold=False, progress=Silent())
     plain, ours, block = (row.saved_bytes for row in result.benchmarks[0].rows)
-    assert ours - plain == pytest.approx(
-        256 * kept_bytes(128, 4, Options().resolved, shape.sites, "cheap", lazy=True), rel=0.1
-    )
-    assert block - plain == pytest.approx(256 * kept_bytes(128, 4, Options().resolved, shape.sites, "block"), rel=0.1)
+    for row, recompute in ((ours, "cheap"), (block, "block")):
+        predicted = kept_bytes(128, 4, Options().resolved, shape.sites, recompute, "cpu")
+        assert row - plain == pytest.approx(256 * predicted, rel=0.1)

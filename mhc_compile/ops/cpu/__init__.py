@@ -7,7 +7,6 @@ processes.
 
 from mhc_compile.ops.cpu import lazy
 from mhc_compile.ops.cpu.kernels import (
-    LONGEST,
     MAPPINGS,
     can_take,
     close,
@@ -29,7 +28,7 @@ from mhc_compile.ops.cpu.kernels import (
 )
 
 __all__ = [
-    "LONGEST", "MAPPINGS", "can_take", "close", "close_backward", "lazy", "mix_read", "mix_read_backward", "prepare", "read",
+    "MAPPINGS", "can_take", "close", "close_backward", "lazy", "mix_read", "mix_read_backward", "prepare", "read",
     "read_backward", "shifted_step", "shifted_step_backward", "sinkhorn", "sinkhorn_backward", "step", "step_backward",
     "takes", "update", "update_backward",
 ]  # fmt: skip

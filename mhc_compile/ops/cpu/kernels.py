@@ -26,6 +26,7 @@ from mhc_compile.mappings import sinkhorn as eager
 from mhc_compile.ops import fused_reference as fused
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, library, threads_for
+from mhc_compile.ops.lazy_reference import LONGEST
 from mhc_compile.ops.norm_reference import NORMS, bound, tensors_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 _HEADERS = ("vector.h", "lanes.h", "{mapping}.h", "projection.h", "norm.h", "step.h", "step_backward.h")
 #: The rest of a library, without and with the lazy operators, which are a library of their own.
 _REST = ("close.h", "exports.h"), ("lazy.h",)
-#: The number of sites of which a lazy operator has a kernel.
-LONGEST = 4
 #: Mappings that have a header of their name in this folder.
 MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
 _REALS = {torch.float32: "float", torch.float64: "double"}
@@ -88,7 +87,7 @@ def library_of(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str |
         return None
     store, other, compute = types
     headers = tuple(header.format(mapping=convention.mapping) for header in (*_HEADERS, *_REST[lazy]))
-    macros = {**_definitions(convention), **({"MOST_BRANCHES": LONGEST} if lazy else {})}
+    macros = {**_definitions(convention), **({"MOST_BRANCHES": LONGEST["cpu"]} if lazy else {})}
     with _BUILDING[lazy]:
         built = library(headers, STORE=store, BRANCH=other, COMPUTE=compute, STREAMS=n, **macros)
         if built is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mhc_compile.ops import lazy_reference as lazy
 from mhc_compile.ops import reference
 from mhc_compile.ops.cpu.build import call, threads_for
-from mhc_compile.ops.cpu.kernels import AS_STREAMS, LONGEST, library_of
+from mhc_compile.ops.cpu.kernels import AS_STREAMS, library_of
 from mhc_compile.ops.norm_reference import NORMS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def takes(streams: Tensor, branches: list[Tensor], n: int, mapping: str | None) -> bool:
     """Return whether there is a kernel for sites with these branch outputs, all of one dtype."""
-    if len({branch.dtype for branch in branches}) > 1 or len(branches) > LONGEST:
+    if len({branch.dtype for branch in branches}) > 1 or len(branches) > lazy.LONGEST["cpu"]:
         return False
     return library_of(streams.dtype, branches[0].dtype, n, mapping, lazy=True) is not None
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 from .coverage import available, reason, takes
 
 __all__ = [
-    "available", "close", "close_backward", "mix_read", "mix_read_backward", "read", "read_backward", "reason",
+    "available", "close", "close_backward", "lazy_step", "lazy_step_backward", "mix_read", "mix_read_backward", "read", "read_backward", "reason",
     "shifted_step", "shifted_step_backward", "step", "step_backward", "takes", "update", "update_backward",
 ]  # fmt: skip
 
@@ -34,6 +34,8 @@ if available():
     from .operators import (
         close,
         close_backward,
+        lazy_step,
+        lazy_step_backward,
         mix_read,
         mix_read_backward,
         read,

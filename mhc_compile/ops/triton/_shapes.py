@@ -36,18 +36,23 @@ def flat(tensor: Tensor, axes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one site: n streams of width C, m of them held (n, or 1), and K columns of phi."""
+    """Sizes of one site: n streams of width C that have m sources, and K columns of phi.
+
+    The sources are the streams that are held (n, or 1) and the outputs of `older` branches.
+    """
 
     n: int
     m: int
+    older: int
     width: int
     columns: int
+    itemsize: int
     precision: str
     convention: Convention
 
     @classmethod
-    def of(cls, streams: Tensor, n: int, mapping: str = "sinkhorn") -> Sizes:
-        """Return the sizes for `streams` [..., m, C].
+    def of(cls, streams: Tensor, n: int, mapping: str = "sinkhorn", *, older: int = 0) -> Sizes:
+        """Return the sizes for `streams` [..., n or 1, C].
 
         Raises:
             ShapeError: no kernel takes this dtype or number of streams.
@@ -67,7 +72,7 @@ class Sizes:
             precision = "bfloat16 interpreted"
         columns = columns_of(convention.mapping, n)
         assert columns is not None, (mapping, n)
-        return cls(n, int(m), int(width), columns, precision, convention)
+        return cls(n, int(m) + older, older, int(width), columns, streams.element_size(), precision, convention)
 
     @property
     def halves(self) -> int:

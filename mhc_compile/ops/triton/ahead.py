@@ -13,6 +13,7 @@ import triton
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.mappings import columns
+from mhc_compile.ops.lazy_reference import LONGEST
 
 from . import operators
 from .launch import COMPILING, Launch, noted
@@ -27,14 +28,15 @@ log = logging.getLogger(__name__)
 
 def launches_of(
     streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, tokens: int = 64,
-    single_pass: bool = False, norm: str = "",
+    single_pass: bool = False, lazy: bool = False, norm: str = "",
 ) -> dict[str, list[Launch]]:  # fmt: skip
     """Return the launches of a chain's operators, noted on "meta", by operator and m.
 
     A chain reads n equal streams, of which one is held, then updates these, then n streams, and
-    closes them. In a single pass sites read with the weights of the site before. The number of
-    `tokens` makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype
-    (and for "layer" a shift); kernels of another norm are compiled by their first call.
+    closes them. In a single pass sites read with the weights of the site before. With `lazy`
+    streams there are also steps that do not write them, or do not find them. The number of `tokens`
+    makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype (and for
+    "layer" a shift); kernels of another norm are compiled by their first call.
     """
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,6 +72,13 @@ def launches_of(
             note("read_backward, m=1", read[0], *read[2:4], held, *site, *saved(read))
         new, *read = note(f"step, m={m}", *old, *site, *how, *kind, 1e-6)
         note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *saved(read))
+        for older in range(LONGEST["cuda"] if lazy else 0):
+            sites = [[torch.empty_like(one) for _ in range(older + 1)] for one in old[1:]]
+            write = older + 1 == LONGEST["cuda"]
+            note(f"lazy_step, m={m}, {older} older", held, *sites, *site, write, *how, *kind, 1e-6)
+            if older:
+                grads = make(tokens, n, width, dtype=streams), read[0], *read[2:4]
+                note(f"lazy_step_backward, m={m}, {older} older", *grads, held, *sites, *site, *saved(read))
     note(f"close_backward, m={n}", note(f"close, m={n}", *old), *old)
     return launches
 

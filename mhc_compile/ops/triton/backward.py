@@ -19,6 +19,9 @@ what the first one has left in the L2 cache. Where the weights of the read were 
 (`shifted`) there is no first walk: s does not depend on grad_h, and `dpre_i = ⟨grad_h, X'_i⟩` is
 one more product of the second.
 
+Where the old streams are not in memory (`older`: see `blocks`) the products are those of G_i with
+all sources, from which `dres_il` follows (`sums`). The gradient of the old streams is [T, n, C].
+
 Where h has a norm grad_h above is dh, which needs two means over the channels (`norm`). The first
 walk, then also that of `shifted`, sums up what gives them and the products of dh.
 """
@@ -33,7 +36,7 @@ from .blocks import (
     filled,
     load_mixing,
     load_numbers,
-    load_streams,
+    load_sources,
     mixed,
     pinned,
     product,
@@ -56,8 +59,9 @@ from .norm import (
 
 @triton.jit
 def _dots(
-    grad_read, streams, branch, post, res, read_pre, gain, moments, partial, first, part, each, tokens, width,
-    n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
+    grad_read, streams, branch_1, branch_2, branch, post, res, read_pre, gain, moments, partial, first, part, each,
+    tokens, width,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Walk over some tokens and `each` blocks of channels; write `partial` [parts, D, T].
@@ -73,16 +77,17 @@ def _dots(
     for _ in tl.static_range(count):
         sums = sums + (tl.zeros([block_tokens, block_channels // 8 if norm != "" else block_channels], tl.float32),)
     if norm != "":
-        of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+        of_h = source_weights(read_pre, post, res, rows, live, n, m, older, mixes)
         moments_of = load_moments(moments, rows, live)
+    held: tl.constexpr = m - older
     begin = part * each
     for block in range(begin, tl.minimum(begin + each, tl.cdiv(width, block_channels))):
         channels = block * block_channels + tl.arange(0, block_channels)
         inside = live[:, None] & (channels < width)[None, :]
         at = local[:, None] * width + channels[None, :]
         g = tl.load((grad_read + here) + at, mask=inside, other=0.0).to(tl.float32)
-        place = local[:, None] * (m * width) + channels[None, :]
-        blocks = load_streams(streams + here * m, place, inside, width, m)
+        place = local[:, None] * (held * width) + channels[None, :]
+        blocks = load_sources(streams, branch_1, branch_2, here, place, at, inside, width, held, older)
         if norm != "":
             if mixes:
                 blocks = blocks + (tl.load((branch + here) + at, mask=inside, other=0.0),)
@@ -150,11 +155,11 @@ def _from_matrix_unit(x, interpreted: tl.constexpr):
 
 @triton.jit
 def _streams(
-    grad_streams, grad_read, streams, branch, post, res, phi, read_pre, scaled, radial,
+    grad_streams, grad_read, streams, branch_1, branch_2, branch, post, res, last_res, phi, read_pre, scaled, radial,
     d_streams, d_branch, products_out, d_phi, block, group, begin, end, tokens, width,
     gain, shift, moments, levels, d_norm,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr,
-    mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr,
+    thin: tl.constexpr, mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
     has_read: tl.constexpr, precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     block_channels: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +168,10 @@ def _streams(
     channels = block * block_channels + tl.arange(0, block_channels)
     within = channels < width
     at = local[:, None] * width + channels[None, :]
-    place = local[:, None] * (m * width) + channels[None, :]
+    held: tl.constexpr = m - older
+    back: tl.constexpr = n if older else m
+    place = local[:, None] * (held * width) + channels[None, :]
+    back_place = local[:, None] * (back * width) + channels[None, :]
     new_place = local[:, None] * (n * width) + channels[None, :]
     dtype: tl.constexpr = streams.dtype.element_ty if halves == 2 else tl.float32
     weights_of = _phi_rows(phi, channels, width, n, columns, thin, dtype)
@@ -185,7 +193,7 @@ def _streams(
         thick = live[:, None] & (k < columns)[None, :]
         s = tl.load((scaled + wide(start) * columns) + local[:, None] * columns + k[None, :], mask=thick, other=0.0)
         inward = tl.load(radial + rows, mask=live, other=0.0)
-        blocks = load_streams(streams + here * m, place, inside, width, m)
+        blocks = load_sources(streams, branch_1, branch_2, here, place, at, inside, width, held, older)
         if has_read:
             g_read = tl.load((grad_read + here) + at, mask=inside, other=0.0).to(tl.float32)
             pre = load_numbers(read_pre, rows, live, n)
@@ -193,10 +201,13 @@ def _streams(
         if mixes:
             y = tl.load((branch + here) + at, mask=inside, other=0.0).to(tl.float32)
             post_of = load_numbers(post, rows, live, n)
-            mixing = load_mixing(res, rows, live, n, m)
+            mixing = load_mixing(res, rows, live, n, m, older)
+            returned = mixing
+            if older:
+                returned = load_numbers(last_res, rows, live, n * n)
             d_y = tl.zeros([block_tokens, block_channels], tl.float32)
         if norm != "":
-            of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+            of_h = source_weights(read_pre, post, res, rows, live, n, m, older, mixes)
             moments_of = load_moments(moments, rows, live)
             h = normed_h(blocks + (y,) if mixes else blocks, of_h, moments_of, m + mixes)
             d_gain += g_read * h
@@ -205,7 +216,7 @@ def _streams(
             along = tl.load((levels + step) + rows, mask=live, other=0.0)
             g_read = denormed(g_read, h, gain, channels, width, moments_of, level, along)
         d_x = ()
-        for _l in tl.static_range(m):
+        for _l in tl.static_range(back):
             d_x = d_x + (tl.zeros([block_tokens, block_channels], tl.float32),)
 
         new_sums = ()
@@ -226,11 +237,13 @@ def _streams(
             if shifted:
                 total = tl.sum(g_read * x.to(tl.float32), 1) if has_read else tl.zeros([block_tokens], tl.float32)
                 tl.store(out + (count - n + i) * step, total, mask=live)
-            new_d_x = ()
-            for l in tl.static_range(m):  # noqa: E741
-                if mixes:
+            if mixes:
+                for l in tl.static_range(m):  # noqa: E741
                     tl.store(out + (n + i * m + l) * step, tl.sum(g * blocks[l].to(tl.float32), 1), mask=live)
-                    new_d_x = new_d_x + (d_x[l] + mixing[i * m + l][:, None] * g,)
+            new_d_x = ()
+            for l in tl.static_range(back):  # noqa: E741
+                if mixes:
+                    new_d_x = new_d_x + (d_x[l] + returned[i * back + l][:, None] * g,)
                 elif i % m == l:
                     new_d_x = new_d_x + (d_x[l] + g,)
                 else:
@@ -240,8 +253,9 @@ def _streams(
                 tl.store(out + i * step, tl.sum(g * y, 1), mask=live)
                 d_y += post_of[i][:, None] * g
         sums = new_sums
-        for l in tl.static_range(m):  # noqa: E741
-            tl.store((d_streams + here * m + l * width) + place, d_x[l].to(d_streams.dtype.element_ty), mask=inside)
+        for l in tl.static_range(back):  # noqa: E741
+            to = (d_streams + here * back + l * width) + back_place
+            tl.store(to, d_x[l].to(d_streams.dtype.element_ty), mask=inside)
         if mixes:
             tl.store((d_branch + here) + at, d_y.to(d_branch.dtype.element_ty), mask=inside)
 
@@ -255,12 +269,13 @@ def _streams(
 
 @triton.jit(do_not_specialize=["tokens", "parts", "each", "group_tokens", "lag", "iterations"])
 def backward_kernel(
-    streams, grad_streams, grad_read, grad_pre, grad_post, grad_res, branch, post, res, read_pre, phi, bias, scale,
+    streams, grad_streams, grad_read, grad_pre, grad_post, grad_res, branch_1, branch_2, branch, post, res, last_res,
+    read_pre, phi, bias, scale,
     new_pre, new_post, z, inverse,
     d_streams, d_branch, products, d_phi, shares, scaled, radial, partial, sums, counters,
     tokens, width, parts, each, group_tokens, lag, iterations, gain, shift, moments, levels, d_norm,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr, thin: tl.constexpr,
-    mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, columns: tl.constexpr, halves: tl.constexpr,
+    thin: tl.constexpr, mixes: tl.constexpr, shifted: tl.constexpr, has_streams: tl.constexpr,
     has_read: tl.constexpr, has_pre: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
     precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
@@ -270,11 +285,13 @@ def backward_kernel(
     """Compute `step_backward` where `mixes`, else `read_backward`, but for the sums.
 
     In: the gradients whose flags are set, the forward's inputs and results; `read_pre` [T, n] are
-    the weights by which h was read. Out: `d_streams` [T, m, C]; with `mixes` `d_branch` [T, C];
-    float32 `products` [blocks, n + n m, T], with `shifted` n more; `d_phi` [groups, n C, K];
-    `shares` [tiles, K + 3]; with a `norm` `d_norm` [groups, 2, C], parts of the gradients of gain
-    and shift. Scratch, float32: `scaled` [T, K], `radial` [T], `partial` [parts, D, T] (`_dots`),
-    `levels` [2, T], `sums` [iterations - 1, 2 n, T]; `counters` [1 + tiles + groups] int32, zero.
+    the weights by which h was read, `last_res` [T, n, n] those of the site that ends; `res` is that
+    too, or with `older` branches what all m sources weigh. Out: `d_streams` [T, n if older else m,
+    C]; with `mixes` `d_branch` [T, C]; float32 `products` [blocks, n + n m, T], with `shifted` n
+    more; `d_phi` [groups, n C, K]; `shares` [tiles, K + 3]; with a `norm` `d_norm` [groups, 2, C],
+    parts of the gradients of gain and shift. Scratch, float32: `scaled` [T, K], `radial` [T],
+    `partial` [parts, D, T] (`_dots`), `levels` [2, T], `sums` [iterations - 1, 2 n, T]; `counters`
+    [1 + tiles + groups] int32, zero.
     `group_tokens` is a multiple of `dot_tokens`, the tokens of a tile.
     Grid: (groups + lag) (parts and tiles of a group + blocks).
     """
@@ -295,14 +312,15 @@ def backward_kernel(
             walks: tl.constexpr = has_read and (norm != "" or not shifted)
             if walks:
                 _dots(
-                    grad_read, streams, branch, post, res, read_pre, gain, moments, partial, tile * dot_tokens,
-                    item % parts, each, tokens, width, n, m, mixes, norm, dot_tokens, dot_channels,
+                    grad_read, streams, branch_1, branch_2, branch, post, res, read_pre, gain, moments, partial,
+                    tile * dot_tokens, item % parts, each, tokens, width,
+                    n, m, older, mixes, norm, dot_tokens, dot_channels,
                 )  # fmt: skip
             if arrive(arrived + tile) == parts - 1:
                 if walks:
                     d_pre = read_gradient(
                         partial, parts, post, res, read_pre, moments, levels, rows, live, tokens, width,
-                        n, m, mixes, norm,
+                        n, m, older, mixes, norm,
                     )  # fmt: skip
                 if shifted or not walks:
                     d_pre = filled(0.0, rows.to(tl.float32), n)
@@ -322,9 +340,10 @@ def backward_kernel(
             end = tl.minimum(begin + group_tokens, tokens)
             wait_for(ready + group, tl.cdiv(end - begin, dot_tokens))
             _streams(
-                grad_streams, grad_read, streams, branch, post, res, phi, read_pre, scaled, radial,
+                grad_streams, grad_read, streams, branch_1, branch_2, branch, post, res, last_res, phi, read_pre,
+                scaled, radial,
                 d_streams, d_branch, products, d_phi, item - first, group, begin, end, tokens, width,
                 gain, shift, moments, levels, d_norm,
-                n, m, columns, halves, thin, mixes, shifted, has_streams, has_read, precision, interpreted, norm,
+                n, m, older, columns, halves, thin, mixes, shifted, has_streams, has_read, precision, interpreted, norm,
                 block_channels, block_tokens,
             )  # fmt: skip

@@ -3,6 +3,10 @@
 A program keeps its n streams as a tuple of n blocks [B, W] (B tokens, W channels), and a token's
 coefficients as a tuple of vectors [B]; the compiler unrolls tuples. Where `m` is 1 the n streams
 are equal and one is held; only the row sums of `res` are then needed.
+
+The old streams may not be in memory: they are combinations of `held` streams and of the outputs of
+`older` branches (`mhc_compile.ops.lazy_reference`). These are then the m = held + older sources of
+the new streams, and `res` is not [T, n, n] but what they weigh in them, [T, n, m].
 """
 
 from __future__ import annotations
@@ -68,10 +72,10 @@ def store_numbers(pointer, values, rows, live, count: tl.constexpr):
 
 
 @triton.jit
-def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr):
-    """Load `res` [T, n, n] as n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
-    entries = load_numbers(res, rows, live, n * n)
-    if m == n:
+def load_mixing(res, rows, live, n: tl.constexpr, m: tl.constexpr, older: tl.constexpr):
+    """Load `res` as n m vectors, entry (i, l) at i m + l; for m = 1 the n row sums."""
+    entries = load_numbers(res, rows, live, n * (m if older else n))
+    if older or m == n:
         return entries
     else:
         totals = ()
@@ -93,6 +97,19 @@ def load_streams(streams, at, inside, width, m: tl.constexpr):
     blocks = ()
     for l in tl.static_range(m):  # noqa: E741
         blocks = blocks + (tl.load((streams + l * width) + at, mask=inside, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def load_sources(
+    streams, branch_1, branch_2, here, place, at, inside, width, held: tl.constexpr, older: tl.constexpr
+):  # fmt: skip
+    """Load blocks of the streams that are held and of older branches, from element `here`."""
+    blocks = load_streams(streams + here * held, place, inside, width, held)
+    if older > 0:
+        blocks = blocks + (tl.load((branch_1 + here) + at, mask=inside, other=0.0),)
+    if older > 1:
+        blocks = blocks + (tl.load((branch_2 + here) + at, mask=inside, other=0.0),)
     return blocks
 
 
@@ -168,15 +185,58 @@ def wait_for(counter, count):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["size", "zeros"])
-def prepare_kernel(
-    counters, phi, packed, zeros, size,
-    columns: tl.constexpr, stride: tl.constexpr, packs: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Set `zeros` counters (int32) to 0, and where `packs` split phi [R, K] into bfloat16 halves.
+@triton.jit
+def _product(a, b, n: tl.constexpr, columns: tl.constexpr):
+    """Return the product of matrices [n, n] and [n, columns] of each token, row-major tuples."""
+    entries = ()
+    for i in tl.static_range(n):
+        for s in tl.static_range(columns):
+            total = a[i * n] * b[s]
+            for l in tl.static_range(1, n):  # noqa: E741
+                total += a[i * n + l] * b[l * columns + s]
+            entries = entries + (total,)
+    return entries
 
-    `packed` is [2, R, stride]: the coarse halves, then the fine ones. The programs of the forward
-    kernel would each split phi again.
+
+@triton.jit
+def _with_column(a, column, n: tl.constexpr, columns: tl.constexpr):
+    """Return a matrix [n, columns] with one column more."""
+    entries = ()
+    for i in tl.static_range(n):
+        for s in tl.static_range(columns):
+            entries = entries + (a[i * columns + s],)
+        entries = entries + (column[i],)
+    return entries
+
+
+@triton.jit
+def _combine(
+    post_1, res_1, post_2, res_2, res, combined, rows, tokens, n: tl.constexpr, m: tl.constexpr, older: tl.constexpr
+):
+    """Store what the sources weigh in the old streams, and `res` times that: [2, T, n, m]."""
+    live = rows < tokens
+    held: tl.constexpr = m - older
+    weights = _with_column(load_mixing(res_1, rows, live, n, held, 0), load_numbers(post_1, rows, live, n), n, held)
+    if older > 1:
+        weights = _product(load_numbers(res_2, rows, live, n * n), weights, n, held + 1)
+        weights = _with_column(weights, load_numbers(post_2, rows, live, n), n, held + 1)
+    store_numbers(combined, weights, rows, live, n * m)
+    weights = _product(load_numbers(res, rows, live, n * n), weights, n, m)
+    store_numbers(combined + wide(tokens) * (n * m), weights, rows, live, n * m)
+
+
+@triton.jit(do_not_specialize=["size", "zeros", "tokens"])
+def prepare_kernel(
+    counters, phi, packed, zeros, size, post_1, res_1, post_2, res_2, res, combined, tokens,
+    columns: tl.constexpr, stride: tl.constexpr, packs: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Do what the programs of the next kernel would each do again.
+
+    Set `zeros` counters (int32) to 0. Where `packs` split phi [R, K] into bfloat16 halves: `packed`
+    is [2, R, stride], the coarse ones, then the fine ones. With `older` branches combine the
+    coefficients of their sites with those of the last: `combined` [2, T, n, m] float32. Grid:
+    `size` and `zeros` over `block`, and tokens over 128, whichever is more.
     """
     at = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(counters + at, tl.zeros([block], tl.int32), mask=at < zeros)
@@ -187,3 +247,6 @@ def prepare_kernel(
         coarse, fine = split(tl.load(phi + at, mask=inside, other=0.0).to(tl.float32))
         tl.store(packed + to, coarse, mask=inside)
         tl.store(packed + to + wide(size // columns) * stride, fine, mask=inside)
+    if older:
+        rows = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+        _combine(post_1, res_1, post_2, res_2, res, combined, rows, tokens, n, m, older)

@@ -77,7 +77,7 @@ def coefficients(
 @triton.jit
 def read_gradient(
     partial, parts, post, res, read_pre, moments, levels, rows, live, tokens, width,
-    n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, mixes: tl.constexpr, norm: tl.constexpr,
 ):  # fmt: skip
     """Return `⟨dh, X'_j⟩` for each j, where dh is the gradient of h without its norm.
 
@@ -87,11 +87,11 @@ def read_gradient(
     """
     sums = add_parts(partial, parts, rows, live, tokens, dots_of(m + mixes, norm))
     if norm != "":
-        of_h = source_weights(read_pre, post, res, rows, live, n, m, mixes)
+        of_h = source_weights(read_pre, post, res, rows, live, n, m, older, mixes)
         sums = finish_dots(sums, of_h, moments, levels, rows, live, tokens, width, m + mixes, norm)
     if mixes:
         weights = load_numbers(post, rows, live, n)
-        mixing = load_mixing(res, rows, live, n, m)
+        mixing = load_mixing(res, rows, live, n, m, older)
         values = ()
         for j in tl.static_range(n):
             total = weights[j] * sums[m]

@@ -36,7 +36,7 @@ def _mix(
     """Compute `update_kernel` for a block of channels, without a norm."""
     rows, live, channels, inside = _place(block, tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
-    mixing = load_mixing(res, rows, live, n, m)
+    mixing = load_mixing(res, rows, live, n, m, 0)
     blocks = load_streams(streams, rows[:, None] * (m * width) + channels[None, :], inside, width, m)
     at = rows[:, None] * width + channels[None, :]
     y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
@@ -71,8 +71,9 @@ def update_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         read_streams(
-            new_streams, pre, read, gain, shift, moments, tl.program_id(0) * block_tokens, tokens, width, norm_eps,
-            n, n, norm, block_tokens, block_channels,
+            (new_streams, branch, branch, branch), pre, post, res, read, gain, shift, moments,
+            tl.program_id(0) * block_tokens, tokens, width, norm_eps,
+            n, n, 0, False, norm, block_tokens, block_channels,
         )  # fmt: skip
     else:
         _mix(
@@ -89,7 +90,7 @@ def close_kernel(
     """Store `mean` [T, C] of the new streams: `Σ_l (Σ_i res_il / n) X_l + (Σ_i post_i / n) y`."""
     rows, live, channels, inside = _place(tl.program_id(1), tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
-    mixing = load_mixing(res, rows, live, n, m)
+    mixing = load_mixing(res, rows, live, n, m, 0)
     blocks = load_streams(streams, rows[:, None] * (m * width) + channels[None, :], inside, width, m)
     at = rows[:, None] * width + channels[None, :]
     y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +113,7 @@ def _means(
         blocks = load_streams(streams, rows[:, None] * (m * width) + channels[None, :], inside, width, m)
         at = rows[:, None] * width + channels[None, :]
         blocks = blocks + (tl.load(branch + at, mask=inside, other=0.0),)
-        weights = source_weights(pre, post, res, rows, live, n, m, True)
+        weights = source_weights(pre, post, res, rows, live, n, m, 0, True)
         x = normed_h(blocks, weights, load_moments(moments, rows, live), m + 1)
         u = times_gain(tl.load(grad_read + at, mask=inside, other=0.0).to(tl.float32), gain, channels, width)
         level += tl.sum(u, 1)
@@ -130,7 +131,7 @@ def _update_backward(
     """Compute `update_backward_kernel` for a block of channels, with given means."""
     rows, live, channels, inside = _place(block, tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
-    mixing = load_mixing(res, rows, live, n, m)
+    mixing = load_mixing(res, rows, live, n, m, 0)
     place = rows[:, None] * (m * width) + channels[None, :]
     blocks = load_streams(streams, place, inside, width, m)
     at = rows[:, None] * width + channels[None, :]
@@ -140,7 +141,7 @@ def _update_backward(
         pre_of = load_numbers(pre, rows, live, n)
     if norm != "":
         moments_of = load_moments(moments, rows, live)
-        x = normed_h(blocks + (y,), source_weights(pre, post, res, rows, live, n, m, True), moments_of, m + 1)
+        x = normed_h(blocks + (y,), source_weights(pre, post, res, rows, live, n, m, 0, True), moments_of, m + 1)
         to = d_norm + wide(tl.program_id(0)) * (2 * width)
         store_gradients(to, g_read * x, g_read, gain, shift, channels, width)
         g_read = denormed(g_read, x, gain, channels, width, moments_of, level, along)
@@ -220,7 +221,7 @@ def close_backward_kernel(
     """
     rows, live, channels, inside = _place(tl.program_id(1), tokens, width, block_tokens, block_channels)
     weights = load_numbers(post, rows, live, n)
-    mixing = load_mixing(res, rows, live, n, m)
+    mixing = load_mixing(res, rows, live, n, m, 0)
     place = rows[:, None] * (m * width) + channels[None, :]
     blocks = load_streams(streams, place, inside, width, m)
     at = rows[:, None] * width + channels[None, :]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import load_mixing, load_numbers, load_streams, read_weights, wide
+from .blocks import load_mixing, load_numbers, load_sources, read_weights, wide
 
 
 @triton.constexpr_function
@@ -36,25 +36,35 @@ def times_gain(x, gain, channels, width):
 
 
 @triton.jit
-def _read_block(streams, pre, start, live, width, n: tl.constexpr, held: tl.constexpr, block_channels: tl.constexpr):
+def _read_block(
+    sources, weights, here, start, live, width,
+    held: tl.constexpr, older: tl.constexpr, branch: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
     """Return h [B, W] of some channels, and where it is: their numbers, the mask and the place."""
     local = tl.arange(0, live.shape[0])
     channels = start + tl.arange(0, block_channels)
     inside = live[:, None] & (channels < width)[None, :]
     place = local[:, None] * (held * width) + channels[None, :]
-    blocks = load_streams(streams, place, inside, width, held)
-    h = tl.zeros([live.shape[0], block_channels], tl.float32)
-    for j in tl.static_range(n):
-        h += pre[j][:, None] * blocks[j % held].to(tl.float32)
-    return h, channels, inside, local[:, None] * width + channels[None, :]
+    at = local[:, None] * width + channels[None, :]
+    blocks = load_sources(sources[0], sources[1], sources[2], here, place, at, inside, width, held, older)
+    if branch:
+        blocks = blocks + (tl.load((sources[3] + here) + at, mask=inside, other=0.0),)
+    h = weights[0][:, None] * blocks[0].to(tl.float32)
+    for s in tl.static_range(1, held + older + branch):
+        h += weights[s][:, None] * blocks[s].to(tl.float32)
+    return h, channels, inside, at
 
 
 @triton.jit
 def read_streams(
-    streams, read_pre, read, gain, shift, moments, first, tokens, width, norm_eps,
-    n: tl.constexpr, held: tl.constexpr, norm: tl.constexpr, block_tokens: tl.constexpr, block_channels: tl.constexpr,
+    sources, read_pre, post, res, read, gain, shift, moments, first, tokens, width, norm_eps,
+    n: tl.constexpr, held: tl.constexpr, older: tl.constexpr, branch: tl.constexpr, norm: tl.constexpr,
+    block_tokens: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Write h of some tokens from `streams` [T, held, C]; with a norm walk twice.
+    """Write h of some tokens from streams [T, held, C], and with a norm walk over them twice.
+
+    `sources` are pointers to these, to those of `older` branches that count, and to the `branch`,
+    where the streams that are read are not in memory.
 
     The variance is that around the mean of the first block of channels, which is not far from the
     mean: no more than a factor C / W is lost.
@@ -62,16 +72,18 @@ def read_streams(
     rows = wide(first) + tl.arange(0, block_tokens)
     live = rows < tokens
     here = wide(first) * width
-    pre = load_numbers(read_pre, rows, live, n)
+    weights = source_weights(read_pre, post, res, rows, live, n, held + older, older, branch)
     if norm != "":
         mean = tl.zeros([block_tokens], tl.float32)
         if norm == "layer":
-            h, _, _, _ = _read_block(streams + here * held, pre, 0, live, width, n, held, block_channels)
+            h, _, _, _ = _read_block(sources, weights, here, 0, live, width, held, older, branch, block_channels)
             mean = tl.sum(h, 1) / tl.minimum(width, block_channels)
         total = tl.zeros([block_tokens, block_channels], tl.float32)
         squares = tl.zeros([block_tokens, block_channels], tl.float32)
         for start in range(0, width, block_channels):
-            h, _, inside, _ = _read_block(streams + here * held, pre, start, live, width, n, held, block_channels)
+            h, _, inside, _ = _read_block(
+                sources, weights, here, start, live, width, held, older, branch, block_channels
+            )
             if norm == "layer":
                 h = tl.where(inside, h - mean[:, None], 0.0)
                 total += h
@@ -85,7 +97,9 @@ def read_streams(
         tl.store(moments + 2 * rows, mean, mask=live)
         tl.store(moments + 2 * rows + 1, factor, mask=live)
     for start in range(0, width, block_channels):
-        h, channels, inside, at = _read_block(streams + here * held, pre, start, live, width, n, held, block_channels)
+        h, channels, inside, at = _read_block(
+            sources, weights, here, start, live, width, held, older, branch, block_channels
+        )
         if norm != "":
             h = times_gain((h - mean[:, None]) * factor[:, None], gain, channels, width)
             if shift is not None:
@@ -94,11 +108,13 @@ def read_streams(
 
 
 @triton.jit
-def source_weights(read_pre, post, res, rows, live, n: tl.constexpr, m: tl.constexpr, mixes: tl.constexpr):
+def source_weights(
+    read_pre, post, res, rows, live, n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, mixes: tl.constexpr
+):  # fmt: skip
     """Load what the sources weigh in h: m vectors [B], and with `mixes` the branch's."""
     pre = load_numbers(read_pre, rows, live, n)
     if mixes:
-        return read_weights(pre, load_numbers(post, rows, live, n), load_mixing(res, rows, live, n, m), n, m)
+        return read_weights(pre, load_numbers(post, rows, live, n), load_mixing(res, rows, live, n, m, older), n, m)
     elif m == n:
         return pre
     else:

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Tokens of which a program of the second backward walk keeps the sum of dphi.
-_GROUP = 512
+    #: Branches, `post` and `res` of sites that have ended since streams were written.
+    Older = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
+
+#: Tokens of which a program of the second backward walk keeps the sum of dphi: a multiple of the
+#: tiles of tokens. Fewer move more bytes, more leave processors idle at the end.
+_GROUP = 320
 
 
 def _numbers(like: Tensor, *shape: int) -> Tensor:
@@ -40,42 +44,57 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _prepared(phi: Tensor, sizes: Sizes, counters: int) -> tuple[Tensor, Tensor, int]:
-    """Return counters, the weights of the forward kernel and their row length.
+def _prepared(
+    phi: Tensor, sizes: Sizes, counters: int, older: Older, res: Tensor, *, forward: bool
+) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    """Return counters, the weights of the kernel and their row length, and coefficients.
 
-    Rows are multiples of 16 bytes where phi is split.
+    Rows are multiples of 16 bytes where phi is split, for the forward. The coefficients are what
+    the sources weigh in the old streams and in the new ones: `res` where the old are in memory.
     """
     weights = phi.contiguous()
     zeros = phi.new_empty(counters, dtype=torch.int32)
-    packs = sizes.halves == 2
+    packs = forward and sizes.halves == 2
     stride = triton.cdiv(sizes.columns, 8) * 8 if packs else sizes.columns
     packed = phi.new_empty(2, phi.shape[0], stride, dtype=torch.bfloat16) if packs else weights
     size = phi.numel() if packs else 0
+    tokens = res.shape[0] if sizes.older else 0
+    combined = _numbers(phi, 2, tokens, sizes.n, sizes.m)
+    sites = [flat(one[k], axes) for k in range(sizes.older) for one, axes in zip(older[1:], (1, 2), strict=True)]
     launch(
-        prepare_kernel, (triton.cdiv(max(size, counters), 1024),), zeros, weights, packed, counters, size,
-        columns=sizes.columns, stride=stride, packs=packs, block=1024,
+        prepare_kernel, (max(triton.cdiv(max(size, counters), 1024), triton.cdiv(tokens, 128)),),
+        zeros, weights, packed, counters, size, *sites, *[res] * (4 - len(sites)), res, combined, tokens,
+        columns=sizes.columns, stride=stride, packs=packs, n=sizes.n, m=sizes.m, older=sizes.older, block=1024,
     )  # fmt: skip
-    return zeros, packed, stride
+    return zeros, packed, stride, combined[0], combined[1] if sizes.older else res
+
+
+def _branches(older: Older, branch: Tensor) -> list[Tensor]:
+    """Return the outputs of older branches as kernels take them: two arguments, used or not."""
+    return ([flat(one, 1) for one in older[0]] + [branch] * 2)[:2]
 
 
 def _forward(
     streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None, site: Sequence[Tensor], n: int,
     mapping: str, iterations: int, eps: float,
     norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
+    *, older: Older = ((), (), ()), write: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `(new_streams, h, pre, post, res, z, inverse, moments)`.
 
     `mix` is `(branch, post, res)`, or empty: then there is no first result. `read_pre` are weights
-    for h, None for the site's own. `site` is `(phi, bias, scale)`.
+    for h, None for the site's own. `site` is `(phi, bias, scale)`. The old streams are those after
+    the `older` sites; the new ones are [0] unless `write`.
     """
-    sizes = Sizes.of(streams, n, mapping)
+    sizes = Sizes.of(streams, n, mapping, older=len(older[0]))
     x = flat(streams, 2)
     tokens, lead = x.shape[0], streams.shape[:-2]
     nothing = x.new_empty(0)
     branch, post, res = (
         _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
     )
-    new = x.new_empty(tokens, n, sizes.width) if mix else nothing
+    writes = bool(mix) and write
+    new = x.new_empty(tokens, n, sizes.width) if writes else nothing
     h = x.new_empty(tokens, sizes.width)
     new_pre, new_post, new_res, z, inverse = (
         _numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
@@ -87,19 +106,20 @@ def _forward(
     blocks = config.blocks
     reads = 0 if shifted else blocks["block_tokens"] // blocks["read_tokens"]
     work = configs.cut(tokens, sizes.width, blocks["block_tokens"], blocks["block_channels"], reads)
-    counters, weights, stride = _prepared(phi, sizes, 1 + 2 * work.tiles)
+    counters, weights, stride, _, mixing = _prepared(phi, sizes, 1 + 2 * work.tiles, older, res, forward=True)
     launch(
         forward_kernel, ((work.tiles + work.lag) * (work.parts + reads),),
-        x, branch, post, res, _flat(read_pre, 1, new_pre), weights, bias.contiguous(), scale.contiguous(),
+        x, *_branches(older, branch), branch, post, mixing, _flat(read_pre, 1, new_pre), weights, bias.contiguous(), scale.contiguous(),
         new, h, new_pre, new_post, new_res, z, inverse, _numbers(x, work.parts, sizes.columns + 1, tokens), counters,
         tokens, sizes.width, work.parts, work.each, work.lag, iterations, eps,
         _vector(gain), _vector(shift), moments, norm_eps,
-        n=n, m=sizes.m, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
-        shifted=shifted, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(), norm=norm,
+        n=n, m=sizes.m, older=sizes.older, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
+        writes=writes, shifted=shifted, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(), norm=norm,
         **sizes.constants, **config.constants,
     )  # fmt: skip
-    outs = (*([new] if mix else []), h, new_pre, new_post, new_res, z, inverse, moments)
-    return tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
+    outs = (*([new] if writes else []), h, new_pre, new_post, new_res, z, inverse, moments)
+    outs = tuple(tensor.reshape(*lead, *tensor.shape[1:]) for tensor in outs)
+    return outs if writes or not mix else (new, *outs)
 
 
 def read(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -117,12 +137,21 @@ def shifted_step(streams: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _forward(streams, args[:3], args[3], args[4:7], args[1].shape[-1], *args[7:])
 
 
+def lazy_step(
+    streams: Tensor, branches: Sequence[Tensor], post: Sequence[Tensor], res: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, ...]:
+    """Compute `step` of the last of these sites; `args` are those of the next, `write` fourth."""
+    mix, older = (branches[-1], post[-1], res[-1]), (branches[:-1], post[:-1], res[:-1])
+    return _forward(streams, mix, None, args[:3], post[-1].shape[-1], *args[4:], older=older, write=args[3])
+
+
 def _backward(
     grads: Sequence[Tensor | None], streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None,
     site: Sequence[Tensor], saved: Sequence[Tensor], mapping: str, iterations: int, _eps: float,
     norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, moments: Tensor | None = None,
+    *, older: Older = ((), (), ()),
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the gradients of streams, `mix`, `read_pre`, `site`, gain and shift.
+    """Return the gradients of the old streams, `mix`, `read_pre`, `site`, gain and shift.
 
     `grads` are those of `(new_streams, h, pre, post, res)`, `saved` is `(pre, post, z, inverse)`.
     Without `mix` the second to fourth results are placeholders, without `read_pre` the fifth.
@@ -130,14 +159,14 @@ def _backward(
     phi, bias, scale = site
     new_pre, new_post, z, inverse = saved
     n = new_pre.shape[-1]
-    sizes = Sizes.of(streams, n, mapping)
+    sizes = Sizes.of(streams, n, mapping, older=len(older[0]))
     x = flat(streams, 2)
     tokens, width, columns = x.shape[0], sizes.width, sizes.columns
     nothing = x.new_empty(0)
     branch, post, res = (
         _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
     )
-    weight, pre = phi.contiguous(), flat(new_pre, 1)
+    pre = flat(new_pre, 1)
     gradients = [_flat(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
     has_streams, has_read, has_pre, has_post, has_res = (grad is not None for grad in grads)
     shifted, norm = read_pre is not None, norm if has_read else ""
@@ -151,42 +180,53 @@ def _backward(
     parts = work.parts if has_read and (norm or not shifted) else 1
     lag = min(groups, 1)
 
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(branch)
+    d_streams = x.new_empty(tokens, n, width) if sizes.older else torch.empty_like(x)
+    d_branch = torch.empty_like(branch)
     count = (n + n * sizes.m if mix else 0) + (n if shifted else 0)
     products = _numbers(x, blocks, count, tokens)
     phi_parts = _numbers(x, groups, *phi.shape)
     shares = _numbers(x, work.tiles, columns + 3)
     norm_parts = _numbers(x, groups if norm else 0, 2, width)
-    counters = torch.zeros(1 + work.tiles + groups, dtype=torch.int32, device=x.device)
+    counters, weight, _, before, mixing = _prepared(phi, sizes, 1 + work.tiles + groups, older, res, forward=False)
     launch(
         backward_kernel, ((groups + lag) * (parts * (_GROUP // dot_tokens) + blocks),),
-        x, *gradients, branch, post, res, read_by, weight, bias.contiguous(), scale.contiguous(),
+        x, *gradients, *_branches(older, branch), branch, post, mixing, res, read_by, weight, bias.contiguous(), scale.contiguous(),
         pre, flat(new_post, 1), flat(z, 1), inverse.reshape(-1).contiguous(),
         d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
         _numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
         tokens, width, parts, work.each, _GROUP, lag, iterations,
         _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing),
         _numbers(x, 2 if norm else 0, tokens), norm_parts,
-        n=n, m=sizes.m, columns=columns, halves=sizes.halves, thin=sizes.thin,
+        n=n, m=sizes.m, older=sizes.older, columns=columns, halves=sizes.halves, thin=sizes.thin,
         mixes=bool(mix), shifted=shifted, has_streams=has_streams, has_read=has_read, has_pre=has_pre,
         has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(), norm=norm,
         **sizes.constants, **config.constants,
     )  # fmt: skip
     d_phi, d_bias, d_scale = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(scale)
     site = phi_parts, d_phi, shares, d_bias, d_scale
-    *mixed, d_gain, d_shift = _sums(x, sizes, mix, read_pre, products, site, (norm_parts, gain, shift))
+    *mixed, d_gain, d_shift = _sums(x, sizes, mix, read_pre, products, site, (norm_parts, gain, shift), before)
     d_branch = d_branch.reshape(mix[0].shape) if mix else d_branch
-    return d_streams.reshape(streams.shape), d_branch, *mixed, d_phi, d_bias, d_scale, d_gain, d_shift
+    return (
+        d_streams.reshape(*streams.shape[:-2], *d_streams.shape[1:]),
+        d_branch,
+        *mixed,
+        d_phi,
+        d_bias,
+        d_scale,
+        d_gain,
+        d_shift,
+    )
 
 
 def _sums(
     x: Tensor, sizes: Sizes, mix: Sequence[Tensor], read_pre: Tensor | None, products: Tensor,
-    site: tuple[Tensor, ...] = (), norm: tuple[Tensor | None, ...] = (None, None, None), *, mean: bool = False,
+    site: tuple[Tensor, ...] = (), norm: tuple[Tensor | None, ...] = (None, None, None), before: Tensor | None = None,
+    *, mean: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Add up the results of the other kernels; return `(d_post, d_res, d_pre, d_gain, d_shift)`.
 
     `site` is `(phi_parts, d_phi, shares, d_bias, d_scale)`, of which the second and the last two
-    are written; `norm` is `(norm_parts, gain, shift)`.
+    are written; `norm` is `(norm_parts, gain, shift)`; `before` is that of `sums_kernel`.
     """
     tokens, n = x.shape[0], sizes.n
     nothing = x.new_empty(0)
@@ -204,8 +244,8 @@ def _sums(
         sums_kernel, (programs(tokens, rows, n, sizes.columns, vectors, **flags),),
         products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale,
         products.shape[0], tokens, phi_parts.shape[0] if site else 0, rows, shares.shape[0] if site else 0,
-        norm_parts, *d_norm, sizes.width, norm_parts.shape[0],
-        n=n, m=sizes.m, columns=sizes.columns, mean=mean, **flags, num_warps=4,
+        norm_parts, *d_norm, sizes.width, norm_parts.shape[0], nothing if before is None else before,
+        n=n, m=sizes.m, older=sizes.older, columns=sizes.columns, mean=mean, **flags, num_warps=4,
     )  # fmt: skip
     return d_post, d_res, d_pre, *(nothing if tensor is None else tensor for tensor in d_norm)
 
@@ -223,6 +263,15 @@ def step_backward(*args: Any) -> tuple[Tensor, ...]:
     g_streams, g_h, g_post, g_res, streams, *rest = args
     grads, mix, site, saved = (g_streams, g_h, None, g_post, g_res), rest[:3], rest[3:6], rest[6:10]
     found = _backward(grads, streams, mix, None, site, saved, *rest[10:])
+    return *found[:4], *found[5:]
+
+
+def lazy_step_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of `lazy_step` for the old streams [..., n, C] and its own tensors."""
+    g_streams, g_h, g_post, g_res, streams, branches, post, res, *rest = args
+    grads, site, saved = (g_streams, g_h, None, g_post, g_res), rest[:3], rest[3:7]
+    mix, older = (branches[-1], post[-1], res[-1]), (branches[:-1], post[:-1], res[:-1])
+    found = _backward(grads, streams, mix, None, site, saved, *rest[7:], older=older)
     return *found[:4], *found[5:]
 
 

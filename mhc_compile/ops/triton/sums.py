@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import wide
+from .blocks import filled, wide
 
 
 @triton.jit
@@ -41,18 +41,49 @@ def _sum(
     tl.store(out + row * width + entry, total.to(out.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _sum_mixing(
+    products, before, d_res, program, parts, tokens, columns,
+    n: tl.constexpr, m: tl.constexpr, block_parts: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Sum up `⟨G_i, source_s⟩`; write `d_res[t, i, l] = Σ_s before[t, l, s] ⟨G_i, source_s⟩`.
+
+    `before` [T, n, m] are what the sources weigh in the old streams. In `products` [S, D, T] the
+    products are the entries after the first n.
+    """
+    at = wide(program) * block + tl.arange(0, block)
+    live = at < wide(tokens) * n
+    row, i = at % tokens, at // tokens
+    part = tl.arange(0, block_parts).to(tl.int64)
+    sums = filled(0.0, at.to(tl.float32), m)
+    for first in range(0, parts, block_parts):
+        here = first + part
+        mask = (here < parts)[:, None] & live[None, :]
+        new = ()
+        for s in tl.static_range(m):
+            place = here[:, None] * (wide(tokens) * columns) + ((n + i * m + s) * tokens + row)[None, :]
+            new = new + (sums[s] + tl.sum(tl.load(products + place, mask=mask, other=0.0), 0),)
+        sums = new
+    for l in tl.static_range(n):  # noqa: E741
+        total = tl.zeros([block], tl.float32)
+        for s in tl.static_range(m):
+            total += sums[s] * tl.load(before + row * (n * m) + l * m + s, mask=live, other=0.0)
+        tl.store(d_res + row * (n * n) + i * n + l, total.to(d_res.dtype.element_ty), mask=live)
+
+
 @triton.jit(do_not_specialize=["blocks", "tokens", "groups", "rows", "tiles", "width", "norms"])
 def sums_kernel(
     products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale, blocks, tokens, groups, rows, tiles,
-    norm_parts, d_gain, d_shift, width, norms,
-    n: tl.constexpr, m: tl.constexpr, columns: tl.constexpr,
+    norm_parts, d_gain, d_shift, width, norms, before,
+    n: tl.constexpr, m: tl.constexpr, older: tl.constexpr, columns: tl.constexpr,
     mixes: tl.constexpr, mean: tl.constexpr, reads: tl.constexpr, projects: tl.constexpr,
 ):  # fmt: skip
     """Add up the results of the other backward kernels.
 
     `products` [blocks, D, T] are those of the kernels: with `mixes` the n products with the branch
     and the n m with the streams, with `mean` one and m, which count for every new stream; with
-    `reads` n more, of d_pre. With `projects` `phi_parts` [groups, n C, K] and `shares`
+    `reads` n more, of d_pre. With `older` branches those with m sources, which weigh `before`
+    [T, n, m] in the streams. With `projects` `phi_parts` [groups, n C, K] and `shares`
     [tiles, K + 3]. `norm_parts` [norms, 2, C] are those of gain and shift; an absent one is None.
     The products of a stream that is held for n equal ones count for each. Grid: `programs` of each.
     """
@@ -65,7 +96,10 @@ def sums_kernel(
         if program < tl.cdiv(tokens * n, 128):
             _sum(products, d_post, program, blocks, tokens, per_token, n, 0, 1, outer, 0, True, 8, 128)
         program -= tl.cdiv(tokens * n, 128)
-        if (program >= 0) & (program < tl.cdiv(tokens * n * n, 128)):
+        if older:
+            if (program >= 0) & (program < tl.cdiv(tokens * n, 128)):
+                _sum_mixing(products, before, d_res, program, blocks, tokens, per_token, n, m, 8, 128)
+        elif (program >= 0) & (program < tl.cdiv(tokens * n * n, 128)):
             base: tl.constexpr = 1 + outer * (n - 1)
             _sum(products, d_res, program, blocks, tokens, per_token, n * n, base, n, outer * m, along, True, 8, 128)
         program -= tl.cdiv(tokens * n * n, 128)

@@ -21,7 +21,7 @@ from mhc_compile.inspection.cost import Cost, Work, site_cost
 from mhc_compile.inspection.explain.explain import explain
 from mhc_compile.inspection.roofline import Overhead, overheads
 from mhc_compile.mappings import get_mapping
-from mhc_compile.ops.cpu import LONGEST
+from mhc_compile.ops.lazy_reference import LONGEST
 from mhc_compile.passes.transforms.recompute import block_length
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def parameters(shape: Shape, *, active: bool = False) -> int:
 
 
 def kept_bytes(
-    width: int, itemsize: int, options: ResolvedOptions, sites: int, recompute: Recompute, *, lazy: bool = False
+    width: int, itemsize: int, options: ResolvedOptions, sites: int, recompute: Recompute, device: str = "cuda"
 ) -> int:
     """Return the bytes per token that a chain of sites keeps beyond the plain model.
 
@@ -112,11 +112,11 @@ def kept_bytes(
     its branch's output instead of the first, its coefficients, and n streams, of which those before
     the chain are one. With `recompute="block"` only the first step of every
     `sqrt(n L / (n + 2))` keeps streams and coefficients (arXiv 2512.24880 v2, section 4.3), and
-    the others compute the result of the norm again. With `lazy` streams, for which there are
-    kernels on CPU only, every fourth step writes some.
+    the others compute the result of the norm again. Else streams are lazy, which are written before
+    the end of a chain on CUDA, where up to four may be.
     """
     n, steps, again = options.streams, sites - 1, 0
-    written = steps // LONGEST if lazy else steps
+    written = steps // LONGEST["cpu"] if device == "cpu" else ceil(steps / (LONGEST["cuda"] if n <= 4 else 1))
     if recompute == "block":
         written = ceil(steps / block_length(sites, n))
         again = steps - written
