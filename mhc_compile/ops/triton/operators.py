@@ -83,7 +83,7 @@ def _forward(
     moments = _numbers(x, tokens, 2 if norm else 0)
     phi, bias, scale = site
     shifted = read_pre is not None and not norm
-    config = configs.forward(sizes)
+    config = configs.forward(sizes, shifted, norm)
     blocks = config.blocks
     reads = 0 if shifted else blocks["block_tokens"] // blocks["read_tokens"]
     work = configs.cut(tokens, sizes.width, blocks["block_tokens"], blocks["block_channels"], reads)
@@ -143,7 +143,7 @@ def _backward(
     shifted, norm = read_pre is not None, norm if has_read else ""
     read_by = pre if read_pre is None else flat(read_pre, 1)
 
-    config = configs.backward(sizes)
+    config = configs.backward(sizes, shifted, norm)
     blocks = triton.cdiv(width, config.blocks["block_channels"])
     dot_tokens = config.blocks["dot_tokens"]
     groups = triton.cdiv(tokens, _GROUP)
