@@ -115,13 +115,6 @@ class ModelPlan:
         structure = structure_of(model, {entry.owner for entry in entries})
         return cls(_torch.plain_class(unwrap(model)).__qualname__, common, entries, structure)
 
-    def compiled_with(self, options: ResolvedOptions) -> ResolvedOptions:
-        """Return the options with which a model of this plan is compiled in this run."""
-        single = {
-            f"{entry.owner}.{entry.name}".lstrip("."): entry.options for entry in self.connections if entry.options
-        }
-        return replace(options, **self.options, overrides=single)
-
     def misfit(self, model: nn.Module) -> str | None:
         """Return how the structure of `model` differs as a sentence; None if the plan fits."""
         return difference(self.structure, structure_of(model, {entry.owner for entry in self.connections}))

@@ -25,10 +25,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 _QUICK: dict[str, Any] = {"widths": (64,), "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
 #: On CUDA: a width of the paper's and a larger one, few blocks, and a small head.
 _CUDA: dict[str, Any] = {"widths": (2560, 4096), "layers": 2, "tokens": 4096, "vocabulary": 2048, "seconds": 540}
-#: Parameters of the benchmark without TARGET, and of the one with it.
+#: Parameters of the benchmark without TARGET, of the one with it, and of --tune.
 _SIZES = ("widths", "layers", "tokens", "vocabulary")
 _NOT_OF_A_TARGET = ("kind", "only", "png_file", "processes", "seconds", *_SIZES)
 _OF_A_TARGET = ("settings", "full_size", "train", "weights")
+_TUNE = {"tune_file", "widths", "tokens", "device", "dtype", "quiet", "preset", "streams", "mapping", "single_pass"}
 _FLAGS = {"kind": "--benchmark", "png_file": "--png", "widths": "--width"}
 
 
@@ -83,6 +84,7 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     help="Time for everything; rows that do not fit are left out and named.  [default: none; cuda 540]",
 )
 @click.option("--quick", is_flag=True, help="Tiny sizes, 3 rounds and warm caches: does everything run?")
+@click.option("--tune", "tune_file", type=_FILE, metavar="FILE", help="Search for faster Triton kernels; write FILE.")
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write every figure; - for stdout alone.")
 @click.option("--png", "png_file", type=_FILE, metavar="FILE", help="Draw the overhead over plain.")
 def command(
@@ -97,6 +99,7 @@ def command(
     processes: int | None,
     seconds: float | None,
     quick: bool,
+    tune_file: Path | None,
     json_file: Path | None,
     png_file: Path | None,
     **sizes: Any,
@@ -131,6 +134,8 @@ def command(
 
         if not torch.cuda.is_available():
             raise click.UsageError("--device cuda: this torch sees no CUDA device")
+    if tune_file is not None and (device != "cuda" or given - _TUNE):
+        raise click.UsageError(f"--tune: expected --device cuda, and of {sorted(_TUNE)}; found {sorted(given)}")
     loaded: Target | None = None
     if call.target:
         if foreign := ", ".join(_FLAGS.get(name, f"--{name}") for name in _NOT_OF_A_TARGET if name in given):
@@ -138,11 +143,11 @@ def command(
         loaded = call.loaded
     else:
         own = [*sorted(set(options) - {"iterations"}), *(name for name in _OF_A_TARGET if name in given)]
-        if own:
+        if own and tune_file is None:
             raise click.UsageError(f"{', '.join(own)}: for a TARGET; the benchmark without one sets its own options")
         if png_file is not None and find_spec("matplotlib") is None:
             raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
-        sizes["iterations"] = options.get("iterations", 20)
+        sizes["iterations"], sizes["streams"] = options.get("iterations", 20), options.get("streams", 4)
         defaults = {**(_CUDA if device == "cuda" else {}), **(_QUICK if quick else {})}
         usual = defaults.pop("seconds", math.inf)
         seconds = usual if seconds is None else seconds
@@ -169,6 +174,12 @@ def command(
             where = device or "cpu"
             dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
             shapes = [Shape(width=width, device=where, dtype=dtype, **sizes) for width in sizes.pop("widths")]
+            if tune_file is not None:
+                from mhc_compile.tools.bench.tune import tune
+
+                tune_file.parent.mkdir(parents=True, exist_ok=True)
+                tune_file.write_text(json.dumps(tune(shapes, Options.parse(options), progress), indent=2) + "\n")
+                return
             kinds = ("site", "step") if kind == "both" else (kind,)
             result = run(
                 shapes,

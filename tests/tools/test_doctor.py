@@ -118,6 +118,11 @@ def test_versions(monkeypatch):
     assert result("torch").status == "warning"
 
 
+def test_a_file_of_configurations_is_shown(monkeypatch):
+    monkeypatch.setenv("MHC_TRITON_CONFIGS", "h200.json")
+    assert "MHC_TRITON_CONFIGS=h200.json" in result("environment").found
+
+
 def test_a_compile_that_hangs_is_ended():
     finding = result("tiny compile", lambda: smoke_test(seconds=0.1))
     assert finding.status == "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -19,16 +20,18 @@ from . import operators
 from .launch import COMPILING, Launch, noted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+_ON_META = functools.partial(torch.empty, dtype=torch.float32, device="meta")
 
 
 def launches_of(
     streams: torch.dtype, branch: torch.dtype, n: int, width: int, mapping: str, *, tokens: int = 64,
     single_pass: bool = False, lazy: bool = False, norm: str = "",
+    make: Callable[..., Tensor] = _ON_META, run: Callable[..., Any] | None = None,
 ) -> dict[str, list[Launch]]:  # fmt: skip
     """Return the launches of a chain's operators, noted on "meta", by operator and m.
 
@@ -37,11 +40,8 @@ def launches_of(
     streams there are also steps that do not write them, or do not find them. The number of `tokens`
     makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype (and for
     "layer" a shift); kernels of another norm are compiled by their first call.
+    With `run(operator, args)` nothing is noted: it calls them with tensors of another `make`.
     """
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     count = columns(parse(mapping).mapping, n)
     assert count is not None, (mapping, n)
     site, how = (make(n * width, count), make(count), make(3)), (mapping, 20, 1e-6)
@@ -51,6 +51,8 @@ def launches_of(
     launches: dict[str, list[Launch]] = {}
 
     def note(name: str, *args: Any) -> Any:
+        if run is not None:
+            return run(getattr(operators, name.split(",")[0]), args)
         with noted() as launches[name.replace("_", " ")]:
             return getattr(operators, name.split(",")[0])(*args)
 
@@ -73,7 +75,7 @@ def launches_of(
         new, *read = note(f"step, m={m}", *old, *site, *how, *kind, 1e-6)
         note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *saved(read))
         for older in range(LONGEST["cuda"] if lazy else 0):
-            sites = [[torch.empty_like(one) for _ in range(older + 1)] for one in old[1:]]
+            sites = [[make(*one.shape, dtype=one.dtype) for _ in range(older + 1)] for one in old[1:]]
             write = older + 1 == LONGEST["cuda"]
             note(f"lazy_step, m={m}, {older} older", held, *sites, *site, write, *how, *kind, 1e-6)
             if older:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     #: Branches, `post` and `res` of sites that have ended since streams were written.
     Older = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]
 
-#: Tokens of which a program of the second backward walk keeps the sum of dphi: a multiple of the
-#: tiles of tokens. Fewer move more bytes, more leave processors idle at the end.
+#: Tokens of which a program of the second backward walk keeps the sum of dphi, or a few more, so
+#: that tiles fit. Fewer move more bytes, more leave processors idle at the end.
 _GROUP = 320
 
 
@@ -102,7 +102,7 @@ def _forward(
     moments = _numbers(x, tokens, 2 if norm else 0)
     phi, bias, scale = site
     shifted = read_pre is not None and not norm
-    config = configs.forward(sizes)
+    config = configs.forward(sizes, shifted, norm)
     blocks = config.blocks
     reads = 0 if shifted else blocks["block_tokens"] // blocks["read_tokens"]
     work = configs.cut(tokens, sizes.width, blocks["block_tokens"], blocks["block_channels"], reads)
@@ -172,10 +172,12 @@ def _backward(
     shifted, norm = read_pre is not None, norm if has_read else ""
     read_by = pre if read_pre is None else flat(read_pre, 1)
 
-    config = configs.backward(sizes)
+    config = configs.backward(sizes, shifted, norm)
     blocks = triton.cdiv(width, config.blocks["block_channels"])
     dot_tokens = config.blocks["dot_tokens"]
-    groups = triton.cdiv(tokens, _GROUP)
+    tile = max(dot_tokens, config.blocks["block_tokens"])
+    group = triton.cdiv(_GROUP, tile) * tile
+    groups = triton.cdiv(tokens, group)
     work = configs.cut(tokens, width, dot_tokens, config.blocks["dot_channels"], 1)
     parts = work.parts if has_read and (norm or not shifted) else 1
     lag = min(groups, 1)
@@ -189,12 +191,12 @@ def _backward(
     norm_parts = _numbers(x, groups if norm else 0, 2, width)
     counters, weight, _, before, mixing = _prepared(phi, sizes, 1 + work.tiles + groups, older, res, forward=False)
     launch(
-        backward_kernel, ((groups + lag) * (parts * (_GROUP // dot_tokens) + blocks),),
+        backward_kernel, ((groups + lag) * (parts * (group // dot_tokens) + blocks),),
         x, *gradients, *_branches(older, branch), branch, post, mixing, res, read_by, weight, bias.contiguous(), scale.contiguous(),
         pre, flat(new_post, 1), flat(z, 1), inverse.reshape(-1).contiguous(),
         d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
         _numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
-        tokens, width, parts, work.each, _GROUP, lag, iterations,
+        tokens, width, parts, work.each, group, lag, iterations,
         _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing),
         _numbers(x, 2 if norm else 0, tokens), norm_parts,
         n=n, m=sizes.m, older=sizes.older, columns=columns, halves=sizes.halves, thin=sizes.thin,

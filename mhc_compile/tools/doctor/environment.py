@@ -35,7 +35,7 @@ _OPTIONAL = {
 }
 _SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")  # which have a check each
 #: Prefixes of variables that change how models are compiled.
-_PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS", "CXX", "OMP_", "KMP_", "TRITON_")
+_PREFIXES = (*"TORCHINDUCTOR_ TORCHDYNAMO_ TORCH_COMPILE_ TORCH_LOGS CXX OMP_ KMP_ TRITON_ MHC_TRITON_".split(),)
 _PROGRAM = "#include <cmath>\n#include <omp.h>\nint main() { return omp_get_max_threads() ? std::floor(0.5) : 1; }\n"
 #: Free bytes below which the cache gets a warning: Inductor keeps a few MB for every graph.
 _ROOM = 1 << 30

@@ -97,6 +97,16 @@ def test_cuda_without_a_device_is_wrong_usage(monkeypatch):
     assert (done.exit_code, "sees no CUDA device" in done.output) == (2, True)
 
 
+@pytest.mark.parametrize(("flags", "found"), [((), "'tune_file'"), (("--device", "cuda", "--only", "ours"), "'only'")])
+def test_what_tuning_does_not_take_is_wrong_usage(monkeypatch, tmp_path, flags, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    done = CliRunner().invoke(command, ["--tune", str(tmp_path / "configs.json"), *flags])
+    assert done.exit_code == 2
+    assert "--tune: expected --device cuda" in done.output
+    assert found in done.output
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("interrupted", "code"), [(False, 1), (True, 130)])
 def test_exit_codes_of_a_failed_candidate_and_an_interrupt(monkeypatch, tmp_path, interrupted, code):
     failed = Row(name="ours", title="ours", status="failed", message="RuntimeError: no")
