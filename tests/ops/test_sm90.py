@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 import triton
 from helpers.sm90 import LARGEST, compile_for_sm90, key_of, moved
+from helpers.tables import compare_rows
 
 from mhc_compile.config.presets import PRESETS
 from mhc_compile.ops.norm_reference import NORMS
@@ -76,19 +77,7 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
                 assert found.programs >= 2, what
             numbers = (found.registers, found.spilled, found.shared, found.warps, found.instructions, found.programs)
             rows.append(f"| {kind} | {name} | {kernel.removesuffix('_kernel')} | {' | '.join(map(str, numbers))} |\n")
-    compare(kind, rows, regenerate)
-
-
-def compare(kind, rows, regenerate):
-    """Compare with the lines of the table that begin with `kind`, or write them."""
-    lines = TABLE.read_text().splitlines(keepends=True)
-    own = [line for line in lines if line.startswith(f"| {kind} |")]
-    if regenerate:
-        at = lines.index(own[0]) if own else len(lines)
-        lines[at : at + len(own)] = rows
-        TABLE.write_text("".join(lines))
-    elif triton.__version__ == VERSION:
-        assert own == rows
+    compare_rows(TABLE, kind, rows, regenerate=regenerate, same_versions=triton.__version__ == VERSION)
 
 
 def test_bytes_and_launches():
