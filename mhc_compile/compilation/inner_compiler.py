@@ -20,7 +20,8 @@ from mhc_compile.passes import Pass, run_passes
 from mhc_compile.passes.analysis.norms import kinds_in
 from mhc_compile.passes.analysis.op_info import tensor_value
 from mhc_compile.passes.planning.graph_boundary import crossings
-from mhc_compile.passes.transforms import lazy_streams
+from mhc_compile.passes.transforms import cast_reads, lazy_streams
+from mhc_compile.passes.transforms.cast_reads import CastReads
 from mhc_compile.passes.transforms.fold_scales import FoldScales
 from mhc_compile.passes.transforms.fuse_norms import FuseNorms
 from mhc_compile.passes.transforms.fuse_sites import FuseSites
@@ -41,13 +42,14 @@ _FUSION: dict[str, tuple[Pass, ...]] = {
     "block": (FoldScales(), FuseSites(), FuseNorms(), RecomputeSteps()),
 }
 #: Passes over AOTAutograd's graphs of forward and backward together.
-_JOINT: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (LazyStreams(),), "block": ()}
+_JOINT: dict[str, tuple[Pass, ...]] = {"none": (), "cheap": (LazyStreams(), CastReads()), "block": (CastReads(),)}
 
 
 @functools.cache
 def _joint_passes() -> str:
     """Return a hash of their code, which Inductor's caches do not know."""
-    return hashlib.sha256(Path(lazy_streams.__file__).read_bytes()).hexdigest()[:16]
+    code = (Path(str(module.__file__)).read_bytes() for module in (lazy_streams, cast_reads))
+    return hashlib.sha256(b"".join(code)).hexdigest()[:16]
 
 
 def compile_graph(
@@ -120,7 +122,7 @@ def prepare_kernels(session: GraphSession) -> None:
             width, single_pass = int(streams.shape[site.axis]), planned.options.single_pass
             kinds[streams.device, streams.dtype, branch.dtype, width, spec, single_pass] = streams, branch
     for (*_, width, spec, single_pass), (streams, branch) in kinds.items():
-        lazy = bool(_JOINT[session.options.recompute]) and streams.requires_grad and not single_pass
+        lazy = session.options.recompute == "cheap" and streams.requires_grad and not single_pass
         n, norms = session.options.streams, kinds_in(session.captured.graph) or ("",)
         ops.prepare(streams, branch, n, width, spec, single_pass=single_pass, lazy=lazy, norms=norms)
 

@@ -92,11 +92,11 @@ class Options:
             are lost between graphs, or no optimizer trains the parameters.
         recompute: what the backward computes again instead of keeping it. "cheap": all but the
             streams before every site, the outputs of the branches and the coefficients; it costs
-            nothing, because the kernels have what they need at hand. On CPU the streams of every
-            fourth site only are kept, or written at all: the others are a combination of those and
-            of the outputs since (`passes.LazyStreams`). "block": all but the streams of every
-            `sqrt(n L / (n + 2))`-th of L sites and the outputs; costs about one more forward of the
-            hyper-connections, no branch runs again. "none": the operators stay apart, and
+            nothing, because the kernels have what they need at hand. The streams of every fourth
+            site only (CUDA: third) are kept, or written at all: the others are a combination of
+            those and of the outputs since (`passes.LazyStreams`). "block": all but the streams of
+            every `sqrt(n L / (n + 2))`-th of L sites and the outputs; costs about one more forward
+            of the hyper-connections, no branch runs again. "none": the operators stay apart, and
             each keeps what it was given; for comparison. With `inner_backend` "inductor" or
             "aot_eager".
         inner_backend: the compiler that receives the rewritten graph: "inductor", "aot_eager",

@@ -7,7 +7,8 @@
     mhc::mix_read(streams, branch, post, res, pre) -> (streams', h', moments')
     mhc::close(streams, branch, post, res) -> mean
 
-All but the last may compute the norm of h as well: `..., norm, gain, shift, norm_eps)`.
+All but the last may compute the norm of h as well, and write it in another dtype than that of the
+streams: `..., norm, gain, shift, norm_eps, read_dtype)`.
 
 Semantics and shapes: `mhc_compile.ops.fused_reference`. `passes.FuseSites` writes them, and
 `passes.FuseNorms` the norms; models and exported programs have only the operators of
@@ -50,8 +51,8 @@ _SITE = "Tensor phi, Tensor bias, Tensor scale"
 _HOW = "str mapping, int iterations, float eps"
 _READ = "Tensor h, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor inverse, Tensor moments"
 _NEXT = "Tensor h, Tensor next_pre, Tensor next_post, Tensor next_res, Tensor z, Tensor inverse, Tensor moments"
-#: What asks for a norm of h; without it there is none.
-NORM = "str norm='', Tensor? gain=None, Tensor? shift=None, float norm_eps=0.0"
+#: What asks for a norm of h, and another dtype; without it there is none.
+NORM = "str norm='', Tensor? gain=None, Tensor? shift=None, float norm_eps=0.0, ScalarType? read_dtype=None"
 NORM_BACKWARD = "str norm='', Tensor? gain=None, Tensor? shift=None, Tensor? moments=None"
 _OLD = "Tensor streams, Tensor branch, Tensor post, Tensor res"
 _GRADS = "Tensor? grad_h, Tensor? grad_post, Tensor? grad_res"
@@ -187,7 +188,9 @@ def _fake(name: str) -> Callable[..., Any]:
             likes = (given[key] for key in tensors_of(forward))
             return tuple(given["streams"].new_empty(0) if like is None else empty(like) for like in likes)
         n = given["n"] if "n" in given else given["post"].shape[-1]
-        found = fused.empty_results(name, given["streams"], n, given.get("phi"), given.get("norm", ""))
+        found = fused.empty_results(
+            name, given["streams"], n, given.get("phi"), given.get("norm", ""), given.get("read_dtype")
+        )
         return tuple(found) if len(found) > 1 else found[0]
 
     return results

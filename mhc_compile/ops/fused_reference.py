@@ -39,13 +39,17 @@ def _gathered(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum(-2, keepdim=True) if like.shape[-2] != grad.shape[-2] else grad
 
 
-def empty_results(name: str, streams: Tensor, n: int, phi: Tensor | None = None, norm: str = "") -> list[Tensor]:
+def empty_results(
+    name: str, streams: Tensor, n: int, phi: Tensor | None = None, norm: str = "", read_dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Return new tensors for the results of an operator above, or of `update`, contiguous."""
     width = streams.shape[-1]
     wide = (*([(n, width)] if name not in ("read", "close") else []), *([(width,)] if name != "update" else []))
     narrow = [(n,), (n,), (n, n), (phi.shape[-1],), (1,)] if phi is not None else []
     narrow += [(2 if norm else 0,)] if name not in ("update", "close") else []
     new = [streams.new_empty((*streams.shape[:-2], *shape)) for shape in wide]
+    if read_dtype is not None:
+        new[-1] = new[-1].to(read_dtype)
     dtype = reference.compute_dtype(streams)
     return [*new, *(streams.new_empty((*streams.shape[:-2], *shape), dtype=dtype) for shape in narrow)]
 

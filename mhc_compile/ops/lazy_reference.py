@@ -118,7 +118,7 @@ def empty_outputs(name: str, given: Mapping[str, Any]) -> list[Tensor]:
     unwritten = name == "lazy_step" and not given["write"]
     wide = streams.new_empty(0 if unwritten else (*streams.shape[:-2], n, streams.shape[-1]))
     if name == "lazy_step":
-        return [wide, *fused.empty_results("read", streams, n, given["phi"], given["norm"])]
+        return [wide, *fused.empty_results("read", streams, n, given["phi"], given["norm"], given["read_dtype"])]
     return [
         wide,
         *(streams.new_empty(0) if one is None else one.new_empty(one.shape) for one in differentiated(name, given)[1:]),

@@ -184,12 +184,12 @@ def register_autograd(
         differentiable: positions of the outputs that have a gradient, which may be None; None for
             all outputs, with zeros for those that are not used.
         moments: position of the moments of an operator that takes a norm, whose last arguments are
-            `norm, gain, shift, norm_eps`.
+            `norm, gain, shift, norm_eps, read_dtype`.
     """
     backward_of = getattr(torch.ops.mhc, f"{name}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        end = len(inputs) if moments is None else len(inputs) - 4
+        end = len(inputs) if moments is None else len(inputs) - 5
         tensors = [value for value in inputs[:end] if isinstance(value, Tensor)]
         ctx.settings, norm = inputs[len(tensors) : end], inputs[end:]
         last = (*norm[1:3], output[moments]) if norm and norm[0] else (None, None, None)
@@ -211,7 +211,7 @@ def register_autograd(
         if not ctx.norm:
             return *got, *nothing
         d_gain, d_shift = (None if like is None else grad for like, grad in zip(last[:2], got[-2:], strict=True))
-        return *got[: ctx.count], *nothing, None, d_gain, d_shift, None
+        return *got[: ctx.count], *nothing, None, d_gain, d_shift, None, None
 
     def once_only(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(

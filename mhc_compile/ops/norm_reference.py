@@ -68,7 +68,7 @@ def bound(function: Callable[..., Any], args: Sequence[Any]) -> dict[str, Any]:
 
 def tensors_of(function: Callable[..., Any]) -> list[str]:
     """Return the arguments of an operator that have a gradient, in the order of its backward."""
-    settings = ("n", "mapping", "iterations", "eps", "norm", "norm_eps")
+    settings = ("n", "mapping", "iterations", "eps", "norm", "norm_eps", "read_dtype")
     return [key for key in inspect.signature(function).parameters if key not in settings]
 
 
@@ -87,7 +87,7 @@ def _filled(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...
 def normed(at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Let an operator take `norm, gain, shift, norm_eps`, and return `moments`, [..., 0] without.
 
-    Its result number `at` is h.
+    Its result number `at` is h. It is cast to a `read_dtype`, the last argument.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,14 +96,15 @@ def normed(at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(function)
         def call(*args: Any) -> tuple[Tensor, ...]:
             results = list(function(*args[:count]))
-            norm, gain, shift, eps = _filled(args[count:], ("", None, None, 0.0))
+            norm, gain, shift, eps, dtype = _filled(args[count:], ("", None, None, 0.0, None))
             h = results[at]
             moments = h.new_empty((*h.shape[:-1], 0), dtype=torch.promote_types(h.dtype, torch.float32))
             if norm:
                 results[at], moments = normalize(h, norm, gain, shift, eps)
+            results[at] = results[at] if dtype is None else results[at].to(dtype)
             return *results, moments
 
-        call.__signature__ = _with_settings(function, {**_SETTINGS, "norm_eps": 0.0})  # type: ignore[attr-defined]
+        call.__signature__ = _with_settings(function, {**_SETTINGS, "norm_eps": 0.0, "read_dtype": None})  # type: ignore[attr-defined]
         return call
 
     return decorate

@@ -207,6 +207,15 @@ def known_tensor(node: Node) -> torch.Tensor:
     return value
 
 
+def cast_of(node: Node) -> torch.dtype | None:
+    """Return the dtype to which a node of AOTAutograd's graphs casts, if it does nothing else."""
+    if op_name(node) not in ("_to_copy", "convert_element_type") or node.kwargs.get("memory_format") is not None:
+        return None
+    source, result = known_tensor(node.all_input_nodes[0]), known_tensor(node)
+    moved = (source.device, source.layout) != (result.device, result.layout)
+    return None if moved else result.dtype
+
+
 def passes_value(node: Node) -> bool:
     """Return whether a differentiable value of an operand can reach the result.
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import lazy_oracle
 from helpers.gpu import CHOSEN, needs_device
-from helpers.site_oracle import EPS, NORMED, OPERATORS, Case, assert_close, errors
+from helpers.norms import norms, of_backward
+from helpers.site_oracle import EPS, NORMED, OPERATORS, TOLERANCES, Case, assert_close, error, errors
 
 from mhc_compile.config.presets import PRESETS
-from mhc_compile.ops import is_fused
+from mhc_compile.mappings import columns as columns_of
+from mhc_compile.ops import is_fused, lazy_reference
+from mhc_compile.ops.lazy_reference import LONGEST
 
 pytestmark = needs_device()
 mhc = torch.ops.mhc
@@ -130,6 +134,99 @@ def test_layer_norm_far_from_zero(device):
     for name, place in NORMED.items():
         want = case.by_equations(name, [tensor.double() for tensor in case.of(name)])[place]
         torch.testing.assert_close(case.call(name, case.of(name))[place].double(), want, rtol=0, atol=1e-3)
+
+
+def lazy_case(device, sites, dtype, tokens, held, seed=0):
+    """The tensors of a lazy step on the device and in float64, and gradients of its results."""
+    torch.manual_seed(seed)
+    given = lazy_oracle.values(sites, WIDTH, tokens, copies=held == 1, dtype=dtype)
+    place = torch.utils._pytree.tree_map(lambda tensor: tensor.to(device), given)
+    exact = torch.utils._pytree.tree_map(torch.Tensor.double, given)
+    grads = lazy_oracle.incoming(WIDTH, tokens)
+    near = [grad.to(device, dtype if i < 2 else torch.float32) for i, grad in enumerate(grads)]
+    return place, exact, near, [grad.cpu().double() for grad in near]
+
+
+@pytest.mark.parametrize("held", [1, lazy_oracle.N])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *([] if SLOW else [torch.float16])])
+@pytest.mark.parametrize("sites", range(1, LONGEST["cuda"] + 1))
+def test_lazy_steps(device, record_property, sites, dtype, held):
+    """The old streams are not in memory; with norms, and of three sites without a gradient."""
+    how, limits = lazy_oracle.HOW, TOLERANCES[dtype]
+    kinds = list(enumerate(norms(WIDTH)))
+    for number, norm in kinds[sites - 1 :: 4] if SLOW else kinds:  # the interpreter takes seconds for each
+        tokens = (67,) if SLOW else ((2, 65), (513,))[number % 2]
+        tensors, exact, grads, exact_grads = lazy_case(device, sites, dtype, tokens, held, number)
+        absent = number if sites == 3 else None
+        if absent is not None:
+            grads[absent] = exact_grads[absent] = None
+        near = tuple(one.to(device, torch.float32) if isinstance(one, torch.Tensor) else one for one in norm)
+        wide = tuple(one.to("cpu", torch.float32).double() if isinstance(one, torch.Tensor) else one for one in norm)
+        (after, *rest), wanted = lazy_oracle.oracle(exact, exact_grads, wide)
+        for write in (False, True):
+            streams, h, pre, *coefficients, moments = mhc.lazy_step(*tensors, write, *how, *near)
+            pairs = [(h, rest[0]), *zip(coefficients[:2], rest[1:], strict=True)]
+            pairs += [(streams, after)] if write else []
+            assert write or streams.shape == (0,)
+        if sites > 1:
+            saved = pre, *(coefficients[i] for i in (0, 2, 3)), *how, *of_backward(near, moments)
+            got = [one for one in mhc.lazy_step_backward(*grads, *tensors, *saved) if one.numel()]
+            pairs += zip(got, wanted, strict=True)
+        for place, (one, other) in enumerate(pairs):
+            limit = 10 * limits[1] if one.dim() == 1 else limits[int(one.dtype == torch.float32)]
+            found = error(one.detach().cpu(), other.detach())
+            record_property("error", (f"{str(dtype)[6:]} streams, lazy_step", found))
+            assert found <= limit, (place, list(one.shape), norm[:1], absent, found)
+
+
+@pytest.mark.parametrize(("n", "spec"), [(1, "sinkhorn"), (2, "permutations"), (3, "identity"), (4, TURNED)])
+def test_lazy_steps_of_other_conventions(device, n, spec):
+    """Against the compositions, which share nothing with the kernels."""
+    columns = columns_of(spec.split(";")[0], n)
+    for held in sorted({1, n}):
+        torch.manual_seed(n + held)
+        shapes = (held, WIDTH), *((WIDTH,), (n,), (n, n)) * 3
+        streams, *lists = (torch.randn(67, *shape, device=device) for shape in shapes)
+        lists = lists[::3], lists[1::3], lists[2::3]
+        site = torch.randn(n * WIDTH, columns) / n / 8, torch.randn(columns), torch.rand(3)
+        tensors = streams, *lists, *(one.to(device) for one in site)
+        how, grads = (
+            (spec, 3, EPS),
+            [torch.randn(67, *shape, device=device) for shape in ((n, WIDTH), (WIDTH,), (n,), (n, n))],
+        )
+        step, want = mhc.lazy_step(*tensors, True, *how), lazy_reference.lazy_step(*tensors, True, *how)
+        saved = (*(step[i] for i in (2, 3, 5, 6)), *how)
+        got = mhc.lazy_step_backward(*grads, *tensors, *saved)
+        for one, other in zip(
+            (*step, *got), (*want, *lazy_reference.lazy_step_backward(*grads, *tensors, *saved)), strict=True
+        ):
+            assert error(one, other.double()) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [*NORMED, "lazy_step"])
+def test_h_in_another_dtype(device, name):
+    """It is h, rounded; and a rounded gradient of it is that number."""
+    case = Case(device, 4, 4, 17, WIDTH, norm="rms", vectors="gain", iterations=2)
+    tensors = case.of(name) if name in NORMED else [case.tensors[key] for key in case.keys("step")]
+    if name == "lazy_step":
+        tensors[1:4] = ([one] * 2 for one in tensors[1:4])
+    tensors, place = tensors[:-1], NORMED.get(name, 1)
+    settings = case.settings(name) if name in NORMED else (True, *case.settings("step"))
+    norm = ("rms", case.tensors["gain"], None, EPS)
+    forward, backward = getattr(mhc, name), getattr(mhc, f"{name}_backward")
+    wide, half = forward(*tensors, *settings, *norm), forward(*tensors, *settings, *norm, torch.bfloat16)
+    assert half[place].dtype == torch.bfloat16
+    assert torch.equal(half[place], wide[place].bfloat16())
+    grad = torch.randn(half[place].shape, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
+    count = {"read": 3, "mix_read": 2, "shifted_step": 5}.get(name, 4)
+    at = {"read": (1, 2, 4, 5), "mix_read": ()}.get(name, (2, 3, 5, 6))
+    saved = (*(wide[i] for i in at), *settings[name in ("read", "lazy_step") :], *norm[:3], wide[-1])
+    found = []
+    for one in (grad, grad.float()):
+        grads = [None] * count
+        grads[place] = one
+        found.append(backward(*grads, *tensors, *saved))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("iterations", [1, 2])

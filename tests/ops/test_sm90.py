@@ -30,7 +30,7 @@ LIGER = str(PRESETS["liger"].convention)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 C, T = 2560, 4096
 #: Streams, their dtype, the convention, and whether sites read with the weights of the site before.
-#: Where the name ends with a norm, h has it.
+#: Where the name ends with a norm, h has it; where it begins with "lazy", streams are.
 KINDS = {
     "paper, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
     "single pass, n = 4, bfloat16": (4, BF16, V4, True),
@@ -47,6 +47,9 @@ KINDS = {
     "paper, n = 4, bfloat16, rms": (4, BF16, "sinkhorn", False),
     "paper, n = 4, bfloat16, layer": (4, BF16, "sinkhorn", False),
     "single pass, n = 4, bfloat16, rms": (4, BF16, V4, True),
+    "lazy, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
+    "lazy, n = 4, float32": (4, FP32, "sinkhorn", False),
+    "lazy, n = 4, bfloat16, layer": (4, BF16, "sinkhorn", False),
 }
 
 
@@ -54,8 +57,12 @@ def sites(kind: str, tokens: int = T):
     n, dtype, convention, single_pass = KINDS[kind]
     last = kind.split(", ")[-1]
     norm = last if last in NORMS else ""
-    found = ahead.launches_of(dtype, dtype, n, C, convention, tokens=tokens, single_pass=single_pass, norm=norm)
-    return {name: launches for name, launches in found.items() if not (norm and name.startswith("close"))}
+    lazy = kind.startswith("lazy")
+    found = ahead.launches_of(
+        dtype, dtype, n, C, convention, tokens=tokens, single_pass=single_pass, lazy=lazy, norm=norm
+    )
+    seen = ("lazy",) if lazy else ("read", "step", "shifted", "mix") if norm else ("",)
+    return {name: launches for name, launches in found.items() if name.startswith(seen)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +79,7 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
             assert found.shared <= LARGEST, what
             assert found.programs >= 1, what
             if n <= 4:
-                assert found.spilled <= (20 if kernel == "forward_kernel" else 6), what
+                assert found.spilled <= {"forward_kernel": 20, "backward_kernel": 130}.get(kernel, 0), what
             if n <= 4 and kernel == "forward_kernel":
                 assert found.programs >= 2, what
             numbers = (found.registers, found.spilled, found.shared, found.warps, found.instructions, found.programs)

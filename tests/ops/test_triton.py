@@ -123,7 +123,8 @@ def test_a_launch_waits_for_the_threads_that_compile():
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs the interpreter: TRITON_INTERPRET=1 before Triton is imported")
     launch(
-        prepare_kernel, (1,), counters, phi, phi, 4, 0, columns=1, stride=1, packs=False, block=16
+        prepare_kernel, (1,), counters, phi, phi, 4, 0, *[phi] * 6, 0,
+        columns=1, stride=1, packs=False, n=1, m=1, older=0, block=16,
     )  # fmt: skip
     assert done.is_set()
     assert counters.tolist() == [0, 0, 0, 0, 1]

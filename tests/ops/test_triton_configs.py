@@ -24,7 +24,7 @@ from mhc_compile.config.options import Options
 from mhc_compile.errors import OptionError
 from mhc_compile.ops import fused_reference as reference
 from mhc_compile.ops import triton as kernels
-from mhc_compile.ops.triton import ahead, configs, operators
+from mhc_compile.ops.triton import ahead, configs
 from mhc_compile.ops.triton._shapes import Sizes
 from mhc_compile.reporting.progress import Lines, Silent
 from mhc_compile.tools.bench import tune as search
@@ -162,8 +162,15 @@ def test_a_missing_file_is_an_error(monkeypatch, use):
         launched()
 
 
-def test_every_size_divides_the_tokens_of_a_group():
-    assert all(operators._GROUP % size == 0 for size in configs.SIZES)
+@pytest.mark.parametrize("size", configs.SIZES)
+def test_tiles_of_every_size_fit_the_groups_of_the_backward(use, size):
+    use({STEP.replace("forward", "backward"): {**BACKWARD, "block_tokens": size, "dot_tokens": 16}})
+    launches = ahead.launches_of(FP32, FP32, 2, 40, "sinkhorn")["step backward, m=2"]
+    (one,) = (launch for launch in launches if "dot_tokens" in launch.constants)
+    given = dict(zip(one.kernel.arg_names, one.arguments, strict=False))
+    assert one.constants["block_tokens"] == size
+    assert given["group_tokens"] % size == 0
+    assert given["group_tokens"] >= 320
 
 
 @pytest.mark.parametrize("n", range(1, 9))

@@ -147,7 +147,7 @@ def _kernel(module: Any, name: str) -> Callable[..., Any]:
         store, other = streams.dtype, given.get("branch", streams).dtype
         n = given["post"].shape[-1] if "post" in given else given["n"]
         built = library_of(store, other, n, given.get("mapping"))
-        if built is None or not streams.numel():
+        if given.pop("read_dtype", None) or built is None or not streams.numel():
             return reference.dense(getattr(module, name))(*args)
         compute = reference.compute_dtype(streams)
         dtypes = {**dict.fromkeys(AS_STREAMS, store), "branch": other}

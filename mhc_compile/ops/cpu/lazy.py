@@ -39,7 +39,7 @@ def _kernel(name: str) -> Callable[..., Any]:
         given = lazy.by_name(name, args)
         streams, branches, post, mapping = given["streams"], given["branches"], given["post"], given.get("mapping")
         n = post[-1].shape[-1]
-        if not streams.numel() or not takes(streams, branches, n, mapping):
+        if given.pop("read_dtype", None) or not streams.numel() or not takes(streams, branches, n, mapping):
             return reference.dense(composition)(*args)
         compute = reference.compute_dtype(streams)
         dtypes = {**dict.fromkeys(AS_STREAMS, streams.dtype), "branches": branches[-1].dtype}
@@ -54,7 +54,7 @@ def _kernel(name: str) -> Callable[..., Any]:
             for key, value in given.items()
             if value is None or isinstance(value, Tensor | list)
         }
-        outs = lazy.empty_outputs(name, {**given, **tensors})
+        outs = lazy.empty_outputs(name, {**given, **tensors, "read_dtype": None})
         library = library_of(streams.dtype, branches[-1].dtype, n, mapping, lazy=True)
         tokens, width = streams.shape[:-2].numel(), streams.shape[-1]
         sizes = (tokens, width, streams.shape[-2], len(branches), given.get("iterations", 1), threads_for(tokens))

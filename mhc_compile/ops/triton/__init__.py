@@ -31,19 +31,14 @@ __all__ = [
 ]  # fmt: skip
 
 if available():
+    from .mixing_operators import close, close_backward, mix_read, mix_read_backward, update, update_backward
     from .operators import (
-        close,
-        close_backward,
         lazy_step,
         lazy_step_backward,
-        mix_read,
-        mix_read_backward,
         read,
         read_backward,
         shifted_step,
         shifted_step_backward,
         step,
         step_backward,
-        update,
-        update_backward,
     )

@@ -34,6 +34,21 @@ def flat(tensor: Tensor, axes: int) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[tensor.dim() - axes :]).contiguous()
 
 
+def numbers(like: Tensor, *shape: int) -> Tensor:
+    """Return a new float32 tensor on the device of another."""
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def flat_or(tensor: Tensor | None, axes: int, nothing: Tensor) -> Tensor:
+    """Return `flat` of a tensor, and for an absent one a tensor without numbers."""
+    return nothing if tensor is None else flat(tensor, axes)
+
+
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """Return a gain or shift [C] for a kernel, for which one that is None is a constant."""
+    return None if tensor is None else tensor.contiguous()
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of one site: n streams of width C that have m sources, and K columns of phi.

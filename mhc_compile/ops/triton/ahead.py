@@ -14,9 +14,9 @@ import triton
 
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.mappings import columns
+from mhc_compile.ops import triton as operators
 from mhc_compile.ops.lazy_reference import LONGEST
 
-from . import operators
 from .launch import COMPILING, Launch, noted
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ read are known before (`shifted`: they are the site's before), h is written in t
 2 n C + 2 C elements a token are moved. The new streams need not be written (`writes`), nor the old
 ones be in memory (`older`: see `blocks`).
 
-Else, and where h has a norm, it needs a second walk, over the new streams or their sources. It is the work of later
-programs of the same launch, `lag` tiles of tokens after the first, so that the streams are still in
-the L2 cache. They wait for the coefficients, and with a norm read the streams twice. Each program
-takes a number when it begins, and its work by that number; a walk only waits for programs with a
-smaller number, which have begun and wait for none, so that no order in which a GPU begins programs
-can end in a deadlock.
+Else, and where h has a norm, it needs a second walk, over the new streams or their sources. It is
+the work of later programs of the same launch, `lag` tiles of tokens after the first, so that the
+streams are still in the L2 cache. They wait for the coefficients, and with a norm read the streams
+twice. Each program takes a number when it begins, and its work by that number; a walk only waits
+for programs with a smaller number, which have begun and wait for none, so that no order in which a
+GPU begins programs can end in a deadlock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Allocations and launches: the operators. Shapes: the package; order of arguments: the schemas."""
+"""Allocations and launches: the operators of a site that begins.
+
+Shapes: the package; order of arguments: the schemas.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import torch
 import triton
 
 from . import configs
-from ._shapes import Sizes, flat
+from ._shapes import Sizes, flat, flat_or, numbers, vector
 from .backward import backward_kernel
 from .blocks import prepare_kernel
 from .forward import forward_kernel
 from .launch import interpreted, launch
-from .mixing import close_backward_kernel, close_kernel, update_backward_kernel, update_kernel
 from .norm import dots_of
-from .sums import programs, sums_kernel
+from .sums import sum_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,20 +30,6 @@ if TYPE_CHECKING:
 #: Tokens of which a program of the second backward walk keeps the sum of dphi, or a few more, so
 #: that tiles fit. Fewer move more bytes, more leave processors idle at the end.
 _GROUP = 320
-
-
-def _numbers(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def _flat(tensor: Tensor | None, axes: int, nothing: Tensor) -> Tensor:
-    """Return `flat` of a tensor, and for an absent one a tensor without numbers."""
-    return nothing if tensor is None else flat(tensor, axes)
-
-
-def _vector(tensor: Tensor | None) -> Tensor | None:
-    """Return a gain or shift [C] for a kernel, for which one that is None is a constant."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def _prepared(
@@ -59,7 +47,7 @@ def _prepared(
     packed = phi.new_empty(2, phi.shape[0], stride, dtype=torch.bfloat16) if packs else weights
     size = phi.numel() if packs else 0
     tokens = res.shape[0] if sizes.older else 0
-    combined = _numbers(phi, 2, tokens, sizes.n, sizes.m)
+    combined = numbers(phi, 2, tokens, sizes.n, sizes.m)
     sites = [flat(one[k], axes) for k in range(sizes.older) for one, axes in zip(older[1:], (1, 2), strict=True)]
     launch(
         prepare_kernel, (max(triton.cdiv(max(size, counters), 1024), triton.cdiv(tokens, 128)),),
@@ -78,7 +66,7 @@ def _forward(
     streams: Tensor, mix: Sequence[Tensor], read_pre: Tensor | None, site: Sequence[Tensor], n: int,
     mapping: str, iterations: int, eps: float,
     norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
-    *, older: Older = ((), (), ()), write: bool = True,
+    read_dtype: torch.dtype | None = None, *, older: Older = ((), (), ()), write: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return `(new_streams, h, pre, post, res, z, inverse, moments)`.
 
@@ -91,15 +79,15 @@ def _forward(
     tokens, lead = x.shape[0], streams.shape[:-2]
     nothing = x.new_empty(0)
     branch, post, res = (
-        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+        flat_or(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
     )
     writes = bool(mix) and write
     new = x.new_empty(tokens, n, sizes.width) if writes else nothing
-    h = x.new_empty(tokens, sizes.width)
+    h = x.new_empty(tokens, sizes.width, dtype=read_dtype)
     new_pre, new_post, new_res, z, inverse = (
-        _numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
+        numbers(x, tokens, *shape) for shape in ((n,), (n,), (n, n), (sizes.columns,), (1,))
     )
-    moments = _numbers(x, tokens, 2 if norm else 0)
+    moments = numbers(x, tokens, 2 if norm else 0)
     phi, bias, scale = site
     shifted = read_pre is not None and not norm
     config = configs.forward(sizes, shifted, norm)
@@ -109,10 +97,10 @@ def _forward(
     counters, weights, stride, _, mixing = _prepared(phi, sizes, 1 + 2 * work.tiles, older, res, forward=True)
     launch(
         forward_kernel, ((work.tiles + work.lag) * (work.parts + reads),),
-        x, *_branches(older, branch), branch, post, mixing, _flat(read_pre, 1, new_pre), weights, bias.contiguous(), scale.contiguous(),
-        new, h, new_pre, new_post, new_res, z, inverse, _numbers(x, work.parts, sizes.columns + 1, tokens), counters,
+        x, *_branches(older, branch), branch, post, mixing, flat_or(read_pre, 1, new_pre), weights, bias.contiguous(), scale.contiguous(),
+        new, h, new_pre, new_post, new_res, z, inverse, numbers(x, work.parts, sizes.columns + 1, tokens), counters,
         tokens, sizes.width, work.parts, work.each, work.lag, iterations, eps,
-        _vector(gain), _vector(shift), moments, norm_eps,
+        vector(gain), vector(shift), moments, norm_eps,
         n=n, m=sizes.m, older=sizes.older, columns=sizes.columns, stride=stride, thin=sizes.thin, mixes=bool(mix),
         writes=writes, shifted=shifted, halves=sizes.halves, precision=sizes.precision, interpreted=interpreted(), norm=norm,
         **sizes.constants, **config.constants,
@@ -164,10 +152,10 @@ def _backward(
     tokens, width, columns = x.shape[0], sizes.width, sizes.columns
     nothing = x.new_empty(0)
     branch, post, res = (
-        _flat(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
+        flat_or(tensor, axes, nothing) for tensor, axes in zip(mix or (None,) * 3, (1, 1, 2), strict=True)
     )
     pre = flat(new_pre, 1)
-    gradients = [_flat(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
+    gradients = [flat_or(grad, axes, nothing) for grad, axes in zip(grads, (2, 1, 1, 1, 2), strict=True)]
     has_streams, has_read, has_pre, has_post, has_res = (grad is not None for grad in grads)
     shifted, norm = read_pre is not None, norm if has_read else ""
     read_by = pre if read_pre is None else flat(read_pre, 1)
@@ -185,20 +173,20 @@ def _backward(
     d_streams = x.new_empty(tokens, n, width) if sizes.older else torch.empty_like(x)
     d_branch = torch.empty_like(branch)
     count = (n + n * sizes.m if mix else 0) + (n if shifted else 0)
-    products = _numbers(x, blocks, count, tokens)
-    phi_parts = _numbers(x, groups, *phi.shape)
-    shares = _numbers(x, work.tiles, columns + 3)
-    norm_parts = _numbers(x, groups if norm else 0, 2, width)
+    products = numbers(x, blocks, count, tokens)
+    phi_parts = numbers(x, groups, *phi.shape)
+    shares = numbers(x, work.tiles, columns + 3)
+    norm_parts = numbers(x, groups if norm else 0, 2, width)
     counters, weight, _, before, mixing = _prepared(phi, sizes, 1 + work.tiles + groups, older, res, forward=False)
     launch(
         backward_kernel, ((groups + lag) * (parts * (group // dot_tokens) + blocks),),
         x, *gradients, *_branches(older, branch), branch, post, mixing, res, read_by, weight, bias.contiguous(), scale.contiguous(),
         pre, flat(new_post, 1), flat(z, 1), inverse.reshape(-1).contiguous(),
-        d_streams, d_branch, products, phi_parts, shares, _numbers(x, tokens, columns), _numbers(x, tokens),
-        _numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), _numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
+        d_streams, d_branch, products, phi_parts, shares, numbers(x, tokens, columns), numbers(x, tokens),
+        numbers(x, parts, dots_of(sizes.m + bool(mix), norm), tokens), numbers(x, max(iterations - 1, 1), 2 * n, tokens), counters,
         tokens, width, parts, work.each, group, lag, iterations,
-        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing),
-        _numbers(x, 2 if norm else 0, tokens), norm_parts,
+        vector(gain), vector(shift), flat_or(moments if norm else None, 1, nothing),
+        numbers(x, 2 if norm else 0, tokens), norm_parts,
         n=n, m=sizes.m, older=sizes.older, columns=columns, halves=sizes.halves, thin=sizes.thin,
         mixes=bool(mix), shifted=shifted, has_streams=has_streams, has_read=has_read, has_pre=has_pre,
         has_post=has_post, has_res=has_res, precision=sizes.precision, interpreted=interpreted(), norm=norm,
@@ -206,7 +194,7 @@ def _backward(
     )  # fmt: skip
     d_phi, d_bias, d_scale = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(scale)
     site = phi_parts, d_phi, shares, d_bias, d_scale
-    *mixed, d_gain, d_shift = _sums(x, sizes, mix, read_pre, products, site, (norm_parts, gain, shift), before)
+    *mixed, d_gain, d_shift = sum_up(x, sizes, mix, read_pre, products, site, (norm_parts, gain, shift), before)
     d_branch = d_branch.reshape(mix[0].shape) if mix else d_branch
     return (
         d_streams.reshape(*streams.shape[:-2], *d_streams.shape[1:]),
@@ -218,38 +206,6 @@ def _backward(
         d_gain,
         d_shift,
     )
-
-
-def _sums(
-    x: Tensor, sizes: Sizes, mix: Sequence[Tensor], read_pre: Tensor | None, products: Tensor,
-    site: tuple[Tensor, ...] = (), norm: tuple[Tensor | None, ...] = (None, None, None), before: Tensor | None = None,
-    *, mean: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Add up the results of the other kernels; return `(d_post, d_res, d_pre, d_gain, d_shift)`.
-
-    `site` is `(phi_parts, d_phi, shares, d_bias, d_scale)`, of which the second and the last two
-    are written; `norm` is `(norm_parts, gain, shift)`; `before` is that of `sums_kernel`.
-    """
-    tokens, n = x.shape[0], sizes.n
-    nothing = x.new_empty(0)
-    d_post, d_res, d_pre = (
-        nothing if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (*(mix[1:] or (None, None)), read_pre)
-    )
-    phi_parts, d_phi, shares, d_bias, d_scale = site or (nothing,) * 5
-    rows = d_phi.shape[0] if site else 0
-    norm_parts = nothing if norm[0] is None else norm[0]
-    d_norm = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norm[1:]]
-    vectors = [tensor.numel() for tensor in d_norm if tensor is not None]
-    flags = {"mixes": bool(mix), "reads": read_pre is not None, "projects": bool(site)}
-    launch(
-        sums_kernel, (programs(tokens, rows, n, sizes.columns, vectors, **flags),),
-        products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale,
-        products.shape[0], tokens, phi_parts.shape[0] if site else 0, rows, shares.shape[0] if site else 0,
-        norm_parts, *d_norm, sizes.width, norm_parts.shape[0], nothing if before is None else before,
-        n=n, m=sizes.m, older=sizes.older, columns=sizes.columns, mean=mean, **flags, num_warps=4,
-    )  # fmt: skip
-    return d_post, d_res, d_pre, *(nothing if tensor is None else tensor for tensor in d_norm)
 
 
 def read_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -281,96 +237,3 @@ def shifted_step_backward(*args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of `shifted_step` for its tensors."""
     grads, streams, mix, pre, site, saved = args[:5], args[5], args[6:9], args[9], args[10:13], args[13:17]
     return _backward(grads, streams, mix, pre, site, saved, *args[17:])
-
-
-def _update(
-    streams: Tensor, branch: Tensor, post: Tensor, res: Tensor, pre: Tensor | None,
-    norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None, norm_eps: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.of(streams, post.shape[-1])
-    x, tiles = flat(streams, 2), configs.mixing(sizes, 8 if norm else 4)
-    nothing = x.new_empty(0)
-    new = x.new_empty(*streams.shape[:-2], sizes.n, sizes.width)
-    h = x.new_empty(*streams.shape[:-2], sizes.width) if pre is not None else nothing
-    moments = _numbers(x, *streams.shape[:-2], 2 if norm else 0)
-    launch(
-        update_kernel, _grid(x, tiles, norm), x, flat(branch, 1), flat(post, 1), flat(res, 2),
-        _flat(pre, 1, nothing), new, h, x.shape[0], sizes.width, _vector(gain), _vector(shift), moments, norm_eps,
-        n=sizes.n, m=sizes.m, reads=pre is not None, norm=norm, **tiles,
-    )  # fmt: skip
-    return new, h, moments
-
-
-def _grid(x: Tensor, tiles: dict[str, Any], norm: str = "") -> tuple[int, int]:
-    tokens, blocks = triton.cdiv(x.shape[0], tiles["block_tokens"]), triton.cdiv(x.shape[-1], tiles["block_channels"])
-    return tokens, 1 if norm else blocks
-
-
-def update(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """Return the new streams [..., n, C]: `X'_i = Σ_j res_ij X_j + post_i y`."""
-    return _update(streams, branch, post, res, None)[0]
-
-
-def mix_read(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new streams, `h = Σ_j pre_j X'_j`, and the moments of its norm."""
-    return _update(*args)
-
-
-def close(streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """Return the mean of the new streams, [..., C], which are neither written nor rounded."""
-    sizes = Sizes.of(streams, post.shape[-1])
-    x, tiles = flat(streams, 2), configs.mixing(sizes)
-    mean = x.new_empty(*streams.shape[:-2], sizes.width)
-    launch(
-        close_kernel, _grid(x, tiles), x, flat(branch, 1), flat(post, 1), flat(res, 2), mean, x.shape[0], sizes.width,
-        n=sizes.n, m=sizes.m, **tiles,
-    )  # fmt: skip
-    return mean
-
-
-def _update_backward(
-    grad: Tensor | None, grad_read: Tensor | None, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor,
-    pre: Tensor | None, norm: str = "", gain: Tensor | None = None, shift: Tensor | None = None,
-    moments: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    sizes = Sizes.of(streams, post.shape[-1])
-    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
-    norm = norm if grad_read is not None else ""
-    tokens, grid, reads, nothing = x.shape[0], _grid(x, tiles), pre is not None, x.new_empty(0)
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
-    partial = _numbers(x, grid[1], sizes.n * (1 + sizes.m + reads), tokens)
-    norm_parts = _numbers(x, grid[0] if norm else 0, 2, sizes.width)
-    launch(
-        update_backward_kernel, _grid(x, tiles, norm), x, _flat(grad, 2, nothing), _flat(grad_read, 1, nothing),
-        y, flat(post, 1), flat(res, 2), _flat(pre, 1, nothing), d_streams, d_branch, partial, tokens, sizes.width,
-        _vector(gain), _vector(shift), _flat(moments if norm else None, 1, nothing), norm_parts,
-        n=sizes.n, m=sizes.m, has_streams=grad is not None, has_read=grad_read is not None,
-        reads=reads, norm=norm, **tiles,
-    )  # fmt: skip
-    mixed = _sums(x, sizes, (branch, post, res), pre, partial, norm=(norm_parts, gain, shift))
-    return d_streams.reshape(streams.shape), d_branch.reshape(branch.shape), *mixed
-
-
-def update_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `update` for `grad` [..., n, C]."""
-    return _update_backward(grad, None, streams, branch, post, res, None)[:4]
-
-
-def mix_read_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of `mix_read` for its tensors."""
-    return _update_backward(*args)
-
-
-def close_backward(grad: Tensor, streams: Tensor, branch: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `close` for `grad` [..., C]."""
-    sizes = Sizes.of(streams, post.shape[-1])
-    x, y, tiles = flat(streams, 2), flat(branch, 1), configs.mixing(sizes, 8)
-    tokens, grid = x.shape[0], _grid(x, tiles)
-    d_streams, d_branch = torch.empty_like(x), torch.empty_like(y)
-    partial = _numbers(x, grid[1], 1 + sizes.m, tokens)
-    launch(
-        close_backward_kernel, grid, x, flat(grad, 1), y, flat(post, 1), flat(res, 2), d_streams, d_branch, partial,
-        tokens, sizes.width, n=sizes.n, m=sizes.m, **tiles,
-    )  # fmt: skip
-    mixed = _sums(x, sizes, (branch, post, res), None, partial, mean=True)
-    return d_streams.reshape(streams.shape), d_branch.reshape(branch.shape), *mixed[:2]

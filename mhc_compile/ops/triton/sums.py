@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
 from .blocks import filled, wide
+from .launch import launch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ._shapes import Sizes
 
 
 @triton.jit
@@ -134,3 +144,35 @@ def programs(
     count += triton.cdiv(tokens * n, 128) if reads else 0
     count += triton.cdiv(rows * columns, 128) + triton.cdiv(columns, 32) + 1 if projects else 0
     return count + sum(int(triton.cdiv(size, 128)) for size in vectors)
+
+
+def sum_up(
+    x: Tensor, sizes: Sizes, mix: Sequence[Tensor], read_pre: Tensor | None, products: Tensor,
+    site: tuple[Tensor, ...] = (), norm: tuple[Tensor | None, ...] = (None, None, None), before: Tensor | None = None,
+    *, mean: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Add up the results of the other kernels; return `(d_post, d_res, d_pre, d_gain, d_shift)`.
+
+    `site` is `(phi_parts, d_phi, shares, d_bias, d_scale)`, of which the second and the last two
+    are written; `norm` is `(norm_parts, gain, shift)`; `before` is that of `sums_kernel`.
+    """
+    tokens, n = x.shape[0], sizes.n
+    nothing = x.new_empty(0)
+    d_post, d_res, d_pre = (
+        nothing if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (*(mix[1:] or (None, None)), read_pre)
+    )
+    phi_parts, d_phi, shares, d_bias, d_scale = site or (nothing,) * 5
+    rows = d_phi.shape[0] if site else 0
+    norm_parts = nothing if norm[0] is None else norm[0]
+    d_norm = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in norm[1:]]
+    vectors = [tensor.numel() for tensor in d_norm if tensor is not None]
+    flags = {"mixes": bool(mix), "reads": read_pre is not None, "projects": bool(site)}
+    launch(
+        sums_kernel, (programs(tokens, rows, n, sizes.columns, vectors, **flags),),
+        products, d_post, d_res, d_pre, phi_parts, d_phi, shares, d_bias, d_scale,
+        products.shape[0], tokens, phi_parts.shape[0] if site else 0, rows, shares.shape[0] if site else 0,
+        norm_parts, *d_norm, sizes.width, norm_parts.shape[0], nothing if before is None else before,
+        n=n, m=sizes.m, older=sizes.older, columns=sizes.columns, mean=mean, **flags, num_warps=4,
+    )  # fmt: skip
+    return d_post, d_res, d_pre, *(nothing if tensor is None else tensor for tensor in d_norm)
