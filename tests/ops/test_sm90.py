@@ -79,7 +79,7 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
             assert found.shared <= LARGEST, what
             assert found.programs >= 1, what
             if n <= 4:
-                assert found.spilled <= {"forward_kernel": 20, "backward_kernel": 130}.get(kernel, 0), what
+                assert found.spilled <= {"forward_kernel": 45, "backward_kernel": 220}.get(kernel, 0), what
             if n <= 4 and kernel == "forward_kernel":
                 assert found.programs >= 2, what
             numbers = (found.registers, found.spilled, found.shared, found.warps, found.instructions, found.programs)
@@ -88,17 +88,17 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
 
 
 def test_bytes_and_launches():
-    """Launches and elements of a stream a token. Setting the counters to zero is a launch."""
+    """Launches and elements of a stream a token."""
     unit = T * C * 2
     limits = {
-        "paper, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},
-        "deepseek-v4, n = 4, bfloat16": {"step": (2, 12), "step backward": (2, 18)},
+        "paper, n = 4, bfloat16": {"step": (2, 10.5), "step backward": (3, 17.3)},
+        "deepseek-v4, n = 4, bfloat16": {"step": (2, 10.5), "step backward": (3, 17.3)},
         "single pass, n = 4, bfloat16": {
-            "shifted step": (2, 10.5), "shifted step backward": (2, 17.6), "mix read": (1, 10.1), "mix read backward": (2, 15.9)
+            "shifted step": (2, 10.5), "shifted step backward": (3, 17.4), "mix read": (1, 10.1), "mix read backward": (2, 15.9)
         },
-        "paper, n = 4, bfloat16, rms": {"step": (2, 10.5), "step backward": (2, 17.5)},
+        "paper, n = 4, bfloat16, rms": {"step": (2, 10.5), "step backward": (3, 17.4)},
         "single pass, n = 4, bfloat16, rms": {
-            "shifted step": (2, 10.5), "shifted step backward": (2, 17.7), "mix read": (1, 10.1), "mix read backward": (2, 16.4)
+            "shifted step": (2, 10.5), "shifted step backward": (3, 17.5), "mix read": (1, 10.1), "mix read backward": (2, 16.4)
         },
     }  # fmt: skip
     for kind, operators in limits.items():
@@ -108,7 +108,20 @@ def test_bytes_and_launches():
             assert moved(found) / unit <= elements, (kind, name, moved(found) / unit)
 
 
-@pytest.mark.parametrize("kind", ["paper, n = 4, bfloat16", "single pass, n = 4, bfloat16", *list(KINDS)[-3:]])
+def test_bytes_and_launches_of_lazy_steps():
+    """Of three sites, the first of which has a step's backward; only the last writes n streams."""
+    found, unit = sites("lazy, n = 4, bfloat16"), T * C * 2
+    forward = [found[f"lazy step, m=4, {older} older"] for older in range(3)]
+    backward = [found[f"lazy step backward, m=4, {older} older"] for older in (1, 2)]
+    backward.append(sites("paper, n = 4, bfloat16")["step backward, m=4"])
+    assert [len(one) for one in (*forward, *backward)] == [2, 2, 2, 3, 3, 3]
+    assert sum(map(moved, forward)) / unit / 3 <= 8.8
+    assert sum(map(moved, backward)) / unit / 3 <= 18.5
+
+
+@pytest.mark.parametrize(
+    "kind", [one for one in KINDS if one.startswith(("paper, n = 4, b", "single", "lazy, n = 4, b"))]
+)
 def test_the_number_of_tokens_makes_no_other_kernel(kind):
     """A last batch, or the first token of `generate`, compiles nothing in the middle of a run."""
     keys = {t: [key_of(one) for launches in sites(kind, t).values() for one in launches] for t in (1, 2, 16, 63, 4096)}
