@@ -39,7 +39,8 @@ def launches_of(
     closes them. In a single pass sites read with the weights of the site before. With `lazy`
     streams there are also steps that do not write them, or do not find them. The number of `tokens`
     makes no other kernel. With a `norm` each h has one, with a gain of the streams' dtype (and for
-    "layer" a shift); kernels of another norm are compiled by their first call.
+    "layer" a shift), and it has the dtype of the branch, if that is the narrower one; kernels of
+    another norm are compiled by their first call.
     With `run(operator, args)` nothing is noted: it calls them with tensors of another `make`.
     """
     count = columns(parse(mapping).mapping, n)
@@ -48,6 +49,7 @@ def launches_of(
     pre, post, res = make(tokens, n), make(tokens, n), make(tokens, n, n)
     gain = make(width, dtype=streams) if norm else None
     kind = norm, gain, gain if norm == "layer" else None
+    reading = (*kind, 1e-6, branch if branch.itemsize < streams.itemsize else None)
     launches: dict[str, list[Launch]] = {}
 
     def note(name: str, *args: Any) -> Any:
@@ -64,20 +66,20 @@ def launches_of(
         held = make(tokens, m, width, dtype=streams)
         old = held, make(tokens, width, dtype=branch), post, res
         if single_pass:
-            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how, *kind, 1e-6)
+            new, *read = note(f"shifted_step, m={m}", *old, pre, *site, *how, *reading)
             note(f"shifted_step_backward, m={m}", new, *read[:4], *old, pre, *site, *saved(read))
-            *outs, moments = note(f"mix_read, m={m}", *old, pre, *kind, 1e-6)
+            *outs, moments = note(f"mix_read, m={m}", *old, pre, *reading)
             note(f"mix_read_backward, m={m}", *outs, *old, pre, *kind, moments)
             continue
         if m == 1:
-            read = note("read, m=1", held, *site, n, *how, *kind, 1e-6)
+            read = note("read, m=1", held, *site, n, *how, *reading)
             note("read_backward, m=1", read[0], *read[2:4], held, *site, *saved(read))
-        new, *read = note(f"step, m={m}", *old, *site, *how, *kind, 1e-6)
+        new, *read = note(f"step, m={m}", *old, *site, *how, *reading)
         note(f"step_backward, m={m}", new, read[0], *read[2:4], *old, *site, *saved(read))
         for older in range(LONGEST["cuda"] if lazy else 0):
             sites = [[make(*one.shape, dtype=one.dtype) for _ in range(older + 1)] for one in old[1:]]
             write = older + 1 == LONGEST["cuda"]
-            note(f"lazy_step, m={m}, {older} older", held, *sites, *site, write, *how, *kind, 1e-6)
+            note(f"lazy_step, m={m}, {older} older", held, *sites, *site, write, *how, *reading)
             if older:
                 grads = make(tokens, n, width, dtype=streams), read[0], *read[2:4]
                 note(f"lazy_step_backward, m={m}, {older} older", *grads, held, *sites, *site, *saved(read))
