@@ -212,7 +212,8 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                             assert not len(one)
                             continue
                         assert one.dtype == like.dtype
-                        assert close(one, other, 3 * max(tolerance, TOLERANCES[like.dtype]))
+                        sums = 10 if one.dim() == 1 else 1  # gradients of bias and scale: terms cancel
+                        assert close(one, other, 3 * sums * max(tolerance, TOLERANCES[like.dtype]))
             for name, args in (("close", given[:4]), ("close_backward", [grads[1], *given[:4]])):
                 got, want = getattr(cpu, name)(*args), getattr(fused, name)(*(t.double() for t in args))
                 for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
