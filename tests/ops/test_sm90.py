@@ -79,7 +79,7 @@ def test_what_a_compiler_makes_of_the_kernels(kind, regenerate):
             assert found.shared <= LARGEST, what
             assert found.programs >= 1, what
             if n <= 4:
-                assert found.spilled <= {"forward_kernel": 45, "backward_kernel": 220}.get(kernel, 0), what
+                assert found.spilled <= {"forward_kernel": 45, "backward_kernel": 220}.get(kernel, 6), what
             if n <= 4 and kernel == "forward_kernel":
                 assert found.programs >= 2, what
             numbers = (found.registers, found.spilled, found.shared, found.warps, found.instructions, found.programs)
