@@ -30,7 +30,11 @@ _SIZES = ("widths", "layers", "tokens", "vocabulary")
 _NOT_OF_A_TARGET = ("kind", "only", "png_file", "processes", "seconds", *_SIZES)
 _OF_A_TARGET = ("settings", "full_size", "train", "weights")
 _TUNE = {"tune_file", "widths", "tokens", "device", "dtype", "quiet", "preset", "streams", "mapping", "single_pass"}
-_FLAGS = {"kind": "--benchmark", "png_file": "--png", "widths": "--width"}
+_FLAGS = {"kind": "--benchmark", "png_file": "--png", "tune_file": "--tune", "widths": "--width"}
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001 - click's signature
@@ -135,10 +139,11 @@ def command(
         if not torch.cuda.is_available():
             raise click.UsageError("--device cuda: this torch sees no CUDA device")
     if tune_file is not None and (device != "cuda" or given - _TUNE):
-        raise click.UsageError(f"--tune: expected --device cuda, and of {sorted(_TUNE)}; found {sorted(given)}")
+        taken, found = (" ".join(sorted(map(_flag, names))) for names in (_TUNE - {"tune_file"}, given))
+        raise click.UsageError(f"--tune: expected --device cuda, and of the others {taken}; found {found}")
     loaded: Target | None = None
     if call.target:
-        if foreign := ", ".join(_FLAGS.get(name, f"--{name}") for name in _NOT_OF_A_TARGET if name in given):
+        if foreign := ", ".join(_flag(name) for name in _NOT_OF_A_TARGET if name in given):
             raise click.UsageError(f"{foreign}: of the benchmark without TARGET; {call.target!r} has its own sizes")
         loaded = call.loaded
     else:
