@@ -51,7 +51,7 @@ def normalize_backward(
     d_h = u - x * (u * x).mean(-1, keepdim=True)
     d_h = d_h - u.mean(-1, keepdim=True) if norm == "layer" else d_h
     tokens = tuple(range(g.dim() - 1))
-    return (factor.unsqueeze(-1) * d_h).to(grad.dtype), (g * x).sum(tokens), g.sum(tokens)
+    return (factor.unsqueeze(-1) * d_h).to(h.dtype), (g * x).sum(tokens), g.sum(tokens)
 
 
 @functools.cache  # an operator asks at every call

@@ -47,7 +47,8 @@ class CastReads(Pass):
             dS0, ... = mhc.step_backward(dS1, g16, ...)
 
     The graph is AOTAutograd's, of forward and backward together. The numbers are the same: the
-    kernels compute in float32. h stays as it is where something reads it uncast.
+    kernels compute in float32. h stays as it is where something reads it uncast, and where streams
+    are not float32: it would be rounded once instead of twice.
     """
 
     name: ClassVar[str] = "cast-reads"
@@ -80,7 +81,10 @@ class CastReads(Pass):
 def _casts(node: Node) -> list[Node]:
     """Return the casts of a node's h to half precision, if all that read it are such."""
     results = [user for user in node.users if node.target in _READS and user.args[1:] == (_READS[node.target],)]
-    if len(results) != 1 or known_tensor(results[0]).device.type != "cuda":
+    if len(results) != 1:
+        return []
+    h = known_tensor(results[0])
+    if h.device.type != "cuda" or h.dtype != torch.float32:
         return []
     casts = list(results[0].users)
     dtypes = {cast_of(user) for user in casts}

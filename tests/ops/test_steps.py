@@ -160,6 +160,20 @@ def test_opcheck(dtype, copies):
         torch.library.opcheck(getattr(mhc, name).default, (*tensors, *settings(name)))
 
 
+@pytest.mark.parametrize("name", ["step", "shifted_step", "mix_read"])
+def test_a_rounded_gradient_of_h_is_that_number(name):
+    """In the compositions, as in the kernels: nothing is computed in its dtype."""
+    given, how = values(dtype=torch.float32, name=name), settings(name)
+    norm = ("rms", torch.rand(given[0].shape[-1]), None, 0.1)
+    out, found = getattr(fused, name)(*given, *how, *norm), []
+    saved, grad = [out[i] for i in SAVED[name]], torch.randn_like(out[1]).bfloat16()
+    for one in (grad, grad.float()):
+        grads = [one if i == 1 else None for i in DIFFERENTIABLE[name]]
+        last = of_backward(norm, out[-1])
+        found.append(getattr(fused, f"{name}_backward")(*grads, *given, *saved, *how, *last))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 TYPES = [
     (torch.float32, torch.float32, "sinkhorn"),
     (torch.float64, torch.float64, "sinkhorn"),

@@ -106,6 +106,16 @@ def test_on_cpu_nothing_changes():
     assert CastReads().apply(graph) is graph
 
 
+def test_h_in_half_precision_is_rounded_before_it_is_cast():
+    graph, _ = copy_graph(JOINT.graph)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if cast_of(node) is None and isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            node.meta["val"] = value.half()
+    after = CastReads().apply(graph)
+    assert not [node for node in after.nodes if "read_dtype" in node.kwargs]
+
+
 @pytest.mark.parametrize("target", [torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default])
 def test_what_is_a_cast(target):
     graph, found = fx.Graph(), []
