@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from experiment.plan import AGAIN, ExperimentError, Plan, Run, read_json, write_json
+from experiment.plan import AGAIN, TABLES, ExperimentError, Plan, Run, read_json, write_json
 from experiment.processes import measure_cost, start, train_again, train_all, train_variant
 from experiment.report import report
 from rich.console import Console
@@ -19,7 +19,10 @@ OUT = Path(__file__).parent / "results"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: next to this file)")
+    parser.add_argument(
+        "--table", choices=TABLES, default="main", help="which runs (default: main); what follows changes them"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: next to this file)")
     parser.add_argument("--processes", type=int, default=2, help="parallel runs, one thread each (default: 2)")
     parser.add_argument(
         "--report",
@@ -27,12 +30,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="train nothing, write the report on the runs or, without any, summary.json",
     )
     parser.add_argument(
-        "--again", metavar="RUN", help="train a finished run, e.g. mHC-calm-0, again and compare bit for bit"
+        "--again", metavar="RUN", help="train a finished run, e.g. mHC-0.002-0, again and compare bit for bit"
     )
     for field in fields(Plan):
         many = field.name in ("variants", "rates")
-        kind = str if many or field.name == "inner" else int
-        default = " ".join(field.default) if many else field.default
+        kind = {"variants": str, "inner": str, "rates": float, "embedding": float, "clip": float}.get(field.name, int)
+        default = " ".join(map(str, field.default)) if many else field.default
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, nargs="+" if many else None, type=kind, help=f"default: {default}")
     for name in ("--plan", "--worker"):
@@ -42,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def planned(given: argparse.Namespace) -> Plan:
-    plan = Plan.from_json(given.plan) if given.plan else Plan()
+    plan = Plan.from_json(given.plan) if given.plan else TABLES[given.table]
     named = {field.name: getattr(given, field.name) for field in fields(Plan) if getattr(given, field.name) is not None}
     return replace(plan, **{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
 
@@ -50,6 +53,7 @@ def planned(given: argparse.Namespace) -> Plan:
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     console = Console(stderr=True)
+    given.out = given.out or (OUT if given.table == "main" else OUT / given.table)
     try:
         plan = planned(given)
         if given.worker:
@@ -73,17 +77,17 @@ def everything(plan: Plan, given: argparse.Namespace, console: Console) -> None:
     if not given.report:
         with choose_progress(console, quiet=False) as progress:
             train_all(plan, given.out, given.processes, progress)
-            if plan.cost(given.out) is None:
+            if given.table == "main" and plan.cost(given.out) is None:
                 progress.phase("measuring the cost of a step, all variants in turn")
                 if start(plan, given.out, "--cost").wait():
                     raise ExperimentError("the measurement of cost failed; its message is above")
-    for path in report(plan, given.out):
+    for path in report(plan, given.out, pictures=given.table == "main"):
         print(path)
 
 
 def repeat(plan: Plan, name: str, folder: Path, console: Console) -> int:
     variant, rate, seed = name.rsplit("-", 2)
-    same = train_again(plan, Run(variant, rate, int(seed)), folder)
+    same = train_again(plan, Run(variant, float(rate), int(seed)), folder)
     known = read_json(folder / AGAIN) if (folder / AGAIN).exists() else {}
     write_json(folder / AGAIN, {**known, name: same})
     console.print(f"{name}: {'the same' if same else 'NOT the same'}, bit for bit, in a process of its own")

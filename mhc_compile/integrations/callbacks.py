@@ -15,7 +15,7 @@ from torch import nn
 
 from mhc_compile.attachment.model_tree import connections, unwrap
 from mhc_compile.capture.tensor_tree import fresh, map_tensors
-from mhc_compile.errors import MhcError, OptionError
+from mhc_compile.errors import MhcError, OptionError, warn
 from mhc_compile.inspection.stream_stats.measure import Meter, first_batch, inputs_of, on_device, undisturbed
 
 if TYPE_CHECKING:
@@ -58,12 +58,14 @@ class StabilityCallback:
             "step".
         file: file to which a JSON line is appended for each measurement.
         options: as the model was compiled with; see `mhc_compile.stability`.
+        warn_after: the step from which a measurement warns, once, if the streams have hardly parted
+            (`Stability.close_streams`); None for never.
 
     Attributes:
         history: (step, Stability) of every measurement.
 
     Raises:
-        OptionError: `every` is not a positive integer.
+        OptionError: `every`, or `warn_after` if given, is not a positive integer.
     """
 
     history: list[tuple[int, Stability]]
@@ -83,13 +85,17 @@ class StabilityCallback:
         file: str | Path | None = None,
         *,
         options: Mapping[str, Any] | Options | None = None,
+        warn_after: int | None = 1000,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise OptionError(f"StabilityCallback: every is {every!r}; expected a positive number of steps")
+        for name, value in (("every", every), ("warn_after", warn_after)):
+            wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
+            if wrong and (name, value) != ("warn_after", None):
+                raise OptionError(f"StabilityCallback: {name} is {value!r}; expected a positive number of steps")
         self.every, self.batch, self.options = every, batch, options
         self._report = log  # Lightning sets a `log` on callbacks
         self.file = Path(file) if file is not None else None
         self.history = []
+        self.warn_after = warn_after
         self._meter: Meter | None = None
         self._measured = -1
 
@@ -154,7 +160,10 @@ class StabilityCallback:
         return result
 
     def _write(self, step: int, result: Stability) -> None:
-        """Write and report the figures; only the first process does."""
+        """Write and report the figures, and warn of close streams; only the first process does."""
+        if self.warn_after is not None and step >= self.warn_after and result.close_streams:
+            self.warn_after = None
+            warn(f"step {step}: {result.close_streams}")
         if self.file is not None:
             line = {"step": step, "time": time.time(), **result.to_dict()}
             with self.file.open("a", encoding="utf-8") as file:

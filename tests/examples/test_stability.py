@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from experiment.numbers import (  # noqa: E402
     spikes,
     surges,
 )
-from experiment.plan import ExperimentError, Plan, read_json, write_json  # noqa: E402
+from experiment.plan import ExperimentError, Plan, Run, read_json, write_json  # noqa: E402
 from experiment.report import report  # noqa: E402
 
-MINI = {"variants": ["plain", "mHC"], "rates": ["calm"], "seeds": 2, "steps": 5, "layers": 2, "width": 16}
+MINI = {"variants": ["plain", "mHC"], "rates": [0.001], "seeds": 2, "steps": 5, "layers": 2, "width": 16}
 REST = {"batch": 2, "length": 16, "held_out": 4, "rounds": 7, "measured": 2, "inner": "eager"}
 PLAN = Plan.from_json(json.dumps(MINI | REST))
 
@@ -89,7 +90,7 @@ def test_surges_and_divergence() -> None:
 
 
 def made_run(
-    variant: str, rate: str, seed: int, final: float, plan: Plan, *, end: float | None = 1.0
+    variant: str, rate: float, seed: int, final: float, plan: Plan, *, end: float | None = 1.0
 ) -> dict[str, Any]:
     steps = plan.steps
     return {
@@ -102,15 +103,15 @@ def made_run(
 
 def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) -> None:
     """Made-up runs: HC is better in every seed, identity is a coin toss, mHC diverged once."""
-    plan = Plan(variants=("plain", "HC", "mHC", "identity"), rates=("calm",), seeds=3, steps=80)
+    plan = Plan(variants=("plain", "HC", "mHC", "identity"), rates=(0.001,), seeds=3, steps=80)
     finals = {"plain": (2.0, 2.1, 2.2), "HC": (1.8, 1.91, 1.99), "identity": (2.1, 2.0, 2.2), "mHC": (2.0, 2.1, 2.2)}
     for variant, values in finals.items():
         for seed, value in enumerate(values):
             end = None if (variant, seed) == ("mHC", 1) else 1.0
-            content = made_run(variant, "calm", seed, value, plan, end=end)
-            write_json(tmp_path / "runs" / f"{variant}-calm-{seed}.json", content)
+            content = made_run(variant, 0.001, seed, value, plan, end=end)
+            write_json(tmp_path / "runs" / f"{variant}-0.001-{seed}.json", content)
     report(plan, tmp_path)
-    figures = read_json(tmp_path / "summary.json")["rates"]["calm"]
+    figures = read_json(tmp_path / "summary.json")["rates"]["0.001"]
     gap = figures["HC"]["difference"]
     assert gap["values"] == pytest.approx([-0.2, -0.19, -0.21])
     assert (gap["low"], gap["high"]) == (pytest.approx(-0.2248, abs=1e-4), pytest.approx(-0.1752, abs=1e-4))
@@ -121,31 +122,31 @@ def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) ->
     assert figures["mHC"]["more_spikes"]["values"] == [0, 1, 0]
     text = (tmp_path / "RESULTS.md").read_text()
     assert "HC is lower by 0.200 [-0.225, -0.175], lower in 3 of 3 seeds" in text
-    assert "Not distinguishable from plain at 3 seeds, calm: mHC +0.000" in text
-    assert "Diverged, calm: mHC 1 of 3; no run of the others." in text
-    assert "Surges of the loss, calm: none in any run." in text
+    assert "Not distinguishable from plain at 3 seeds, lr 0.001: mHC +0.000" in text
+    assert "Diverged, lr 0.001: mHC 1 of 3; no run of the others." in text
+    assert "Surges of the loss, lr 0.001: none in any run." in text
     assert "| HC (unconstrained) | 1.9000 [" in text
     assert "12 of 12 runs" in text
-    (tmp_path / "runs" / "HC-calm-0.json").unlink()
-    write_json(tmp_path / "again.json", {"plain-calm-1": True, "HC-calm-1": False})
+    (tmp_path / "runs" / "HC-0.001-0.json").unlink()
+    write_json(tmp_path / "again.json", {"plain-0.001-1": True, "HC-0.001-1": False})
     report(plan, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "the same bit for bit: plain-calm-1." in text
-    assert "NOT the same: HC-calm-1." in text
+    assert "the same bit for bit: plain-0.001-1." in text
+    assert "NOT the same: HC-0.001-1." in text
     assert "11 of 12 runs" in text
     assert "Not all runs are finished" in text
 
 
 def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
     """The summary alone gives the page that is in git, byte for byte."""
-    names = ("summary.json", "cost.json", "again.json")
+    names = ("summary.json", "cost.json")
     for name in names:
         (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
     written = [path.name for path in report(Plan(), tmp_path)]
-    assert set(written) == {path.name for path in (FOLDER / "results").iterdir() if path.is_file()} - set(names[1:])
+    assert set(written) == {path.name for path in (FOLDER / "results").iterdir() if path.is_file()} - {"cost.json", "again.json"}
     for name in ("summary.json", "RESULTS.md"):
         assert (tmp_path / name).read_bytes() == (FOLDER / "results" / name).read_bytes()
-    with pytest.raises(ExperimentError, match=r"summary\.json was made with seeds 5, not 4"):
+    with pytest.raises(ExperimentError, match=r"summary\.json was made with seeds 8, not 4"):
         report(Plan(seeds=4), tmp_path)
     for name in names:
         (tmp_path / name).unlink()
@@ -154,18 +155,51 @@ def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
 
 
 def test_runs_of_other_settings_are_rejected(tmp_path: Path) -> None:
-    write_json(tmp_path / "runs" / "plain-calm-0.json", made_run("plain", "calm", 0, 2.0, PLAN))
+    write_json(tmp_path / "runs" / "plain-0.001-0.json", made_run("plain", 0.001, 0, 2.0, PLAN))
     longer = Plan.from_json(json.dumps(MINI | REST | {"steps": 6}))
     with pytest.raises(ExperimentError, match="was made with steps 5, not 6"):
         report(longer, tmp_path)
     with pytest.raises(ExperimentError, match="variant 'HCC' is unknown; known: permutations, HC"):
         Plan(variants=("HCC",))
+    with pytest.raises(ExperimentError, match=r"learning rate -0\.1 is not a positive number"):
+        Plan(rates=(-0.1,))
+
+
+def test_a_run_that_was_cut_goes_on_and_the_plain_part_is_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiment import training
+
+    monkeypatch.setattr(training, "KEPT", 2)
+    plan = replace(PLAN, variants=("plain", "attached"), steps=6, warm_up=1)
+    part = tmp_path / "attached.part"
+    plain = training.Subject(plan, "plain").train(Run("plain", 0.001, 0))
+    subject, run = training.Subject(plan, "attached"), Run("attached", 0.001, 0)
+    whole = subject.train(run)
+    assert whole["loss"][:4] == plain["loss"][:4]  # the fourth is that of the plain model with hyper-connections
+    assert whole["loss"][4] != plain["loss"][4]
+    assert whole["parameters"] > plain["parameters"]
+    for cut in (3, 5):
+        seen: list[float] = []
+
+        def interrupt(loss: float, seen: list[float] = seen, cut: int = cut) -> None:
+            seen.append(loss)
+            if len(seen) == cut:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            subject.train(run, interrupt, part=part)
+        rest: list[float] = []
+        assert subject.train(run, rest.append, part=part)["digest"] == whole["digest"]
+        assert len(rest) == 6 - cut + 1
+        assert part.exists()
+        part.unlink()
 
 
 def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     flags = []
     for name, value in (MINI | REST).items():
-        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     return subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), "--out", str(folder), *flags, *more],
         capture_output=True,
@@ -182,20 +216,20 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 of 4 runs" in done.stderr
     files = {path.name: path.read_text() for path in (tmp_path / "runs").iterdir()}
-    assert sorted(files) == ["mHC-calm-0.json", "mHC-calm-1.json", "plain-calm-0.json", "plain-calm-1.json"]
+    assert sorted(files) == ["mHC-0.001-0.json", "mHC-0.001-1.json", "plain-0.001-0.json", "plain-0.001-1.json"]
     first = {name: json.loads(text) for name, text in files.items()}
-    assert first["mHC-calm-1.json"]["loss"][0] == pytest.approx(first["plain-calm-1.json"]["loss"][0], abs=1e-5)
-    assert first["mHC-calm-1.json"]["parameters"] > first["plain-calm-1.json"]["parameters"]
-    assert first["mHC-calm-1.json"]["gain"][-1][3] > 0  # the streams have separated
-    assert first["mHC-calm-0.json"]["loss"][0] != first["mHC-calm-1.json"]["loss"][0]
-    assert [point[0] for point in first["mHC-calm-0.json"]["gain"]] == [2, 5]
+    assert first["mHC-0.001-1.json"]["loss"][0] == pytest.approx(first["plain-0.001-1.json"]["loss"][0], abs=1e-5)
+    assert first["mHC-0.001-1.json"]["parameters"] > first["plain-0.001-1.json"]["parameters"]
+    assert first["mHC-0.001-1.json"]["gain"][-1][3] > 0  # the streams have separated
+    assert first["mHC-0.001-0.json"]["loss"][0] != first["mHC-0.001-1.json"]["loss"][0]
+    assert [point[0] for point in first["mHC-0.001-0.json"]["gain"]] == [2, 5]
     cost = (tmp_path / "cost.json").read_text()
-    (tmp_path / "runs" / "mHC-calm-1.json").unlink()
+    (tmp_path / "runs" / "mHC-0.001-1.json").unlink()
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     again = {path.name: path.read_text() for path in (tmp_path / "runs").iterdir()}
-    assert json.loads(again.pop("mHC-calm-1.json"))["digest"] == first["mHC-calm-1.json"]["digest"]
-    del files["mHC-calm-1.json"]
+    assert json.loads(again.pop("mHC-0.001-1.json"))["digest"] == first["mHC-0.001-1.json"]["digest"]
+    del files["mHC-0.001-1.json"]
     assert again == files
     assert (tmp_path / "cost.json").read_text() == cost
     for name in ("loss.png", "difference.png", "norm.png", "gain.png", "cost.png"):
@@ -203,10 +237,10 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     summary = read_json(tmp_path / "summary.json")
     assert summary["cost"]["variants"]["mHC"]["ratio"]["value"] > 1
     assert "4 of 4 runs" in (tmp_path / "RESULTS.md").read_text()
-    done = run(tmp_path, "--again", "plain-calm-1")
+    done = run(tmp_path, "--again", "plain-0.001-1")
     assert "the same, bit for bit" in done.stderr
-    assert read_json(tmp_path / "again.json") == {"plain-calm-1": True}
-    content = first["plain-calm-1.json"] | {"digest": "of another run"}
-    write_json(tmp_path / "runs" / "plain-calm-1.json", content)
-    done = run(tmp_path, "--again", "plain-calm-1")
+    assert read_json(tmp_path / "again.json") == {"plain-0.001-1": True}
+    content = first["plain-0.001-1.json"] | {"digest": "of another run"}
+    write_json(tmp_path / "runs" / "plain-0.001-1.json", content)
+    done = run(tmp_path, "--again", "plain-0.001-1")
     assert (done.returncode, "NOT the same" in done.stderr) == (1, True)

@@ -31,7 +31,7 @@ class Noisy(Small):
         return F.dropout(super().forward(x), 0.3, self.training)
 
 
-def train(callback=None, steps=7):
+def train(callback=None, steps=7, lr=0.05):
     """Losses of some steps, and how many graphs were compiled."""
     graphs = []
 
@@ -45,7 +45,7 @@ def train(callback=None, steps=7):
     optimizer, losses = None, []
     for step in range(1, steps + 1):
         loss = compiled(points()).square().mean()
-        optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.05)
+        optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=lr)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -71,6 +71,26 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
         assert one == {"step": line["step"], **{f"mhc/{name}": value for name, value in result.summary().items()}}
     distances = [result.summary()["distance"] for _, result in callback.history]
     assert distances[0] < distances[1] < distances[2]
+
+
+def test_streams_that_have_hardly_parted_are_reported_once():
+    callback = mhc_compile.integrations.StabilityCallback(every=2, batch=points(), warn_after=4)
+    with pytest.warns(mhc_compile.MhcWarning, match=r"step 4: The streams are 0\.0\d\d of their mean apart") as found:
+        train(callback, steps=8, lr=1e-3)
+    assert [step for step, _ in callback.history] == [1, 2, 4, 6, 8]
+    assert sum("of their mean apart" in str(one.message) for one in found) == 1
+    history = [result for _, result in callback.history]
+    assert 0 < history[0].moved < history[-1].moved < 1
+    for settings, lr in (
+        ({"warn_after": None}, 1e-3),
+        ({}, 1e-3),
+        ({"warn_after": 9}, 1e-3),
+        ({"warn_after": 4}, 0.05),
+    ):
+        callback = mhc_compile.integrations.StabilityCallback(every=2, batch=points(), **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", mhc_compile.MhcWarning)
+            train(callback, steps=8, lr=lr)
 
 
 def test_it_is_traced_once_and_only_until_it_is_closed():
@@ -142,6 +162,8 @@ def test_the_model_inside_ddp_is_measured():
 def test_wrong_arguments_raise_with_a_message():
     with pytest.raises(mhc_compile.errors.OptionError, match="every is 0"):
         mhc_compile.integrations.StabilityCallback(every=0)
+    with pytest.raises(mhc_compile.errors.OptionError, match="warn_after is 0"):
+        mhc_compile.integrations.StabilityCallback(warn_after=0)
     with pytest.raises(mhc_compile.MhcError, match="has no batch"):
         mhc_compile.integrations.StabilityCallback().step(Small(), 0)
     with pytest.raises(mhc_compile.errors.AttachError, match="Small has no hyper-connections"):

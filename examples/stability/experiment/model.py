@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: Different bytes.
+BYTES = 256
+
 
 class Attention(nn.Module):
     """Causal self-attention: [B, T, C] to [B, T, C]."""
@@ -35,38 +38,50 @@ class Feedforward(nn.Module):
 
 
 class Block(nn.Module):
-    """Two branches, each with its norm before it: two residual adds."""
+    """Two branches, each with its norm before it: two residual adds.
 
-    def __init__(self, width: int, heads: int) -> None:
+    With `scalars` an add is `a x + b f(x)`, with learned a and b that begin at 1.
+    """
+
+    def __init__(self, width: int, heads: int, *, scalars: bool) -> None:
         super().__init__()
+        self.scalars = nn.Parameter(torch.ones(4)) if scalars else None
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.feedforward = Feedforward(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.feedforward(self.norm2(x))
+        if self.scalars is None:
+            x = x + self.attention(self.norm1(x))
+            return x + self.feedforward(self.norm2(x))
+        a, b, c, d = self.scalars
+        x = a * x + b * self.attention(self.norm1(x))
+        return c * x + d * self.feedforward(self.norm2(x))
 
 
 class Decoder(nn.Module):
-    """Next-byte model: ids int64 [B, T] to logits [B, T, vocabulary].
+    """Next-byte model: ids int64 [B, T] to logits [B, T, 256].
 
     Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2
-    layers), as in GPT-2.
+    layers), as in GPT-2, and embeddings of bytes `embedding`.
     """
 
-    def __init__(self, *, layers: int, width: int, heads: int, length: int, vocabulary: int = 256) -> None:
+    def __init__(
+        self, *, layers: int, width: int, heads: int, length: int, embedding: float, scalars: bool = False
+    ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
+        self.embed = nn.Embedding(BYTES, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, scalars=scalars) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head = nn.Linear(width, BYTES, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "norm" not in name:
+            elif name == "embed.weight":
+                nn.init.normal_(parameter, std=embedding)
+            elif "norm" not in name and "scalars" not in name:
                 writes = name.endswith(("out.weight", "fall.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if writes else 0.02)
 

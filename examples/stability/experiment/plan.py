@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,66 @@ if TYPE_CHECKING:
 
 #: Files of the runs that were trained again, and of the measurement of cost.
 AGAIN, COST = "again.json", "cost.json"
-#: Mapping of `options={"mapping": ...}` by variant; None is the unmodified model. The slowest
-#: first: two processes then end together.
-VARIANTS: dict[str, str | None] = {
-    "permutations": "permutations",
-    "HC": "unconstrained",
-    "mHC": "sinkhorn",
-    "kronecker": "kronecker",
-    "identity": "identity",
-    "plain": None,
+#: The variant that the others are compared with, apart from plain: what `backend="mhc"` does.
+DEFAULT = "mHC"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done to the decoder.
+
+    Attributes:
+        label: in tables.
+        options: of the backend; None for a model without hyper-connections.
+        scalars: every residual add is `a x + b f(x)` with two learned numbers, which begin at 1.
+        speed: factor of the learning rate of bias and scale, in an optimizer group of their own.
+        gate_decay: weight decay of bias and scale.
+        plain_part: part of the steps for which the plain model is trained, before it gets its
+            hyper-connections.
+    """
+
+    label: str
+    options: dict[str, Any] | None = None
+    scalars: bool = False
+    speed: float = 1.0
+    gate_decay: float = 0.0
+    plain_part: float = 0.0
+
+
+def _mhc(label: str, **settings: Any) -> Variant:
+    own = {name: settings.pop(name) for name in ("speed", "gate_decay", "plain_part") if name in settings}
+    return Variant(label, settings, **own)
+
+
+#: By name. The slowest first: two processes then end together.
+VARIANTS: dict[str, Variant] = {
+    "permutations": _mhc("permutations", mapping="permutations"),
+    "HC": _mhc("HC (unconstrained)", mapping="unconstrained"),
+    "mHC": _mhc("mHC (sinkhorn, the default)"),
+    "gain0.01": _mhc("mHC, init_gain=0.01", init_gain=0.01),
+    "gain0.1": _mhc("mHC, init_gain=0.1", init_gain=0.1),
+    "gain1": _mhc("mHC, init_gain=1", init_gain=1.0),
+    "fast": _mhc("mHC, bias and scale 10 x faster", speed=10.0),
+    "slow-fast": _mhc("mHC, init_gain=0.01, bias and scale 10 x faster", init_gain=0.01, speed=10.0),
+    "decay": _mhc("mHC, weight decay on bias and scale", gate_decay=0.1),
+    "lean0.4": _mhc("mHC, init_stream_weight=0.4", init_stream_weight=0.4),
+    "lean0.9": _mhc("mHC, init_stream_weight=0.9", init_stream_weight=0.9),
+    "learned": _mhc("mHC, read_out='learned'", read_out="learned"),
+    "single-pass": _mhc("mHC, single_pass=True", single_pass=True),
+    "attached": _mhc("mHC, attached to the plain model half-way", plain_part=0.5),
+    "static": _mhc("mHC, token_dependent=False", token_dependent=False),
+    "static-fast": _mhc("mHC, token_dependent=False, bias 10 x faster", token_dependent=False, speed=10.0),
+    "n2": _mhc("mHC, streams=2", streams=2),
+    "kronecker": _mhc("kronecker", mapping="kronecker"),
+    "identity": _mhc("identity", mapping="identity"),
+    "scalars": Variant("one stream, a x + b f(x)", scalars=True),
+    "plain": Variant("plain"),
 }
-#: Peaks of the learning rate.
-RATES = {"calm": 1e-3, "aggressive": 1e-2}
+
+
+def has_streams(variant: str) -> bool:
+    """Return whether the variant has hyper-connections."""
+    return VARIANTS[variant].options is not None
 
 
 class ExperimentError(Exception):
@@ -35,12 +84,12 @@ class Run:
     """One training run: a variant, a learning rate, a seed."""
 
     variant: str
-    rate: str
+    rate: float
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{self.rate}-{self.seed}"
+        return f"{self.variant}-{self.rate:g}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,37 +98,44 @@ class Plan:
 
     Attributes:
         variants: names of `VARIANTS`, in the order of the tables.
-        rates: names of `RATES`.
+        rates: peaks of the learning rate.
         seeds: number of seeds; a seed decides initial weights and batches, the same for all
             variants.
         steps, batch, length: steps of a run, sequences a step, bytes a sequence. layers, width,
-        heads: of the decoder; a layer has two residual adds. warm_up: steps over which the learning
+        heads: of the decoder; a layer has two residual adds. embedding: deviation of the initial
+        embedding of a byte. clip: largest gradient norm. warm_up: steps over which the learning
         rate rises. measured: validations and measurements of the gain in a run, evenly spread, the
         last one at its end. held_out: batches of the last validation; the others take an eighth of
         them. rounds: of the measurement of cost. inner: the compiler of all variants: "inductor",
         "aot_eager" or "eager".
     """
 
-    variants: tuple[str, ...] = ("plain", "HC", "mHC", "identity", "permutations", "kronecker")
-    rates: tuple[str, ...] = ("calm", "aggressive")
-    seeds: int = 5
+    variants: tuple[str, ...] = (
+        "plain", "scalars", "gain0.01", "mHC", "identity", "permutations", "kronecker", "HC",
+    )  # fmt: skip
+    rates: tuple[float, ...] = (0.002,)
+    seeds: int = 8
     steps: int = 400
     layers: int = 24
     width: int = 64
     heads: int = 2
     batch: int = 4
     length: int = 64
-    warm_up: int = 20
+    embedding: float = 0.16
+    clip: float = 1.0
+    warm_up: int = 40
     measured: int = 10
     held_out: int = 64
     rounds: int = 40
     inner: str = "inductor"
 
     def __post_init__(self) -> None:
-        for kind, given, known in (("variant", self.variants, VARIANTS), ("learning rate", self.rates, RATES)):
-            for name in given:
-                if name not in known:
-                    raise ExperimentError(f"{kind} {name!r} is unknown; known: {', '.join(known)}")
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise ExperimentError(f"variant {name!r} is unknown; known: {', '.join(VARIANTS)}")
+        for rate in self.rates:
+            if not 0 < rate < math.inf:
+                raise ExperimentError(f"learning rate {rate} is not a positive number")
 
     def runs(self) -> Iterator[Run]:
         """Return all runs, variant by variant."""
@@ -94,6 +150,17 @@ class Plan:
         for name in ("variants", "rates", "seeds", "rounds"):
             del settings[name]
         return settings
+
+    def rate_at(self, step: int, peak: float) -> float:
+        """Return the learning rate: a linear rise, then a cosine to a tenth of the peak."""
+        if step < self.warm_up:
+            return peak * (step + 1) / self.warm_up
+        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def total_rate(self, peak: float) -> float:
+        """Return the sum of the learning rates: about as far as AdamW moves a parameter at most."""
+        return sum(self.rate_at(step, peak) for step in range(self.steps))
 
     def stops(self) -> list[int]:
         """Return the steps after which a run is measured."""
@@ -157,3 +224,27 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
     separators = (",", ":") if indent is None else None
     temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n")
     temporary.replace(path)
+
+
+#: Plans by name. Each has a folder of results; that of "main" is `results` itself.
+TABLES: dict[str, Plan] = {
+    "main": Plan(),
+    "sweep": Plan(variants=("plain",), rates=(0.0005, 0.001, 0.002, 0.004), seeds=2),
+    "parts": Plan(
+        variants=(
+            "plain", "mHC", "gain0.01", "gain0.1", "gain1", "fast", "slow-fast", "static", "static-fast", "lean0.4",
+            "lean0.9", "n2", "learned", "single-pass",
+        ),
+        seeds=5,
+    ),
+    "long": Plan(
+        variants=("plain", "mHC", "gain0.01", "fast", "decay"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
+    ),
+    "tune": Plan(variants=("plain", "attached", "mHC"), seeds=5, steps=800),
+    "full": Plan(
+        variants=("plain", "mHC", "gain0.01"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
+        steps=3000, warm_up=100,
+    ),
+    "wide": Plan(variants=("plain", "mHC", "gain0.01", "fast"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
+    "deep": Plan(variants=("plain", "mHC", "gain0.01"), rates=(0.001,), seeds=3, layers=48, steps=300),
+}  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from experiment.plan import RATES
+from experiment.plan import has_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +19,11 @@ STYLES: dict[str, tuple[str, Any]] = {
     "identity": ("#009E73", (0, (3, 1, 1, 1))),
     "permutations": ("#CC79A7", (0, (1, 1))),
     "kronecker": ("#B8860B", (0, (5, 1, 1, 1))),
+    "gain0.01": ("#56B4E9", (0, (5, 1))),
+    "scalars": ("#707070", (0, (1, 1))),
 }
+#: Variants that belong to other tables than the main one.
+OTHER: tuple[str, Any] = ("#A0A0A0", "-")
 
 
 def draw_all(summary: dict[str, Any], folder: Path) -> list[Path]:
@@ -80,7 +84,7 @@ def _lines(ax: Any, curves: dict[str, list[list[Any]]], *, band: bool, marker: s
     for variant, points in curves.items():
         if not points:
             continue
-        colour, dashes = STYLES[variant]
+        colour, dashes = STYLES.get(variant, OTHER)
         steps, values, lows, highs = zip(*points, strict=True)
         ax.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.4, marker=marker, markersize=4)
         if band and None not in lows:
@@ -95,7 +99,7 @@ def _losses(summary: dict[str, Any]) -> Any:
     for column, (rate, entries) in enumerate(rates.items()):
         above, below = axes[0][column], axes[1][column]
         _lines(above, {v: f["curve"] for v, f in entries.items()}, band=False)
-        above.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
+        above.set_title(f"learning rate {rate}", fontsize=10)
         below.axhline(0.0, color="0.4", linewidth=0.8)
         _lines(below, {v: f["gap"] for v, f in entries.items()}, band=True)
         below.set_xlabel("step")
@@ -109,7 +113,7 @@ def _forest(ax: Any, rows: Sequence[tuple[str, dict[str, Any] | None]]) -> None:
     for y, (variant, interval) in enumerate(rows):
         if interval is None:
             continue
-        colour = STYLES[variant][0]
+        colour = STYLES.get(variant, OTHER)[0]
         if interval["low"] is not None:
             ax.plot([interval["low"], interval["high"]], [y, y], color=colour, linewidth=2)
         ax.plot(interval["value"], y, "o", color=colour, markersize=7)
@@ -125,7 +129,7 @@ def _differences(summary: dict[str, Any]) -> Any:
     for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
         ax.axvline(0.0, color="0.4", linewidth=0.8)
         _forest(ax, [(variant, figures["difference"]) for variant, figures in entries.items() if variant != "plain"])
-        ax.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
+        ax.set_title(f"learning rate {rate}", fontsize=10)
         ax.set_xlabel("final validation loss minus plain's, nats a byte")
     figure.suptitle("Left of 0 is better than plain. Dot and bar: mean and 95 % interval; ticks: seeds", fontsize=9)
     return figure
@@ -136,7 +140,7 @@ def _norms(summary: dict[str, Any]) -> Any:
     figure, axes = _figure(1, len(rates), 3.2, sharey=True)
     for ax, (rate, entries) in zip(axes[0], rates.items(), strict=True):
         _lines(ax, {v: f["norm"] for v, f in entries.items()}, band=False)
-        ax.set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
+        ax.set_title(f"learning rate {rate}", fontsize=10)
         ax.set_xlabel("step")
     _powers(axes[0][0])
     axes[0][0].set_ylabel("global gradient norm\n(geometric mean of the seeds)")
@@ -148,7 +152,7 @@ def _gains(summary: dict[str, Any]) -> Any:
     figure, axes = _figure(2, len(rates), 5.4, sharex=True, sharey="row")
     for row, name in enumerate(("forward", "backward")):
         shown = {
-            rate: {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if v != "plain"}
+            rate: {v: [_logs(point) for point in f["gain"][name]] for v, f in entries.items() if has_streams(v)}
             for rate, entries in rates.items()
         }
         heights = [height for some in shown.values() for points in some.values() for _, height, *_ in points]
@@ -160,7 +164,7 @@ def _gains(summary: dict[str, Any]) -> Any:
         _powers(axes[row][0])
         axes[row][0].set_ylabel(f"Amax, {name}")
     for column, rate in enumerate(rates):
-        axes[0][column].set_title(f"{rate}: learning rate {RATES[rate]:g}", fontsize=10)
+        axes[0][column].set_title(f"learning rate {rate}", fontsize=10)
         axes[1][column].set_xlabel("step")
     figure.suptitle(
         "Composite H_res over depth: geometric mean and 95 % band; 1 is neither growth nor decay", fontsize=9

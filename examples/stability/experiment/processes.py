@@ -93,8 +93,9 @@ def train_variant(plan: Plan, variant: str, folder: Path) -> None:
             def say(loss: float, *, end: bool = False, name: str = name) -> None:
                 print(json.dumps({"run": name, "loss": loss, "end": end}), flush=True)
 
-            content = subject.train(run, say)
-            write_json(folder / "runs" / f"{name}.json", content)
+            part = folder / "runs" / f"{name}.part"
+            write_json(folder / "runs" / f"{name}.json", content := subject.train(run, say, part=part))
+            part.unlink(missing_ok=True)
             say(content["loss"][-1] or float("nan"), end=True)
 
 

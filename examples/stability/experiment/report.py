@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from experiment.numbers import SPIKE, SURGE, WINDOW
-from experiment.plan import RATES, VARIANTS, ExperimentError, read_json, write_json
+from experiment.plan import DEFAULT, VARIANTS, ExperimentError, has_streams, read_json, write_json
 from experiment.plots import draw_all
 from experiment.summary import collect
 
@@ -27,8 +27,8 @@ _ALT = {
 _GAINS = ("forward", "backward", "error", "distance")
 
 
-def report(plan: Plan, folder: Path) -> list[Path]:
-    """Write `summary.json`, the pictures and `RESULTS.md`, and return the paths.
+def report(plan: Plan, folder: Path, *, pictures: bool = True) -> list[Path]:
+    """Write `summary.json`, the `pictures` and `RESULTS.md`, and return the paths.
 
     Without files of runs the figures come from the `summary.json` that is there.
 
@@ -45,28 +45,29 @@ def report(plan: Plan, folder: Path) -> list[Path]:
         plan.compare(path, summary["settings"], planned)
     else:
         raise ExperimentError(f"no run of this plan is finished in {folder / 'runs'}. Run without --report first")
-    pictures = draw_all(summary, folder)
+    drawn = draw_all(summary, folder) if pictures else []
     text = folder / "RESULTS.md"
-    text.write_text(results(summary, [picture.name for picture in pictures]))
-    return [path, *pictures, text]
+    text.write_text(results(summary, [picture.name for picture in drawn]))
+    return [path, *drawn, text]
 
 
 def results(summary: dict[str, Any], pictures: Sequence[str]) -> str:
     """Return the page."""
     parts = [
         "# Results",
-        "Made by `run.py` from `runs/` and `cost.json`; `README.md` has the definitions. Brackets are 95 % confidence intervals.",
+        "Made by `run.py`; the guide, `examples/stability/README.md`, has the definitions. Brackets are 95 % confidence intervals.",
         _conditions(summary),
         "## In short",
         "\n".join(f"- {line}" for line in _short(summary)),
     ]
     for rate, entries in summary["rates"].items():
-        parts += [f"## {rate.capitalize()}: learning rate {RATES[rate]:g}", _losses(entries), _stability(entries)]
+        parts += [f"## Learning rate {rate}, Σ lr {summary['total'][rate]:.2f}", _losses(entries), _stability(entries)]
     if any(summary["pairs"].values()):
-        parts += ["## Mapping against mapping", _pairs(summary)]
+        parts += ["## Against mHC", _pairs(summary)]
     if summary["cost"] is not None:
         parts += ["## Cost", _cost(summary["cost"])]
-    parts += ["## Pictures", "\n\n".join(f"![{_ALT[name]}]({name})" for name in pictures)]
+    if pictures:
+        parts += ["## Pictures", "\n\n".join(f"![{_ALT[name]}]({name})" for name in pictures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,10 +124,10 @@ def _verdicts(rate: str, entries: dict[str, Any]) -> list[str]:
             unseen.append(f"{variant} {gap['value']:+.3f} {_range(gap, 3)}")
     lines = []
     if seen:
-        lines.append(f"Final validation loss against plain, {rate}: {'; '.join(seen)}.")
+        lines.append(f"Final validation loss against plain, lr {rate}: {'; '.join(seen)}.")
     if unseen:
         count = max(len(figures["difference"]["values"]) for figures in entries.values() if figures["difference"])
-        lines.append(f"Not distinguishable from plain at {_many(count, 'seed')}, {rate}: {'; '.join(unseen)}.")
+        lines.append(f"Not distinguishable from plain at {_many(count, 'seed')}, lr {rate}: {'; '.join(unseen)}.")
     return lines
 
 
@@ -136,9 +137,9 @@ def _between(summary: dict[str, Any]) -> str:
         return ""
     apart = [(rate, pair) for rate, pair in pairs if _excludes(pair, 0.0)]
     if not apart:
-        return f"Between the mappings no difference in final validation loss is distinguishable, in none of {len(pairs)} pairs."
-    named = "; ".join(f"{_better(pair)} ({rate})" for rate, pair in apart)
-    return f"Between the mappings {len(apart)} of {len(pairs)} pairs are distinguishable: {named}. The others are not."
+        return f"No variant's final validation loss is distinguishable from that of {DEFAULT}, of {len(pairs)}."
+    named = "; ".join(f"{_better(pair)} (lr {rate})" for rate, pair in apart)
+    return f"Distinguishable from {DEFAULT}, {len(apart)} of {len(pairs)} comparisons: {named}. The others are not."
 
 
 def _better(pair: dict[str, Any]) -> str:
@@ -165,11 +166,11 @@ def _events(rate: str, entries: dict[str, Any]) -> list[str]:
     lines = []
     if hits:
         named = ", ".join(f"{variant} {n} of {entries[variant]['diverged']['count']}" for variant, n in hits.items())
-        lines.append(f"Diverged, {rate}: {named}; no run of the others.")
+        lines.append(f"Diverged, lr {rate}: {named}; no run of the others.")
     else:
         gone = min((figures["diverged"] for figures in entries.values()), key=lambda gone: gone["count"])
         lines.append(
-            f"No divergence, {rate}: none of {count} runs. {_many(gone['count'], 'run')} of a variant without one"
+            f"No divergence, lr {rate}: none of {count} runs. {_many(gone['count'], 'run')} of a variant without one"
             f" leave{'s' * (gone['count'] == 1)} room for a share of up to {gone['high']:.0%}."
         )
     for name in ("surges", "spikes"):
@@ -181,19 +182,19 @@ def _events(rate: str, entries: dict[str, Any]) -> list[str]:
         what = {"surges": "Surges of the loss", "spikes": "Spikes of the gradient norm"}[name]
         if some:
             lines.append(
-                f"{what}, {rate}, all seeds together: {', '.join(f'{v} {n}' for v, n in some.items())}; no other variant has one."
+                f"{what}, lr {rate}, all seeds together: {', '.join(f'{v} {n}' for v, n in some.items())}; no other variant has one."
             )
         else:
-            lines.append(f"{what}, {rate}: none in any run.")
+            lines.append(f"{what}, lr {rate}: none in any run.")
     return lines
 
 
 def _gain_lines(rate: str, entries: dict[str, Any]) -> list[str]:
-    known = {variant: figures["largest"] for variant, figures in entries.items() if variant != "plain"}
+    known = {variant: figures["largest"] for variant, figures in entries.items() if has_streams(variant)}
     parts = [f"{variant} {_number(forward)} and {_number(backward)}" for variant, (forward, backward) in known.items()]
     if not parts:
         return []
-    return [f"Largest Amax of any run and measurement, forward and backward, {rate}: {'; '.join(parts)}."]
+    return [f"Largest Amax of any run and measurement, forward and backward, lr {rate}: {'; '.join(parts)}."]
 
 
 def _spike_lines(rate: str, entries: dict[str, Any]) -> list[str]:
@@ -202,14 +203,14 @@ def _spike_lines(rate: str, entries: dict[str, Any]) -> list[str]:
     if not more:
         return []
     if not apart:
-        return [f"No variant's number of spikes is distinguishable from plain's, {rate}."]
+        return [f"No variant's number of spikes is distinguishable from plain's, lr {rate}."]
     named = "; ".join(
         f"{variant} {abs(gap['value']):.1f} {'more' if gap['value'] > 0 else 'fewer'} a run {_range(gap, 1)}"
         for variant, gap in apart.items()
     )
     others = [variant for variant in more if variant not in apart]
     rest = f" Not distinguishable from plain's: {', '.join(others)}." if others else ""
-    return [f"Spikes against plain, {rate}: {named}.{rest}"]
+    return [f"Spikes against plain, lr {rate}: {named}.{rest}"]
 
 
 def _losses(entries: dict[str, Any]) -> str:
@@ -242,7 +243,7 @@ def _stability(entries: dict[str, Any]) -> str:
     ]
     for variant, figures in entries.items():
         spikes, surges, gone = figures["spikes"], figures["surges"], figures["diverged"]
-        gains = [_end_of(figures["gain"][name], name) if variant != "plain" else "" for name in _GAINS]
+        gains = [_end_of(figures["gain"][name], name) if has_streams(variant) else "" for name in _GAINS]
         rows.append([
             _name(variant),
             f"{spikes['value']:.1f} {_range(spikes, 1, floor=0.0)}",
@@ -296,8 +297,7 @@ def _cost(cost: dict[str, Any]) -> str:
 
 
 def _name(variant: str) -> str:
-    mapping = VARIANTS[variant]
-    return variant if mapping in (None, variant) else f"{variant} ({mapping})"
+    return VARIANTS[variant].label
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,8 @@
                            distance, largest error of a sum, at every measurement
     .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, its difference to
                            plain, and log10 of the gradient norm
-    pairs[r]               final validation loss of one mapping minus another's, seed by seed
+    total[r]               sum of the learning rates of a run
+    pairs[r]               final validation loss of a variant minus that of mHC, seed by seed
     again                  runs that were trained again, and whether they were the same bit for bit
     cost[v]                milliseconds a step, ratio to plain in the same round, parameters, memory
 
@@ -23,7 +24,6 @@ An interval is {"value", "low", "high"}; an unknown end is null.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from experiment.numbers import (
     surges,
     trailing,
 )
-from experiment.plan import AGAIN, read_json
+from experiment.plan import AGAIN, DEFAULT, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
     Raises:
         ExperimentError: a run was made with other settings.
     """
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for run in plan.runs():
         content = plan.finished(folder, run)
         if content is not None:
@@ -78,8 +78,9 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
             "data": sorted({content["data"] for content in found.values()}),
             "seconds": round(sum(content["seconds"] for content in found.values())),
         },
-        "rates": {rate: _rate(plan, rate, found) for rate in plan.rates},
-        "pairs": {rate: _pairs(plan, rate, found) for rate in plan.rates},
+        "rates": {f"{rate:g}": _rate(plan, rate, found) for rate in plan.rates},
+        "total": {f"{rate:g}": _plain(plan.total_rate(rate)) for rate in plan.rates},
+        "pairs": {f"{rate:g}": _pairs(plan, rate, found) for rate in plan.rates},
         "cost": _cost(plan, folder),
         "again": read_json(folder / AGAIN) if (folder / AGAIN).exists() else {},
     }
@@ -93,7 +94,7 @@ def _final(content: dict[str, Any] | None, plan: Plan) -> float | None:
     return None if value is None else float(value)
 
 
-def _rate(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, Any]:
+def _rate(plan: Plan, rate: float, found: dict[tuple[str, float, int], dict[str, Any]]) -> dict[str, Any]:
     result = {}
     for variant in plan.variants:
         runs = {seed: found[variant, rate, seed] for seed in range(plan.seeds) if (variant, rate, seed) in found}
@@ -131,10 +132,9 @@ def _gap(run: dict[str, Any], plain: dict[str, Any]) -> list[float]:
     return [a - b for a, b in zip(trailing(run["loss"]), trailing(plain["loss"]), strict=False)]
 
 
-def _pairs(plan: Plan, rate: str, found: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
-    mappings = [variant for variant in plan.variants if variant != "plain"]
+def _pairs(plan: Plan, rate: float, found: dict[tuple[str, float, int], dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
-    for first, second in itertools.combinations(mappings, 2):
+    for first, second in ((variant, DEFAULT) for variant in plan.variants if variant not in ("plain", DEFAULT)):
         gaps = {
             seed: _minus(_final(found.get((first, rate, seed)), plan), _final(found.get((second, rate, seed)), plan))
             for seed in range(plan.seeds)

@@ -14,19 +14,22 @@ import torch.nn.functional as F
 
 import mhc_compile
 from experiment.model import Decoder
-from experiment.plan import RATES, VARIANTS, ExperimentError, Run
+from experiment.plan import VARIANTS, ExperimentError, Run
 from mhc_compile.inspection.stream_stats.measure import Meter
 from mhc_compile.tools.demo.data import load_corpus, stable_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor, nn
 
-    from experiment.plan import Plan
+    from experiment.plan import Plan, Variant
     from mhc_compile.tools.demo.data import Split
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.1
+#: Steps between two savings of a run that is not finished.
+KEPT = 250
 #: Largest distance of the first loss of a variant from the plain model's, in nats.
 SAME = 1e-4
 
@@ -57,44 +60,53 @@ class Batches:
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
-def schedule(step: int, peak: float, warm_up: int, steps: int) -> float:
-    """Return the rate: a linear rise over `warm_up` steps, then a cosine to a tenth of the peak."""
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * done))
-
-
-def build(plan: Plan, seed: int) -> Decoder:
+def build(plan: Plan, seed: int, *, scalars: bool = False) -> Decoder:
     """Build the model with the initial weights of `seed`."""
     torch.manual_seed(stable_seed("stability", "weights", seed))
-    return Decoder(layers=plan.layers, width=plan.width, heads=plan.heads, length=plan.length)
+    sizes = {"layers": plan.layers, "width": plan.width, "heads": plan.heads, "length": plan.length}
+    return Decoder(**sizes, embedding=plan.embedding, scalars=scalars)
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the groups of `mhc_compile.parameter_groups`, for plain too: matrices decay."""
-    parameters = list(model.parameters())
-    decayed, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+def groups(model: nn.Module, variant: Variant) -> list[dict[str, Any]]:
+    """Return the groups of `mhc_compile.parameter_groups`, for plain too: matrices decay.
+
+    Where a variant asks for it, bias and scale of hyper-connections have a group of their own.
+    """
+    gates: set[nn.Parameter] = set()
+    if variant.speed != 1 or variant.gate_decay:
+        gates = {p for c in mhc_compile.connections(model).values() for p in c.parameters() if p.dim() == 1}
+    others = [p for p in model.parameters() if p not in gates]
+    found = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": WEIGHT_DECAY, "speed": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "speed": 1.0},
+    ]
+    if gates:
+        ordered = [p for p in model.parameters() if p in gates]
+        # AdamW's decay is a share of the learning rate, which is `speed` times as large.
+        found.append({"params": ordered, "weight_decay": variant.gate_decay / variant.speed, "speed": variant.speed})
+    return found
 
 
 class Subject:
     """A variant of the model under `torch.compile`; `train` sets its parameters for every run."""
 
     def __init__(self, plan: Plan, variant: str, batches: Batches | None = None) -> None:
-        self.plan, self.variant, self.batches = plan, variant, batches or Batches(plan)
-        self.model = build(plan, 0)
+        self.plan, self.variant, self.batches = plan, VARIANTS[variant], batches or Batches(plan)
+        self.model = build(plan, 0, scalars=self.variant.scalars)
         plain = set(self.model.state_dict())
         self.meter: Meter | None = None
-        mapping = VARIANTS[variant]
-        if mapping is None:
+        if self.variant.options is None:
             self.compiled: Callable[[Tensor], Tensor] = torch.compile(self.model, backend=plan.inner)
         else:  # nothing else differs between variants
-            options = {"mapping": mapping, "inner_backend": plan.inner}
+            options = {**self.variant.options, "inner_backend": plan.inner}
             mhc_compile.attach(self.model, self.batches.held_out[0][0], options=options)
             self.compiled = torch.compile(self.model, backend="mhc", options=options)
             self.meter = Meter(self.model, options=options)
         self._start = {name: t.clone() for name, t in self.model.state_dict().items() if name not in plain}
+        #: What is trained first, and the number of its steps.
+        self._first, self._change = self, round(self.variant.plain_part * plan.steps)
+        if self._change:
+            self._first = Subject(plan, "plain", self.batches)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy in nats a byte, a scalar."""
@@ -104,15 +116,18 @@ class Subject:
         """Return the mean loss of `count` batches, with gradients: one compiled graph, not two."""
         return statistics.fmean(self.loss(*batch).item() for batch in self.batches.held_out[:count])
 
-    def train(self, run: Run, show: Callable[[float], None] | None = None) -> dict[str, Any]:
+    def train(
+        self, run: Run, show: Callable[[float], None] | None = None, *, part: Path | None = None
+    ) -> dict[str, Any]:
         """Train from the weights of the run's seed until a loss or gradient is not finite.
 
         Args:
             run: of this variant.
             show: called with the loss of every step.
+            part: file for the run so far, every `KEPT` steps; a run that finds it goes on.
 
         Returns:
-            The content of the run's file: `loss` and `norm` (global gradient norm; nothing is
+            The content of the run's file: `loss` and `norm` (global gradient norm before it is
             clipped) of every step, `validation` and `gain` as lists of [step, figures], `digest` of
             all losses and final weights, and settings.
 
@@ -120,22 +135,33 @@ class Subject:
             ExperimentError: the first loss is not that of the plain model.
         """
         plan, begin = self.plan, time.perf_counter()
-        fresh = build(plan, run.seed)
+        fresh = build(plan, run.seed, scalars=self.variant.scalars)
         ids, targets = self.batches.training(run.seed, 0)
         with torch.no_grad():
             plain = F.cross_entropy(fresh(ids).flatten(0, 1), targets.flatten()).item()
-        self.model.load_state_dict({**fresh.state_dict(), **self._start})
-        optimizer = torch.optim.AdamW(groups(self.model), lr=0.0, betas=BETAS, fused=True)
+        now = self._first
+        now.model.load_state_dict({**fresh.state_dict(), **now._start})
+        optimizer = now.optimizer()
         losses: list[float] = []
         norms: list[float] = []
         validation: list[list[float]] = []
         gains: list[list[float]] = []
-        for step in range(plan.steps):
+        if part is not None and part.exists():
+            state = torch.load(part, weights_only=True)
+            plan.compare(part, state["settings"])
+            losses, norms, validation, gains = state["figures"]
+            if len(losses) > self._change:
+                now, optimizer = self, self.optimizer()
+            now.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        for step in range(len(losses), plan.steps):
+            if step == self._change != 0:
+                now, optimizer = self, self._continue(now.model, optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = schedule(step, RATES[run.rate], plan.warm_up, plan.steps)
-            loss = self.loss(*self.batches.training(run.seed, step))
+                group["lr"] = plan.rate_at(step, run.rate) * group["speed"]
+            loss = now.loss(*self.batches.training(run.seed, step))
             loss.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = torch.nn.utils.clip_grad_norm_(now.model.parameters(), plan.clip)
             losses.append(loss.item())
             norms.append(norm.item())
             if step == 0 and not abs(losses[0] - plain) <= SAME:
@@ -150,8 +176,13 @@ class Subject:
                 show(losses[-1])
             if step + 1 in plan.stops():
                 count = plan.held_out if step + 1 == plan.steps else max(1, plan.held_out // 8)
-                validation.append([step + 1, self.validate(count)])
-                gains.append([step + 1, *self.gain()])
+                validation.append([step + 1, now.validate(count)])
+                gains.append([step + 1, *now.gain()])
+            if part is not None and (step + 1) % KEPT == 0:
+                state = {"settings": plan.deciding(), "figures": (losses, norms, validation, gains)}
+                state |= {"model": now.model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").replace(part)
         optimizer.zero_grad()
         digest = hashlib.sha256(repr((losses, norms, validation)).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
@@ -172,6 +203,29 @@ class Subject:
             "torch": str(torch.__version__),
             "seconds": round(time.perf_counter() - begin, 1),
         }
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """Return a new optimizer of the variant's groups."""
+        return torch.optim.AdamW(groups(self.model, self.variant), lr=0.0, betas=BETAS, fused=True)
+
+    def _continue(self, plain: nn.Module, before: torch.optim.AdamW) -> torch.optim.AdamW:
+        """Go on with the weights of a plain model and the moments of its optimizer.
+
+        Raises:
+            ExperimentError: the hyper-connections change the loss.
+        """
+        self.model.load_state_dict({**plain.state_dict(), **self._start})
+        batch = self.batches.held_out[0]
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(m(batch[0]).flatten(0, 1), batch[1].flatten()).item() for m in (plain, self.model)
+            ]
+        if not abs(losses[0] - losses[1]) <= SAME:
+            raise ExperimentError(f"the plain model's loss is {losses[0]}, and {losses[1]} with hyper-connections")
+        optimizer, named = self.optimizer(), dict(self.model.named_parameters())
+        for name, parameter in plain.named_parameters():
+            optimizer.state[named[name]] = before.state[parameter]
+        return optimizer
 
     def gain(self) -> tuple[float, float, float, float]:
         """Measure Amax forward and backward, the largest distance and the largest sum error."""

@@ -7,9 +7,10 @@ A `SiteReport` or a `RejectionReport` is one verdict in short, for `explain`. `S
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.inspection.explain.reach import Reach, reach
 from mhc_compile.inspection.roofline import Overhead, overheads
 from mhc_compile.reporting.base import Renderable
 
@@ -88,6 +89,7 @@ class Explanation(Renderable):
             FLOPs are unknown.
         added: work of the sites beyond their plain adds in such a pass, as they are lowered now.
         floor: the same, if every site moved no more bytes than it must.
+        training: how far a training moves the gates, if one was named (`in_training`).
     """
 
     model: str
@@ -98,6 +100,15 @@ class Explanation(Renderable):
     plain: Work | None
     added: Work
     floor: Work
+    training: Reach | None = None
+
+    def in_training(self, lr: float, steps: int) -> Explanation:
+        """Return this explanation with `training` for a peak learning rate and a number of steps.
+
+        It bounds what AdamW can do with the hyper-connections as they start.
+        """
+        sites = ((site.width, self.options.at(site.path)) for site in self.sites)
+        return replace(self, training=reach(sites, lr, steps))
 
     @property
     def chains(self) -> tuple[ChainReport, ...]:
@@ -154,6 +165,7 @@ class Explanation(Renderable):
             "plain_flops_per_token": self.plain_flops_per_token,
             "work": {name: value and asdict(value) for name, value in work.items()},
             "overheads": [overhead.to_dict() for overhead in self.overheads],
+            "training": self.training and self.training.to_dict(),
             "reasons": dict(self.reasons),
             "graphs": [asdict(graph) for graph in self.graphs],
         }

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
+from mhc_compile.inspection.explain.reach import NEEDED
 from mhc_compile.inspection.explain.results import AddExplanation, Explanation, RejectionDetail, SiteDetail
 from mhc_compile.reporting.base import counted, fact_table, render
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mhc_compile.config.options import ResolvedOptions
+    from mhc_compile.inspection.explain.reach import Reach
     from mhc_compile.inspection.explain.results import ChainReport, Operation, RejectionReport, SiteReport
 
 
@@ -38,6 +40,8 @@ def _explanation(result: Explanation, *, every: bool = False) -> Group:
         parts += [Text(), _cost(result)]
     if result.overheads:
         parts += [Text(), _overheads(result)]
+    if result.training is not None:
+        parts += [Text(), _training(result.training)]
     return Group(*parts)
 
 
@@ -145,6 +149,21 @@ def _overheads(result: Explanation) -> Group:
     )
     title = Text("Estimated overhead of a training step", style="cyan")
     return Group(title, table, Text("\n".join(notes), style="dim"))
+
+
+def _training(reach: Reach) -> Group:
+    facts = [
+        ("Σ lr", f"{reach.total:.3g} at most: peak learning rate × steps"),
+        ("Logits", f"can move by {reach.static:.2g} through bias and by {reach.token:.2g} through phi (AdamW)"),
+    ]
+    lines: list[RenderableType] = [Text("Gates in this training", style="cyan"), fact_table(facts)]
+    if not reach.enough:
+        text = (
+            f"Less than {NEEDED:g} in all: the gates stay near their start, and the model near the plain one. A larger"
+            " init_gain, more steps or a higher learning rate moves them."
+        )
+        lines.append(Text(text, style="yellow"))
+    return Group(*lines)
 
 
 @render.register(AddExplanation)

@@ -18,14 +18,18 @@ from mhc_compile.backend import mhc
 from mhc_compile.capture.tensor_tree import map_tensors
 from mhc_compile.capture.trace import Probe
 from mhc_compile.compilation.session import GraphSession
+from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options, ResolvedOptions
 from mhc_compile.errors import AttachError, MhcError
 from mhc_compile.inspection.random_state import kept_random_state
-from mhc_compile.inspection.stream_stats.recorder import Recorder, Recording, address, has_sites
+from mhc_compile.inspection.stream_stats.recorder import Gates, Recorder, Recording, address, has_sites
 from mhc_compile.inspection.stream_stats.results import Stability
+from mhc_compile.mappings import mapping_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from mhc_compile.modules.hyper_connection import HyperConnection
 
 
 def stability(
@@ -73,7 +77,7 @@ class Meter:
                 f"{type(self.model).__name__} has no hyper-connections to measure. Call the compiled model once, or"
                 " mhc_compile.attach(model, ...)"
             )
-        self._recording = Recording({})
+        self._recording = Recording({}, {})
         self._options = replace(
             _settings(self.model) if options is None else Options.parse(options), inner_backend=self._record
         )
@@ -83,10 +87,11 @@ class Meter:
         """Measure one call, `model(*args, **kwargs)`; see `stability`."""
         found = connections(self.model)
         paths = {address(getattr(connection, connection.names[1])): path for path, connection in found.items()}
-        self._recording = recording = Recording(paths)
+        starts = {path: gates for path, one in found.items() if (gates := initial_gates(one)) is not None}
+        self._recording = recording = Recording(paths, starts)
         with undisturbed(self.model):
             self._probe(*args, **kwargs)
-        self._recording = Recording({})
+        self._recording = Recording({}, {})
         return Stability(
             model=type(self.model).__name__,
             mode="train" if self.model.training else "eval",
@@ -113,6 +118,19 @@ class Meter:
 
     def _record(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:  # noqa: ARG002
         return Recorder(graph_module, lambda: self._recording).run
+
+
+def initial_gates(connection: HyperConnection) -> Gates | None:
+    """Return the gates of the function-preserving start, float64; None for another start."""
+    if connection.init != "preserve":
+        return None
+    n, convention = connection.streams, parse(connection.spec)
+    bias = connection.start()["bias"].double()
+    return Gates(
+        bias[:n].sigmoid() + convention.pre_eps,
+        bias[n : 2 * n].sigmoid() * convention.post_range + convention.post_eps,
+        mapping_of(connection.spec).matrix(bias[2 * n :], n, connection.iterations),
+    )
 
 
 def _settings(model: nn.Module) -> ResolvedOptions:

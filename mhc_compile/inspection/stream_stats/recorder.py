@@ -29,6 +29,14 @@ _CHUNK = 1 << 22
 _READS = (torch.ops.mhc.coefficients.default, torch.ops.mhc.gated_read.default)
 
 
+class Gates(NamedTuple):
+    """Pre [n], post [n] and H_res [n, n] of a site, the same for all tokens."""
+
+    pre: Tensor
+    post: Tensor
+    res: Tensor
+
+
 class _At(NamedTuple):
     """A place in a chain: after the given number of its sites."""
 
@@ -40,22 +48,22 @@ class Recording:
     """The sites of one call of a model.
 
     `paths` are those of the hyper-connections, by the address of their second parameter, which is
-    never empty.
+    never empty; `starts` their gates at the start, by path, where they are known.
     """
 
-    def __init__(self, paths: Mapping[int, str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Mapping[int, str], starts: Mapping[str, Gates]) -> None:
+        self.paths, self.starts = paths, starts
         self.chains: list[_Chain] = []
         self.seen: set[str] = set()
         self.dtype = ""
         #: Open branches by the address of res, which is kept so that its memory is not reused.
-        self._pending: dict[int, tuple[str, Weights | None, Tensor]] = {}
+        self._pending: dict[int, tuple[str, Tensor | None, Tensor]] = {}
         self._leaving: list[tuple[weakref.ref[Tensor], _At]] = []
 
     def begin(self, parameter: Tensor, name: str, pre: Tensor | None, res: Tensor) -> None:
         """Record coefficients. The graph calls the parameter `name`; a gated read has no pre."""
         path = self.paths.get(address(parameter), name)
-        self._pending[address(res)] = path, _weights(pre) if pre is not None else None, res
+        self._pending[address(res)] = path, pre, res
 
     def site(self, at: _At | None, streams: Tensor, post: Tensor, res: Tensor, after: Tensor) -> _At:
         """Record an update of streams and return the place of the new ones."""
@@ -67,7 +75,7 @@ class Recording:
         if not at.chain.sites:
             self.chains.append(at.chain)
         path, pre, _ = begun
-        at.chain.add(path, pre, post, res, streams, after)
+        at.chain.add(path, pre, post, res, streams, after, self.starts.get(path))
         self.seen.add(path)
         self.dtype = self.dtype or str(streams.dtype).removeprefix("torch.")
         return _At(at.chain, at.site + 1)
@@ -163,8 +171,17 @@ class _Chain:
     #: The streams that left the last site, while they exist, and their geometry.
     _left: tuple[weakref.ref[Tensor], Geometry] | None = None
 
-    def add(self, path: str, pre: Weights | None, post: Tensor, res: Tensor, streams: Tensor, after: Tensor) -> None:
-        """Add a site: post [..., n], res [..., n, n], streams [..., n, C] before and after it."""
+    def add(
+        self,
+        path: str,
+        pre: Tensor | None,
+        post: Tensor,
+        res: Tensor,
+        streams: Tensor,
+        after: Tensor,
+        start: Gates | None,
+    ) -> None:
+        """Add a site: pre, post [..., n], res [..., n, n], streams [..., n, C] before and after."""
         self.width = streams.shape[-1]
         kept = res.detach().reshape(-1, *res.shape[-2:]).cpu()
         matrices = kept.double()
@@ -192,7 +209,8 @@ class _Chain:
                 row_error=(matrices.sum(-1) - 1).abs().amax().item(),
                 column_error=(matrices.sum(-2) - 1).abs().amax().item(),
                 lowest=matrices.amin().item(),
-                pre=pre,
+                moved=_moved(start, pre, post, matrices) if start is not None and pre is not None else None,
+                pre=_weights(pre) if pre is not None else None,
                 post=_weights(post),
                 entering=left[1] if left is not None and left[0]() is streams else geometry(streams),
             )
@@ -237,6 +255,12 @@ def _weights(values: Tensor) -> Weights:
     wide = values.detach().flatten(0, -2).cpu().double()
     moments = wide.mean(0), wide.std(0, correction=0), wide.amin(0), wide.amax(0)
     return Weights(*(tuple(moment.tolist()) for moment in moments))
+
+
+def _moved(start: Gates, pre: Tensor, post: Tensor, matrices: Tensor) -> float:
+    """Return the largest root mean square distance from the start, over tokens and entries."""
+    now = pre.detach().cpu().double(), post.detach().cpu().double(), matrices
+    return max((one - other).square().mean().sqrt().item() for one, other in zip(now, start, strict=True))
 
 
 def geometry(streams: Tensor, chunk: int = _CHUNK) -> Geometry:

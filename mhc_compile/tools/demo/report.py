@@ -58,6 +58,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
     ratio                tokens per second, mhc / plain
     gain                 Amax of the composite H_res over depth, forward and backward
     streams_distance     rms deviation of the streams from their mean over it, per site
+    streams_close        a sentence if the streams have hardly parted, ""
     """
     settings, task = training.settings, training.task
     training.validate()
@@ -95,6 +96,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
             "backward": max(site.composite_backward for site in streams.sites),
         },
         "streams_distance": [site.entering.distance for site in streams.sites],
+        "streams_close": streams.close_streams,
     }
 
 
@@ -174,6 +176,7 @@ def print_summary(
 def _notes(result: dict[str, Any]) -> str:
     data, gain, conditions = result["data"], result["gain"], result["conditions"]
     size = (data["train"]["bytes"] + data["validation"]["bytes"]) / 1e6
+    close = f"Note: {result['streams_close']}.\n" if result["streams_close"] else ""
     return f"""\
 Same start: the losses before any update differ by {abs(result["first_step"]["difference"]):.1e}.
 Speed: mhc runs at {result["ratio"]:.2f} × the plain model's tokens per second (medians of steps run in turn, \
@@ -182,7 +185,7 @@ Gain of the composite H_res, Amax over {result["sites"]} sites: {gain["forward"]
 {gain["backward"]:.4f} backward (1 is neither growth nor decay).
 Streams: they differ from their mean by {100 * max(result["streams_distance"]):.1f} % of it at the entry of the site \
 where they differ most (0 % at the start).
-Data: {data["train"]["files"]} files to train on, {data["validation"]["files"]} others to validate on, {size:.1f} MB \
+{close}Data: {data["train"]["files"]} files to train on, {data["validation"]["files"]} others to validate on, {size:.1f} MB \
 of this Python's standard library. A uniform guess has loss {result["chance"]:.2f}.
 A run this short and small shows that the rewrite trains, what it costs here and that it stays stable. \
 It says nothing about the benefit of hyper-connections at scale."""
