@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from experiment.numbers import SPIKE, SURGE, WINDOW
-from experiment.plan import DEFAULT, VARIANTS, ExperimentError, has_streams, read_json, write_json
+from experiment.plan import REFERENCE, VARIANTS, ExperimentError, has_streams, read_json, write_json
 from experiment.plots import draw_all
 from experiment.summary import collect
 
@@ -63,7 +63,7 @@ def results(summary: dict[str, Any], pictures: Sequence[str]) -> str:
     for rate, entries in summary["rates"].items():
         parts += [f"## Learning rate {rate}, Σ lr {summary['total'][rate]:.2f}", _losses(entries), _stability(entries)]
     if any(summary["pairs"].values()):
-        parts += ["## Against mHC", _pairs(summary)]
+        parts += ["## Against gain0.3", _pairs(summary)]
     if summary["cost"] is not None:
         parts += ["## Cost", _cost(summary["cost"])]
     if pictures:
@@ -137,9 +137,9 @@ def _between(summary: dict[str, Any]) -> str:
         return ""
     apart = [(rate, pair) for rate, pair in pairs if _excludes(pair, 0.0)]
     if not apart:
-        return f"No variant's final validation loss is distinguishable from that of {DEFAULT}, of {len(pairs)}."
+        return f"No variant's final validation loss is distinguishable from that of {REFERENCE}, of {len(pairs)}."
     named = "; ".join(f"{_better(pair)} (lr {rate})" for rate, pair in apart)
-    return f"Distinguishable from {DEFAULT}, {len(apart)} of {len(pairs)} comparisons: {named}. The others are not."
+    return f"Distinguishable from {REFERENCE}, {len(apart)} of {len(pairs)} comparisons: {named}. The others are not."
 
 
 def _better(pair: dict[str, Any]) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.config.presets import initial_gain
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -52,9 +50,7 @@ def reach(sites: Iterable[tuple[int, ResolvedOptions]], lr: float, steps: int) -
     total = lr * steps
     found = []
     for width, options in sites:
-        features = options.streams * width
-        if options.rank:
-            continue
-        gain = initial_gain(options.init_gain, options.init, features)
-        found.append(0.8 * gain * features * total if options.token_dependent else 0.0)
+        if not options.rank:
+            gain = options.init_gain if options.token_dependent else 0.0
+            found.append(0.8 * gain * options.streams * width * total)
     return Reach(total, total, min(found)) if found else None
