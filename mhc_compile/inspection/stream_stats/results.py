@@ -169,9 +169,9 @@ class Stability(Renderable):
         gates = "" if self.moved is None else f", and gates have moved by {self.moved:.3f} at most"
         return (
             f"The streams are {self.distance:.3f} of their mean apart at most{gates}: what the model computes is still"
-            " close to plain residual adds. If it was trained, its hyper-connections had too little of it: they need more"
-            " steps, a higher learning rate or a larger init_gain (`mhc explain TARGET --lr LR --steps N` says what they"
-            " can reach)"
+            " close to plain residual adds. If it was trained, its hyper-connections had too little of it: more steps, a"
+            " higher learning rate or a larger init_gain move them further (`mhc explain TARGET --lr LR --steps N` says how"
+            " far)"
         )
 
     @property
