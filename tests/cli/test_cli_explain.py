@@ -90,7 +90,7 @@ def test_json_of_details_and_of_the_overhead(mhc):
 
 def test_how_far_a_training_moves_the_gates(mhc):
     short = mhc("zoo:resnet", "--lr", "1e-4", "--steps", "100")
-    assert (short.exit_code, "the gates stay near their start" in short.stdout.replace("\n", " ")) == (0, True)
+    assert (short.exit_code, "the gates may stay near their start" in short.stdout.replace("\n", " ")) == (0, True)
     long = mhc("zoo:resnet", "--lr", "1e-3", "--steps", "2000", "--init-gain", "1", width=100)
     assert "near their start" not in long.stdout
     assert "can move by 2 through bias and by " in long.stdout

@@ -159,7 +159,7 @@ def _training(reach: Reach) -> Group:
     lines: list[RenderableType] = [Text("Gates in this training", style="cyan"), fact_table(facts)]
     if not reach.enough:
         text = (
-            f"Less than {NEEDED:g} in all: the gates stay near their start, and the model near the plain one. A larger"
+            f"Less than {NEEDED:g} in all: the gates may stay near their start, and the model near the plain one. A larger"
             " init_gain, more steps or a higher learning rate moves them."
         )
         lines.append(Text(text, style="yellow"))

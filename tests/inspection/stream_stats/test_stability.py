@@ -43,6 +43,24 @@ def trained(model, *inputs, std=1.0, phi=0.3, **kwargs):
 # --------------------------------------------------------------------------------------------------
 
 
+def test_how_far_gates_have_moved():
+    """Static gates of the identity mapping are two sigmoids: no operator is needed to know them."""
+    model = Small()
+    mhc_compile.attach(model, points(), options={"token_dependent": False, "mapping": "identity"})
+    then = {path: c.bias.detach().double().clone() for path, c in mhc_compile.connections(model).items()}
+    assert mhc_compile.stability(model, points()).moved == pytest.approx(0.0, abs=1e-7)
+    with torch.no_grad():
+        for connection in mhc_compile.connections(model).values():
+            connection.bias.add_(torch.randn_like(connection.bias))
+    result = mhc_compile.stability(model, points())
+    for site in result.sites:
+        now = mhc_compile.connections(model)[site.path].bias.detach().double()
+        pre, post = (now.sigmoid() - then[site.path].sigmoid()).split(4)
+        want = max(pre.square().mean().sqrt().item(), 2 * post.square().mean().sqrt().item())
+        assert site.moved == pytest.approx(want, rel=1e-5)
+    assert result.moved == max(site.moved for site in result.sites)
+
+
 class Deep(nn.Module):
     """`depth` residual adds."""
 
