@@ -34,7 +34,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     for field in fields(Plan):
         many = field.name in ("variants", "rates")
-        kind = {"variants": str, "inner": str, "rates": float, "embedding": float, "clip": float}.get(field.name, int)
+        kind = {"tuple[str, ...]": str, "tuple[float, ...]": float, "str": str, "float": float, "int": int}[
+            str(field.type)
+        ]
         default = " ".join(map(str, field.default)) if many else field.default
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, nargs="+" if many else None, type=kind, help=f"default: {default}")

@@ -55,8 +55,8 @@ class Options:
     Attributes:
         preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4",
             "liger", "qwen4-exp", or one of your own (see `mhc_compile.config.presets`). It chooses
-            mapping, iterations, eps, read_out, single_pass and rank where they are not given, and
-            the epsilons in the coefficients.
+            mapping, iterations, eps, read_out, single_pass, rank and init_gain where they are not
+            given, and the epsilons in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
         mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed),
             "permutations" (mHC-lite, up to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams),
@@ -81,8 +81,9 @@ class Options:
             every branch reads their weighted mean and writes to all of them. "random" starts from
             random projections and uniform mixing, for training from the first step; it changes what
             the model computes.
-        init_gain: initial value of a_pre, a_post and a_res (0.01 in the paper). Positive: at 0,
-            with phi = 0, nothing would ever learn.
+        init_gain: initial value of a_pre, a_post and a_res. None: for preset "paper" with
+            init="preserve" 80 / nC, but at least 0.01 and at most 0.3; else 0.01, the paper's.
+            Positive: at 0, with phi = 0, nothing would ever learn.
         init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site
             i of a chain leans to stream i mod n); the others share the rest. Equal weights would
             keep the streams equal for ever.
@@ -120,7 +121,7 @@ class Options:
     rank: int | None = None
     iterations: int | None = None
     init: Init = "preserve"
-    init_gain: float = 0.01
+    init_gain: float | None = None
     init_stream_weight: float = 0.7
     eps: float | None = None
     min_chain_length: int = 2
@@ -184,7 +185,10 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(Options):
-    """Options in which every value is set, by the user or by the preset; see `Options.parse`."""
+    """Options in which the user or the preset has chosen every value; see `Options.parse`.
+
+    `init_gain` may still be None, for that of the width.
+    """
 
     mapping: str
     read_out: ReadOut
@@ -202,7 +206,8 @@ class ResolvedOptions(Options):
         _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
         _one_of("init", self.init, get_args(Init))
         learns = "a number from 1e-8 to 100 (at 0 the projections would never learn)"
-        _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
+        if self.init_gain is not None:
+            _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
         _number("init_stream_weight", self.init_stream_weight, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
         _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
         _number("min_chain_length", self.min_chain_length, int, 1, 1_000_000, "a positive integer")

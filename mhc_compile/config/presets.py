@@ -11,6 +11,8 @@ from mhc_compile.errors import OptionError
 
 #: The end of a chain: the mean or the sum of the streams, or a sum with learned weights.
 ReadOut = Literal["mean", "sum", "learned"]
+#: The initial gain of the paper, and of the systems that ship hyper-connections, at any width.
+PAPER_GAIN = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Preset:
         read_out: what ends a chain.
         single_pass: the weights `pre` of a site collapse the streams for the next site; the first
             site reads the trunk itself.
+        init_gain: initial a_pre, a_post and a_res; None for that of the width, `initial_gain`.
         preserves: whether the plain model is among the functions that it can start as.
     """
 
@@ -38,6 +41,7 @@ class Preset:
     eps: float = 1e-6
     read_out: ReadOut = "mean"
     single_pass: bool = False
+    init_gain: float | None = None
     preserves: bool = True
 
     def defaults(self) -> dict[str, Any]:
@@ -49,7 +53,20 @@ class Preset:
             "read_out": self.read_out,
             "single_pass": self.single_pass,
             "rank": self.convention.rank,
+            "init_gain": self.init_gain,
         }
+
+
+def initial_gain(given: float | None, init: str, features: int) -> float:
+    """Return a_pre, a_post and a_res at the start, for nC `features` of all streams.
+
+    AdamW moves every entry of phi by about lr a step, and with it a logit by up to 0.8 a nC lr (0.8
+    is the mean magnitude of a normal number). `a = 80 / nC` makes this 64 lr at any width. From
+    nC = 8,000 on it is the paper's 0.01; at most it is 0.3. A random start has the paper's.
+    """
+    if given is not None:
+        return given
+    return min(0.3, max(PAPER_GAIN, 80.0 / features)) if init == "preserve" else PAPER_GAIN
 
 
 # The paper's equations, an epsilon in Sinkhorn and in pre, a learned read-out. The module computes
@@ -61,6 +78,7 @@ _DEEPSEEK_V4 = Preset(
     source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",
     convention=Convention(pre_eps=1e-6, sinkhorn_eps=1e-6),
     read_out="learned",
+    init_gain=PAPER_GAIN,
 )
 _PRESETS = (
     Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9"),
@@ -89,12 +107,14 @@ _PRESETS = (
         convention=Convention(mapping="identity", pre_eps=1e-6, post_eps=1e-6),
         eps=1e-5,
         read_out="learned",
+        init_gain=PAPER_GAIN,
     ),
     # DeepSeek-V4's Sinkhorn without the transpose: columns are exact.
     Preset(
         name="liger",
         source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",
         convention=Convention(sinkhorn_eps=1e-6, last="columns"),
+        init_gain=PAPER_GAIN,
     ),
     # Streams are not mixed (H_res = I); a branch reads with one weight per channel.
     #
@@ -109,6 +129,7 @@ _PRESETS = (
         source="transformers.models.qwen4_exp (Qwen4ExpTextGatedResidual)",
         convention=Convention(mapping="identity", rank=320),
         read_out="learned",
+        init_gain=PAPER_GAIN,
         preserves=False,
     ),
 )

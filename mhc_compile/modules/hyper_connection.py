@@ -13,6 +13,7 @@ from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile._torch import state_metadata
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
+from mhc_compile.config.presets import initial_gain
 from mhc_compile.errors import OptionError, warn
 from mhc_compile.mappings import get_mapping
 from mhc_compile.modules.readout import ReadOut
@@ -132,6 +133,10 @@ class HyperConnection(LoadsPartially):
         self.scale = nn.Parameter(torch.empty(3 if self.token_dependent else 0, **empty))
 
     @property
+    def _gain(self) -> float:
+        return initial_gain(self._init_gain, self.init, self.streams * self.width)
+
+    @property
     def lacks_end(self) -> bool:
         """Whether the learned read-out is missing that the last site of this chain needs."""
         return self.end == "learned" and not self.single_pass and self.read_out is None
@@ -141,7 +146,7 @@ class HyperConnection(LoadsPartially):
         if not self.lacks_end:
             return False
         like = {"device": self.phi.device, "dtype": self.phi.dtype}
-        settings = {"spec": self.spec, "eps": self.eps, "init": self.init, "init_gain": self._init_gain}
+        settings = {"spec": self.spec, "eps": self.eps, "init": self.init, "init_gain": self._gain}
         self.read_out = ReadOut(self.width, self.streams, **settings, **like)  # type: ignore[arg-type]
         return True
 
@@ -157,7 +162,7 @@ class HyperConnection(LoadsPartially):
         n, convention = self.streams, parse(self.spec)
         phi = torch.zeros(self.phi.shape, dtype=self.phi.dtype)
         bias = torch.zeros(self.bias.shape, dtype=torch.float64)
-        scale = torch.full(self.scale.shape, self._init_gain, dtype=torch.float64)
+        scale = torch.full(self.scale.shape, self._gain, dtype=torch.float64)
         if self.init == "random":
             phi.normal_(std=(n * self.width) ** -0.5)
             bias[2 * n :] = get_mapping(self.mapping).init_random(n)

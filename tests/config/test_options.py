@@ -15,7 +15,7 @@ from mhc_compile.errors import OptionError
 
 def test_defaults_are_the_paper():
     options = Options.parse(None)
-    assert (options.streams, options.mapping, options.iterations, options.init_gain) == (4, "sinkhorn", 20, 0.01)
+    assert (options.streams, options.mapping, options.iterations, options.init_gain) == (4, "sinkhorn", 20, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.streams = 2
 

@@ -70,6 +70,23 @@ def test_the_interval_of_a_share() -> None:
     assert (some.low, some.high) == (pytest.approx(0.0527, abs=1e-4), pytest.approx(0.8534, abs=1e-4))
 
 
+def test_initial_weights_fit_the_width() -> None:
+    from experiment.training import build
+
+    for width, weights in ((64, 1.0), (128, 1.0), (64, 0.16)):
+        model = build(Plan(layers=8, width=width, weights=weights), seed=0)
+        linear = weights / width**0.5
+        expected = {"embed": 0.16, "positions": 0.02, "head": linear, "blocks.7.attention.qkv": linear}
+        expected |= {
+            "blocks.7.attention.out": linear / 4,
+            "blocks.7.feedforward.rise": linear,
+            "blocks.7.feedforward.fall": linear / 4,
+        }
+        for name, deviation in expected.items():
+            assert model.get_submodule(name).weight.std().item() == pytest.approx(deviation, rel=0.05), name  # type: ignore[union-attr]
+            assert abs(model.get_submodule(name).weight.mean().item()) < deviation / 20, name  # type: ignore[union-attr, operator]
+
+
 def test_spikes() -> None:
     calm = [1.0] * 200
     assert spikes(calm) == []
@@ -125,7 +142,7 @@ def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) ->
     assert "Not distinguishable from plain at 3 seeds, lr 0.001: mHC +0.000" in text
     assert "Diverged, lr 0.001: mHC 1 of 3; no run of the others." in text
     assert "Surges of the loss, lr 0.001: none in any run." in text
-    assert "| HC (unconstrained), init_gain=0.3 | 1.9000 [" in text
+    assert "| HC (unconstrained) | 1.9000 [" in text
     assert "12 of 12 runs" in text
     (tmp_path / "runs" / "HC-0.001-0.json").unlink()
     write_json(tmp_path / "again.json", {"plain-0.001-1": True, "HC-0.001-1": False})
@@ -139,7 +156,7 @@ def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) ->
 
 def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
     """The summary alone gives the page that is in git, byte for byte."""
-    names = [path.name for path in (FOLDER / "results").glob("*.json")]
+    names = ("summary.json", "cost.json")
     for name in names:
         (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
     written = [path.name for path in report(Plan(), tmp_path)]

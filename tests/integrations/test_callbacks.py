@@ -85,7 +85,7 @@ def test_streams_that_have_hardly_parted_are_reported_once():
         ({"warn_after": None}, 1e-3),
         ({}, 1e-3),
         ({"warn_after": 9}, 1e-3),
-        ({"warn_after": 4}, 0.2),
+        ({"warn_after": 4}, 0.05),
     ):
         callback = mhc_compile.integrations.StabilityCallback(every=2, batch=points(), **settings)
         with warnings.catch_warnings():

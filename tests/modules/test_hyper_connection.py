@@ -54,9 +54,30 @@ def test_default_start_is_alive():
             assert (gradient.abs() > 0).all(), name
 
 
+@pytest.mark.parametrize(
+    ("width", "options", "gain"),
+    [
+        (16, {}, 0.3),
+        (768, {}, 80 / 3072),
+        (768, {"streams": 2}, 80 / 1536),
+        (768, {"mapping": "unconstrained", "read_out": "learned"}, 80 / 3072),
+        (4096, {}, 0.01),
+        (16, {"preset": "deepseek-v4"}, 0.01),
+        (16, {"preset": "liger"}, 0.01),
+        (16, {"init": "random"}, 0.01),
+        (16, {"init_gain": 0.5, "preset": "glm5-next"}, 0.5),
+    ],
+)
+def test_the_initial_gain_is_that_of_the_width(width, options, gain):
+    connection = HyperConnection(width, Options(**options), last=True)
+    assert connection.scale.tolist() == pytest.approx([gain] * 3)
+    if connection.read_out is not None:
+        assert connection.read_out.scale.tolist() == pytest.approx([gain])
+
+
 @pytest.mark.parametrize("width", [128, 512, 1024])
-def test_how_far_a_step_moves_a_logit(width):
-    """AdamW at lr moves it by 0.8 a nC lr through phi, for a token that pulls it up."""
+def test_a_step_moves_logits_as_far_at_every_width(width):
+    """AdamW at lr moves the logit of pre by 64 lr through phi, for a token that pulls it up."""
     connection, lr = HyperConnection(width), 1e-3
     connection.bias.requires_grad_(False)
     streams = torch.randn(1, 1, 4, width)
@@ -66,7 +87,7 @@ def test_how_far_a_step_moves_a_logit(width):
     connection.scale.grad = None
     optimizer.step()
     moved = connection.coefficients(streams)[0].logit() - before
-    assert moved.tolist()[0][0] == pytest.approx([0.8 * 0.01 * 4 * width * lr] * 4, rel=0.1)
+    assert (moved / (64 * lr)).tolist()[0][0] == pytest.approx([1.0] * 4, rel=0.1)
 
 
 def test_scratch_start():

@@ -63,12 +63,21 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Next-byte model: ids int64 [B, T] to logits [B, T, 256].
 
-    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2
-    layers), as in GPT-2, and embeddings of bytes `embedding`.
+    Initial weights are normal with mean 0. Their deviation is `embedding` for bytes, 0.02 for
+    positions, and `weights / sqrt(width)` for linear layers, but `sqrt(2 layers)` times less for
+    those that write to the residual stream, as in GPT-2.
     """
 
     def __init__(
-        self, *, layers: int, width: int, heads: int, length: int, embedding: float, scalars: bool = False
+        self,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        length: int,
+        embedding: float,
+        weights: float,
+        scalars: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(BYTES, width)
@@ -76,14 +85,17 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, scalars=scalars) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)
+        linear = weights / width**0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name == "embed.weight":
                 nn.init.normal_(parameter, std=embedding)
+            elif name == "positions.weight":
+                nn.init.normal_(parameter, std=0.02)
             elif "norm" not in name and "scalars" not in name:
                 writes = name.endswith(("out.weight", "fall.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if writes else 0.02)
+                nn.init.normal_(parameter, std=linear / (2 * layers) ** 0.5 if writes else linear)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 #: Files of the runs that were trained again, and of the measurement of cost.
 AGAIN, COST = "again.json", "cost.json"
-#: The variant that the others are compared with, apart from plain.
-REFERENCE = "gain0.3"
+#: The variant that the others are compared with, apart from plain: what `backend="mhc"` does.
+DEFAULT = "mHC"
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,30 @@ class Variant:
 
 def _mhc(label: str, **settings: Any) -> Variant:
     own = {name: settings.pop(name) for name in ("speed", "gate_decay", "plain_part") if name in settings}
-    return Variant(label, {"init_gain": GAIN, **settings}, **own)
+    return Variant(label, settings, **own)
 
 
-#: The initial gain of every variant but the default, which has 0.01.
-GAIN = 0.3
 #: By name. The slowest first: two processes then end together.
 VARIANTS: dict[str, Variant] = {
-    "permutations": _mhc("permutations, init_gain=0.3", mapping="permutations"),
-    "HC": _mhc("HC (unconstrained), init_gain=0.3", mapping="unconstrained"),
-    "mHC": Variant("mHC (the default)", {}),
-    "gain0.3": _mhc("mHC, init_gain=0.3"),
-    "gain0.03": _mhc("mHC, init_gain=0.03", init_gain=0.03),
+    "permutations": _mhc("permutations", mapping="permutations"),
+    "HC": _mhc("HC (unconstrained)", mapping="unconstrained"),
+    "mHC": _mhc("mHC (sinkhorn, the default)"),
+    "gain0.01": _mhc("mHC, init_gain=0.01", init_gain=0.01),
     "gain0.1": _mhc("mHC, init_gain=0.1", init_gain=0.1),
     "gain1": _mhc("mHC, init_gain=1", init_gain=1.0),
-    "fast": _mhc("gain0.3, bias and scale 10 x faster", speed=10.0),
-    "slow-fast": _mhc("the default, bias and scale 10 x faster", init_gain=0.01, speed=10.0),
-    "decay": _mhc("gain0.3, weight decay on bias and scale", gate_decay=0.1),
-    "lean0.4": _mhc("gain0.3, init_stream_weight=0.4", init_stream_weight=0.4),
-    "lean0.9": _mhc("gain0.3, init_stream_weight=0.9", init_stream_weight=0.9),
-    "learned": _mhc("gain0.3, read_out='learned'", read_out="learned"),
-    "single-pass": _mhc("gain0.3, single_pass=True", single_pass=True),
-    "attached": _mhc("gain0.3, attached to the plain model half-way", plain_part=0.5),
-    "static": _mhc("token_dependent=False", token_dependent=False),
-    "static-fast": _mhc("token_dependent=False, bias 10 x faster", token_dependent=False, speed=10.0),
-    "n2": _mhc("gain0.3, streams=2", streams=2),
-    "kronecker": _mhc("kronecker, init_gain=0.3", mapping="kronecker"),
-    "identity": _mhc("identity, init_gain=0.3", mapping="identity"),
+    "fast": _mhc("mHC, bias and scale 10 x faster", speed=10.0),
+    "slow-fast": _mhc("mHC, init_gain=0.01, bias and scale 10 x faster", init_gain=0.01, speed=10.0),
+    "decay": _mhc("mHC, weight decay on bias and scale", gate_decay=0.1),
+    "lean0.4": _mhc("mHC, init_stream_weight=0.4", init_stream_weight=0.4),
+    "lean0.9": _mhc("mHC, init_stream_weight=0.9", init_stream_weight=0.9),
+    "learned": _mhc("mHC, read_out='learned'", read_out="learned"),
+    "single-pass": _mhc("mHC, single_pass=True", single_pass=True),
+    "attached": _mhc("mHC, attached to the plain model half-way", plain_part=0.5),
+    "static": _mhc("mHC, token_dependent=False", token_dependent=False),
+    "static-fast": _mhc("mHC, token_dependent=False, bias 10 x faster", token_dependent=False, speed=10.0),
+    "n2": _mhc("mHC, streams=2", streams=2),
+    "kronecker": _mhc("kronecker", mapping="kronecker"),
+    "identity": _mhc("identity", mapping="identity"),
     "scalars": Variant("one stream, a x + b f(x)", scalars=True),
     "plain": Variant("plain"),
 }
@@ -106,15 +103,16 @@ class Plan:
             variants.
         steps, batch, length: steps of a run, sequences a step, bytes a sequence. layers, width,
         heads: of the decoder; a layer has two residual adds. embedding: deviation of the initial
-        embedding of a byte. clip: largest gradient norm. warm_up: steps over which the learning
-        rate rises. measured: validations and measurements of the gain in a run, evenly spread, the
-        last one at its end. held_out: batches of the last validation; the others take an eighth of
-        them. rounds: of the measurement of cost. inner: the compiler of all variants: "inductor",
+        embedding of a byte. weights: deviation of the initial weights of linear layers, times
+        sqrt(width). clip: largest gradient norm. warm_up: steps over which the learning rate rises.
+        measured: validations and measurements of the gain in a run, evenly spread, the last one at
+        its end. held_out: batches of the last validation; the others take an eighth of them.
+        rounds: of the measurement of cost. inner: the compiler of all variants: "inductor",
         "aot_eager" or "eager".
     """
 
     variants: tuple[str, ...] = (
-        "plain", "scalars", "mHC", "gain0.3", "identity", "permutations", "kronecker", "HC",
+        "plain", "scalars", "gain0.01", "mHC", "identity", "permutations", "kronecker", "HC",
     )  # fmt: skip
     rates: tuple[float, ...] = (0.002,)
     seeds: int = 8
@@ -125,6 +123,7 @@ class Plan:
     batch: int = 4
     length: int = 64
     embedding: float = 0.16
+    weights: float = 1.0
     clip: float = 1.0
     warm_up: int = 40
     measured: int = 10
@@ -232,22 +231,24 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
 #: Plans by name. Each has a folder of results; that of "main" is `results` itself.
 TABLES: dict[str, Plan] = {
     "main": Plan(),
+    "starved": Plan(weights=0.16),
     "sweep": Plan(variants=("plain",), rates=(0.0005, 0.001, 0.002, 0.004), seeds=2),
     "parts": Plan(
         variants=(
-            "plain", "mHC", "gain0.03", "gain0.1", "gain0.3", "gain1", "fast", "slow-fast", "static", "static-fast", "lean0.4",
+            "plain", "mHC", "gain0.01", "gain0.1", "gain1", "fast", "slow-fast", "static", "static-fast", "lean0.4",
             "lean0.9", "n2", "learned", "single-pass",
         ),
         seeds=5,
     ),
+    "longer": Plan(variants=("plain", "scalars", "gain0.01", "mHC"), seeds=3, steps=1600),
     "long": Plan(
-        variants=("plain", "mHC", "gain0.3", "fast", "decay"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
+        variants=("plain", "scalars", "gain0.01", "mHC", "gain1", "fast"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
     ),
-    "tune": Plan(variants=("plain", "attached", "gain0.3"), seeds=5, steps=800),
+    "tune": Plan(variants=("plain", "attached", "mHC"), seeds=5, steps=800),
     "full": Plan(
-        variants=("plain", "mHC", "gain0.3"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
+        variants=("plain", "mHC", "gain0.01"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
         steps=3000, warm_up=100,
     ),
-    "wide": Plan(variants=("plain", "mHC", "gain0.3", "fast"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
-    "deep": Plan(variants=("plain", "mHC", "gain0.3"), rates=(0.001,), seeds=3, layers=48, steps=300),
+    "wide": Plan(variants=("plain", "mHC", "gain0.01", "fast"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
+    "deep": Plan(variants=("plain", "mHC", "gain0.01"), rates=(0.001,), seeds=3, layers=48, steps=300),
 }  # fmt: skip

@@ -19,7 +19,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "identity": ("#009E73", (0, (3, 1, 1, 1))),
     "permutations": ("#CC79A7", (0, (1, 1))),
     "kronecker": ("#B8860B", (0, (5, 1, 1, 1))),
-    "gain0.3": ("#56B4E9", (0, (5, 1))),
+    "gain0.01": ("#56B4E9", (0, (5, 1))),
     "scalars": ("#707070", (0, (1, 1))),
 }
 #: Variants that belong to other tables than the main one.

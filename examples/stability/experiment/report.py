@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from experiment.numbers import SPIKE, SURGE, WINDOW
-from experiment.plan import REFERENCE, VARIANTS, ExperimentError, has_streams, read_json, write_json
+from experiment.plan import DEFAULT, VARIANTS, ExperimentError, has_streams, read_json, write_json
 from experiment.plots import draw_all
 from experiment.summary import collect
 
@@ -63,7 +63,7 @@ def results(summary: dict[str, Any], pictures: Sequence[str]) -> str:
     for rate, entries in summary["rates"].items():
         parts += [f"## Learning rate {rate}, Σ lr {summary['total'][rate]:.2f}", _losses(entries), _stability(entries)]
     if any(summary["pairs"].values()):
-        parts += ["## Against gain0.3", _pairs(summary)]
+        parts += ["## Against mHC", _pairs(summary)]
     if summary["cost"] is not None:
         parts += ["## Cost", _cost(summary["cost"])]
     if pictures:
@@ -76,6 +76,7 @@ def _conditions(summary: dict[str, Any]) -> str:
     tokens = s["steps"] * s["batch"] * s["length"]
     text = (
         f"{summary['runs']} of {summary['planned']} runs: a decoder of {s['layers']} layers ({2 * s['layers']} residual adds) and C = {s['width']},"
+        f" linear layers of initial deviation {s['weights'] / s['width'] ** 0.5:.3g},"
         f" {s['steps']} steps of {s['batch']} × {s['length']} bytes ({tokens:,} in all), {_many(s['seeds'], 'seed')};"
         f" torch {', '.join(summary['conditions']['torch'])}, {s['inner']}."
     )
@@ -137,9 +138,9 @@ def _between(summary: dict[str, Any]) -> str:
         return ""
     apart = [(rate, pair) for rate, pair in pairs if _excludes(pair, 0.0)]
     if not apart:
-        return f"No variant's final validation loss is distinguishable from that of {REFERENCE}, of {len(pairs)}."
+        return f"No variant's final validation loss is distinguishable from that of {DEFAULT}, of {len(pairs)}."
     named = "; ".join(f"{_better(pair)} (lr {rate})" for rate, pair in apart)
-    return f"Distinguishable from {REFERENCE}, {len(apart)} of {len(pairs)} comparisons: {named}. The others are not."
+    return f"Distinguishable from {DEFAULT}, {len(apart)} of {len(pairs)} comparisons: {named}. The others are not."
 
 
 def _better(pair: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@
     .curve, .gap, .norm    [step, mean, low, high] of the smoothed training loss, its difference to
                            plain, and log10 of the gradient norm
     total[r]               sum of the learning rates of a run
-    pairs[r]               final validation loss of a variant minus that of gain0.3, seed by seed
+    pairs[r]               final validation loss of a variant minus that of mHC, seed by seed
     again                  runs that were trained again, and whether they were the same bit for bit
     cost[v]                milliseconds a step, ratio to plain in the same round, parameters, memory
 
@@ -38,7 +38,7 @@ from experiment.numbers import (
     surges,
     trailing,
 )
-from experiment.plan import AGAIN, REFERENCE, read_json
+from experiment.plan import AGAIN, DEFAULT, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,7 +134,7 @@ def _gap(run: dict[str, Any], plain: dict[str, Any]) -> list[float]:
 
 def _pairs(plan: Plan, rate: float, found: dict[tuple[str, float, int], dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
-    for first, second in ((variant, REFERENCE) for variant in plan.variants if variant not in ("plain", REFERENCE)):
+    for first, second in ((variant, DEFAULT) for variant in plan.variants if variant not in ("plain", DEFAULT)):
         gaps = {
             seed: _minus(_final(found.get((first, rate, seed)), plan), _final(found.get((second, rate, seed)), plan))
             for seed in range(plan.seeds)

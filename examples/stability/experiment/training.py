@@ -64,7 +64,7 @@ def build(plan: Plan, seed: int, *, scalars: bool = False) -> Decoder:
     """Build the model with the initial weights of `seed`."""
     torch.manual_seed(stable_seed("stability", "weights", seed))
     sizes = {"layers": plan.layers, "width": plan.width, "heads": plan.heads, "length": plan.length}
-    return Decoder(**sizes, embedding=plan.embedding, scalars=scalars)
+    return Decoder(**sizes, embedding=plan.embedding, weights=plan.weights, scalars=scalars)
 
 
 def groups(model: nn.Module, variant: Variant) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MODELS = ("gpt2", "llama", "vit")
 #: Steps of a run by default, width of an attention head, side of a patch of the vit's images in
 #: bytes.
-STEPS, HEAD, PATCH = 800, 32, 8
+STEPS, HEAD, PATCH = 500, 32, 8
 
 
 @dataclass(frozen=True, kw_only=True)
