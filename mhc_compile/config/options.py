@@ -81,9 +81,9 @@ class Options:
             every branch reads their weighted mean and writes to all of them. "random" starts from
             random projections and uniform mixing, for training from the first step; it changes what
             the model computes.
-        init_gain: initial value of a_pre, a_post and a_res. None: for preset "paper" with
-            init="preserve" 80 / nC, but at least 0.01 and at most 0.3; else 0.01, the paper's.
-            Positive: at 0, with phi = 0, nothing would ever learn.
+        init_gain: initial value of a_pre, a_post and a_res. None: for preset "paper", or one of
+            your own that gives none, with init="preserve" 80 / nC, but at least 0.01 and at most
+            0.3; else 0.01, the paper's. Positive: at 0, with phi = 0, nothing would ever learn.
         init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site
             i of a chain leans to stream i mod n); the others share the rest. Equal weights would
             keep the streams equal for ever.
