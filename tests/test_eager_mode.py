@@ -27,7 +27,8 @@ def scatter(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
             for parameter in connection.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
+                speed = 1 if parameter.dim() > 1 else connection.gate_speed
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / speed)
     return model
 
 

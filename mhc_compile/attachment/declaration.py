@@ -138,6 +138,9 @@ def call_outside_trace(code: CodeType) -> None:
 
 def _show_tracer(declaring_module: nn.Module) -> None:
     for connection in declaring_module._mhc_declared:  # type: ignore[union-attr]
+        # The graph will compute this function alone: what a tracer branches on, it guards.
+        if not connection.function:
+            continue
         for module in (connection, connection.read_out):
             if module is not None:
                 torch.ops.mhc.declare(*(getattr(module, name) for name in module.names))

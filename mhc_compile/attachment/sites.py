@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mhc_compile.modules.hyper_connection import HyperConnection
     from mhc_compile.passes import Site
 
-#: Settings in which an existing hyper-connection and the options must agree.
-_FIXED = ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out")
+#: Settings in which an existing hyper-connection and the options must agree, if these have one.
+_FIXED = ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out", "gate_speed")
 
 
 def attach_site(
@@ -126,7 +126,7 @@ def check_options(connection: HyperConnection, site: Site, options: ResolvedOpti
     """Raise AttachError if the hyper-connection of a site contradicts the options."""
     for name in _FIXED:
         has, wants = getattr(connection, "end" if name == "read_out" else name), getattr(options, name)
-        if has != wants:
+        if wants is not None and has != wants:
             raise AttachError(
                 f"{site}: its hyper-connection has {name}={has!r}, the options say {name}={wants!r}."
                 f" Compile with {name}={has!r}, or call mhc_compile.detach(model) first"

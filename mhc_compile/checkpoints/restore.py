@@ -34,7 +34,7 @@ from mhc_compile.config.presets import PRESETS
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options
+from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options, saved_speed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,7 +116,7 @@ class _Restored:
         place, values = saved.path, saved.values
         self.path = ".".join(plain_name(place).split(".")[skipped:])
         path, self.name = split_path(self.path)
-        self.model, self.values = model, values
+        self.model, self.values, self.settings = model, values, saved.settings
         self.owner = find_module(model, path, place)
         self.declaring_module = _declaring_module(self.owner, self.name)
         options = _saved_options(saved.settings, options, fixed)
@@ -159,10 +159,11 @@ class _Restored:
             connection = give(self.model, entry, self.options, device=phi.device)
         elif self.last:
             connection.end_chain()
+        values = connection.converted(self.values, "", self.settings)
         with torch.no_grad():
             for name in bound_names(connection):
-                if name in self.values and not connection.get_parameter(name).is_meta:
-                    connection.get_parameter(name).copy_(self.values[name])
+                if name in values and not connection.get_parameter(name).is_meta:
+                    connection.get_parameter(name).copy_(values[name])
         return connection
 
 
@@ -196,6 +197,8 @@ def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
 def _saved_options(settings: Mapping[str, Any], options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
     """Return the options with saved settings, except those that are fixed, or unknown here."""
     known = {name: settings[name] for name in SETTINGS if name in settings and name not in fixed}
+    if "mapping" in settings and "gate_speed" not in fixed:
+        known["gate_speed"] = saved_speed(settings, 1.0)
     if known.get("mapping") not in MAPPINGS:
         known.pop("mapping", None)
     if known.get("preset") not in PRESETS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from mhc_compile.config.coefficient_spec import MAX_STREAMS, STREAM_COUNTS
-from mhc_compile.config.presets import ReadOut, get_preset
+from mhc_compile.config.presets import ReadOut, gate_speed, get_preset
 from mhc_compile.errors import OptionError
 
 Init = Literal["preserve", "random"]
@@ -19,7 +19,9 @@ InnerBackend = Literal["inductor", "aot_eager", "eager"]
 OutsideCalls = Literal["eager", "error"]
 
 #: The options that `overrides` may set; the others hold for a whole chain or compilation.
-PER_SITE = ("mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "eps")
+PER_SITE = (
+    "mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "gate_speed", "eps",
+)  # fmt: skip
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -55,8 +57,8 @@ class Options:
     Attributes:
         preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4",
             "liger", "qwen4-exp", or one of your own (see `mhc_compile.config.presets`). It chooses
-            mapping, iterations, eps, read_out, single_pass, rank and init_gain where they are not
-            given, and the epsilons in the coefficients.
+            mapping, iterations, eps, read_out, single_pass, rank, init_gain and gate_speed where
+            they are not given, and the epsilons in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
         mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed),
             "permutations" (mHC-lite, up to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams),
@@ -67,8 +69,8 @@ class Options:
         overrides: options of some sites, by a pattern for the path of the branch: {"layers.*.mlp":
             {"mapping": "identity"}}. `*` stands for any characters, and anything may stand before
             the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
-            It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight and
-            eps.
+            It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight,
+            gate_speed and eps.
         read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on
             the token. Other readers of a trunk value get the sum with "sum", else the mean.
         single_pass: the weights that a site computes collapse the streams for the next site, the
@@ -87,6 +89,10 @@ class Options:
         init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site
             i of a chain leans to stream i mod n); the others share the rest. Equal weights would
             keep the streams equal for ever.
+        gate_speed: how many times faster than by its learning rate AdamW moves logits by a and b: s
+            in `s (a z + b)`. None: for preset "paper", or one of your own that gives none, 8 with
+            init="preserve" and a mapping that bounds H_res; else 1, the paper's. A checkpoint has
+            a / s and b / s; a state dict of another speed is converted when it is loaded.
         eps: added to the mean square under the root mean square of the streams.
         min_chain_length: a chain of fewer residual adds is left as it is.
         strict: an error instead of a warning where nothing is rewritten, a rewrite fails, streams
@@ -123,6 +129,7 @@ class Options:
     init: Init = "preserve"
     init_gain: float | None = None
     init_stream_weight: float = 0.7
+    gate_speed: float | None = None
     eps: float | None = None
     min_chain_length: int = 2
     strict: bool = False
@@ -187,7 +194,8 @@ class Options:
 class ResolvedOptions(Options):
     """Options in which the user or the preset has chosen every value; see `Options.parse`.
 
-    `init_gain` may still be None, for that of the width.
+    `init_gain` may still be None, for that of the width, and `gate_speed`, for that of the site's
+    mapping and start; `speed` is the number.
     """
 
     mapping: str
@@ -208,6 +216,8 @@ class ResolvedOptions(Options):
         learns = "a number from 1e-8 to 100 (at 0 the projections would never learn)"
         if self.init_gain is not None:
             _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
+        if self.gate_speed is not None:
+            _number("gate_speed", self.gate_speed, float, 1e-3, 1e3, "a number from 0.001 to 1000")
         _number("init_stream_weight", self.init_stream_weight, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
         _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
         _number("min_chain_length", self.min_chain_length, int, 1, 1_000_000, "a positive integer")
@@ -256,6 +266,10 @@ class ResolvedOptions(Options):
                 f"rank={self.rank} reads every channel with a weight of its own, which goes with mapping='identity' and token_dependent=True; got"
                 f" mapping={self.mapping!r} and token_dependent={self.token_dependent}"
             )
+        if self.rank and self.speed != 1:
+            raise OptionError(
+                f"gate_speed={self.speed} multiplies logits a z + b, and with rank={self.rank} there are none: leave it out"
+            )
         if self.single_pass and self.rank:
             raise OptionError(
                 "single_pass=True needs one weight a stream, and rank > 0 gives one a channel: choose one"
@@ -300,7 +314,12 @@ class ResolvedOptions(Options):
         ]
 
     @property
+    def speed(self) -> float:
+        """Return `gate_speed`, or the default for mapping and start."""
+        return gate_speed(self.gate_speed, self.init, self.mapping)
+
+    @property
     def spec(self) -> str:
         """Return the convention of the coefficients as a string, as the operators take it."""
         convention = get_preset(self.preset).convention
-        return str(replace(convention, mapping=self.mapping, rank=self.rank))
+        return str(replace(convention, mapping=self.mapping, rank=self.rank, gate_speed=float(self.speed)))

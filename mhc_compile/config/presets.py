@@ -13,6 +13,9 @@ from mhc_compile.errors import OptionError
 ReadOut = Literal["mean", "sum", "learned"]
 #: The initial gain of the paper, and of the systems that ship hyper-connections, at any width.
 PAPER_GAIN = 0.01
+#: s of a function-preserving start (see `examples/stability`). As a power of two it changes no bit
+#: of a checkpoint that is converted.
+GATE_SPEED = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Preset:
         single_pass: the weights `pre` of a site collapse the streams for the next site; the first
             site reads the trunk itself.
         init_gain: initial a_pre, a_post and a_res; None for that of the width, `initial_gain`.
+        gate_speed: s of the convention; None for that of the start, `gate_speed`.
         preserves: whether the plain model is among the functions that it can start as.
     """
 
@@ -42,6 +46,7 @@ class Preset:
     read_out: ReadOut = "mean"
     single_pass: bool = False
     init_gain: float | None = None
+    gate_speed: float | None = None
     preserves: bool = True
 
     def defaults(self) -> dict[str, Any]:
@@ -54,6 +59,7 @@ class Preset:
             "single_pass": self.single_pass,
             "rank": self.convention.rank,
             "init_gain": self.init_gain,
+            "gate_speed": self.gate_speed,
         }
 
 
@@ -69,6 +75,17 @@ def initial_gain(given: float | None, init: str, features: int) -> float:
     return min(0.3, max(PAPER_GAIN, 80.0 / features)) if init == "preserve" else PAPER_GAIN
 
 
+def gate_speed(given: float | None, init: str, mapping: str) -> float:
+    """Return s of `Convention`, by which a and b move logits faster than by the learning rate.
+
+    A function-preserving start is far from what a training from scratch would choose, and bounded
+    gates answer little to a step. Not so the entries of an unconstrained H_res.
+    """
+    if given is not None:
+        return given
+    return GATE_SPEED if init == "preserve" and mapping != "unconstrained" else 1.0
+
+
 # The paper's equations, an epsilon in Sinkhorn and in pre, a learned read-out. The module computes
 # `comb` with a row softmax and columns last, and applies it transposed, `combᵀ X`: H_res = combᵀ
 # has its rows normalised last, as the paper's. What is left of the transpose is the order of the 16
@@ -79,6 +96,7 @@ _DEEPSEEK_V4 = Preset(
     convention=Convention(pre_eps=1e-6, sinkhorn_eps=1e-6),
     read_out="learned",
     init_gain=PAPER_GAIN,
+    gate_speed=1.0,
 )
 _PRESETS = (
     Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9"),
@@ -108,6 +126,7 @@ _PRESETS = (
         eps=1e-5,
         read_out="learned",
         init_gain=PAPER_GAIN,
+        gate_speed=1.0,
     ),
     # DeepSeek-V4's Sinkhorn without the transpose: columns are exact.
     Preset(
@@ -115,6 +134,7 @@ _PRESETS = (
         source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",
         convention=Convention(sinkhorn_eps=1e-6, last="columns"),
         init_gain=PAPER_GAIN,
+        gate_speed=1.0,
     ),
     # Streams are not mixed (H_res = I); a branch reads with one weight per channel.
     #
@@ -130,6 +150,7 @@ _PRESETS = (
         convention=Convention(mapping="identity", rank=320),
         read_out="learned",
         init_gain=PAPER_GAIN,
+        gate_speed=1.0,
         preserves=False,
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile import _torch
@@ -11,12 +12,14 @@ from mhc_compile.config.presets import get_preset
 from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.planner import plan_from_native, plan_to_native
+from mhc_compile.modules.state_dict import saved_speed
 
 if TYPE_CHECKING:
-    from collections import OrderedDict
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+    from mhc_compile.interop.plan import Plan
 
 
 def to_native(
@@ -29,8 +32,8 @@ def to_native(
     """Convert a state dict in our layout to that of the system that `preset` stands for.
 
     Parameters of hyper-connections get the system's names and shapes (new tensors, the same values
-    and dtypes). Every other entry is the same tensor under the same name. `from_native` of the
-    result is `state` again, bit for bit.
+    and dtypes; bias and scale times the gate_speed that the metadata say). Every other entry is the
+    same tensor under the same name. `from_native` of the result is `state` again, bit for bit.
 
     Args:
         state: the `state_dict()` of a model with hyper-connections.
@@ -54,7 +57,28 @@ def to_native(
                         f"preset {preset!r}: {path} was saved by a model with {name}={entry[name]!r}, not {wanted!r};"
                         " the same numbers stand for another function there"
                     )
-    return plan.apply(state)
+    return plan.apply(_at_speed_1(state))
+
+
+def _at_speed_1(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return `state` with bias and scale for logits of speed 1, by the speeds in its metadata."""
+    metadata = _torch.state_metadata(state) or {}
+    speeds = {path: saved_speed(entry, 1.0) for path, entry in metadata.items()}
+    factors = {f"{path}.{name}": speed for path, speed in speeds.items() if speed != 1 for name in ("bias", "scale")}
+    if not factors:
+        return state
+    result = OrderedDict((n, value * factors[n] if n in factors else value) for n, value in state.items())
+    _torch.set_state_metadata(result, metadata)
+    return result
+
+
+def _marked(state: OrderedDict[str, Tensor], plan: Plan) -> OrderedDict[str, Tensor]:
+    """Say in the metadata of a converted state dict that its logits have speed 1, for any model."""
+    metadata = dict(_torch.state_metadata(state) or {})
+    for path in {target.rpartition(".")[0] for target in plan.changes}:
+        metadata[path] = {**metadata.get(path, {}), "gate_speed": 1.0}
+    _torch.set_state_metadata(state, metadata)
+    return state
 
 
 def from_native(
@@ -76,7 +100,8 @@ def from_native(
         CheckpointError: names or shapes are not those of the system (the message names the preset
             that fits), or entries are missing.
     """
-    return plan_from_native(_shapes(state), preset, branches=branches).apply(state)
+    plan = plan_from_native(_shapes(state), preset, branches=branches)
+    return _marked(plan.apply(state), plan)
 
 
 def export_state_dict(
@@ -135,7 +160,7 @@ def import_state_dict(
     target = _attached(model, preset)
     expected = [plain_name(name) for name in target.state_dict()]
     plan = plan_from_native(_shapes(state), preset, branches=branches, expected=expected)
-    return load_state_dict(target, plan.apply(state), strict=strict, assign=assign)
+    return load_state_dict(target, _marked(plan.apply(state), plan), strict=strict, assign=assign)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

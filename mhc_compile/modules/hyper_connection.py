@@ -17,7 +17,7 @@ from mhc_compile.config.presets import initial_gain
 from mhc_compile.errors import OptionError, warn
 from mhc_compile.mappings import get_mapping
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially, guess_options
+from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially, guess_options, saved_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,6 +53,9 @@ class HyperConnection(LoadsPartially):
                           post (n), residual (n², row-major)
         bias   [K]        static logits
         scale  [3]        a_pre, a_post, a_res
+
+    Logits are `gate_speed (a z + b)`: bias and scale are the paper's divided by the speed. Those of
+    another speed are converted when a state dict is loaded.
 
     With token_dependent=False phi is [n C, 0] and scale [0]: coefficients depend on bias alone.
     Coefficients are computed in float32 or wider, whatever the dtype of the streams.
@@ -117,6 +120,9 @@ class HyperConnection(LoadsPartially):
         self.single_pass = options.single_pass
         self.end = options.read_out
         self.init = options.init
+        self.gate_speed = options.speed
+        #: What graphs have as constants: one compiled for other settings computes something else.
+        self.function = f"{self.spec}, {self.iterations}, {self.eps}, {self.end}, {self.single_pass}"
         self._init_gain = options.init_gain
         self._init_stream_weight = options.init_stream_weight
         self._create(device=device, dtype=dtype)
@@ -162,7 +168,7 @@ class HyperConnection(LoadsPartially):
         n, convention = self.streams, parse(self.spec)
         phi = torch.zeros(self.phi.shape, dtype=self.phi.dtype)
         bias = torch.zeros(self.bias.shape, dtype=torch.float64)
-        scale = torch.full(self.scale.shape, self._gain, dtype=torch.float64)
+        scale = torch.full(self.scale.shape, self._gain / self.gate_speed, dtype=torch.float64)
         if self.init == "random":
             phi.normal_(std=(n * self.width) ** -0.5)
             bias[2 * n :] = get_mapping(self.mapping).init_random(n)
@@ -176,7 +182,7 @@ class HyperConnection(LoadsPartially):
             post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
             bias[n : 2 * n] = torch.logit(post)
             bias[2 * n :] = get_mapping(self.mapping).init_preserve(n)
-        return {"phi": phi, "bias": bias, "scale": scale}
+        return {"phi": phi, "bias": bias / self.gate_speed, "scale": scale}
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].
@@ -200,6 +206,17 @@ class HyperConnection(LoadsPartially):
         metadata = state_metadata(destination)
         if metadata is not None:
             metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
+
+    def converted(self, state: Mapping[str, Any], prefix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return `state` with bias and scale for the speed here; `settings` were saved with it.
+
+        Without settings, which safetensors files do not keep, values are taken as they are.
+        """
+        ratio = saved_speed(settings, self.gate_speed) / self.gate_speed
+        keys = [prefix + name for name in ("bias", "scale") if name in self.names]
+        if ratio == 1 or not all(isinstance(state.get(key), Tensor) for key in keys):
+            return state
+        return {**state, **{key: state[key] * ratio for key in keys}}
 
     def _check_loaded(
         self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: Load
@@ -231,7 +248,12 @@ class HyperConnection(LoadsPartially):
                 )
         for name in SETTINGS:
             has, wants = metadata.get(name, getattr(self, name)), getattr(self, name)
-            if has == wants or wrong or (name == "iterations" and not get_mapping(self.mapping).iterative):
+            if (
+                has == wants
+                or wrong
+                or name == "gate_speed"
+                or (name == "iterations" and not get_mapping(self.mapping).iterative)
+            ):
                 continue
             sentence = (
                 f"was saved with {name}={has!r} and is loaded into one with {name}={wants!r}: the same parameters, another"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAMES = ("phi", "bias", "scale")
 #: Settings that change the function of these parameters: metadata of a state dict, which torch.save
 #: keeps and safetensors does not.
-SETTINGS = ("mapping", "iterations", "eps", "preset")
+SETTINGS = ("mapping", "iterations", "eps", "preset", "gate_speed")
 
 #: The number of streams of every system that ships mHC.
 _USUAL = 4
@@ -137,6 +137,7 @@ class LoadsPartially(StartsOffMeta):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         lists = (missing_keys, unexpected_keys, error_msgs)
+        state_dict = self.converted(state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self.__dict__.pop("_unwritten", None)  # what assign=True put in has its values
         load = _loads.of(missing_keys)
@@ -158,10 +159,22 @@ class LoadsPartially(StartsOffMeta):
         missing_keys[:] = [key for key in missing_keys if key not in keys]
         load.kept.extend(keys)
 
+    def converted(self, state: Mapping[str, Any], prefix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """Return `state` with values for the parametrisation of this module."""
+        return state
+
     def _check_loaded(
         self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: Load
     ) -> None:
         """Check the tensors for this module; `errors` are changed in place."""
+
+
+def saved_speed(settings: Mapping[str, Any], unknown: float) -> float:
+    """Return the gate_speed of saved parameters by their settings, `unknown` without any.
+
+    Settings without it are of a version in which all logits had speed 1.
+    """
+    return float(settings.get("gate_speed", 1.0 if "mapping" in settings else unknown))
 
 
 def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:

@@ -64,11 +64,11 @@ def inverse_rms(flat: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int) -> Iterator[Tensor]:
+def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int, speed: float) -> Iterator[Tensor]:
     """Yield the logits of pre, post and res."""
     static = scale.numel() == 0  # z is zero
     for i, part in enumerate((slice(n), slice(n, 2 * n), slice(2 * n, None))):
-        yield (z[..., part] if static else scale[i] * z[..., part]) + bias[part]
+        yield _times((z[..., part] if static else scale[i] * z[..., part]) + bias[part], speed)
 
 
 def _projection(flat: Tensor, phi: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -81,6 +81,10 @@ def _plus(value: Tensor, eps: float) -> Tensor:
     return value + eps if eps else value
 
 
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value * factor if factor != 1 else value
+
+
 def coefficients(
     streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,7 +95,8 @@ def coefficients(
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
 
-    The projection `z` [..., K] is returned because the backward needs it.
+    Logits are multiplied by the gate_speed of the convention, 1 in the paper. The projection `z`
+    [..., K] is returned because the backward needs it.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
@@ -99,7 +104,7 @@ def coefficients(
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         z = _projection(flat, phi.to(dtype), bias, eps)
-        pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n)
+        pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n, convention.gate_speed)
         return (
             _plus(torch.sigmoid(pre), convention.pre_eps),
             _plus(convention.post_range * torch.sigmoid(post), convention.post_eps),
@@ -125,12 +130,12 @@ def coefficients_backward(
     convention = parse(mapping)
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        weight, offset, gain = phi.to(dtype), bias.to(dtype), scale.to(dtype)
-        *_, res_logits = _logits(z, offset, gain, n)
+        weight, offset, gain, speed = phi.to(dtype), bias.to(dtype), scale.to(dtype), convention.gate_speed
+        *_, res_logits = _logits(z, offset, gain, n, speed)
         before, after = _plus(pre, -convention.pre_eps), _plus(post, -convention.post_eps)
-        d_pre = grad_pre * before * (1.0 - before)
-        d_post = grad_post * after * (1.0 - after / convention.post_range)
-        d_res = mapping_of(mapping).backward(grad_res, res_logits, n, iterations)
+        d_pre = _times(grad_pre * before * (1.0 - before), speed)
+        d_post = _times(grad_post * after * (1.0 - after / convention.post_range), speed)
+        d_res = _times(mapping_of(mapping).backward(grad_res, res_logits, n, iterations), speed)
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
         if not phi.shape[1]:

@@ -79,21 +79,25 @@ def test_a_planned_model_is_the_attached_one(options, tmp_path):
     assert mhc_compile.plan(model) == mhc_compile.Plan.load(tmp_path / "mhc.json")  # read off the model
 
 
-def test_a_plan_of_an_earlier_version_keeps_its_gain(tmp_path):
-    """The default was 0.01 at every width, and such plans contain it."""
+def test_a_plan_of_an_earlier_version_keeps_its_gain_and_speed(tmp_path):
+    """The default gain was 0.01, and such plans contain it; the speed was 1, and they do not."""
     model, now = Decoder(), tmp_path / "mhc.json"
     mhc_compile.plan(model, tokens()).save(now)
     data = json.loads(now.read_text())
     assert data["models"][0]["options"]["init_gain"] is None
     data["models"][0]["options"]["init_gain"] = 0.01
+    assert data["models"][0]["options"].pop("gate_speed") == 8.0
     now.write_text(json.dumps(data))
     mhc_compile.attach(model, plan=now)
     torch.compile(model, backend="mhc", options=EAGER)(tokens())  # with options that leave the gain out
     scales = [connection.scale.tolist() for connection in mhc_compile.connections(model).values()]
     assert scales == [pytest.approx([0.01] * 3)] * len(scales)
+    assert {connection.gate_speed for connection in mhc_compile.connections(model).values()} == {1.0}
     fresh = Decoder()
     mhc_compile.attach(fresh, tokens())
-    assert all(min(connection.scale.tolist()) > 0.1 for connection in mhc_compile.connections(fresh).values())
+    for connection in mhc_compile.connections(fresh).values():
+        assert connection.gate_speed == 8.0
+        assert min(connection.scale.tolist()) > 0.1 / 8
 
 
 def test_a_plan_holds_for_every_model_around_the_planned_one():

@@ -354,6 +354,39 @@ def test_the_same_shapes_and_another_function(load, tmp_path):
     load(attached(iterations=5), state)
 
 
+def compute(model):
+    compiled = torch.compile(model, backend="mhc", options=EAGER)
+    return compiled(tokens()).detach()
+
+
+@BOTH
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("saved", "now"), [(1.0, 8.0), (8.0, 1.0), (8.0, 8.0), (3.0, 8.0)])
+def test_gates_of_another_speed_are_converted(saved, now, assign, load, tmp_path):
+    source = trained(attached(gate_speed=saved))
+    if saved == 1:  # the files of a version without speeds
+        state = source.state_dict()
+        for entry in state._metadata.values():
+            entry.pop("gate_speed", None)
+        torch.save(state, tmp_path / "a.pt")
+    else:
+        torch.save(source.state_dict(), tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt")
+    before = {name: value.clone() for name, value in state.items()}
+    target = attached(gate_speed=now)
+    load(target, state, assign=assign)
+    assert all(torch.equal(value, state[name]) for name, value in before.items())
+    for path, connection in mhc_compile.connections(target).items():
+        for name in ("bias", "scale"):
+            assert torch.allclose(now * connection.get_parameter(name), saved * before[f"{path}.{name}"], rtol=1e-6)
+    # Power-of-two ratios change no bit of a result.
+    error = (compute(target) - compute(source)).abs().max()
+    assert error < 1e-5 if saved == 3 else error == 0, error
+    again = attached(gate_speed=saved)
+    load(again, target.state_dict())
+    assert saved == 3 or same(again, source)
+
+
 def test_metadata_is_found_under_the_names_of_compiled_models():
     state = torch.compile(attached(iterations=5), backend="mhc").state_dict()
     with pytest.warns(mhc_compile.MhcWarning, match="saved with iterations=5"):

@@ -177,6 +177,32 @@ print("identical")
     assert done.stdout.strip() == "identical", done.stderr
 
 
+@pytest.mark.parametrize(
+    "settings", [{"gate_speed": 1.0}, {"iterations": 3}, {"eps": 0.01}, {"init": "random", "read_out": "sum"}]
+)
+def test_a_model_of_other_settings_is_compiled_by_itself(settings):
+    """Dynamo would use the first model's graph, whose parameters have the same shapes."""
+    base = Decoder()
+    models = [twin(base), twin(base)]
+    for model, own in zip(models, ({"init": settings.get("init", "preserve")}, settings), strict=True):
+        mhc_compile.attach(model, tokens(), options=own)
+        generator = torch.Generator().manual_seed(0)
+        for connection in mhc_compile.connections(model).values():
+            for parameter in connection.parameters():
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    one, other = (torch.compile(model, backend="mhc", options=EAGER) for model in models)
+    want = mhc_compile.plain(base)(tokens())
+    first = one(tokens())
+    if "read_out" in settings:
+        with pytest.raises(mhc_compile.errors.AttachError, match="its hyper-connection has read_out='sum'"):
+            other(tokens())
+        return
+    got = other(tokens())
+    assert (got - models[1](tokens())).abs().max() < 1e-6  # operation by operation
+    assert (got - first).abs().max() > 1e-4
+    assert (got - want).abs().max() > 1e-2
+
+
 def test_one_graph_for_two_models_uses_each_one_s_parameters():
     inner_backend = Counting()
     options = {"inner_backend": inner_backend}

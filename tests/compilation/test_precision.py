@@ -27,8 +27,8 @@ def randomise(model):
     """
     for connection in mhc_compile.connections(model).values():
         nn.init.normal_(connection.phi, std=(connection.streams * connection.width) ** -0.5)
-        nn.init.normal_(connection.bias)
-        nn.init.constant_(connection.scale, 0.7)
+        nn.init.normal_(connection.bias, std=1 / connection.gate_speed)
+        nn.init.constant_(connection.scale, 0.7 / connection.gate_speed)
     return model
 
 

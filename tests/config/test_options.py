@@ -40,6 +40,12 @@ def test_defaults_are_the_paper():
         ({"init_gain": 0}, "option 'init_gain' is 0; .*would never learn"),
         ({"init_gain": float("nan")}, "option 'init_gain' is nan"),
         ({"init_stream_weight": 1.0}, "option 'init_stream_weight' is 1.0; expected a number from 0.001 to 0.999"),
+        ({"gate_speed": 0}, "option 'gate_speed' is 0; expected a number from 0.001 to 1000"),
+        ({"gate_speed": "8"}, r"option 'gate_speed' is '8' \(str\); expected a number"),
+        (
+            {"preset": "qwen4-exp", "init": "random", "gate_speed": 8.0},
+            "gate_speed=8.0 multiplies logits a z \\+ b, and with rank=320 there are none",
+        ),
         ({"min_chain_length": 0}, "option 'min_chain_length' is 0; expected a positive integer"),
         ({"strict": 1}, r"option 'strict' is 1 \(int\); expected True or False"),
         ({"inner_backend": "indutor"}, "option 'inner_backend' is 'indutor'; did you mean 'inductor'"),
@@ -50,6 +56,28 @@ def test_defaults_are_the_paper():
 def test_a_wrong_option_is_an_error_that_restates_it(given, words):
     with pytest.raises(OptionError, match=words):
         Options.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "spec"),
+    [
+        ({}, "sinkhorn;gate_speed=8.0"),
+        ({"mapping": "identity"}, "identity;gate_speed=8.0"),
+        ({"mapping": "unconstrained"}, "unconstrained"),
+        ({"mapping": "unconstrained", "gate_speed": 8}, "unconstrained;gate_speed=8.0"),
+        ({"init": "random"}, "sinkhorn"),
+        ({"gate_speed": 1}, "sinkhorn"),
+        ({"preset": "liger"}, "sinkhorn;sinkhorn_eps=1e-06;last=columns"),
+        ({"preset": "glm5-next", "gate_speed": 2}, "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06;gate_speed=2.0"),
+    ],
+)
+def test_the_speed_of_gates_is_that_of_the_start_and_part_of_the_convention(given, spec):
+    assert Options.parse(given).spec == spec
+
+
+def test_a_site_with_another_mapping_has_the_speed_of_that():
+    options = Options.parse({"overrides": {"mlp": {"mapping": "unconstrained"}, "attn": {"gate_speed": 3.0}}})
+    assert [options.at(path).speed for path in ("a.mlp", "a.attn", "a.other")] == [1.0, 3.0, 8.0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

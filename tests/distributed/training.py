@@ -73,7 +73,8 @@ def shake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            for parameter, size in ((connection.phi, 0.3), (connection.bias, 0.5), (connection.scale, 0.5)):
+            gates = 0.5 / connection.gate_speed
+            for parameter, size in ((connection.phi, 0.3), (connection.bias, gates), (connection.scale, gates)):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
 

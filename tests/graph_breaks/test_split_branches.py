@@ -71,7 +71,8 @@ def stirred(model, seed=1):
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
             for parameter in connection.parameters():
-                parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+                size = 0.7 if parameter.dim() > 1 else 0.7 / connection.gate_speed
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -113,7 +114,7 @@ def by_hand(model, x):
             flat = streams.flatten(-2)
             flat = flat * (flat.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             scale = torch.cat([site.scale[i].expand(k) for i, k in enumerate((N, N, N * N))])
-            logits = (flat @ site.phi) * scale + site.bias
+            logits = 8 * ((flat @ site.phi) * scale + site.bias)  # the default gate_speed
             pre, post = logits[..., :N].sigmoid(), 2 * logits[..., N : 2 * N].sigmoid()
             res = logits[..., 2 * N :].softmax(-1).unflatten(-1, (N, N))
             for _ in range(20):

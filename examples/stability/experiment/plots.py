@@ -19,7 +19,9 @@ STYLES: dict[str, tuple[str, Any]] = {
     "identity": ("#009E73", (0, (3, 1, 1, 1))),
     "permutations": ("#CC79A7", (0, (1, 1))),
     "kronecker": ("#B8860B", (0, (5, 1, 1, 1))),
+    "speed1": ("#56B4E9", "-"),
     "gain0.01": ("#56B4E9", (0, (5, 1))),
+    "HC-fast": ("#E69F00", (0, (5, 1))),
     "scalars": ("#707070", (0, (1, 1))),
 }
 #: Variants that belong to other tables than the main one.

@@ -73,17 +73,16 @@ def groups(model: nn.Module, variant: Variant) -> list[dict[str, Any]]:
     Where a variant asks for it, bias and scale of hyper-connections have a group of their own.
     """
     gates: set[nn.Parameter] = set()
-    if variant.speed != 1 or variant.gate_decay:
+    if variant.gate_decay:
         gates = {p for c in mhc_compile.connections(model).values() for p in c.parameters() if p.dim() == 1}
     others = [p for p in model.parameters() if p not in gates]
     found = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": WEIGHT_DECAY, "speed": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "speed": 1.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     if gates:
         ordered = [p for p in model.parameters() if p in gates]
-        # AdamW's decay is a share of the learning rate, which is `speed` times as large.
-        found.append({"params": ordered, "weight_decay": variant.gate_decay / variant.speed, "speed": variant.speed})
+        found.append({"params": ordered, "weight_decay": variant.gate_decay})
     return found
 
 
@@ -158,7 +157,7 @@ class Subject:
             if step == self._change != 0:
                 now, optimizer = self, self._continue(now.model, optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = plan.rate_at(step, run.rate) * group["speed"]
+                group["lr"] = plan.rate_at(step, run.rate)
             loss = now.loss(*self.batches.training(run.seed, step))
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(now.model.parameters(), plan.clip)

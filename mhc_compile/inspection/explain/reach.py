@@ -23,8 +23,9 @@ class Reach:
     """How far the logits of pre, post and H_res can move in a training, at the slowest site.
 
     AdamW moves a number by about the learning rate at each step, so in a training by at most Σ lr,
-    whatever the gradient. A logit is `b + a Σ_i z_i phi_i`, and the nC numbers z_i have magnitude
-    0.8 on average: phi moves it by up to 0.8 a nC Σ lr. Other optimizers have other bounds.
+    whatever the gradient. A logit is `s (b + a Σ_i z_i phi_i)` with the gate_speed s, and the nC
+    numbers z_i have magnitude 0.8 on average: b moves it by up to s Σ lr, phi by 0.8 s a nC Σ lr.
+    At the start s a is the init_gain. Other optimizers have other bounds.
     """
 
     total: float  #: Σ lr at most: the peak learning rate times the steps
@@ -55,5 +56,5 @@ def reach(sites: Iterable[tuple[int, ResolvedOptions]], lr: float, steps: int) -
         if not options.rank:
             features = options.streams * width
             gain = initial_gain(options.init_gain, options.init, features) if options.token_dependent else 0.0
-            found.append(0.8 * gain * features * total)
-    return Reach(total, total, min(found)) if found else None
+            found.append(Reach(total, options.speed * total, 0.8 * gain * features * total))
+    return min(found, key=lambda one: one.static + one.token, default=None)

@@ -160,7 +160,7 @@ def _training(reach: Reach) -> Group:
     if not reach.enough:
         text = (
             f"Less than {NEEDED:g} in all: the gates may stay near their start, and the model near the plain one. A larger"
-            " init_gain, more steps or a higher learning rate moves them."
+            " init_gain or gate_speed, more steps or a higher learning rate moves them."
         )
         lines.append(Text(text, style="yellow"))
     return Group(*lines)

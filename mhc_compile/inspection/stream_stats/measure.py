@@ -125,7 +125,7 @@ def initial_gates(connection: HyperConnection) -> Gates | None:
     if connection.init != "preserve":
         return None
     n, convention = connection.streams, parse(connection.spec)
-    bias = connection.start()["bias"].double()
+    bias = convention.gate_speed * connection.start()["bias"].double()
     return Gates(
         bias[:n].sigmoid() + convention.pre_eps,
         bias[n : 2 * n].sigmoid() * convention.post_range + convention.post_eps,
@@ -137,7 +137,7 @@ def _settings(model: nn.Module) -> ResolvedOptions:
     """Return the options that fit the hyper-connections of `model`."""
 
     def own(connection: Any) -> dict[str, Any]:
-        return {"mapping": connection.mapping, "token_dependent": connection.token_dependent}
+        return {name: getattr(connection, name) for name in ("mapping", "token_dependent", "gate_speed")}
 
     found = connections(model)
     first = next(iter(found.values()))
@@ -152,7 +152,7 @@ def _settings(model: nn.Module) -> ResolvedOptions:
 
 @torch.no_grad()
 def fill_residual_logits(model: nn.Module, std: float) -> int:
-    """Fill the static residual logits of every hyper-connection with N(0, std) noise, in place.
+    """Make the static residual logits of every hyper-connection N(0, std) noise, in place.
 
     What a mapping makes of random logits shows what it guarantees. With phi = 0, as initially, each
     site's H_res is the same for all tokens. Return the number of logits: 0 for the mapping
@@ -162,7 +162,7 @@ def fill_residual_logits(model: nn.Module, std: float) -> int:
     for connection in connections(model).values():
         if "bias" in connection.names:
             logits = connection.bias[2 * connection.streams :]
-            logits.copy_(torch.randn(logits.shape) * std)
+            logits.copy_(torch.randn(logits.shape) * std / connection.gate_speed)
             count += logits.numel()
     return count
 

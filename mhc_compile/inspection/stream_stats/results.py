@@ -170,7 +170,7 @@ class Stability(Renderable):
         return (
             f"The streams are {self.distance:.3f} of their mean apart at most{gates}: what the model computes is still"
             " close to plain residual adds. If it was trained, its hyper-connections had too little of it: more steps, a"
-            " higher learning rate or a larger init_gain move them further (`mhc explain TARGET --lr LR --steps N` says how"
+            " higher learning rate, a larger init_gain or gate_speed move them further (`mhc explain TARGET --lr LR --steps N` says how"
             " far)"
         )
 

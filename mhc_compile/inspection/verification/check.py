@@ -261,7 +261,7 @@ class _Comparison:
             run = self.runner.rewritten(self.options, own=True)
             self._compiled(run)
         else:
-            randomize([*run.connections().values(), *run.connections(read_outs=True).values()], self.seed)
+            randomize(run.module, [run.connections(), run.connections(read_outs=True)], self.seed)
         run.restore()
         other = self.runner.other(run, self.options)
         got, want = self._settled(run), self._settled(other)

@@ -200,11 +200,11 @@ def _real(value: Tensor) -> Tensor:
     return torch.view_as_real(value) if value.is_complex() else value
 
 
-def randomize(connections: Iterable[tuple[nn.Parameter, ...]], seed: int) -> None:
+def randomize(model: nn.Module, connections: Iterable[dict[str, tuple[nn.Parameter, ...]]], seed: int) -> None:
     """Set parameters of hyper-connections and learned read-outs to values far from their init.
 
-    Each entry is (phi, bias, scale), or (weight, bias, scale) of a read-out. With phi = 0, as
-    initially, all streams are copies, which hides many a wrong rewrite.
+    Each entry is (phi, bias, scale) by path, or (weight, bias, scale) of a read-out. With phi = 0,
+    as initially, all streams are copies, which hides many a wrong rewrite.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -212,10 +212,11 @@ def randomize(connections: Iterable[tuple[nn.Parameter, ...]], seed: int) -> Non
         return torch.randn(like.shape, generator=generator).to(like)
 
     with torch.no_grad():
-        for phi, bias, scale in connections:
+        for path, (phi, bias, scale) in [item for found in connections for item in found.items()]:
+            speed = getattr(model.get_submodule(path), "gate_speed", 1.0)
             phi.copy_(normal(phi) / phi.shape[0] ** 0.5)
-            bias.add_(0.5 * normal(bias))
-            scale.copy_(0.5 + 0.25 * normal(scale).tanh())
+            bias.add_(0.5 * normal(bias) / speed)
+            scale.copy_((0.5 + 0.25 * normal(scale).tanh()) / speed)
 
 
 def live_sites(

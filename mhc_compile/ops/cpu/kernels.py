@@ -69,6 +69,7 @@ def _definitions(convention: Convention) -> dict[str, str | int]:
         "POST_EPS": repr(convention.post_eps),
         "SINKHORN_EPS": repr(sinkhorn.sinkhorn_eps),
         "LAST_COLUMNS": int(sinkhorn.last == "columns"),
+        "GATE_SPEED": repr(float(convention.gate_speed)),
     }
 
 

@@ -34,6 +34,8 @@ struct Site {
     const Real *phi, *bias, *scale;  // [N C, K], [K], [3]
     Real eps;
     int64_t iterations;
+
+    Real logit(int k, Real z) const { return Real(GATE_SPEED) * (scale[k < N ? 0 : k < 2 * N ? 1 : 2] * z + bias[k]); }
 };
 
 // What a token's old streams weigh in its new ones. Equal streams are one stream that weighs as much as all of them.
@@ -150,7 +152,7 @@ struct Forward {
             for (int k = 0; k < K; ++k) {
                 const Real product = sum(products[t][k]) * scaling;
                 z[token * K + k] = product;
-                logits[k][t] = site.scale[k < N ? 0 : k < 2 * N ? 1 : 2] * product + site.bias[k];
+                logits[k][t] = site.logit(k, product);
             }
         }
         for (int k = 0; k < 2 * N; ++k) EACH_LANE logits[k][l] = sigmoid(logits[k][l]);

@@ -145,7 +145,7 @@ struct Backward {
         if (Mixing::LOGITS && grad_next_res) {
             for (int k = 0; k < Mixing::LOGITS; ++k)
                 for (int64_t t = 0; t < TILE; ++t)
-                    mixing.at(k)[t] = t < count ? site.scale[2] * z[(first + t) * K + 2 * N + k] + site.bias[2 * N + k] : 0;
+                    mixing.at(k)[t] = t < count ? site.logit(2 * N + k, z[(first + t) * K + 2 * N + k]) : 0;
             load_matrices<Mixing::TURNED>(grad_next_res + first * N * N, count, g);
             mixing.backward(g, site.iterations, own.history);
         }
@@ -160,9 +160,9 @@ struct Backward {
             Real dot = 0;
             for (int k = 0; k < K; ++k) {
                 const int part = k < N ? 0 : k < 2 * N ? 1 : 2;
-                const Real dz = d_logits[t][k] * site.scale[part];
-                d_bias_sum[k] += d_logits[t][k];
-                d_scale_sum[part] += d_logits[t][k] * z[token * K + k];
+                const Real d_sum = Real(GATE_SPEED) * d_logits[t][k], dz = d_sum * site.scale[part];
+                d_bias_sum[k] += d_sum;
+                d_scale_sum[part] += d_sum * z[token * K + k];
                 dot += dz * z[token * K + k];
                 scaled[t][k] = dz * inverse[token];
             }

@@ -106,6 +106,7 @@ class Sizes:
             "pre_eps": convention.pre_eps,
             "post_range": float(convention.post_range),
             "post_eps": convention.post_eps,
+            "gate_speed": float(convention.gate_speed),
         }
 
     @property

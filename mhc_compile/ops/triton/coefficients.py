@@ -44,11 +44,17 @@ def _gain(scale, k: tl.constexpr, n: tl.constexpr):
 
 
 @triton.jit
+def _logit(bias, scale, z, k: tl.constexpr, n: tl.constexpr, gate_speed: tl.constexpr):
+    """Return logit k of tokens whose projections to it are `z`."""
+    return gate_speed * (_gain(scale, k, n) * z + tl.load(bias + k).to(tl.float32))
+
+
+@triton.jit
 def coefficients(
     partial, parts, bias, scale, pre, post, res, z, inverse, rows, live, tokens, width, iterations, eps,
     n: tl.constexpr, columns: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
 ):  # fmt: skip
     """Store `pre`, `post` [T, n], `res` [T, n, n], `z` [T, K] and `inverse` [T].
 
@@ -61,7 +67,7 @@ def coefficients(
     for k in tl.static_range(columns):
         projected = sums[k] * over_rms
         tl.store(z + rows * columns + k, projected, mask=live)
-        logits = logits + (_gain(scale, k, n) * projected + tl.load(bias + k).to(tl.float32),)
+        logits = logits + (_logit(bias, scale, projected, k, n, gate_speed),)
     residual = ()
     for k in tl.static_range(columns):
         if k < n:
@@ -111,7 +117,7 @@ def coefficients_backward(
     rows, live, tokens, width, iterations,
     n: tl.constexpr, columns: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
 ):  # fmt: skip
     """Store `scaled` [T, K] = dz / rms, `radial` [T] and `shares` [K + 3].
 
@@ -137,7 +143,7 @@ def coefficients_backward(
             logits = ()
             for k in tl.static_range(2 * n, columns):
                 value = tl.load(z + rows * columns + k, mask=live, other=0.0)
-                logits = logits + (_gain(scale, k, n) * value + tl.load(bias + k).to(tl.float32),)
+                logits = logits + (_logit(bias, scale, value, k, n, gate_speed),)
             grad = load_numbers(grad_res, rows, live, n * n)
             d_logits = d_logits + matrix_backward(
                 grad, logits, sums, rows, live, tokens, iterations, n, mapping, sinkhorn_eps, turns
@@ -148,7 +154,7 @@ def coefficients_backward(
     along = tl.zeros_like(over_rms)
     turns_of = filled(0.0, over_rms, 3)
     for k in tl.static_range(columns):
-        value = d_logits[k]
+        value = d_logits[k] * gate_speed
         tl.store(shares + k, tl.sum(value, 0))
         turn = value * tl.load(z + rows * columns + k, mask=live, other=0.0)
         new = ()

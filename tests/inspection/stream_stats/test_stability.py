@@ -21,6 +21,8 @@ import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 MHC = {"backend": "mhc", "options": EAGER}
+#: The default gate_speed: logits are 8 (a z + b).
+SPEED = 8
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,9 @@ def trained(model, *inputs, std=1.0, phi=0.3, **kwargs):
     mhc_compile.attach(model, *inputs, **kwargs)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            connection.bias.add_(torch.randn_like(connection.bias) * std)
+            connection.bias.add_(torch.randn_like(connection.bias) * std / SPEED)
             connection.phi.normal_(std=phi)
-            connection.scale.fill_(1.0)
+            connection.scale.fill_(1.0 / SPEED)
     return model
 
 
@@ -47,14 +49,14 @@ def test_how_far_gates_have_moved():
     """Static gates of the identity mapping are two sigmoids: no operator is needed to know them."""
     model = Small()
     mhc_compile.attach(model, points(), options={"token_dependent": False, "mapping": "identity"})
-    then = {path: c.bias.detach().double().clone() for path, c in mhc_compile.connections(model).items()}
+    then = {path: SPEED * c.bias.detach().double() for path, c in mhc_compile.connections(model).items()}
     assert mhc_compile.stability(model, points()).moved == pytest.approx(0.0, abs=1e-7)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            connection.bias.add_(torch.randn_like(connection.bias))
+            connection.bias.add_(torch.randn_like(connection.bias) / SPEED)
     result = mhc_compile.stability(model, points())
     for site in result.sites:
-        now = mhc_compile.connections(model)[site.path].bias.detach().double()
+        now = SPEED * mhc_compile.connections(model)[site.path].bias.detach().double()
         pre, post = (now.sigmoid() - then[site.path].sigmoid()).split(4)
         want = max(pre.square().mean().sqrt().item(), 2 * post.square().mean().sqrt().item())
         assert site.moved == pytest.approx(want, rel=1e-5)
@@ -88,6 +90,7 @@ def by_hand(model, inputs, iterations=20):
     entering, coefficients = [], []
     for number in range(len(model[1].parts)):
         phi, bias, scale = (weights[f"1.mhc.parts.{number}.{part}"] for part in ("phi", "bias", "scale"))
+        bias, scale = SPEED * bias, SPEED * scale
         flat = streams.flatten(-2)
         z = (flat @ phi) / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         pre = torch.sigmoid(scale[0] * z[..., :4] + bias[:4])
@@ -176,17 +179,18 @@ def test_over_64_sites_sinkhorn_is_bounded_where_unconstrained_mixing_grows():
     mhc_compile.attach(model, points)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            connection.bias[8:].normal_(std=1.0)
+            connection.bias[8:].normal_(std=1.0 / SPEED)
     result = mhc_compile.stability(model, points)
     assert len(result.sites) == 64
     product, loose = torch.eye(4).double(), torch.eye(4).double()
     for connection, site in zip(mhc_compile.connections(model).values(), result.sites, strict=True):
-        matrix = connection.bias[8:].detach().double().exp().reshape(4, 4)
+        logits = SPEED * connection.bias[8:].detach().double().reshape(4, 4)
+        matrix = logits.exp()
         for _ in range(20):
             matrix = matrix / matrix.sum(0, keepdim=True)
             matrix = matrix / matrix.sum(1, keepdim=True)
         product = matrix @ product
-        loose = (torch.eye(4).double() + connection.bias[8:].detach().double().reshape(4, 4)) @ loose
+        loose = (torch.eye(4).double() + logits) @ loose
         assert site.composite_forward == pytest.approx(product.abs().sum(1).max().item(), abs=1e-5)
         assert site.composite_backward == pytest.approx(product.abs().sum(0).max().item(), abs=1e-5)
     assert result.amax_forward <= 2

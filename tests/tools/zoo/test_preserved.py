@@ -67,7 +67,7 @@ def assert_like_the_definition(family, case, options, graphs):
     compiled = torch.compile(model, backend="mhc", options=options)
     for connection in mhc_compile.connections(model).values():
         for parameter in connection.parameters():
-            nn.init.normal_(parameter, std=0.5)
+            nn.init.normal_(parameter, std=0.5 if parameter.dim() > 1 else 0.5 / connection.gate_speed)
     # Some models set attributes in their first call, and are compiled again in the second.
     record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     buffers, before = [buffer.clone() for buffer in model.buffers()], graphs.compiled
