@@ -18,6 +18,7 @@ import triton
 from helpers.sm90 import LARGEST, compile_for_sm90, key_of, moved
 from helpers.tables import compare_rows
 
+from mhc_compile.config.options import Options
 from mhc_compile.config.presets import PRESETS
 from mhc_compile.ops.norm_reference import NORMS
 from mhc_compile.ops.triton import ahead
@@ -25,6 +26,7 @@ from mhc_compile.ops.triton import ahead
 TABLE = Path(__file__).parent / "sm90.md"
 #: The version of the table; others allocate registers otherwise.
 VERSION = "3.9.0"
+DEFAULT = Options().resolved.spec
 V4 = str(PRESETS["deepseek-v4"].convention)
 LIGER = str(PRESETS["liger"].convention)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,7 +34,7 @@ C, T = 2560, 4096
 #: Streams, their dtype, the convention, and whether sites read with the weights of the site before.
 #: Where the name ends with a norm, h has it; where it begins with "lazy", streams are.
 KINDS = {
-    "paper, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
+    "paper, n = 4, bfloat16": (4, BF16, DEFAULT, False),
     "single pass, n = 4, bfloat16": (4, BF16, V4, True),
     "deepseek-v4, n = 4, bfloat16": (4, BF16, V4, False),
     "liger, n = 4, bfloat16": (4, BF16, LIGER, False),
@@ -40,16 +42,16 @@ KINDS = {
     "permutations, n = 4, bfloat16": (4, BF16, "permutations", False),
     "kronecker, n = 4, bfloat16": (4, BF16, "kronecker", False),
     "unconstrained, n = 4, bfloat16": (4, BF16, "unconstrained", False),
-    "paper, n = 2, bfloat16": (2, BF16, "sinkhorn", False),
+    "paper, n = 2, bfloat16": (2, BF16, DEFAULT, False),
     "kronecker, n = 8, bfloat16": (8, BF16, "kronecker", False),
-    "paper, n = 4, float32": (4, FP32, "sinkhorn", False),
-    "paper, n = 4, float16": (4, FP16, "sinkhorn", False),
-    "paper, n = 4, bfloat16, rms": (4, BF16, "sinkhorn", False),
-    "paper, n = 4, bfloat16, layer": (4, BF16, "sinkhorn", False),
+    "paper, n = 4, float32": (4, FP32, DEFAULT, False),
+    "paper, n = 4, float16": (4, FP16, DEFAULT, False),
+    "paper, n = 4, bfloat16, rms": (4, BF16, DEFAULT, False),
+    "paper, n = 4, bfloat16, layer": (4, BF16, DEFAULT, False),
     "single pass, n = 4, bfloat16, rms": (4, BF16, V4, True),
-    "lazy, n = 4, bfloat16": (4, BF16, "sinkhorn", False),
-    "lazy, n = 4, float32": (4, FP32, "sinkhorn", False),
-    "lazy, n = 4, bfloat16, layer": (4, BF16, "sinkhorn", False),
+    "lazy, n = 4, bfloat16": (4, BF16, DEFAULT, False),
+    "lazy, n = 4, float32": (4, FP32, DEFAULT, False),
+    "lazy, n = 4, bfloat16, layer": (4, BF16, DEFAULT, False),
 }
 
 

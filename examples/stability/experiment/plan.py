@@ -230,7 +230,7 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
 #: Plans by name. Each has a folder of results; that of "main" is `results` itself.
 TABLES: dict[str, Plan] = {
     "main": Plan(),
-    "starved": Plan(weights=0.16),
+    "starved": Plan(variants=("plain", "scalars", "gain0.01", "speed1", "HC"), weights=0.16),
     "sweep": Plan(variants=("plain",), rates=(0.0005, 0.001, 0.002, 0.004), seeds=2),
     "parts": Plan(
         variants=(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MODELS = ("gpt2", "llama", "vit")
 #: Steps of a run by default, width of an attention head, side of a patch of the vit's images in
 #: bytes.
-STEPS, HEAD, PATCH = 500, 32, 8
+STEPS, HEAD, PATCH = 400, 32, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class Settings:
 
     model: str = "gpt2"  # "gpt2", "llama" or "vit"
     seed: int = 0  # of the initial weights, the batches and the dropout
-    batch: int = 8  # sequences, or images of the vit, per step
-    context: int = 128  # bytes per sequence, or patches per image (a square number)
-    layers: int = 4  # transformer blocks; each has two sites
-    width: int = 128  # C, a multiple of 32
+    batch: int = 4  # sequences, or images of the vit, per step
+    context: int = 64  # bytes per sequence, or patches per image (a square number)
+    layers: int = 16  # transformer blocks; each has two sites
+    width: int = 64  # C, a multiple of 32
     dropout: float = 0.0  # the probability, wherever the model's configuration has one
-    lr: float = 3e-3  # the peak of the learning rate
+    lr: float = 2e-3  # the peak of the learning rate
     inner_backend: str = "inductor"  # the compiler of both models
 
     def __post_init__(self) -> None:
@@ -47,5 +47,5 @@ class Settings:
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> Settings:
         """Return the settings with `given` on top of the defaults of the chosen model."""
-        base: dict[str, Any] = {"batch": 16, "context": 64, "lr": 3e-4} if given.get("model") == "vit" else {}
+        base: dict[str, Any] = {"batch": 16, "layers": 4, "width": 128, "lr": 3e-4} if given.get("model") == "vit" else {}
         return cls(**{**base, **given})

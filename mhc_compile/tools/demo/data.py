@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Folders that do not belong to the library itself.
 SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 #: One file in `HELD_OUT` is for validation. Classes of the image task. Batches of a validation.
-HELD_OUT, PACKAGES, VALIDATION_BATCHES = 10, 8, 8
+HELD_OUT, PACKAGES, VALIDATION_BATCHES = 10, 8, 32
 
 
 def _digest(text: str) -> bytes:
