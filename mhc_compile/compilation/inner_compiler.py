@@ -166,7 +166,8 @@ def _compile(
         if inner == "eager":
             return run_eagerly(graph_module)
         graph_module = fuse(graph_module, passes) if passes else graph_module
-        with _torch.rewrite_joint_graphs(functools.partial(run_passes, passes=_JOINT[options.recompute])):
+        joint = _JOINT[options.recompute] if passes else ()  # none for a graph that is left plain
+        with _torch.rewrite_joint_graphs(functools.partial(run_passes, passes=joint)):
             if inner == "inductor":
                 tag = f"mhc-{ops.fingerprint()}-{options.recompute}-{_joint_passes()}"
                 table = ops.fused_decompositions()

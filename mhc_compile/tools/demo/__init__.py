@@ -47,5 +47,7 @@ class Settings:
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> Settings:
         """Return the settings with `given` on top of the defaults of the chosen model."""
-        base: dict[str, Any] = {"batch": 16, "layers": 4, "width": 128, "lr": 3e-4} if given.get("model") == "vit" else {}
+        base: dict[str, Any] = (
+            {"batch": 16, "layers": 4, "width": 128, "lr": 3e-4} if given.get("model") == "vit" else {}
+        )
         return cls(**{**base, **given})
