@@ -84,6 +84,10 @@ class HyperConnection(LoadsPartially):
     bias: nn.Parameter
     scale: nn.Parameter
 
+    #: Of modules that an earlier version pickled.
+    gate_speed: float = 1.0
+    function: str = "of an earlier version"
+
     def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ARG004 - those of `__init__`
         """Return a new instance. Copies and unpickled ones are made here, without `__init__`."""
         connection = super().__new__(cls)

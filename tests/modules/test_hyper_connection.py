@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,15 @@ def test_a_step_moves_logits_by_the_speed_through_bias(speed):
     optimizer.step()
     moved = connection.coefficients(streams)[0].logit() - before
     assert (moved / (speed * lr)).tolist()[0][0] == pytest.approx([1.0] * 4, rel=1e-3)
+
+
+def test_a_module_that_an_earlier_version_pickled_has_speed_1():
+    connection = HyperConnection(16, Options(gate_speed=1.0))
+    for name in ("gate_speed", "function"):
+        del connection.__dict__[name]
+    again = copy.deepcopy(connection)
+    assert (again.gate_speed, bool(again.function)) == (1.0, True)
+    assert again.state_dict()._metadata[""]["gate_speed"] == 1.0
 
 
 def test_scratch_start():
