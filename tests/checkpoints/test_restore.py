@@ -82,15 +82,12 @@ def test_a_state_dict_says_how_it_was_computed():
 
 
 def test_a_state_dict_of_a_version_without_speeds_keeps_speed_1():
-    model = Decoder()
-    mhc_compile.attach(model, tokens(), options={"gate_speed": 1.0})
-    state = model.state_dict()
+    plain, state = saved(gate_speed=1.0)
     for entry in state._metadata.values():
         entry.pop("gate_speed", None)
-    speeds = {connection.gate_speed for connection in mhc_compile.restore(twin(model), state).values()}
+    speeds = {connection.gate_speed for connection in mhc_compile.restore(twin(plain), state).values()}
     assert speeds == {1.0}
-    fast = twin(model)
-    for path, connection in mhc_compile.restore(fast, state, options={"gate_speed": 8.0}).items():
+    for path, connection in mhc_compile.restore(plain, state, options={"gate_speed": 8.0}).items():
         assert connection.gate_speed == 8.0
         assert torch.equal(8 * connection.bias, state[f"{path}.bias"])
 
