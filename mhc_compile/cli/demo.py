@@ -27,7 +27,7 @@ _D = Settings()
 @click.option("--seed", type=click.IntRange(0), default=_D.seed, show_default=True, help="Weights, batches, dropout.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences per step.  [default: 4; vit 16]")
 @click.option("--context", type=click.IntRange(1), help="Bytes a sequence; vit: patches.  [default: 64]")
-@click.option("--layers", type=click.IntRange(1), help="Transformer blocks.  [default: 16; vit 4]")
+@click.option("--layers", type=click.IntRange(1), help="Transformer blocks.  [default: 12; vit 4]")
 @click.option("--width", type=click.IntRange(32), help="C, a multiple of 32.  [default: 64; vit 128]")
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=_D.dropout, show_default=True, help="Probability.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 0.002; vit 0.0003]")
@@ -64,8 +64,10 @@ def command(
     Exit codes: 0 fine, 1 an error, 2 wrong usage, 130 interrupted.
     """
     # Threads that spin while they wait for each other make a step 25 times slower next to another
-    # busy process. The variable is read when torch is loaded, below.
+    # busy process. The variables are read when torch is loaded, below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A step of the default size takes longer on two threads than on one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from rich.console import Console
 
     from mhc_compile.errors import MhcError, OptionError

@@ -32,7 +32,7 @@ class Settings:
     seed: int = 0  # of the initial weights, the batches and the dropout
     batch: int = 4  # sequences, or images of the vit, per step
     context: int = 64  # bytes per sequence, or patches per image (a square number)
-    layers: int = 16  # transformer blocks; each has two sites
+    layers: int = 12  # transformer blocks; each has two sites
     width: int = 64  # C, a multiple of 32
     dropout: float = 0.0  # the probability, wherever the model's configuration has one
     lr: float = 2e-3  # the peak of the learning rate
