@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mhc_compile.cli.shared import Command
-from mhc_compile.tools.demo import MODELS, STEPS, Settings
+from mhc_compile.tools.demo import MODELS, SEEDS, STEPS, Settings
 
 _OUT = Path("runs/demo")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -25,6 +25,7 @@ _D = Settings()
 @click.option("--out", type=_FOLDER, default=_OUT, show_default=True, help="Folder for the results.")
 @click.option("--resume", is_flag=True, help="Continue the checkpoint in --out, bit for bit. Settings come from it.")
 @click.option("--seed", type=click.IntRange(0), default=_D.seed, show_default=True, help="Weights, batches, dropout.")
+@click.option("--seeds", type=click.IntRange(1), default=SEEDS, show_default=True, help="Runs: --seed and those after.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences per step.  [default: 4; vit 16]")
 @click.option("--context", type=click.IntRange(1), help="Bytes a sequence; vit: patches.  [default: 64]")
 @click.option("--layers", type=click.IntRange(1), help="Transformer blocks.  [default: 12; vit 4]")
@@ -40,6 +41,7 @@ def command(
     ctx: click.Context,
     /,
     steps: int | None,
+    seeds: int,
     out: Path,
     resume: bool,
     save_every: float,
@@ -57,9 +59,12 @@ def command(
     --model vit classifies images instead: pieces of source, one byte a pixel, by the package that
     they come from.
 
-    Writes result.json (every figure), loss.png and checkpoint.pt to --out. Ctrl-C keeps the steps
-    done so far; --resume continues them, also with more --steps: the learning rate depends on the
-    step alone.
+    The second of --seeds, and further ones, run in processes of their own at the same time, as many
+    as there are cores without work. What is shown and timed is the run of the first.
+
+    Writes result.json (every figure), loss.png and checkpoint.pt to --out, those of other seeds to
+    folders in it. Ctrl-C keeps the steps done so far; --resume continues them, also with more
+    --steps: the learning rate depends on the step alone.
 
     Exit codes: 0 fine, 1 an error, 2 wrong usage, 130 interrupted.
     """
@@ -84,7 +89,7 @@ def command(
             from mhc_compile.tools.demo.report import print_summary
             from mhc_compile.tools.demo.session import Session
 
-            session = Session(out, given, steps, resume, save_every, progress)
+            session = Session(out, given, steps, seeds, resume, save_every, progress)
             result, explanation, files = session.run()
     except OptionError as error:
         raise click.UsageError(str(error)) from error
@@ -92,7 +97,7 @@ def command(
         if session is None or not session.saved:
             click.echo("Interrupted before the first step was done: nothing was saved.", err=True)
         else:
-            where = "" if out == _OUT else f" --out {out}"
+            where = ("" if seeds == SEEDS else f" --seeds {seeds}") + ("" if out == _OUT else f" --out {out}")
             click.echo(f"Interrupted after step {session.saved}. Continue with: mhc demo --resume{where}", err=True)
         sys.exit(130)
     if as_json:

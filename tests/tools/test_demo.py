@@ -25,10 +25,10 @@ from click.testing import CliRunner, Result
 
 from mhc_compile.cli.demo import command
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.tools.demo import Settings
+from mhc_compile.tools.demo import CHECKPOINT, LOG, PICTURE, RESULT, Settings
 from mhc_compile.tools.demo.data import Corpus, NextByte, is_validation, load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, draw, smooth
-from mhc_compile.tools.demo.session import CHECKPOINT, PICTURE, RESULT, load_checkpoint, save_checkpoint, shield
+from mhc_compile.tools.demo.session import load_checkpoint, save_checkpoint, shield
 from mhc_compile.tools.demo.train import PairedTraining, Trainer, build_model, learning_rate
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+ALONE = ["--seeds", "1"]
 TINY = [
+    *ALONE,
     "--inner-backend",
     "eager",
     "--layers",
@@ -319,7 +321,7 @@ def test_resume_is_bit_for_bit(whole: tuple[Path, Result], tmp_path: Path) -> No
     shutil.copy(whole[0] / "step5.pt", tmp_path / CHECKPOINT)
     assert load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"] == 5
     # Only --steps is new; the rest comes from the checkpoint.
-    second = demo("--resume", "--steps", 12, "--out", tmp_path, tiny=[])
+    second = demo("--resume", "--steps", 12, "--out", tmp_path, tiny=ALONE)
     assert second.exit_code == 0, second.output
     same_run(whole[0], tmp_path)
 
@@ -370,9 +372,8 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     assert stdout == ""
     step = load_checkpoint(tmp_path / CHECKPOINT)["run"]["step"]
-    assert (
-        stderr.splitlines()[-1] == f"Interrupted after step {step}. Continue with: mhc demo --resume --out {tmp_path}"
-    )
+    way_out = f"Continue with: mhc demo --resume --seeds 1 --out {tmp_path}"
+    assert stderr.splitlines()[-1] == f"Interrupted after step {step}. {way_out}"
     assert "Traceback" not in stderr
     resumed = demo("--resume", "--steps", step + 1, "--out", tmp_path)
     assert resumed.exit_code == 0, resumed.output
@@ -527,7 +528,7 @@ def test_json_and_a_note_about_other_conditions(whole: tuple[Path, Result], tmp_
     content = load_checkpoint(whole[0] / CHECKPOINT)
     content["conditions"]["threads"] = 77
     save_checkpoint(tmp_path / CHECKPOINT, content)
-    result = CliRunner().invoke(command, ["--resume", "--out", str(tmp_path), "--json"])
+    result = CliRunner().invoke(command, [*ALONE, "--resume", "--out", str(tmp_path), "--json"])
     assert result.exit_code == 0
     assert "written with threads 77" in result.stderr
     figures = json.loads(result.stdout)
@@ -550,6 +551,54 @@ def _documented_keys(prefix: str) -> set[str]:
     """Return the names on the left of the table in the docstring of `collect`."""
     rows = re.findall(rf"^{prefix}(\w[\w, ]*?)  +\S", inspect.cleandoc(collect.__doc__ or ""), re.MULTILINE)
     return {name for row in rows for name in row.split(", ")}
+
+
+def test_other_seeds_run_at_the_same_time(tmp_path: Path) -> None:
+    result = demo("--steps", "2", "--out", tmp_path, "--seeds", "2", tiny=[*TINY, "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    figures, other = (json.loads((folder / RESULT).read_text()) for folder in (tmp_path, tmp_path / "seed-4"))
+    assert (figures["settings"]["seed"], other["settings"]["seed"]) == (3, 4)
+    assert other["settings"] == {**figures["settings"], "seed": 4}
+    assert figures["seeds"] == [
+        {"seed": one["settings"]["seed"], "plain": one["plain"]["validation"], "mhc": one["mhc"]["validation"]}
+        for one in (figures, other)
+    ]
+    gaps = [one["mhc"]["validation"][-1][1] - one["plain"]["validation"][-1][1] for one in (figures, other)]
+    assert gaps[0] != gaps[1]
+    text = " ".join(result.stdout.split())
+    assert f"the mean of 2 runs: {gaps[0]:+.3f} with seed 3, {gaps[1]:+.3f} with seed 4." in text
+    assert f"{abs(sum(gaps) / 2):.3f} nats" in text
+    assert "next to 1 run of another seed" in text
+    gap = draw(figures).axes[1]
+    drawn = {line.get_label(): list(line.get_data()[1]) for line in gap.lines}
+    assert drawn["validation, seed 4"][-1] == gaps[1]
+
+
+@pytest.mark.slow
+def test_another_seed_that_fails_is_named(tmp_path: Path) -> None:
+    demo("--steps", "4", "--out", tmp_path / "seed-1", tiny=[*TINY, "--seed", "1"])
+    demo("--steps", "2", "--out", tmp_path)
+    result = CliRunner().invoke(command, ["--resume", "--steps", "3", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "Seed 1 failed and is left out: " in result.stderr
+    assert "is at step 4 already" in " ".join((tmp_path / "seed-1" / LOG).read_text().split())
+    assert [run["seed"] for run in json.loads((tmp_path / RESULT).read_text())["seeds"]] == [0]
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_other_seeds_and_all_of_them_resume(tmp_path: Path) -> None:
+    process = start(tmp_path, "--seeds", "2", "--steps", "100000", "--save-every", "0")
+    wait_for_steps(tmp_path, process, 1)
+    wait_for_steps(tmp_path / "seed-1", process, 1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].splitlines()[-1].endswith(f"mhc demo --resume --out {tmp_path}")
+    folders = (tmp_path, tmp_path / "seed-1")
+    last = max(load_checkpoint(folder / CHECKPOINT)["run"]["step"] for folder in folders)
+    time.sleep(0.5)
+    assert max(load_checkpoint(folder / CHECKPOINT)["run"]["step"] for folder in folders) == last
+    result = CliRunner().invoke(command, ["--resume", "--steps", str(last + 1), "--out", str(tmp_path), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert {load_checkpoint(folder / CHECKPOINT)["run"]["step"] for folder in folders} == {last + 1}
 
 
 def test_png(whole: tuple[Path, Result]) -> None:

@@ -1,7 +1,7 @@
 """`mhc demo`: train one small transformer twice, plain and with hyper-connections.
 
-data -> train -> report; `session` runs them, with a checkpoint and Ctrl-C. The settings are here,
-without torch, so that `mhc demo --help` is fast.
+data -> train -> report; `session` runs them, with a checkpoint and Ctrl-C, and `seeds` runs further
+seeds at the same time. The settings are here, without torch, so that `mhc demo --help` is fast.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ MODELS = ("gpt2", "llama", "vit")
 #: Steps of a run by default, width of an attention head, side of a patch of the vit's images in
 #: bytes.
 STEPS, HEAD, PATCH = 400, 32, 8
+#: Seeds by default: that of the settings and those after it.
+SEEDS = 2
+#: Files in the folder of a run; the last one is of what a process without a terminal prints.
+RESULT, PICTURE, CHECKPOINT, LOG = "result.json", "loss.png", "checkpoint.pt", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
     .compile_seconds     first step of each process less a usual one (mhc: and attaching)
     first_step           training loss of both before any update, and the difference
     ratio                tokens per second, mhc / plain
+    seeds                this run and those of further seeds: seed, and the validations of both
     gain                 Amax of the composite H_res over depth, forward and backward
     streams_distance     rms deviation of the streams from their mean over it, per site
     streams_close        a sentence if the streams have hardly parted, ""
@@ -79,6 +80,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
     data = {name: {"files": len(split.contents), "bytes": len(split.data)} for name, split in splits.items()}
     wait_policy = os.environ.get("OMP_WAIT_POLICY", "default").lower()
     streams = training.measure_streams()
+    validations = {name: figures["validation"] for name, figures in models.items()}
     return {
         "model": type(training.trainers["mhc"].model).__name__,
         "steps": training.step,
@@ -91,6 +93,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
         **models,
         "first_step": {**first, "difference": first["mhc"] - first["plain"]},
         "ratio": models["mhc"]["tokens_per_second"] / models["plain"]["tokens_per_second"],
+        "seeds": [{"seed": settings.seed, **validations}],
         "gain": {
             "forward": max(site.composite_forward for site in streams.sites),
             "backward": max(site.composite_backward for site in streams.sites),
@@ -131,10 +134,12 @@ def draw(result: dict[str, Any]) -> Any:
     chance = result["chance"]
     losses.axhline(chance, color="0.7", linewidth=0.8, linestyle=":", label=f"uniform guess {chance:.2f}")
     difference = [b - a for a, b in zip(plain["loss"], mhc["loss"], strict=True)]
-    points = [(step, b - a) for (step, a), (_, b) in zip(plain["validation"], mhc["validation"], strict=True)]
+    runs = [list(zip(*_differences(one), strict=True)) for one in result["seeds"]]
     gap.axhline(0.0, color="0.5", linewidth=0.8)
     gap.plot(steps, smooth(difference), "-", color="tab:orange", label=mean)
-    gap.plot(*zip(*points, strict=True), "kx", label="validation")
+    gap.plot(*runs[0], "kx", label="validation")
+    for one, run in zip(result["seeds"][1:], runs[1:], strict=True):
+        gap.plot(*run, "+:", color="0.6", linewidth=0.8, label=f"validation, seed {one['seed']}")
     per = "nats per byte" if result["unit"] == "byte" else "nats per image"
     losses.set_ylabel(f"loss ({per})")
     gap.set_ylabel(f"mhc − plain\n({per})")
@@ -173,17 +178,33 @@ def print_summary(
     console.print(f"Written: {', '.join(map(str, files))}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _differences(run: dict[str, Any]) -> list[tuple[int, float]]:
+    """Return [step, mhc - plain] of the validations of an entry of `seeds`."""
+    return [(step, b - a) for (step, a), (_, b) in zip(run["plain"], run["mhc"], strict=True)]
+
+
+def _outcome(seeds: list[dict[str, Any]]) -> str:
+    """Return what the last validations of all seeds say, as the end of a sentence."""
+    gaps = [_differences(run)[-1][1] for run in seeds]
+    mean = statistics.fmean(gaps)
+    ends = f"mhc ends {abs(mean):.3f} nats {'below' if mean < 0 else 'above'} plain"
+    if len(gaps) == 1:
+        return f"{ends}, in one run; --seeds 4 shows how much of it is chance."
+    each = ", ".join(f"{gap:+.3f} with seed {run['seed']}" for gap, run in zip(gaps, seeds, strict=True))
+    return f"{ends}, the mean of {len(gaps)} runs: {each}. Their spread is chance."
+
+
 def _notes(result: dict[str, Any]) -> str:
     data, gain, conditions = result["data"], result["gain"], result["conditions"]
     size = (data["train"]["bytes"] + data["validation"]["bytes"]) / 1e6
     close = f"Note: {result['streams_close']}.\n" if result["streams_close"] else ""
-    gap = result["mhc"]["validation"][-1][1] - result["plain"]["validation"][-1][1]
+    threads, others = conditions["threads"], len(result["seeds"]) - 1
+    busy = f", next to {others} run{'s' * (others > 1)} of another seed" if others else ""
     return f"""\
 Same start: the losses before any update differ by {abs(result["first_step"]["difference"]):.1e}.
-Validation loss: mhc ends {abs(gap):.3f} nats {"below" if gap < 0 else "above"} plain, in one run; other seeds \
-(--seed 1, --seed 2, ...) show how much of it is chance.
+Validation loss: {_outcome(result["seeds"])}
 Speed: mhc runs at {result["ratio"]:.2f} × the plain model's tokens per second (medians of steps run in turn, \
-{conditions["threads"]} threads, {conditions["wait_policy"]} waiting).
+{threads} thread{"s" * (threads > 1)}, {conditions["wait_policy"]} waiting{busy}).
 Gain of the composite H_res, Amax over {result["sites"]} sites: {gain["forward"]:.4f} forward, \
 {gain["backward"]:.4f} backward (1 is neither growth nor decay).
 Streams: they differ from their mean by {100 * max(result["streams_distance"]):.1f} % of it at the entry of the site \

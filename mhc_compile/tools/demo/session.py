@@ -15,9 +15,10 @@ import torch
 
 from mhc_compile._torch.benchmarking import caches, warm_up
 from mhc_compile.errors import MhcError, OptionError
-from mhc_compile.tools.demo import STEPS, Settings
+from mhc_compile.tools.demo import CHECKPOINT, PICTURE, RESULT, STEPS, Settings
 from mhc_compile.tools.demo.data import load_corpus, make_task
 from mhc_compile.tools.demo.report import collect, conditions, draw
+from mhc_compile.tools.demo.seeds import OtherSeeds
 from mhc_compile.tools.demo.train import EVERY, PairedTraining, deterministic
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mhc_compile.reporting.progress import Silent
     from mhc_compile.results import Explanation
 
-RESULT, PICTURE, CHECKPOINT = "result.json", "loss.png", "checkpoint.pt"
 #: First entry of every checkpoint; changes with its layout.
 FORMAT = "mhc demo checkpoint 2"
 
@@ -94,6 +94,7 @@ class Session:
     out: Path  # folder of the checkpoint, `result.json` and `loss.png`
     given: Mapping[str, Any]  # the named settings; the rest are the defaults, or those of the resumed checkpoint
     steps: int | None  # the length of the run, None for the default or the checkpoint's
+    seeds: int  # how many seeds to run, from that of the settings on
     resume: bool  # whether to continue the checkpoint in `out`
     save_every: float  # seconds between two checkpoints
     progress: Silent  # the display on stderr
@@ -116,19 +117,21 @@ class Session:
         content = load_checkpoint(self.checkpoint) if self.resume else None
         corpus, now = load_corpus(), conditions()
         settings, target = self._settle(content, corpus.digest, now)
-        self.progress.phase("looking for residual adds")
-        self.training = PairedTraining(settings, make_task(corpus, settings))
-        if content is not None:
-            self.training.load_state_dict(content["run"])
-            self.saved = self.training.step
         self.head = {"settings": asdict(settings), "digest": corpus.digest, "target": target, "conditions": now}
-        inductor = settings.inner_backend == "inductor"
-        # In a cache that outlives the process one model may find what the other has to compile.
-        with deterministic(), caches(cold=True) if inductor else nullcontext():
-            if self.training.step < target:
-                self._train(target, inductor=inductor)
-            self.progress.phase("measuring")
-            result = collect(self.training, now)
+        with OtherSeeds(settings, self.seeds - 1, target, self.out, resume=self.resume) as others:
+            self.progress.phase("looking for residual adds")
+            self.training = PairedTraining(settings, make_task(corpus, settings))
+            if content is not None:
+                self.training.load_state_dict(content["run"])
+                self.saved = self.training.step
+            inductor = settings.inner_backend == "inductor"
+            # In a cache that outlives the process one model may find what the other has to compile.
+            with deterministic(), caches(cold=True) if inductor else nullcontext():
+                if self.training.step < target:
+                    self._train(target, inductor=inductor)
+                self.progress.phase("measuring")
+                result = collect(self.training, now)
+            result["seeds"] += [one["seeds"][0] for one in others.results(self.progress)]
         figures, picture = self.out / RESULT, self.out / PICTURE
         with _written(figures):
             figures.write_text(json.dumps(result, indent=1) + "\n")

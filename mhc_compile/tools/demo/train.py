@@ -98,7 +98,7 @@ class Trainer:
     def __init__(self, model: nn.Module, backend: str, options: dict[str, Any] | None, preparation: float) -> None:
         self.model = model
         self.compiled = torch.compile(model, backend=backend, options=options)
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         self.losses: list[float] = []  # of training, of every step before its update, in nats
         self.seconds: list[float] = []  # duration of every step
         self.starts = [(0, preparation)]  # first step and preparation of every process of the run
@@ -124,11 +124,14 @@ class Trainer:
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.compiled(inputs).logits.flatten(0, -2), targets.flatten())
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[tuple[Tensor, Tensor]]) -> float:
-        """Return the mean loss over `batches` without dropout, in nats."""
-        self.model.eval()
-        loss = statistics.fmean(self._loss(*batch).item() for batch in batches)
+    def evaluate(self, batches: list[tuple[Tensor, Tensor]], *, dropout: bool) -> float:
+        """Return the mean loss over `batches`, in nats, without `dropout` if the model has any.
+
+        Without any, the graph of the training gives the same: nothing else has to be compiled.
+        """
+        self.model.train(not dropout)
+        with torch.set_grad_enabled(not dropout):
+            loss = statistics.fmean(self._loss(*batch).item() for batch in batches)
         self.model.train()
         return loss
 
@@ -195,7 +198,10 @@ class PairedTraining:
     def validate(self) -> dict[str, float]:
         """Return the validation losses of both at this step, measured once."""
         if self.step not in self.validation:
-            self.validation[self.step] = {n: trainer.evaluate(self.held_out) for n, trainer in self.trainers.items()}
+            dropout = self.settings.dropout > 0
+            self.validation[self.step] = {
+                name: trainer.evaluate(self.held_out, dropout=dropout) for name, trainer in self.trainers.items()
+            }
         return self.validation[self.step]
 
     def measure_streams(self) -> mhc_compile.results.Stability:
