@@ -6,10 +6,12 @@ A `SiteReport` or a `RejectionReport` is one verdict in short, for `explain`. `S
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.errors import OptionError
 from mhc_compile.inspection.explain.reach import Reach, reach
 from mhc_compile.inspection.roofline import Overhead, overheads
 from mhc_compile.reporting.base import Renderable
@@ -106,7 +108,12 @@ class Explanation(Renderable):
         """Return this explanation with `training` for a peak learning rate and a number of steps.
 
         It bounds what AdamW can do with the hyper-connections as they start.
+
+        Raises:
+            OptionError: `lr` is no positive number, or `steps` is below 1.
         """
+        if not 0 < lr < math.inf or steps < 1:
+            raise OptionError(f"got lr={lr}, steps={steps}; expected a positive peak learning rate and at least 1 step")
         sites = ((site.width, self.options.at(site.path)) for site in self.sites)
         return replace(self, training=reach(sites, lr, steps))
 

@@ -122,6 +122,14 @@ def _reject_last(site):
     return None
 
 
+@pytest.mark.parametrize(("lr", "steps"), [(0.0, 10), (-1e-3, 10), (float("nan"), 10), (float("inf"), 10), (1e-3, 0)])
+def test_a_training_that_is_none_is_rejected(lr, steps):
+    explanation = mhc_compile.explain(Decoder(), tokens())
+    assert explanation.in_training(1e-3, 10).training.total == pytest.approx(1e-2)
+    with pytest.raises(mhc_compile.errors.OptionError, match=rf"got lr={lr}, steps={steps}; expected a positive"):
+        explanation.in_training(lr, steps)
+
+
 def test_a_graph_break_gives_two_graphs():
     class Broken(nn.Module):
         def __init__(self):
