@@ -108,7 +108,7 @@ def test_the_guard_sees_private_names(source, names):
 
 #: Every function that patches torch.
 PATCHES = """
-    rewrite_before_ddp_splits register_decompositions inductor_code observe_graphs make_room restart_trace uncompiled
+    rewrite_before_ddp_splits register_decompositions register_extern inductor_code observe_graphs make_room restart_trace uncompiled
     living_optimizers before_averaging patch_compile
     on_new_class on_construction before_loading after_saving after_saving_safetensors
     after_saving_distributed on_backward

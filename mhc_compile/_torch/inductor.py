@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -12,18 +13,21 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options, list_options
+from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch._inductor.decomposition import fast_random_decomps
 from torch._inductor.graph import GraphLowering
-from torch._inductor.lowering import make_fallback
+from torch._inductor.lowering import fallback_handler, make_fallback, register_lowering, to_dtype
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import convert_shape_to_inductor
+from torch._inductor.virtualized import V
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 #: Held while Inductor's global tables or methods are patched: two threads may compile.
@@ -70,12 +74,14 @@ def inductor_code() -> Iterator[list[str]]:
         yield codes
 
 
-def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> None:
+def register_decompositions(
+    decompositions: dict[Any, Callable[..., Any]], externs: Mapping[Any, Callable[..., Extern | None]] | None = None
+) -> None:
     """Patch Inductor's table of decompositions. Repeated calls change nothing.
 
     A table that is passed with the call cannot be hashed, and Inductor would then bypass its caches
-    of compiled graphs. An operator that its decomposition does not decompose is called as it is;
-    its kernel takes any strides.
+    of compiled graphs. An operator that its decomposition does not decompose is called as it is,
+    with any strides, or as `register_extern` has it.
     """
     with _lock:
         new = {op: function for op, function in decompositions.items() if op not in inductor_decompositions}
@@ -85,27 +91,33 @@ def register_decompositions(decompositions: dict[Any, Callable[..., Any]]) -> No
         fast_random_decomps.cache_clear()
         for op in new:
             make_fallback(op, warn=False, override_decomp=True)
+        for op, plan in (externs or {}).items():
+            register_extern(op, plan)
 
 
 def compile_with_inductor(
     module: torch.fx.GraphModule,
     inputs: list[Any],
     decompositions: dict[Any, Callable[..., Any]],
+    externs: Mapping[Any, Callable[..., Extern | None]],
     mode: str | None,
     settings: dict[str, Any],
     tag: str,
 ) -> Callable[..., Any]:
-    """Compile with Inductor, adding decompositions of `mhc::` operators to its table.
+    """Compile with Inductor, adding decompositions and calls of `mhc::` operators to its tables.
 
     `mode` and `settings` are those of `torch.compile`. `tag` becomes part of the key of Inductor's
     caches, which know operators by name only, and not by version.
     """
-    register_decompositions(decompositions)
+    register_decompositions(decompositions, externs)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
     # mypy does not see that it has the methods of a configuration
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):
-        compiled: Any = compile_fx(module, inputs, config_patches=patches or None)
+    tags = {"cache_key_tag": f"{config.cache_key_tag}{tag}"}
+    with config.patch(tags):
+        # A backward is compiled when it is first called, outside of this context.
+        inner = config.patch(tags)(compile_fx_inner)
+        compiled: Any = compile_fx(module, inputs, inner, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -122,6 +134,125 @@ def rewrite_joint_graphs(rewrite: Callable[[torch.fx.Graph], torch.fx.Graph]) ->
 
     with functorch_config.patch(joint_custom_pass=run):
         yield
+
+
+@dataclass(frozen=True)
+class Extern:
+    """A call, in the code that Inductor writes, of a Python function that fills its results.
+
+    Attributes:
+        name: of the function in that code.
+        imports: lines at its beginning that define the name.
+        tensors: what it takes, in order: a tensor in Inductor's form, a list of such, or None; and
+            the dtype to which Inductor casts it.
+        results: the dtypes that it writes, None if those of the operator's own results.
+        numbers: what follows the results: integers, expressions, floats, and `(function, integer)`.
+    """
+
+    name: str
+    imports: tuple[str, ...]
+    tensors: list[tuple[Any, torch.dtype]]
+    results: list[torch.dtype] | None
+    numbers: tuple[Any, ...]
+
+
+class _Result(ir.MultiOutput):
+    """A contiguous result of an `_ExternCall`, in memory that Inductor allocates."""
+
+    def should_allocate(self) -> bool:
+        return True
+
+    def codegen(self, wrapper: Any) -> None:
+        """Write nothing: the call has filled it."""
+
+
+class _ExternCall(ir.ExternKernelAlloc):
+    """The call of an `Extern`, as a node of Inductor's graph."""
+
+    def __init__(self, extern: Extern, device: torch.device) -> None:
+        def ready(value: Any, dtype: torch.dtype) -> Any:
+            if isinstance(value, list):
+                return [ready(one, dtype) for one in value]
+            if value is None:
+                return None
+            return self.realize_input(self.require_contiguous(to_dtype(value, dtype)))
+
+        self.extern = extern
+        self.arguments = [ready(value, dtype) for value, dtype in extern.tensors]
+        lists = [one if isinstance(one, list) else [one] for one in self.arguments]
+        super().__init__(
+            ir.MultiOutputLayout(device=device), [one for many in lists for one in many if one is not None]
+        )
+
+    def codegen(self, wrapper: Any) -> None:
+        """Allocate the results, and write the call."""
+        self.codegen_comment(wrapper)
+        root = wrapper
+        while hasattr(root, "parent_wrapper"):
+            root = root.parent_wrapper
+        for line in self.extern.imports:
+            root.add_import_once(line)
+        unused = []
+        for result in self.outputs:
+            if result.get_name() in V.graph.removed_buffers:  # nobody reads it, but it is written
+                unused.append(result.get_name())
+                wrapper.writeline(wrapper.make_buffer_allocation(result))
+            else:
+                wrapper.codegen_allocation(result)
+
+        def shown(value: Any) -> str:
+            if value is None:
+                return "None"
+            if isinstance(value, list):
+                return f"[{', '.join(map(shown, value))}]"
+            if isinstance(value, ir.IRNode):
+                return str(value.codegen_reference())
+            if isinstance(value, tuple):
+                return f"{value[0]}({shown(value[1])})"
+            return repr(value) if isinstance(value, float) else str(wrapper.codegen_python_sizevar(value))
+
+        arguments = map(shown, (*self.arguments, *self.outputs, *self.extern.numbers))
+        # Inductor deletes the name of every node.
+        wrapper.writeline(f"{self.get_name()} = {self.extern.name}({', '.join(arguments)})")
+        if unused:
+            wrapper.writeline(f"del {', '.join(unused)}")
+
+
+def register_extern(operator: Any, plan: Callable[..., Extern | None]) -> None:
+    """Make Inductor write a call of what `plan` returns for the operator's arguments.
+
+    The operator is called where that is None, in C++ that Inductor writes, and where the number of
+    elements depends on data.
+    """
+    call_operator = fallback_handler(operator)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        results = V.graph.current_node.meta["val"]
+        several = isinstance(results, tuple | list)
+        metas: Sequence[torch.Tensor] = results if several else [results]
+        extern = None
+        if not V.graph.cpp_wrapper and not any(free_unbacked_symbols(meta.shape) for meta in metas):
+            extern = plan(*args, **kwargs)
+        if extern is None:
+            return call_operator(*args, **kwargs)
+        device = metas[0].device
+        call = _ExternCall(extern, device)
+        boxes = []
+        for number, (meta, dtype) in enumerate(
+            zip(metas, extern.results or [meta.dtype for meta in metas], strict=True)
+        ):
+            size = convert_shape_to_inductor(meta.shape)
+            layout = ir.FixedLayout(device, dtype, size, ir.FlexibleLayout.contiguous_strides(size))
+            call.outputs = [*call.outputs, _Result(layout, call, [(tuple, number)])]
+            boxes.append(to_dtype(ir.TensorBox.create(call.outputs[-1]), meta.dtype))
+        return tuple(boxes) if several else boxes[0]
+
+    register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+def tensor_address_function() -> int:
+    """Return the address of the C function that gives the address of a tensor's data."""
+    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
 
 
 def load_cpp(source: str) -> Any:

@@ -170,8 +170,8 @@ def _compile(
         with _torch.rewrite_joint_graphs(functools.partial(run_passes, passes=joint)):
             if inner == "inductor":
                 tag = f"mhc-{ops.fingerprint()}-{options.recompute}-{_joint_passes()}"
-                table = ops.fused_decompositions()
-                return _torch.compile_with_inductor(graph_module, inputs, table, mode, dict(options.inductor), tag)
+                tables, settings = (ops.fused_decompositions(), ops.externs()), dict(options.inductor)
+                return _torch.compile_with_inductor(graph_module, inputs, *tables, mode, settings, tag)
             return _torch.inner_backend(inner)(graph_module, inputs)  # type: ignore[no-any-return]
 
     return _torch.split_as_ddp_would(graph_module, inputs, compiler)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "decompositions",
+    "externs",
     "fingerprint",
     "fused_decompositions",
     "is_fused",
@@ -74,7 +75,7 @@ _LAZY = (
 @functools.cache
 def _files() -> bytes:
     digest = hashlib.sha256()
-    code = [Path(convention.__file__)]
+    code = [Path(convention.__file__), Path(__file__).parents[1] / "_torch" / "inductor.py"]
     for package in (Path(__file__).parent, Path(mappings.__file__).parent):
         code.extend(sorted((*package.rglob("*.py"), *package.rglob("*.h"))))
     for path in code:
@@ -156,7 +157,7 @@ def is_lazy(streams: torch.Tensor, branches: list[torch.Tensor], n: int, mapping
             and len(dtypes) == 1
             and on_triton(streams.device, streams.dtype, dtypes.pop(), mapping)
         )
-    return streams.device.type == "cpu" and is_fused(mapping) and cpu.lazy.takes(streams, branches, n, mapping)
+    return streams.device.type == "cpu" and is_fused(mapping) and cpu.takes_lazy(streams, branches, n, mapping)
 
 
 def longest(device: torch.device) -> int:
@@ -172,6 +173,13 @@ def fused_decompositions() -> dict[Any, Callable[..., Any]]:
     """
     with_kernels = {operator: _unless_kernel(composed) for operator, composed in _WITH_KERNELS.items()}
     return {**_COMPOSED, **with_kernels, **dict.fromkeys(_LAZY, lambda *args: NotImplemented)}  # noqa: ARG005
+
+
+def externs() -> dict[Any, Callable[..., Any]]:
+    """Return by operator overload what makes Inductor call a kernel without a dispatcher."""
+    from mhc_compile.ops.cpu import lowering
+
+    return lowering.externs()
 
 
 def _unless_kernel(composition: Callable[..., Any]) -> Callable[..., Any]:

@@ -170,7 +170,7 @@ def on_cuda(name: str) -> Callable[..., Any]:
 for _name in _NAMES:
     _check = _CHECKS.get(_name)
     LIBRARY.impl(_name, checked(_check, reference.dense(getattr(fused, _name))), "CompositeExplicitAutograd")
-    LIBRARY.impl(_name, checked(_check, getattr(cpu, _name)), "CPU")
+    LIBRARY.impl(_name, checked(_check, cpu.OPERATORS[_name]), "CPU")
     LIBRARY.impl(_name, checked(_check, on_cuda(_name)), "CUDA")
 LIBRARY.impl("update_backward", on_cuda("update_backward"), "CUDA")
 

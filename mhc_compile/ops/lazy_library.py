@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from mhc_compile.errors import ShapeError
+from mhc_compile.ops import cpu, reference
 from mhc_compile.ops import lazy_reference as lazy
-from mhc_compile.ops import reference
-from mhc_compile.ops.cpu import lazy as cpu
 from mhc_compile.ops.fused_library import NORM, NORM_BACKWARD, check_read, on_cuda
 from mhc_compile.ops.library import LIBRARY, check_mixing, checked
 
@@ -79,7 +78,7 @@ def _fake(name: str) -> Callable[..., Any]:
 
 for _name, _check in _CHECKS.items():
     LIBRARY.impl(_name, checked(_check, reference.dense(getattr(lazy, _name))), "CompositeExplicitAutograd")
-    LIBRARY.impl(_name, checked(_check, getattr(cpu, _name)), "CPU")
+    LIBRARY.impl(_name, checked(_check, cpu.OPERATORS[_name]), "CPU")
     if "close" not in _name:
         LIBRARY.impl(_name, checked(_check, on_cuda(_name)), "CUDA")
     torch.library.register_fake(f"mhc::{_name}", checked(_check, _fake(_name)), lib=LIBRARY)

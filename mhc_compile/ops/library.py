@@ -133,8 +133,8 @@ for _name, _kernel in _KERNELS.items():
     LIBRARY.impl(_name, checked(_CHECKS.get(_name), reference.dense(_kernel)), "CompositeExplicitAutograd")
 LIBRARY.impl("sinkhorn", cpu.sinkhorn, "CPU")
 LIBRARY.impl("sinkhorn_backward", cpu.sinkhorn_backward, "CPU")
-LIBRARY.impl("update", checked(check_mixing, cpu.update), "CPU")
-LIBRARY.impl("update_backward", cpu.update_backward, "CPU")
+LIBRARY.impl("update", checked(check_mixing, cpu.OPERATORS["update"]), "CPU")
+LIBRARY.impl("update_backward", cpu.OPERATORS["update_backward"], "CPU")
 LIBRARY.impl("declare", lambda phi, bias, scale: None, "CompositeExplicitAutograd")
 
 

@@ -54,6 +54,10 @@ def normalize_backward(
     return (factor.unsqueeze(-1) * d_h).to(h.dtype), (g * x).sum(tokens), g.sum(tokens)
 
 
+#: Arguments of operators that are no tensors.
+SETTINGS = frozenset({"n", "write", "mapping", "iterations", "eps", "norm", "norm_eps", "read_dtype"})
+
+
 @functools.cache  # an operator asks at every call
 def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     parameters = inspect.signature(function).parameters
@@ -68,8 +72,7 @@ def bound(function: Callable[..., Any], args: Sequence[Any]) -> dict[str, Any]:
 
 def tensors_of(function: Callable[..., Any]) -> list[str]:
     """Return the arguments of an operator that have a gradient, in the order of its backward."""
-    settings = ("n", "mapping", "iterations", "eps", "norm", "norm_eps", "read_dtype")
-    return [key for key in inspect.signature(function).parameters if key not in settings]
+    return [key for key in inspect.signature(function).parameters if key not in SETTINGS]
 
 
 def _with_settings(function: Callable[..., Any], settings: dict[str, Any]) -> inspect.Signature:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 
 import pytest
 import torch
@@ -351,7 +352,7 @@ def test_mode_and_inductor_settings_reach_inductor(monkeypatch):
 
     seen = {}
 
-    def compile_fx(module, inputs, config_patches=None):
+    def compile_fx(module, inputs, inner_compile, config_patches=None):
         seen.update(config_patches)
         return module.forward
 
@@ -416,7 +417,7 @@ def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
 
     tags = []
 
-    def compile_fx(module, inputs, config_patches=None):
+    def compile_fx(module, inputs, inner_compile, config_patches=None):
         tags.append(torch.compiler.config.cache_key_tag)
         return module.forward
 
@@ -429,3 +430,24 @@ def test_a_change_of_our_operators_changes_the_key_of_the_caches(monkeypatch):
         torch.compile(Decoder(), backend="mhc", options={"recompute": recompute})(tokens())
     assert tags == ["mhc-one-cheap-p", "mhc-other-cheap-p", "mhc-other-block-p", "mhc-other-block-q"]
     assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_the_key_of_a_backward_depends_on_our_operators_too(monkeypatch):
+    """It is compiled when it is first called, long after the forward."""
+    from mhc_compile import ops
+    from mhc_compile._torch import inductor
+
+    tags, mark = {}, uuid.uuid4().hex  # which no cache holds
+    compile_fx_inner = inductor.compile_fx_inner
+
+    def inner(*args, is_backward=False, **kwargs):
+        tags[is_backward] = torch.compiler.config.cache_key_tag
+        return compile_fx_inner(*args, is_backward=is_backward, **kwargs)
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", inner)
+    monkeypatch.setattr(ops, "fingerprint", lambda: mark)
+    loss = torch.compile(Decoder(layers=1), backend="mhc")(tokens()).sum()
+    assert torch.compiler.config.cache_key_tag == ""
+    loss.backward()
+    assert set(tags) == {False, True}
+    assert all(tag.startswith(f"mhc-{mark}-") for tag in tags.values())

@@ -12,18 +12,20 @@ import pytest
 import torch
 from helpers.builders import Deep
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import mhc_compile
 from mhc_compile import _torch
+from mhc_compile.ops.cpu.kernels import function
 
 DEPTH = 3
 
 
 @functools.cache
 def calls(dtype: torch.dtype = torch.float32, **options: int | str) -> tuple[Counter[str], str]:
-    """Return how often the generated code calls each operator, and the code of forward and
-    backward. A lazy operator counts as the one whose work it does.
+    """Return how often the generated code calls each kernel or, with `op:`, operator, and the code
+    of forward and backward. A lazy kernel counts as the one whose work it does.
     """
     torch.manual_seed(0)
     model, x = Deep(DEPTH).to(dtype), torch.randn(2, 8, 16, dtype=dtype)
@@ -31,7 +33,9 @@ def calls(dtype: torch.dtype = torch.float32, **options: int | str) -> tuple[Cou
     compiled = torch.compile(model, backend="mhc", options=options)
     _, sources = run_and_get_code(lambda: compiled(x).square().sum().backward())
     code = "\n".join(sources)
-    return Counter(re.findall(r"torch\.ops\.mhc\.(?:lazy_)?(\w+)\.default\(", code)), code
+    kernels = re.findall(r"= mhc_(?:lazy_)?(\w+)_[0-9a-f]{8}\((?=buf|arg|primals|reinterpret|tangents|None)", code)
+    operators = re.findall(r"torch\.ops\.mhc\.(\w+)\.default\(", code)
+    return Counter([*kernels, *(f"op:{name}" for name in operators)]), code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
@@ -45,7 +49,8 @@ def test_a_site_is_one_call_forward_and_one_backward(dtype):
         "close": 1,
         "close_backward": 1,
     }
-    assert len(re.findall(r"mhc\.lazy_step\.default\(", code)) == DEPTH - 1, "streams are written"
+    assert len(re.findall(r"= mhc_lazy_step_[0-9a-f]{8}\(", code)) == DEPTH - 1, "streams are written"
+    assert "torch.ops.mhc" not in code, "a dispatcher is between Inductor's code and a kernel"
 
 
 @pytest.mark.slow
@@ -53,8 +58,8 @@ def test_a_site_is_one_call_forward_and_one_backward(dtype):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"preset": "deepseek-v4.1"}, {"shifted_step": DEPTH - 1, "mix_read": 1, "sinkhorn": 1}),
-        ({"token_dependent": False}, {"mix_read": DEPTH - 1, "close": 1, "sinkhorn": DEPTH}),
+        ({"preset": "deepseek-v4.1"}, {"shifted_step": DEPTH - 1, "mix_read": 1, "op:sinkhorn": 1}),
+        ({"token_dependent": False}, {"mix_read": DEPTH - 1, "close": 1, "op:sinkhorn": DEPTH}),
         ({"token_dependent": False, "mapping": "kronecker"}, {"mix_read": DEPTH - 1, "close": 1}),
     ],
 )
@@ -62,6 +67,38 @@ def test_weights_that_are_known_before_make_one_call_a_site(options, wanted, dty
     """But for the coefficients of a first site in a single pass, and static ones."""
     counts, _ = calls(dtype, **options)
     assert counts == {name: count for one, count in wanted.items() for name in (one, f"{one}_backward")}
+
+
+def test_calls_with_any_number_of_tokens():
+    """In one graph, from fewer tokens than phi is packed for to more."""
+    model = Deep(DEPTH).double()
+    mhc_compile.attach(model, torch.randn(2, 8, 16, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    compiled, graphs = torch.compile(model, backend="mhc", dynamic=True), set()
+    eager = mhc_compile.eager(model)
+    for tokens in (8, 3, 50):
+        x = torch.randn(2, tokens, 16, dtype=torch.float64)
+        found = []
+        for call in (eager, compiled):
+            model.zero_grad()
+            counters.clear()
+            (y := call(x)).square().sum().backward()
+            found.append([y, *(parameter.grad for parameter in model.parameters())])
+        graphs.add((tokens, counters["stats"]["unique_graphs"]))
+        torch.testing.assert_close(*found)
+    assert graphs == {(8, 1), (3, 0), (50, 0)}
+
+
+def test_a_kernel_rejects_what_is_no_tensor():
+    kernel = function("close", torch.float32, torch.float32, 4, None, False)
+    with pytest.raises(TypeError, match="tensor"):
+        kernel("streams")
+    with pytest.raises(TypeError, match="too many"):
+        kernel(*range(200))
+    with pytest.raises(OverflowError):
+        kernel(2**70)
 
 
 def test_iterations_do_not_change_the_code():

@@ -12,7 +12,7 @@ import mhc_compile.ops  # noqa: F401 - registers the operators
 from mhc_compile.config.coefficient_spec import Convention, parse
 from mhc_compile.mappings import MAPPINGS, mapping_of
 from mhc_compile.ops import cpu
-from mhc_compile.ops.cpu.build import call, library
+from mhc_compile.ops.cpu.build import library
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 TURNED = "sinkhorn;sinkhorn_eps=0.01;last=columns;gate_speed=1.5"
@@ -48,12 +48,12 @@ def kernel(spec: str, n: int, dtype: torch.dtype):
 
     def forward(logits, iterations):
         out = torch.full((len(logits), n, n), float("nan"), dtype=dtype)
-        call(built.mapping_forward, (logits, out), (len(logits), iterations, 2))
+        built.mapping_forward(logits, out, len(logits), iterations, 2)
         return out
 
     def backward(grad, logits, iterations):
         out = torch.full_like(logits, float("nan"))
-        call(built.mapping_backward, (grad, logits, out), (len(logits), iterations, 2))
+        built.mapping_backward(grad, logits, out, len(logits), iterations, 2)
         return out
 
     return forward, backward

@@ -5,6 +5,7 @@ against the composition.
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from mhc_compile.ops import cpu, decompositions, fused_decompositions, reference
 from mhc_compile.ops import fused_reference as fused
 
 mhc = torch.ops.mhc
+KERNELS = SimpleNamespace(**cpu.OPERATORS)
 HOW = ("sinkhorn", 20, 1e-6)
+#: Fewer tokens than the kernels need to pack phi, and once more (`FEW` of projection.h).
 SHAPES = [((2, 3), 6), ((37,), 33), ((5, 13), 130), ((1,), 1)]
 
 
@@ -104,7 +107,7 @@ def test_composition_and_kernels_against_autograd(name, n, mapping, copies):
     tensors = [t.requires_grad_() for t in values(n, 5, (3, 2), mapping=mapping, copies=copies, name=name)]
     how = settings(name, mapping, 7)
     assert cpu.takes(torch.float64, n=n, mapping=mapping)
-    for kernels, norm in itertools.product((fused, cpu), norms(5)):
+    for kernels, norm in itertools.product((fused, KERNELS), norms(5)):
         weights = [one.requires_grad_() for one in weights_of(norm)]
         want = by_reference(name, *tensors, *how, norm=norm)
         wanted = torch.autograd.grad(weighted(want), [*tensors, *weights])
@@ -208,7 +211,7 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                 ]
                 exact = [t.double() for t in given]
                 norm = norms(width)[next(turn) % 4]
-                out = getattr(cpu, name)(*given, *how, *norm)
+                out = getattr(KERNELS, name)(*given, *how, *norm)
                 for one, other in zip(out, getattr(fused, name)(*exact, *how, *norm), strict=True):
                     assert one.is_contiguous()
                     assert close(one, other, tolerance)
@@ -218,7 +221,7 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                     some = [None if i in missing else g for i, g in enumerate(grads)]
                     wide = [None if g is None else g.double() for g in some]
                     last = (*how, *of_backward(norm, out[-1].double()))
-                    got = getattr(cpu, f"{name}_backward")(*some, *given, *saved, *last)
+                    got = getattr(KERNELS, f"{name}_backward")(*some, *given, *saved, *last)
                     want = getattr(fused, f"{name}_backward")(*wide, *exact, *(t.double() for t in saved), *last)
                     likes = (*given, *(norm[1:3] if norm else (None, None)))
                     for like, one, other in zip(likes, got, want, strict=True):
@@ -229,12 +232,12 @@ def test_kernels_in_every_dtype_against_float64(streams, branch, mapping):
                         sums = 10 if one.dim() == 1 else 1  # gradients of bias and scale: terms cancel
                         assert close(one, other, 3 * sums * max(tolerance, TOLERANCES[like.dtype]))
             for name, args in (("close", given[:4]), ("close_backward", [grads[1], *given[:4]])):
-                got, want = getattr(cpu, name)(*args), getattr(fused, name)(*(t.double() for t in args))
+                got, want = getattr(KERNELS, name)(*args), getattr(fused, name)(*(t.double() for t in args))
                 for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
                     assert close(one, other, max(tolerance, TOLERANCES[one.dtype]))
             if not copies:
                 for name, args in (("update", given[:4]), ("update_backward", [grads[0], *given[:4]])):
-                    got, want = getattr(cpu, name)(*args), getattr(reference, name)(*(t.double() for t in args))
+                    got, want = getattr(KERNELS, name)(*args), getattr(reference, name)(*(t.double() for t in args))
                     for one, other in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
                         assert close(one, other, max(tolerance, TOLERANCES[one.dtype]))
 
@@ -280,8 +283,8 @@ def test_a_layer_norm_far_from_zero_keeps_its_digits(width):
     streams, _, _, _, *site = values(width=width, tokens=(20,), dtype=torch.float32)
     streams = streams + 3000
     norm = ("layer", None, None, 1e-5)
-    got = cpu.read(streams, *site, 4, *HOW, *norm)[0]
-    h = cpu.read(streams, *site, 4, *HOW)[0]
+    got = KERNELS.read(streams, *site, 4, *HOW, *norm)[0]
+    h = KERNELS.read(streams, *site, 4, *HOW)[0]
     assert close(got, by_torch(h.double(), *norm), 1e-3)
 
 
@@ -292,10 +295,10 @@ def test_threads_do_not_change_the_result():
         results, threads = [], torch.get_num_threads()
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            out = getattr(cpu, name)(*tensors, *HOW, *norm)
+            out = getattr(KERNELS, name)(*tensors, *HOW, *norm)
             saved, grads = ([out[i] for i in of[name]] for of in (SAVED, DIFFERENTIABLE))
             last = (*saved, *HOW, *of_backward(norm, out[-1]))
-            back = getattr(cpu, f"{name}_backward")(*map(torch.ones_like, grads), *tensors, *last)
+            back = getattr(KERNELS, f"{name}_backward")(*map(torch.ones_like, grads), *tensors, *last)
             results.append((*out, *back))
         torch.set_num_threads(threads)
         of_tokens = len(results[0]) - 5  # phi, bias, scale, gain and shift come last, sums over the threads
@@ -336,7 +339,7 @@ def test_nan_stays_nan():
     for dtype in (torch.float32, torch.bfloat16):
         streams, *rest = values(dtype=dtype)
         streams[0, 0, 0, 0] = float("nan")
-        after, h, *_ = cpu.step(streams, *rest, *HOW)
+        after, h, *_ = KERNELS.step(streams, *rest, *HOW)
         assert after[0, 0].isnan().any()
         assert h[0, 0].isnan().any()
         assert not after[1].isnan().any()

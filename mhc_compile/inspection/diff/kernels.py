@@ -40,7 +40,7 @@ _KINDS: dict[Kind, str] = {
 }
 _COMMENT = re.compile(r"# Topologically Sorted Source Nodes: \[(.*?)\], Original ATen: \[(.*?)\]")
 _LAUNCH = re.compile(
-    r"^(?:\w+ = )?((?:cpp|triton)_\w+(?=\(|\.run\()|extern_kernels\.\w+|(?:torch\.ops|aten)\.\w+(?:\.\w+)*)(?:\.run)?\("
+    r"^(?:\w+ = )?((?:cpp|triton)_\w+(?=\(|\.run\()|mhc_\w+|extern_kernels\.\w+|(?:torch\.ops|aten)\.\w+(?:\.\w+)*)(?:\.run)?\("
 )
 
 
@@ -137,7 +137,7 @@ def read_kernels(code: str) -> Iterator[Kernel]:
         elif launch := _LAUNCH.match(line):
             name = launch.group(1)
             kind: Kind = "fused" if name.startswith(("cpp_", "triton_")) else "library"
-            if name.startswith("torch.ops.mhc."):
+            if name.startswith(("mhc_", "torch.ops.mhc.")):
                 kind = "mhc"
             yield Kernel(phase, kind, _plain(name), operations or _operations(name), nodes)
             nodes = operations = ()
@@ -157,6 +157,8 @@ def _operations(name: str) -> tuple[str, ...]:
 def _plain(name: str) -> str:
     if name.startswith(("cpp_", "triton_")):
         return re.sub(r"_\d+$", "", name)
+    if name.startswith("mhc_"):  # of `ops.cpu.lowering`
+        return re.sub(r"^mhc_(\w+)_\w+$", r"mhc.\1", name)
     return name.removeprefix("torch.ops.").removesuffix(".default")
 
 

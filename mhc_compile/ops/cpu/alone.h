@@ -25,16 +25,14 @@ void each_block(const Real* logits, int64_t tokens, int64_t scratch, int64_t thr
     }
 }
 
-extern "C" __attribute__((visibility("default")))
-void mapping_forward(const Real* logits, Real* out, int64_t tokens, int64_t iterations, int64_t threads) {
+static void mapping_forward(const Real* logits, Real* out, int64_t tokens, int64_t iterations, int64_t threads) {
     each_block(logits, tokens, 0, threads, [=](Mixing& mixing, int64_t at, int64_t count, Real*) {
         mixing.forward(iterations);
         store_matrices<Mixing::TURNED>(mixing.m, out + at * N * N, count);
     });
 }
 
-extern "C" __attribute__((visibility("default")))
-void mapping_backward(const Real* grad, const Real* logits, Real* out, int64_t tokens, int64_t iterations, int64_t threads) {
+static void mapping_backward(const Real* grad, const Real* logits, Real* out, int64_t tokens, int64_t iterations, int64_t threads) {
     each_block(logits, tokens, Mixing::SCRATCH(iterations), threads, [=](Mixing& mixing, int64_t at, int64_t count, Real* scratch) {
         Real g[N][N][LANES];
         load_matrices<Mixing::TURNED>(grad + at * N * N, count, g);
@@ -45,3 +43,7 @@ void mapping_backward(const Real* grad, const Real* logits, Real* out, int64_t t
 }
 
 }  // namespace mhc
+
+using mhc::mapping_forward, mhc::mapping_backward;
+PACKED(mapping_forward)
+PACKED(mapping_backward)

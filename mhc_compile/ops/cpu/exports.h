@@ -1,7 +1,7 @@
-// The functions that Python calls. Tensors in the order of the operators' arguments, then results, sizes, iterations, threads, eps.
+// The functions that Python calls, by packed.h. Tensors in the order of the operators' arguments, then results, sizes, iterations, threads, eps.
 #pragma once
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
+#define EXPORT static void
 #define PER_INPUT(call) \
     if (in == 1) { constexpr int IN = 1; call; } else { constexpr int IN = STREAMS; call; }
 
@@ -15,7 +15,7 @@
 #define D_SITE Real *d_phi, Real *d_bias, Real *d_scale
 #define NORM const Real *gain, const Real *shift
 #define D_NORM Real *d_gain, Real *d_shift
-#define SIZES int64_t T, int64_t C, int64_t in, int64_t iterations, int64_t threads, int64_t norm, double eps, double norm_eps
+#define SIZES int64_t T, int64_t C, int64_t in, int64_t iterations, int64_t norm, int64_t threads, double eps, double norm_eps
 #define THE_NORM {norm, gain, shift, Real(norm_eps)}
 
 using mhc::Real;
@@ -90,3 +90,16 @@ EXPORT mhc_update_backward(const STORE* grad, OLD, D_OLD, SIZES) {
 EXPORT mhc_close_backward(const STORE* grad, OLD, D_OLD, SIZES) {
     PER_INPUT((mhc::close_backward<IN>(grad, streams, branch, post, res, d_streams, d_branch, d_post, d_res, T, C, threads)))
 }
+
+PACKED(mhc_read)
+PACKED(mhc_step)
+PACKED(mhc_shifted_step)
+PACKED(mhc_mix_read)
+PACKED(mhc_update)
+PACKED(mhc_close)
+PACKED(mhc_read_backward)
+PACKED(mhc_step_backward)
+PACKED(mhc_shifted_step_backward)
+PACKED(mhc_mix_read_backward)
+PACKED(mhc_update_backward)
+PACKED(mhc_close_backward)

@@ -1,11 +1,4 @@
-"""The operators on CPU: one C++ kernel each, forward and backward.
-
-A fused operator is one pass over the streams: a tile of 16 tokens stays in the cache while its new
-streams are mixed, projected and collapsed. Per token and site at n = 4 that moves 10 C elements
-forward and 15 C backward, the least that the formula allows. `shifted_step` and `mix_read` collapse
-with weights that they are given, while the new streams are in registers: they need no cache for
-that, and no first walk in the backward. Semantics, shapes, and the compositions that run for other
-dtypes or without a C++ compiler: `mhc_compile.ops.fused_reference`.
+"""The libraries of kernels for CPU, one for each combination of dtypes, streams and convention.
 
 The eager form of Sinkhorn is some 90 small operations, each with an OpenMP barrier. Its kernel
 reads the logits once and writes the matrices once, a token in each lane of a vector.
@@ -13,6 +6,7 @@ reads the logits once and writes the matrices once, a token in each lane of a ve
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -21,13 +15,11 @@ import torch
 from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
+from mhc_compile.errors import MhcError
 from mhc_compile.mappings import columns
 from mhc_compile.mappings import sinkhorn as eager
-from mhc_compile.ops import fused_reference as fused
-from mhc_compile.ops import reference
-from mhc_compile.ops.cpu.build import call, library, threads_for
+from mhc_compile.ops.cpu.build import library, threads_for
 from mhc_compile.ops.lazy_reference import LONGEST
-from mhc_compile.ops.norm_reference import NORMS, bound, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +40,6 @@ _TYPES = {
     (torch.bfloat16, torch.float32): ("mhc::Bfloat16", "float", "float"),
     (torch.float64, torch.float64): ("double", "double", "double"),
 }
-#: Tensors that a kernel takes in the dtype of the streams. The branch has its own; all others are
-#: what is computed.
-AS_STREAMS = ("streams", "grad", "grad_streams", "grad_h")
 _LARGEST = 8
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
 _BUILT: dict[tuple[torch.dtype, torch.dtype, int, bool], Any] = {}
@@ -132,54 +121,26 @@ def _build(streams: torch.dtype, branch: torch.dtype, n: int, mapping: str, lazy
         log.debug("building the kernels ahead failed", exc_info=True)
 
 
-def _kernel(module: Any, name: str) -> Callable[..., Any]:
-    """Return an operator on CPU: its kernel, or where there is none the composition in `module`.
+def takes_lazy(streams: Tensor, branches: list[Tensor], n: int, mapping: str | None) -> bool:
+    """Return whether there is a lazy kernel for these branch outputs, all of one dtype."""
+    if len({branch.dtype for branch in branches}) > 1 or len(branches) > LONGEST["cpu"]:
+        return False
+    return library_of(streams.dtype, branches[0].dtype, n, mapping, lazy=True) is not None
 
-    A kernel takes the tensors of the composition in the same order, then the results. A backward
-    has the forward's tensors as results.
+
+@functools.cache
+def function(
+    name: str, streams: torch.dtype, branch: torch.dtype, n: int, mapping: str | None, lazy: bool
+) -> Callable[..., None]:
+    """Return the kernel of an operator: a function of tensors, integers, threads and reals.
+
+    Raises:
+        MhcError: it cannot be built here.
     """
-    composition = getattr(module, name)
-    forward = getattr(module, name.removesuffix("_backward"))
-    gradients = tensors_of(forward) if forward is not composition else []
-
-    def run(*args: Any) -> Any:
-        given = bound(composition, args)
-        streams: Tensor = given["streams"]
-        store, other = streams.dtype, given.get("branch", streams).dtype
-        n = given["post"].shape[-1] if "post" in given else given["n"]
-        built = library_of(store, other, n, given.get("mapping"))
-        if given.pop("read_dtype", None) or built is None or not streams.numel():
-            return reference.dense(getattr(module, name))(*args)
-        compute = reference.compute_dtype(streams)
-        dtypes = {**dict.fromkeys(AS_STREAMS, store), "branch": other}
-        tensors: dict[str, Any] = {
-            key: None if value is None else value.to(dtypes.get(key, compute)).contiguous()
-            for key, value in given.items()
-            if value is None or isinstance(value, Tensor)
-        }
-        likes = [tensors[key] for key in gradients]
-        outs = [streams.new_empty(0) if like is None else torch.empty_like(like) for like in likes]
-        if not likes:
-            outs = fused.empty_results(name, streams, n, given.get("phi"), given.get("norm", ""))
-        tokens = streams.shape[:-2].numel()
-        sizes = (tokens, streams.shape[-1], streams.shape[-2], given.get("iterations", 1), threads_for(tokens))
-        norm = NORMS.index(given.get("norm", ""))
-        epsilons = given.get("eps", 0.0), given.get("norm_eps", 0.0)
-        call(getattr(built, f"mhc_{name}"), (*tensors.values(), *outs), (*sizes, norm), *epsilons)
-        if likes:
-            wanted = (given[key] for key in gradients)
-            return tuple(out if like is None else out.to(like.dtype) for out, like in zip(outs, wanted, strict=True))
-        return tuple(outs) if len(outs) > 1 else outs[0]
-
-    return run
-
-
-read, read_backward = _kernel(fused, "read"), _kernel(fused, "read_backward")
-step, step_backward = _kernel(fused, "step"), _kernel(fused, "step_backward")
-shifted_step, shifted_step_backward = _kernel(fused, "shifted_step"), _kernel(fused, "shifted_step_backward")
-mix_read, mix_read_backward = _kernel(fused, "mix_read"), _kernel(fused, "mix_read_backward")
-close, close_backward = _kernel(fused, "close"), _kernel(fused, "close_backward")
-update, update_backward = _kernel(reference, "update"), _kernel(reference, "update_backward")
+    built = library_of(streams, branch, n, mapping, lazy=lazy)
+    if built is None:
+        raise MhcError(f"the CPU kernel mhc::{name}, which compiled code calls, cannot be built here: see `mhc doctor`")
+    return getattr(built, f"mhc_{name}")  # type: ignore[no-any-return]
 
 
 def _sinkhorn(direction: str, logits: Tensor, iterations: int, eps: float, *grads: Tensor) -> Tensor | None:
@@ -193,7 +154,7 @@ def _sinkhorn(direction: str, logits: Tensor, iterations: int, eps: float, *grad
     tensors = [tensor.to(logits.dtype).contiguous() for tensor in (*grads, logits)]
     out = torch.empty_like(tensors[-1])
     tokens = logits.numel() // (n * n)
-    call(getattr(built, f"mapping_{direction}"), (*tensors, out), (tokens, iterations, threads_for(tokens)))
+    getattr(built, f"mapping_{direction}")(*tensors, out, tokens, iterations, threads_for(tokens))
     return out
 
 

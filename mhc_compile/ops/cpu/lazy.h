@@ -92,9 +92,9 @@ struct LazyForward : Forward {
                     }
                 }
             }
-            project<N>(values, packed + c0 * N * K, products);
+            multiply<N>(values, packed, c0, count, products);
         }
-        coefficients<N>(first, count, squares, products);
+        coefficients<N>(first, count, squares, products, !packed);
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
             Real weight[S] = {};
@@ -269,11 +269,11 @@ void lazy_close_backward(const STORE* grad, const Sources& old, STORE* d_streams
 
 using mhc::Real;
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
+#define EXPORT static void
 #define OLD const STORE *streams, const BRANCH* const* branches, const Real* const* post, const Real* const* res
 #define SITE const Real *phi, const Real *bias, const Real *scale
 #define NORM const Real *gain, const Real *shift
-#define SIZES int64_t T, int64_t C, int64_t in, int64_t many, int64_t iterations, int64_t threads, int64_t norm, double eps, double norm_eps
+#define SIZES int64_t T, int64_t C, int64_t in, int64_t many, int64_t iterations, int64_t norm, int64_t threads, double eps, double norm_eps
 
 // call(IN, MANY) for the number of streams in memory and of branches, LEAST to MOST.
 template <int IN, int MANY, typename Call>
@@ -313,3 +313,8 @@ EXPORT mhc_lazy_close_backward(const STORE* grad, OLD, STORE* d_streams, BRANCH*
         mhc::lazy_close_backward<from.value, count.value>(grad, {streams, branches, post, res, C}, d_streams, d_branch, d_post, d_res, T, threads);
     });
 }
+
+PACKED(mhc_lazy_step)
+PACKED(mhc_lazy_step_backward)
+PACKED(mhc_lazy_close)
+PACKED(mhc_lazy_close_backward)

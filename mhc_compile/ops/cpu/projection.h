@@ -14,6 +14,7 @@ constexpr int TILE = LANES;                     // tokens
 constexpr int VECTORS = 4;
 constexpr int CHUNK = VECTORS * WIDTH;          // features that are worked on together
 constexpr int TOKENS = 4;                       // rows of a block of accumulators
+constexpr int64_t FEW = 4 * TILE;               // tokens for which phi is not packed
 constexpr int COLUMNS = BYTES == 64 ? 6 : 3;    // and its columns: 24 of 32 registers, or 12 of 16
 
 // The compiler would rather load a value again than keep it in a register; a core loads one such vector a cycle, and multiplies one.
@@ -74,6 +75,32 @@ inline void project(const Real (*values)[P][CHUNK], const Real* phi, Vec (*produ
                 for (int k = 0; k < MANY; ++k) products[t0 + t][FROM + k] = sums[t][k];
         }
         project<P, FROM + MANY>(values, phi, products);
+    }
+}
+
+// The same with phi as it is, [N C, K], for so few tokens that packing it would take longer than the product. Vectors run along the columns: products[t]
+// holds K sums, one after the other.
+template <int P>
+inline void project_rows(const Real (*values)[P][CHUNK], const Real* phi, int64_t C, int64_t c0, int64_t count, Vec (*products)[K]) {
+    constexpr int FULL = K / WIDTH, REST = K % WIDTH, MANY = FULL + (REST > 0);
+    const int64_t width = std::min<int64_t>(CHUNK, C - c0);
+    for (int64_t t0 = 0; t0 < count; t0 += TOKENS) {
+        Vec sums[TOKENS][MANY];
+        for (int t = 0; t < TOKENS; ++t)
+            for (int v = 0; v < MANY; ++v) sums[t][v] = products[t0 + t][v];
+        for (int j = 0; j < N; ++j) {
+            for (int64_t c = 0; c < width; ++c) {
+                const Real* from = phi + (j * C + c0 + c) * K;
+                Vec row[MANY];
+                for (int v = 0; v < FULL; ++v) row[v] = load(from + v * WIDTH);
+                if constexpr (REST > 0) row[FULL] = load(from + FULL * WIDTH, REST);
+#pragma GCC unroll 4
+                for (int t = 0; t < TOKENS; ++t)
+                    for (int v = 0; v < MANY; ++v) sums[t][v] += values[t0 + t][P == 1 ? 0 : j][c] * row[v];
+            }
+        }
+        for (int t = 0; t < TOKENS; ++t)
+            for (int v = 0; v < MANY; ++v) products[t0 + t][v] = sums[t][v];
     }
 }
 

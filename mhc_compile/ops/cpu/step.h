@@ -76,10 +76,14 @@ struct Forward {
         tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed) { one<IN, MIX, READ, GIVEN>(first, packed); });
     }
 
-    // work(first token, packed phi of P streams) for every tile.
+    // work(first token, packed phi of P streams, or null for few tokens) for every tile.
     template <int P, bool READ, typename Work>
     void tiles(int64_t threads, Work work) const {
         const int64_t count = (T + TILE - 1) / TILE;
+        if (READ && T <= FEW) {
+            for (int64_t tile = 0; tile < count; ++tile) work(tile * TILE, nullptr);
+            return;
+        }
         const Scratch packed(READ ? chunks(C) * P * K * CHUNK : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
@@ -122,10 +126,10 @@ struct Forward {
                             keep(load(streams + (token * IN + i) * C + c0 + c, C - c0 - c), values[t][i] + c, squares[t]);
                 }
             }
-            if constexpr (READ) project<P>(values, packed + c0 * P * K, products);
+            if constexpr (READ) multiply<P>(values, packed, c0, count, products);
         }
         if constexpr (READ) {
-            coefficients<P>(first, count, squares, products);
+            coefficients<P>(first, count, squares, products, !packed);
             for (int64_t t = first; !GIVEN && t < first + count; ++t) collapse<P>(MIX ? out : streams, t);
         }
         if constexpr (READ || GIVEN) normalize(first, count);
@@ -142,7 +146,14 @@ struct Forward {
     }
 
     template <int P>
-    void coefficients(int64_t first, int64_t count, const Vec* squares, const Vec (*products)[K]) const {
+    void multiply(const Real (*values)[P][CHUNK], const Real* packed, int64_t c0, int64_t count, Vec (*products)[K]) const {
+        if (packed) project<P>(values, packed + c0 * P * K, products);
+        else project_rows<P>(values, site.phi, C, c0, count, products);
+    }
+
+    // The lanes of a product are still to be added up, or `added`: then products[t] are K numbers.
+    template <int P>
+    void coefficients(int64_t first, int64_t count, const Vec* squares, const Vec (*products)[K], bool added) const {
         Mixing mixing;
         Real logits[K][LANES] = {};
         for (int64_t t = 0; t < count; ++t) {
@@ -150,7 +161,7 @@ struct Forward {
             const int64_t token = first + t;
             inverse[token] = scaling;
             for (int k = 0; k < K; ++k) {
-                const Real product = sum(products[t][k]) * scaling;
+                const Real product = (added ? products[t][k / WIDTH][k % WIDTH] : sum(products[t][k])) * scaling;
                 z[token * K + k] = product;
                 logits[k][t] = site.logit(k, product);
             }

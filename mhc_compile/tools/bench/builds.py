@@ -55,4 +55,6 @@ def compiled(module: nn.Module, compiler: Compiler, options: Mapping[str, Any] |
 
 def _inductor(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """Compile as the backend does with a rewritten graph."""
-    return compile_with_inductor(graph_module, inputs, ops.fused_decompositions(), None, {}, f"mhc-{ops.fingerprint()}")
+    return compile_with_inductor(
+        graph_module, inputs, ops.fused_decompositions(), ops.externs(), None, {}, f"mhc-{ops.fingerprint()}"
+    )
