@@ -51,7 +51,8 @@ class Convention:
             for every stream.
         gate_speed: s. It makes no other functions, as a and b can be s times as large instead: it
             makes an optimizer that moves every parameter by its learning rate, such as AdamW, move
-            logits s times as far by a and b, and as far as before by the projection.
+            logits s times as far by a and b, and as far as before by the projection. Gradients of
+            a and b are 1 / s of the derivative: those that they would have with s = 1.
     """
 
     mapping: str = "sinkhorn"

@@ -92,7 +92,8 @@ class Options:
         gate_speed: how many times faster than by its learning rate AdamW moves logits by a and b: s
             in `s (a z + b)`. None: for preset "paper", or one of your own that gives none, 8 with
             init="preserve" and a mapping that bounds H_res; else 1, the paper's. A checkpoint has
-            a / s and b / s; a state dict of another speed is converted when it is loaded.
+            a / s and b / s; a state dict of another speed is converted when it is loaded. Gradients
+            of a and b are 1 / s of the derivative, as if s were 1, so that clipping sees no change.
         eps: added to the mean square under the root mean square of the streams.
         min_chain_length: a chain of fewer residual adds is left as it is.
         strict: an error instead of a warning where nothing is rewritten, a rewrite fails, streams

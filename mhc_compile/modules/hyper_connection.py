@@ -55,7 +55,8 @@ class HyperConnection(LoadsPartially):
         scale  [3]        a_pre, a_post, a_res
 
     Logits are `gate_speed (a z + b)`: bias and scale are the paper's divided by the speed. Those of
-    another speed are converted when a state dict is loaded.
+    another speed are converted when a state dict is loaded. Their gradients are the paper's, not
+    multiplied by the speed, so that it is a factor of the learning rate and nothing else.
 
     With token_dependent=False phi is [n C, 0] and scale [0]: coefficients depend on bias alone.
     Coefficients are computed in float32 or wider, whatever the dtype of the streams.

@@ -124,6 +124,11 @@ def coefficients_backward(
 
         d phi    = vec(X)ᵀ (r dz)
         d vec(X) = (r dz) phiᵀ − vec(X) r² (Σ_k dz_k z_k) / (n C)
+
+    Those of bias and scale are divided by the gate_speed: they are what the paper's parameters
+    would have. A gate_speed is so a learning rate that is as many times higher, in an optimizer
+    whose steps do not depend on the size of gradients, and does not change the global norm that
+    clipping looks at. Multiplied, the gates' gradients outweighed those of the whole model.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
@@ -133,9 +138,9 @@ def coefficients_backward(
         weight, offset, gain, speed = phi.to(dtype), bias.to(dtype), scale.to(dtype), convention.gate_speed
         *_, res_logits = _logits(z, offset, gain, n, speed)
         before, after = _plus(pre, -convention.pre_eps), _plus(post, -convention.post_eps)
-        d_pre = _times(grad_pre * before * (1.0 - before), speed)
-        d_post = _times(grad_post * after * (1.0 - after / convention.post_range), speed)
-        d_res = _times(mapping_of(mapping).backward(grad_res, res_logits, n, iterations), speed)
+        d_pre = grad_pre * before * (1.0 - before)
+        d_post = grad_post * after * (1.0 - after / convention.post_range)
+        d_res = mapping_of(mapping).backward(grad_res, res_logits, n, iterations)
         d_logits = torch.cat([d_pre, d_post, d_res], dim=-1)
         d_bias = d_logits.flatten(0, -2).sum(0)
         if not phi.shape[1]:
@@ -143,7 +148,7 @@ def coefficients_backward(
         d_scale = torch.stack(
             [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
         )
-        d_z = torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1) + grad_z
+        d_z = _times(torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1), speed) + grad_z
         inverse = inverse_rms(flat, eps)
         scaled = d_z * inverse
         d_phi = flat.flatten(0, -2).t() @ scaled.flatten(0, -2)

@@ -8,6 +8,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from helpers.gate_speed import faster
 from torch import Tensor, nn
 
 import mhc_compile
@@ -131,7 +132,7 @@ def site_by_hand(X: Tensor, parameters: list[Tensor], f, n: int, iterations: int
     """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns,
     rows); X' = H_res X + H_postᵀ f(H_pre X).
     """
-    phi, bias, scale = parameters[0], SPEED * parameters[1], SPEED * parameters[2]
+    phi, bias, scale = parameters[0], faster(parameters[1], SPEED), faster(parameters[2], SPEED)
     v = X.reshape(*X.shape[:-2], -1)
     z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
     pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from helpers.gate_speed import faster
 from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse
@@ -151,8 +152,13 @@ class Case:
         z = (v @ given["phi"]) * inverse
         parts = [n, n, z.shape[-1] - 2 * n]
         a, b, c = (
-            convention.gate_speed * (s * part + bias)
-            for s, part, bias in zip(given["scale"], z.split(parts, -1), given["bias"].split(parts), strict=True)
+            s * part + bias
+            for s, part, bias in zip(
+                faster(given["scale"], convention.gate_speed),
+                z.split(parts, -1),
+                faster(given["bias"], convention.gate_speed).split(parts),
+                strict=True,
+            )
         )
         pre = torch.sigmoid(a) + convention.pre_eps
         post = convention.post_range * torch.sigmoid(b) + convention.post_eps

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from helpers.gate_speed import faster
 from torch import Tensor, fx
 
 from mhc_compile.passes.analysis.op_info import is_contraction, op_name, passes_value
@@ -233,7 +234,7 @@ class StreamInterpreter(fx.Interpreter):
         )
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
         phi, bias, scale = (self._parameter(name).to(dtype) for name in (binding.phi, binding.bias, binding.scale))
-        bias, scale = 8 * bias, 8 * scale
+        bias, scale = faster(bias, 8), faster(scale, 8)
         v = torch.cat([x.movedim(axis, -1) for x in streams], -1).to(dtype)
         z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + binding.eps)
         pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))

@@ -106,6 +106,23 @@ def test_a_step_moves_logits_by_the_speed_through_bias(speed):
     assert (moved / (speed * lr)).tolist()[0][0] == pytest.approx([1.0] * 4, rel=1e-3)
 
 
+def test_the_speed_changes_no_gradient():
+    """So that a global norm, by which gradients are clipped, is that of the paper's parameters."""
+    found = []
+    for speed in (1.0, 8.0):
+        torch.manual_seed(0)
+        connection = HyperConnection(16, Options(gate_speed=speed))
+        with torch.no_grad():
+            connection.phi.normal_()
+            connection.bias.copy_(torch.randn(24) / speed)
+            connection.scale.copy_(torch.rand(3) / speed)
+        coefficients = connection.coefficients(torch.randn(5, 4, 16))
+        sum((one * torch.randn_like(one)).sum() for one in coefficients).backward()
+        found.append([p.grad for p in connection.parameters()])
+    torch.testing.assert_close(*found)
+    assert all(gradient.abs().sum() > 0 for gradient in found[0])
+
+
 def test_a_module_that_an_earlier_version_pickled_has_speed_1():
     connection = HyperConnection(16, Options(gate_speed=1.0))
     for name in ("gate_speed", "function"):

@@ -160,7 +160,7 @@ struct Backward {
             Real dot = 0;
             for (int k = 0; k < K; ++k) {
                 const int part = k < N ? 0 : k < 2 * N ? 1 : 2;
-                const Real d_sum = Real(GATE_SPEED) * d_logits[t][k], dz = d_sum * site.scale[part];
+                const Real d_sum = d_logits[t][k], dz = Real(GATE_SPEED) * site.scale[part] * d_sum;  // d_sum: see reference.coefficients_backward
                 d_bias_sum[k] += d_sum;
                 d_scale_sum[part] += d_sum * z[token * K + k];
                 dot += dz * z[token * K + k];

@@ -154,7 +154,7 @@ def coefficients_backward(
     along = tl.zeros_like(over_rms)
     turns_of = filled(0.0, over_rms, 3)
     for k in tl.static_range(columns):
-        value = d_logits[k] * gate_speed
+        value = d_logits[k]  # not times gate_speed: see reference.coefficients_backward
         tl.store(shares + k, tl.sum(value, 0))
         turn = value * tl.load(z + rows * columns + k, mask=live, other=0.0)
         new = ()
@@ -164,7 +164,7 @@ def coefficients_backward(
             else:
                 new = new + (turns_of[p],)
         turns_of = new
-        gain = _gain(scale, k, n)
+        gain = gate_speed * _gain(scale, k, n)
         along += gain * turn
         tl.store(scaled + rows * columns + k, gain * value * over_rms, mask=live)
     for p in tl.static_range(3):
