@@ -210,6 +210,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         **_COMPOSED,
         **_WITH_KERNELS,
+        _mhc.coefficients.default: reference.differentiable_coefficients,
         _mhc.gated_read.default: reads.gated_read,
         _mhc.gated_read_out.default: reads.gated_read_out,
         _mhc.read_out.default: reads.read_out,

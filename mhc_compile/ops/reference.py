@@ -23,6 +23,7 @@ The functions are the eager kernels, the decompositions to ATen, and the oracle 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,20 @@ def coefficients(
             mapping_of(mapping).matrix(res, n, iterations),
             z,
         )
+
+
+def differentiable_coefficients(
+    streams: Tensor, phi: Tensor, bias: Tensor, scale: Tensor, mapping: str, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `coefficients`, such that autograd gives the gradients of `coefficients_backward`."""
+    convention = parse(mapping)
+
+    def faster(parameter: Tensor) -> Tensor:
+        return (convention.gate_speed * parameter).detach() + (parameter - parameter.detach())
+
+    if convention.gate_speed != 1:
+        bias, scale, mapping = faster(bias), faster(scale), str(replace(convention, gate_speed=1.0))
+    return coefficients(streams, phi, bias, scale, mapping, iterations, eps)
 
 
 def coefficients_backward(
