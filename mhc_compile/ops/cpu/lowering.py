@@ -41,8 +41,8 @@ def externs() -> dict[Any, Callable[..., _torch.Extern | None]]:
 def _planned(operator: Operator) -> Callable[..., _torch.Extern | None]:
     """Return what makes a call of the kernel from the operator's arguments in Inductor's form."""
 
-    def plan(*args: Any) -> _torch.Extern | None:
-        given = operator.by_name(args)
+    def plan(*args: Any, **named: Any) -> _torch.Extern | None:
+        given = {**operator.by_name(args), **named}
         if given["streams"].get_device().type != "cpu":
             return None
         call = operator.call({key: _described(value) for key, value in given.items()})
