@@ -43,7 +43,7 @@ def _planned(operator: Operator) -> Callable[..., _torch.Extern | None]:
 
     def plan(*args: Any, **named: Any) -> _torch.Extern | None:
         given = {**operator.by_name(args), **named}
-        if given["streams"].get_device().type != "cpu":
+        if given["streams"].get_device().type != "cpu" or 0 in given["streams"].get_size():
             return None
         call = operator.call({key: _described(value) for key, value in given.items()})
         if call is None:

@@ -87,7 +87,7 @@ class OtherSeeds:
     def __exit__(self, *error: object) -> None:
         with self._change:
             self._ended = True
-            for process in self._running:
+            for process in list(self._running):
                 process.send_signal(signal.SIGINT)
         for process in list(self._running):
             try:
