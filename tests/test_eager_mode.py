@@ -26,9 +26,8 @@ def scatter(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                speed = 1 if parameter.dim() > 1 else connection.gate_speed
-                parameter.add_(torch.randn(parameter.shape, generator=generator) / speed)
+            for name, parameter in connection.named_parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / connection.speeds.get(name, 1))
     return model
 
 

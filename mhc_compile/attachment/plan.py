@@ -45,7 +45,7 @@ VERSION = 1
 #: The options that determine parameters and their start; all others belong to a run.
 PLANNED_OPTIONS = (
     "preset", "streams", "mapping", "token_dependent", "read_out", "single_pass", "rank", "iterations", "init",
-    "init_gain", "init_stream_weight", "gate_speed", "eps",
+    "init_gain", "init_stream_weight", "gate_speed", "scale_speed", "eps",
 )  # fmt: skip
 
 
@@ -318,7 +318,9 @@ def _model_plan(data: Mapping[str, Any]) -> ModelPlan:
     for entry in data["connections"]:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entries.append(PlannedConnection(**values))
-    options = {"gate_speed": 1.0, **data["options"]}  # 1 where it is missing: in plans of earlier versions
+    # In plans of earlier versions both speeds were 1, or both the gate_speed.
+    speeds = {"gate_speed": 1.0, "scale_speed": data["options"].get("gate_speed", 1.0)}
+    options = {**speeds, **data["options"]}
     replace(Options().resolved, **options)  # an unknown or wrong option raises
     return ModelPlan(str(data["class"]), options, tuple(entries), data["structure"])
 

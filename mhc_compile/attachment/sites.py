@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from mhc_compile.passes import Site
 
 #: Settings in which an existing hyper-connection and the options must agree, if these have one.
-_FIXED = ("streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out", "gate_speed")
+_FIXED = (
+    "streams", "preset", "mapping", "token_dependent", "rank", "single_pass", "read_out", "gate_speed", "scale_speed",
+)  # fmt: skip
 
 
 def attach_site(

@@ -34,7 +34,7 @@ from mhc_compile.config.presets import PRESETS
 from mhc_compile.errors import AttachError
 from mhc_compile.mappings import MAPPINGS
 from mhc_compile.modules.gated import create_connection
-from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options, saved_speed
+from mhc_compile.modules.state_dict import SETTINGS, guess_for, guess_options, saved_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -197,8 +197,10 @@ def _prefix(model: nn.Module, paths: list[list[str]]) -> int:
 def _saved_options(settings: Mapping[str, Any], options: ResolvedOptions, fixed: set[str]) -> ResolvedOptions:
     """Return the options with saved settings, except those that are fixed, or unknown here."""
     known = {name: settings[name] for name in SETTINGS if name in settings and name not in fixed}
-    if "mapping" in settings and "gate_speed" not in fixed:
-        known["gate_speed"] = saved_speed(settings, 1.0)
+    for name, speed in saved_speeds(settings, {}).items():
+        option = {"bias": "gate_speed", "scale": "scale_speed"}[name]
+        if option not in fixed:
+            known[option] = speed
     if known.get("mapping") not in MAPPINGS:
         known.pop("mapping", None)
     if known.get("preset") not in PRESETS:

@@ -62,8 +62,8 @@ def command(
 
     A checkpoint of another system is detected by names and shapes, and the error names the system
     that fits. Transposed residual logits are not detected: any numbers are valid logits. Nor is a
-    gate_speed that was given beside the preset, whose own is 1: `interop.to_native` of a state dict
-    with its metadata takes it into account, and safetensors files have none.
+    gate_speed or scale_speed that was given with the preset, whose own are 1: `interop.to_native`
+    of a state dict with its metadata takes them into account, and safetensors files have none.
 
     Exit codes: 0 done, 1 the checkpoint does not fit, or OUT exists; 2 wrong usage.
     """

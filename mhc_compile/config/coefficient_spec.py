@@ -33,11 +33,11 @@ STREAM_COUNTS: dict[str, tuple[int, ...]] = {
 class Convention:
     """The equations of the coefficients, with z the projection of the streams and σ the sigmoid.
 
-        pre  = σ(s (a_pre z_pre + b_pre)) + pre_eps
-        post = post_range σ(s (a_post z_post + b_post)) + post_eps
-        res  = mapping(s (a_res z_res + b_res))
+        pre  = σ(c a_pre z_pre + s b_pre) + pre_eps
+        post = post_range σ(c a_post z_post + s b_post) + post_eps
+        res  = mapping(c a_res z_res + s b_res)
 
-    The defaults are those of arXiv 2512.24880 v2, equations 7 and 8, which have no s.
+    The defaults are those of arXiv 2512.24880 v2, equations 7 and 8, which have no c and s.
 
     Attributes:
         mapping: name of the residual mapping.
@@ -49,10 +49,12 @@ class Convention:
         last: the side of H_res that Sinkhorn normalises last, and whose sums are therefore exact.
         rank: rank of the gate of a read with a weight for every channel (Qwen4-Exp); 0 for a weight
             for every stream.
-        gate_speed: s. It makes no other functions, as a and b can be s times as large instead: it
-            makes an optimizer that moves every parameter by its learning rate, such as AdamW, move
-            logits s times as far by a and b, and as far as before by the projection. Gradients of
-            a and b are 1 / s of the derivative: those that they would have with s = 1.
+        gate_speed: s. It makes no other functions, as b can be s times as large instead: it makes
+            an optimizer that moves every parameter by its learning rate, such as AdamW, move
+            logits s times as far by b. The gradient of b is 1 / s of the derivative: the one that
+            it would have with s = 1.
+        scale_speed: c. Likewise for a, which then moves c times as far. The gradient of a is the
+            derivative.
     """
 
     mapping: str = "sinkhorn"
@@ -63,6 +65,7 @@ class Convention:
     last: Last = "rows"
     rank: int = 0
     gate_speed: float = 1.0
+    scale_speed: float = 1.0
 
     def __str__(self) -> str:
         """Return the name of the mapping and the settings that are not the paper's, for `parse`."""

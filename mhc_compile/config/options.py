@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from mhc_compile.config.coefficient_spec import MAX_STREAMS, STREAM_COUNTS
-from mhc_compile.config.presets import ReadOut, gate_speed, get_preset
+from mhc_compile.config.presets import ReadOut, gate_speed, get_preset, scale_speed
 from mhc_compile.errors import OptionError
 
 Init = Literal["preserve", "random"]
@@ -20,7 +20,8 @@ OutsideCalls = Literal["eager", "error"]
 
 #: The options that `overrides` may set; the others hold for a whole chain or compilation.
 PER_SITE = (
-    "mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "gate_speed", "eps",
+    "mapping", "token_dependent", "iterations", "init", "init_gain", "init_stream_weight", "gate_speed", "scale_speed",
+    "eps",
 )  # fmt: skip
 
 
@@ -57,8 +58,8 @@ class Options:
     Attributes:
         preset: whose convention: "paper", "deepseek-v4", "deepseek-v4.1", "glm5-next", "hy-v4",
             "liger", "qwen4-exp", or one of your own (see `mhc_compile.config.presets`). It chooses
-            mapping, iterations, eps, read_out, single_pass, rank, init_gain and gate_speed where
-            they are not given, and the epsilons in the coefficients.
+            mapping, iterations, eps, read_out, single_pass, rank, init_gain, gate_speed and
+            scale_speed where they are not given, and the epsilons in the coefficients.
         streams: n, the number of residual streams, 1 to 8.
         mapping: the family of H_res: "sinkhorn" (the paper's), "identity" (streams are not mixed),
             "permutations" (mHC-lite, up to 4 streams), "kronecker" (KromHC, 1, 2, 4 or 8 streams),
@@ -70,7 +71,7 @@ class Options:
             {"mapping": "identity"}}. `*` stands for any characters, and anything may stand before
             the pattern ("model.layers.0.mlp" fits too). A later pattern goes before an earlier one.
             It takes mapping, token_dependent, iterations, init, init_gain, init_stream_weight,
-            gate_speed and eps.
+            gate_speed, scale_speed and eps.
         read_out: what ends a chain: "mean", "sum", or "learned", a sum with weights that depend on
             the token. Other readers of a trunk value get the sum with "sum", else the mean.
         single_pass: the weights that a site computes collapse the streams for the next site, the
@@ -83,17 +84,20 @@ class Options:
             every branch reads their weighted mean and writes to all of them. "random" starts from
             random projections and uniform mixing, for training from the first step; it changes what
             the model computes.
-        init_gain: initial value of a_pre, a_post and a_res. None: for preset "paper", or one of
-            your own that gives none, with init="preserve" 80 / nC, but at least 0.01 and at most
-            0.3; else 0.01, the paper's. Positive: at 0, with phi = 0, nothing would ever learn.
+        init_gain: initial value of a_pre, a_post and a_res, 0.01 in the paper. Positive: at 0, with
+            phi = 0, nothing would ever learn.
         init_stream_weight: with init="preserve", the weight that a branch gives to one stream (site
             i of a chain leans to stream i mod n); the others share the rest. Equal weights would
             keep the streams equal for ever.
-        gate_speed: how many times faster than by its learning rate AdamW moves logits by a and b: s
-            in `s (a z + b)`. None: for preset "paper", or one of your own that gives none, 8 with
+        gate_speed: how many times faster than by its learning rate AdamW moves logits by b: s in
+            `c a z + s b`. None: for preset "paper", or one of your own that gives none, 32 with
             init="preserve" and a mapping that bounds H_res; else 1, the paper's. A checkpoint has
-            a / s and b / s; a state dict of another speed is converted when it is loaded. Gradients
-            of a and b are 1 / s of the derivative, as if s were 1, so that clipping sees no change.
+            b / s; a state dict of another speed is converted when it is loaded. The gradient of b
+            is 1 / s of the derivative, as if s were 1, so that clipping sees no change.
+        scale_speed: c, by which a moves slower than by the learning rate. None: for preset "paper",
+            or one of your own that gives none, 1/128 with init="preserve", which moves a by lr in
+            units of about its start; else 1, the paper's. A checkpoint has a / c, and is converted
+            likewise.
         eps: added to the mean square under the root mean square of the streams.
         min_chain_length: a chain of fewer residual adds is left as it is.
         strict: an error instead of a warning where nothing is rewritten, a rewrite fails, streams
@@ -131,6 +135,7 @@ class Options:
     init_gain: float | None = None
     init_stream_weight: float = 0.7
     gate_speed: float | None = None
+    scale_speed: float | None = None
     eps: float | None = None
     min_chain_length: int = 2
     strict: bool = False
@@ -195,8 +200,8 @@ class Options:
 class ResolvedOptions(Options):
     """Options in which the user or the preset has chosen every value; see `Options.parse`.
 
-    `init_gain` may still be None, for that of the width, and `gate_speed`, for that of the site's
-    mapping and start; `speed` is the number.
+    `gate_speed` and `scale_speed` may still be None, for those of the site's mapping and start;
+    `speeds` are the numbers.
     """
 
     mapping: str
@@ -204,6 +209,7 @@ class ResolvedOptions(Options):
     single_pass: bool
     rank: int
     iterations: int
+    init_gain: float
     eps: float
 
     def __post_init__(self) -> None:
@@ -215,10 +221,10 @@ class ResolvedOptions(Options):
         _number("iterations", self.iterations, int, 1, 1000, "an integer from 1 to 1000")
         _one_of("init", self.init, get_args(Init))
         learns = "a number from 1e-8 to 100 (at 0 the projections would never learn)"
-        if self.init_gain is not None:
-            _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
-        if self.gate_speed is not None:
-            _number("gate_speed", self.gate_speed, float, 1e-3, 1e3, "a number from 0.001 to 1000")
+        _number("init_gain", self.init_gain, float, 1e-8, 100.0, learns)
+        for name in ("gate_speed", "scale_speed"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), float, 1e-3, 1e3, "a number from 0.001 to 1000")
         _number("init_stream_weight", self.init_stream_weight, float, 1e-3, 0.999, "a number from 0.001 to 0.999")
         _number("eps", self.eps, float, 0.0, 1.0, "a number from 0 to 1")
         _number("min_chain_length", self.min_chain_length, int, 1, 1_000_000, "a positive integer")
@@ -267,9 +273,10 @@ class ResolvedOptions(Options):
                 f"rank={self.rank} reads every channel with a weight of its own, which goes with mapping='identity' and token_dependent=True; got"
                 f" mapping={self.mapping!r} and token_dependent={self.token_dependent}"
             )
-        if self.rank and self.speed != 1:
+        if self.rank and self.speeds != (1, 1):
             raise OptionError(
-                f"gate_speed={self.speed} multiplies logits a z + b, and with rank={self.rank} there are none: leave it out"
+                f"gate_speed={self.speeds[0]} and scale_speed={self.speeds[1]} are factors in logits c a z + s b, and with"
+                f" rank={self.rank} there are none: leave them out"
             )
         if self.single_pass and self.rank:
             raise OptionError(
@@ -315,12 +322,15 @@ class ResolvedOptions(Options):
         ]
 
     @property
-    def speed(self) -> float:
-        """Return `gate_speed`, or the default for mapping and start."""
-        return gate_speed(self.gate_speed, self.init, self.mapping)
+    def speeds(self) -> tuple[float, float]:
+        """Return `gate_speed` and `scale_speed`, or the defaults for mapping and start."""
+        return float(gate_speed(self.gate_speed, self.init, self.mapping)), float(
+            scale_speed(self.scale_speed, self.init)
+        )
 
     @property
     def spec(self) -> str:
         """Return the convention of the coefficients as a string, as the operators take it."""
         convention = get_preset(self.preset).convention
-        return str(replace(convention, mapping=self.mapping, rank=self.rank, gate_speed=float(self.speed)))
+        speed, slow = self.speeds
+        return str(replace(convention, mapping=self.mapping, rank=self.rank, gate_speed=speed, scale_speed=slow))

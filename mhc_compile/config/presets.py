@@ -11,11 +11,14 @@ from mhc_compile.errors import OptionError
 
 #: The end of a chain: the mean or the sum of the streams, or a sum with learned weights.
 ReadOut = Literal["mean", "sum", "learned"]
-#: The initial gain of the paper, and of the systems that ship hyper-connections, at any width.
+#: The initial gain of the paper, and of the systems that ship hyper-connections.
 PAPER_GAIN = 0.01
-#: s of a function-preserving start (see `examples/stability`). As a power of two it changes no bit
-#: of a checkpoint that is converted.
-GATE_SPEED = 8.0
+#: s of a function-preserving start (see `examples/stability`). As powers of two s and c change no
+#: bit of a checkpoint that is converted.
+GATE_SPEED = 32.0
+#: c of a function-preserving start, about the paper's initial gain: a then learns as the paper's
+#: would in units of its start.
+SCALE_SPEED = 1 / 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,9 @@ class Preset:
         read_out: what ends a chain.
         single_pass: the weights `pre` of a site collapse the streams for the next site; the first
             site reads the trunk itself.
-        init_gain: initial a_pre, a_post and a_res; None for that of the width, `initial_gain`.
+        init_gain: initial a_pre, a_post and a_res.
         gate_speed: s of the convention; None for that of the start, `gate_speed`.
+        scale_speed: c of the convention; None for that of the start, `scale_speed`.
         preserves: whether the plain model is among the functions that it can start as.
     """
 
@@ -45,8 +49,9 @@ class Preset:
     eps: float = 1e-6
     read_out: ReadOut = "mean"
     single_pass: bool = False
-    init_gain: float | None = None
+    init_gain: float = PAPER_GAIN
     gate_speed: float | None = None
+    scale_speed: float | None = None
     preserves: bool = True
 
     def defaults(self) -> dict[str, Any]:
@@ -60,23 +65,12 @@ class Preset:
             "rank": self.convention.rank,
             "init_gain": self.init_gain,
             "gate_speed": self.gate_speed,
+            "scale_speed": self.scale_speed,
         }
 
 
-def initial_gain(given: float | None, init: str, features: int) -> float:
-    """Return a_pre, a_post and a_res at the start, for nC `features` of all streams.
-
-    AdamW moves every entry of phi by about lr a step, and with it a logit by up to 0.8 a nC lr (0.8
-    is the mean magnitude of a normal number). `a = 80 / nC` makes this 64 lr at any width. From
-    nC = 8,000 on it is the paper's 0.01; at most it is 0.3. A random start has the paper's.
-    """
-    if given is not None:
-        return given
-    return min(0.3, max(PAPER_GAIN, 80.0 / features)) if init == "preserve" else PAPER_GAIN
-
-
 def gate_speed(given: float | None, init: str, mapping: str) -> float:
-    """Return s of `Convention`, by which a and b move logits faster than by the learning rate.
+    """Return s of `Convention`, by which b moves logits faster than by the learning rate.
 
     A function-preserving start is far from what a training from scratch would choose, and bounded
     gates answer little to a step. Not so the entries of an unconstrained H_res.
@@ -84,6 +78,17 @@ def gate_speed(given: float | None, init: str, mapping: str) -> float:
     if given is not None:
         return given
     return GATE_SPEED if init == "preserve" and mapping != "unconstrained" else 1.0
+
+
+def scale_speed(given: float | None, init: str) -> float:
+    """Return c of `Convention`, by which a moves slower than by the learning rate.
+
+    A step of lr is a tenth of the paper's a = 0.01 or more where lr is large, and a multiplies
+    everything that phi has learned: with c = 1 gates close early and branches with them.
+    """
+    if given is not None:
+        return given
+    return SCALE_SPEED if init == "preserve" else 1.0
 
 
 # The paper's equations, an epsilon in Sinkhorn and in pre, a learned read-out. The module computes
@@ -95,8 +100,8 @@ _DEEPSEEK_V4 = Preset(
     source="transformers.models.deepseek_v4 (DeepseekV4HyperConnection, DeepseekV4HyperHead)",
     convention=Convention(pre_eps=1e-6, sinkhorn_eps=1e-6),
     read_out="learned",
-    init_gain=PAPER_GAIN,
     gate_speed=1.0,
+    scale_speed=1.0,
 )
 _PRESETS = (
     Preset(name="paper", source="arXiv 2512.24880 v2, equations 5 to 9"),
@@ -125,16 +130,16 @@ _PRESETS = (
         convention=Convention(mapping="identity", pre_eps=1e-6, post_eps=1e-6),
         eps=1e-5,
         read_out="learned",
-        init_gain=PAPER_GAIN,
         gate_speed=1.0,
+        scale_speed=1.0,
     ),
     # DeepSeek-V4's Sinkhorn without the transpose: columns are exact.
     Preset(
         name="liger",
         source="liger_kernel.transformers.mhc (LigerMHC), version 0.8.5",
         convention=Convention(sinkhorn_eps=1e-6, last="columns"),
-        init_gain=PAPER_GAIN,
         gate_speed=1.0,
+        scale_speed=1.0,
     ),
     # Streams are not mixed (H_res = I); a branch reads with one weight per channel.
     #
@@ -149,8 +154,8 @@ _PRESETS = (
         source="transformers.models.qwen4_exp (Qwen4ExpTextGatedResidual)",
         convention=Convention(mapping="identity", rank=320),
         read_out="learned",
-        init_gain=PAPER_GAIN,
         gate_speed=1.0,
+        scale_speed=1.0,
         preserves=False,
     ),
 )

@@ -12,7 +12,7 @@ from mhc_compile.config.presets import get_preset
 from mhc_compile.errors import AttachError, CheckpointError
 from mhc_compile.interop.layouts import get_layout
 from mhc_compile.interop.planner import plan_from_native, plan_to_native
-from mhc_compile.modules.state_dict import saved_speed
+from mhc_compile.modules.state_dict import saved_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ def to_native(
     """Convert a state dict in our layout to that of the system that `preset` stands for.
 
     Parameters of hyper-connections get the system's names and shapes (new tensors, the same values
-    and dtypes; bias and scale times the gate_speed that the metadata say). Every other entry is the
+    and dtypes; bias and scale times the speeds that the metadata say). Every other entry is the
     same tensor under the same name. `from_native` of the result is `state` again, bit for bit.
 
     Args:
@@ -61,11 +61,11 @@ def to_native(
 
 
 def _at_speed_1(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return `state` with bias and scale for logits of speed 1, by the speeds in its metadata."""
+    """Return `state` with bias and scale for speeds of 1, by those in its metadata."""
     metadata = _torch.state_metadata(state) or {}
-    speeds = {path: saved_speed(entry, 1.0) for path, entry in metadata.items()}
-    factors = {f"{path}.{name}": speed for path, speed in speeds.items() if speed != 1 for name in ("bias", "scale")}
-    if not factors:
+    found = {path: saved_speeds(entry, {}) for path, entry in metadata.items()}
+    factors = {f"{path}.{name}": speed for path, speeds in found.items() for name, speed in speeds.items()}
+    if set(factors.values()) <= {1.0}:
         return state
     result = OrderedDict((n, value * factors[n] if n in factors else value) for n, value in state.items())
     _torch.set_state_metadata(result, metadata)
@@ -73,10 +73,10 @@ def _at_speed_1(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _marked(state: OrderedDict[str, Tensor], plan: Plan) -> OrderedDict[str, Tensor]:
-    """Say in the metadata of a converted state dict that its logits have speed 1, for any model."""
+    """Say in the metadata of a converted state dict that its speeds are 1, for any model."""
     metadata = dict(_torch.state_metadata(state) or {})
     for path in {target.rpartition(".")[0] for target in plan.changes}:
-        metadata[path] = {**metadata.get(path, {}), "gate_speed": 1.0}
+        metadata[path] = {**metadata.get(path, {}), "gate_speed": 1.0, "scale_speed": 1.0}
     _torch.set_state_metadata(state, metadata)
     return state
 

@@ -13,11 +13,10 @@ from mhc_compile import ops as _ops  # noqa: F401 - registers the operators
 from mhc_compile._torch import state_metadata
 from mhc_compile.config.coefficient_spec import parse
 from mhc_compile.config.options import Options
-from mhc_compile.config.presets import initial_gain
 from mhc_compile.errors import OptionError, warn
 from mhc_compile.mappings import get_mapping
 from mhc_compile.modules.readout import ReadOut
-from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially, guess_options, saved_speed
+from mhc_compile.modules.state_dict import NAMES, SETTINGS, Load, LoadsPartially, guess_options, saved_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,9 +53,10 @@ class HyperConnection(LoadsPartially):
         bias   [K]        static logits
         scale  [3]        a_pre, a_post, a_res
 
-    Logits are `gate_speed (a z + b)`: bias and scale are the paper's divided by the speed. Those of
-    another speed are converted when a state dict is loaded. Their gradients are the paper's, not
-    multiplied by the speed, so that it is a factor of the learning rate and nothing else.
+    Logits are `scale_speed a z + gate_speed b`: bias and scale are the paper's divided by their
+    `speeds`. Those of other speeds are converted when a state dict is loaded. The gradient of bias
+    is the paper's, not multiplied by the speed, so that it is a factor of the learning rate and
+    nothing else.
 
     With token_dependent=False phi is [n C, 0] and scale [0]: coefficients depend on bias alone.
     Coefficients are computed in float32 or wider, whatever the dtype of the streams.
@@ -87,6 +87,7 @@ class HyperConnection(LoadsPartially):
 
     #: Of modules that an earlier version pickled.
     gate_speed: float = 1.0
+    scale_speed: float = 1.0
     function: str = "of an earlier version"
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ARG004 - those of `__init__`
@@ -125,7 +126,7 @@ class HyperConnection(LoadsPartially):
         self.single_pass = options.single_pass
         self.end = options.read_out
         self.init = options.init
-        self.gate_speed = options.speed
+        self.gate_speed, self.scale_speed = options.speeds
         #: What graphs have as constants: one compiled for other settings computes something else.
         self.function = f"{self.spec}, {self.iterations}, {self.eps}, {self.end}, {self.single_pass}"
         self._init_gain = options.init_gain
@@ -144,8 +145,9 @@ class HyperConnection(LoadsPartially):
         self.scale = nn.Parameter(torch.empty(3 if self.token_dependent else 0, **empty))
 
     @property
-    def _gain(self) -> float:
-        return initial_gain(self._init_gain, self.init, self.streams * self.width)
+    def speeds(self) -> dict[str, float]:
+        """Return what bias and scale are multiplied by in logits."""
+        return {"bias": self.gate_speed, "scale": self.scale_speed}
 
     @property
     def lacks_end(self) -> bool:
@@ -157,7 +159,7 @@ class HyperConnection(LoadsPartially):
         if not self.lacks_end:
             return False
         like = {"device": self.phi.device, "dtype": self.phi.dtype}
-        settings = {"spec": self.spec, "eps": self.eps, "init": self.init, "init_gain": self._gain}
+        settings = {"spec": self.spec, "eps": self.eps, "init": self.init, "init_gain": self._init_gain}
         self.read_out = ReadOut(self.width, self.streams, **settings, **like)  # type: ignore[arg-type]
         return True
 
@@ -173,7 +175,7 @@ class HyperConnection(LoadsPartially):
         n, convention = self.streams, parse(self.spec)
         phi = torch.zeros(self.phi.shape, dtype=self.phi.dtype)
         bias = torch.zeros(self.bias.shape, dtype=torch.float64)
-        scale = torch.full(self.scale.shape, self._gain / self.gate_speed, dtype=torch.float64)
+        scale = torch.full(self.scale.shape, self._init_gain, dtype=torch.float64)
         if self.init == "random":
             phi.normal_(std=(n * self.width) ** -0.5)
             bias[2 * n :] = get_mapping(self.mapping).init_random(n)
@@ -187,7 +189,7 @@ class HyperConnection(LoadsPartially):
             post = torch.tensor((1.0 - convention.post_eps) / convention.post_range, dtype=torch.float64)
             bias[n : 2 * n] = torch.logit(post)
             bias[2 * n :] = get_mapping(self.mapping).init_preserve(n)
-        return {"phi": phi, "bias": bias / self.gate_speed, "scale": scale}
+        return {"phi": phi, "bias": bias / self.speeds["bias"], "scale": scale / self.speeds["scale"]}
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return `(pre [..., n], post [..., n], res [..., n, n])` for streams [..., n, C].
@@ -213,15 +215,15 @@ class HyperConnection(LoadsPartially):
             metadata.setdefault(prefix.removesuffix("."), {}).update({name: getattr(self, name) for name in SETTINGS})
 
     def converted(self, state: Mapping[str, Any], prefix: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return `state` with bias and scale for the speed here; `settings` were saved with it.
+        """Return `state` with bias and scale for the speeds here; `settings` were saved with it.
 
         Without settings, which safetensors files do not keep, values are taken as they are.
         """
-        ratio = saved_speed(settings, self.gate_speed) / self.gate_speed
-        keys = [prefix + name for name in ("bias", "scale") if name in self.names]
-        if ratio == 1 or not all(isinstance(state.get(key), Tensor) for key in keys):
+        saved = saved_speeds(settings, self.speeds)
+        ratios = {prefix + name: saved[name] / speed for name, speed in self.speeds.items() if name in self.names}
+        if set(ratios.values()) <= {1.0} or not all(isinstance(state.get(key), Tensor) for key in ratios):
             return state
-        return {**state, **{key: state[key] * ratio for key in keys}}
+        return {**state, **{key: state[key] * ratio for key, ratio in ratios.items()}}
 
     def _check_loaded(
         self, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], errors: list[str], load: Load
@@ -256,7 +258,7 @@ class HyperConnection(LoadsPartially):
             if (
                 has == wants
                 or wrong
-                or name == "gate_speed"
+                or name in ("gate_speed", "scale_speed")
                 or (name == "iterations" and not get_mapping(self.mapping).iterative)
             ):
                 continue

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAMES = ("phi", "bias", "scale")
 #: Settings that change the function of these parameters: metadata of a state dict, which torch.save
 #: keeps and safetensors does not.
-SETTINGS = ("mapping", "iterations", "eps", "preset", "gate_speed")
+SETTINGS = ("mapping", "iterations", "eps", "preset", "gate_speed", "scale_speed")
 
 #: The number of streams of every system that ships mHC.
 _USUAL = 4
@@ -169,12 +169,16 @@ class LoadsPartially(StartsOffMeta):
         """Check the tensors for this module; `errors` are changed in place."""
 
 
-def saved_speed(settings: Mapping[str, Any], unknown: float) -> float:
-    """Return the gate_speed of saved parameters by their settings, `unknown` without any.
+def saved_speeds(settings: Mapping[str, Any], unknown: Mapping[str, float]) -> dict[str, float]:
+    """Return the factors of saved bias and scale in logits, `unknown` without any settings.
 
-    Settings without it are of a version in which all logits had speed 1.
+    Settings without a gate_speed are of a version in which both were 1, and those without a
+    scale_speed of one in which both were the gate_speed.
     """
-    return float(settings.get("gate_speed", 1.0 if "mapping" in settings else unknown))
+    if "mapping" not in settings and "gate_speed" not in settings:
+        return dict(unknown)
+    speed = float(settings.get("gate_speed", 1.0))
+    return {"bias": speed, "scale": float(settings.get("scale_speed", speed))}
 
 
 def guess_options(shape: tuple[int, ...]) -> list[tuple[int, str, int]]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mhc_compile.config.coefficient_spec import Convention
+
 
 def dense(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Make every output of `kernel` contiguous, as the fake kernels promise."""
@@ -65,11 +67,12 @@ def inverse_rms(flat: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int, speed: float) -> Iterator[Tensor]:
+def _logits(z: Tensor, bias: Tensor, scale: Tensor, n: int, convention: Convention) -> Iterator[Tensor]:
     """Yield the logits of pre, post and res."""
+    offset, gain = _times(bias, convention.gate_speed), _times(scale, convention.scale_speed)
     static = scale.numel() == 0  # z is zero
     for i, part in enumerate((slice(n), slice(n, 2 * n), slice(2 * n, None))):
-        yield _times((z[..., part] if static else scale[i] * z[..., part]) + bias[part], speed)
+        yield (z[..., part] if static else gain[i] * z[..., part]) + offset[part]
 
 
 def _projection(flat: Tensor, phi: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -96,8 +99,8 @@ def coefficients(
         post = 2 sigmoid(a_post z_post + b_post)  post_range instead of 2, and + post_eps
         res  = project(mat(a_res z_res + b_res))
 
-    Logits are multiplied by the gate_speed of the convention, 1 in the paper. The projection `z`
-    [..., K] is returned because the backward needs it.
+    b is multiplied by the gate_speed of the convention and a by its scale_speed, both 1 in the
+    paper. The projection `z` [..., K] is returned because the backward needs it.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
@@ -105,7 +108,7 @@ def coefficients(
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
         z = _projection(flat, phi.to(dtype), bias, eps)
-        pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n, convention.gate_speed)
+        pre, post, res = _logits(z, bias.to(dtype), scale.to(dtype), n, convention)
         return (
             _plus(torch.sigmoid(pre), convention.pre_eps),
             _plus(convention.post_range * torch.sigmoid(post), convention.post_eps),
@@ -119,12 +122,9 @@ def differentiable_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `coefficients`, such that autograd gives the gradients of `coefficients_backward`."""
     convention = parse(mapping)
-
-    def faster(parameter: Tensor) -> Tensor:
-        return (convention.gate_speed * parameter).detach() + (parameter - parameter.detach())
-
     if convention.gate_speed != 1:
-        bias, scale, mapping = faster(bias), faster(scale), str(replace(convention, gate_speed=1.0))
+        bias = (convention.gate_speed * bias).detach() + (bias - bias.detach())
+        mapping = str(replace(convention, gate_speed=1.0))
     return coefficients(streams, phi, bias, scale, mapping, iterations, eps)
 
 
@@ -140,18 +140,18 @@ def coefficients_backward(
         d phi    = vec(X)ᵀ (r dz)
         d vec(X) = (r dz) phiᵀ − vec(X) r² (Σ_k dz_k z_k) / (n C)
 
-    Those of bias and scale are divided by the gate_speed: they are what the paper's parameters
-    would have. A gate_speed is so a learning rate that is as many times higher, in an optimizer
-    whose steps do not depend on the size of gradients, and does not change the global norm that
-    clipping looks at. Multiplied, the gates' gradients outweighed those of the whole model.
+    That of bias is divided by the gate_speed: it is what the paper's bias would have. A gate_speed
+    is so a learning rate that is as many times higher, in an optimizer whose steps do not depend on
+    the size of gradients, and does not change the global norm that clipping looks at. Multiplied,
+    the gates' gradients outweighed those of the whole model. That of scale is the derivative.
     """
     n = streams.shape[-2]
     dtype = compute_dtype(streams)
     convention = parse(mapping)
     with without_autocast(streams):
         flat = streams.flatten(-2).to(dtype)
-        weight, offset, gain, speed = phi.to(dtype), bias.to(dtype), scale.to(dtype), convention.gate_speed
-        *_, res_logits = _logits(z, offset, gain, n, speed)
+        weight, gain = phi.to(dtype), _times(scale.to(dtype), convention.scale_speed)
+        *_, res_logits = _logits(z, bias.to(dtype), scale.to(dtype), n, convention)
         before, after = _plus(pre, -convention.pre_eps), _plus(post, -convention.post_eps)
         d_pre = grad_pre * before * (1.0 - before)
         d_post = grad_post * after * (1.0 - after / convention.post_range)
@@ -163,7 +163,8 @@ def coefficients_backward(
         d_scale = torch.stack(
             [(d_pre * z[..., :n]).sum(), (d_post * z[..., n : 2 * n]).sum(), (d_res * z[..., 2 * n :]).sum()]
         )
-        d_z = _times(torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1), speed) + grad_z
+        d_scale = _times(d_scale, convention.scale_speed)
+        d_z = torch.cat([d_pre * gain[0], d_post * gain[1], d_res * gain[2]], dim=-1) + grad_z
         inverse = inverse_rms(flat, eps)
         scaled = d_z * inverse
         d_phi = flat.flatten(0, -2).t() @ scaled.flatten(0, -2)

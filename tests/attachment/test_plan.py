@@ -79,25 +79,24 @@ def test_a_planned_model_is_the_attached_one(options, tmp_path):
     assert mhc_compile.plan(model) == mhc_compile.Plan.load(tmp_path / "mhc.json")  # read off the model
 
 
-def test_a_plan_of_an_earlier_version_keeps_its_gain_and_speed(tmp_path):
-    """The default gain was 0.01, and such plans contain it; the speed was 1, and they do not."""
+def test_a_plan_of_an_earlier_version_keeps_its_speeds(tmp_path):
+    """They were 1, and such plans do not contain them."""
     model, now = Decoder(), tmp_path / "mhc.json"
     mhc_compile.plan(model, tokens()).save(now)
     data = json.loads(now.read_text())
-    assert data["models"][0]["options"]["init_gain"] is None
-    data["models"][0]["options"]["init_gain"] = 0.01
-    assert data["models"][0]["options"].pop("gate_speed") == 8.0
+    assert data["models"][0]["options"].pop("gate_speed") == 32.0
+    assert data["models"][0]["options"].pop("scale_speed") == 1 / 128
     now.write_text(json.dumps(data))
     mhc_compile.attach(model, plan=now)
-    torch.compile(model, backend="mhc", options=EAGER)(tokens())  # with options that leave the gain out
+    torch.compile(model, backend="mhc", options=EAGER)(tokens())  # with options that leave the speeds out
     scales = [connection.scale.tolist() for connection in mhc_compile.connections(model).values()]
     assert scales == [pytest.approx([0.01] * 3)] * len(scales)
-    assert {connection.gate_speed for connection in mhc_compile.connections(model).values()} == {1.0}
+    for connection in mhc_compile.connections(model).values():
+        assert connection.speeds == {"bias": 1.0, "scale": 1.0}
     fresh = Decoder()
     mhc_compile.attach(fresh, tokens())
     for connection in mhc_compile.connections(fresh).values():
-        assert connection.gate_speed == 8.0
-        assert min(connection.scale.tolist()) > 0.1 / 8
+        assert connection.speeds == {"bias": 32.0, "scale": 1 / 128}
 
 
 def test_a_plan_holds_for_every_model_around_the_planned_one():

@@ -361,30 +361,34 @@ def compute(model):
 
 @BOTH
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize(("saved", "now"), [(1.0, 8.0), (8.0, 1.0), (8.0, 8.0), (3.0, 8.0)])
-def test_gates_of_another_speed_are_converted(saved, now, assign, load, tmp_path):
-    source = trained(attached(gate_speed=saved))
-    if saved == 1:  # the files of a version without speeds
-        state = source.state_dict()
-        for entry in state._metadata.values():
-            entry.pop("gate_speed", None)
-        torch.save(state, tmp_path / "a.pt")
-    else:
-        torch.save(source.state_dict(), tmp_path / "a.pt")
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [((1, 1), (32, 1 / 128)), ((8, 8), (32, 1 / 128)), ((32, 1 / 128), (1, 1)), ((3, 0.1), (32, 1 / 128))],
+)
+def test_gates_of_other_speeds_are_converted(saved, now, assign, load, tmp_path):
+    names = "gate_speed", "scale_speed"
+    source = trained(attached(**dict(zip(names, saved, strict=True))))
+    state = source.state_dict()
+    for entry in state._metadata.values():  # of versions without speeds, and with one for both
+        for name, speed in zip(names, saved, strict=True):
+            if speed == 1 or (name == "scale_speed" and speed == saved[0]):
+                entry.pop(name, None)
+    torch.save(state, tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt")
     before = {name: value.clone() for name, value in state.items()}
-    target = attached(gate_speed=now)
+    target = attached(**dict(zip(names, now, strict=True)))
     load(target, state, assign=assign)
     assert all(torch.equal(value, state[name]) for name, value in before.items())
     for path, connection in mhc_compile.connections(target).items():
-        for name in ("bias", "scale"):
-            assert torch.allclose(now * connection.get_parameter(name), saved * before[f"{path}.{name}"], rtol=1e-6)
+        for name, had, has in zip(("bias", "scale"), saved, now, strict=True):
+            assert torch.allclose(has * connection.get_parameter(name), had * before[f"{path}.{name}"], rtol=1e-6)
     # Power-of-two ratios change no bit of a result.
     error = (compute(target) - compute(source)).abs().max()
-    assert error < 1e-5 if saved == 3 else error == 0, error
-    again = attached(gate_speed=saved)
+    exact = saved[0] != 3
+    assert error == 0 if exact else error < 1e-5, error
+    again = attached(**dict(zip(names, saved, strict=True)))
     load(again, target.state_dict())
-    assert saved == 3 or same(again, source)
+    assert not exact or same(again, source)
 
 
 def test_metadata_is_found_under_the_names_of_compiled_models():

@@ -82,13 +82,14 @@ def test_a_state_dict_says_how_it_was_computed():
 
 
 def test_a_state_dict_of_a_version_without_speeds_keeps_speed_1():
-    plain, state = saved(gate_speed=1.0)
+    plain, state = saved(gate_speed=1.0, scale_speed=1.0)
     for entry in state._metadata.values():
-        entry.pop("gate_speed", None)
-    speeds = {connection.gate_speed for connection in mhc_compile.restore(twin(plain), state).values()}
-    assert speeds == {1.0}
+        for name in ("gate_speed", "scale_speed"):
+            entry.pop(name, None)
+    for connection in mhc_compile.restore(twin(plain), state).values():
+        assert connection.speeds == {"bias": 1.0, "scale": 1.0}
     for path, connection in mhc_compile.restore(plain, state, options={"gate_speed": 8.0}).items():
-        assert connection.gate_speed == 8.0
+        assert connection.speeds == {"bias": 8.0, "scale": 1.0}
         assert torch.equal(8 * connection.bias, state[f"{path}.bias"])
 
 

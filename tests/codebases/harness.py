@@ -214,9 +214,9 @@ def stir(state: Mapping[str, torch.Tensor], weights: float = 0.0, seed: int = 1)
     ours = connections(state).keys()
     for name, value in state.items():
         if name.endswith(".scale") and name in ours:
-            value.fill_(0.5 / 8)  # the default gate_speed
+            value.fill_(0.5 * 128)  # the default speeds, 1/128 and 32
         elif name.endswith(".bias") and name in ours:
-            value.add_(torch.randn(value.shape, generator=generator) * 0.7 / 8)
+            value.add_(torch.randn(value.shape, generator=generator) * 0.7 / 32)
         elif name in ours or (weights and value.is_floating_point() and value.dim() > 1):
             value.add_(torch.randn(value.shape, generator=generator) * (0.7 if name in ours else weights))
 

@@ -28,7 +28,7 @@ def randomise(model):
     for connection in mhc_compile.connections(model).values():
         nn.init.normal_(connection.phi, std=(connection.streams * connection.width) ** -0.5)
         nn.init.normal_(connection.bias, std=1 / connection.gate_speed)
-        nn.init.constant_(connection.scale, 0.7 / connection.gate_speed)
+        nn.init.constant_(connection.scale, 0.7 / connection.scale_speed)
     return model
 
 
@@ -155,7 +155,7 @@ def test_a_bfloat16_decoder(inner_backend, attach_first):
 
 def operands(streams_dtype, dtype):
     streams = torch.randn(3, 4, WIDTH).to(streams_dtype)
-    connection = mhc_compile.HyperConnection(WIDTH)
+    connection = mhc_compile.HyperConnection(WIDTH, mhc_compile.Options(gate_speed=1.0, scale_speed=1.0))  # as `HOW`
     randomise(connection)
     connection.phi.data.mul_(3.0)
     return streams, *(p.detach().to(dtype) for p in connection.parameters())

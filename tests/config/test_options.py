@@ -15,7 +15,7 @@ from mhc_compile.errors import OptionError
 
 def test_defaults_are_the_paper():
     options = Options.parse(None)
-    assert (options.streams, options.mapping, options.iterations, options.init_gain) == (4, "sinkhorn", 20, None)
+    assert (options.streams, options.mapping, options.iterations, options.init_gain) == (4, "sinkhorn", 20, 0.01)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.streams = 2
 
@@ -41,10 +41,11 @@ def test_defaults_are_the_paper():
         ({"init_gain": float("nan")}, "option 'init_gain' is nan"),
         ({"init_stream_weight": 1.0}, "option 'init_stream_weight' is 1.0; expected a number from 0.001 to 0.999"),
         ({"gate_speed": 0}, "option 'gate_speed' is 0; expected a number from 0.001 to 1000"),
+        ({"scale_speed": 0}, "option 'scale_speed' is 0; expected a number from 0.001 to 1000"),
         ({"gate_speed": "8"}, r"option 'gate_speed' is '8' \(str\); expected a number"),
         (
             {"preset": "qwen4-exp", "init": "random", "gate_speed": 8.0},
-            "gate_speed=8.0 multiplies logits a z \\+ b, and with rank=320 there are none",
+            "gate_speed=8.0 and scale_speed=1.0 are factors in logits c a z \\+ s b, and with rank=320 there are none",
         ),
         ({"min_chain_length": 0}, "option 'min_chain_length' is 0; expected a positive integer"),
         ({"strict": 1}, r"option 'strict' is 1 \(int\); expected True or False"),
@@ -61,12 +62,12 @@ def test_a_wrong_option_is_an_error_that_restates_it(given, words):
 @pytest.mark.parametrize(
     ("given", "spec"),
     [
-        ({}, "sinkhorn;gate_speed=8.0"),
-        ({"mapping": "identity"}, "identity;gate_speed=8.0"),
-        ({"mapping": "unconstrained"}, "unconstrained"),
-        ({"mapping": "unconstrained", "gate_speed": 8}, "unconstrained;gate_speed=8.0"),
+        ({}, "sinkhorn;gate_speed=32.0;scale_speed=0.0078125"),
+        ({"mapping": "identity"}, "identity;gate_speed=32.0;scale_speed=0.0078125"),
+        ({"mapping": "unconstrained"}, "unconstrained;scale_speed=0.0078125"),
+        ({"mapping": "unconstrained", "gate_speed": 8}, "unconstrained;gate_speed=8.0;scale_speed=0.0078125"),
         ({"init": "random"}, "sinkhorn"),
-        ({"gate_speed": 1}, "sinkhorn"),
+        ({"gate_speed": 1, "scale_speed": 1}, "sinkhorn"),
         ({"preset": "liger"}, "sinkhorn;sinkhorn_eps=1e-06;last=columns"),
         ({"preset": "glm5-next", "gate_speed": 2}, "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06;gate_speed=2.0"),
     ],
@@ -77,7 +78,7 @@ def test_the_speed_of_gates_is_that_of_the_start_and_part_of_the_convention(give
 
 def test_a_site_with_another_mapping_has_the_speed_of_that():
     options = Options.parse({"overrides": {"mlp": {"mapping": "unconstrained"}, "attn": {"gate_speed": 3.0}}})
-    assert [options.at(path).speed for path in ("a.mlp", "a.attn", "a.other")] == [1.0, 3.0, 8.0]
+    assert [options.at(path).speeds[0] for path in ("a.mlp", "a.attn", "a.other")] == [1.0, 3.0, 32.0]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

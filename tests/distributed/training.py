@@ -73,9 +73,11 @@ def shake(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            gates = 0.5 / connection.gate_speed
-            for parameter, size in ((connection.phi, 0.3), (connection.bias, gates), (connection.scale, gates)):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+            for name, size in (("phi", 0.3), ("bias", 0.5), ("scale", 0.5)):
+                parameter = connection.get_parameter(name)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator), alpha=size / connection.speeds.get(name, 1)
+                )
 
 
 def batches(part: int = 0, parts: int = 1) -> Iterable[tuple[Tensor, Tensor]]:

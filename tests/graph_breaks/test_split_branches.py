@@ -70,8 +70,8 @@ def stirred(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                size = 0.7 if parameter.dim() > 1 else 0.7 / connection.gate_speed
+            for name, parameter in connection.named_parameters():
+                size = 0.7 / connection.speeds.get(name, 1)
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -114,7 +114,7 @@ def by_hand(model, x):
             flat = streams.flatten(-2)
             flat = flat * (flat.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             scale = torch.cat([site.scale[i].expand(k) for i, k in enumerate((N, N, N * N))])
-            logits = 8 * ((flat @ site.phi) * scale + site.bias)  # the default gate_speed
+            logits = (flat @ site.phi) * scale / 128 + 32 * site.bias  # the default speeds
             pre, post = logits[..., :N].sigmoid(), 2 * logits[..., N : 2 * N].sigmoid()
             res = logits[..., 2 * N :].softmax(-1).unflatten(-1, (N, N))
             for _ in range(20):

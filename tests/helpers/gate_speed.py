@@ -1,4 +1,4 @@
-"""What a gate_speed does to bias and scale, for oracles that autograd differentiates."""
+"""What a gate_speed does to bias, for oracles that autograd differentiates."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def stir(model: nn.Module, generator: torch.Generator) -> None:
         for connection in mhc_compile.connections(model).values():
             connection.phi.copy_(torch.randn(connection.phi.shape, generator=generator))
             connection.bias.add_(torch.randn(connection.bias.shape, generator=generator) / connection.gate_speed)
-            connection.scale.fill_(1.0 / connection.gate_speed)
+            connection.scale.fill_(1.0 / connection.scale_speed)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
@@ -124,15 +124,15 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-#: The default gate_speed of a function-preserving start: what multiplies bias and scale.
-SPEED = 8
+#: The default gate_speed and scale_speed of a function-preserving start: factors of bias and scale.
+SPEED, SLOW = 32, 1 / 128
 
 
 def site_by_hand(X: Tensor, parameters: list[Tensor], f, n: int, iterations: int, eps: float) -> Tensor:
     """arXiv 2512.24880 v2: v = vec(X); z = (v phi) / rms(v); pre, post sigmoids; Sinkhorn (columns,
     rows); X' = H_res X + H_postᵀ f(H_pre X).
     """
-    phi, bias, scale = parameters[0], faster(parameters[1], SPEED), faster(parameters[2], SPEED)
+    phi, bias, scale = parameters[0], faster(parameters[1], SPEED), SLOW * parameters[2]
     v = X.reshape(*X.shape[:-2], -1)
     z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + eps)
     pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))

@@ -154,7 +154,7 @@ class Case:
         a, b, c = (
             s * part + bias
             for s, part, bias in zip(
-                faster(given["scale"], convention.gate_speed),
+                convention.scale_speed * given["scale"],
                 z.split(parts, -1),
                 faster(given["bias"], convention.gate_speed).split(parts),
                 strict=True,

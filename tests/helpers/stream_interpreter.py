@@ -227,14 +227,14 @@ class StreamInterpreter(fx.Interpreter):
         """
         binding, n = self.bindings[site], len(streams)
         assert (binding.spec, binding.gated, binding.single_pass, binding.end.kind) == (
-            "sinkhorn;gate_speed=8.0",
+            "sinkhorn;gate_speed=32.0;scale_speed=0.0078125",
             False,
             False,
             "mean",
         )
         dtype = torch.promote_types(streams[0].dtype, torch.float32)
         phi, bias, scale = (self._parameter(name).to(dtype) for name in (binding.phi, binding.bias, binding.scale))
-        bias, scale = faster(bias, 8), faster(scale, 8)
+        bias, scale = faster(bias, 32), scale / 128
         v = torch.cat([x.movedim(axis, -1) for x in streams], -1).to(dtype)
         z = (v @ phi) / torch.sqrt((v * v).mean(-1, keepdim=True) + binding.eps)
         pre = 1 / (1 + torch.exp(-(scale[0] * z[..., :n] + bias[:n])))

@@ -204,14 +204,14 @@ def test_native_values_are_those_of_logits_of_speed_1():
     preset, slow = "deepseek-v4", attached("deepseek-v4")
     for parameter in slow.parameters():
         torch.nn.init.normal_(parameter)
-    fast, other = (attached(preset, gate_speed=8.0) for _ in range(2))
+    fast, other = (attached(preset, gate_speed=8.0, scale_speed=0.25) for _ in range(2))
     fast.load_state_dict(slow.state_dict())
     assert not same(fast.state_dict(), slow.state_dict())
     native = interop.export_state_dict(slow, preset, branches=BRANCHES)
     assert same(interop.export_state_dict(fast, preset, branches=BRANCHES), native)
     interop.import_state_dict(other, native, preset, branches=BRANCHES)
     assert same(other.state_dict(), fast.state_dict())
-    other = attached(preset, gate_speed=8.0)
+    other = attached(preset, gate_speed=8.0, scale_speed=0.25)
     other.load_state_dict(interop.from_native(native, preset, branches=BRANCHES))
     assert same(other.state_dict(), fast.state_dict())
 

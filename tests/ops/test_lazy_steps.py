@@ -120,7 +120,10 @@ def test_errors_name_the_lists_and_the_way_out():
         (8, "kronecker"),
         (8, "sinkhorn"),
         (4, "identity;pre_eps=0.02;post_eps=0.1"),
-        (4, "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns;gate_speed=1.5"),
+        (
+            4,
+            "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns;gate_speed=1.5;scale_speed=0.75",
+        ),
     ],
 )
 def test_every_mapping_and_number_of_streams(n, mapping, copies):

@@ -15,7 +15,7 @@ from mhc_compile.ops import cpu
 from mhc_compile.ops.cpu.build import library
 
 REALS = {torch.float32: "float", torch.float64: "double"}
-TURNED = "sinkhorn;sinkhorn_eps=0.01;last=columns;gate_speed=1.5"
+TURNED = "sinkhorn;sinkhorn_eps=0.01;last=columns;gate_speed=1.5;scale_speed=0.75"
 CASES = [
     ("permutations", 4, torch.float64),
     ("kronecker", 4, torch.float64),

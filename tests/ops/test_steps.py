@@ -24,7 +24,9 @@ SHAPES = [((2, 3), 6), ((37,), 33), ((5, 13), 130), ((1,), 1)]
 
 
 #: Conventions in which every setting differs from the paper's.
-TURNED = "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns;gate_speed=1.5"
+TURNED = (
+    "sinkhorn;pre_eps=0.02;post_range=3.0;post_eps=0.1;sinkhorn_eps=0.01;last=columns;gate_speed=1.5;scale_speed=0.75"
+)
 DEEPSEEK = "sinkhorn;pre_eps=1e-06;sinkhorn_eps=1e-06"
 
 

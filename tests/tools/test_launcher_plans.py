@@ -242,7 +242,7 @@ def test_options_that_contradict_a_plan_are_wrong_usage(folder):
     assert reports(run("--plan", "mhc.json", "train.py", "2"))[0].startswith("Net: 3 hyper-connections")
     done = mhc("run", "--streams", "8", "--plan", "mhc.json", "train.py", "2", code=2)
     other = mhc("run", "--overrides", "blocks.0.down={'init_gain': 0.5}", "--plan", "mhc.json", "train.py", "2", code=2)
-    assert "was made with init_gain=None for blocks.0.mhc.down" in " ".join(other.stderr.split())
+    assert "was made with init_gain=0.01 for blocks.0.mhc.down" in " ".join(other.stderr.split())
     assert "was made with streams=2 for blocks.0.mhc.down, and streams=8 is given" in " ".join(done.stderr.split())
 
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.config.presets import GATE_SPEED
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -42,17 +44,20 @@ def _mhc(label: str, **settings: Any) -> Variant:
     return Variant(label, settings, **own)
 
 
+#: The paper's parameters: AdamW moves all of them by the learning rate.
+_PAPER: dict[str, Any] = {"gate_speed": 1.0, "scale_speed": 1.0}
+
 #: By name. The slowest first: two processes then end together.
 VARIANTS: dict[str, Variant] = {
     "permutations": _mhc("permutations", mapping="permutations"),
-    "HC": _mhc("HC (unconstrained)", mapping="unconstrained"),
-    "HC-fast": _mhc("HC (unconstrained), gate_speed=8", mapping="unconstrained", gate_speed=8.0),
+    "HC": _mhc("HC (unconstrained), the paper's speeds, a = 0.3", mapping="unconstrained", init_gain=0.3, **_PAPER),
+    "HC-fast": _mhc("HC (unconstrained), the default's speeds", mapping="unconstrained", gate_speed=GATE_SPEED),
     "mHC": _mhc("mHC (sinkhorn, the default)"),
-    "speed1": _mhc("mHC, gate_speed=1", gate_speed=1.0),
-    "gain0.01": _mhc("mHC, gate_speed=1, init_gain=0.01", gate_speed=1.0, init_gain=0.01),
-    "gain0.1": _mhc("mHC, gate_speed=1, init_gain=0.1", gate_speed=1.0, init_gain=0.1),
-    "gain1": _mhc("mHC, gate_speed=1, init_gain=1", gate_speed=1.0, init_gain=1.0),
-    "fast-gain0.01": _mhc("mHC, init_gain=0.01", init_gain=0.01),
+    "scale1": _mhc("mHC, scale_speed=1", scale_speed=1.0),
+    "gain0.04": _mhc("mHC, init_gain=0.04", init_gain=0.04),
+    "paper": _mhc("mHC, the paper's speeds", **_PAPER),
+    "gain0.3": _mhc("mHC, the paper's speeds, a = 0.3", init_gain=0.3, **_PAPER),
+    "gain1": _mhc("mHC, the paper's speeds, a = 1", init_gain=1.0, **_PAPER),
     "decay": _mhc("mHC, weight decay on bias and scale", gate_decay=0.1),
     "lean0.4": _mhc("mHC, init_stream_weight=0.4", init_stream_weight=0.4),
     "lean0.9": _mhc("mHC, init_stream_weight=0.9", init_stream_weight=0.9),
@@ -60,7 +65,7 @@ VARIANTS: dict[str, Variant] = {
     "single-pass": _mhc("mHC, single_pass=True", single_pass=True),
     "attached": _mhc("mHC, attached to the plain model half-way", plain_part=0.5),
     "static": _mhc("mHC, token_dependent=False", token_dependent=False),
-    "static-speed1": _mhc("mHC, gate_speed=1, token_dependent=False", gate_speed=1.0, token_dependent=False),
+    "static-paper": _mhc("mHC, the paper's speeds, token_dependent=False", token_dependent=False, **_PAPER),
     "n2": _mhc("mHC, streams=2", streams=2),
     "kronecker": _mhc("kronecker", mapping="kronecker"),
     "identity": _mhc("identity", mapping="identity"),
@@ -111,7 +116,7 @@ class Plan:
     """
 
     variants: tuple[str, ...] = (
-        "plain", "scalars", "gain0.01", "speed1", "mHC", "identity", "permutations", "kronecker", "HC", "HC-fast",
+        "plain", "scalars", "paper", "gain0.3", "mHC", "static", "identity", "permutations", "kronecker", "HC", "HC-fast",
     )  # fmt: skip
     rates: tuple[float, ...] = (0.002,)
     seeds: int = 8
@@ -230,24 +235,24 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
 #: Plans by name. Each has a folder of results; that of "main" is `results` itself.
 TABLES: dict[str, Plan] = {
     "main": Plan(),
-    "starved": Plan(variants=("plain", "scalars", "gain0.01", "speed1", "HC"), weights=0.16),
+    "starved": Plan(variants=("plain", "scalars", "paper", "gain0.3", "HC"), weights=0.16),
     "sweep": Plan(variants=("plain",), rates=(0.0005, 0.001, 0.002, 0.004), seeds=2),
     "parts": Plan(
         variants=(
-            "plain", "mHC", "speed1", "gain0.01", "gain0.1", "gain1", "fast-gain0.01", "static", "static-speed1",
+            "plain", "mHC", "scale1", "gain0.04", "paper", "gain0.3", "gain1", "static", "static-paper",
             "lean0.4", "lean0.9", "n2", "learned", "single-pass", "decay",
         ),
         seeds=5,
     ),
-    "longer": Plan(variants=("plain", "scalars", "speed1", "mHC"), seeds=3, steps=1600),
+    "longer": Plan(variants=("plain", "scalars", "paper", "mHC"), seeds=3, steps=1600),
     "long": Plan(
-        variants=("plain", "scalars", "gain0.01", "speed1", "mHC", "gain1"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
+        variants=("plain", "scalars", "paper", "gain0.3", "mHC", "gain1"), rates=(0.004,), seeds=5, layers=6, steps=3000, warm_up=100
     ),
     "tune": Plan(variants=("plain", "attached", "mHC"), seeds=5, steps=800),
     "full": Plan(
-        variants=("plain", "mHC", "gain0.01"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
+        variants=("plain", "scalars", "mHC", "static", "paper"), rates=(0.003,), seeds=3, layers=8, width=128, heads=4, batch=8, length=256,
         steps=3000, warm_up=100,
     ),
-    "wide": Plan(variants=("plain", "mHC", "speed1"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
-    "deep": Plan(variants=("plain", "mHC", "gain0.01"), rates=(0.001,), seeds=3, layers=48, steps=300),
+    "wide": Plan(variants=("plain", "mHC", "paper"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
+    "deep": Plan(variants=("plain", "mHC", "paper"), rates=(0.001,), seeds=3, layers=48, steps=300),
 }  # fmt: skip

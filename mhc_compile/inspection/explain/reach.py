@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mhc_compile.config.presets import initial_gain
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mhc_compile.config.options import ResolvedOptions
 
 #: Where logits can move by less, streams may hardly part. In `examples/stability` they ended .07 of
-#: their mean apart with a reach of 2.4 (main, the paper's start), .28 with 56 (main, the default),
+#: their mean apart with a reach of 2.4 (main, the paper's start), .35 with 15 (main, the default),
 #: and .74 with 37 (long, the paper's start).
 NEEDED = 10.0
 
@@ -23,9 +21,9 @@ class Reach:
     """How far the logits of pre, post and H_res can move in a training, at the slowest site.
 
     AdamW moves a number by about the learning rate at each step, so in a training by at most Σ lr,
-    whatever the gradient. A logit is `s (b + a Σ_i z_i phi_i)` with the gate_speed s, and the nC
-    numbers z_i have magnitude 0.8 on average: b moves it by up to s Σ lr, phi by 0.8 s a nC Σ lr.
-    At the start s a is the init_gain. Other optimizers have other bounds.
+    whatever the gradient. A logit is `s b + c a Σ_i z_i phi_i` with the gate_speed s and the
+    scale_speed c, and the nC numbers z_i have magnitude 0.8 on average: b moves it by up to s Σ lr,
+    phi by 0.8 c a nC Σ lr. At the start c a is the init_gain. Other optimizers have other bounds.
     """
 
     total: float  #: Σ lr at most: the peak learning rate times the steps
@@ -55,6 +53,6 @@ def reach(sites: Iterable[tuple[int, ResolvedOptions]], lr: float, steps: int) -
     for width, options in sites:
         if not options.rank:
             features = options.streams * width
-            gain = initial_gain(options.init_gain, options.init, features) if options.token_dependent else 0.0
-            found.append(Reach(total, options.speed * total, 0.8 * gain * features * total))
+            gain = options.init_gain if options.token_dependent else 0.0
+            found.append(Reach(total, options.speeds[0] * total, 0.8 * gain * features * total))
     return min(found, key=lambda one: one.static + one.token, default=None)

@@ -137,7 +137,7 @@ def _settings(model: nn.Module) -> ResolvedOptions:
     """Return the options that fit the hyper-connections of `model`."""
 
     def own(connection: Any) -> dict[str, Any]:
-        return {name: getattr(connection, name) for name in ("mapping", "token_dependent", "gate_speed")}
+        return {name: getattr(connection, name) for name in ("mapping", "token_dependent", "gate_speed", "scale_speed")}
 
     found = connections(model)
     first = next(iter(found.values()))

@@ -213,10 +213,10 @@ def randomize(model: nn.Module, connections: Iterable[dict[str, tuple[nn.Paramet
 
     with torch.no_grad():
         for path, (phi, bias, scale) in [item for found in connections for item in found.items()]:
-            speed = getattr(model.get_submodule(path), "gate_speed", 1.0)
+            speeds = getattr(model.get_submodule(path), "speeds", {"bias": 1.0, "scale": 1.0})
             phi.copy_(normal(phi) / phi.shape[0] ** 0.5)
-            bias.add_(0.5 * normal(bias) / speed)
-            scale.copy_((0.5 + 0.25 * normal(scale).tanh()) / speed)
+            bias.add_(0.5 * normal(bias) / speeds["bias"])
+            scale.copy_((0.5 + 0.25 * normal(scale).tanh()) / speeds["scale"])
 
 
 def live_sites(

@@ -59,6 +59,7 @@ def _definitions(convention: Convention) -> dict[str, str | int]:
         "SINKHORN_EPS": repr(sinkhorn.sinkhorn_eps),
         "LAST_COLUMNS": int(sinkhorn.last == "columns"),
         "GATE_SPEED": repr(float(convention.gate_speed)),
+        "SCALE_SPEED": repr(float(convention.scale_speed)),
     }
 
 

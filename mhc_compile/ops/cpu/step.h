@@ -35,7 +35,9 @@ struct Site {
     Real eps;
     int64_t iterations;
 
-    Real logit(int k, Real z) const { return Real(GATE_SPEED) * (scale[k < N ? 0 : k < 2 * N ? 1 : 2] * z + bias[k]); }
+    // dlogit / dz.
+    Real gain(int k) const { return Real(SCALE_SPEED) * scale[k < N ? 0 : k < 2 * N ? 1 : 2]; }
+    Real logit(int k, Real z) const { return gain(k) * z + Real(GATE_SPEED) * bias[k]; }
 };
 
 // What a token's old streams weigh in its new ones. Equal streams are one stream that weighs as much as all of them.

@@ -77,7 +77,7 @@ struct Backward {
             for (int k = 0; k < K + 3; ++k) {
                 Real total = 0;
                 for (int64_t thread = 0; thread < threads; ++thread) total += *partial.at(thread * sums + all + k);
-                (k < K ? d_bias[k] : d_scale[k - K]) = total;
+                (k < K ? d_bias[k] : d_scale[k - K]) = k < K ? total : Real(SCALE_SPEED) * total;
             }
         }
         for (Real* d_norm : {d_gain, d_shift}) {
@@ -160,8 +160,8 @@ struct Backward {
             Real dot = 0;
             for (int k = 0; k < K; ++k) {
                 const int part = k < N ? 0 : k < 2 * N ? 1 : 2;
-                const Real d_sum = d_logits[t][k], dz = Real(GATE_SPEED) * site.scale[part] * d_sum;  // d_sum: see reference.coefficients_backward
-                d_bias_sum[k] += d_sum;
+                const Real d_sum = d_logits[t][k], dz = site.gain(k) * d_sum;
+                d_bias_sum[k] += d_sum;  // not times GATE_SPEED: see reference.coefficients_backward
                 d_scale_sum[part] += d_sum * z[token * K + k];
                 dot += dz * z[token * K + k];
                 scaled[t][k] = dz * inverse[token];

@@ -107,6 +107,7 @@ class Sizes:
             "post_range": float(convention.post_range),
             "post_eps": convention.post_eps,
             "gate_speed": float(convention.gate_speed),
+            "scale_speed": float(convention.scale_speed),
         }
 
     @property

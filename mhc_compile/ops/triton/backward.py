@@ -279,7 +279,7 @@ def backward_kernel(
     has_read: tl.constexpr, has_pre: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
     precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr, scale_speed: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr, dot_tokens: tl.constexpr, dot_channels: tl.constexpr,
 ):  # fmt: skip
     """Compute `step_backward` where `mixes`, else `read_backward`, but for the sums.
@@ -330,7 +330,7 @@ def backward_kernel(
                     d_pre, grad_post, grad_res, bias, scale, new_pre, new_post, z, inverse, scaled, radial,
                     shares + wide(tile) * (columns + 3), sums, rows, live, tokens, width, iterations,
                     n, columns, has_post, has_res,
-                    mapping, sinkhorn_eps, turns, pre_eps, post_range, post_eps, gate_speed,
+                    mapping, sinkhorn_eps, turns, pre_eps, post_range, post_eps, gate_speed, scale_speed,
                 )  # fmt: skip
                 arrive(ready + group)
     else:

@@ -38,15 +38,15 @@ def _part(k, n):
 
 
 @triton.jit
-def _gain(scale, k: tl.constexpr, n: tl.constexpr):
-    """Load the factor of logit k."""
-    return tl.load(scale + _part(k, n)).to(tl.float32)
+def _gain(scale, k: tl.constexpr, n: tl.constexpr, scale_speed: tl.constexpr):
+    """Return the factor of projection k in its logit."""
+    return scale_speed * tl.load(scale + _part(k, n)).to(tl.float32)
 
 
 @triton.jit
-def _logit(bias, scale, z, k: tl.constexpr, n: tl.constexpr, gate_speed: tl.constexpr):
+def _logit(bias, scale, z, k: tl.constexpr, n: tl.constexpr, gate_speed: tl.constexpr, scale_speed: tl.constexpr):
     """Return logit k of tokens whose projections to it are `z`."""
-    return gate_speed * (_gain(scale, k, n) * z + tl.load(bias + k).to(tl.float32))
+    return _gain(scale, k, n, scale_speed) * z + gate_speed * tl.load(bias + k).to(tl.float32)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def coefficients(
     partial, parts, bias, scale, pre, post, res, z, inverse, rows, live, tokens, width, iterations, eps,
     n: tl.constexpr, columns: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr, scale_speed: tl.constexpr,
 ):  # fmt: skip
     """Store `pre`, `post` [T, n], `res` [T, n, n], `z` [T, K] and `inverse` [T].
 
@@ -67,7 +67,7 @@ def coefficients(
     for k in tl.static_range(columns):
         projected = sums[k] * over_rms
         tl.store(z + rows * columns + k, projected, mask=live)
-        logits = logits + (_logit(bias, scale, projected, k, n, gate_speed),)
+        logits = logits + (_logit(bias, scale, projected, k, n, gate_speed, scale_speed),)
     residual = ()
     for k in tl.static_range(columns):
         if k < n:
@@ -117,7 +117,7 @@ def coefficients_backward(
     rows, live, tokens, width, iterations,
     n: tl.constexpr, columns: tl.constexpr, has_post: tl.constexpr, has_res: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr, scale_speed: tl.constexpr,
 ):  # fmt: skip
     """Store `scaled` [T, K] = dz / rms, `radial` [T] and `shares` [K + 3].
 
@@ -143,7 +143,7 @@ def coefficients_backward(
             logits = ()
             for k in tl.static_range(2 * n, columns):
                 value = tl.load(z + rows * columns + k, mask=live, other=0.0)
-                logits = logits + (_logit(bias, scale, value, k, n, gate_speed),)
+                logits = logits + (_logit(bias, scale, value, k, n, gate_speed, scale_speed),)
             grad = load_numbers(grad_res, rows, live, n * n)
             d_logits = d_logits + matrix_backward(
                 grad, logits, sums, rows, live, tokens, iterations, n, mapping, sinkhorn_eps, turns
@@ -154,8 +154,8 @@ def coefficients_backward(
     along = tl.zeros_like(over_rms)
     turns_of = filled(0.0, over_rms, 3)
     for k in tl.static_range(columns):
-        value = d_logits[k]  # not times gate_speed: see reference.coefficients_backward
-        tl.store(shares + k, tl.sum(value, 0))
+        value = d_logits[k]
+        tl.store(shares + k, tl.sum(value, 0))  # not times gate_speed: see reference.coefficients_backward
         turn = value * tl.load(z + rows * columns + k, mask=live, other=0.0)
         new = ()
         for p in tl.static_range(3):
@@ -164,9 +164,9 @@ def coefficients_backward(
             else:
                 new = new + (turns_of[p],)
         turns_of = new
-        gain = gate_speed * _gain(scale, k, n)
+        gain = _gain(scale, k, n, scale_speed)
         along += gain * turn
         tl.store(scaled + rows * columns + k, gain * value * over_rms, mask=live)
     for p in tl.static_range(3):
-        tl.store(shares + columns + p, tl.sum(turns_of[p], 0))
+        tl.store(shares + columns + p, scale_speed * tl.sum(turns_of[p], 0))
     tl.store(radial + rows, over_rms * over_rms * along / (n * width), mask=live)

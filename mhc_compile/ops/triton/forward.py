@@ -109,7 +109,7 @@ def forward_kernel(
     thin: tl.constexpr, mixes: tl.constexpr, writes: tl.constexpr, shifted: tl.constexpr, halves: tl.constexpr,
     precision: tl.constexpr, interpreted: tl.constexpr, norm: tl.constexpr,
     mapping: tl.constexpr, sinkhorn_eps: tl.constexpr, turns: tl.constexpr,
-    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr,
+    pre_eps: tl.constexpr, post_range: tl.constexpr, post_eps: tl.constexpr, gate_speed: tl.constexpr, scale_speed: tl.constexpr,
     block_tokens: tl.constexpr, block_channels: tl.constexpr, read_tokens: tl.constexpr, read_channels: tl.constexpr,
 ):  # fmt: skip
     """Compute `step` where `mixes`, else `read`; with `shifted` h is written in the first walk.
@@ -144,7 +144,7 @@ def forward_kernel(
                 rows = (tile * block_tokens + tl.arange(0, block_tokens)).to(tl.int64)
                 coefficients(
                     partial, parts, bias, scale, new_pre, new_post, new_res, z, inverse, rows, rows < tokens, tokens,
-                    width, iterations, eps, n, columns, mapping, sinkhorn_eps, turns, pre_eps, post_range, post_eps, gate_speed,
+                    width, iterations, eps, n, columns, mapping, sinkhorn_eps, turns, pre_eps, post_range, post_eps, gate_speed, scale_speed,
                 )  # fmt: skip
                 if not shifted:
                     arrive(ready + tile)

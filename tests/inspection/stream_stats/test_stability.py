@@ -21,8 +21,8 @@ import mhc_compile.errors
 
 EAGER = {"inner_backend": "eager"}
 MHC = {"backend": "mhc", "options": EAGER}
-#: The default gate_speed: logits are 8 (a z + b).
-SPEED = 8
+#: The default gate_speed and scale_speed: logits are a z / 128 + 32 b.
+SPEED, SLOW = 32, 1 / 128
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def trained(model, *inputs, std=1.0, phi=0.3, **kwargs):
         for connection in mhc_compile.connections(model).values():
             connection.bias.add_(torch.randn_like(connection.bias) * std / SPEED)
             connection.phi.normal_(std=phi)
-            connection.scale.fill_(1.0 / SPEED)
+            connection.scale.fill_(1.0 / SLOW)
     return model
 
 
@@ -90,7 +90,7 @@ def by_hand(model, inputs, iterations=20):
     entering, coefficients = [], []
     for number in range(len(model[1].parts)):
         phi, bias, scale = (weights[f"1.mhc.parts.{number}.{part}"] for part in ("phi", "bias", "scale"))
-        bias, scale = SPEED * bias, SPEED * scale
+        bias, scale = SPEED * bias, SLOW * scale
         flat = streams.flatten(-2)
         z = (flat @ phi) / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         pre = torch.sigmoid(scale[0] * z[..., :4] + bias[:4])

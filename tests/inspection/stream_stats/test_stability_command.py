@@ -64,7 +64,7 @@ def test_a_checkpoint_is_measured_as_it_is(stability, tmp_path):
     with torch.no_grad():
         for connection in mhc_compile.connections(model).values():
             connection.phi.normal_()
-            connection.scale.fill_(1.0 / connection.gate_speed)
+            connection.scale.fill_(1.0 / connection.scale_speed)
     torch.save(model.state_dict(), tmp_path / "trained.pt")
     done = stability("measured_models.py:small", "--weights", "trained.pt", "--json")
     assert done.exit_code == 0, done.output

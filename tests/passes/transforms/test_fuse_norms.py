@@ -199,7 +199,7 @@ def test_what_a_compiled_model_runs_moves_and_keeps(monkeypatch):
         torch.manual_seed(0)
         model, x, seen, kept = nn.Sequential(*(Block() for _ in range(8))), torch.randn(2, 128, 64), [], {}
         torch._dynamo.reset()
-        mhc_compile.attach(model, x, options={"gate_speed": 1.0})  # of 8, gradients are as much larger
+        mhc_compile.attach(model, x, options={"gate_speed": 1.0, "scale_speed": 1.0})  # the 0.3 below is the paper's
         for name, parameter in model.named_parameters():
             if "mhc" in name:
                 nn.init.normal_(parameter, std=0.3)

@@ -66,8 +66,8 @@ def assert_like_the_definition(family, case, options, graphs):
         args, kwargs = cast(args, torch.float64), cast(kwargs, torch.float64)
     compiled = torch.compile(model, backend="mhc", options=options)
     for connection in mhc_compile.connections(model).values():
-        for parameter in connection.parameters():
-            nn.init.normal_(parameter, std=0.5 if parameter.dim() > 1 else 0.5 / connection.gate_speed)
+        for name, parameter in connection.named_parameters():
+            nn.init.normal_(parameter, std=0.5 / connection.speeds.get(name, 1))
     # Some models set attributes in their first call, and are compiled again in the second.
     record_run(compiled, model, args, kwargs, differentiable_inputs=family.differentiable_inputs)
     buffers, before = [buffer.clone() for buffer in model.buffers()], graphs.compiled
