@@ -142,7 +142,7 @@ def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) ->
     assert "Not distinguishable from plain at 3 seeds, lr 0.001: mHC +0.000" in text
     assert "Diverged, lr 0.001: mHC 1 of 3; no run of the others." in text
     assert "Surges of the loss, lr 0.001: none in any run." in text
-    assert "| HC (unconstrained) | 1.9000 [" in text
+    assert "| HC (unconstrained), the paper's speeds, a = 0.3 | 1.9000 [" in text
     assert "12 of 12 runs" in text
     (tmp_path / "runs" / "HC-0.001-0.json").unlink()
     write_json(tmp_path / "again.json", {"plain-0.001-1": True, "HC-0.001-1": False})
