@@ -324,13 +324,12 @@ class ResolvedOptions(Options):
     @property
     def speeds(self) -> tuple[float, float]:
         """Return `gate_speed` and `scale_speed`, or the defaults for mapping and start."""
-        return float(gate_speed(self.gate_speed, self.init, self.mapping)), float(
-            scale_speed(self.scale_speed, self.init)
-        )
+        static = gate_speed(self.gate_speed, self.init, self.mapping)
+        return float(static), float(scale_speed(self.scale_speed, self.init))
 
     @property
     def spec(self) -> str:
         """Return the convention of the coefficients as a string, as the operators take it."""
         convention = get_preset(self.preset).convention
-        speed, slow = self.speeds
-        return str(replace(convention, mapping=self.mapping, rank=self.rank, gate_speed=speed, scale_speed=slow))
+        static, gain = self.speeds
+        return str(replace(convention, mapping=self.mapping, rank=self.rank, gate_speed=static, scale_speed=gain))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers.builders import LAYERS, Attention, Decoder, tokens, twin
+from helpers.gates import scatter
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -36,11 +37,7 @@ class Head(nn.Module):
 
 
 def stir(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    scatter(model, 0.5, add=True, generator=torch.Generator().manual_seed(3))
 
 
 def layout(model: nn.Module) -> dict[str, object]:

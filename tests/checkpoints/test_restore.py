@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.builders import LAYERS, Decoder, tokens, twin
+from helpers.gates import scatter
 from safetensors.torch import save_file
 from torch import nn
 
@@ -35,10 +36,7 @@ def _saved(layers: int, **options) -> tuple[nn.Module, nn.Module]:
     model = Decoder(layers=layers)
     plain = twin(model)
     mhc_compile.attach(model, tokens(), options=options)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.randn_like(parameter))
+    scatter(model, 1.0, add=True)
     return plain, model
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import LAYERS, Decoder, build, run, tokens, twin
+from helpers.gates import scatter
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -155,10 +156,7 @@ def test_state_dict_goes_to_a_new_process_and_back(tmp_path):
     model = Decoder()
     compiled = torch.compile(model, backend="mhc", options=EAGER)
     compiled(tokens())
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.normal_()
+    scatter(model, 1.0)
     logits = compiled(tokens())
     torch.save({"state": model.state_dict(), "logits": logits.detach()}, tmp_path / "model.pt")
     script = f"""
@@ -187,10 +185,7 @@ def test_a_model_of_other_settings_is_compiled_by_itself(settings):
     models = [twin(base), twin(base)]
     for model, own in zip(models, ({"init": settings.get("init", "preserve")}, settings), strict=True):
         mhc_compile.attach(model, tokens(), options=own)
-        generator = torch.Generator().manual_seed(0)
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        scatter(model, 0.3, generator=torch.Generator().manual_seed(0))
     one, other = (torch.compile(model, backend="mhc", options=EAGER) for model in models)
     want = mhc_compile.plain(base)(tokens())
     first = one(tokens())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import Pair, twin
+from helpers.gates import scatter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
@@ -98,9 +99,7 @@ def compile_(model, inner_backend="eager", **options):
 
 def stir(model):
     torch.manual_seed(1)
-    for connection in mhc_compile.connections(model).values():
-        for parameter in connection.parameters():
-            nn.init.normal_(parameter, std=0.5)
+    scatter(model, 0.5)
 
 
 @pytest.mark.parametrize("inner_backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from helpers.builders import LAYERS, Block, Decoder, tokens
+from helpers.gates import scatter
 from torch import nn
 
 import mhc_compile
@@ -58,11 +59,7 @@ def planned(monkeypatch):
 
 
 def stirred(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.7)
+    scatter(model, 0.7, add=True, generator=torch.Generator().manual_seed(3))
     return model
 
 

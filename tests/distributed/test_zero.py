@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.builders import Decoder, tokens
+from helpers.gates import scatter
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import mhc_compile
@@ -23,11 +24,7 @@ def train(rank, attach_first, bucketed):
     optimizer = ZeroRedundancyOptimizer(model.parameters(), kind, lr=0.05, parameters_as_bucket_view=bucketed)
     compiled = torch.compile(model, backend="mhc", options=EAGER)
     compiled(tokens())
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    scatter(model, 0.5, add=True, generator=torch.Generator().manual_seed(1))
     for _ in range(3):
         optimizer.zero_grad()
         compiled(tokens()[rank : rank + 1]).square().mean().backward()

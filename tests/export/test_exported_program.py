@@ -24,6 +24,8 @@ import mhc_compile.errors
 from mhc_compile.export import exported_program
 from mhc_compile.export.exported_program import plan_program
 
+#: Of the default start, by which bias and scale are multiplied in logits.
+SPEEDS = {"bias": 32, "scale": 1 / 128}
 PATHS = [f"blocks.{i}.mhc.{branch}" for i in range(2) for branch in ("attn", "mlp")]
 NEW = [f"{path}.{part}" for path in PATHS for part in ("phi", "bias", "scale")]
 
@@ -100,7 +102,7 @@ def randomise(program: ExportedProgram) -> None:
     with torch.no_grad():
         for name, parameter in program.named_parameters():
             if ".mhc." in name:
-                parameter.normal_()
+                parameter.normal_().div_(SPEEDS.get(name.rpartition(".")[2], 1))
 
 
 def outcome(program: ExportedProgram, *args: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

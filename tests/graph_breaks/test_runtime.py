@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import Attention, Block, tokens
+from helpers.gates import scatter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,11 +140,7 @@ def inputs(block=Block):
 
 
 def randomise(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    scatter(model, 0.5, generator=torch.Generator().manual_seed(1))
     return model
 
 

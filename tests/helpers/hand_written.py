@@ -8,7 +8,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from helpers.gate_speed import faster
+from helpers.gates import faster
 from torch import Tensor, nn
 
 import mhc_compile

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from helpers.gate_speed import faster
+from helpers.gates import faster
 from torch import Tensor
 
 from mhc_compile.config.coefficient_spec import Convention, parse

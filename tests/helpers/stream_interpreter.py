@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from helpers.gate_speed import faster
+from helpers.gates import faster
 from torch import Tensor, fx
 
 from mhc_compile.passes.analysis.op_info import is_contraction, op_name, passes_value

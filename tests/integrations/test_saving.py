@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.builders import Decoder, build, tokens, twin
+from helpers.gates import scatter
 
 import mhc_compile
 from mhc_compile.integrations.saving import AfterImport, register_with_peft, register_with_transformers
@@ -16,10 +17,7 @@ EAGER = {"inner_backend": "eager"}
 
 
 def stirred(model):
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(0.5 * torch.randn_like(parameter))
+    scatter(model, 0.5, add=True)
     return model
 
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.builders import Decoder, distance, tokens, twin
+from helpers.gates import scatter
 
 import mhc_compile
 import mhc_compile.errors
@@ -195,10 +196,7 @@ def test_gradients_of_a_whole_model_are_exact(name):
     model = Decoder(width=4, layers=1).double()
     mhc_compile.attach(model, tokens(1, 3), options={"mapping": name, "streams": 2})
     compiled = torch.compile(model, backend="mhc", options={"mapping": name, "streams": 2, "inner_backend": "eager"})
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    scatter(model, 0.3, add=True)
     loss = compiled(tokens(1, 3)).square().sum()
     loss.backward()
     connection = mhc_compile.connections(model)["blocks.0.mhc.attn"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import LAYERS, Decoder, tokens, twin
+from helpers.gates import scatter
 from helpers.hand_written import site_by_hand
 from torch import Tensor
 
@@ -118,10 +119,7 @@ def pair(layers: int = LAYERS) -> tuple[Decoder, Decoder, Tensor]:
 
 
 def randomise(model: Decoder) -> None:
-    with torch.no_grad():
-        for connection in mhc_compile.connections(model).values():
-            for parameter in connection.parameters():
-                parameter.normal_()
+    scatter(model, 1.0)
 
 
 def leaves(plain: Decoder, model: Decoder) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.builders import Deep
-from torch import nn
+from helpers.gates import scatter
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
@@ -121,9 +121,7 @@ def test_graphs_for_inductor_compute_what_the_operators_one_by_one_do(monkeypatc
     torch.manual_seed(0)
     model, x = Deep(5).double(), torch.randn(2, 8, 16, dtype=torch.float64)
     mhc_compile.attach(model, x, options=options)
-    for name, parameter in model.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.5)
+    scatter(model, 0.5)
     results = []
     for settings in ({"inner_backend": "eager"}, {"recompute": recompute}):
         torch._dynamo.reset()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gates import scatter
 from helpers.graphs import C, Model
 from helpers.stream_interpreter import Expansion, StreamInterpreter, record_expansions
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
@@ -164,9 +165,7 @@ def check(program) -> int:
 
 def check_at_random_parameters(program, module, model: Model, x: Tensor, *expansions: Expansion) -> None:
     """The rewritten graph computes what its plan means, and fused operators compute the same."""
-    for name, parameter in module.named_parameters():
-        if "mhc" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    scatter(module, 0.5)
     parameters = dict(module.named_parameters()).values()
     got = outcome(module, model, x, parameters)
     for expansion in expansions:

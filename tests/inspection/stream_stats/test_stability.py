@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import LAYERS, Decoder, Small, build, points, tokens
+from helpers.gates import scatter
 from torch import nn
 
 import mhc_compile
@@ -668,10 +669,7 @@ MORE = (
 def test_convention_of_the_model_is_read_from_its_connections(options):
     model, inputs = framed(3), torch.randn(2, 4, 4)
     found = mhc_compile.attach(model, inputs, options=options)
-    with torch.no_grad():
-        for connection in found.values():
-            for parameter in connection.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    scatter(model, 0.3, add=True)
     seen = mhc_compile.stability(model, inputs)
     (chain,) = seen.chains
     assert [site.path for site in chain.sites] == list(found)

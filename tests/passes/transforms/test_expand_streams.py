@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gates import scatter
 from helpers.graphs import C, Model
 from helpers.stream_interpreter import StreamInterpreter, record_expansions
 from torch import fx
@@ -106,9 +107,7 @@ def by_hand(module, x, site, branch, axis=-1):
 
 
 def unequal(module):
-    for name, parameter in module.named_parameters():
-        if "mhc" in name:
-            torch.nn.init.normal_(parameter)
+    scatter(module, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +255,9 @@ def assert_like_the_definition(forward, sites=2, tolerance=1e-10, *, images=Fals
     with record_expansions() as expansions:
         module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options=options)
     assert operations(module)["update"] == sites
-    for name, parameter in module.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.5 if "mhc" in name else 1.0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    scatter(module, 0.5)
     oracle = StreamInterpreter(module, *expansions)
     for one, other in zip(outcome(module, module, x), outcome(oracle.run, module, x), strict=True):
         assert one.shape == other.shape

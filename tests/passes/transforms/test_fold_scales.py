@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.gates import scatter
 from helpers.graphs import C, Model
-from torch import fx, nn
+from torch import fx
 
 import mhc_compile
 from mhc_compile.passes import run_passes
@@ -42,9 +43,7 @@ def folded(scaled):
 
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
     module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_chain_length": 1})
-    for name, parameter in module.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.3)
+    scatter(module, 0.3)
     graph = FoldScales().apply(module.graph)
     graph.lint()
     return module, fx.GraphModule(module, graph), x

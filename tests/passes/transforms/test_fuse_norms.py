@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gates import scatter
 from helpers.graphs import C, Model
 from torch import fx, nn
 
@@ -72,9 +73,7 @@ def fused(norm, *, passes=PASSES, branches="fgf", **options):
 
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
     module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_chain_length": 1, **options})
-    for name, parameter in module.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.3)
+    scatter(module, 0.3)
     graph = run_passes(module.graph, passes)
     return module, fx.GraphModule(module, graph), x
 
@@ -199,10 +198,8 @@ def test_what_a_compiled_model_runs_moves_and_keeps(monkeypatch):
         torch.manual_seed(0)
         model, x, seen, kept = nn.Sequential(*(Block() for _ in range(8))), torch.randn(2, 128, 64), [], {}
         torch._dynamo.reset()
-        mhc_compile.attach(model, x, options={"gate_speed": 1.0, "scale_speed": 1.0})  # the 0.3 below is the paper's
-        for name, parameter in model.named_parameters():
-            if "mhc" in name:
-                nn.init.normal_(parameter, std=0.3)
+        mhc_compile.attach(model, x)
+        scatter(model, 0.3)
         compiled = torch.compile(model, backend="mhc")
         with caches(cold=False), observe_graphs(lambda *counts: seen.append(counts)):
             compiled(x).square().sum().backward()

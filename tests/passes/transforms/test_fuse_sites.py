@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.gates import scatter
 from helpers.graphs import C, Model
-from torch import fx, nn
+from torch import fx
 
 import mhc_compile
 from mhc_compile.passes.analysis.op_info import op_name, tensor_value
@@ -24,9 +25,7 @@ def fused(forward, **options) -> tuple[fx.GraphModule, fx.GraphModule, torch.Ten
     torch.manual_seed(0)
     model, x = Model(forward).double(), torch.randn(2, 4, C, dtype=torch.float64)
     module = mhc_compile.rewrite(fx.symbolic_trace(model), x, options={"min_chain_length": 1, **options})
-    for name, parameter in module.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.3)
+    scatter(module, 0.3)
     graph = FuseSites().apply(module.graph)
     graph.lint()
     return module, fx.GraphModule(module, graph), x

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.builders import Deep
+from helpers.gates import scatter
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -21,9 +22,7 @@ mhc = torch.ops.mhc
 
 def apart(model):
     """Let the hyper-connections differ from their start, with which all streams are equal."""
-    for name, parameter in model.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.4)
+    scatter(model, 0.4)
     return model
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gates import scatter
 from helpers.graphs import C, Model, trace
 from torch import fx
 
@@ -26,9 +27,7 @@ def streams_of(forward, x=None, **options) -> tuple[fx.GraphModule, torch.Tensor
     """A graph on streams, in float64, with random hyper-connections."""
     x = torch.randn(2, 4, C, dtype=torch.float64) if x is None else x
     module = mhc_compile.rewrite(fx.symbolic_trace(Model(forward).double()), x, options=options)
-    for connection in mhc_compile.connections(module).values():
-        for parameter in connection.parameters():
-            torch.nn.init.normal_(parameter)
+    scatter(module, 1.0)
     return module, x
 
 

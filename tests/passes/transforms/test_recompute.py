@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.gates import scatter
 from helpers.graphs import Model
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
@@ -89,9 +90,7 @@ def test_blocks_keep_fewer_streams_and_the_same_gradients(inner_backend):
     torch.manual_seed(0)
     model, x = Deep(depth, width).double(), torch.randn(1, tokens, width, dtype=torch.float64)
     mhc_compile.attach(model, x)
-    for name, parameter in model.named_parameters():
-        if "mhc" in name:
-            nn.init.normal_(parameter, std=0.2)
+    scatter(model, 0.2)
     kept, gradients = {}, {}
     for recompute in ("none", "cheap", "block"):
         torch._dynamo.reset()
