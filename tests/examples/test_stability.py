@@ -156,7 +156,7 @@ def test_report_claims_only_differences_outside_the_intervals(tmp_path: Path) ->
 
 def test_the_report_needs_no_run_but_the_same_settings(tmp_path: Path) -> None:
     """The summary alone gives the page that is in git, byte for byte."""
-    names = ("summary.json", "cost.json")
+    names = [name for name in ("summary.json", "cost.json") if (FOLDER / "results" / name).exists()]
     for name in names:
         (tmp_path / name).write_bytes((FOLDER / "results" / name).read_bytes())
     written = [path.name for path in report(Plan(), tmp_path)]
