@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers.builders import Decoder, tokens, twin
+from helpers.gates import scatter
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 
@@ -62,10 +63,7 @@ def groups_of(optimizer, model) -> dict[str, set[int]]:
 
 def stir(model) -> None:
     """Other values than the start, where all streams are equal and most faults invisible."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in hyper(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    scatter(model, 0.5, add=True, generator=torch.Generator().manual_seed(1))
 
 
 def assert_equal(one, two):
