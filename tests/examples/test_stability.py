@@ -111,7 +111,7 @@ def made_run(
 ) -> dict[str, Any]:
     steps = plan.steps
     return {
-        "variant": variant, "rate": rate, "seed": seed, "settings": plan.deciding(), "start": 0.0, "parameters": 1,
+        "variant": variant, "rate": rate, "seed": seed, "settings": plan.deciding(variant), "start": 0.0, "parameters": 1,
         "loss": [*(5 - 3 * i / steps for i in range(steps - 1)), end], "norm": [1.0] * (steps - 1) + [end],
         "validation": [[steps, final]] if end else [], "gain": [[steps, 1.0, 1.0 + final, 0.1, 0.0]],
         "digest": "", "data": "d", "torch": "t", "seconds": 1.0,
@@ -179,6 +179,15 @@ def test_runs_of_other_settings_are_rejected(tmp_path: Path) -> None:
     longer = Plan.from_json(json.dumps(MINI | REST | {"steps": 6}))
     with pytest.raises(ExperimentError, match="was made with steps 5, not 6"):
         report(longer, tmp_path)
+    then = made_run("mHC", 0.001, 0, 2.0, PLAN)
+    path = tmp_path / "runs" / "mHC-0.001-0.json"
+    write_json(path, then | {"settings": then["settings"] | {"init_gain": 0.3}})  # a default of another version
+    with pytest.raises(ExperimentError, match=r"mHC-0\.001-0\.json was made with init_gain 0\.3, not 0\.01"):
+        report(PLAN, tmp_path)
+    write_json(path, then)
+    PLAN.compare_data(tmp_path, "d")
+    with pytest.raises(ExperimentError, match=r"another Python \(digest d, here other\)"):
+        PLAN.compare_data(tmp_path, "other")
     with pytest.raises(ExperimentError, match="variant 'HCC' is unknown; known: permutations, HC"):
         Plan(variants=("HCC",))
     with pytest.raises(ExperimentError, match=r"learning rate -0\.1 is not a positive number"):

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.config.options import Options
 from mhc_compile.config.presets import GATE_SPEED
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ class Variant:
     scalars: bool = False
     gate_decay: float = 0.0
     plain_part: float = 0.0
+
+    def decided(self) -> dict[str, Any]:
+        """Return what decides the numbers of a run, with the defaults of today filled in."""
+        if self.options is None:
+            return {}
+        options = Options.parse(self.options)
+        names = ("streams", "token_dependent", "read_out", "single_pass", "iterations")
+        names += ("init", "init_gain", "init_stream_weight", "eps")
+        return {"convention": options.spec, **{name: getattr(options, name) for name in names}}
 
 
 def _mhc(label: str, **settings: Any) -> Variant:
@@ -150,12 +160,12 @@ class Plan:
                 for seed in range(self.seeds):
                     yield Run(variant, rate, seed)
 
-    def deciding(self) -> dict[str, Any]:
-        """Return what decides the numbers of a run, apart from variant, rate and seed."""
+    def deciding(self, variant: str | None = None) -> dict[str, Any]:
+        """Return what decides the numbers of a run of `variant`, apart from rate and seed."""
         settings = asdict(self)
         for name in ("variants", "rates", "seeds", "rounds"):
             del settings[name]
-        return settings
+        return settings if variant is None else settings | VARIANTS[variant].decided()
 
     def rate_at(self, step: int, peak: float) -> float:
         """Return the learning rate: a linear rise, then a cosine to a tenth of the peak."""
@@ -176,14 +186,25 @@ class Plan:
         """Return the content of the file of a run, None without one.
 
         Raises:
-            ExperimentError: it was made with other settings.
+            ExperimentError: it was made with other settings, or with defaults of another version.
         """
         path = folder / "runs" / f"{run.name}.json"
         if not path.exists():
             return None
         content = read_json(path)
-        self.compare(path, content["settings"])
+        self.compare(path, content["settings"], self.deciding(run.variant))
         return content
+
+    def compare_data(self, folder: Path, digest: str) -> None:
+        """Raise ExperimentError if a finished run was trained on other sources."""
+        for run in self.runs():
+            content = self.finished(folder, run)
+            if content is not None and content["data"] != digest:
+                raise ExperimentError(
+                    f"{folder / 'runs' / run.name}.json was trained on the standard library of another Python (digest"
+                    f" {content['data'][:12]}, here {digest[:12]}): differences would not be paired. Run that Python, or"
+                    " name another folder with --out"
+                )
 
     def compare(self, path: Path, then: dict[str, Any], now: dict[str, Any] | None = None) -> None:
         """Raise ExperimentError if settings of a file differ from `now` (`deciding()`)."""
@@ -204,11 +225,15 @@ class Plan:
         if not path.exists():
             return None
         content = read_json(path)
-        self.compare(path, content["settings"])
+        self.compare(path, content["settings"], self.timed())
         missing = [variant for variant in self.variants if variant not in content["seconds"]]
         if missing:
             raise ExperimentError(f"{path} has no {', '.join(missing)}. Remove it, and it is measured again")
         return content
+
+    def timed(self) -> dict[str, Any]:
+        """Return what decides the cost of a step, of all variants."""
+        return self.deciding() | {name: VARIANTS[name].decided() for name in self.variants}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -85,6 +85,7 @@ def train_variant(plan: Plan, variant: str, folder: Path) -> None:
     torch.set_num_threads(1)
     with deterministic():
         subject = Subject(plan, variant)
+        plan.compare_data(folder, subject.batches.corpus.digest)
         for run in plan.runs():
             if run.variant != variant or plan.finished(folder, run) is not None:
                 continue
@@ -147,7 +148,7 @@ def measure_cost(plan: Plan, folder: Path) -> None:
     if rounds.interrupted:
         raise KeyboardInterrupt
     content = {
-        "settings": plan.deciding(),
+        "settings": plan.timed(),
         "seconds": {name: [round(one.total, 6) for one in times] for name, times in rounds.times.items()},
         "peak": {name: measure_memory(workload).peak for name, workload in workloads.items()},
         "parameters": {name: sum(p.numel() for p in s.model.parameters()) for name, s in subjects.items()},

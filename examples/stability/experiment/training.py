@@ -138,6 +138,8 @@ class Subject:
         ids, targets = self.batches.training(run.seed, 0)
         with torch.no_grad():
             plain = F.cross_entropy(fresh(ids).flatten(0, 1), targets.flatten()).item()
+        deciding = plan.deciding(run.variant)
+        compared = {**deciding, "data": self.batches.corpus.digest}
         now = self._first
         now.model.load_state_dict({**fresh.state_dict(), **now._start})
         optimizer = now.optimizer()
@@ -147,7 +149,7 @@ class Subject:
         gains: list[list[float]] = []
         if part is not None and part.exists():
             state = torch.load(part, weights_only=True)
-            plan.compare(part, state["settings"])
+            plan.compare(part, state["settings"], compared)
             losses, norms, validation, gains = state["figures"]
             if len(losses) > self._change:
                 now, optimizer = self, self.optimizer()
@@ -178,7 +180,7 @@ class Subject:
                 validation.append([step + 1, now.validate(count)])
                 gains.append([step + 1, *now.gain()])
             if part is not None and (step + 1) % KEPT == 0:
-                state = {"settings": plan.deciding(), "figures": (losses, norms, validation, gains)}
+                state = {"settings": compared, "figures": (losses, norms, validation, gains)}
                 state |= {"model": now.model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, part.with_suffix(".tmp"))
                 part.with_suffix(".tmp").replace(part)
@@ -190,7 +192,7 @@ class Subject:
             "variant": run.variant,
             "rate": run.rate,
             "seed": run.seed,
-            "settings": plan.deciding(),
+            "settings": deciding,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "start": _short(abs(losses[0] - plain)),
             "loss": [_short(value) for value in losses],
