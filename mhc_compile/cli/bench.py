@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 #: Sizes of --quick, which shows that everything runs; the figures mean little.
-_QUICK: dict[str, Any] = {"widths": (64,), "layers": 1, "tokens": 128, "vocabulary": 512, "iterations": 2}
+_QUICK: dict[str, Any] = {"widths": (64,), "layers": 1, "tokens": (128,), "vocabulary": 512, "iterations": 2}
+#: Of the forward: decoding, and sequences so short that calls cost more than memory.
+_FORWARD: dict[str, Any] = {"tokens": (1, 16, 128), "layers": 6, "vocabulary": 2048}
 #: On CUDA: a width of the paper's and a larger one, few blocks, and a small head.
-_CUDA: dict[str, Any] = {"widths": (2560, 4096), "layers": 2, "tokens": 4096, "vocabulary": 2048, "seconds": 540}
+_CUDA: dict[str, Any] = {"widths": (2560, 4096), "layers": 2, "tokens": (4096,), "vocabulary": 2048, "seconds": 540}
 #: Parameters of the benchmark without TARGET, of the one with it, and of --tune.
 _SIZES = ("widths", "layers", "tokens", "vocabulary")
 _NOT_OF_A_TARGET = ("kind", "only", "png_file", "processes", "seconds", *_SIZES)
@@ -54,23 +57,29 @@ def _known(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     default=(256,),
     help="Width C; GPT-2 has 768; repeatable.  [default: 256; cuda 2560 and 4096]",
 )
-@click.option("--layers", type=click.IntRange(1), default=4, help="Blocks of the step.  [default: 4; cuda 2]")
 @click.option(
-    "--tokens",
-    type=click.IntRange(8),
-    default=1024,
-    help="Sequence length; batch is 1.  [default: 1024; cuda 4096]",
+    "--layers", type=click.IntRange(1), default=4, help="Blocks of the model.  [default: 4; forward 6; cuda 2]"
 )
 @click.option(
-    "--vocabulary", type=click.IntRange(2), default=50257, help="Of the tied head.  [default: 50257; cuda 2048]"
+    "--tokens",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1024,),
+    help="Sequence length T; batch is 1; repeatable.  [default: 1024; forward 1, 16 and 128; cuda 4096]",
+)
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(2),
+    default=50257,
+    help="Of the tied head.  [default: 50257; forward and cuda 2048]",
 )
 @click.option(
     "--benchmark",
     "kind",
-    type=click.Choice(["site", "step", "both"]),
+    type=click.Choice(["site", "step", "both", "forward"]),
     default="both",
     show_default=True,
-    help="What runs.",
+    help="What runs; both: site and step.",
 )
 @click.option("--only", multiple=True, callback=_known, metavar="NAME", help="A candidate, with plain; repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Every candidate once in each.")
@@ -117,7 +126,8 @@ def command(
 
     The step trains a GPT-2-shaped model; all candidates have the same blocks, and only the residual
     connection differs. The site is the part between two branches: streams and a branch output in,
-    new streams and the next branch input out.
+    new streams and the next branch input out. The forward is one of the same model without
+    gradients, for one token as in decoding, and for short sequences.
 
     Candidates: plain, ours, ours-block and ours-none (other `recompute`), deepseek-v4 and
     deepseek-v4-eager (transformers), hyper-connections (PyPI), on CUDA liger, liger-eager and
@@ -141,6 +151,8 @@ def command(
     if tune_file is not None and (device != "cuda" or given - _TUNE):
         taken, found = (" ".join(sorted(map(_flag, names))) for names in (_TUNE - {"tune_file"}, given))
         raise click.UsageError(f"--tune: expected --device cuda, and of the others {taken}; found {found}")
+    if tune_file is not None and len(sizes["tokens"]) > 1:
+        raise click.UsageError(f"--tune: {len(sizes['tokens'])} --tokens; a configuration is one for every T: give one")
     loaded: Target | None = None
     if call.target:
         if foreign := ", ".join(_flag(name) for name in _NOT_OF_A_TARGET if name in given):
@@ -153,7 +165,8 @@ def command(
         if png_file is not None and find_spec("matplotlib") is None:
             raise click.UsageError('--png needs matplotlib: pip install "mhc-compile[bench]"')
         sizes["iterations"], sizes["streams"] = options.get("iterations", 20), options.get("streams", 4)
-        defaults = {**(_CUDA if device == "cuda" else {}), **(_QUICK if quick else {})}
+        chosen = (_CUDA, device == "cuda"), (_FORWARD, kind == "forward"), (_QUICK, quick)
+        defaults = {name: value for values, wanted in chosen if wanted for name, value in values.items()}
         usual = defaults.pop("seconds", math.inf)
         seconds = usual if seconds is None else seconds
         sizes |= {name: value for name, value in defaults.items() if name not in given}
@@ -178,7 +191,8 @@ def command(
         else:
             where = device or "cpu"
             dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
-            shapes = [Shape(width=width, device=where, dtype=dtype, **sizes) for width in sizes.pop("widths")]
+            pairs = product(sizes.pop("widths"), sizes.pop("tokens"))
+            shapes = [Shape(width=width, tokens=tokens, device=where, dtype=dtype, **sizes) for width, tokens in pairs]
             if tune_file is not None:
                 from mhc_compile.tools.bench.tune import tune
 

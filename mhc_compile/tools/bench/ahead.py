@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: First runs by kind, width and name of the candidate; None where there was no time for it.
-FirstRuns = dict[tuple[str, int, str], FirstRun | None]
+#: First runs by kind, shape and name of the candidate; None where there was no time for it.
+FirstRuns = dict[tuple[str, Shape, str], FirstRun | None]
 
 
 def compile_ahead(
@@ -82,7 +82,9 @@ def compile_ahead(
             text = str(getattr(error, "stderr", error)).strip()
             log.debug("%s: %s", argument, text)
             why = text.splitlines()[-1] if text else error
-            progress.note(f"{candidate.name}, C = {shape.width}: failed in its process, is compiled again here: {why}")
+            progress.note(
+                f"{candidate.name}, C = {shape.width}, T = {shape.tokens}: failed in its process, is compiled again here: {why}"
+            )
             return {}
         return {kind: FirstRun(seconds, counts and Counters(*counts)) for kind, (seconds, counts) in found.items()}
 
@@ -91,7 +93,7 @@ def compile_ahead(
         for (shape, candidate), found in zip(jobs, pool.map(compile_one, jobs), strict=True):
             progress.advance(candidate.name)
             new = dict.fromkeys(kinds) if found is None else found
-            firsts |= {(kind, shape.width, candidate.name): first for kind, first in new.items()}
+            firsts |= {(kind, shape, candidate.name): first for kind, first in new.items()}
     return firsts
 
 

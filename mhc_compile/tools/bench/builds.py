@@ -8,7 +8,7 @@ import torch
 
 from mhc_compile import ops
 from mhc_compile._torch import compile_with_inductor, isolated_compile
-from mhc_compile.tools.bench.workloads import SITES, Block, SiteWorkload, StepWorkload, batch
+from mhc_compile.tools.bench.workloads import SITES, Block, ForwardWorkload, SiteWorkload, StepWorkload, batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 
 def build(kind: str, shape: Shape, candidate: Candidate, repeats: int = SITES) -> tuple[nn.Module, Workload]:
-    """Return the module of a "site" or a "step", and its workload; the first run compiles it.
+    """Return the module of a "site", "step" or "forward", and its workload; its first run compiles.
 
     A site runs `repeats` times, each with its own tensors.
     """
     torch.manual_seed(0)
-    if kind == "step":
+    if kind != "site":
         model = candidate.model(shape)
         options = {"streams": shape.streams, "iterations": shape.iterations, **candidate.options}
         call = compiled(model, candidate.compiler, options)
+        if kind == "forward":
+            return model, ForwardWorkload(shape.device, call, batch(shape))
         return model, StepWorkload(shape.device, call, model, batch(shape))
     module, first = candidate.site(shape)
     inputs = [first, *(tuple(t.detach().clone().requires_grad_() for t in first) for _ in range(repeats - 1))]

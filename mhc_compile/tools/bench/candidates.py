@@ -42,7 +42,7 @@ class Candidate:
     distribution: str = ""  # its name for pip
     cuda: bool = False  # whether it needs a CUDA device
     dtype: str = ""  # the only dtype of streams that it supports, "" for any
-    kinds: tuple[str, ...] = ("site", "step")  # the benchmarks that it takes part in
+    kinds: tuple[str, ...] = ("site", "step", "forward")  # the benchmarks that it takes part in
     options: Mapping[str, Any] = field(default_factory=dict)  # of the backend, for candidates of this package
 
     def missing(self, shape: Shape) -> str | None:
@@ -130,7 +130,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     Candidate(name=PLAIN, title="plain residual, Inductor", plain_model=True),
     _OURS,
     replace(_OURS, name="ours-block", title='ours, recompute="block"', compiler="mhc-block", kinds=("step",)),
-    replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none"),
+    replace(_OURS, name="ours-none", title='ours, recompute="none"', compiler="mhc-none", kinds=("site", "step")),
     *_CONVENTIONS,
     _DEEPSEEK,
     replace(_DEEPSEEK, name="deepseek-v4-eager", title="transformers' DeepSeek-V4, eager", **_EAGER),

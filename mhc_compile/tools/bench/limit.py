@@ -42,10 +42,12 @@ class Limit(Workload):
 
     The forward is `copy_`, which writes as much as it reads; the backward is `add(out=)` of two
     buffers, which reads twice as much as it writes. The products read what was just written.
+    Without `gradients` there is no backward.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, gradients: bool = True) -> None:
         super().__init__(shape.device, SITES)
+        self._gradients = gradients
         forward, backward = moved(shape)
         assert forward.read == forward.written == backward.written == backward.read // 2
         size, wide = shape.tokens * forward.written, shape.streams * shape.width
@@ -68,6 +70,8 @@ class Limit(Workload):
     @torch.no_grad()
     def backward(self, outputs: None) -> None:  # noqa: ARG002 - the forward returns nothing
         """Move 15 C elements per token at n = 4, and compute two products."""
+        if not self._gradients:
+            return
         for (source, other, target), streams in zip(reversed(self._sites), reversed(self._streams), strict=True):
             torch.add(source, other, out=target)
             torch.mm(streams.t(), self._logits, out=self._gradient)
@@ -77,12 +81,12 @@ class Limit(Workload):
 class CopyLimit(Workload):
     """The bytes of one site at the bandwidth of a copy of `size` bytes within the device."""
 
-    def __init__(self, shape: Shape, size: int = 1 << 30) -> None:
+    def __init__(self, shape: Shape, size: int = 1 << 30, *, gradients: bool = True) -> None:
         super().__init__(shape.device)
         self._source = torch.randint(256, (size,), dtype=torch.uint8, device=shape.device)
         self._target = torch.empty_like(self._source)
-        site = shape.tokens * shape.real.itemsize
-        self._shares = [sum(one) * site / (2 * size) for one in moved(shape)]  # a copy reads and writes
+        copies = shape.tokens * shape.real.itemsize / (2 * size)  # a copy reads and writes
+        self._shares = [sum(one) * copies * wanted for one, wanted in zip(moved(shape), (1, gradients), strict=True)]
 
     def forward(self) -> None:
         """Copy."""
@@ -99,6 +103,6 @@ class CopyLimit(Workload):
 
 
 def in_step(plain: Times, site: Times, sites: int) -> Times:
-    """Return the limit of a training step: the plain step, and every site's limit in addition."""
+    """Return the limit of a model: the plain model, and every site's limit in addition."""
     forward, backward = sites * site.forward, sites * site.backward
     return Times(plain.forward + forward, plain.backward + backward, plain.total + forward + backward)

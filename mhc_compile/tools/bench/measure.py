@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mhc_compile.reporting.progress import Silent
+    from mhc_compile.tools.bench.ahead import FirstRuns
     from mhc_compile.tools.bench.candidates import Candidate
     from mhc_compile.tools.bench.sites import Shape
     from mhc_compile.tools.bench.timing import FirstRun
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WARM_UP = 2
-_LIMIT_TITLE = {"site": "copy of the bytes + products", "step": "plain + every site's limit"}
 #: Shares of the time that is left: of a run for compilation ahead, of a benchmark for its building.
 _AHEAD, _BUILDING = 0.6, 0.7
 
@@ -69,9 +69,9 @@ def run(
     """Measure the candidates that `only` names (else the device's) in the benchmarks `kinds`.
 
     Args:
-        shapes: sizes, which differ in the width alone; each has benchmarks of its own.
+        shapes: sizes, which differ in width and tokens alone; each has benchmarks of its own.
         only: names of candidates.
-        kinds: "site", "step".
+        kinds: "site", "step" (of training), "forward" (of the model of the step, no gradients).
         rounds: of every benchmark, at most.
         cold: whether compilation starts with empty caches.
         processes: with more than one, candidates are compiled ahead in so many processes.
@@ -108,8 +108,9 @@ def run(
                 break
     versions = {candidate.distribution: candidate.installed() for candidate in candidates}
     conditions = {
-        **{name: value for name, value in asdict(shapes[0]).items() if name != "width"},
-        "widths": [shape.width for shape in shapes],
+        **{name: value for name, value in asdict(shapes[0]).items() if name not in ("width", "tokens")},
+        "widths": list(dict.fromkeys(shape.width for shape in shapes)),
+        "tokens": list(dict.fromkeys(shape.tokens for shape in shapes)),
         **machine_conditions(device),
         "packages": {"mhc-compile": __version__, **{name: one for name, one in versions.items() if one}},
         "rounds": rounds,
@@ -128,11 +129,11 @@ def measure(
     limit: bool,
     rounds: int,
     cold: bool,
-    firsts: Mapping[tuple[str, int, str], FirstRun | None] | None = None,
+    firsts: FirstRuns | None = None,
     end: float = math.inf,
     progress: Silent,
 ) -> tuple[Benchmark, bool]:
-    """Measure a "site" or a training "step"; return the rows and whether Ctrl-C interrupted.
+    """Measure a "site", "step" or "forward"; return the rows and whether Ctrl-C interrupted.
 
     `firsts` are the first runs of candidates that were compiled ahead, None for one that was not
     finished in time. After `end`, a time of `time.monotonic`, nothing begins but the first round.
@@ -143,13 +144,13 @@ def measure(
         torch.cuda.empty_cache()
     mine = [candidate for candidate in candidates if kind in candidate.kinds]
     rows = {c.name: Row(name=c.name, title=c.title, status="missing", message=c.missing(shape) or "") for c in mine}
-    ahead = {name: first for (one, width, name), first in (firsts or {}).items() if (one, width) == (kind, shape.width)}
+    ahead = {name: first for (one, size, name), first in (firsts or {}).items() if (one, size) == (kind, shape)}
     for name in rows:
         if name in ahead and ahead[name] is None:
             rows[name] = replace(rows[name], message="left out: it was not compiled in the time of --seconds")
     builds = {c.name: partial(build, kind, shape, c) for c in mine}
     until = time.monotonic() + _BUILDING * (end - time.monotonic())
-    label = f"{kind}, C = {shape.width}: "
+    label = f"{kind}, C = {shape.width}, T = {shape.tokens}: "
     profiled = kind == "site" and shape.device == "cuda"
     workloads = prepare(
         rows, builds, label=label, cold=cold, ahead=ahead, profiled=profiled, end=until, progress=progress
@@ -159,12 +160,12 @@ def measure(
         size = sum(map(sum, moved(shape))) * shape.tokens * shape.real.itemsize
         counters = Counters(bytes=size) if kind == "site" else None
         copied = shape.device == "cuda"
-        title = "bandwidth of a copy" if copied and kind == "site" else _LIMIT_TITLE[kind]
+        title = f"copy of the bytes{' + products' * (not copied)}" if kind == "site" else "plain + every site's limit"
         rows[LIMIT] = Row(name=LIMIT, title=title, status="ok", counters=counters)
-        workloads[LIMIT] = CopyLimit(shape) if copied else Limit(shape)
-    sites = shape.sites if kind == "step" else 1
+        workloads[LIMIT] = (CopyLimit if copied else Limit)(shape, gradients=kind != "forward")
+    sites = shape.sites if kind != "site" else 1
     benchmark, interrupted = time_rows(kind, rows, workloads, rounds=rounds, sites=sites, end=end, progress=progress)
-    return replace(benchmark, width=shape.width), interrupted
+    return replace(benchmark, width=shape.width, tokens=shape.tokens), interrupted
 
 
 def prepare(
@@ -228,18 +229,17 @@ def time_rows(
     sites: int,
     end: float = math.inf,
     progress: Silent,
-    label: str = "",
 ) -> tuple[Benchmark, bool]:
     """Time the workloads; return the rows with times and whether Ctrl-C interrupted the rounds.
 
-    A workload is a model of so many `sites`, or one site. `label` replaces `kind` in the display.
-    After `end` no round but the first begins.
+    A workload is a model of so many `sites`, or one site. After `end` no round but the first
+    begins.
     """
     turns = itertools.count()
-    progress.count(f"{label or kind}: timing", (rounds + _WARM_UP) * len(workloads))
+    progress.count(f"{kind}: timing", (rounds + _WARM_UP) * len(workloads))
     measured = interleave(workloads, rounds, _WARM_UP, lambda name: progress.advance(name, done=next(turns)), end)
     times = dict(measured.times)
-    if kind == "step" and LIMIT in times:
+    if kind != "site" and LIMIT in times:
         limits = times.pop(LIMIT)
         if PLAIN in times:
             times[LIMIT] = [in_step(plain, one, sites) for plain, one in zip(times[PLAIN], limits, strict=True)]

@@ -25,6 +25,7 @@ _KERNELS, _NAME = 8, 48
 _TITLES = {
     "site": "One site: the write of a site and the read of the next",
     "step": "One training step: forward, backward, AdamW",
+    "forward": "One forward pass without gradients",
 }
 _LEGENDS = {
     "site": (
@@ -42,6 +43,11 @@ _LEGENDS = {
         " and peak are over the memory in use before the step. compile: the first forward and backward, from empty"
         " caches."
     ),
+    "forward": (
+        "total: median (quartiles). × plain: of the same rounds. + ms/site, kernels/site and MB/site: (this − plain) /"
+        " sites. saved: the outputs; saved and peak are over the memory in use before. compile: the first forward, from"
+        " empty caches."
+    ),
     "target": (
         "total: median (quartiles). × plain: of the same rounds. per site: (this − plain) / sites. compile: the first"
         " forward and backward, from empty caches unless --quick."
@@ -54,7 +60,7 @@ def view(result: Result, width: int) -> RenderableType:
     """Return the tables of a run for a terminal of `width` columns."""
     parts: list[RenderableType] = []
     for benchmark in result.benchmarks:
-        title = f"{_TITLES[benchmark.kind]}, C = {benchmark.width}; {_rounds(benchmark)}"
+        title = f"{_TITLES[benchmark.kind]}, C = {benchmark.width}, T = {benchmark.tokens}; {_rounds(benchmark)}"
         legend = _LEGENDS[benchmark.kind] + (f" {_LEGENDS['cuda']}" if _on_cuda(benchmark) else "")
         parts += [*_section(title, benchmark, legend, width), Text()]
     return Group(*parts, *_end(_conditions(result.conditions), result.interrupted))
@@ -72,9 +78,10 @@ def target_view(result: TargetResult, width: int) -> RenderableType:
 
 def _conditions(c: Mapping[str, Any]) -> str:
     before, after = c["load"]
+    widths, tokens = (", ".join(map(str, c[name])) for name in ("widths", "tokens"))
     return (
         f"{c['device']}, {c['cores']} cores, {c['threads']} threads ({c['wait_policy']} waiting); torch {c['torch']};"
-        f" {c['dtype']}, C = {', '.join(map(str, c['widths']))}, {c['tokens']} tokens, {c['layers']} layers, vocabulary {c['vocabulary']},"
+        f" {c['dtype']}; C = {widths}; T = {tokens}; {c['layers']} layers, vocabulary {c['vocabulary']},"
         f" n = {c['streams']}, {c['iterations']} Sinkhorn iterations; load {before:.1f} before, {after:.1f} after"
         + "".join(
             f"\n{when}: {_gpu(state)}" for when, state in zip(("before", "after"), c.get("gpu", ()), strict=False)
@@ -136,7 +143,7 @@ def _checks(row: Row, checks: Checks) -> str:
     share = checks.seconds / row.seconds["total"].median
     return (
         f"{row.name}: its checks at run time are {checks.calls} Python call{'s' * (checks.calls != 1)},"
-        f" {1000 * checks.seconds:.2g} ms under a profiler: {100 * share:.1g} % of the total"
+        f" {1000 * checks.seconds:.2g} ms under a profiler: {100 * share:.2g} % of the total"
     )
 
 
@@ -146,7 +153,7 @@ def _end(conditions: str, interrupted: bool) -> list[RenderableType]:
 
 def _tables(benchmark: Benchmark, width: int) -> list[Table]:
     """Return one table, or times and counts apart if `width` columns are too few for both."""
-    per = "\n/site" if benchmark.kind == "step" else ""
+    per = "" if benchmark.kind == "site" else "\n/site"
     times = ("forward\nms", "backward\nms", "total ms\n(quartiles)", "×\nplain", "+ ms\n/site", "of\nlimit")
     counts: tuple[str, ...] = (f"kernels{per}", f"MB{per}", "saved\nMB", "peak\nMB", "compile\ns")
     if _on_cuda(benchmark):
@@ -163,15 +170,15 @@ def _table(benchmark: Benchmark, titles: Sequence[str], part: slice) -> Table:
         table.add_column(one, justify="right", min_width=16 if "quartiles" in one else None)
     for row in benchmark.rows:
         if row.status == "ok":
-            table.add_row(row.name, *_cells(row, benchmark.kind == "step")[part][: len(titles)])
+            table.add_row(row.name, *_cells(row, benchmark.kind != "site")[part][: len(titles)])
         elif part.start is None:
             table.add_row(Text(row.name, _COLOURS[row.status]), row.status)
     return table
 
 
-def _cells(row: Row, step: bool) -> Sequence[str]:
+def _cells(row: Row, model: bool) -> Sequence[str]:
     total = row.seconds["total"]
-    counted = row.plus if step else row.counters
+    counted = row.plus if model else row.counters
     return (
         _ms(row.seconds["forward"].median),
         _ms(row.seconds["backward"].median),
@@ -191,7 +198,7 @@ def _cells(row: Row, step: bool) -> Sequence[str]:
 
 def _ms(seconds: float) -> str:
     value = 1000 * seconds
-    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+    return f"{value:.{next((n for n, top in ((3, 0.1), (2, 10), (1, 100)) if abs(value) < top), 0)}f}"
 
 
 def _megabytes(size: float | None) -> str:
@@ -225,24 +232,25 @@ def _shown(benchmark: Benchmark) -> list[Row]:
 
 
 def _panel(axes: Any, benchmark: Benchmark) -> None:
-    """Draw a step as percent over plain, and a site, whose plain form costs little, in ms."""
+    """Draw a model as percent over plain, and a site, whose plain form costs little, in ms."""
     rows = _shown(benchmark)[::-1]
-    step = benchmark.kind == "step"
+    model = benchmark.kind != "site"
     for place, row in enumerate(rows):
-        value = row.ratio["total"] if step else row.extra
+        value = row.ratio["total"] if model else row.extra
         assert value is not None
-        low, median, high = (100 * (x - 1) if step else 1000 * x for x in (value.low, value.median, value.high))
+        low, median, high = (100 * (x - 1) if model else 1000 * x for x in (value.low, value.median, value.high))
         colour = "tab:orange" if row.name.startswith("ours") else "0.45" if row.name == LIMIT else "tab:blue"
         whiskers = [[max(0.0, median - low)], [max(0.0, high - median)]]
         axes.barh(place, median, xerr=whiskers, color=colour, height=0.65, error_kw={"elinewidth": 1, "capsize": 2})
-        text = f"{median:+.0f} %" if step else f"{median:.2f} ms"
+        text = f"{median:+.0f} %" if model else f"{median:.2f} ms"
         axes.annotate(text, (max(high, 0.0), place), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.axvline(0.0, color="0.3", linewidth=0.8)
     axes.margins(x=0.18)
-    over = "training step over the plain model, %" if step else "one site over a plain add, forward + backward, ms"
-    axes.set_xlabel(over)
-    title = "Training step" if step else "One site"
-    axes.set_title(f"{title}, median and quartiles of {benchmark.rounds} rounds", fontsize=10)
+    title = _TITLES[benchmark.kind].partition(":")[0]
+    over = "the plain model, %" if model else "a plain add, forward + backward, ms"
+    axes.set_xlabel(f"{title.lower()} over {over}")
+    tokens = f", T = {benchmark.tokens}" if benchmark.tokens else ""
+    axes.set_title(f"{title}{tokens}, median and quartiles of {benchmark.rounds} rounds", fontsize=10)
     axes.grid(axis="x", alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,8 @@
 
 JSON (`--json FILE`) is `Result` as objects and arrays:
 
-    {"conditions": {...}, "benchmarks": [{"kind": "site" | "step", "rounds": 15, "rows": [
+    {"conditions": {...}, "benchmarks": [{"kind": "site" | "step" | "forward",
+         "width": C | null, "tokens": T | null, "rounds": 15, "rows": [
         {"name": "ours", "title": "...", "status": "ok" | "missing" | "failed", "message": "why",
          "samples":  {"forward": [s, ...], "backward": [s, ...], "total": [s, ...]},   by round
          "seconds":  {"forward": {"median": s, "low": s, "high": s}, ...},             quartiles
@@ -16,14 +17,13 @@ JSON (`--json FILE`) is `Result` as objects and arrays:
          "host_seconds": s | null,             CUDA: to enqueue one run, median
          "checks": {"calls": 9, "seconds": s} | null,  of the backend, at run time, in one run
          "kernels": [{"name": "...", "launches": 1.0, "seconds": s}, ...],   CUDA, of a site
-         "parameters": 123 | null, "loss": of the last step | null}],
-      "width": C | null}],
+         "parameters": 123 | null, "loss": of the last step | null}]}],
      "interrupted": false}
 
 `Counters` documents "counters" and "plus". "conditions" are the sizes of `sites.Shape`, "widths"
-instead of one width, the machine (`reporting.conditions`; on CUDA with the state of the card before
-and after), the versions of the packages, the rounds, the load of the machine before and after, and
-how many processes compiled ("processes", 1 for the measuring one).
+and "tokens" in lists, the machine (`reporting.conditions`; on CUDA with the state of the card
+before and after), the versions of the packages, the rounds, the load of the machine before and
+after, and how many processes compiled ("processes", 1 for the measuring one).
 """
 
 from __future__ import annotations
@@ -123,12 +123,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One table: rows of kind "site" or "step", over so many complete rounds."""
+    """One table: rows of kind "site", "step" or "forward", over so many complete rounds."""
 
     kind: str
     rounds: int
     rows: tuple[Row, ...]
     width: int | None = None  # C; None for a user's model
+    tokens: int | None = None  # T; likewise
 
 
 @dataclass(frozen=True)

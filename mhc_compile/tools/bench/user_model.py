@@ -17,7 +17,7 @@ from mhc_compile.reporting.conditions import load_average
 from mhc_compile.tools.bench.candidates import PLAIN
 from mhc_compile.tools.bench.measure import prepare, time_rows
 from mhc_compile.tools.bench.results import Row, TargetResult
-from mhc_compile.tools.bench.workloads import StepWorkload, Workload
+from mhc_compile.tools.bench.workloads import ForwardWorkload, StepWorkload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,17 +26,7 @@ if TYPE_CHECKING:
 
     from mhc_compile.config.options import ResolvedOptions
     from mhc_compile.reporting.progress import Silent
-
-
-class _Forward(Workload):
-    """A forward pass without gradients."""
-
-    def __init__(self, device: str, call: Callable[[], Any]) -> None:
-        super().__init__(device)
-        self.forward = torch.no_grad()(call)  # type: ignore[method-assign]
-
-    def backward(self, outputs: Any) -> None:
-        pass
+    from mhc_compile.tools.bench.workloads import Workload
 
 
 def _workload(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Workload:
@@ -53,7 +43,7 @@ def _workload(call: Callable[..., Any], model: nn.Module, args: tuple[Any, ...],
 
     if model.training and any(parameter.requires_grad for parameter in model.parameters()):
         return StepWorkload(device, loss, model, (), fused=None)
-    return _Forward(device, outputs)
+    return ForwardWorkload(device, outputs)
 
 
 def measure_target(
@@ -91,8 +81,8 @@ def measure_target(
 
     rows = {key: Row(name=key, title=title, status="missing") for key, (title, _) in compilers.items()}
     builds = {key: partial(build, compiler) for key, (_, compiler) in compilers.items()}
-    how: dict[str, Any] = {"rounds": rounds, "sites": max(1, sites), "label": "step" if model.training else "forward"}
+    kind = "step" if model.training else "forward"
     workloads = prepare(rows, builds, cold=cold, progress=progress)
-    benchmark, interrupted = time_rows("step", rows, workloads, progress=progress, **how)
+    benchmark, interrupted = time_rows(kind, rows, workloads, rounds=rounds, sites=max(1, sites), progress=progress)
     machine = (torch.__version__, torch.get_num_threads(), (before, load_average()))
     return TargetResult(name, type(model).__name__, sites, model.training, benchmark, *machine, interrupted)

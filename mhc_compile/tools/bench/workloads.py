@@ -229,6 +229,22 @@ class SiteWorkload(Workload):
         self.gradients = ()
 
 
+class ForwardWorkload(Workload):
+    """A forward pass of `call(*inputs)` without gradients."""
+
+    def __init__(self, device: str, call: Callable[..., Any], inputs: tuple[Any, ...] = ()) -> None:
+        super().__init__(device)
+        self._call, self._inputs = call, inputs
+
+    @torch.no_grad()
+    def forward(self) -> Any:
+        """Return what the call returns."""
+        return self._call(*self._inputs)
+
+    def backward(self, outputs: Any) -> None:
+        """Do nothing."""
+
+
 class StepWorkload(Workload):
     """One training step of `model`: `call(*inputs)` is its loss (in nats), gradients, AdamW."""
 

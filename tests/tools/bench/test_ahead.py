@@ -26,7 +26,7 @@ def ahead(*candidates, end=math.inf, shape=SHAPE, progress=None):
 
 def test_what_was_not_compiled_in_time_is_a_row_that_says_so():
     firsts = ahead(PLAIN, OURS, end=time.monotonic())
-    assert firsts == {("site", 16, "plain"): None, ("site", 16, "ours"): None}
+    assert firsts == {("site", SHAPE, "plain"): None, ("site", SHAPE, "ours"): None}
     how = {"limit": False, "rounds": 1, "cold": False, "progress": Silent()}
     (row,) = measure("site", SHAPE, (EAGER,), firsts=firsts, **how)[0].rows
     assert row.status == "missing"
@@ -47,7 +47,7 @@ def test_a_process_that_fails_leaves_the_error_to_the_measurement():
     wrong = dataclasses.replace(SHAPE, dtype="nothing")
     assert ahead(PLAIN, shape=wrong, progress=silent) == {}
     assert notes == [
-        "plain, C = 16: failed in its process, is compiled again here: AttributeError: module 'torch' has no attribute 'nothing'"
+        "plain, C = 16, T = 6: failed in its process, is compiled again here: AttributeError: module 'torch' has no attribute 'nothing'"
     ]
 
 

@@ -16,9 +16,10 @@ from mhc_compile.cli.bench import command
 from mhc_compile.tools.bench.results import Benchmark, Result, Row
 
 CONDITIONS = {
-    **dict.fromkeys(("device", "cores", "threads", "torch", "dtype", "layers", "tokens", "vocabulary"), 1),
+    **dict.fromkeys(("device", "cores", "threads", "torch", "dtype", "layers", "vocabulary"), 1),
     **dict.fromkeys(("streams", "iterations", "wait_policy"), 1),
     "widths": [1],
+    "tokens": [1],
     "load": (0.0, 0.0),
 }
 
@@ -74,6 +75,11 @@ def test_plain_and_limit_from_end_to_end(tmp_path):
         (("--width", "8", "--width", "16", "--seconds", "9"), [(8, 4, 1024, "cpu", "float32"), (16, 4, 1024, "cpu", "float32")], 1, 9),
         (("--device", "cuda"), [(2560, 2, 4096, "cuda", "bfloat16"), (4096, 2, 4096, "cuda", "bfloat16")], 3, 540),
         (("--device", "cuda", "--quick", "--processes", "2", "--dtype", "float32"), [(64, 1, 128, "cuda", "float32")], 2, 540),
+        (("--benchmark", "forward"), [(256, 6, tokens, "cpu", "float32") for tokens in (1, 16, 128)], 1, math.inf),
+        (
+            ("--benchmark", "forward", "--tokens", "2", "--tokens", "3", "--width", "8", "--width", "16"),
+            [(width, 6, tokens, "cpu", "float32") for width in (8, 16) for tokens in (2, 3)], 1, math.inf,
+        ),
         (("--device", "cuda", "--layers", "4", "--width", "512"), [(512, 4, 4096, "cuda", "bfloat16")], 3, 540),
     ],
 )  # fmt: skip
@@ -98,13 +104,18 @@ def test_cuda_without_a_device_is_wrong_usage(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "found"), [((), "found --tune"), (("--device", "cuda", "--only", "ours"), "found --device --only --tune")]
+    ("flags", "found"),
+    [
+        ((), "found --tune"),
+        (("--device", "cuda", "--only", "ours"), "found --device --only --tune"),
+        (("--device", "cuda", "--tokens", "1", "--tokens", "2"), "2 --tokens; a configuration is one for every T"),
+    ],
 )
 def test_what_tuning_does_not_take_is_wrong_usage(monkeypatch, tmp_path, flags, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     done = CliRunner().invoke(command, ["--tune", str(tmp_path / "configs.json"), *flags])
     assert done.exit_code == 2
-    assert "--tune: expected --device cuda" in done.output
+    assert "--tune: " in done.output
     assert found in done.output
     assert not list(tmp_path.iterdir())
 

@@ -36,6 +36,8 @@ def test_the_buffers_have_the_size_of_the_traffic_and_the_products_their_flops(m
     assert sum(moves) == SITES * sum(moved(shape)[1]) * shape.tokens
     source, _, target = limit._sites[0]
     assert source.numel() + target.numel() == sum(moved(shape)[0]) * shape.tokens
+    Limit(shape, gradients=False).backward(None)
+    assert len(products) == 3 * SITES
     assert len({tensor.data_ptr() for site in limit._sites for tensor in site}) == 3 * SITES
 
 
@@ -52,5 +54,6 @@ def test_on_cuda_the_limit_is_the_bytes_of_a_site_at_the_bandwidth_of_a_copy(mon
     assert times.forward == pytest.approx(10 * 16 * 10 * 4 / bandwidth)
     assert times.backward == pytest.approx(15 * 16 * 10 * 4 / bandwidth)
     assert times.total == times.forward + times.backward
+    assert CopyLimit(shape, size=1 << 10, gradients=False).timed().backward == 0
     limit.forward()
     assert torch.equal(limit._source, limit._target)

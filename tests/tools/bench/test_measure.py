@@ -27,7 +27,7 @@ def run(kind, *names, limit=True, extra=()):
     return measure(kind, SHAPE, chosen, limit=limit, rounds=2, cold=False, progress=Silent())[0]
 
 
-@pytest.mark.parametrize("kind", ["site", "step"])
+@pytest.mark.parametrize("kind", ["site", "step", "forward"])
 def test_rows_are_derived_from_samples(kind):
     benchmark = run(kind, "plain", "deepseek-v4", "liger")
     assert [row.status for row in benchmark.rows] == ["ok", "ok", "missing", "ok"]
@@ -43,12 +43,16 @@ def test_rows_are_derived_from_samples(kind):
     assert (plain.share, limit.share) == (None, 1.0)
     assert baseline.share > 0
     assert baseline.parameters > plain.parameters
-    assert baseline.saved_bytes > plain.saved_bytes
+    assert (benchmark.width, benchmark.tokens) == (SHAPE.width, SHAPE.tokens)
     assert baseline.counters is None  # nothing was compiled
     assert "CUDA" in missing.message
-    if kind == "step":
+    if kind == "forward":
+        assert baseline.saved_bytes == plain.saved_bytes == 4  # the loss, and nothing for a backward
+    else:
+        assert baseline.saved_bytes > plain.saved_bytes
+    if kind != "site":
         assert limit.seconds["total"].median > plain.seconds["total"].low
-        assert plain.loss is not None
+        assert (plain.loss is None) == (kind == "forward")
 
 
 class Broken(Candidate):

@@ -21,7 +21,7 @@ CONDITIONS = {
     "dtype": "float32",
     "widths": [256],
     "layers": 4,
-    "tokens": 1024,
+    "tokens": [1024],
     "vocabulary": 50257,
     "streams": 4,
     "iterations": 20,
@@ -59,7 +59,7 @@ def made_up() -> Result:
         Row(name="liger", title="Liger", status="missing", message="not installed: pip install liger-kernel"),
         Row(name="bad", title="Bad", status="failed", message="RuntimeError: no"),
     )
-    return Result(CONDITIONS, (Benchmark("site", 3, rows), Benchmark("step", 3, rows)))
+    return Result(CONDITIONS, tuple(Benchmark(kind, 3, rows, 256, 1024) for kind in ("site", "step", "forward")))
 
 
 def test_json_has_every_field():
@@ -69,8 +69,10 @@ def test_json_has_every_field():
     assert [(one["kind"], one["rounds"], len(one["rows"])) for one in data["benchmarks"]] == [
         ("site", 3, 4),
         ("step", 3, 4),
+        ("forward", 3, 4),
     ]
     _, ours, missing, _ = data["benchmarks"][1]["rows"]
+    assert {(one["width"], one["tokens"]) for one in data["benchmarks"]} == {(256, 1024)}
     assert ours["samples"]["forward"] == [0.2, 0.2]
     assert ours["seconds"]["total"] == {"median": 0.2, "low": 0.9 * 0.2, "high": 1.1 * 0.2}
     assert ours["ratio"]["total"]["median"] == 0.2 / 0.1
@@ -107,12 +109,12 @@ def test_on_cuda_memory_over_plain_the_host_and_kernels_are_shown():
     on_cuda = {"peak_ratio": 1.25, "host_seconds": 0.003}
     rows = (row("ours", 0.2, kernels=kernels, **on_cuda), row("limit", 0.1, **on_cuda))
     state = {"driver_version": "580.1", "clocks.sm": "1980 MHz", "triton": "3.9.0"}
-    result = Result({**CONDITIONS, "gpu": (state, state)}, (Benchmark("site", 3, rows, 2560),))
+    result = Result({**CONDITIONS, "gpu": (state, state)}, (Benchmark("site", 3, rows, 2560, 4096),))
     for width in (80, WIDE):
         out = io.StringIO()
         Console(file=out, width=width).print(view(result, width))
         text = out.getvalue()
-        assert "C = 2560; 3 rounds" in text
+        assert "C = 2560, T = 4096; 3 rounds" in " ".join(text.split())
         assert "1.25 3.00" in " ".join(text.split())
         assert "limit: 2.0 MB a site at 0.000 TB/s" in text
         assert "ours: kernel_0_" in text
@@ -123,10 +125,15 @@ def test_on_cuda_memory_over_plain_the_host_and_kernels_are_shown():
 
 
 def test_chart_has_a_bar_for_every_candidate_but_plain():
-    site, step = chart(made_up()).axes
+    site, step, forward = chart(made_up()).axes
     assert [label.get_text() for label in site.get_yticklabels()] == ["ours"]
     assert [text.get_text() for text in site.texts] == ["100.00 ms"]
-    assert [text.get_text() for text in step.texts] == ["+100 %"]
+    assert [text.get_text() for text in step.texts] == [text.get_text() for text in forward.texts] == ["+100 %"]
+    titles = [
+        f"{what}, T = 1024, median and quartiles of 3 rounds"
+        for what in ("One site", "One training step", "One forward pass without gradients")
+    ]
+    assert [axes.get_title() for axes in (site, step, forward)] == titles
 
 
 def test_chart_without_rows():
