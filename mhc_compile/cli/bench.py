@@ -167,9 +167,8 @@ def command(
         sizes["iterations"], sizes["streams"] = options.get("iterations", 20), options.get("streams", 4)
         chosen = (_CUDA, device == "cuda"), (_FORWARD, kind == "forward"), (_QUICK, quick)
         defaults = {name: value for values, wanted in chosen if wanted for name, value in values.items()}
-        usual = defaults.pop("seconds", math.inf)
-        seconds = usual if seconds is None else seconds
-        sizes |= {name: value for name, value in defaults.items() if name not in given}
+        seconds = defaults.pop("seconds", math.inf) if seconds is None else seconds
+        sizes |= {name: value for name, value in defaults.items() if name in sizes and name not in given}
 
     import torch  # after OMP_WAIT_POLICY
     from rich.console import Console

@@ -292,14 +292,31 @@ def test_step_seconds_leave_compilation_out() -> None:
     state |= {
         "losses": [1.0] * 8,
         "seconds": [30.0, 9.0, 9.0, 1.0, 1.0, 20.0, 9.0, 1.0],
-        "starts": [(0, 0.5), (5, 0.0)],
+        "starts": [(0, 0.5), (5, 0.25)],
     }
     trainer.load_state_dict(state)
     assert trainer.step_seconds == 1.0
-    assert trainer.compile_seconds == [29.5, 19.0]  # this process has trained no step yet
+    assert trainer.compile_seconds == [0.5, 0.25]  # this process has trained no step yet
     trainer.losses.append(1.0)
     trainer.seconds.append(5.0)
-    assert trainer.compile_seconds == [29.5, 19.0, 11.0]
+    assert trainer.compile_seconds == [0.5, 0.25, 7.0]
+
+
+def test_compilation_is_timed_before_the_first_step_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, other = (PairedTraining(SETTINGS, make_task(load_corpus(), SETTINGS)) for _ in range(2))
+    real = Trainer._loss
+    monkeypatch.setattr(Trainer, "_loss", lambda *args: (time.sleep(0.1), real(*args))[1])
+    for trainer in training.trainers.values():
+        before, preparation = copy.deepcopy(trainer.model.state_dict()), trainer.starts[0][1]
+        trainer.compile(*training.task.training(0))
+        assert trainer.starts[0][1] >= preparation + 0.1
+        assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        assert (trainer.losses, trainer.optimizer.state_dict()["state"]) == ([], {})
+    monkeypatch.undo()
+    assert training.advance() == other.advance()
+    for trainer in training.trainers.values():
+        assert trainer.compile_seconds == [trainer.starts[0][1]]
 
 
 @pytest.mark.parametrize("model", ["llama", "vit"])
@@ -382,7 +399,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
 
 def untrained(monkeypatch: pytest.MonkeyPatch, advance: Callable[[], None]) -> None:
     """Make the demo train something that has taken no step and takes one with `advance`."""
-    model = SimpleNamespace(step=0, validation={0: {}}, advance=advance)
+    model = SimpleNamespace(step=0, validation={0: {}}, trainers={}, advance=advance)
     monkeypatch.setattr("mhc_compile.tools.demo.session.PairedTraining", lambda *_: model)
 
 

@@ -92,9 +92,6 @@ class CopyLimit(Workload):
         """Copy."""
         self._target.copy_(self._source)
 
-    def backward(self, outputs: None) -> None:
-        """Do nothing."""
-
     def timed(self) -> Times:
         """Return the times of one site."""
         copy = super().timed()

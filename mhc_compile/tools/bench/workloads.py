@@ -141,8 +141,7 @@ class Workload:
         raise NotImplementedError
 
     def backward(self, outputs: Any) -> None:
-        """Compute gradients."""
-        raise NotImplementedError
+        """Compute gradients, where there are any."""
 
     def finish(self) -> None:
         """Run the part of a step that follows the backward; timed."""
@@ -240,9 +239,6 @@ class ForwardWorkload(Workload):
     def forward(self) -> Any:
         """Return what the call returns."""
         return self._call(*self._inputs)
-
-    def backward(self, outputs: Any) -> None:
-        """Do nothing."""
 
 
 class StepWorkload(Workload):

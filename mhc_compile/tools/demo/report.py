@@ -53,7 +53,7 @@ def collect(training: PairedTraining, conditions: dict[str, Any]) -> dict[str, A
     .final               mean training loss of the last 20 steps
     .step_seconds        median seconds of a step, without those that compiled
     .tokens_per_second   from that median
-    .compile_seconds     first step of each process less a usual one (mhc: and attaching)
+    .compile_seconds     first forward and backward of each process (mhc: and attaching)
     first_step           training loss of both before any update, and the difference
     ratio                tokens per second, mhc / plain
     seeds                this run and those of further seeds: seed, and the validations of both

@@ -178,8 +178,10 @@ class Session:
             warm_up()  # the first compilation of a process would be charged with it
         try:
             progress.phase("compiling both models (a minute or so)" if inductor else "tracing both models")
+            for trainer in training.trainers.values():  # unshielded, as the first step: nothing new to save yet
+                trainer.compile(*training.task.training(training.step))
             self._validate(target)
-            training.advance()  # unshielded, because it is slow: until it is done there is nothing new to save
+            training.advance()
             self._save()
             progress.count("training", target, done=training.step)
             while training.step < target:

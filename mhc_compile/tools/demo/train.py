@@ -103,6 +103,14 @@ class Trainer:
         self.seconds: list[float] = []  # duration of every step
         self.starts = [(0, preparation)]  # first step and preparation of every process of the run
 
+    def compile(self, inputs: Tensor, targets: Tensor) -> None:
+        """Compile the step on tensors as `train` takes them; no parameter changes."""
+        step, preparation = self.starts[-1]
+        begin = time.perf_counter() - preparation
+        self._loss(inputs, targets).backward()
+        self.optimizer.zero_grad()
+        self.starts[-1] = step, time.perf_counter() - begin
+
     def train(self, inputs: Tensor, targets: Tensor, *, seed: int, lr: float) -> float:
         """Train one step with clipping and AdamW. Return the loss before the update, in nats.
 
@@ -144,9 +152,8 @@ class Trainer:
 
     @property
     def compile_seconds(self) -> list[float]:
-        """Preparation and first step of each process of the run, less `step_seconds`."""
-        first = [(preparation, self.seconds[step]) for step, preparation in self.starts if step < len(self.seconds)]
-        return [preparation + max(0.0, seconds - self.step_seconds) for preparation, seconds in first]
+        """Preparation of each process of the run that trained, with the compilation."""
+        return [preparation for step, preparation in self.starts if step < len(self.seconds)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, and the history."""
