@@ -104,18 +104,18 @@ def test_cuda_without_a_device_is_wrong_usage(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "found"),
+    ("flags", "expected", "found"),
     [
-        ((), "found --tune"),
-        (("--device", "cuda", "--only", "ours"), "found --device --only --tune"),
-        (("--device", "cuda", "--tokens", "1", "--tokens", "2"), "2 --tokens; a configuration is one for every T"),
+        ((), "expected --device cuda", "found --tune"),
+        (("--device", "cuda", "--only", "ours"), "expected --device cuda", "found --device --only --tune"),
+        (("--device", "cuda", "--tokens", "1", "--tokens", "2"), "2 --tokens", "a configuration is one for every T"),
     ],
 )
-def test_what_tuning_does_not_take_is_wrong_usage(monkeypatch, tmp_path, flags, found):
+def test_what_tuning_does_not_take_is_wrong_usage(monkeypatch, tmp_path, flags, expected, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     done = CliRunner().invoke(command, ["--tune", str(tmp_path / "configs.json"), *flags])
     assert done.exit_code == 2
-    assert "--tune: " in done.output
+    assert f"--tune: {expected}" in done.output
     assert found in done.output
     assert not list(tmp_path.iterdir())
 
