@@ -118,7 +118,8 @@ class Plan:
         steps, batch, length: steps of a run, sequences a step, bytes a sequence. layers, width,
         heads: of the decoder; a layer has two residual adds. embedding: deviation of the initial
         embedding of a byte. weights: deviation of the initial weights of linear layers, times
-        sqrt(width). clip: largest gradient norm. warm_up: steps over which the learning rate rises.
+        sqrt(width). clip: largest gradient norm; 1e6 is any. warm_up: steps over which the learning
+        rate rises.
         measured: validations and measurements of the gain in a run, evenly spread, the last one at
         its end. held_out: batches of the last validation; the others take an eighth of them.
         rounds: of the measurement of cost. inner: the compiler of all variants: "inductor",
@@ -280,4 +281,5 @@ TABLES: dict[str, Plan] = {
     ),
     "wide": Plan(variants=("plain", "mHC", "paper"), rates=(0.001,), seeds=3, layers=6, width=256, heads=8),
     "deep": Plan(variants=("plain", "mHC", "paper"), rates=(0.001,), seeds=3, layers=48, steps=300),
+    "unclipped": Plan(variants=("plain", "mHC", "HC", "HC-fast"), rates=(0.004, 0.008), seeds=4, layers=48, steps=300, clip=1e6),
 }  # fmt: skip

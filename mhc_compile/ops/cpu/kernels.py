@@ -32,14 +32,19 @@ _REST = ("close.h", "exports.h"), ("lazy.h",)
 #: Mappings that have a header of their name in this folder.
 MAPPINGS = ("sinkhorn", "identity", "permutations", "kronecker", "unconstrained")
 _REALS = {torch.float32: "float", torch.float64: "double"}
+_NAMES = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "mhc::Bfloat16",
+    torch.float16: "mhc::Float16",
+}
 #: C++ types of streams and branch, and of what is computed.
 _TYPES = {
-    (torch.float32, torch.float32): ("float", "float", "float"),
-    (torch.float32, torch.bfloat16): ("float", "mhc::Bfloat16", "float"),
-    (torch.bfloat16, torch.bfloat16): ("mhc::Bfloat16", "mhc::Bfloat16", "float"),
-    (torch.bfloat16, torch.float32): ("mhc::Bfloat16", "float", "float"),
-    (torch.float64, torch.float64): ("double", "double", "double"),
-}
+    (streams, branch): (_NAMES[streams], _NAMES[branch], "float")
+    for half in (torch.bfloat16, torch.float16)
+    for streams in (torch.float32, half)
+    for branch in (torch.float32, half)
+} | {(torch.float64, torch.float64): ("double", "double", "double")}
 _LARGEST = 8
 #: A library that was built for dtypes and a number of streams, whatever its mapping.
 _BUILT: dict[tuple[torch.dtype, torch.dtype, int, bool], Any] = {}

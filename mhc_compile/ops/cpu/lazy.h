@@ -116,27 +116,26 @@ struct LazyBackward : Backward {
 
     template <int IN, int MANY>
     void lazy(int64_t threads) const {
-        tiles<N, true>(threads, [this](int64_t first, const Real* packed, const Own& own) { one_lazy<IN, MANY>(first, packed, own); });
+        tiles<N, true>(threads, [this](int64_t first, const Term* packed, const Own& own) { one_lazy<IN, MANY>(first, packed, own); });
     }
 
     template <int IN, int MANY>
-    void one_lazy(int64_t first, const Real* packed, const Own& own) const {
+    void one_lazy(int64_t first, const Term* packed, const Own& own) const {
         constexpr int S = IN + MANY;
         const int64_t count = std::min<int64_t>(TILE, T - first);
-        alignas(64) Real scaled[TILE][K] = {};
+        Outer<N> outer;
         Real radial[TILE] = {}, d_pre[TILE][N] = {};
         Mix<IN, MANY> mix[TILE];
         const STORE* d_h = products<IN, MANY>(first, count, mix, d_pre, own);
-        logits<N>(first, count, d_pre, scaled, radial, own);
+        logits<N>(first, count, d_pre, outer.factors, radial, own);
+        outer.begin(count);
         Vec dots[TILE][N][S] = {};
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
-            alignas(64) Real grads[TILE][N][CHUNK];   // first what the projection gives to X, then all of its gradient
-            alignas(64) Real values[TILE][N][CHUNK];  // X
-            if (count < TILE) std::memset(values, 0, sizeof values);
-            spread<N>(scaled, packed + c0 * N * K, grads);
+            alignas(64) Real grads[TILE][N][CHUNK];  // what the projection gives to X
+            outer.spread(packed, c0, grads);
             for (int64_t t = 0; t < count; ++t)
-                chunk<IN, MANY>(first + t, c0, d_h ? d_h + t * C : nullptr, radial[t], mix[t], grads[t], values[t], dots[t]);
-            gather<N>(scaled, values, own.phi + c0 * N * K);
+                chunk<IN, MANY>(first, t, c0, d_h ? d_h + t * C : nullptr, radial[t], mix[t], grads[t], outer, dots[t]);
+            outer.gather(own.phi, c0);
         }
         for (int64_t t = 0; t < count; ++t) {
             const int64_t token = first + t;
@@ -187,12 +186,15 @@ struct LazyBackward : Backward {
     }
 
     template <int IN, int MANY>
-    void chunk(int64_t token, int64_t c0, const STORE* d_h, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK], Real (*values)[CHUNK],
-               Vec (*dots)[IN + MANY]) const {
+    void chunk(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK],
+               Outer<N>& outer, Vec (*dots)[IN + MANY]) const {
+        const int64_t token = first + t;
         constexpr int S = IN + MANY;
         const Real *post = old.post[MANY - 1] + token * N, *res = old.res[MANY - 1] + token * N * N;
         old.fetch<IN, MANY>(token, c0 + CHUNK);
         if (grad_out) prefetch<N>(grad_out, token, C, c0 + CHUNK);
+        prefetch<N, 1>(d_streams, token, C, c0 + CHUNK);
+        prefetch<1, 1>(d_branch, token, C, c0 + CHUNK);
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
             const int64_t at = c0 + c, rest = C - at;
             Vec x[S], d_x[N] = {}, d_y = {};
@@ -200,7 +202,7 @@ struct LazyBackward : Backward {
             const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < N; ++i) {
                 const Vec value = rounded(mix.stream(i, x), grad_h);
-                store(values[i] + c, value);
+                outer.put(t, i, c, value);
                 Vec total = load(grads[i] + c) + next_pre[token * N + i] * dh - radial * value;
                 if (grad_out) total += load(grad_out + (token * N + i) * C + at, rest);
                 d_y += post[i] * total;

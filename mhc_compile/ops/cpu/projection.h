@@ -26,19 +26,19 @@ constexpr int COLUMNS = BYTES == 64 ? 6 : 3;    // and its columns: 24 of 32 reg
 
 inline int64_t chunks(int64_t features) { return (features + CHUNK - 1) / CHUNK; }
 
-// The threads of a parallel region share the chunks.
-template <int P>
-void pack(const Real* phi, int64_t C, Real* out) {
+// The threads of a parallel region share the chunks. `write(to, row, k)` writes the k-th of `steps` parts of a row of K numbers.
+template <int P, typename Part, typename Write>
+void pack(const Real* phi, int64_t C, Part* out, int steps, Write write) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < C; first += CHUNK) {
         for (int i = 0; i < P; ++i) {
-            Real* rows = out + (first * P + i * CHUNK) * K;
+            Part* rows = out + (first * P + i * CHUNK) * steps;
             for (int64_t c = 0; c < CHUNK; ++c) {
                 Real row[K] = {};
                 if (first + c < C)
                     for (int j = (P == 1 ? 0 : i); j <= (P == 1 ? N - 1 : i); ++j)
                         for (int k = 0; k < K; ++k) row[k] += phi[(j * C + first + c) * K + k];
-                for (int k = 0; k < K; ++k) rows[k * CHUNK + c] = row[k];
+                for (int k = 0; k < steps; ++k) write(rows + k * CHUNK + c, row, k);
             }
         }
     }
@@ -104,63 +104,118 @@ inline void project_rows(const Real (*values)[P][CHUNK], const Real* phi, int64_
     }
 }
 
-// grads[t][i] = sum_k scaled[t][k] phi[i][k], over one chunk.
-template <int P>
-inline void spread(const Real (*scaled)[K], const Real* phi, Real (*grads)[P][CHUNK]) {
-    for (int i = 0; i < P; ++i) {
-        for (int t0 = 0; t0 < TILE; t0 += TOKENS) {
-            Vec sums[TOKENS][VECTORS] = {};
-            for (int k = 0; k < K; ++k) {
-                Vec row[VECTORS];
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) {
-                    row[v] = load(phi + (i * K + k) * CHUNK + v * WIDTH);
-                    IN_REGISTER(row[v]);
-                }
-#pragma GCC unroll 4
-                for (int t = 0; t < TOKENS; ++t) {
-                    Vec factor = scaled[t0 + t][k] - Vec{};
-                    IN_REGISTER(factor);
-#pragma GCC unroll 4
-                    for (int v = 0; v < VECTORS; ++v) sums[t][v] += factor * row[v];
-                }
-            }
-            for (int t = 0; t < TOKENS; ++t)
-                for (int v = 0; v < VECTORS; ++v) store(grads[t0 + t][i] + v * WIDTH, sums[t][v]);
-        }
-    }
+// What the products of the backward are made of: numbers; of bfloat16 streams, where the machine multiplies these, pairs of bfloat16. What such a
+// product loses is less than what rounding X' or the gradient of the streams does; the coefficients of the forward are products of float.
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+constexpr bool PAIRS = std::is_same_v<STORE, Bfloat16>;
+#else
+constexpr bool PAIRS = false;
+#endif
+constexpr int PER = PAIRS ? 2 : 1;          // numbers of a term
+constexpr int STEPS = (K + PER - 1) / PER;  // terms of a row of phi
+using Term = std::conditional_t<PAIRS, uint32_t, Real>;
+using TermVec = std::conditional_t<PAIRS, Word32, Vec>;
+
+inline TermVec load_terms(const Term* from) {
+    TermVec terms;
+    std::memcpy(&terms, from, sizeof terms);
+    return terms;
 }
 
-// d_phi[i][k] += sum_t scaled[t][k] values[t][i], over one chunk.
-template <int P, int FROM = 0>
-inline void gather(const Real (*scaled)[K], const Real (*values)[P][CHUNK], Real* d_phi) {
-    if constexpr (FROM < K) {
-        constexpr int MANY = K - FROM < COLUMNS ? K - FROM : COLUMNS;
-        for (int i = 0; i < P; ++i) {
-            Real* rows = d_phi + (i * K + FROM) * CHUNK;
-            Vec sums[MANY][VECTORS];
-            for (int k = 0; k < MANY; ++k)
-                for (int v = 0; v < VECTORS; ++v) sums[k][v] = load(rows + k * CHUNK + v * WIDTH);
-            for (int t = 0; t < TILE; ++t) {
-                Vec value[VECTORS];
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) {
-                    value[v] = load(values[t][i] + v * WIDTH);
-                    IN_REGISTER(value[v]);
-                }
-#pragma GCC unroll 6
-                for (int k = 0; k < MANY; ++k) {
-                    Vec factor = scaled[t][FROM + k] - Vec{};
-                    IN_REGISTER(factor);
-#pragma GCC unroll 4
-                    for (int v = 0; v < VECTORS; ++v) sums[k][v] += factor * value[v];
-                }
-            }
-            for (int k = 0; k < MANY; ++k)
-                for (int v = 0; v < VECTORS; ++v) store(rows + k * CHUNK + v * WIDTH, sums[k][v]);
-        }
-        gather<P, FROM + MANY>(scaled, values, d_phi);
-    }
+// Write the k-th term of `count` numbers that lie `stride` apart; put a rounded value into a term, of a pair first its `low` half; multiply and add.
+inline void write_term(Real* to, const Real* numbers, int k, int, int stride = 1) { *to = numbers[k * stride]; }
+inline void put_term(Real* to, Vec value, bool) { store(to, value); }
+inline Vec plus_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+inline void write_term(uint32_t* to, const Real* numbers, int k, int count, int stride = 1) {
+    const __m128 low = _mm_set_ss(numbers[2 * k * stride]), high = _mm_set_ss(2 * k + 1 < count ? numbers[(2 * k + 1) * stride] : 0);
+    *to = _mm_cvtsi128_si32(cast<__m128i>(_mm_cvtneps_pbh(_mm_unpacklo_ps(low, high))));
 }
+inline void put_term(uint32_t* to, Vec value, bool low) {
+    Word32 bits = cast<Word32>(value), before;
+    std::memcpy(&before, to, sizeof before);
+    bits = low ? bits >> 16 : bits | before;
+    std::memcpy(to, &bits, sizeof bits);
+}
+inline Vec plus_product(Vec sum, Word32 a, Word32 b) { return cast<Vec>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(a), cast<__m512bh>(b))); }
+#endif
+
+// The two products of the backward, of one tile.
+template <int P>
+struct Outer {
+    Real factors[TILE][K] = {};                          // dz inverse
+    Term of_token[TILE][STEPS], of_column[TILE / PER][K];  // the same, terms of columns and of tokens
+    alignas(64) Term values[TILE / PER][P][CHUNK];       // X' of one chunk, terms of tokens
+
+    // Called once `factors` are known.
+    void begin(int64_t count) {
+        for (int t = 0; t < TILE; ++t)
+            for (int k = 0; k < STEPS; ++k) write_term(&of_token[t][k], factors[t], k, K);
+        for (int t = 0; t < TILE / PER; ++t)
+            for (int k = 0; k < K; ++k) write_term(&of_column[t][k], &factors[0][k], t, TILE, K);
+        if (count < TILE) std::memset(values, 0, sizeof values);
+    }
+
+    // Tokens in order, as the first of a pair begins it. The value is rounded already.
+    void put(int64_t t, int i, int64_t c, Vec value) { put_term(values[t / PER][i] + c, value, t % 2 == 0); }
+
+    // grads[t][i] = sum_k factors[t][k] phi[i][k], over the chunk that begins at c0.
+    void spread(const Term* phi, int64_t c0, Real (*grads)[P][CHUNK]) const {
+        for (int i = 0; i < P; ++i) {
+            for (int t0 = 0; t0 < TILE; t0 += TOKENS) {
+                Vec sums[TOKENS][VECTORS] = {};
+                for (int k = 0; k < STEPS; ++k) {
+                    TermVec row[VECTORS];
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v) {
+                        row[v] = load_terms(phi + ((c0 / CHUNK * P + i) * STEPS + k) * CHUNK + v * WIDTH);
+                        IN_REGISTER(row[v]);
+                    }
+#pragma GCC unroll 4
+                    for (int t = 0; t < TOKENS; ++t) {
+                        TermVec factor = of_token[t0 + t][k] - TermVec{};
+                        IN_REGISTER(factor);
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; ++v) sums[t][v] = plus_product(sums[t][v], factor, row[v]);
+                    }
+                }
+                for (int t = 0; t < TOKENS; ++t)
+                    for (int v = 0; v < VECTORS; ++v) store(grads[t0 + t][i] + v * WIDTH, sums[t][v]);
+            }
+        }
+    }
+
+    // d_phi[i][k] += sum_t factors[t][k] values[t][i], over that chunk.
+    template <int FROM = 0>
+    void gather(Real* d_phi, int64_t c0) const {
+        if constexpr (FROM < K) {
+            constexpr int MANY = K - FROM < COLUMNS ? K - FROM : COLUMNS;
+            for (int i = 0; i < P; ++i) {
+                Real* rows = d_phi + ((c0 / CHUNK * P + i) * K + FROM) * CHUNK;
+                Vec sums[MANY][VECTORS];
+                for (int k = 0; k < MANY; ++k)
+                    for (int v = 0; v < VECTORS; ++v) sums[k][v] = load(rows + k * CHUNK + v * WIDTH);
+                for (int t = 0; t < TILE / PER; ++t) {
+                    TermVec value[VECTORS];
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; ++v) {
+                        value[v] = load_terms(values[t][i] + v * WIDTH);
+                        IN_REGISTER(value[v]);
+                    }
+#pragma GCC unroll 6
+                    for (int k = 0; k < MANY; ++k) {
+                        TermVec factor = of_column[t][FROM + k] - TermVec{};
+                        IN_REGISTER(factor);
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; ++v) sums[k][v] = plus_product(sums[k][v], factor, value[v]);
+                    }
+                }
+                for (int k = 0; k < MANY; ++k)
+                    for (int v = 0; v < VECTORS; ++v) store(rows + k * CHUNK + v * WIDTH, sums[k][v]);
+            }
+            gather<FROM + MANY>(d_phi, c0);
+        }
+    }
+};
 
 }  // namespace mhc

@@ -24,10 +24,10 @@ inline Real sigmoid(Real x) {
 }
 
 // The next chunk of a token's rows [ROWS, C] while one is worked on: rows of a tile are too many for the machine to follow by itself.
-template <int ROWS, typename T>
+template <int ROWS, int WRITTEN = 0, typename T>
 inline void prefetch(const T* rows, int64_t token, int64_t C, int64_t first) {
     for (int row = 0; row < ROWS; ++row)
-        for (int64_t c = first; c < std::min(first + CHUNK, C); c += 64 / sizeof(T)) __builtin_prefetch(rows + (token * ROWS + row) * C + c);
+        for (int64_t c = first; c < std::min(first + CHUNK, C); c += 64 / sizeof(T)) __builtin_prefetch(rows + (token * ROWS + row) * C + c, WRITTEN);
 }
 
 struct Site {
@@ -89,7 +89,7 @@ struct Forward {
         const Scratch packed(READ ? chunks(C) * P * K * CHUNK : 0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
+            if constexpr (READ) pack<P>(site.phi, C, packed.at(0), K, [](Real* to, const Real* row, int k) { *to = row[k]; });
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < count; ++tile) work(tile * TILE, packed.at(0));
         }
@@ -109,6 +109,7 @@ struct Forward {
                     const Weights<IN> weights(res + token * N * N, post + token * N);
                     prefetch<IN>(streams, token, C, c0 + CHUNK);
                     prefetch<1>(branch, token, C, c0 + CHUNK);
+                    prefetch<N, 1>(out, token, C, c0 + CHUNK);
                     for (int64_t c = 0; c < CHUNK; c += WIDTH) {
                         const int64_t rest = C - c0 - c;
                         Vec x[IN], mixed[N];

@@ -38,7 +38,7 @@ struct Backward {
 
     template <int IN, bool MIX, bool READ, bool GIVEN = false>
     void run(int64_t threads) const {
-        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Real* packed, const Own& own) {
+        tiles<MIX ? N : IN, READ>(threads, [this](int64_t first, const Term* packed, const Own& own) {
             one<IN, MIX, READ, GIVEN>(first, packed, own);
         });
     }
@@ -50,15 +50,16 @@ struct Backward {
         const int64_t width = norm.kind ? chunks(C) * CHUNK : 0, most = Mixing::SCRATCH(site.iterations);
         const int64_t sums = all + (READ ? K + 3 : 0) + 2 * width, scratch = most + (1 + TILE) * width;
         const Scratch packed(all), partial(threads * sums), rest(threads * scratch);
+        Term* const terms = reinterpret_cast<Term*>(packed.at(0));
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if constexpr (READ) pack<P>(site.phi, C, packed.at(0));
+            if constexpr (READ) pack<P>(site.phi, C, terms, STEPS, [](Term* to, const Real* row, int k) { write_term(to, row, k, K); });
 #pragma omp for schedule(static)
             for (int64_t thread = 0; thread < threads; ++thread) {
                 Real *mine = partial.at(thread * sums), *last = mine + sums - 2 * width, *history = rest.at(thread * scratch);
                 std::memset(mine, 0, sums * sizeof(Real));
                 const Own own{mine, mine + all, last, last + width, history, history + most, history + most + width};
-                for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile) work(tile * TILE, packed.at(0), own);
+                for (int64_t tile = count * thread / threads; tile < count * (thread + 1) / threads; ++tile) work(tile * TILE, terms, own);
             }
             if constexpr (READ) {
 #pragma omp for schedule(static)
@@ -90,12 +91,12 @@ struct Backward {
     }
 
     template <int IN, bool MIX, bool READ, bool GIVEN>
-    void one(int64_t first, const Real* packed, const Own& own) const {
+    void one(int64_t first, const Term* packed, const Own& own) const {
         constexpr int P = MIX ? N : IN;
         const int64_t count = std::min<int64_t>(TILE, T - first);
         const STORE* d_h = grad_h ? grad_h + first * C : nullptr;
         if ((READ || GIVEN) && norm.kind && d_h) d_h = denormalize<IN, MIX>(first, count, GIVEN ? pre : next_pre, own);
-        alignas(64) Real scaled[TILE][K] = {};  // dz inverse
+        Outer<P> outer;
         Real radial[TILE] = {};
         if constexpr (READ) {
             Real d_next_pre[TILE][N] = {};
@@ -103,23 +104,19 @@ struct Backward {
                 if constexpr (!GIVEN) product<IN, MIX>(first + t, d_h ? d_h + t * C : nullptr, d_next_pre[t]);
                 else if (grad_next_pre) std::memcpy(d_next_pre[t], grad_next_pre + (first + t) * N, sizeof d_next_pre[t]);
             }
-            logits<P>(first, count, d_next_pre, scaled, radial, own);
+            logits<P>(first, count, d_next_pre, outer.factors, radial, own);
+            outer.begin(count);
         }
         Vec dots[TILE][N + GIVEN][IN + 1] = {};  // of the rows of G, and of dh, with X and y
         for (int64_t c0 = 0; c0 < C; c0 += CHUNK) {
-            alignas(64) Real grads[TILE][P][CHUNK];   // first what the projection gives to X', then all of its gradient
-            alignas(64) Real values[TILE][P][CHUNK];  // X'
-            if constexpr (READ) {
-                if (count < TILE) std::memset(values, 0, sizeof values);
-                spread<P>(scaled, packed + c0 * P * K, grads);
-            }
+            alignas(64) Real grads[TILE][P][CHUNK];  // what the projection gives to X'
+            if constexpr (READ) outer.spread(packed, c0, grads);
             for (int64_t t = 0; t < count; ++t) {
-                const int64_t token = first + t;
                 const STORE* row = d_h ? d_h + t * C : nullptr;
-                if constexpr (MIX) mixed<IN, READ, GIVEN>(token, c0, row, radial[t], grads[t], values[t], dots[t]);
-                else read<IN>(token, c0, row, radial[t], grads[t], values[t]);
+                if constexpr (MIX) mixed<IN, READ, GIVEN>(first, t, c0, row, radial[t], grads[t], outer, dots[t]);
+                else read<IN>(first, t, c0, row, radial[t], grads[t], outer);
             }
-            if constexpr (READ) gather<P>(scaled, values, own.phi + c0 * P * K);
+            if constexpr (READ) outer.gather(own.phi, c0);
         }
         if constexpr (MIX) {
             for (int64_t t = 0; t < count; ++t) {
@@ -135,10 +132,10 @@ struct Backward {
     }
 
   protected:
-    // From the gradients of pre, post and res to those of the logits: `scaled` and `radial` of a tile, and the sums for bias, then scale.
+    // From the gradients of pre, post and res to those of the logits: `factors` and `radial` of a tile, and the sums for bias, then scale.
     // A function of its own: inlined into the loops over the features it made the whole 6 % slower.
     template <int P>
-    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*scaled)[K], Real* radial, const Own& own) const {
+    [[gnu::noinline]] void logits(int64_t first, int64_t count, const Real (*d_next_pre)[N], Real (*factors)[K], Real* radial, const Own& own) const {
         Real *d_bias_sum = own.bias, *d_scale_sum = d_bias_sum + K, d_logits[TILE][K];
         Mixing mixing;
         Real g[N][N][LANES];
@@ -164,7 +161,7 @@ struct Backward {
                 d_bias_sum[k] += d_sum;  // not times GATE_SPEED: see reference.coefficients_backward
                 d_scale_sum[part] += d_sum * z[token * K + k];
                 dot += dz * z[token * K + k];
-                scaled[t][k] = dz * inverse[token];
+                factors[t][k] = dz * inverse[token];
             }
             radial[t] = inverse[token] * inverse[token] * dot / (P * C);
         }
@@ -223,53 +220,63 @@ struct Backward {
     }
 
     template <int IN, bool READ, bool GIVEN>
-    void mixed(int64_t token, int64_t c0, const STORE* d_h, Real radial, Real (*grads)[CHUNK], Real (*values)[CHUNK], Vec (*dots)[IN + 1]) const {
+    void mixed(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, Real (*grads)[CHUNK], Outer<N>& outer, Vec (*dots)[IN + 1]) const {
+        const int64_t token = first + t;
         const Weights<IN> weights(res + token * N * N, post + token * N);
         prefetch<IN>(streams, token, C, c0 + CHUNK);
         prefetch<1>(branch, token, C, c0 + CHUNK);
         if (grad_out) prefetch<N>(grad_out, token, C, c0 + CHUNK);
+        prefetch<IN, 1>(d_streams, token, C, c0 + CHUNK);
+        prefetch<1, 1>(d_branch, token, C, c0 + CHUNK);
         const Real* weight = (GIVEN ? pre : next_pre) + (READ || GIVEN ? token * N : 0);
+        const auto source = [&](int64_t at, Vec (&x)[IN + 1]) {
+            for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, C - at);
+            x[IN] = load(branch + token * C + at, C - at);
+        };
+        // Two walks over the chunk: the sums of the second fill the registers.
+        for (int64_t c = 0; c < CHUNK; c += WIDTH) {
+            const int64_t at = c0 + c, rest = C - at;
+            Vec x[IN + 1], d_x[IN] = {}, d_y = {}, next[N];
+            source(at, x);
+            const Vec dh = (READ || GIVEN) && d_h ? load(d_h + at, rest) : Vec{};
+            if constexpr (READ) weights.mix(x, x[IN], next);
+            for (int i = 0; i < N; ++i) {
+                Vec total = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
+                if constexpr (READ) {
+                    const Vec value = rounded(next[i], grad_out);
+                    outer.put(t, i, c, value);
+                    total += load(grads[i] + c) - radial * value;
+                }
+                if constexpr (READ || GIVEN) total += weight[i] * dh;
+                d_y += weights.post[i] * total;
+                for (int l = 0; l < IN; ++l) d_x[l] += weights.res[i][l] * total;
+                store(grads[i] + c, total);
+            }
+            for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
+            store(d_branch + token * C + at, d_y, rest);
+        }
         Vec sums[N + GIVEN][IN + 1];
         for (int i = 0; i < N + GIVEN; ++i)
             for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
-            const int64_t at = c0 + c, rest = C - at;
-            Vec x[IN], d_x[IN] = {}, d_y = {}, total[N];
-            for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, rest);
-            const Vec y = load(branch + token * C + at, rest);
-            for (int i = 0; i < N; ++i) total[i] = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
-            const Vec dh = (READ || GIVEN) && d_h ? load(d_h + at, rest) : Vec{};
-            if constexpr (READ) {
-                Vec next[N];
-                weights.mix(x, y, next);
-                for (int i = 0; i < N; ++i) {
-                    const Vec value = rounded(next[i], grad_out);
-                    store(values[i] + c, value);
-                    total[i] += load(grads[i] + c) - radial * value;
-                }
-            }
+            Vec x[IN + 1];
+            source(c0 + c, x);
             for (int i = 0; i < N; ++i) {
-                if constexpr (READ || GIVEN) total[i] += weight[i] * dh;
-                d_y += weights.post[i] * total[i];
-                sums[i][IN] += total[i] * y;
-                for (int l = 0; l < IN; ++l) {
-                    d_x[l] += weights.res[i][l] * total[i];
-                    sums[i][l] += total[i] * x[l];
-                }
+                const Vec total = load(grads[i] + c);
+                for (int l = 0; l <= IN; ++l) sums[i][l] += total * x[l];
             }
             if constexpr (GIVEN) {
-                sums[N][IN] += dh * y;
-                for (int l = 0; l < IN; ++l) sums[N][l] += dh * x[l];
+                const Vec dh = d_h ? load(d_h + c0 + c, C - c0 - c) : Vec{};
+                for (int l = 0; l <= IN; ++l) sums[N][l] += dh * x[l];
             }
-            for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
-            store(d_branch + token * C + at, d_y, rest);
         }
         for (int i = 0; i < N + GIVEN; ++i)
             for (int l = 0; l <= IN; ++l) dots[i][l] = sums[i][l];
     }
 
     template <int IN>
-    void read(int64_t token, int64_t c0, const STORE* d_h, Real radial, const Real (*grads)[CHUNK], Real (*values)[CHUNK]) const {
+    void read(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, const Real (*grads)[CHUNK], Outer<IN>& outer) const {
+        const int64_t token = first + t;
         Real weight[IN] = {};
         for (int j = 0; j < N; ++j) weight[IN == 1 ? 0 : j] += next_pre[token * N + j];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
@@ -277,7 +284,7 @@ struct Backward {
             const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < IN; ++i) {
                 const Vec value = load(streams + (token * IN + i) * C + at, rest);
-                store(values[i] + c, value);
+                outer.put(t, i, c, value);
                 store(d_streams + (token * IN + i) * C + at, load(grads[i] + c) + weight[i] * dh - radial * value, rest);
             }
         }

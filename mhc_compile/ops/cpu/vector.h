@@ -1,6 +1,6 @@
 // Vectors of the widest registers of the machine, and how values of the model's dtypes become vectors of the dtype that is computed in.
 //
-// COMPUTE is float, or double for double streams. STORE and BRANCH are the dtypes of the streams and of the branch: float, double, or Bfloat16.
+// COMPUTE is float, or double for double streams. STORE and BRANCH are the dtypes of the streams and of the branch: float, double, Bfloat16, or Float16.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,11 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Inductor's flags forbid fused multiply-add, so that its kernels round as eager ones do. Here it halves the work of the projections.
@@ -31,41 +36,81 @@ typedef Real Vec __attribute__((vector_size(BYTES)));
 typedef Real LooseVec __attribute__((vector_size(BYTES), aligned(sizeof(Real)), may_alias));
 
 struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
 typedef uint16_t Half16 __attribute__((vector_size(BYTES / 2)));
 typedef uint32_t Word32 __attribute__((vector_size(BYTES)));
+
+// Between vectors of one size.
+template <typename To, typename From>
+inline To cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "16-bit numbers are computed in float");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
 
 inline Vec load(const Real* from) { return *reinterpret_cast<const LooseVec*>(from); }
 inline void store(Real* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 inline Vec rounded(Vec value, const Real*) { return value; }
 
-inline Vec load(const Bfloat16* from) {
-    Half16 half;
-    std::memcpy(&half, from, sizeof half);
-    const Word32 bits = __builtin_convertvector(half, Word32) << 16;
-    Vec value;
-    static_assert(sizeof bits == sizeof value, "bfloat16 is computed in float");
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+// What GCC makes of __builtin_convertvector takes up to four instructions for each of these.
+inline Vec widened(Half16 half, const Bfloat16*) {
+#if defined(__AVX512F__)
+    return cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(cast<__m256i>(half)), 16));
+#elif defined(__AVX2__)
+    return cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(cast<__m128i>(half)), 16));
+#else
+    return cast<Vec>(__builtin_convertvector(half, Word32) << 16);
+#endif
 }
 
 // Round to nearest even, as torch does; a NaN stays one.
-inline Word32 bfloat16_bits(Vec value) {
-    Word32 bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const Word32 nan = (Word32)((bits & 0x7fffffffu) > 0x7f800000u);
-    const Word32 even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (nan & 0x7fc0u) | (~nan & even);
+inline Half16 narrowed(Vec value, const Bfloat16*) {
+#if defined(__AVX512BF16__)
+    return cast<Half16>(_mm512_cvtneps_pbh(cast<__m512>(value)));
+#else
+    const Word32 bits = cast<Word32>(value), nan = (Word32)((bits & 0x7fffffffu) > 0x7f800000u);
+    const Word32 even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, word = (nan & 0x7fc0u) | (~nan & even);
+#if defined(__AVX512F__)
+    return cast<Half16>(_mm512_cvtepi32_epi16(cast<__m512i>(word)));
+#elif defined(__AVX2__)
+    const auto wide = cast<__m256i>(word);
+    return cast<Half16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 8)));
+#else
+    return __builtin_convertvector(word, Half16);
+#endif
+#endif
 }
 
-inline void store(Bfloat16* to, Vec value) {
-    const Half16 half = __builtin_convertvector(bfloat16_bits(value), Half16);
+#if defined(__AVX512F__)
+inline Vec widened(Half16 half, const Float16*) { return cast<Vec>(_mm512_cvtph_ps(cast<__m256i>(half))); }
+inline Half16 narrowed(Vec value, const Float16*) { return cast<Half16>(_mm512_cvtps_ph(cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+inline Vec widened(Half16 half, const Float16*) { return cast<Vec>(_mm256_cvtph_ps(cast<__m128i>(half))); }
+inline Half16 narrowed(Vec value, const Float16*) { return cast<Half16>(_mm256_cvtps_ph(cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__FLT16_MANT_DIG__)  // the compiler has the type; without it there are no kernels for float16
+typedef _Float16 Float16s __attribute__((vector_size(BYTES / 2)));
+typedef float Floats __attribute__((vector_size(BYTES)));
+inline Vec widened(Half16 half, const Float16*) { return cast<Vec>(__builtin_convertvector(cast<Float16s>(half), Floats)); }
+inline Half16 narrowed(Vec value, const Float16*) { return cast<Half16>(__builtin_convertvector(cast<Floats>(value), Float16s)); }
+#endif
+
+template <typename T>
+inline Vec load(const T* from) {
+    Half16 half;
+    std::memcpy(&half, from, sizeof half);
+    return widened(half, from);
+}
+
+template <typename T>
+inline void store(T* to, Vec value) {
+    const Half16 half = narrowed(value, to);
     std::memcpy(to, &half, sizeof half);
 }
 
-inline Vec rounded(Vec value, const Bfloat16*) {
-    const Word32 bits = bfloat16_bits(value) << 16;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+template <typename T>
+inline Vec rounded(Vec value, const T* as) {
+    return widened(narrowed(value, as), as);
 }
 
 // The first `count` values, and zeros; the first `count` values only. Behind the last feature `count` is zero or less.
