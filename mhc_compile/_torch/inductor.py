@@ -17,6 +17,7 @@ from torch._inductor import ir, list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import decompositions as inductor_decompositions
 from torch._inductor.decomposition import fast_random_decomps
 from torch._inductor.graph import GraphLowering
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Held while Inductor's global tables or methods are patched: two threads may compile.
 _lock = threading.RLock()
+#: Held while Inductor finds out what vectors the machine has.
+_detecting = threading.Lock()
 
 
 def inner_backend(name: str) -> Callable[..., Any]:
@@ -109,6 +112,8 @@ def compile_with_inductor(
     `mode` and `settings` are those of `torch.compile`. `tag` becomes part of the key of Inductor's
     caches, which know operators by name only, and not by version.
     """
+    if any(isinstance(tensor, torch.Tensor) and tensor.is_cpu for tensor in inputs):
+        _detect_vectors()
     register_decompositions(decompositions, externs)
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
     # mypy does not see that it has the methods of a configuration
@@ -255,6 +260,17 @@ def tensor_address_function() -> int:
     return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
 
 
+def _detect_vectors() -> None:
+    """Find out, once, with which flags C++ is compiled here.
+
+    Meanwhile Inductor changes flags of an object that all threads share: another thread would
+    compile with flags that the next process does not have, which would find nothing in the cache.
+    """
+    with _detecting:
+        pick_vec_isa()
+
+
 def load_cpp(source: str) -> Any:
     """Compile C++ as Inductor does, once for all processes, and load it with ctypes."""
+    _detect_vectors()
     return CppCodeCache.load(source)

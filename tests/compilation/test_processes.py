@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -356,3 +360,30 @@ def test_one_function_over_two_models():
         one, two = torch.compile(both, backend=backend, options=options)(ids())
         assert_mhc(one, first, ids())
         assert_mhc(two, second, ids())
+
+
+# The next process
+
+
+SECOND = """
+import torch
+import mhc_compile
+from helpers.hand_written import Transformer
+
+torch.manual_seed(0)
+model = torch.compile(Transformer(), backend="mhc")
+model(torch.arange(8).reshape(2, 4) % 7).sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_the_next_process_compiles_no_cpp(tmp_path):
+    """The thread that builds kernels and Inductor ask at once which vectors the machine has."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{tests}:{tests.parent}"}
+    built = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", SECOND], env=environment, check=True)
+        built.append({path.name for path in tmp_path.rglob("*.so")})
+    assert built[0] == built[1]
+    assert len(built[0]) > 5

@@ -124,6 +124,7 @@ struct Forward {
                         if constexpr (GIVEN) store(h + token * C + c0 + c, total, rest);
                     }
                 } else {
+                    prefetch<IN>(streams, token, C, c0 + CHUNK);
                     for (int64_t c = 0; c < CHUNK; c += WIDTH)
                         for (int i = 0; i < P; ++i)
                             keep(load(streams + (token * IN + i) * C + c0 + c, C - c0 - c), values[t][i] + c, squares[t]);

@@ -277,6 +277,8 @@ struct Backward {
     template <int IN>
     void read(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, const Real (*grads)[CHUNK], Outer<IN>& outer) const {
         const int64_t token = first + t;
+        prefetch<IN>(streams, token, C, c0 + CHUNK);
+        prefetch<IN, 1>(d_streams, token, C, c0 + CHUNK);
         Real weight[IN] = {};
         for (int j = 0; j < N; ++j) weight[IN == 1 ? 0 : j] += next_pre[token * N + j];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
