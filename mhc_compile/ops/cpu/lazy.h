@@ -22,7 +22,7 @@ struct Sources {
     int64_t C;
 
     template <int IN, int MANY>
-    void load_at(int64_t token, int64_t c, Vec (&x)[IN + MANY]) const {
+    INLINED void load_at(int64_t token, int64_t c, Vec (&x)[IN + MANY]) const {
         for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + c, C - c);
         for (int j = 0; j < MANY; ++j) x[IN + j] = load(branches[j] + token * C + c, C - c);
     }
@@ -186,7 +186,7 @@ struct LazyBackward : Backward {
     }
 
     template <int IN, int MANY>
-    void chunk(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, const Mix<IN, MANY>& mix, const Real (*grads)[CHUNK],
+    void chunk(int64_t first, int64_t t, int64_t c0, const STORE* d_h, Real radial, const Mix<IN, MANY>& mix, Real (*grads)[CHUNK],
                Outer<N>& outer, Vec (*dots)[IN + MANY]) const {
         const int64_t token = first + t;
         constexpr int S = IN + MANY;
@@ -207,11 +207,12 @@ struct LazyBackward : Backward {
                 if (grad_out) total += load(grad_out + (token * N + i) * C + at, rest);
                 d_y += post[i] * total;
                 for (int l = 0; l < N; ++l) d_x[l] += res[i * N + l] * total;
-                for (int s = 0; s < S; ++s) dots[i][s] += total * x[s];
+                store(grads[i] + c, total);
             }
             for (int l = 0; l < N; ++l) store(d_streams + (token * N + l) * C + at, d_x[l], rest);
             store(d_branch + token * C + at, d_y, rest);
         }
+        add_dots(grads, [&](int64_t c, Vec (&x)[S]) { old.load_at<IN, MANY>(token, c0 + c, x); }, dots);
     }
 };
 

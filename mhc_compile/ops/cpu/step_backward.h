@@ -233,12 +233,14 @@ struct Backward {
             for (int l = 0; l < IN; ++l) x[l] = load(streams + (token * IN + l) * C + at, C - at);
             x[IN] = load(branch + token * C + at, C - at);
         };
-        // Two walks over the chunk: the sums of the second fill the registers.
+        Vec of_h[IN + 1];
+        for (int l = 0; GIVEN && l <= IN; ++l) of_h[l] = dots[N][l];
         for (int64_t c = 0; c < CHUNK; c += WIDTH) {
             const int64_t at = c0 + c, rest = C - at;
             Vec x[IN + 1], d_x[IN] = {}, d_y = {}, next[N];
             source(at, x);
             const Vec dh = (READ || GIVEN) && d_h ? load(d_h + at, rest) : Vec{};
+            for (int l = 0; GIVEN && l <= IN; ++l) of_h[l] += dh * x[l];
             if constexpr (READ) weights.mix(x, x[IN], next);
             for (int i = 0; i < N; ++i) {
                 Vec total = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
@@ -255,23 +257,31 @@ struct Backward {
             for (int l = 0; l < IN; ++l) store(d_streams + (token * IN + l) * C + at, d_x[l], rest);
             store(d_branch + token * C + at, d_y, rest);
         }
-        Vec sums[N + GIVEN][IN + 1];
-        for (int i = 0; i < N + GIVEN; ++i)
-            for (int l = 0; l <= IN; ++l) sums[i][l] = dots[i][l];
-        for (int64_t c = 0; c < CHUNK; c += WIDTH) {
-            Vec x[IN + 1];
-            source(c0 + c, x);
-            for (int i = 0; i < N; ++i) {
-                const Vec total = load(grads[i] + c);
-                for (int l = 0; l <= IN; ++l) sums[i][l] += total * x[l];
+        for (int l = 0; GIVEN && l <= IN; ++l) dots[N][l] = of_h[l];
+        add_dots(grads, [&](int64_t c, Vec (&x)[IN + 1]) { source(c0 + c, x); }, dots);
+    }
+
+    // dots[i][s] += <grads[i], source s> over a chunk, whose sources `at(c, sources)` loads: a walk of its own for as many rows as there are registers
+    // for their sums.
+    template <int S, int FROM = 0, typename At>
+    static void add_dots(const Real (*grads)[CHUNK], At at, Vec (*dots)[S]) {
+        if constexpr (FROM < N) {
+            constexpr int MOST = std::max(1, (TOKENS * COLUMNS - 4) / S), ROWS = std::min(MOST, N - FROM);
+            Vec sums[ROWS][S];
+            for (int i = 0; i < ROWS; ++i)
+                for (int s = 0; s < S; ++s) sums[i][s] = dots[FROM + i][s];
+            for (int64_t c = 0; c < CHUNK; c += WIDTH) {
+                Vec sources[S];
+                at(c, sources);
+                for (int i = 0; i < ROWS; ++i) {
+                    const Vec row = load(grads[FROM + i] + c);
+                    for (int s = 0; s < S; ++s) sums[i][s] += row * sources[s];
+                }
             }
-            if constexpr (GIVEN) {
-                const Vec dh = d_h ? load(d_h + c0 + c, C - c0 - c) : Vec{};
-                for (int l = 0; l <= IN; ++l) sums[N][l] += dh * x[l];
-            }
+            for (int i = 0; i < ROWS; ++i)
+                for (int s = 0; s < S; ++s) dots[FROM + i][s] = sums[i][s];
+            add_dots<S, FROM + ROWS>(grads, at, dots);
         }
-        for (int i = 0; i < N + GIVEN; ++i)
-            for (int l = 0; l <= IN; ++l) dots[i][l] = sums[i][l];
     }
 
     template <int IN>

@@ -113,9 +113,12 @@ inline Vec rounded(Vec value, const T* as) {
     return widened(narrowed(value, as), as);
 }
 
+// The compiler calls these where a function is large, which takes longer than they do.
+#define INLINED [[gnu::always_inline]] inline
+
 // The first `count` values, and zeros; the first `count` values only. Behind the last feature `count` is zero or less.
 template <typename T>
-inline Vec load(const T* from, int64_t count) {
+INLINED Vec load(const T* from, int64_t count) {
     if (count >= WIDTH) return load(from);
     T part[WIDTH] = {};
     if (count > 0) std::memcpy(part, from, count * sizeof(T));
@@ -123,7 +126,7 @@ inline Vec load(const T* from, int64_t count) {
 }
 
 template <typename T>
-inline void store(T* to, Vec value, int64_t count) {
+INLINED void store(T* to, Vec value, int64_t count) {
     if (count >= WIDTH) return store(to, value);
     T part[WIDTH];
     store(part, value);
