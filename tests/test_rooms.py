@@ -169,11 +169,11 @@ def test_the_line_budget():
     the norm of a branch's input in the kernels of both devices 500; on CUDA streams that are not
     written, casts of that input and a search for configurations 500; how far a training can move
     the gates, and has, 200; gates that learn faster, in checkpoints too, 100; calls of CPU kernels
-    without a dispatcher, and further seeds of the demo, 600.
+    without a dispatcher, and further seeds of the demo, 600; half precision on CPU 200.
     """
     lines = 0
     for folder in ("mhc_compile", "passes"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".h", ".js", ".css", ".html"} and "mhc_compile/passes" not in path.as_posix():
                 lines += len(path.read_text().splitlines())
-    assert lines <= 42_400
+    assert lines <= 42_600

@@ -10,15 +10,16 @@ struct Norm {
 
     static constexpr int64_t LAYER = 2;
 
-    // Normalize a row in place. `moments` are the mean and the factor. Not inlined: in a large function its sums are kept on the stack.
-    [[gnu::noinline]] void forward(STORE* h, Real* moments, int64_t C) const {
+    // Normalize a row in place. `moments` are the mean and the factor.
+    void forward(STORE* h, Real* moments, int64_t C) const {
         Vec total = {}, squares = {};
         if (kind == LAYER)
             for (int64_t c = 0; c < C; c += WIDTH) total += load(h + c, C - c);
         const Real mean = sum(total) / C;
         for (int64_t c = 0; c < C; c += WIDTH) {
             Vec value = load(h + c, C - c) - mean;
-            for (int64_t l = C - c; l < WIDTH; ++l) value[l] = 0;  // no features
+            if (C - c < WIDTH)
+                for (int64_t l = C - c; l < WIDTH; ++l) value[l] = 0;  // no features
             squares += value * value;
         }
         const Real factor = 1 / std::sqrt(sum(squares) / C + eps);

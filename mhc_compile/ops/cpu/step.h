@@ -109,7 +109,7 @@ struct Forward {
                     const Weights<IN> weights(res + token * N * N, post + token * N);
                     prefetch<IN>(streams, token, C, c0 + CHUNK);
                     prefetch<1>(branch, token, C, c0 + CHUNK);
-                    prefetch<N, 1>(out, token, C, c0 + CHUNK);
+                    if (packed) prefetch<N, 1>(out, token, C, c0 + CHUNK);  // of few tokens it is in the cache
                     for (int64_t c = 0; c < CHUNK; c += WIDTH) {
                         const int64_t rest = C - c0 - c;
                         Vec x[IN], mixed[N];
