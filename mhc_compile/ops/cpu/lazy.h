@@ -202,7 +202,7 @@ struct LazyBackward : Backward {
             const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < N; ++i) {
                 const Vec value = rounded(mix.stream(i, x), grad_h);
-                outer.put(t, i, c, value);
+                store(outer.values[t][i] + c, value);
                 Vec total = load(grads[i] + c) + next_pre[token * N + i] * dh - radial * value;
                 if (grad_out) total += load(grad_out + (token * N + i) * C + at, rest);
                 d_y += post[i] * total;

@@ -104,15 +104,14 @@ inline void project_rows(const Real (*values)[P][CHUNK], const Real* phi, int64_
     }
 }
 
-// What the products of the backward are made of: numbers; of bfloat16 streams, where the machine multiplies these, pairs of bfloat16. What such a
-// product loses is less than what rounding X' or the gradient of the streams does; the coefficients of the forward are products of float.
+// What the gradient of X' is summed from: numbers; of bfloat16 streams, where the machine multiplies these, pairs of bfloat16. They lose about as much
+// as that gradient does by being rounded. All other products are of float: the coefficients and the gradients of parameters are not rounded.
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 constexpr bool PAIRS = std::is_same_v<STORE, Bfloat16>;
 #else
 constexpr bool PAIRS = false;
 #endif
-constexpr int PER = PAIRS ? 2 : 1;          // numbers of a term
-constexpr int STEPS = (K + PER - 1) / PER;  // terms of a row of phi
+constexpr int STEPS = PAIRS ? (K + 1) / 2 : K;  // terms of a row of phi
 using Term = std::conditional_t<PAIRS, uint32_t, Real>;
 using TermVec = std::conditional_t<PAIRS, Word32, Vec>;
 
@@ -122,20 +121,13 @@ inline TermVec load_terms(const Term* from) {
     return terms;
 }
 
-// Write the k-th term of `count` numbers that lie `stride` apart; put a rounded value into a term, of a pair first its `low` half; multiply and add.
-inline void write_term(Real* to, const Real* numbers, int k, int, int stride = 1) { *to = numbers[k * stride]; }
-inline void put_term(Real* to, Vec value, bool) { store(to, value); }
+// The k-th term of K numbers.
+inline void write_term(Real* to, const Real* numbers, int k) { *to = numbers[k]; }
 inline Vec plus_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-inline void write_term(uint32_t* to, const Real* numbers, int k, int count, int stride = 1) {
-    const __m128 low = _mm_set_ss(numbers[2 * k * stride]), high = _mm_set_ss(2 * k + 1 < count ? numbers[(2 * k + 1) * stride] : 0);
+inline void write_term(uint32_t* to, const Real* numbers, int k) {
+    const __m128 low = _mm_set_ss(numbers[2 * k]), high = _mm_set_ss(2 * k + 1 < K ? numbers[2 * k + 1] : 0);
     *to = _mm_cvtsi128_si32(cast<__m128i>(_mm_cvtneps_pbh(_mm_unpacklo_ps(low, high))));
-}
-inline void put_term(uint32_t* to, Vec value, bool low) {
-    Word32 bits = cast<Word32>(value), before;
-    std::memcpy(&before, to, sizeof before);
-    bits = low ? bits >> 16 : bits | before;
-    std::memcpy(to, &bits, sizeof bits);
 }
 inline Vec plus_product(Vec sum, Word32 a, Word32 b) { return cast<Vec>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(a), cast<__m512bh>(b))); }
 #endif
@@ -143,21 +135,16 @@ inline Vec plus_product(Vec sum, Word32 a, Word32 b) { return cast<Vec>(_mm512_d
 // The two products of the backward, of one tile.
 template <int P>
 struct Outer {
-    Real factors[TILE][K] = {};                          // dz inverse
-    Term of_token[TILE][STEPS], of_column[TILE / PER][K];  // the same, terms of columns and of tokens
-    alignas(64) Term values[TILE / PER][P][CHUNK];       // X' of one chunk, terms of tokens
+    Real factors[TILE][K] = {};               // dz inverse
+    Term terms[TILE][STEPS];                  // the same
+    alignas(64) Real values[TILE][P][CHUNK];  // X' of one chunk
 
     // Called once `factors` are known.
     void begin(int64_t count) {
         for (int t = 0; t < TILE; ++t)
-            for (int k = 0; k < STEPS; ++k) write_term(&of_token[t][k], factors[t], k, K);
-        for (int t = 0; t < TILE / PER; ++t)
-            for (int k = 0; k < K; ++k) write_term(&of_column[t][k], &factors[0][k], t, TILE, K);
+            for (int k = 0; k < STEPS; ++k) write_term(&terms[t][k], factors[t], k);
         if (count < TILE) std::memset(values, 0, sizeof values);
     }
-
-    // Tokens in order, as the first of a pair begins it. The value is rounded already.
-    void put(int64_t t, int i, int64_t c, Vec value) { put_term(values[t / PER][i] + c, value, t % 2 == 0); }
 
     // grads[t][i] = sum_k factors[t][k] phi[i][k], over the chunk that begins at c0.
     void spread(const Term* phi, int64_t c0, Real (*grads)[P][CHUNK]) const {
@@ -173,7 +160,7 @@ struct Outer {
                     }
 #pragma GCC unroll 4
                     for (int t = 0; t < TOKENS; ++t) {
-                        TermVec factor = of_token[t0 + t][k] - TermVec{};
+                        TermVec factor = terms[t0 + t][k] - TermVec{};
                         IN_REGISTER(factor);
 #pragma GCC unroll 4
                         for (int v = 0; v < VECTORS; ++v) sums[t][v] = plus_product(sums[t][v], factor, row[v]);
@@ -195,19 +182,19 @@ struct Outer {
                 Vec sums[MANY][VECTORS];
                 for (int k = 0; k < MANY; ++k)
                     for (int v = 0; v < VECTORS; ++v) sums[k][v] = load(rows + k * CHUNK + v * WIDTH);
-                for (int t = 0; t < TILE / PER; ++t) {
-                    TermVec value[VECTORS];
+                for (int t = 0; t < TILE; ++t) {
+                    Vec value[VECTORS];
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; ++v) {
-                        value[v] = load_terms(values[t][i] + v * WIDTH);
+                        value[v] = load(values[t][i] + v * WIDTH);
                         IN_REGISTER(value[v]);
                     }
 #pragma GCC unroll 6
                     for (int k = 0; k < MANY; ++k) {
-                        TermVec factor = of_column[t][FROM + k] - TermVec{};
+                        Vec factor = factors[t][FROM + k] - Vec{};
                         IN_REGISTER(factor);
 #pragma GCC unroll 4
-                        for (int v = 0; v < VECTORS; ++v) sums[k][v] = plus_product(sums[k][v], factor, value[v]);
+                        for (int v = 0; v < VECTORS; ++v) sums[k][v] += factor * value[v];
                     }
                 }
                 for (int k = 0; k < MANY; ++k)

@@ -53,7 +53,7 @@ struct Backward {
         Term* const terms = reinterpret_cast<Term*>(packed.at(0));
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            if constexpr (READ) pack<P>(site.phi, C, terms, STEPS, [](Term* to, const Real* row, int k) { write_term(to, row, k, K); });
+            if constexpr (READ) pack<P>(site.phi, C, terms, STEPS, [](Term* to, const Real* row, int k) { write_term(to, row, k); });
 #pragma omp for schedule(static)
             for (int64_t thread = 0; thread < threads; ++thread) {
                 Real *mine = partial.at(thread * sums), *last = mine + sums - 2 * width, *history = rest.at(thread * scratch);
@@ -246,7 +246,7 @@ struct Backward {
                 Vec total = grad_out ? load(grad_out + (token * N + i) * C + at, rest) : Vec{};
                 if constexpr (READ) {
                     const Vec value = rounded(next[i], grad_out);
-                    outer.put(t, i, c, value);
+                    store(outer.values[t][i] + c, value);
                     total += load(grads[i] + c) - radial * value;
                 }
                 if constexpr (READ || GIVEN) total += weight[i] * dh;
@@ -296,7 +296,7 @@ struct Backward {
             const Vec dh = d_h ? load(d_h + at, rest) : Vec{};
             for (int i = 0; i < IN; ++i) {
                 const Vec value = load(streams + (token * IN + i) * C + at, rest);
-                outer.put(t, i, c, value);
+                store(outer.values[t][i] + c, value);
                 store(d_streams + (token * IN + i) * C + at, load(grads[i] + c) + weight[i] * dh - radial * value, rest);
             }
         }
