@@ -27,11 +27,11 @@ def apart(model):
     return model
 
 
-def joint(sites: int, dtype: torch.dtype = torch.float64) -> fx.GraphModule:
+def joint(sites: int) -> fx.GraphModule:
     """The joint graph of a chain, with steps that all write their streams."""
     torch.manual_seed(0)
     graphs = []
-    model, x = Deep(sites, 6).to(dtype), torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+    model, x = Deep(sites, 6).double(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(model, backend="mhc", options={"inner_backend": "aot_eager", "recompute": "block"})
     with rewrite_joint_graphs(lambda graph: graphs.append(graph) or graph):
         compiled(x).sum().backward()
